@@ -5,8 +5,10 @@ use std::io::Write;
 use std::process::ExitCode;
 use tier_plan_planner::interrupt::Interrupted;
 use tier_plan_planner::{cmd, hint};
+use tier_plan_runtime::formats::safely;
 
 fn main() -> ExitCode {
+    safely::ignore_file_size_signal();
     let command = match cmd::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(error) => error.exit(),

@@ -121,6 +121,9 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         }
         None => None,
     };
+    if let Some(path) = &args.save_logits_base {
+        safely::check(path)?;
+    }
     let opening = Opening {
         plan: args.plan.as_deref(),
         context: Some(ctx),

@@ -6,7 +6,7 @@ use crate::cmd::args::sampling;
 use crate::cmd::args::{JsonArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs, at_least_one};
 use crate::hint::HintExt;
 use crate::opening::Opening;
-use crate::profile::collect::{Settings, collect};
+use crate::profile::collect::{Settings, Unfinished, collect};
 use crate::profile::stats::{Skew, skews};
 use crate::profile::{imatrix, prompts};
 use crate::session::Session;
@@ -159,7 +159,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     };
     let prompts = prompts::read(&folder)?;
     let output = output(args, model);
-    safely::check(&output)?;
+    safely::check_file(&output)?;
+    let unfinished = Unfinished::open(&output, args.restart)?;
     let opening = Opening {
         context: Some(context),
         threads,
@@ -175,7 +176,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         &prompts,
         settings,
         &output,
-        args.restart,
+        unfinished,
     )?;
     show(&profile, &output, args.format.json)
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use tier_plan_runtime::engine::Routing;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
+use tier_plan_runtime::formats::safely::Resumable;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::{Engine, LogitsMode};
@@ -63,7 +64,7 @@ pub fn collect(
     prompts: &[Prompt],
     settings: Settings,
     output: &Path,
-    restart: bool,
+    mut unfinished: Unfinished,
 ) -> Result<Profile> {
     let mut moe = session.engine.spec().moe_layers().peekable();
     let Some((n_expert, n_used)) = moe
@@ -90,12 +91,7 @@ pub fn collect(
             hash: String::new(),
         },
     };
-    let partial = partial_path(output);
-    let mut profile = if restart {
-        fresh
-    } else {
-        resume(&partial, fresh, prompts)
-    };
+    let mut profile = unfinished.resume(fresh, prompts);
     session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
@@ -107,45 +103,68 @@ pub fn collect(
                 "interrupted after {} of {} prompts; the same command goes on from {}",
                 profile.prompts.len(),
                 prompts.len(),
-                partial.display()
+                unfinished.file.path().display()
             );
         };
         profile.prompts.push(trace);
         add_guesses(&mut profile.guesses, &mut session.engine);
-        profile.write(&partial)?;
+        unfinished.file.write(&profile.encode())?;
         bar.inc(1);
     }
     bar.finish_and_clear();
     let profile = profile.identified();
     profile.write(output)?;
-    // The profile is safe; a leftover partial file is only untidy.
-    let _ = std::fs::remove_file(&partial);
+    unfinished.file.remove();
     Ok(profile)
 }
 
-/// Returns the unfinished profile, if it is of the same run.
-fn resume(partial: &Path, fresh: Profile, prompts: &[Prompt]) -> Profile {
-    let begins = |found: &Profile| {
-        found.prompts.len() <= prompts.len()
-            && found
-                .prompts
-                .iter()
-                .zip(prompts)
-                .all(|(f, p)| (&f.domain, &f.name) == (&p.domain, &p.name))
-    };
-    match profile::read(partial) {
-        Ok(found) if found.made == fresh.made && found.model == fresh.model && begins(&found) => {
-            eprintln!(
-                "going on from {} ({} prompts done)",
-                partial.display(),
-                found.prompts.len()
-            );
-            Profile {
-                id: fresh.id,
-                ..found
+/// The profile of the prompts done so far, in a file beside the output.
+#[derive(Debug)]
+pub struct Unfinished {
+    file: Resumable,
+    restart: bool,
+}
+
+impl Unfinished {
+    /// Opens what an earlier run to the same output left, which `restart` discards.
+    ///
+    /// # Errors
+    /// When the file beside the output is not this user's own, or another process is writing it.
+    pub fn open(output: &Path, restart: bool) -> Result<Self> {
+        let file = Resumable::open(&partial_path(output))?;
+        Ok(Self { file, restart })
+    }
+
+    /// Returns the unfinished profile, if it is of the same run.
+    fn resume(&self, fresh: Profile, prompts: &[Prompt]) -> Profile {
+        let begins = |found: &Profile| {
+            found.prompts.len() <= prompts.len()
+                && found
+                    .prompts
+                    .iter()
+                    .zip(prompts)
+                    .all(|(f, p)| (&f.domain, &f.name) == (&p.domain, &p.name))
+        };
+        let (path, file) = (self.file.path(), self.file.file().ok().flatten());
+        let found = file
+            .filter(|_| !self.restart)
+            .and_then(|file| profile::read_from(file, path).ok());
+        match found {
+            Some(found)
+                if found.made == fresh.made && found.model == fresh.model && begins(&found) =>
+            {
+                eprintln!(
+                    "going on from {} ({} prompts done)",
+                    path.display(),
+                    found.prompts.len()
+                );
+                Profile {
+                    id: fresh.id,
+                    ..found
+                }
             }
+            _ => fresh,
         }
-        _ => fresh,
     }
 }
 
