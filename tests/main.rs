@@ -12,6 +12,8 @@ mod golden_quant;
 mod gpu_driver;
 mod main_job;
 mod other_engines;
+#[cfg(target_os = "linux")]
+mod outputs;
 mod prompts;
 mod selftest;
 mod slot_policies;

@@ -5,9 +5,11 @@ use std::io::Write;
 use std::process::ExitCode;
 use tier_plan_planner::interrupt::Interrupted;
 use tier_plan_planner::{cmd, hint};
+use tier_plan_runtime::formats::safely;
 
 fn main() -> ExitCode {
     tier_plan_runtime::gguf::report_bus_errors();
+    safely::ignore_file_size_signal();
     let command = match cmd::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(error) => error.exit(),

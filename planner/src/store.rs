@@ -108,7 +108,7 @@ impl Start {
     pub fn read(gguf: &Gguf, keep: Option<&Path>, warm: Option<&Path>) -> Result<Self> {
         let mut wanted = Vec::new();
         if let Some(path) = keep {
-            safely::check(path).context("--slots")?;
+            safely::check_file(path).context("--slots")?;
             if path.exists() {
                 let kept = slots::read(path)?;
                 kept.check_model(&gguf.id(), path)?;

@@ -74,9 +74,7 @@ pub const SETTINGS: Settings = Settings {
 /// # Errors
 /// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &CompareArgs) -> Result<()> {
-    if let Some(folder) = &args.output {
-        report::check(folder)?;
-    }
+    report::check(&folder(args.output.as_deref(), SystemTime::now()))?;
     let mut plans: Vec<Placement> = Vec::new();
     let mut records: Vec<RunRecord> = Vec::new();
     for path in &args.inputs {
@@ -197,6 +195,15 @@ fn name_apart(plans: &mut [Placement], inputs: &[PathBuf]) {
     }
 }
 
+/// Returns the folder of a report: the one asked for, or one with the date.
+fn folder(asked: Option<&Path>, now: SystemTime) -> PathBuf {
+    let date = || show_utc(now).replace(':', "").replace('T', "-");
+    asked.map_or_else(
+        || PathBuf::from("reports").join(date().trim_end_matches('Z')),
+        Path::to_path_buf,
+    )
+}
+
 /// Completes a report, writes it, and prints where it is.
 ///
 /// # Errors
@@ -207,13 +214,9 @@ pub fn finish(
     output: Option<&Path>,
     as_json: bool,
 ) -> Result<()> {
-    let now = show_utc(SystemTime::now());
-    let folder = match output {
-        Some(folder) => folder.to_path_buf(),
-        None => PathBuf::from("reports")
-            .join(now.replace(':', "").replace('T', "-").trim_end_matches('Z')),
-    };
-    report.generated = now;
+    let now = SystemTime::now();
+    let folder = folder(output, now);
+    report.generated = show_utc(now);
     if report.host.is_empty() {
         report.host = host::describe();
     }

@@ -12,11 +12,13 @@ use crate::session::tokenizer;
 use crate::trial::Trial;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 use tier_plan_runtime::formats::placement;
 use tier_plan_runtime::formats::profile::Split;
+use tier_plan_runtime::formats::safely::NewFolders;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::units::show_utc;
 
@@ -64,9 +66,9 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let started = Instant::now();
     let model = bundled::path("demo/demo.gguf")?;
     let machine = bundled::path("machines/demo-emulated.toml")?;
-    let folder = free_folder(args.output.as_deref())?;
+    let folder = new_folder(args.output.as_deref())?;
     let plans = folder.join("plans");
-    std::fs::create_dir_all(&plans)
+    std::fs::create_dir(&plans)
         .with_context(|| format!("making the folder {}", plans.display()))?;
     let shown = |path: &Path| shorter(path).display().to_string();
     let (model_s, machine_s, folder_s) = (shown(&model), shown(&machine), shown(&folder));
@@ -171,11 +173,23 @@ fn shorter(path: &Path) -> &Path {
         .unwrap_or(path)
 }
 
-/// Returns the folder asked for, which must not exist, or a new dated one.
-fn free_folder(asked: Option<&Path>) -> Result<PathBuf> {
+/// Makes the folder asked for, which must not exist, or a new dated one.
+fn new_folder(asked: Option<&Path>) -> Result<PathBuf> {
+    let make = |folder: &Path| -> Result<bool> {
+        let above = folder.parent().unwrap_or(Path::new(""));
+        let _made = NewFolders::make(above)?;
+        match std::fs::create_dir(folder) {
+            Ok(()) => Ok(true),
+            // Whatever has the name, even a link that leads nowhere.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => {
+                Err(error).with_context(|| format!("making the folder {}", folder.display()))
+            }
+        }
+    };
     if let Some(folder) = asked {
         ensure!(
-            !folder.exists(),
+            make(folder)?,
             "--output: {} exists, expected a new folder",
             folder.display()
         );
@@ -186,10 +200,12 @@ fn free_folder(asked: Option<&Path>) -> Result<PathBuf> {
         .replace('T', "-");
     let base = format!("reports/{}-demo", now.trim_end_matches('Z'));
     let names = std::iter::once(base.clone()).chain((2..1000).map(|n| format!("{base}-{n}")));
-    names
-        .map(PathBuf::from)
-        .find(|p| !p.exists())
-        .with_context(|| format!("no free name like {base}"))
+    for folder in names.map(PathBuf::from) {
+        if make(&folder)? {
+            return Ok(folder);
+        }
+    }
+    bail!("no free name like {base}")
 }
 
 /// Returns the plans written by `solve`, the optimal one first.

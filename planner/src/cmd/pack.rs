@@ -70,7 +70,8 @@ pub fn run(args: &PackArgs) -> Result<()> {
     );
     let n: usize = index.layers.iter().map(|l| l.experts.len()).sum();
     ensure!(n > 0, "nothing to copy: the plan pins every expert");
-    safely::check(&output)?;
+    // The copy is opened when it is complete.
+    safely::check_file(&output)?;
     check_room(&output, index.expert_bytes())?;
     let catching = crate::interrupt::catch_interrupts();
     let bar = progress::bytes("copying experts");
@@ -159,14 +160,13 @@ fn experts(args: &PackArgs, gguf: &Gguf, spec: &ModelSpec) -> Result<Vec<Vec<u32
 
 /// Checks that the copy fits the file system, before hours of copying.
 fn check_room(output: &Path, bytes: u64) -> Result<()> {
-    let folder = output
+    // A link's target is what gets the bytes.
+    let target = std::fs::canonicalize(output);
+    let target = target.as_deref().unwrap_or(output);
+    let folder = target
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    // A device or a pipe has no free space to check.
-    if output.exists() && !output.is_file() {
-        return Ok(());
-    }
     if let Some(free) = file_system_space(folder).map(|space| space.free_bytes) {
         ensure!(
             bytes.saturating_add(SPARE_BYTES) <= free,

@@ -116,6 +116,9 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         Some(path) => Some(text::read_file("the text", path)?),
         None => None,
     };
+    if let Some(path) = &args.save_logits_base {
+        safely::check(path)?;
+    }
     let opening = Opening {
         plan: args.plan.as_deref(),
         context: Some(ctx),

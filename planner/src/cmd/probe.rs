@@ -1,12 +1,13 @@
 //! `tier-plan probe`: measures this machine and writes a machine file.
 
 use crate::cmd::args::{JsonArgs, ThreadArgs};
+use crate::probe::disk::Disk;
 use crate::probe::gpu::GpuRate;
 use crate::probe::{Findings, Settings, measure};
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::units::show_bytes;
@@ -52,6 +53,9 @@ pub struct ProbeArgs {
 pub fn run(args: &ProbeArgs) -> Result<()> {
     let threads = args.threads.checked()?;
     safely::check(&args.output)?;
+    if args.model.is_none() {
+        Disk::check_folder(args.slow_dir.as_deref().unwrap_or(Path::new(".")))?;
+    }
     let found = measure(&Settings {
         model: args.model.as_deref(),
         slow_dir: args.slow_dir.as_deref(),

@@ -6,7 +6,9 @@ use crate::cmd::args::sampling;
 use crate::cmd::args::{JsonArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs, at_least_one};
 use crate::hint::HintExt;
 use crate::opening::Opening;
-use crate::profile::collect::{Calibration, Settings, check_experts, collect, tokenize};
+use crate::profile::collect::{
+    Calibration, Settings, Unfinished, check_experts, collect, tokenize,
+};
 use crate::profile::stats::{Skew, skews};
 use crate::profile::{imatrix, prompts};
 use crate::session::Prepared;
@@ -159,7 +161,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     };
     let prompts = prompts::read(&folder)?;
     let output = output(args, model);
-    safely::check(&output)?;
+    safely::check_file(&output)?;
+    let unfinished = Unfinished::open(&output, args.restart)?;
     let opening = Opening {
         context: Some(context),
         threads,
@@ -177,9 +180,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         prompts: &prompts,
         tokens: &tokens,
         settings,
-        restart: args.restart,
     };
-    let profile = collect(&mut session, &run, &output)?;
+    let profile = collect(&mut session, &run, &output, unfinished)?;
     show(&profile, &output, args.format.json)
 }
 

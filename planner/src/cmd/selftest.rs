@@ -6,7 +6,7 @@ use crate::interrupt::{Interrupted, catch_interrupts, interrupted};
 use crate::selftest::table::number;
 use crate::selftest::{self, Findings, Options};
 use crate::{host, report};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -174,9 +174,7 @@ fn write(folder: Option<PathBuf>, found: &Findings, text: &str, json: &str) -> R
     });
     report::write_folder(&folder, |folder| {
         for (name, content) in [("selftest.txt", text), ("selftest.json", json)] {
-            let path = folder.join(name);
-            std::fs::write(&path, content)
-                .with_context(|| format!("writing {}", path.display()))?;
+            report::save(folder, name, content)?;
         }
         Ok(())
     })

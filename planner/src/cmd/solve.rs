@@ -11,12 +11,12 @@ use crate::solve::{Options, Problem, Solution, options, policy, solve, time_limi
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
-use std::fs;
 use std::path::PathBuf;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::placement::{Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::formats::safely::NewFolders;
 use tier_plan_runtime::formats::{profile, safely};
 use tier_plan_runtime::units::show_bytes;
 
@@ -270,6 +270,9 @@ impl SolveOptions {
             "--fix and --forbid: a baseline cannot follow them, expected --strategy optimal"
         );
         safely::check(&args.output)?;
+        if let Some(folder) = &args.baselines {
+            safely::check_folder(folder).context("--baselines")?;
+        }
         let kv_type = args.kv.checked()?.unwrap_or_default();
         Ok(Self {
             model,
@@ -302,10 +305,11 @@ pub fn run(args: &SolveArgs) -> Result<()> {
     solved.notes.splice(0..0, options.model.notes());
     let skews = profile.map(skews).transpose()?.unwrap_or_default();
 
-    if let Some(folder) = &args.baselines {
-        fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    }
+    let _made = args
+        .baselines
+        .as_deref()
+        .map(NewFolders::make)
+        .transpose()?;
     solved.plan.write(&args.output)?;
     let mut written = Vec::new();
     if let Some(folder) = &args.baselines {

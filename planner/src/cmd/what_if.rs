@@ -8,14 +8,14 @@ use crate::solve::time_limit;
 use crate::whatif::purchase::{Purchase, purchases};
 use crate::whatif::sweep::{Range, Sweep, at_size, sweep};
 use crate::whatif::{Answer, Question, answer, as_json, bound, purchases_json};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
-use std::fs;
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::formats::safely::NewFolders;
 use tier_plan_runtime::formats::{profile, safely};
 use tier_plan_runtime::units::show_bytes;
 
@@ -119,6 +119,14 @@ impl WhatIfOptions {
             range.is_some() || args.output.is_none(),
             "--output: no sweep to write, expected --sweep too"
         );
+        if let Some(folder) = &args.output {
+            safely::check_folder(folder)?;
+            if folder.exists() {
+                SWEEP_FILES
+                    .iter()
+                    .try_for_each(|name| safely::check(&folder.join(name)))?;
+            }
+        }
         let time_limit_s = time_limit(args.time_limit)?;
         let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
         let context = context_of(args.context, &model.sizes);
@@ -545,14 +553,15 @@ fn rows(swept: &Sweep) -> Vec<Value> {
     swept.points.iter().enumerate().map(row).collect()
 }
 
+/// Files of a sweep: chart, table, and all numbers.
+const SWEEP_FILES: [&str; 3] = ["sweep.svg", "sweep.csv", "sweep.json"];
+
 fn write_sweep(
     folder: &Path,
     question: &Question<'_>,
     swept: &Sweep,
     value: &Value,
 ) -> Result<Vec<String>> {
-    fs::create_dir_all(folder)
-        .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let curve = report::Curve {
         model: question.known.sizes.id.name.clone(),
         machine: question.machine.name.clone(),
@@ -567,15 +576,14 @@ fn write_sweep(
     };
     let drawn = report::draw_curve(&curve)?;
     let json = serde_json::to_string_pretty(value)? + "\n";
-    let mut written = Vec::new();
-    for (name, content) in [
-        ("sweep.svg", &drawn.svg),
-        ("sweep.csv", &drawn.csv),
-        ("sweep.json", &json),
-    ] {
-        let path = folder.join(name);
-        safely::write(&path, content.as_bytes())?;
-        written.push(path.display().to_string());
-    }
-    Ok(written)
+    let files = [drawn.svg, drawn.csv, json];
+    let files: Vec<(PathBuf, Vec<u8>)> = SWEEP_FILES
+        .iter()
+        .zip(files)
+        .map(|(name, content)| (folder.join(name), content.into_bytes()))
+        .collect();
+    let _made = NewFolders::make(folder)?;
+    safely::write_together(&files)?;
+    let written = files.iter().map(|(path, _)| path.display().to_string());
+    Ok(written.collect())
 }

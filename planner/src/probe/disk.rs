@@ -4,15 +4,18 @@
 use super::{MAX_TRUSTED_SPREAD, Measured};
 use crate::interrupt::{catch_interrupts, interrupted};
 use anyhow::{Context, Result, bail, ensure};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tier_plan_runtime::formats::safely::Temporary;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::tiers::arena::{Arena, ArenaSlice};
 use tier_plan_runtime::tiers::file::{Extent, FileTier, Priority, ReadMode, Span};
+use tier_plan_runtime::tiers::limits::file_system_space;
 use tier_plan_runtime::tiers::source::ALIGN;
+use tier_plan_runtime::units::show_bytes;
 
 /// Experts requested at once, one burst size after the other.
 const BURSTS: [usize; 4] = [1, 2, 4, 8];
@@ -114,21 +117,49 @@ impl Disk {
         Self::of(FileTier::open(&paths, ReadMode::from_env()?)?, experts)
     }
 
+    /// Checks that [`of_folder`](Self::of_folder) has a folder to write to and space in it.
+    ///
+    /// # Errors
+    /// When the folder is not writable or has too little space.
+    pub fn check_folder(folder: &Path) -> Result<()> {
+        Self::temporary(folder)?;
+        if let Some(space) = file_system_space(folder) {
+            ensure!(
+                FILE_BYTES as u64 <= space.free_bytes,
+                "--slow-dir {}: the drive is measured with a file of {}, but {} are free there",
+                folder.display(),
+                show_bytes(FILE_BYTES as u64),
+                show_bytes(space.free_bytes)
+            );
+        }
+        Ok(())
+    }
+
+    fn temporary(folder: &Path) -> Result<Temporary> {
+        Temporary::create(folder).with_context(|| {
+            format!(
+                "making a file of {} to measure with in {}",
+                show_bytes(FILE_BYTES as u64),
+                folder.display()
+            )
+        })
+    }
+
     /// Writes a file of 1 GiB into a folder and opens it. The file's name is removed as soon as the
     /// file is open, so it disappears with the process.
     ///
     /// # Errors
     /// When the folder is not writable or has too little space.
     pub fn of_folder(folder: &Path) -> Result<Self> {
-        let file = Temporary::new(folder)?;
-        file.fill().with_context(|| {
+        let file = Self::temporary(folder)?;
+        fill(file.file()).with_context(|| {
             format!(
                 "writing {} to {}",
-                super::show_bytes(FILE_BYTES as u64),
+                show_bytes(FILE_BYTES as u64),
                 folder.display()
             )
         })?;
-        let files = FileTier::open(std::slice::from_ref(&file.path), ReadMode::from_env()?)?;
+        let files = FileTier::open(&[file.path().to_path_buf()], ReadMode::from_env()?)?;
         let slice = |at: usize| Extent {
             part: 0,
             offset: at as u64,
@@ -287,47 +318,23 @@ impl Disk {
     }
 }
 
-/// A file that is removed when the value is dropped.
-struct Temporary {
-    path: PathBuf,
-    file: File,
-}
-
-impl Temporary {
-    fn new(folder: &Path) -> Result<Self> {
-        let path = folder.join(format!(".tier-plan-probe-{}.partial", std::process::id()));
-        let file = OpenOptions::new().write(true).create_new(true).open(&path);
-        let file = file.with_context(|| {
-            format!("making a file of 1 GiB to measure with: {}", path.display())
-        })?;
-        Ok(Self { path, file })
-    }
-
-    /// Writes incompressible bytes and syncs them to the drive.
-    fn fill(&self) -> Result<()> {
-        let catching = catch_interrupts();
-        let mut block = vec![0u8; 4 << 20];
-        let mut state = 0x0123_4567_89ab_cdefu64;
-        for _ in 0..FILE_BYTES / block.len() {
-            for eight in block.chunks_exact_mut(8) {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                eight.copy_from_slice(&state.to_le_bytes());
-            }
-            (&self.file).write_all(&block)?;
-            if interrupted() {
-                bail!("interrupted");
-            }
+/// Writes incompressible bytes and syncs them to the drive.
+fn fill(mut file: &File) -> Result<()> {
+    let catching = catch_interrupts();
+    let mut block = vec![0u8; 4 << 20];
+    let mut state = 0x0123_4567_89ab_cdefu64;
+    for _ in 0..FILE_BYTES / block.len() {
+        for eight in block.chunks_exact_mut(8) {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            eight.copy_from_slice(&state.to_le_bytes());
         }
-        drop(catching);
-        Ok(self.file.sync_all()?)
+        file.write_all(&block)?;
+        if interrupted() {
+            bail!("interrupted");
+        }
     }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        // The file may have been moved away, and a destructor cannot report an error.
-        let _ = std::fs::remove_file(&self.path);
-    }
+    drop(catching);
+    Ok(file.sync_all()?)
 }

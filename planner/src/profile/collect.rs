@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use tier_plan_runtime::engine::Routing;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::profile::{self, Guesses, Profile, PromptTrace};
+use tier_plan_runtime::formats::safely::Resumable;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
@@ -98,8 +99,6 @@ pub struct Calibration<'a> {
     pub tokens: &'a [Vec<u32>],
     /// Settings of the run.
     pub settings: Settings,
-    /// Whether to begin again even if there is an unfinished profile.
-    pub restart: bool,
 }
 
 /// Checks that a model has routed experts to profile.
@@ -116,16 +115,16 @@ pub fn check_experts(gguf: &Gguf, spec: &ModelSpec) -> Result<()> {
 }
 
 /// Profiles the model of an open session, writes the profile to `output`, and returns it.
-pub fn collect(session: &mut Session, run: &Calibration<'_>, output: &Path) -> Result<Profile> {
+pub fn collect(
+    session: &mut Session,
+    run: &Calibration<'_>,
+    output: &Path,
+    mut unfinished: Unfinished,
+) -> Result<Profile> {
     check_experts(&session.gguf, session.engine.spec())?;
     let prompts = run.prompts;
-    let partial = partial_path(output);
     let fresh = fresh(session, run, output);
-    let mut profile = if run.restart {
-        fresh
-    } else {
-        resume(&partial, fresh, prompts)?
-    };
+    let mut profile = unfinished.resume(fresh, prompts)?;
     session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
     bar.set_position(profile.prompts.len() as u64);
@@ -138,19 +137,18 @@ pub fn collect(session: &mut Session, run: &Calibration<'_>, output: &Path) -> R
                 "interrupted after {} of {} prompts; the same command goes on from {}",
                 profile.prompts.len(),
                 prompts.len(),
-                partial.display()
+                unfinished.file.path().display()
             );
         };
         profile.prompts.push(trace);
         add_guesses(&mut profile.guesses, &mut session.engine);
-        profile.write(&partial)?;
+        unfinished.file.write(&profile.encode())?;
         bar.inc(1);
     }
     bar.finish_and_clear();
     let profile = profile.identified();
     profile.write(output)?;
-    // The profile is safe; a leftover partial file is only untidy.
-    let _ = std::fs::remove_file(&partial);
+    unfinished.file.remove();
     Ok(profile)
 }
 
@@ -175,40 +173,59 @@ fn fresh(session: &Session, run: &Calibration<'_>, output: &Path) -> Profile {
     }
 }
 
-/// Returns the unfinished profile if it is of the same run. One of another run is moved aside.
-fn resume(partial: &Path, fresh: Profile, prompts: &[Prompt]) -> Result<Profile> {
-    if !partial.exists() {
-        return Ok(fresh);
+/// The profile of the prompts done so far, in a file beside the output.
+#[derive(Debug)]
+pub struct Unfinished {
+    file: Resumable,
+    restart: bool,
+}
+
+impl Unfinished {
+    /// Opens what an earlier run to the same output left, which `restart` discards.
+    ///
+    /// # Errors
+    /// When the file beside the output is not this user's own, or another process is writing it.
+    pub fn open(output: &Path, restart: bool) -> Result<Self> {
+        let file = Resumable::open(&partial_path(output))?;
+        Ok(Self { file, restart })
     }
-    let shown = partial.display();
-    let found = match profile::read(partial) {
-        Ok(found) => found,
-        Err(error) => {
-            eprintln!("warning: {error}; starting from the first prompt");
+
+    /// Returns the unfinished profile if it is of the same run. One of another run is moved aside.
+    fn resume(&mut self, fresh: Profile, prompts: &[Prompt]) -> Result<Profile> {
+        let path = self.file.path().to_path_buf();
+        let shown = path.display();
+        let held = self.file.file().with_context(|| shown.to_string())?;
+        let Some(held) = held.filter(|_| !self.restart) else {
             return Ok(fresh);
-        }
-    };
-    let Some(difference) = difference(&found, &fresh, prompts) else {
+        };
+        let found = match profile::read_from(held, &path) {
+            Ok(found) => found,
+            Err(error) => {
+                eprintln!("warning: {error}; starting from the first prompt");
+                return Ok(fresh);
+            }
+        };
+        let Some(difference) = difference(&found, &fresh, prompts) else {
+            eprintln!(
+                "going on from {shown} ({} prompts done)",
+                found.prompts.len()
+            );
+            return Ok(Profile {
+                id: fresh.id,
+                ..found
+            });
+        };
+        let mut aside = path.as_os_str().to_os_string();
+        aside.push(".old");
+        let aside = PathBuf::from(aside);
+        self.file.set_aside(&aside)?;
         eprintln!(
-            "going on from {shown} ({} prompts done)",
-            found.prompts.len()
+            "warning: {shown} is of another run ({difference}), so it is kept as {} and this run starts from the first \
+             prompt; to finish the other run, give it its name back and repeat its options",
+            aside.display()
         );
-        return Ok(Profile {
-            id: fresh.id,
-            ..found
-        });
-    };
-    let mut aside = partial.as_os_str().to_os_string();
-    aside.push(".old");
-    let aside = PathBuf::from(aside);
-    std::fs::rename(partial, &aside)
-        .with_context(|| format!("moving {shown} to {}", aside.display()))?;
-    eprintln!(
-        "warning: {shown} is of another run ({difference}), so it is kept as {} and this run starts from the first \
-         prompt; to finish the other run, give it its name back and repeat its options",
-        aside.display()
-    );
-    Ok(fresh)
+        Ok(fresh)
+    }
 }
 
 /// Returns how an unfinished profile differs from the run that would go on from it, `None` if it

@@ -27,12 +27,10 @@ pub(super) fn keep(dir: &Path, report: &Report) -> Result<()> {
     let folder = dir.join(FOLDER);
     for (at, plan) in report.plans.iter().enumerate() {
         for (run, record) in plan.records.iter().enumerate() {
-            fs::create_dir_all(&folder)
-                .with_context(|| format!("making the folder {}", folder.display()))?;
+            fs::create_dir_all(&folder).with_context(|| format!("making the folder {FOLDER}"))?;
             // Plan names are user input; these file names are not.
-            let path = folder.join(format!("{:02}-{:03}{ENDING}", at + 1, run + 1));
-            fs::write(&path, record.encode())
-                .with_context(|| format!("writing {}", path.display()))?;
+            let name = format!("{:02}-{:03}{ENDING}", at + 1, run + 1);
+            super::save(&folder, &name, record.encode())?;
         }
     }
     Ok(())

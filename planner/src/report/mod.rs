@@ -18,11 +18,13 @@ mod text;
 mod view;
 
 use anyhow::{Context, Result, bail};
-use std::fs;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::record::RunRecord;
+use tier_plan_runtime::formats::safely::{self, NewFolders, TemporaryFolder};
 
 /// One plan and its runs.
 #[derive(Debug, Clone, Default)]
@@ -279,7 +281,7 @@ pub fn summary_json(report: &Report) -> Result<String> {
 /// Checks that [`write()`] could create its folder, before the runs that fill the report.
 ///
 /// # Errors
-/// When `dir` names no folder, or a parent of it is a file.
+/// When `dir` names no folder, or nothing can be written beside it.
 pub fn check(dir: &Path) -> Result<()> {
     if dir.file_name().is_none() {
         bail!(
@@ -296,7 +298,14 @@ pub fn check(dir: &Path) -> Result<()> {
                 above.display()
             )
         }
-        _ => Ok(()),
+        _ => Ok(safely::check_folder(parent(dir))?),
+    }
+}
+
+fn parent(dir: &Path) -> &Path {
+    match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     }
 }
 
@@ -313,75 +322,57 @@ pub fn write(dir: &Path, report: &Report) -> Result<PathBuf> {
 /// Creates a folder with what `fill` writes into it, by the rules of [`write()`], and returns it.
 pub fn write_folder(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     check(dir)?;
-    let name = dir
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
-    let parent = match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+    let parent = parent(dir);
+    let _made = NewFolders::make(parent)?;
+    let mut temporary = TemporaryFolder::create(parent)
+        .with_context(|| format!("making a folder in {}", parent.display()))?;
+    fill(temporary.path()).with_context(|| dir.display().to_string())?;
+    publish(&mut temporary, dir)
+}
+
+/// Saves a file into a folder that [`write_folder()`] is filling. Errors name it without the
+/// folder, which has a temporary name.
+pub fn save(folder: &Path, name: &str, content: impl AsRef<[u8]>) -> Result<()> {
+    let save = || {
+        let mut file = File::create_new(folder.join(name))?;
+        file.write_all(content.as_ref())?;
+        file.sync_all()
     };
-    fs::create_dir_all(parent)
-        .with_context(|| format!("making the folder {}", parent.display()))?;
-    let temporary = parent.join(format!(".{name}.{}.partial", std::process::id()));
-    if temporary.exists() {
-        fs::remove_dir_all(&temporary)
-            .with_context(|| format!("clearing {}", temporary.display()))?;
-    }
-    fs::create_dir(&temporary)
-        .with_context(|| format!("making the folder {}", temporary.display()))?;
-    let written = fill(&temporary).and_then(|()| publish(&temporary, parent, &name));
-    if written.is_err() {
-        // The first error is reported; a leftover folder is only untidy.
-        let _ = fs::remove_dir_all(&temporary);
-    }
-    written
+    save().with_context(|| format!("writing {name}"))
 }
 
 fn fill(dir: &Path, report: &Report) -> Result<()> {
     let overview = view::Overview::new(report);
     let charts = chart::all(&overview);
-    let save = |name: String, content: &str| {
-        let path = dir.join(name);
-        fs::write(&path, content).with_context(|| format!("writing {}", path.display()))
-    };
     let mut drawn = Vec::with_capacity(charts.len());
     for chart in &charts {
         let svg = chart.scene.svg(&chart.title)?;
-        save(format!("{}.svg", chart.file), &html::standalone_svg(&svg))?;
-        chart.scene.png(&dir.join(format!("{}.png", chart.file)))?;
-        save(format!("{}.csv", chart.file), &chart.data.to_csv())?;
+        let file = &chart.file;
+        save(dir, &format!("{file}.svg"), html::standalone_svg(&svg))?;
+        save(dir, &format!("{file}.png"), chart.scene.png()?)?;
+        save(dir, &format!("{file}.csv"), chart.data.to_csv())?;
         drawn.push(svg);
     }
     history::keep(dir, report)?;
-    save("summary.json".into(), &table::summary(&overview)?)?;
-    save("index.html".into(), &html::page(&overview, &charts, &drawn))
+    save(dir, "summary.json", table::summary(&overview)?)?;
+    save(dir, "index.html", html::page(&overview, &charts, &drawn))
 }
 
 /// Renames the finished folder to the first free name.
-fn publish(temporary: &Path, parent: &Path, name: &str) -> Result<PathBuf> {
-    for number in 1..10_000 {
-        let target = parent.join(if number == 1 {
-            name.to_string()
-        } else {
-            format!("{name}-{number}")
-        });
-        if target.symlink_metadata().is_ok() {
-            continue;
-        }
-        match fs::rename(temporary, &target) {
-            Ok(()) => return Ok(target),
-            // Another program took the name between the check and the rename: a full folder is
-            // never replaced.
-            Err(_) if target.symlink_metadata().is_ok() => continue,
-            Err(e) => {
-                return Err(e).with_context(|| format!("naming the report {}", target.display()));
-            }
+fn publish(temporary: &mut TemporaryFolder, dir: &Path) -> Result<PathBuf> {
+    let numbered = |number: u32| {
+        let mut name = dir.file_name().unwrap_or_default().to_os_string();
+        name.push(format!("-{number}"));
+        dir.with_file_name(name)
+    };
+    for target in std::iter::once(dir.to_path_buf()).chain((2..10_000).map(numbered)) {
+        let published = temporary.publish(&target);
+        if published.with_context(|| format!("naming the report {}", target.display()))? {
+            return Ok(target);
         }
     }
     bail!(
         "no free name for the report: {} and 9998 numbered ones exist",
-        parent.join(name).display()
+        dir.display()
     )
 }

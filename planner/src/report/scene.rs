@@ -12,7 +12,6 @@ use plotters::prelude::{
 };
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::{FontStyle, TextStyle};
-use std::path::Path;
 use std::sync::LazyLock;
 
 /// Device pixels per scene pixel in both backends: half-pixel positions in SVG, sharp bitmaps.
@@ -257,15 +256,30 @@ impl Scene {
         ))
     }
 
-    /// Writes the picture as a PNG of [`SCALE`] times its size.
-    pub(super) fn png(&self, path: &Path) -> Result<()> {
-        let mut backend = BitMapBackend::new(path, self.device_size());
-        draw(self, &mut backend, |backend, text, _, at| {
-            set_glyphs(backend, text, at)
-        })?;
-        backend
-            .present()
-            .map_err(|e| anyhow!("{}: {e}", path.display()))
+    /// Returns the picture as a PNG of [`SCALE`] times its size.
+    pub(super) fn png(&self) -> Result<Vec<u8>> {
+        let (width, height) = self.device_size();
+        // Three bytes per pixel; the size is bounded.
+        let mut pixels = vec![0; 3 * width as usize * height as usize];
+        {
+            let mut backend = BitMapBackend::with_buffer(&mut pixels, (width, height));
+            draw(self, &mut backend, |backend, text, _, at| {
+                set_glyphs(backend, text, at)
+            })?;
+            backend
+                .present()
+                .map_err(|e| anyhow!("drawing a PNG: {e}"))?;
+        }
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, width, height);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_adaptive_filter(png::AdaptiveFilterType::Adaptive);
+        let mut writer = encoder.write_header().context("encoding a PNG")?;
+        writer
+            .write_image_data(&pixels)
+            .and_then(|()| writer.finish())
+            .context("encoding a PNG")?;
+        Ok(bytes)
     }
 }
 

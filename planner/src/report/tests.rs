@@ -3,6 +3,7 @@
 use super::view::Overview;
 use super::*;
 use std::collections::HashSet;
+use std::fs;
 use tier_plan_runtime::formats::placement::{PerTier, Pins, TierIdx};
 use tier_plan_runtime::formats::record::{LayerRecord, TierRecord};
 

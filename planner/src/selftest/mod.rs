@@ -19,17 +19,18 @@ use table::{Found, Row, Table};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::cuda::{Device, Gpu};
 use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::safely::Temporary;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::shape::{ModelShape, shape_of_file};
 use tier_plan_runtime::plans::in_memory::{all_on_gpu, experts_in_memory};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::limits::{file_system_space, memory_limit};
 use tier_plan_runtime::units::{show_bytes, show_utc};
+use tier_plan_selftest::SelftestError;
 use tier_plan_selftest::gpu_rates::Subject;
 use tier_plan_selftest::speed::{Effort, KV_TYPE, Timed};
 use tier_plan_selftest::suite::{self, DeviceRates, References, Results, Speeds, Watch};
 use tier_plan_selftest::synth::{self, FreeBytes, Shape};
-use tier_plan_selftest::{SelftestError, TemporaryFile};
 
 /// Tokens of greedy text to compare.
 const TOKENS: usize = 64;
@@ -161,7 +162,7 @@ fn text() -> Result<(Arc<Gguf>, Vec<u32>)> {
 /// The model that is timed.
 struct Model {
     /// Removes a synthetic one when all is done.
-    _made: Option<TemporaryFile>,
+    _made: Option<Temporary>,
     path: PathBuf,
     name: String,
     /// Whether its speeds say something about real models.
@@ -244,9 +245,8 @@ fn model(gpu: &Gpu, given: Option<&Path>, scratch: &Path, watch: Watch<'_>) -> R
         disk: file_system_space(scratch).map_or(0, |space| space.free_bytes),
     };
     let shape = Shape::fitting(free);
-    let file = TemporaryFile::new(scratch, "selftest");
     let percent = std::cell::Cell::new(u64::MAX);
-    synth::write(&shape, file.path(), watch.stop, &mut |done, all| {
+    let file = synth::write(&shape, scratch, watch.stop, &mut |done, all| {
         let now = done * 100 / all.max(1);
         if percent.replace(now) != now {
             (watch.step)(&format!(

@@ -148,7 +148,15 @@ impl Kind {
             path: path.into(),
             source,
         };
-        let mut file = File::open(path).map_err(io)?;
+        self.read_from(File::open(path).map_err(io)?, path)
+    }
+
+    /// Reads an open file as [`read`](Self::read) does. `path` is only named in errors.
+    pub fn read_from(&self, mut file: File, path: &Path) -> Result<Vec<u8>, FormatError> {
+        let io = |source| FormatError::Io {
+            path: path.into(),
+            source,
+        };
         let mut bytes = Vec::new();
         (&mut file)
             .take(HEAD_BYTES)

@@ -259,3 +259,11 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Profile, FormatError> {
 pub fn read(path: &Path) -> Result<Profile, FormatError> {
     decode(&PROFILE.read(path)?, path)
 }
+
+/// Reads a profile from an open file. `path` is only named in errors.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_from(file: std::fs::File, path: &Path) -> Result<Profile, FormatError> {
+    decode(&PROFILE.read_from(file, path)?, path)
+}

@@ -2,7 +2,7 @@
 
 use super::synth::{Shape, write};
 use crate::counting::CountingDevice;
-use crate::{SelftestError, Stop, TemporaryFile};
+use crate::{SelftestError, Stop};
 use std::path::Path;
 use std::sync::Arc;
 use tier_plan_cuda::Device;
@@ -61,8 +61,7 @@ fn launches_of_a_token(
     shape: Shape,
     stop: Stop<'_>,
 ) -> Result<u64, SelftestError> {
-    let file = TemporaryFile::new(folder, "launches");
-    write(&shape, file.path(), stop, &mut |_, _| {})?;
+    let file = write(&shape, folder, stop, &mut |_, _| {})?;
     let gguf = Arc::new(Gguf::open(file.path())?);
     let plan = all_on_gpu(
         &shape_of(&gguf, &describe(&gguf)?),

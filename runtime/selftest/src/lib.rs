@@ -35,8 +35,7 @@ pub mod suite;
 pub mod synth;
 pub mod whole_model;
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::PathBuf;
 use thiserror::Error;
 use tier_plan_cuda::CudaError;
 use tier_plan_formats::gguf::GgufError;
@@ -96,33 +95,5 @@ impl SelftestError {
             self,
             SelftestError::Load(LoadError::OnGpu { .. } | LoadError::GpuFull { .. })
         )
-    }
-}
-
-/// A file that is removed when this is dropped.
-#[derive(Debug)]
-pub struct TemporaryFile(PathBuf);
-
-impl TemporaryFile {
-    /// Chooses an unused name in a folder. The file is not created.
-    pub fn new(folder: &Path, name: &str) -> Self {
-        static SERIAL: AtomicU64 = AtomicU64::new(0);
-        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        Self(folder.join(format!(
-            "tier-plan-{}-{serial}-{name}.gguf",
-            std::process::id()
-        )))
-    }
-
-    /// Returns the path of the file.
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for TemporaryFile {
-    fn drop(&mut self) {
-        // The file may never have been written.
-        let _ = std::fs::remove_file(&self.0);
     }
 }

@@ -278,15 +278,13 @@ fn shortened(tokens: usize, seconds: f64, limit: f64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::TemporaryFile;
     use crate::synth::{self, Shape};
     use tier_plan_cuda::shim;
 
     #[test]
     fn a_small_model_is_timed_in_every_setup() {
         let folder = tempfile::tempdir().unwrap();
-        let file = TemporaryFile::new(folder.path(), "speed");
-        synth::write(&Shape::TINY, file.path(), &|| false, &mut |_, _| {}).unwrap();
+        let file = synth::write(&Shape::TINY, folder.path(), &|| false, &mut |_, _| {}).unwrap();
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
         let device: Arc<dyn Device> = shim::shared();
         let effort = Effort {

@@ -216,7 +216,6 @@ pub fn speeds(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::TemporaryFile;
     use crate::gpu_rates::{self, HostMemory};
     use crate::synth::{self, Shape};
     use std::cell::RefCell;
@@ -330,8 +329,7 @@ mod tests {
         let rates = device_rates(&mut subject, watch).unwrap();
         assert!(rates.copy_gbps > 0.0 && rates.products.len() == TensorType::ALL.len());
 
-        let file = TemporaryFile::new(folder.path(), "all");
-        synth::write(&Shape::TINY, file.path(), &|| false, &mut |_, _| {}).unwrap();
+        let file = synth::write(&Shape::TINY, folder.path(), &|| false, &mut |_, _| {}).unwrap();
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
         let effort = Effort {
             prompt: 16,

@@ -4,10 +4,10 @@
 
 use crate::{SelftestError, Stop};
 use half::f16;
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use tier_plan_formats::gguf::{BadTensor, Draft, DraftTensor, Value};
+use tier_plan_formats::safely::Temporary;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::random::Random;
 
@@ -188,21 +188,22 @@ impl Shape {
     }
 }
 
-/// Writes a model. `progress` receives the bytes written and the total.
+/// Writes a model into a temporary file in a folder. `progress` receives the bytes written and the
+/// total.
 ///
 /// # Errors
-/// When the sizes are unsupported, writing fails, or `stop` returns true. A partial file is left
-/// behind.
+/// When the sizes are unsupported, writing fails, or `stop` returns true.
 pub fn write(
     shape: &Shape,
-    path: &Path,
+    folder: &Path,
     stop: Stop<'_>,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<(), SelftestError> {
+) -> Result<Temporary, SelftestError> {
     let failed = |source| SelftestError::Write {
-        path: path.into(),
+        path: folder.into(),
         source,
     };
+    let temporary = Temporary::create(folder).map_err(failed)?;
     let draft = shape.draft().map_err(|bad| failed(io::Error::other(bad)))?;
     let (mut done, total) = (0, draft.file_bytes());
     let mut fill = |tensor: &DraftTensor, out: &mut dyn Write| {
@@ -225,15 +226,18 @@ pub fn write(
             _ => blocks(&mut random, tensor, out, &mut tell),
         }
     };
-    let written =
-        File::create(path).and_then(|file| draft.write(&mut BufWriter::new(file), &mut fill));
+    let mut file = BufWriter::new(temporary.file());
+    let written = draft.write(&mut file, &mut fill);
+    let written = written.and_then(|_| file.flush());
+    drop(file);
     written.map_err(|error| {
         if stop() {
             SelftestError::Stopped
         } else {
             failed(error)
         }
-    })
+    })?;
+    Ok(temporary)
 }
 
 /// Writes random blocks whose values are about as large as those of a trained matrix of this width.
@@ -305,7 +309,6 @@ fn router(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::TemporaryFile;
     use std::sync::Arc;
     use tier_plan_formats::gguf::Gguf;
     use tier_plan_formats::model::kv::KvType;
@@ -318,11 +321,13 @@ mod tests {
     #[test]
     fn a_model_opens_and_its_passes_are_finite() {
         let folder = tempfile::tempdir().unwrap();
-        let file = TemporaryFile::new(folder.path(), "tiny");
         let mut told = (0, 0);
-        write(&Shape::TINY, file.path(), &|| false, &mut |done, total| {
-            told = (done, total)
-        })
+        let file = write(
+            &Shape::TINY,
+            folder.path(),
+            &|| false,
+            &mut |done, total| told = (done, total),
+        )
         .unwrap();
         let bytes = std::fs::metadata(file.path()).unwrap().len();
         assert_eq!(Some(bytes), Shape::TINY.file_bytes());
