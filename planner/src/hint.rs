@@ -94,7 +94,9 @@ fn of_other(other: NotAModel) -> &'static str {
             "`tier-plan profile --from-imatrix` reads it; to run a model, name the model's file"
         }
         NotAModel::ControlVector => "name the model that the control vector is for",
-        NotAModel::Vocabulary => "name a .gguf file with weights; `tier-plan tokenize` takes this one",
+        NotAModel::Vocabulary => {
+            "name a .gguf file with weights; `tier-plan tokenize` takes this one"
+        }
         NotAModel::Encoder
         | NotAModel::TextDiffusion
         | NotAModel::ImageDiffusion
