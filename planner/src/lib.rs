@@ -19,6 +19,7 @@ pub mod explain;
 pub mod export;
 pub mod hint;
 pub mod host;
+pub mod input;
 pub mod interrupt;
 pub mod json;
 pub mod opening;

@@ -6,10 +6,10 @@ use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit};
 use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::session::{Prepared, Session};
-use crate::{host, print};
+use crate::{host, input, print};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -293,18 +293,14 @@ fn json(record: &RunRecord, text: &str) -> Result<serde_json::Value> {
 fn prompt_text(args: &RunArgs) -> Result<String> {
     match (&args.prompt, &args.file) {
         (Some(text), _) => Ok(text.clone()),
-        (None, Some(path)) if path.as_os_str() != "-" => std::fs::read_to_string(path)
-            .with_context(|| format!("reading the prompt {}", path.display())),
+        (None, Some(path)) if path.as_os_str() != "-" => input::read_text(path, "the prompt"),
         (None, None) if std::io::stdin().is_terminal() => {
             let missing = || bail!("no text to continue");
             missing().hint("pass --prompt TEXT or --file FILE, or pipe the text in")
         }
         _ => {
-            let mut text = String::new();
-            std::io::stdin()
-                .read_to_string(&mut text)
-                .context("reading the prompt from standard input")?;
-            Ok(text)
+            let named = "reading the prompt from standard input";
+            input::read_limited(std::io::stdin().lock(), input::MAX_TEXT_BYTES, named)
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Reads calibration prompts: a folder with one folder per domain, each with text files.
 
+use crate::input::read_text;
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::profile::Split;
@@ -32,8 +33,7 @@ pub fn read(folder: &Path) -> Result<Vec<Prompt>> {
             .into_iter()
             .filter(|p| p.extension().is_some_and(|e| e == "txt"))
         {
-            let text = std::fs::read_to_string(&file)
-                .with_context(|| format!("reading the prompt {}", file.display()))?;
+            let text = read_text(&file, "the prompt")?;
             ensure!(
                 !text.trim().is_empty(),
                 "the prompt {} has no text; write some, or remove it",
