@@ -5,6 +5,7 @@ mod common;
 mod driver;
 
 mod bad_input;
+mod before_weights;
 #[cfg(unix)]
 mod faults;
 mod golden_quant;

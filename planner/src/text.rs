@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use tier_plan_runtime::units::show_bytes;
 
 /// Longest text in bytes, many times what any context holds.
 const MAX_TEXT_BYTES: u64 = 256 << 20;
@@ -34,7 +35,13 @@ pub fn read(name: &str, reader: impl Read) -> Result<String> {
         .read_to_end(&mut bytes)
         .with_context(|| format!("reading {name}"))?;
     if bytes.len() as u64 > MAX_TEXT_BYTES {
-        bail!("{name}: more than {MAX_TEXT_BYTES} bytes, expected fewer");
+        let large = || {
+            bail!(
+                "{name}: expected at most {} of text",
+                show_bytes(MAX_TEXT_BYTES)
+            )
+        };
+        return large().hint("pass a shorter text");
     }
     decode(name, bytes)
 }

@@ -102,13 +102,7 @@ impl Disk {
         let mut experts = Vec::new();
         for (_, moe) in spec.moe_layers() {
             let slice = |id: usize, expert: usize| {
-                let tensor = &gguf.tensors()[id];
-                let len = tensor.n_bytes as usize / moe.n_expert;
-                Extent {
-                    part: tensor.part,
-                    offset: tensor.offset + (expert * len) as u64,
-                    len,
-                }
+                Extent::of_slice(&gguf.tensors()[id], expert, moe.n_expert)
             };
             experts.extend(
                 (0..moe.n_expert).map(|e| moe.expert_tensors().map(|id| slice(id, e)).collect()),

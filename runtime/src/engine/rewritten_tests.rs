@@ -134,6 +134,48 @@ fn fused_gates_and_ups_are_the_same() {
 }
 
 #[test]
+fn experts_apart_are_the_same_as_stacked() {
+    for name in ["olmoe", "qwen2moe"] {
+        let plain = fixture(name);
+        let mut apart = plain.clone();
+        let n_expert = plain.count(&format!("{name}.expert_count")) as usize;
+        for i in 0..blocks(&plain, name) {
+            for matrix in ["gate", "up", "down"] {
+                let stacked = apart.take(&format!("blk.{i}.ffn_{matrix}_exps.weight"));
+                let Some(stacked) = stacked else { continue };
+                let size = stacked.data.len() / n_expert;
+                // Backwards, so that no stride leads from one expert to the next.
+                for expert in (0..n_expert).rev() {
+                    let mut one = stacked.clone();
+                    one.name = format!("blk.{i}.ffn_{matrix}.{expert}.weight");
+                    one.dims.pop();
+                    one.data = stacked.data[expert * size..][..size].to_vec();
+                    apart.tensors.push(one);
+                }
+            }
+        }
+        assert!(apart.tensors.len() > plain.tensors.len());
+        assert!(logits(&apart) == logits(&plain), "{name}");
+    }
+}
+
+#[test]
+fn the_older_key_of_linear_scaling_counts_where_the_newer_is_missing() {
+    let plain = fixture("olmoe");
+    let with = |keys: &[(&str, f32)]| {
+        let mut writer = plain.clone();
+        for (key, value) in keys {
+            writer.set(&format!("olmoe.rope.{key}"), Value::F32(*value));
+        }
+        logits(&writer)
+    };
+    let newer = with(&[("scaling.factor", 4.0)]);
+    assert!(newer != logits(&plain));
+    assert!(with(&[("scale_linear", 4.0)]) == newer);
+    assert!(with(&[("scale_linear", 2.0), ("scaling.factor", 4.0)]) == newer);
+}
+
+#[test]
 fn biases_of_experts_may_be_of_any_float_type() {
     let plain = fixture("gpt-oss");
     let mut narrow = plain.clone();

@@ -59,7 +59,8 @@ pub enum ChecksumError {
 
 /// Returns the number of slices of each tensor, `[n_tensors]`.
 fn slice_counts(gguf: &Gguf, spec: &ModelSpec) -> Vec<usize> {
-    let mut counts = vec![1; gguf.tensors().len()];
+    let tensors = gguf.tensors().iter();
+    let mut counts: Vec<usize> = tensors.map(|t| t.slices.len().max(1)).collect();
     for (_, moe) in spec.moe_layers() {
         moe.expert_tensors()
             .for_each(|id| counts[id] = moe.n_expert);
@@ -69,13 +70,7 @@ fn slice_counts(gguf: &Gguf, spec: &ModelSpec) -> Vec<usize> {
 
 /// Returns the location of a slice of a tensor with `n_slices` of them.
 fn extent(gguf: &Gguf, id: TensorId, n_slices: usize, slice: usize) -> Extent {
-    let info = &gguf.tensors()[id];
-    let len = info.n_bytes as usize / n_slices;
-    Extent {
-        part: info.part,
-        offset: info.offset + (slice * len) as u64,
-        len,
-    }
+    Extent::of_slice(&gguf.tensors()[id], slice, n_slices)
 }
 
 /// Cuts all slices into chunks, in the order of tensors and slices. A chunk never spans two slices.
@@ -271,7 +266,8 @@ impl Checksums {
             let at = next.fetch_add(1, Ordering::Relaxed);
             let TensorSlice { tensor, slice } = *slices.get(at)?;
             let len = extent_of(slices[at]).len;
-            let bytes = &gguf.bytes(&gguf.tensors()[tensor])[slice * len..(slice + 1) * len];
+            let info = &gguf.tensors()[tensor];
+            let bytes = gguf.slice(info, slice, self.sums[tensor].len());
             if let Err(found) = compare(bytes, self.sums[tensor][slice]) {
                 let mut damaged = damaged.lock().unwrap_or_else(|e| e.into_inner());
                 if damaged.is_none_or(|(first, _)| at < first) {

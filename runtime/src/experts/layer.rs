@@ -23,6 +23,8 @@ pub(super) struct Part {
     /// Offset of the slice's first page in a buffer of [whole pages](Layout::WholePages).
     page_offset: usize,
     pub(super) slice_bytes: usize,
+    /// Slices of the tensor: one per expert.
+    pub(super) n_slices: usize,
 }
 
 /// Where one slice of an expert is.
@@ -96,11 +98,7 @@ impl Part {
     /// Returns the location of an expert's slice in the model's file.
     fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
         let info = &gguf.tensors()[self.tensor];
-        Extent {
-            part: info.part,
-            offset: info.offset + (expert * self.slice_bytes) as u64,
-            len: self.slice_bytes,
-        }
+        Extent::of_slice(info, expert, self.n_slices)
     }
 }
 
@@ -122,6 +120,7 @@ impl LayerExperts {
                 packed_offset: expert_bytes,
                 page_offset: paged_bytes,
                 slice_bytes,
+                n_slices: moe.n_expert,
             };
             expert_bytes += slice_bytes;
             let pages = (0..moe.n_expert).map(|expert| part.extent(gguf, expert).pages_bytes());

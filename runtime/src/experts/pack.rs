@@ -180,16 +180,15 @@ fn same_bytes(
 ) -> io::Result<bool> {
     let mut at = offset;
     for id in moe.expert_tensors() {
-        let all = gguf.bytes(&gguf.tensors()[id]);
-        let len = all.len() / moe.n_expert;
-        let expected = &all[expert * len..][..len.min(SAMPLE_BYTES)];
+        let slice = gguf.slice(&gguf.tensors()[id], expert, moe.n_expert);
+        let expected = &slice[..slice.len().min(SAMPLE_BYTES)];
         let mut found = vec![0; expected.len()];
         file.seek(SeekFrom::Start(at))?;
         file.read_exact(&mut found)?;
         if found != expected {
             return Ok(false);
         }
-        at += len as u64;
+        at += slice.len() as u64;
     }
     Ok(true)
 }

@@ -465,8 +465,8 @@ impl ExpertStore {
         expert: ExpertId,
     ) -> ExpertView<'a> {
         layer.view(|part| {
-            let tensor = self.gguf.bytes(&self.gguf.tensors()[part.tensor]);
-            &tensor[expert.index() * part.slice_bytes..][..part.slice_bytes]
+            let tensor = &self.gguf.tensors()[part.tensor];
+            self.gguf.slice(tensor, expert.index(), part.n_slices)
         })
     }
 

@@ -25,6 +25,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tier_plan_formats::gguf::TensorInfo;
 
 /// Reader threads, and so reads in flight at once. Drives reach their rate only at high queue
 /// depths, and a thread that waits for a drive costs little.
@@ -45,6 +46,16 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// Returns the location of slice `index` of a tensor's `n` slices.
+    pub fn of_slice(tensor: &TensorInfo, index: usize, n: usize) -> Self {
+        let place = tensor.slice(index, n);
+        Self {
+            part: place.part,
+            offset: place.offset,
+            len: place.n_bytes as usize,
+        }
+    }
+
     /// Returns the distance of the first byte from the beginning of its page.
     pub fn head(&self) -> usize {
         (self.offset % ALIGN as u64) as usize

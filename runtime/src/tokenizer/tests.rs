@@ -183,7 +183,7 @@ fn a_prompt_begins_with_one_bos_and_never_ends_in_eos() {
     assert_eq!(SCORED.encode("<s>the", true).unwrap(), bos_the);
     // A person's text that looks like BOS is not one.
     let typed = SCORED
-        .encode_prompt("<s>the", std::slice::from_ref(&(0..3)))
+        .encode_prompt("<s>the", std::slice::from_ref(&(0..3)), usize::MAX)
         .unwrap();
     assert_eq!(typed[0], 1);
     assert!(!typed[1..].contains(&1), "{typed:?}");

@@ -20,6 +20,7 @@ mod header;
 mod map;
 mod pieces;
 mod split;
+mod stack;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]
@@ -29,7 +30,9 @@ mod write;
 
 pub use bus::report_bus_errors;
 pub use error::GgufError;
-pub use header::{Header, MAX_ARRAY, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS, TensorInfo};
+pub use header::{
+    Header, MAX_ARRAY, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS, SlicePlace, TensorInfo,
+};
 pub use map::Advice;
 pub use value::{ArrayValue, Value};
 pub use write::{BadTensor, Draft, DraftTensor};
@@ -188,6 +191,12 @@ impl Gguf {
             );
             return Err(GgufError::split(&first, what));
         }
+        let tensors = stack::stack(tensors, &first)?;
+        let names = tensors
+            .iter()
+            .enumerate()
+            .map(|(i, t)| (t.name.clone(), i))
+            .collect();
         let keys: HashMap<String, usize> = metadata
             .iter()
             .enumerate()
@@ -294,14 +303,27 @@ impl Gguf {
     /// they are touched, and dropped under memory pressure.
     ///
     /// # Panics
-    /// If the tensor is of another model.
+    /// If the tensor is of another model, or holds experts that lie apart.
     pub fn bytes(&self, tensor: &TensorInfo) -> &[u8] {
+        self.slice(tensor, 0, 1)
+    }
+
+    /// Returns the bytes of the slice `index` of a tensor's `n` equal slices; see
+    /// [`bytes`](Self::bytes).
+    ///
+    /// # Panics
+    /// If the tensor is of another model or has no such slice.
+    pub fn slice(&self, tensor: &TensorInfo, index: usize, n: usize) -> &[u8] {
         // In range for tensors of this model: checked when the file was opened, and a mapping has a
         // fixed length.
-        let start = tensor.offset as usize;
-        let part = &self.parts[tensor.part];
+        let SlicePlace {
+            part,
+            offset,
+            n_bytes,
+        } = tensor.slice(index, n);
+        let part = &self.parts[part];
         let bytes = part.copied.as_ref().map_or(part.map.bytes(), Copied::bytes);
-        &bytes[start..start + tensor.n_bytes as usize]
+        &bytes[offset as usize..][..n_bytes as usize]
     }
 
     /// Tells the system how `len` bytes from byte `start` of the tensor on will be read. A hint: it

@@ -130,6 +130,71 @@ impl NotAModel {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{ModelError, describe};
     use super::*;
-    use crate::gguf::testing::{Build, SIZE_F32};
+    use crate::gguf::testing::Writer;
+    use crate::gguf::{ArrayValue, Value};
+    use tier_plan_kernels::quant::TensorType;
+
+    fn found(writer: Writer) -> Option<NotAModel> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("m.gguf");
+        std::fs::write(&path, writer.finish()).unwrap();
+        match describe(&Gguf::open(&path).unwrap()) {
+            Err(ModelError::NotAModel(other)) => Some(other),
+            Err(_) => None,
+            Ok(_) => panic!("described"),
+        }
+    }
+
+    fn text(key: &str, value: &str) -> Writer {
+        Writer::default().key(key, Value::Str(value.into())).tensor(
+            "t",
+            TensorType::F32,
+            &[1],
+            vec![0; 4],
+        )
+    }
+
+    fn tensors(names: &[&str]) -> Writer {
+        names.iter().fold(Writer::default(), |writer, name| {
+            writer.tensor(name, TensorType::F32, &[1], vec![0; 4])
+        })
+    }
+
+    #[test]
+    fn files_are_known_by_type_architecture_or_content() {
+        for (kind, other) in [
+            ("adapter", NotAModel::Adapter),
+            ("mmproj", NotAModel::Projector),
+            ("imatrix", NotAModel::ImportanceMatrix),
+        ] {
+            let writer = text("general.type", kind);
+            let named = writer.key("general.architecture", Value::Str("llama".into()));
+            assert_eq!(found(named), Some(other));
+        }
+        for (arch, other) in [
+            ("clip", NotAModel::Projector),
+            ("controlvector", NotAModel::ControlVector),
+            ("bert", NotAModel::Encoder),
+            ("llada", NotAModel::TextDiffusion),
+            ("flux", NotAModel::ImageDiffusion),
+            ("wavtokenizer-dec", NotAModel::Speech),
+        ] {
+            assert_eq!(found(text("general.architecture", arch)), Some(other));
+        }
+        let adapter = tensors(&["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]);
+        assert_eq!(found(adapter), Some(NotAModel::Adapter));
+        let matrix = tensors(&["output.weight.in_sum2", "output.weight.counts"]);
+        assert_eq!(found(matrix), Some(NotAModel::ImportanceMatrix));
+        assert_eq!(
+            found(tensors(&["direction.1"])),
+            Some(NotAModel::ControlVector)
+        );
+        let tokens = Value::Array(ArrayValue::Str(vec!["a".into()]));
+        let vocabulary = Writer::default().key("tokenizer.ggml.tokens", tokens);
+        assert_eq!(found(vocabulary), Some(NotAModel::Vocabulary));
+        assert_eq!(found(text("general.architecture", "llama")), None);
+        assert_eq!(found(text("general.architecture", "no-such")), None);
+    }
 }

@@ -27,6 +27,18 @@ fn message(path: &Path) -> String {
 }
 
 #[test]
+fn parts_joined_by_bytes_are_no_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut bytes = part(0, 2, 2, "a");
+    bytes.extend(part(1, 2, 2, "b"));
+    for name in ["m.gguf", "m-00001-of-00002.gguf"] {
+        let path = put(folder.path(), name, &bytes);
+        let message = message(&path);
+        assert!(message.contains("joined by bytes"), "{message}");
+    }
+}
+
+#[test]
 fn any_part_opens_the_whole_model() {
     let mut ids = Vec::new();
     for number in 1..=3 {
