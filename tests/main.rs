@@ -10,9 +10,12 @@ mod faults;
 mod golden_quant;
 #[cfg(target_os = "linux")]
 mod gpu_driver;
+mod hostile;
 mod main_job;
 mod other_engines;
 mod selftest;
+#[cfg(unix)]
+mod signals;
 mod slot_policies;
 mod store;
 mod what_if;

@@ -3,16 +3,19 @@
 use crate::budget::{self, Chosen, Model};
 use crate::hint::HintExt;
 use crate::opening::{Opening, check_threads, naming};
+use crate::printable::printable;
 use crate::store::{self, Start};
 use crate::{progress, verify};
 use anyhow::{Context, Result, anyhow};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::machine::TierKind;
+use tier_plan_runtime::formats::placement::{Placement, PlanTier};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
+use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_runtime::units::show_bytes;
@@ -86,6 +89,7 @@ impl Session {
             checks,
             pack,
             stream: None,
+            cancel: crate::interrupt::request(),
         };
         let loaded = Self::load_with(Arc::new(gguf), &plan, &options);
         let mut session = loaded.map_err(|e| naming(model, e))?;
@@ -109,6 +113,7 @@ impl Session {
             plan,
             &LoadOptions {
                 threads,
+                cancel: crate::interrupt::request(),
                 ..LoadOptions::default()
             },
         )
@@ -122,6 +127,7 @@ impl Session {
             );
             return Err(anyhow!(empty)).hint("solve again with a larger --context");
         }
+        check_memory(plan)?;
         let started = Instant::now();
         let bar = progress::bytes("loading");
         let engine = Engine::load(Arc::clone(&gguf), plan, options, &mut |done, total| {
@@ -171,12 +177,14 @@ impl Session {
         } else if plan.solver.backend == "none" {
             lines.push(format!(
                 "no plan given: '{}', with as many slots in every layer as fit",
-                plan.name
+                printable(&plan.name)
             ));
         } else {
             lines.push(format!(
                 "plan '{}' ({} by {})",
-                plan.name, plan.solver.status, plan.solver.backend
+                printable(&plan.name),
+                plan.solver.status,
+                plan.solver.backend
             ));
         }
         let padding = self.engine.padding_bytes();
@@ -201,7 +209,7 @@ impl Session {
             };
             lines.push(format!(
                 "  {}{emulated}: {} planned, {} counted: {verdict}{beside}",
-                t.tier.name,
+                printable(&t.tier.name),
                 show_bytes(t.used_bytes()),
                 show_bytes(*resident)
             ));
@@ -223,6 +231,29 @@ impl Session {
         self.start
             .as_ref()
             .map_or(Ok(()), |start| start.keep(&self.engine))
+    }
+}
+
+/// Fails if a plan takes more memory than this process may hold: the system would end it.
+fn check_memory(plan: &Placement) -> Result<()> {
+    let in_memory = |t: &&PlanTier| t.tier.kind != TierKind::Vram || t.tier.emulated;
+    // The last tier is the file itself, whose pages the system can drop.
+    let upper = plan.tiers.iter().take(plan.tiers.len().saturating_sub(1));
+    let bytes = upper
+        .filter(in_memory)
+        .fold(0u64, |sum, t| sum.saturating_add(t.used_bytes()));
+    match memory_limit() {
+        Some(limit) if bytes > limit.bytes => {
+            let short = format!(
+                "plan '{}' takes {} of main memory, expected at most {}, the {}",
+                plan.name,
+                show_bytes(bytes),
+                show_bytes(limit.bytes),
+                limit.source
+            );
+            Err(anyhow!(short)).hint("solve again with a smaller --budget, or free some memory")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -8,6 +8,7 @@ pub mod template;
 #[cfg(test)]
 mod tests;
 
+use crate::printable::printable;
 use anyhow::{Context, Result, ensure};
 use std::io::{BufRead, Read, Write};
 use std::ops::ControlFlow;
@@ -16,7 +17,7 @@ use template::{Message, Role, Template};
 use tier_plan_runtime::engine::generate::{Limits, Stop, generate};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::{Engine, LogitsMode};
+use tier_plan_runtime::{Engine, LogitsMode, RunError};
 
 /// Longest line of a message in bytes, far more than any context holds.
 const MAX_LINE_BYTES: u64 = 64 << 20;
@@ -122,7 +123,10 @@ impl<'a> Chat<'a> {
         }
         loop {
             // Without a terminal, an interruption ends the chat and not only the answer.
-            if self.options.prompt.is_empty() && (self.options.signals.interrupted)() {
+            let interrupted =
+                self.options.prompt.is_empty() && (self.options.signals.interrupted)();
+            // SIGTERM and SIGHUP end the chat in any case.
+            if interrupted || crate::interrupt::terminated() {
                 return Ok(());
             }
             write!(output, "{}", self.options.prompt)?;
@@ -297,8 +301,11 @@ impl<'a> Chat<'a> {
         let mut rest = &ids[kept..];
         while rest.len() > slice && !interrupted() {
             let (now, after) = rest.split_at(slice);
-            self.engine.forward(now, LogitsMode::Last)?;
-            rest = after;
+            match self.engine.forward(now, LogitsMode::Last) {
+                Ok(_) => rest = after,
+                Err(RunError::Canceled) => break,
+                Err(error) => return Err(error.into()),
+            }
         }
         let mut answer = String::new();
         let mut n_answer = 0;
@@ -337,7 +344,7 @@ impl<'a> Chat<'a> {
             self.held.extend(&generated.tokens);
             match generated.stop {
                 Stop::ContextFull => write!(output, "\n(the context is full)")?,
-                Stop::Caller => write!(output, "\n(stopped)")?,
+                Stop::Caller | Stop::Canceled => write!(output, "\n(stopped)")?,
                 Stop::Limit | Stop::EndToken => {}
             }
         } else {
@@ -387,7 +394,8 @@ impl<'a> Chat<'a> {
         }
         for (tier, bytes) in self.engine.plan().tiers.iter().zip(&counters.read_bytes) {
             let each = *bytes as f64 / counters.decode_tokens.max(1) as f64 / 1e6;
-            writeln!(output, "{}: {each:.2} MB read per token", tier.tier.name)?;
+            let name = printable(&tier.tier.name);
+            writeln!(output, "{name}: {each:.2} MB read per token")?;
         }
         writeln!(
             output,

@@ -9,7 +9,7 @@ use crate::session::Session;
 use crate::{host, print};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::io::{IsTerminal, Read, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -201,6 +201,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if let Some(path) = &args.record {
         record.write(path)?;
     }
+    // Before anything is printed: a closed pipe ends the program there.
+    session.keep()?;
     if args.format.json {
         println!(
             "{}",
@@ -218,7 +220,6 @@ pub fn run(args: &RunArgs) -> Result<()> {
             print::layers(&record);
         }
     }
-    session.keep()?;
     // Only now, so that an interrupted run is reported and its slots are kept.
     if crate::interrupt::interrupted() {
         Err(crate::interrupt::Interrupted.into())
@@ -272,14 +273,15 @@ fn print_answer(
     )?;
     let tail = stream.finish();
     answer.push_str(&tail);
-    if let Some(error) = write_error {
-        print::cannot_print(&error);
+    if as_text && write_error.is_none() {
+        write_error = writeln!(output, "{tail}").err();
     }
     drop(output);
-    if as_text {
-        println!("{tail}");
+    // A reader that has gone, as in `| head`, has what it wanted, and the record is still kept.
+    match write_error {
+        Some(error) if error.kind() != ErrorKind::BrokenPipe => print::cannot_print(&error),
+        _ => Ok((generated, answer)),
     }
-    Ok((generated, answer))
 }
 
 /// Returns the record with the generated text.
