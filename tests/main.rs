@@ -11,12 +11,15 @@ mod faults;
 mod golden_quant;
 #[cfg(target_os = "linux")]
 mod gpu_driver;
+mod hostile;
 mod main_job;
 mod other_engines;
 #[cfg(target_os = "linux")]
 mod outputs;
 mod prompts;
 mod selftest;
+#[cfg(unix)]
+mod signals;
 mod slot_policies;
 mod store;
 mod what_if;

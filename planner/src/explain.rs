@@ -6,6 +6,7 @@
 //! side of each border, are the reason for where things are.
 
 use crate::cost::{ExpertStage, FixedTimes, outcomes, stage_mean_s};
+use crate::printable::printable;
 use crate::profile::{Evidence, LayerEvidence};
 use crate::solve::{Problem, shadow_prices};
 use anyhow::{Result, ensure};
@@ -109,7 +110,7 @@ pub fn explain(
     ensure!(
         wrong.is_empty(),
         "the plan '{}' does not hold for this model and profile: {}; give those that it was made from",
-        plan.name,
+        printable(&plan.name),
         wrong.join("; ")
     );
     let machine = machine_of(plan);

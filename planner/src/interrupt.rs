@@ -1,58 +1,62 @@
-//! Ctrl-C: a flag that long work polls, and what a waiting chat does with it.
+//! Ctrl-C, SIGTERM and SIGHUP: a request that long work polls, and what a waiting chat does with
+//! one.
 
 use std::io::IsTerminal;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::LazyLock;
+use tier_plan_runtime::Cancel;
+use tier_plan_runtime::tiers::signals::{self, OnSignal};
 
-/// Whether Ctrl-C was pressed.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// The request of the last signal.
+static INTERRUPTED: LazyLock<Cancel> = LazyLock::new(Cancel::default);
 
-/// Whether a chat is waiting for a message, so that Ctrl-C has nothing to stop.
-static WAITING: AtomicBool = AtomicBool::new(false);
-
-/// Whether a [`Catching`] exists, so that [`interrupted`] is polled.
-static CATCHING: AtomicBool = AtomicBool::new(false);
-
-/// Guard while which Ctrl-C sets a flag instead of ending the program. A second Ctrl-C ends it.
-#[must_use = "Ctrl-C sets the flag only while this lives"]
+/// Guard while which a first signal requests an end instead of ending the program. A second one
+/// ends it.
+#[must_use = "signals set the request only while this lives"]
 pub struct Catching(());
 
 impl Drop for Catching {
     fn drop(&mut self) {
-        CATCHING.store(false, Ordering::SeqCst);
+        signals::set_action(OnSignal::End);
     }
 }
 
-/// Makes Ctrl-C set the flag that [`interrupted`] returns, for callers that poll it often. Not for
-/// loading a model, which may take minutes and can be ended at once.
+/// Makes signals set the request that [`interrupted`] returns, for callers that poll it often. Not
+/// for work that leaves nothing behind and can be ended at once, such as loading a model.
 pub fn catch_interrupts() -> Catching {
-    // Fails only if a handler is set already, and then that one serves.
-    let _ = ctrlc::set_handler(|| {
-        let waiting = WAITING.load(Ordering::SeqCst);
-        // A chat that reads from a pipe gets no further messages after Ctrl-C.
-        let idle = !CATCHING.load(Ordering::SeqCst) || (waiting && !std::io::stdin().is_terminal());
-        if idle || INTERRUPTED.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        if waiting {
-            eprintln!("\n(Ctrl-C again, Ctrl-D or /quit ends)");
-        }
-    });
-    CATCHING.store(true, Ordering::SeqCst);
+    signals::set_action(OnSignal::Cancel);
+    signals::handle(&INTERRUPTED);
     Catching(())
 }
 
-/// Returns whether Ctrl-C was pressed.
+/// Returns whether a signal asked for an end.
 pub fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::SeqCst)
+    INTERRUPTED.is_requested()
+}
+
+/// Returns the request itself, for an engine that polls it inside a pass.
+pub fn request() -> Cancel {
+    INTERRUPTED.clone()
+}
+
+/// Returns whether a signal asked the whole program to end, not only what it does at the moment:
+/// SIGTERM or SIGHUP.
+pub fn terminated() -> bool {
+    signals::termination().is_some()
 }
 
 /// Sets whether a chat is waiting for a message, and forgets an earlier Ctrl-C.
 pub fn waiting(yes: bool) {
-    WAITING.store(yes, Ordering::SeqCst);
-    INTERRUPTED.store(false, Ordering::SeqCst);
+    let action = match yes {
+        false => OnSignal::Cancel,
+        true if std::io::stdin().is_terminal() => OnSignal::AtPrompt,
+        // A chat that reads from a pipe gets no further messages after Ctrl-C.
+        true => OnSignal::End,
+    };
+    signals::set_action(action);
+    INTERRUPTED.withdraw();
 }
 
-/// Ctrl-C ended a command early: exit code 130 and no error message.
+/// A signal ended a command early: no error message, and the exit code of [`exit_code`].
 #[derive(Debug)]
 pub struct Interrupted;
 
@@ -63,3 +67,8 @@ impl std::fmt::Display for Interrupted {
 }
 
 impl std::error::Error for Interrupted {}
+
+/// Returns the exit code that a shell expects after the last signal, 130 after Ctrl-C.
+pub fn exit_code() -> u8 {
+    signals::exit_code()
+}

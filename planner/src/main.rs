@@ -1,10 +1,10 @@
 //! `tier-plan`: parses the command line, dispatches, and prints the error chain once.
 #![forbid(unsafe_code)]
 
-use std::io::Write;
 use std::process::ExitCode;
-use tier_plan_planner::interrupt::Interrupted;
-use tier_plan_planner::{cmd, hint};
+use tier_plan_planner::interrupt::{self, Interrupted};
+use tier_plan_planner::{cmd, print};
+use tier_plan_runtime::RunError;
 use tier_plan_runtime::formats::safely;
 
 fn main() -> ExitCode {
@@ -17,13 +17,20 @@ fn main() -> ExitCode {
     match cmd::dispatch(command) {
         Ok(()) => ExitCode::SUCCESS,
         // The exit code that a shell expects after Ctrl-C; no message, since the user knows.
-        Err(error) if error.is::<Interrupted>() => ExitCode::from(130),
+        Err(error) if error.is::<Interrupted>() || is_canceled(&error) => {
+            ExitCode::from(interrupt::exit_code())
+        }
         Err(error) => {
-            let hint =
-                hint::hint_for(&error).map_or(String::new(), |hint| format!("\nhint: {hint}"));
-            // A closed standard error leaves no place for a message.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}{hint}");
+            print::error(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether a signal ended a pass whose command has nothing to keep.
+fn is_canceled(error: &anyhow::Error) -> bool {
+    let is = |cause: &(dyn std::error::Error + 'static)| {
+        matches!(cause.downcast_ref(), Some(RunError::Canceled))
+    };
+    error.chain().any(is)
 }

@@ -8,6 +8,7 @@
 //! This module knows logits and log-probabilities, but neither files nor the engine.
 
 use tier_plan_runtime::formats::logprobs::Row;
+use tier_plan_runtime::kernels::scoped::spawn_or_run;
 
 /// Range of a [`Row`] in nats below the most likely token. Rarer tokens count as that rare.
 const ROW_NATS: f64 = 24.0;
@@ -81,7 +82,7 @@ pub fn in_parallel<T: Send>(threads: usize, items: &mut [T], work: impl Fn(usize
     std::thread::scope(|scope| {
         for (part, items) in items.chunks_mut(share).enumerate() {
             let work = &work;
-            scope.spawn(move || {
+            spawn_or_run(scope, move || {
                 for (i, item) in items.iter_mut().enumerate() {
                     work(part * share + i, item);
                 }

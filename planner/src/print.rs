@@ -3,8 +3,9 @@
 //!
 //! The standard library's macros panic when the reader of a pipe has gone, as in `| head`. These
 //! macros of equal names end the program quietly on standard output, and continue without standard
-//! error.
+//! error. What they print has no control characters, wherever its parts come from.
 
+use crate::printable::{lines, one_line, printable};
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord};
@@ -27,7 +28,7 @@ macro_rules! eprintln {
 
 /// Writes to standard output, for `print!` and `println!`.
 pub fn out(text: Arguments<'_>) {
-    if let Err(error) = std::io::stdout().write_fmt(text) {
+    if let Err(error) = write(&mut std::io::stdout(), text) {
         cannot_print(&error);
     }
 }
@@ -35,7 +36,22 @@ pub fn out(text: Arguments<'_>) {
 /// Writes to standard error, for `eprintln!`.
 pub fn err(text: Arguments<'_>) {
     // A closed standard error leaves no place for a message.
-    let _ = std::io::stderr().write_fmt(text);
+    let _ = write(&mut std::io::stderr(), text);
+}
+
+fn write(to: &mut impl Write, text: Arguments<'_>) -> std::io::Result<()> {
+    match text.as_str() {
+        Some(text) => to.write_all(text.as_bytes()),
+        None => to.write_all(lines(&text.to_string()).as_bytes()),
+    }
+}
+
+/// Prints an error, and advice on it, each on a line of its own.
+pub fn error(error: &anyhow::Error) {
+    eprintln!("error: {}", one_line(&format!("{error:#}")));
+    if let Some(hint) = crate::hint::hint_for(error) {
+        eprintln!("hint: {}", one_line(&hint));
+    }
 }
 
 /// Ends the program: with success if the reader has gone, since it has what it wanted.
@@ -115,7 +131,7 @@ pub fn layers(record: &RunRecord) {
         let emulated = if t.emulated { " (emulated)" } else { "" };
         eprintln!(
             "{}{emulated}: {:.2} MB read per token, {:.3} ms waited per token",
-            t.name,
+            printable(&t.name),
             t.read_bytes as f64 / record.decode_tokens.max(1) as f64 / 1e6,
             t.busy_s / record.decode_tokens.max(1) as f64 * 1e3
         );

@@ -30,6 +30,15 @@ pub fn count(what: &'static str, total: u64) -> ProgressBar {
 pub fn steps() -> ProgressBar {
     let bar = ProgressBar::new_spinner();
     bar.set_style(style("{spinner} {msg} {elapsed}"));
-    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    if !bar.is_hidden() && can_start_thread() {
+        bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    }
     bar
+}
+
+/// Whether the system allows another thread; the library that draws bars panics if not.
+fn can_start_thread() -> bool {
+    std::thread::Builder::new()
+        .spawn(|| ())
+        .is_ok_and(|thread| thread.join().is_ok())
 }

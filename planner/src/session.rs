@@ -3,17 +3,20 @@
 use crate::budget::{self, Chosen, Model};
 use crate::hint::HintExt;
 use crate::opening::{Opening, check_threads, naming};
+use crate::printable::printable;
 use crate::store::{self, Start};
 use crate::{progress, verify};
 use anyhow::{Context, Result, anyhow, bail};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::machine::TierKind;
+use tier_plan_runtime::formats::placement::{Placement, PlanTier};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::{ModelSpec, RopeScaling};
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
+use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError, TokenizerSource};
 use tier_plan_runtime::units::show_bytes;
@@ -55,6 +58,7 @@ impl Session {
             plan,
             &LoadOptions {
                 threads,
+                cancel: crate::interrupt::request(),
                 ..LoadOptions::default()
             },
         )
@@ -62,6 +66,7 @@ impl Session {
 
     fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {
         check_plan_context(plan)?;
+        check_memory(plan)?;
         let started = Instant::now();
         let bar = progress::bytes("loading");
         let engine = Engine::load(Arc::clone(&gguf), plan, options, &mut |done, total| {
@@ -111,12 +116,14 @@ impl Session {
         } else if plan.solver.backend == "none" {
             lines.push(format!(
                 "no plan given: '{}', with as many slots in every layer as fit",
-                plan.name
+                printable(&plan.name)
             ));
         } else {
             lines.push(format!(
                 "plan '{}' ({} by {})",
-                plan.name, plan.solver.status, plan.solver.backend
+                printable(&plan.name),
+                plan.solver.status,
+                plan.solver.backend
             ));
         }
         let padding = self.engine.padding_bytes();
@@ -141,7 +148,7 @@ impl Session {
             };
             lines.push(format!(
                 "  {}{emulated}: {} planned, {} counted: {verdict}{beside}",
-                t.tier.name,
+                printable(&t.tier.name),
                 show_bytes(t.used_bytes()),
                 show_bytes(*resident)
             ));
@@ -199,6 +206,7 @@ impl<'a> Prepared<'a> {
         let spec = describe(&gguf).map_err(|e| naming(model, e))?;
         let Chosen { plan, batch, fits } = chosen(&gguf, &spec, &opening)?;
         check_plan_context(&plan)?;
+        check_memory(&plan)?;
         let checks = verify::checks(&gguf, &spec, opening.verify)?;
         let start = Start::read(&gguf, opening.slots, opening.warm)?;
         let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
@@ -215,6 +223,7 @@ impl<'a> Prepared<'a> {
                 checks,
                 pack,
                 stream: None,
+                cancel: crate::interrupt::request(),
             },
             start,
             note,
@@ -354,6 +363,29 @@ fn check_plan_context(plan: &Placement) -> Result<()> {
         plan.name
     );
     Err(anyhow!(empty)).hint("solve again with a larger --context")
+}
+
+/// Fails if a plan takes more memory than this process may hold: the system would end it.
+fn check_memory(plan: &Placement) -> Result<()> {
+    let in_memory = |t: &&PlanTier| t.tier.kind != TierKind::Vram || t.tier.emulated;
+    // The last tier is the file itself, whose pages the system can drop.
+    let upper = plan.tiers.iter().take(plan.tiers.len().saturating_sub(1));
+    let bytes = upper
+        .filter(in_memory)
+        .fold(0u64, |sum, t| sum.saturating_add(t.used_bytes()));
+    match memory_limit() {
+        Some(limit) if bytes > limit.bytes => {
+            let short = format!(
+                "plan '{}' takes {} of main memory, expected at most {}, the {}",
+                plan.name,
+                show_bytes(bytes),
+                show_bytes(limit.bytes),
+                limit.source
+            );
+            Err(anyhow!(short)).hint("solve again with a smaller --budget, or free some memory")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Copies the weights to huge pages. Where there is no memory for that they stay mapped, which is

@@ -1,6 +1,7 @@
 //! Trials: runs the same prompts under one plan after another.
 
 use crate::host;
+use crate::interrupt::Interrupted;
 use crate::profile::collect::Settings;
 use crate::profile::prompts::Prompt;
 use crate::profile::replay::{LayerTrace, hit_curve};
@@ -12,7 +13,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tier_plan_runtime::Engine;
-use tier_plan_runtime::engine::generate::{Limits, generate};
+use tier_plan_runtime::engine::generate::{Limits, Stop, generate};
 use tier_plan_runtime::engine::measure::{Circumstances, record};
 use tier_plan_runtime::formats::placement::{Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile::{Profile, Split};
@@ -98,6 +99,9 @@ impl Trial<'_> {
         let mut sampler = self.settings.sampler();
         let go_on = |_: &Engine, _| ControlFlow::Continue(());
         let generated = generate(&mut session.engine, &tokens, &mut sampler, &limits, go_on)?;
+        if generated.stop == Stop::Canceled {
+            return Err(Interrupted.into());
+        }
         let circumstances = Circumstances {
             when: show_utc(SystemTime::now()),
             host: host::describe(),

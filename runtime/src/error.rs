@@ -145,9 +145,21 @@ pub enum RunError {
         /// Tokens that should be left.
         wanted: usize,
     },
+    /// The caller requested that the pass stops.
+    #[error("canceled")]
+    Canceled,
+    /// The model computed a value that is no number.
+    #[error(
+        "the logits of the token at position {position} are not numbers (NaN or infinite): weights of the model file are \
+         damaged or beyond its number format, or a kernel is wrong"
+    )]
+    NotANumber {
+        /// Position in the text, from 0.
+        position: usize,
+    },
     /// An earlier pass failed halfway in recurrent states.
     #[error(
-        "an earlier read error left the context of this model unusable, as it can't go back; start again from 0"
+        "an earlier error left the context of this model unusable, as it can't go back; start again from 0"
     )]
     Broken,
 }

@@ -44,6 +44,7 @@
 //! how they fit together.
 #![deny(unsafe_code)]
 
+pub mod cancel;
 pub mod engine;
 pub mod error;
 pub mod experts;
@@ -59,6 +60,7 @@ pub mod sampler;
 pub mod tiers;
 pub mod tokenizer;
 
+pub use cancel::Cancel;
 pub use engine::{Engine, LogitsMode};
 pub use error::{LoadError, RunError};
 pub use gpu::devices::GiveDevice;

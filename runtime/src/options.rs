@@ -1,5 +1,6 @@
 //! Options of loading a model.
 
+use crate::cancel::Cancel;
 use crate::experts::checksums::Checksums;
 use crate::experts::pack::Pack;
 use std::sync::Arc;
@@ -22,6 +23,9 @@ pub struct LoadOptions {
     /// Rates that decide which experts of main memory are streamed to a GPU for prompts. Where
     /// `None`, the link is measured and the CPU's rate is the plan's.
     pub stream: Option<StreamRates>,
+    /// Polled by every pass, which then fails with
+    /// [`RunError::Canceled`](crate::RunError::Canceled).
+    pub cancel: Cancel,
 }
 
 /// Rates that decide which experts of main memory a GPU computes for a prompt.

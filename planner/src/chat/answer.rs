@@ -5,8 +5,8 @@ use super::{Chat, Stats};
 use anyhow::Result;
 use std::io::Write;
 use std::ops::ControlFlow;
-use tier_plan_runtime::LogitsMode;
 use tier_plan_runtime::engine::generate::{Generated, Limits, Stop, generate};
+use tier_plan_runtime::{LogitsMode, RunError};
 
 impl Chat<'_> {
     /// Continues `ids`, which must fit the context, and writes the text as it is generated.
@@ -31,8 +31,11 @@ impl Chat<'_> {
         let mut rest = &ids[kept..];
         while rest.len() > slice && !(self.options.signals.interrupted)() {
             let (now, after) = rest.split_at(slice);
-            self.engine.forward(now, LogitsMode::Last)?;
-            rest = after;
+            match self.engine.forward(now, LogitsMode::Last) {
+                Ok(_) => rest = after,
+                Err(RunError::Canceled) => break,
+                Err(error) => return Err(error.into()),
+            }
         }
         let mut answer = Answer::default();
         let mut n_answer = 0;
@@ -42,7 +45,7 @@ impl Chat<'_> {
             self.held.extend(&generated.tokens);
             match generated.stop {
                 Stop::ContextFull => write!(output, "\n(the context is full)")?,
-                Stop::Caller => write!(output, "\n(stopped)")?,
+                Stop::Caller | Stop::Canceled => write!(output, "\n(stopped)")?,
                 Stop::Limit | Stop::EndToken => {}
             }
         } else {
@@ -102,7 +105,7 @@ impl Chat<'_> {
             return Err(error.into());
         }
         let tail = stream.finish();
-        write!(output, "{tail}")?;
+        write!(output, "{}", screen.show(&tail))?;
         answer.text.push_str(&tail);
         Ok(generated)
     }

@@ -143,7 +143,10 @@ impl<'a> Chat<'a> {
         }
         loop {
             // Without a terminal, an interruption ends the chat and not only the answer.
-            if self.options.prompt.is_empty() && (self.options.signals.interrupted)() {
+            let interrupted =
+                self.options.prompt.is_empty() && (self.options.signals.interrupted)();
+            // SIGTERM and SIGHUP end the chat in any case.
+            if interrupted || crate::interrupt::terminated() {
                 return Ok(());
             }
             write!(output, "{}", self.options.prompt)?;

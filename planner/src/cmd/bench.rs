@@ -5,6 +5,7 @@ use crate::cmd::args::{
 };
 use crate::hint::HintExt;
 use crate::opening::Opening;
+use crate::printable::printable;
 use crate::session::{Prepared, Session};
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
@@ -13,6 +14,8 @@ use std::path::Path;
 use tier_plan_runtime::LogitsMode;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
+use tier_plan_runtime::tiers::limits::memory_left;
+use tier_plan_runtime::units::show_bytes;
 
 /// Options of `tier-plan bench`.
 #[derive(Debug, Args)]
@@ -211,15 +214,31 @@ fn greedy(logits: &[f32]) -> u32 {
     best.map_or(0, |(i, _)| i as u32)
 }
 
-/// Bytes read to measure the bandwidth of main memory.
+/// Bytes read to measure the bandwidth of main memory, if that many are free.
 const PROBE_BYTES: u64 = 1 << 30;
 
-/// Measures the read bandwidth of main memory in GB/s; `None` if a plan leaves no memory for the
-/// measurement.
+/// Fewest bytes that tell main memory from caches.
+const MIN_PROBE_BYTES: u64 = 256 << 20;
+
+/// Measures the read bandwidth of main memory in GB/s; `None` if a plan or the system leaves no
+/// memory for the measurement.
 fn dram_gbps(session: &Session) -> Option<f64> {
-    let obvious = session.engine.plan().solver.status == "obvious";
+    if session.engine.plan().solver.status != "obvious" {
+        return None;
+    }
+    // A fourth stays free for whatever else is in a container.
+    let left = memory_left().map_or(PROBE_BYTES, |left| left - left / 4);
+    let bytes = PROBE_BYTES.min(left) >> 20 << 20;
+    if bytes < MIN_PROBE_BYTES {
+        eprintln!(
+            "warning: memory bandwidth not measured: {} may be used for it, expected {} or more",
+            show_bytes(bytes),
+            show_bytes(MIN_PROBE_BYTES)
+        );
+        return None;
+    }
     let pool = ThreadPool::new(session.engine.n_threads());
-    let measured = obvious.then(|| dram_read_gbps(&pool, session.engine.kernels(), PROBE_BYTES))?;
+    let measured = dram_read_gbps(&pool, session.engine.kernels(), bytes);
     measured
         .map_err(|error| eprintln!("warning: memory bandwidth not measured: {error}"))
         .ok()
@@ -299,8 +318,8 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     let note = if emulated { ", emulated tiers" } else { "" };
     println!(
         "{} · plan {} · {} threads · {} · keys and values {}{note}",
-        plan.model.name,
-        plan.name,
+        printable(&plan.model.name),
+        printable(&plan.name),
         session.engine.n_threads(),
         session.engine.kernels().isa(),
         plan.kv_type

@@ -4,6 +4,8 @@ use crate::catalogue;
 use crate::cmd::args::JsonArgs;
 use crate::cost::fit::{Fit, Row};
 use crate::hint::HintExt;
+use crate::json::path_json;
+use crate::printable::printable;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde_json::json;
@@ -132,7 +134,9 @@ fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fit
         };
         println!(
             "{}: {} GB/s, {change} (was {})",
-            after.name, after.read_gbps, before.read_gbps
+            printable(&after.name),
+            after.read_gbps,
+            before.read_gbps
         );
     }
     for note in notes(fit, records) {
@@ -191,7 +195,7 @@ fn as_json(
         })
     });
     json!({
-        "machine": output,
+        "machine": path_json(output),
         "hash": fitted.id.hash,
         "changed": fit.pull.is_finite(),
         "records": rows.collect::<Vec<_>>(),

@@ -1,6 +1,7 @@
 //! `tier-plan checksum`: writes checksums of every expert and tensor of a model, for `--verify`.
 
 use crate::cmd::args::{JsonArgs, ModelArgs};
+use crate::json::path_json;
 use crate::opening::naming;
 use crate::verify;
 use anyhow::Result;
@@ -47,7 +48,7 @@ pub fn run(args: &ChecksumArgs) -> Result<()> {
     if args.format.json {
         let value = json!({
             "model": sums.model.name,
-            "sums": output,
+            "sums": path_json(&output),
             "tensors": sums.tensors.len(),
             "slices": slices,
             "bytes": bytes,

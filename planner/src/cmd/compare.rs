@@ -2,6 +2,8 @@
 
 use crate::cmd::args::{JsonArgs, ThreadArgs, at_least_one};
 use crate::hint::HintExt;
+use crate::json::path_json;
+use crate::printable::printable;
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::report::{self, PlanEntry, Report};
@@ -10,7 +12,6 @@ use crate::trial::{Trial, curves, first_difference};
 use crate::{bundled, host};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
-use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -172,7 +173,7 @@ fn try_plans(
                 eprintln!(
                     "running {} held-out prompts under plan '{}'",
                     trial.prompts.len(),
-                    plan.name
+                    printable(&plan.name)
                 );
             }
             trial.run(plan)
@@ -244,7 +245,7 @@ pub fn finish(
     let page = report::write(&folder, &report)?;
     if as_json {
         let mut value: serde_json::Value = serde_json::from_str(&report::summary_json(&report)?)?;
-        value["report"] = json!(page);
+        value["report"] = path_json(&page);
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         table(&report.plans);
@@ -307,7 +308,7 @@ fn table(plans: &[PlanEntry]) {
             .map(|(m, p)| format!("{:+.1}%", (m / p - 1.0) * 100.0));
         println!(
             "{:<20} {:>16} {:>16} {:>8} {:>10}",
-            entry.name,
+            printable(&entry.name),
             show(measured),
             show(predicted),
             differs.unwrap_or_else(|| "-".into()),

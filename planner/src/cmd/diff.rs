@@ -2,6 +2,7 @@
 
 use crate::cmd::args::JsonArgs;
 use crate::diff::{Bytes, Diff, LayerChange, SettingChange, diff};
+use crate::printable::printable;
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
@@ -62,9 +63,9 @@ fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
     println!(
         "{} ({}) → {} ({})",
         args.a.display(),
-        a.name,
+        printable(&a.name),
         args.b.display(),
-        b.name
+        printable(&b.name)
     );
     let emulated = |plan: &Placement| {
         if plan.predicted.emulated {
@@ -116,7 +117,7 @@ fn print_text(args: &DiffArgs, a: &Placement, b: &Placement, found: &Diff) {
         };
         println!(
             "{:<10} {:>28} {:>28} {:>28} {:>28}",
-            tier.name,
+            printable(&tier.name),
             pair(|b| b.used),
             pair(|b| b.dense),
             pair(|b| b.pinned),

@@ -4,6 +4,7 @@ use crate::catalogue;
 use crate::cmd::args::{JsonArgs, ModelOption, check_profile};
 use crate::explain::{Explanation, LayerReason, Path, explain};
 use crate::hint::HintExt;
+use crate::printable::printable;
 use crate::profile::Evidence;
 use crate::solve::time_limit;
 use crate::whatif::bound;
@@ -72,9 +73,9 @@ fn print_text(plan: &Placement, why: &Explanation) {
     let (predicted, emulated) = (&plan.predicted, plan.tiers.iter().any(|t| t.tier.emulated));
     println!(
         "plan '{}' for {} on {}: predicted {:.2} tok/s{}",
-        plan.name,
-        plan.model.name,
-        plan.machine.name,
+        printable(&plan.name),
+        printable(&plan.model.name),
+        printable(&plan.machine.name),
         predicted.decode_tok_s,
         if emulated { " on emulated tiers" } else { "" }
     );
@@ -93,7 +94,7 @@ fn print_text(plan: &Placement, why: &Explanation) {
         let part = |of: &PerTier<f64>| of.get(at).copied().unwrap_or(0.0) * 1e3;
         println!(
             "  {:<22} {:>9.3} ms for dense tensors, {:>9.3} ms for experts before overlap",
-            tier.tier.name,
+            printable(&tier.tier.name),
             part(&predicted.dense_s),
             part(&predicted.expert_s)
         );
@@ -125,7 +126,7 @@ fn print_text(plan: &Placement, why: &Explanation) {
         };
         println!(
             "  {:<8} {:+.4} predicted tok/s, {:.3} ms of a token{spare}",
-            tier.name,
+            printable(&tier.name),
             tier.tok_s_per_gib * part,
             tier.seconds_per_gib * part * 1e3
         );
@@ -258,7 +259,7 @@ fn dense(plan: &Placement) {
                 } else {
                     "on ".into()
                 };
-                (here > 0).then(|| format!("{many}{}", tier.tier.name))
+                (here > 0).then(|| format!("{many}{}", printable(&tier.tier.name)))
             })
             .collect();
         if !places.is_empty() {

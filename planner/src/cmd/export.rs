@@ -2,7 +2,8 @@
 
 use crate::catalogue;
 use crate::cmd::args::{JsonArgs, ModelOption, check_profile};
-use crate::export::{counts, llama_cpp};
+use crate::export::{counts, llama_cpp, shell};
+use crate::json::path_json;
 use crate::profile::Evidence;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -92,19 +93,15 @@ fn llama_cpp(
     // A plan made without a profile is judged without one.
     let evidence = Evidence::new(shape, profile.filter(|_| plan.profile.is_some()))?;
     let found = llama_cpp::command_line(plan, shape, &evidence)?;
-    let mut line = format!(
-        "llama-server -m {}",
-        llama_cpp::quoted(&args.model.model.display().to_string())
-    );
-    for arg in &found.args {
-        line.push(' ');
-        line.push_str(&llama_cpp::quoted(arg));
-    }
+    let model = &args.model.model;
+    let quoted = found.args.iter().map(|arg| llama_cpp::quoted(arg));
+    let options: String = quoted.map(|arg| format!(" {arg}")).collect();
+    let line = format!("llama-server -m {}{options}", shell::shown(model));
     if let Some(output) = &args.output {
-        safely::write(
-            output,
-            format!("#!/bin/sh\nexec {line} \"$@\"\n").as_bytes(),
-        )?;
+        let mut script = b"#!/bin/sh\nexec llama-server -m ".to_vec();
+        script.extend(shell::quoted_bytes(model));
+        script.extend(format!("{options} \"$@\"\n").bytes());
+        safely::write(output, &script)?;
     }
     let lost = found.predicted.as_ref().map(|p| llama_cpp::loss(plan, p));
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
@@ -122,7 +119,7 @@ fn llama_cpp(
             "predicted_loss": lost,
             "emulated": emulated,
             "notes": found.notes,
-            "written": args.output,
+            "written": args.output.as_ref().map(path_json),
         });
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
@@ -182,7 +179,7 @@ fn counted(
     if args.format.json {
         let value = json!({
             "to": to,
-            "written": output,
+            "written": path_json(&output),
             "layers": table.len(),
             "experts": table.first().map_or(0, Vec::len),
             "commands": lines,
@@ -202,19 +199,17 @@ fn counted(
 
 /// Returns the command lines that use the counts.
 fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
-    let file = llama_cpp::quoted(&counts.display().to_string());
+    let file = shell::shown(counts);
     if to != ExportTo::Ktransformers {
         return vec![format!(
             "python -m sglang.launch_server --model MODEL --init-expert-location {file}"
         )];
     }
     // ktransformers reads tensors that PyTorch saved.
-    let tensors = counts.with_extension("pt");
+    let tensors = shell::shown(&counts.with_extension("pt"));
     let script = format!(
-        "import json, torch; torch.save({{'{key}': torch.tensor(json.load(open({from:?}))['{key}'])}}, {to:?})",
+        "import json, sys, torch; torch.save({{'{key}': torch.tensor(json.load(open(sys.argv[1]))['{key}'])}}, sys.argv[2])",
         key = counts::KEY,
-        from = counts.display().to_string(),
-        to = tensors.display().to_string()
     );
     let vram = |tier: placement::TierIdx| {
         plan.tiers[tier].tier.kind == tier_plan_runtime::formats::machine::TierKind::Vram
@@ -228,11 +223,10 @@ fn launch(to: ExportTo, counts: &Path, plan: &Placement) -> Vec<String> {
     };
     let each = plan.layers.iter().map(on_gpu).sum::<usize>() / plan.layers.len().max(1);
     vec![
-        format!("python -c {}", llama_cpp::quoted(&script)),
+        format!("python -c {} {file} {tensors}", llama_cpp::quoted(&script)),
         format!(
             "python -m sglang.launch_server --model MODEL --kt-num-gpu-experts {each} --kt-expert-placement-strategy \
-             frequency --init-expert-location {}",
-            llama_cpp::quoted(&tensors.display().to_string())
+             frequency --init-expert-location {tensors}"
         ),
     ]
 }

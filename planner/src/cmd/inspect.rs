@@ -3,6 +3,7 @@
 use crate::catalogue::{self, Named};
 use crate::cmd::args::{JsonArgs, ModelArgs};
 use crate::opening::naming;
+use crate::printable::printable;
 use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
@@ -200,7 +201,9 @@ fn show_shape(of: &Architecture, mix: Mix, as_json: bool) -> Result<()> {
     }
     println!(
         "{} ({}), a shape without weights: {}",
-        of.name, of.arch, of.description
+        printable(&of.name),
+        printable(&of.arch),
+        printable(&of.description)
     );
     println!("source: {}", of.source);
     let billions = |n: u64| n as f64 / 1e9;
@@ -230,8 +233,8 @@ fn print_text(
 ) {
     println!(
         "{} ({}, {} in {} part(s))",
-        shape.id.name,
-        shape.arch,
+        printable(&shape.id.name),
+        printable(&shape.arch),
         show_bytes(gguf.file_bytes()),
         gguf.n_parts()
     );
@@ -258,7 +261,7 @@ fn print_text(
         for tensor in gguf.tensors() {
             println!(
                 "{:<44} {:<8} {:>12}  {:?}",
-                tensor.name,
+                printable(&tensor.name),
                 tensor.ty,
                 show_bytes(tensor.n_bytes),
                 tensor.dims

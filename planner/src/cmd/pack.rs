@@ -2,6 +2,7 @@
 
 use crate::cmd::args::{JsonArgs, ModelArgs};
 use crate::interrupt::Interrupted;
+use crate::json::path_json;
 use crate::opening::naming;
 use crate::{progress, store};
 use anyhow::{Context, Result, ensure};
@@ -95,7 +96,7 @@ pub fn run(args: &PackArgs) -> Result<()> {
     if args.format.json {
         let value = json!({
             "model": index.model.name,
-            "experts_file": output,
+            "experts_file": path_json(&output),
             "experts": n,
             "layers": index.layers.len(),
             "bytes": bytes,

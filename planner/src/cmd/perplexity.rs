@@ -3,6 +3,7 @@
 
 use crate::cmd::args::{JsonArgs, KvArgs, ModelArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs};
 use crate::hint::HintExt;
+use crate::json::path_json;
 use crate::opening::Opening;
 use crate::perplexity::{Against, Place, Scores, divergence, fill_row, in_parallel, place};
 use crate::progress;
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tier_plan_runtime::formats::logprobs::{Reader, Reference, Row, Writer, scored_per_window};
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::units::show_utc;
-use tier_plan_runtime::{Engine, LogitsMode};
+use tier_plan_runtime::{Engine, LogitsMode, RunError};
 
 /// Options of `tier-plan perplexity`.
 #[derive(Debug, Args)]
@@ -265,7 +266,20 @@ struct Done {
 /// Callback with the scored positions and their logits.
 type Also<'a> = &'a mut dyn FnMut(&[Place], &[f32], &mut Scores, usize) -> Result<()>;
 
-/// Scores window after window; stops between two when interrupted.
+/// Runs tokens, and returns their logits, or `None` when interrupted.
+fn forward<'e>(
+    engine: &'e mut Engine,
+    tokens: &[u32],
+    mode: LogitsMode,
+) -> Result<Option<&'e [f32]>> {
+    match engine.forward(tokens, mode) {
+        Ok(logits) => Ok(Some(logits)),
+        Err(RunError::Canceled) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Scores window after window; stops when interrupted, and keeps what was scored.
 fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done> {
     let start = Instant::now();
     let n_vocab = engine.spec().n_vocab;
@@ -280,25 +294,23 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
         total: Duration::ZERO,
         interrupted: false,
     };
-    for window in windows {
-        if crate::interrupt::interrupted() {
-            ensure!(
-                done.windows > 0,
-                "interrupted before the first window was scored"
-            );
-            done.interrupted = true;
-            break;
-        }
+    'windows: for window in windows {
         let first = window.len() / 2;
         let pass = Instant::now();
         engine.clear();
-        engine.forward(&window[..first], LogitsMode::Last)?;
+        if forward(engine, &window[..first], LogitsMode::Last)?.is_none() {
+            done.interrupted = true;
+            break;
+        }
         done.forward += pass.elapsed();
         // The last token's own prediction has nothing to be scored on.
         let scored = &window[first..window.len() - 1];
         for (piece, tokens) in scored.chunks(at_once).enumerate() {
             let pass = Instant::now();
-            let logits = engine.forward(tokens, LogitsMode::All)?;
+            let Some(logits) = forward(engine, tokens, LogitsMode::All)? else {
+                done.interrupted = true;
+                break 'windows;
+            };
             done.forward += pass.elapsed();
             let at = first + piece * at_once;
             let targets = &window[at + 1..at + 1 + tokens.len()];
@@ -322,6 +334,10 @@ fn score(engine: &mut Engine, windows: &[&[u32]], also: Also<'_>) -> Result<Done
         bar.inc(1);
     }
     bar.finish_and_clear();
+    ensure!(
+        done.scores.nll.n > 0,
+        "interrupted before anything was scored"
+    );
     done.total = start.elapsed();
     Ok(done)
 }
@@ -421,7 +437,7 @@ fn show(done: &Done, ctx: u32, args: &PerplexityArgs) -> Result<()> {
             object.insert(
                 "against".into(),
                 json!({
-                    "base": args.logits_base,
+                    "base": args.logits_base.as_ref().map(path_json),
                     "base_perplexity": against.reference_nll.value().exp(),
                     "perplexity_ratio": against.perplexity_ratio(),
                     "perplexity_ratio_error": against.log_ratio.error() * against.perplexity_ratio(),

@@ -1,6 +1,8 @@
 //! `tier-plan probe`: measures this machine and writes a machine file.
 
 use crate::cmd::args::{JsonArgs, ThreadArgs};
+use crate::json::path_json;
+use crate::printable::printable;
 use crate::probe::disk::Disk;
 use crate::probe::gpu::GpuRate;
 use crate::probe::{Findings, Settings, measure};
@@ -178,7 +180,7 @@ fn print_gpu(gpu: &GpuRate) {
     println!(
         "GPU {}: {}{emulated}, {} free of {}",
         gpu.device,
-        gpu.name,
+        printable(&gpu.name),
         show_bytes(gpu.free_bytes),
         show_bytes(gpu.total_bytes)
     );
@@ -214,7 +216,7 @@ fn print_gpu(gpu: &GpuRate) {
 
 fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
     json!({
-        "machine": args.output,
+        "machine": path_json(&args.output),
         "when": found.when,
         "host": found.host,
         "threads": found.threads,

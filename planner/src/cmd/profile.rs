@@ -5,7 +5,9 @@ use crate::catalogue::{self, Named};
 use crate::cmd::args::sampling;
 use crate::cmd::args::{JsonArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs, at_least_one};
 use crate::hint::HintExt;
+use crate::json::path_json;
 use crate::opening::Opening;
+use crate::printable::printable;
 use crate::profile::collect::{
     Calibration, Settings, Unfinished, check_experts, collect, tokenize,
 };
@@ -227,7 +229,7 @@ pub fn show(profile: &Profile, output: &Path, as_json: bool) -> Result<()> {
     let (prompt_tokens, decode_tokens) = (tokens(Phase::Prompt), tokens(Phase::Decode));
     if as_json {
         let value = json!({
-            "profile": output,
+            "profile": path_json(output),
             "model": profile.model.name,
             "prompts": profile.prompts.len(),
             "prompt_tokens": prompt_tokens,
@@ -298,7 +300,7 @@ pub fn show(profile: &Profile, output: &Path, as_json: bool) -> Result<()> {
 }
 
 fn show_counted(profile: &Profile, skews: &[Skew], output: &Path) -> Result<()> {
-    println!("{}: {}", profile.model.name, profile.made);
+    println!("{}: {}", printable(&profile.model.name), profile.made);
     let Some(all) = skews.first() else {
         return Ok(());
     };

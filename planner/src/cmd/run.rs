@@ -10,7 +10,7 @@ use crate::session::{Prepared, Session};
 use crate::{host, print, text};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -202,6 +202,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if let Some(path) = &args.record {
         record.write(path)?;
     }
+    // Before anything is printed: a closed pipe ends the program there.
+    session.keep()?;
     if args.format.json {
         let json = json(&record, &answer, generated.stop)?;
         println!("{}", escape_json(serde_json::to_string_pretty(&json)?));
@@ -220,7 +222,6 @@ pub fn run(args: &RunArgs) -> Result<()> {
             print::layers(&record);
         }
     }
-    session.keep()?;
     // Only now, so that an interrupted run is reported and its slots are kept.
     if crate::interrupt::interrupted() {
         Err(crate::interrupt::Interrupted.into())
@@ -275,14 +276,15 @@ fn print_answer(
     )?;
     let tail = stream.finish();
     answer.push_str(&tail);
-    if let Some(error) = write_error {
-        print::cannot_print(&error);
+    if as_text && write_error.is_none() {
+        write_error = writeln!(output, "{tail}").err();
     }
     drop(output);
-    if as_text {
-        println!("{tail}");
+    // A reader that has gone, as in `| head`, has what it wanted, and the record is still kept.
+    match write_error {
+        Some(error) if error.kind() != ErrorKind::BrokenPipe => print::cannot_print(&error),
+        _ => Ok((generated, answer)),
     }
-    Ok((generated, answer))
 }
 
 /// Returns the line that says that the text ends because the context is full.
@@ -306,7 +308,7 @@ fn finish_reason(stop: Stop) -> &'static str {
         Stop::EndToken => "stop",
         Stop::Limit => "length",
         Stop::ContextFull => "context",
-        Stop::Caller => "interrupted",
+        Stop::Caller | Stop::Canceled => "interrupted",
     }
 }
 

@@ -3,6 +3,7 @@
 
 use crate::cmd::args::JsonArgs;
 use crate::interrupt::{Interrupted, catch_interrupts, interrupted};
+use crate::json::path_json;
 use crate::selftest::table::number;
 use crate::selftest::{self, Findings, Options};
 use crate::{host, report};
@@ -142,7 +143,7 @@ fn on_gpu(args: &SelftestArgs) -> Result<()> {
     let written = write(args.output.clone(), &found, &text, &pretty);
     // Printed even if the folder failed, since it took minutes.
     if args.format.json {
-        value["report"] = json!(written.as_ref().ok());
+        value["report"] = written.as_ref().ok().map(path_json).into();
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         print!("{text}");

@@ -4,7 +4,8 @@ use super::profile::skew_json;
 use crate::catalogue;
 use crate::catalogue::Known;
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
-use crate::json::tier_json;
+use crate::json::{path_json, tier_json};
+use crate::printable::printable;
 use crate::profile::stats::{Skew, skews};
 use crate::solve::problem::constraints::Constraints;
 use crate::solve::{Options, Problem, Solution, options, policy, solve, time_limit};
@@ -352,7 +353,8 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
     let (context, kv_type) = (plan.context, plan.kv_type);
     println!(
         "{} on {}, context {context}, keys and values {kv_type}",
-        plan.model.name, plan.machine.name
+        printable(&plan.model.name),
+        printable(&plan.machine.name)
     );
     for tier in &plan.tiers {
         let label = if tier.tier.emulated {
@@ -362,7 +364,7 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
         };
         println!(
             "  {}{label}: {} GB/s, budget {}",
-            tier.tier.name,
+            printable(&tier.tier.name),
             tier.tier.read_gbps,
             show_bytes(tier.budget_bytes)
         );
@@ -379,7 +381,7 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
         "plan", "decode tok/s", prompt, "hit rate"
     );
     for tier in &plan.tiers {
-        head += &format!(" {:>12}", tier.tier.name);
+        head += &format!(" {:>12}", printable(&tier.tier.name));
     }
     println!(
         "predicted, for tokens that look back at {} positions:",
@@ -390,7 +392,7 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
         let predicted = &row.predicted;
         let mut line = format!(
             "{:<18} {:>13} {:>13} {:>8.1}%",
-            row.name,
+            printable(&row.name),
             speed(predicted.decode_tok_s),
             speed(predicted.prompt_tok_s),
             predicted.hit_rate * 100.0
@@ -416,7 +418,10 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
     };
     println!(
         "{}: {}, {gap}{of}, {:.2} s ({})",
-        plan.name, solver.status, solver.solve_s, solver.backend
+        printable(&plan.name),
+        solver.status,
+        solver.solve_s,
+        solver.backend
     );
     let other = solved.baselines.iter().filter(|b| b.name != plan.name);
     if let Some(best) = other.max_by(|a, b| {
@@ -427,7 +432,7 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
         let times = plan.predicted.decode_tok_s / best.predicted.decode_tok_s;
         println!(
             "predicted {times:.3} × the best baseline ({}) at equal bytes",
-            best.name
+            printable(&best.name)
         );
     }
     if let Some(ceiling) = solved.ceiling_hit_rate {
@@ -516,9 +521,9 @@ fn as_json(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[PathB
     let mut value = plan(&solved.plan);
     let baselines: Vec<Value> = solved.baselines.iter().map(plan).collect();
     let skews: Vec<Value> = skews.iter().map(skew_json).collect();
-    value["plan"] = json!(args.output);
+    value["plan"] = path_json(&args.output);
     value["baselines"] = json!(baselines);
-    value["baseline_plans"] = json!(written);
+    value["baseline_plans"] = written.iter().map(path_json).collect();
     value["ceiling_hit_rate"] = json!(solved.ceiling_hit_rate);
     value["skew"] = json!(skews);
     value["notes"] = json!(solved.notes);

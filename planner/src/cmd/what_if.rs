@@ -2,6 +2,7 @@
 
 use crate::catalogue::{self, Known};
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
+use crate::printable::printable;
 use crate::progress;
 use crate::report;
 use crate::solve::time_limit;
@@ -249,7 +250,10 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
     let (sizes, machine) = (&question.known.sizes, question.machine);
     println!(
         "{} on {} ({}), context {}",
-        sizes.id.name, machine.name, machine.description, question.context
+        printable(&sizes.id.name),
+        printable(&machine.name),
+        printable(&machine.description),
+        question.context
     );
     let answer = match answer {
         Ok(answer) => answer,
@@ -325,7 +329,7 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
     for (at, tier) in plan.tiers.enumerate() {
         println!(
             "  {:<8} {:>9} of {:>9} used, {:>8} read per token at {} GB/s",
-            tier.tier.name,
+            printable(&tier.tier.name),
             show_bytes(tier.used_bytes()),
             show_bytes(tier.budget_bytes),
             show_bytes(plan.predicted.read_bytes.get(at).map_or(0, |b| *b as u64)),
@@ -448,7 +452,10 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
     }
     println!(
         "{} on {}, context {}: predicted decode tok/s by size of {}",
-        question.known.sizes.id.name, question.machine.name, question.context, swept.tier
+        printable(&question.known.sizes.id.name),
+        printable(&question.machine.name),
+        question.context,
+        swept.tier
     );
     println!(
         "{:>10} {:>8} {:>16} {:>9} {:>12} {:>10} {:>11}",

@@ -5,6 +5,7 @@
 
 pub mod counts;
 pub mod llama_cpp;
+pub mod shell;
 
 #[cfg(test)]
 mod tests;

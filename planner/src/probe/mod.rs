@@ -372,8 +372,9 @@ fn measure_together(
     pool: &ThreadPool,
     main: TensorType,
 ) -> Result<Together> {
-    let (compute_gbps, reads) = std::thread::scope(|scope| {
-        let reading = scope.spawn(|| disk.measure(CONTENTION_TIME));
+    let measured = std::thread::scope(|scope| {
+        let reading =
+            std::thread::Builder::new().spawn_scoped(scope, || disk.measure(CONTENTION_TIME))?;
         let mut passes = Vec::new();
         while !reading.is_finished() {
             passes.push(memory.pass_gbps(pool, main));
@@ -382,8 +383,10 @@ fn measure_together(
         if passes.len() > 1 {
             passes.pop();
         }
-        (Measured::of(passes).value, reading.join())
+        std::io::Result::Ok((Measured::of(passes).value, reading.join()))
     });
+    let (compute_gbps, reads) =
+        measured.context("starting a thread to measure memory and drive together")?;
     let reads = reads.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     Ok(Together {
         compute_gbps,

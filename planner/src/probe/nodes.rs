@@ -69,8 +69,11 @@ pub fn measure(
                         &ThreadPool::new(pool.n_threads().min(node.processors.len())),
                     )
                 };
-                scope.spawn(run).join()
-            });
+                std::thread::Builder::new()
+                    .spawn_scoped(scope, run)
+                    .map(|thread| thread.join())
+            })
+            .context("starting a thread on a memory node's processors")?;
             Some(own.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?)
         };
         found.push(NodeRate {

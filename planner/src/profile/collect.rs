@@ -18,7 +18,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;
-use tier_plan_runtime::{Engine, LogitsMode};
+use tier_plan_runtime::{Engine, LogitsMode, RunError};
 
 /// Settings of the run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -297,7 +297,9 @@ fn run_prompt(
     }
     engine.clear();
     let mut sampler = settings.sampler();
-    let mut logits = engine.forward(&tokens, LogitsMode::Last)?.to_vec();
+    let Some(mut logits) = forward(engine, &tokens)? else {
+        return Ok(None);
+    };
     append(&mut trace, engine.routing());
     for _ in 0..settings.decode_tokens {
         if interrupted() {
@@ -308,12 +310,23 @@ fn run_prompt(
             break;
         }
         tokens.push(token);
-        logits.clear();
-        logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last)?);
+        logits = match forward(engine, &[token])? {
+            Some(logits) => logits,
+            None => return Ok(None),
+        };
         append(&mut trace, engine.routing());
         trace.decode_tokens += 1;
     }
     Ok(Some(trace))
+}
+
+/// Returns the logits after the last token, or `None` when interrupted.
+fn forward(engine: &mut Engine, tokens: &[u32]) -> Result<Option<Vec<f32>>> {
+    match engine.forward(tokens, LogitsMode::Last) {
+        Ok(logits) => Ok(Some(logits.to_vec())),
+        Err(RunError::Canceled) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Adds the accuracy of the engine's predictions for a prompt, and resets its counters.

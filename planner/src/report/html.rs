@@ -4,6 +4,7 @@ use super::chart::Chart;
 use super::ink::dark_css;
 use super::text::{percent, sig3, signed_percent};
 use super::view::{Budgets, Overview, PlanView};
+use crate::printable::is_control;
 use std::fmt::Write as _;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::units::show_bytes;
@@ -45,7 +46,7 @@ pub(super) fn escape(text: &str) -> String {
             '"' => safe.push_str("&quot;"),
             '\'' => safe.push_str("&#39;"),
             '\t' | '\n' | '\r' => safe.push(' '),
-            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => safe.push('\u{fffd}'),
+            c if is_control(c) || matches!(c, '\u{fffe}' | '\u{ffff}') => safe.push('\u{fffd}'),
             c => safe.push(c),
         }
     }

@@ -5,6 +5,7 @@
 //! set here, glyph by glyph, because plotters' own rounds every glyph to whole pixels.
 
 use super::ink::Ink;
+use crate::printable::is_control;
 use ab_glyph::{Font, FontRef, PxScale, ScaleFont, point};
 use anyhow::{Context, Result, anyhow};
 use plotters::prelude::{
@@ -82,10 +83,10 @@ pub(super) fn wrap(text: &str, em: f64, bold: bool, width: f64) -> Vec<String> {
     lines
 }
 
-/// Replaces the characters that XML forbids.
+/// Replaces the characters that XML forbids, and those that would change how the text reads.
 fn printable(text: String) -> String {
     text.replace(
-        |c: char| c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}'),
+        |c: char| is_control(c) || matches!(c, '\u{fffe}' | '\u{ffff}'),
         " ",
     )
 }

@@ -55,7 +55,16 @@ pub fn measure(
         .with_context(|| format!("{shown} can't be run; --peer wants the path of llama-bench"))?;
     let (out, err) = (child.stdout.take(), child.stderr.take());
     // Both pipes are read at once: a full pipe would block the child.
-    let (out, err) = (collect(out), collect(err));
+    let readers = collect(out).and_then(|out| Ok((out, collect(err)?)));
+    let (out, err) = match readers {
+        Ok(readers) => readers,
+        Err(error) => {
+            // The child may have exited meanwhile.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error).context("starting a thread that reads what --peer prints");
+        }
+    };
     let start = Instant::now();
     let status = loop {
         if let Some(status) = child
@@ -90,8 +99,10 @@ pub fn measure(
     parse(&out, prompt, decode).with_context(|| format!("what {shown} printed"))
 }
 
-fn collect(from: Option<impl Read + Send + 'static>) -> std::thread::JoinHandle<Vec<u8>> {
-    std::thread::spawn(move || {
+fn collect(
+    from: Option<impl Read + Send + 'static>,
+) -> std::io::Result<std::thread::JoinHandle<Vec<u8>>> {
+    std::thread::Builder::new().spawn(move || {
         let mut bytes = Vec::new();
         // Output before an error is kept.
         let _ = from.map(|mut from| from.read_to_end(&mut bytes));

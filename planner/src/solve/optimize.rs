@@ -20,6 +20,7 @@ use super::report::infeasible;
 use super::translate;
 use anyhow::{Result, bail};
 use std::time::{Duration, Instant};
+use tier_plan_runtime::kernels::scoped::spawn_or_run;
 
 /// Where a plan's integer choice came from. The dual prices, and with them the bound, are always
 /// those of good_lp and microlp.
@@ -348,7 +349,7 @@ fn exchange_search(
         let running: Vec<_> = choices
             .into_iter()
             .take(threads)
-            .map(|choice| scope.spawn(|| exchange::exchange(&lists, choice, 1, end)))
+            .map(|choice| spawn_or_run(scope, || exchange::exchange(&lists, choice, 1, end)))
             .collect();
         let done = running.into_iter().filter_map(|thread| thread.join().ok());
         done.min_by(|a, b| a.cost_s.total_cmp(&b.cost_s))

@@ -16,6 +16,7 @@ use anyhow::{Result, ensure};
 use std::collections::HashMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, Placement, SlotPolicy};
 use tier_plan_runtime::formats::profile::{Profile, Split};
+use tier_plan_runtime::kernels::scoped::spawn_or_run;
 
 /// Half-lives of `lfu` that are tried, in tokens.
 const LFU_HALF_LIVES: [u32; 7] = [4, 8, 16, 32, 64, 128, 256];
@@ -300,7 +301,7 @@ fn hits_of(layers: &[&ContendedLayer], policy: SlotPolicy) -> Vec<u64> {
     let mut hit_counts = vec![0; layers.len()];
     std::thread::scope(|scope| {
         for (layers, hit_counts) in layers.chunks(chunk).zip(hit_counts.chunks_mut(chunk)) {
-            scope.spawn(move || {
+            spawn_or_run(scope, move || {
                 layers
                     .iter()
                     .zip(hit_counts)

@@ -57,11 +57,13 @@
 //! | `scalar`, `x86`, `neon` | the dot products of each instruction set |
 //! | `rows`, `delta`, `ops` | attention rows, gated delta net, and element-wise operations |
 //! | [`pooled`], [`threads`] | matmuls spread over a thread pool |
+//! | [`scoped`] | threads that the caller stands in for where the system allows none |
 //! | [`mod@reference`], [`random`] | what tests compare with, and reproducible data for them |
 
 mod activations;
 #[macro_use]
 mod ops;
+mod cores;
 mod delta;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod float_panel;
@@ -78,6 +80,7 @@ pub mod random;
 pub mod reference;
 mod rows;
 mod scalar;
+pub mod scoped;
 mod stream;
 #[cfg(test)]
 mod tests;

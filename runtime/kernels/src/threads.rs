@@ -25,6 +25,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
+pub use crate::cores::physical_cores;
+
 /// Reads of the state before a worker sleeps: about 50 us, longer than any serial stretch of a
 /// decode step.
 const SPINS_BEFORE_SLEEP: u32 = 20_000;
@@ -35,6 +37,11 @@ const INSIDE_MASK: u64 = (1 << 16) - 1;
 const OPEN_FLAG: u64 = 1 << 16;
 /// Unit of the task's number, which is in the bits above.
 const TASK_UNIT: u64 = 1 << 17;
+
+/// Threads of a pool per hardware thread that the process may use, at most.
+const MAX_THREADS_PER_HARDWARE_THREAD: usize = 4;
+/// Threads that any pool may have, however few hardware threads there are.
+const MIN_THREAD_LIMIT: usize = 64;
 
 /// A borrowed closure with its lifetime erased.
 type Task = *const (dyn Fn() + Sync);
@@ -58,34 +65,11 @@ unsafe impl Sync for Shared {}
 // SAFETY: `task` is the only field that is not `Send`; what holds for `Sync` holds here.
 unsafe impl Send for Shared {}
 
-/// Returns the number of physical cores that this process may use: two hardware threads of a core
-/// count once.
-pub fn physical_cores() -> usize {
+/// Returns the most threads that a pool has: more than a few per hardware thread only wait for each
+/// other, and their stacks take address space.
+fn most_threads() -> usize {
     let allowed = std::thread::available_parallelism().map_or(1, |n| n.get());
-    siblings_per_core().map_or(allowed, |siblings| (allowed / siblings).max(1))
-}
-
-/// Returns the hardware threads per core, from those of the first core, or `None` where the system
-/// does not tell.
-fn siblings_per_core() -> Option<usize> {
-    let list =
-        std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
-            .ok()?;
-    let count = |part: &str| match part.split_once('-') {
-        Some((a, b)) => Some(
-            b.trim()
-                .parse::<usize>()
-                .ok()?
-                .checked_sub(a.trim().parse().ok()?)?
-                + 1,
-        ),
-        None => part.trim().parse::<usize>().ok().map(|_| 1),
-    };
-    list.trim()
-        .split(',')
-        .map(count)
-        .sum::<Option<usize>>()
-        .filter(|n| *n > 0)
+    (allowed * MAX_THREADS_PER_HARDWARE_THREAD).clamp(MIN_THREAD_LIMIT, INSIDE_MASK as usize)
 }
 
 /// A fixed set of threads that run loops together.
@@ -121,15 +105,16 @@ impl ThreadPool {
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let workers = (1..threads.clamp(1, INSIDE_MASK as usize))
-            .filter_map(|index| {
-                let shared = Arc::clone(&shared);
-                let name = format!("compute-{index}");
-                std::thread::Builder::new()
-                    .name(name)
-                    .spawn(move || worker(&shared))
-                    .ok()
-            })
+        let start = |index| {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name(format!("compute-{index}"))
+                .spawn(move || worker(&shared))
+                .ok()
+        };
+        // The first that the system refuses ends it: what is left is for other uses.
+        let workers = (1..threads.clamp(1, most_threads()))
+            .map_while(start)
             .collect();
         Self {
             shared,

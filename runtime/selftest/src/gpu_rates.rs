@@ -282,8 +282,8 @@ pub fn contended(
     let bytes = subject.pinned.len();
     let memory = Buffer::new(&subject.device, bytes)?;
     let (pinned, enough) = (&mut subject.pinned, AtomicBool::new(false));
-    let (sent, mut rates) = std::thread::scope(|scope| {
-        let sending = scope.spawn(|| {
+    let measured = std::thread::scope(|scope| {
+        let sending = std::thread::Builder::new().spawn_scoped(scope, || {
             let (start, mut times) = (Instant::now(), 0);
             while times == 0 || !enough.load(Ordering::Relaxed) {
                 pinned.send(memory.view())?;
@@ -293,14 +293,19 @@ pub fn contended(
                 bytes.saturating_mul(times),
                 start.elapsed().as_secs_f64().max(1e-9),
             ))
-        });
+        })?;
         let until = SetOnDrop(&enough);
         let rates: Vec<f64> = (0..subject.effort.passes.max(1))
             .map(|_| beside())
             .collect();
         drop(until);
-        (sending.join(), rates)
+        std::io::Result::Ok((sending.join(), rates))
     });
+    let (sent, mut rates) = measured.map_err(|error| CudaError::Call {
+        device: subject.device.name().to_string(),
+        what: "starting a thread that sends".to_string(),
+        why: error.to_string(),
+    })?;
     rates.sort_by(f64::total_cmp);
     let to_device_gbps = sent.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     Ok(Contended {

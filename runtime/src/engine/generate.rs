@@ -18,6 +18,9 @@ pub enum Stop {
     ContextFull,
     /// The callback returned [`ControlFlow::Break`].
     Caller,
+    /// The caller canceled a pass. The tokens so far are good; those of a canceled prompt are not
+    /// in the context.
+    Canceled,
 }
 
 /// A finished generation.
@@ -75,11 +78,14 @@ pub fn generate(
 ) -> Result<Generated, RunError> {
     let start = Instant::now();
     let mut recent = prompt.to_vec();
-    let mut logits = engine.forward(prompt, LogitsMode::Last)?.to_vec();
     let mut done = Generated {
         tokens: Vec::new(),
         stop: Stop::Limit,
         first_token: Duration::ZERO,
+    };
+    let mut logits = match engine.forward(prompt, LogitsMode::Last) {
+        Ok(logits) => logits.to_vec(),
+        Err(error) => return canceled(done, error),
     };
     while done.tokens.len() < limits.max_tokens {
         let token = sampler.sample(&mut logits, &recent);
@@ -104,7 +110,21 @@ pub fn generate(
             break;
         }
         logits.clear();
-        logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last)?);
+        match engine.forward(&[token], LogitsMode::Last) {
+            Ok(next) => logits.extend_from_slice(next),
+            Err(error) => return canceled(done, error),
+        }
     }
     Ok(done)
+}
+
+/// Returns what was generated before a pass was canceled, and any other error as it is.
+fn canceled(done: Generated, error: RunError) -> Result<Generated, RunError> {
+    match error {
+        RunError::Canceled => Ok(Generated {
+            stop: Stop::Canceled,
+            ..done
+        }),
+        error => Err(error),
+    }
 }

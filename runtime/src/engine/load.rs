@@ -56,10 +56,11 @@ impl Engine {
         let (spec, shape) = (model.spec(), model.shape());
         let Loaded {
             weights,
-            experts: store,
+            experts: mut store,
             devices,
             mut memory,
         } = load(&model, plan, options, give, progress)?;
+        store.cancel = options.cancel.clone();
         let places = Places::new(plan, spec.layers.len());
         let sequence = Sequence::new(spec, plan, &places, &weights)?;
         for (state, tier) in sequence
@@ -110,7 +111,8 @@ impl Engine {
         let buffers = Buffers::new(spec, batch, micro_batch);
         let predictor = RouterPredictor::default();
         Ok(Self {
-            meter: Meter::new(&model, plan),
+            meter: Meter::new(&model, plan, &options.cancel),
+            cancel: options.cancel.clone(),
             plan: plan.clone(),
             backends: Backends {
                 pool,

@@ -4,6 +4,7 @@
 //! Counting and pacing belong together, as both need the bytes that a stage reads from each tier.
 
 use super::batch::{Batch, Phase};
+use crate::cancel::Cancel;
 use crate::experts::counters::{Counters, PrefetchCount};
 use crate::experts::store::Step;
 use crate::layers::index::{Layer, LayerIdx, MoeIdx};
@@ -31,6 +32,8 @@ pub(crate) struct Meter {
     outside: StageBytes,
     /// Bytes of the experts that the current stage computed, by the tier that they were read from.
     pub(crate) computed: StageBytes,
+    /// Ends waits for declared times.
+    cancel: Cancel,
 }
 
 /// What a dense stage moves.
@@ -53,7 +56,7 @@ pub(crate) struct LayerClock {
 }
 
 impl Meter {
-    pub(crate) fn new(model: &Model, plan: &Placement) -> Self {
+    pub(crate) fn new(model: &Model, plan: &Placement, cancel: &Cancel) -> Self {
         let (spec, shape) = (model.spec(), model.shape());
         let tiers: PerTier<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
         let tier_of = |kind, layer| {
@@ -88,6 +91,7 @@ impl Meter {
         let table = &model.gguf().tensors()[spec.embedding];
         Self {
             counters: Counters::new(tiers.len(), plan.layers.len()),
+            cancel: cancel.clone(),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
             dense: dense.collect(),
             miss_tiers: plan
@@ -145,10 +149,8 @@ impl Meter {
         if let Some(pacer) = &self.pacer {
             let traffic = &self.dense[layer.get()];
             let cache = traffic.cache.bytes(positions as u64, rows as u64);
-            settle(
-                start,
-                pacer.dense(&traffic.weights, traffic.cache_tier, cache),
-            );
+            let declared = pacer.dense(&traffic.weights, traffic.cache_tier, cache);
+            settle(start, declared, &self.cancel);
         }
     }
 
@@ -212,7 +214,7 @@ impl Meter {
             .as_ref()
             .map(|p| p.expert_paths(&self.computed, step.read_bytes, to));
         if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
-            settle(clock.experts, *longest);
+            settle(clock.experts, *longest, &self.cancel);
         }
         let time = clock.experts.elapsed();
         match phase {
@@ -265,7 +267,7 @@ impl Meter {
         if batch.logits.is_some() {
             self.outside.add(self.head.tier, self.head.bytes);
             if let Some(pacer) = &self.pacer {
-                settle(start, pacer.outside(&self.outside));
+                settle(start, pacer.outside(&self.outside), &self.cancel);
             }
         }
         if batch.phase == Phase::Decode {

@@ -40,6 +40,7 @@ mod warm;
 
 pub use batch::{LogitsMode, Routing};
 
+use crate::cancel::Cancel;
 use crate::error::RunError;
 use crate::experts::counters::Counters;
 use crate::layers::index::layers;
@@ -85,14 +86,16 @@ pub struct Engine {
     batch: usize,
     /// The tier whose GPU has all of the model but perhaps the embedding, if one has.
     fully_on_gpu: Option<TierIdx>,
+    /// Polled by every pass.
+    cancel: Cancel,
 }
 
 impl Engine {
     /// Takes tokens through the network and returns logits, `[1, n_vocab]` or `[tokens, n_vocab]`.
     ///
     /// # Errors
-    /// When the context is full, a token is out of range, or the slow tier fails. After the last
-    /// the context is as before the call. A network with recurrent states can't go back, so that
+    /// When the context is full, a token is out of range, the slow tier fails, logits are not
+    /// numbers, or the caller canceled. After the last three the context is as before the call. A network with recurrent states can't go back, so that
     /// only [`clear`](Self::clear) helps then.
     pub fn forward(&mut self, tokens: &[u32], mode: LogitsMode) -> Result<&[f32], RunError> {
         self.sequence.check_room(tokens.len())?;
@@ -115,17 +118,34 @@ impl Engine {
         let (start, n_past) = (Instant::now(), self.sequence.n_past());
         let phase = Phase::of_call(tokens.len(), n_past);
         for batch in Batch::split(tokens, self.batch, mode, phase) {
-            let result = self.pass(&batch);
+            let result = self.pass(&batch).and_then(|()| self.check_canceled());
             // What was read from a file that changed is worth nothing, however well the reads went.
             if let Err(error) = result.and_then(|()| Ok(self.experts.store.check_files()?)) {
                 self.sequence.undo(n_past);
                 return Err(error);
             }
         }
+        // Without all tokens' logits, the row is that of the last token.
+        if let Some(row) = first_not_finite(&self.output.logits, n_vocab) {
+            let n_rows = self.output.logits.len() / n_vocab;
+            self.sequence.undo(n_past);
+            return Err(RunError::NotANumber {
+                position: n_past + tokens.len() - n_rows + row,
+            });
+        }
         self.meter.finish_call(start, phase, tokens.len());
         self.meter
             .count_prefetched(self.experts.store.take_prefetch_count());
         Ok(&self.output.logits)
+    }
+
+    /// Fails if the caller requested that passes stop.
+    fn check_canceled(&self) -> Result<(), RunError> {
+        if self.cancel.is_requested() {
+            Err(RunError::Canceled)
+        } else {
+            Ok(())
+        }
     }
 
     /// Takes a batch through all layers.
@@ -143,6 +163,7 @@ impl Engine {
             sequence,
             meter,
             output,
+            cancel,
             ..
         } = self;
         let spec = model.spec();
@@ -154,6 +175,9 @@ impl Engine {
             backends.begin_layer();
             let mut next_place = place;
             for rows in batch.micro_batches(backends.buffers.micro_batch) {
+                if cancel.is_requested() {
+                    return Err(RunError::Canceled);
+                }
                 let start = Instant::now();
                 next_place = backends.dense_stage(spec, layer, rows.clone(), place, sequence)?;
                 meter.pace_dense(start, layer.index, sequence.n_past() + rows.end, rows.len());
@@ -166,6 +190,9 @@ impl Engine {
             }
             if let Some(next) = layers.peek() {
                 experts.prefetch(spec, *next, batch, place, backends, sequence)?;
+            }
+            if cancel.is_requested() {
+                return Err(RunError::Canceled);
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
             backends.add_experts(spec, batch.len(), place, sequence)?;
@@ -280,5 +307,33 @@ impl Engine {
     /// [`forward`](Self::forward).
     pub fn routing(&self) -> &Routing {
         &self.output.routing
+    }
+}
+
+/// Returns the first row of logits that has a NaN or an infinity.
+fn first_not_finite(logits: &[f32], n_vocab: usize) -> Option<usize> {
+    // No early exit within a row, so that the loop is vectorized.
+    let is_finite = |row: &[f32]| row.iter().fold(true, |all, x| all & x.is_finite());
+    logits
+        .chunks(n_vocab.max(1))
+        .position(|row| !is_finite(row))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::first_not_finite;
+
+    #[test]
+    fn the_first_row_with_a_nan_or_an_infinity_is_found() {
+        let mut logits = [0.5f32; 12];
+        assert_eq!(first_not_finite(&logits, 4), None);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            logits[11] = bad;
+            assert_eq!(first_not_finite(&logits, 4), Some(2));
+            logits[4] = bad;
+            assert_eq!(first_not_finite(&logits, 4), Some(1));
+            logits[4] = f32::MAX;
+        }
+        assert_eq!(first_not_finite(&[], 4), None);
     }
 }

@@ -109,14 +109,17 @@ impl Sequence {
     /// Forgets all tokens but the first `n`; does nothing where there are no more.
     ///
     /// # Errors
-    /// When a layer has a recurrent state and `n` is neither 0 nor all tokens; nothing is forgotten
-    /// then.
+    /// When a layer has a recurrent state and `n` is neither 0 nor all tokens, or that state is
+    /// unusable after a failed pass; nothing is forgotten then.
     pub(crate) fn truncate(&mut self, n: usize) -> Result<(), RunError> {
-        if n >= self.n_past {
-            return Ok(());
-        }
         if n == 0 {
             self.clear();
+            return Ok(());
+        }
+        if self.broken {
+            return Err(RunError::Broken);
+        }
+        if n >= self.n_past {
             return Ok(());
         }
         if !self.can_rewind() {

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::Builder;
 use thiserror::Error;
 use tier_plan_formats::FormatError;
 use tier_plan_formats::gguf::Gguf;
@@ -278,7 +279,10 @@ impl Checksums {
         };
         std::thread::scope(|scope| {
             for _ in 1..threads {
-                scope.spawn(|| while compare_next().is_some() {});
+                let others = || while compare_next().is_some() {};
+                if Builder::new().spawn_scoped(scope, others).is_err() {
+                    break;
+                }
             }
             while let Some(bytes) = compare_next() {
                 // The other threads have compared about as much meanwhile.

@@ -40,6 +40,7 @@ use super::prefetch::{Prefetcher, StepRead};
 use super::step::{DeferredMove, ExpertState, HeldExpert, LoadTarget, SlotRefill};
 use super::view::ExpertView;
 use super::warmup::Warmup;
+use crate::cancel::Cancel;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Completion, FileTier, Priority, ReadError};
 use std::sync::Arc;
@@ -60,6 +61,8 @@ pub(crate) struct ExpertStore {
     pub(super) layers: Vec<LayerExperts>,
     /// `None` only where every expert computes from its backing copy.
     pub(super) files: Option<FileTier>,
+    /// Polled between the experts of a batch.
+    pub(crate) cancel: Cancel,
     /// Free staging buffers.
     pub(super) staging: Vec<ArenaSlice>,
     /// Staging buffers in all; 0 where the slow tier is mapped.
@@ -97,6 +100,7 @@ impl ExpertStore {
             gguf,
             layers,
             files,
+            cancel: Cancel::default(),
             staging,
             n_staging,
             staging_tier,

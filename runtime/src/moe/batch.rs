@@ -60,6 +60,10 @@ impl BatchRun<'_, '_> {
         let rest = self.start_gpu()?;
         let rest = self.start_streamed(rest)?;
         for at in rest {
+            if self.run.store.cancel.is_requested() {
+                self.run.store.give_up(&mut self.step);
+                return Err(RunError::Canceled);
+            }
             self.send_streamed(Flush::Some)?;
             while !self.step.is_ready(at) {
                 self.run.store.wait(&mut self.step)?;

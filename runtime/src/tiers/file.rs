@@ -253,14 +253,14 @@ impl FileTier {
     /// Opens the files and starts the reader threads.
     ///
     /// # Errors
-    /// When a file can't be opened.
+    /// When a file can't be opened, or the system allows no thread.
     pub fn open(paths: &[PathBuf], mode: ReadMode) -> Result<Self, ReadError> {
-        Ok(Self::start(
+        Self::start(
             paths
                 .iter()
                 .map(|path| Source::open(path, mode))
                 .collect::<Result<_, _>>()?,
-        ))
+        )
     }
 
     /// Starts reader threads over anything that implements [`ReadAt`].
@@ -269,33 +269,31 @@ impl FileTier {
     /// When a reader has no [stamp](ReadAt::stamp).
     pub fn from_readers(readers: Vec<NamedReader>) -> Result<Self, ReadError> {
         let source = |named: NamedReader| Source::new(&named.path, named.reader);
-        Ok(Self::start(
-            readers.into_iter().map(source).collect::<Result<_, _>>()?,
-        ))
+        Self::start(readers.into_iter().map(source).collect::<Result<_, _>>()?)
     }
 
-    fn start(sources: Vec<Source>) -> Self {
+    fn start(sources: Vec<Source>) -> Result<Self, ReadError> {
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             ready: Condvar::new(),
             sources,
         });
         let (sender, completions) = channel();
-        let readers = (0..READER_THREADS)
-            .filter_map(|i| {
-                let (shared, sender) = (Arc::clone(&shared), sender.clone());
-                std::thread::Builder::new()
-                    .name(format!("read-{i}"))
-                    .spawn(move || read_loop(&shared, &sender))
-                    .ok()
-            })
-            .collect();
-        Self {
+        let start = |i| {
+            let (shared, sender) = (Arc::clone(&shared), sender.clone());
+            std::thread::Builder::new()
+                .name(format!("read-{i}"))
+                .spawn(move || read_loop(&shared, &sender))
+        };
+        // Fewer readers are slower; without any, no request would ever complete.
+        let mut readers = vec![start(0).map_err(ReadError::Thread)?];
+        readers.extend((1..READER_THREADS).map_while(|i| start(i).ok()));
+        Ok(Self {
             shared,
             sender,
             completions,
             readers,
-        }
+        })
     }
 
     /// Returns the most memory, in bytes, that the reader threads take beside the callers' buffers.

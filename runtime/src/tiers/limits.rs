@@ -36,6 +36,16 @@ pub fn memory_limit() -> Option<Limit> {
     limit_below(Path::new("/"))
 }
 
+/// Returns the bytes that this process may still take, or `None` where the system reports no limit.
+pub fn memory_left() -> Option<u64> {
+    let limit = memory_limit()?;
+    Some(
+        limit
+            .bytes
+            .saturating_sub(anonymous_bytes(&read(Path::new("/proc/self/status")))),
+    )
+}
+
 /// Returns the space of the file system that a path is on, where the system reports it.
 #[cfg(unix)]
 pub fn file_system_space(path: &Path) -> Option<FileSystemSpace> {
@@ -195,28 +205,58 @@ fn cgroup_bytes(root: &Path, cgroup: &Cgroup, process_bytes: u64) -> Option<u64>
     cgroup.path.ancestors().filter_map(left).min()
 }
 
-/// Returns the limit of the cgroup in `folder`, less what other processes hold; `None` without a
-/// limit.
+/// Returns the limit of the cgroup in `folder`, less what others hold and the system cannot drop;
+/// `None` without a limit.
 fn left_in(folder: &Path, version: u8, process_bytes: u64) -> Option<u64> {
-    let (limit, used) = match version {
-        2 => ("memory.max", "anon"),
-        _ => ("memory.limit_in_bytes", "total_rss"),
+    let number = |file: &str| read(&folder.join(file)).trim().parse::<u64>().ok();
+    // Above `memory.high` a process is slowed down as it would be without memory.
+    let limits: &[&str] = match version {
+        2 => &["memory.max", "memory.high"],
+        _ => &["memory.limit_in_bytes"],
     };
     // No limit is `max` in version 2, and a number larger than any memory in version 1.
-    let limit: u64 = read(&folder.join(limit))
-        .trim()
-        .parse()
-        .ok()
-        .filter(|bytes| *bytes < 1 << 60)?;
+    let limit = limits
+        .iter()
+        .filter_map(|file| number(file))
+        .filter(|bytes| *bytes < 1 << 60)
+        .min()?;
     let stat = read(&folder.join("memory.stat"));
-    let used: Option<u64> = stat.lines().find_map(|line| {
-        line.strip_prefix(used)?
+    let sum = |names: &[&str]| -> u64 {
+        let values = names.iter().filter_map(|name| stat_value(&stat, name));
+        values.fold(0, u64::saturating_add)
+    };
+    let (usage, held, droppable) = match version {
+        2 => (
+            number("memory.current"),
+            sum(&[
+                "anon",
+                "shmem",
+                "slab_unreclaimable",
+                "kernel_stack",
+                "pagetables",
+            ]),
+            sum(&["active_file", "inactive_file", "slab_reclaimable"]),
+        ),
+        _ => (
+            number("memory.usage_in_bytes"),
+            sum(&["total_rss", "total_shmem"]),
+            sum(&["total_active_file", "total_inactive_file"]),
+        ),
+    };
+    // What is neither listed nor a file's page, such as locked pages, cannot be dropped either.
+    let held = held.max(usage.unwrap_or(0).saturating_sub(droppable));
+    Some(limit.saturating_sub(held.saturating_sub(process_bytes)))
+}
+
+/// Returns the value of the line `name 123`.
+fn stat_value(stat: &str, name: &str) -> Option<u64> {
+    stat.lines().find_map(|line| {
+        line.strip_prefix(name)?
             .strip_prefix(' ')?
             .trim()
             .parse()
             .ok()
-    });
-    Some(limit.saturating_sub(used.unwrap_or(0).saturating_sub(process_bytes)))
+    })
 }
 
 #[cfg(test)]
@@ -280,6 +320,9 @@ mod tests {
             ("sys/fs/cgroup/a/memory.stat", "anon 34576\nfile 99999\n"),
         ];
         assert_eq!(limit(&two), Some((290_000, true)));
+        let mut high = two.to_vec();
+        high.push(("sys/fs/cgroup/a/memory.high", "200000\n"));
+        assert_eq!(limit(&high), Some((190_000, true)));
         let none = [
             MEMINFO,
             STATUS,
@@ -288,6 +331,47 @@ mod tests {
             ("sys/fs/cgroup/a/memory.max", "max\n"),
         ];
         assert_eq!(limit(&none), Some((1024 * 1024, false)));
+    }
+
+    #[test]
+    fn memory_that_cannot_be_dropped_is_in_use() {
+        let v2 = [
+            MEMINFO,
+            STATUS,
+            ("proc/self/cgroup", "0::/a\n"),
+            (
+                "proc/self/mountinfo",
+                "30 20 0:26 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n",
+            ),
+            ("sys/fs/cgroup/a/memory.max", "900000\n"),
+            (
+                "sys/fs/cgroup/a/memory.stat",
+                "anon 24576\nfile 500000\nshmem 300000\nshmem_thp 7\ninactive_file 200000\n",
+            ),
+        ];
+        // A file on tmpfs is no cache.
+        assert_eq!(limit(&v2), Some((600_000, true)));
+        let mut locked = v2.to_vec();
+        locked.push(("sys/fs/cgroup/a/memory.current", "724576\n"));
+        assert_eq!(limit(&locked), Some((400_000, true)));
+        let v1 = [
+            MEMINFO,
+            STATUS,
+            ("proc/self/cgroup", "5:memory:/a\n"),
+            (
+                "proc/self/mountinfo",
+                "30 20 0:26 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n",
+            ),
+            ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "900000\n"),
+            (
+                "sys/fs/cgroup/memory/a/memory.stat",
+                "shmem 1\ntotal_rss 24576\ntotal_shmem 300000\ntotal_inactive_file 200000\n",
+            ),
+        ];
+        assert_eq!(limit(&v1), Some((600_000, true)));
+        let mut locked = v1.to_vec();
+        locked.push(("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "724576\n"));
+        assert_eq!(limit(&locked), Some((400_000, true)));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //!   bytes over rate. The slow tier's path is its latency, then missed bytes over its rate, or over
 //!   the rate of the link to their target if that is lower.
 
+use crate::cancel::{Cancel, POLL_INTERVAL};
 use std::time::{Duration, Instant};
 use tier_plan_formats::machine::{Tier, TierKind};
 use tier_plan_formats::placement::{PerTier, TierIdx};
@@ -183,16 +184,16 @@ fn seconds(s: f64) -> Duration {
     Duration::from_secs_f64(s.clamp(0.0, 3600.0))
 }
 
-/// Waits until `declared` has passed since `start`.
-pub fn settle(start: Instant, declared: Duration) {
+/// Waits until `declared` has passed since `start`, or until `cancel` is requested.
+pub fn settle(start: Instant, declared: Duration, cancel: &Cancel) {
     let end = start + declared;
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if left.is_zero() || cancel.is_requested() {
             return;
         }
         if left > SPIN {
-            std::thread::sleep(left - SPIN)
+            std::thread::sleep((left - SPIN).min(POLL_INTERVAL))
         } else {
             std::hint::spin_loop()
         }
@@ -296,8 +297,22 @@ mod tests {
     fn settling_never_ends_early() {
         for us in [0, 50, 400] {
             let start = Instant::now();
-            settle(start, Duration::from_micros(us));
+            settle(start, Duration::from_micros(us), &Cancel::default());
             assert!(start.elapsed() >= Duration::from_micros(us));
         }
+    }
+
+    #[test]
+    fn a_canceled_wait_ends() {
+        let cancel = Cancel::default();
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                cancel.request();
+            });
+            settle(start, Duration::from_secs(60), &cancel);
+        });
+        assert!((20..5000).contains(&start.elapsed().as_millis()));
     }
 }

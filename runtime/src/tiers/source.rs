@@ -81,7 +81,10 @@ pub enum ReadError {
         /// Value of the variable.
         found: String,
     },
-    /// The read was canceled, or the reader threads have stopped.
+    /// The system allows no thread to read with.
+    #[error("starting a thread that reads files failed: {0}")]
+    Thread(io::Error),
+    /// The reader threads are gone.
     #[error("the reader threads have stopped")]
     Stopped,
 }

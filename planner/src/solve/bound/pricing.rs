@@ -15,6 +15,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::TierIdx;
+use tier_plan_runtime::kernels::scoped::spawn_or_run;
 
 /// Columns that a round adds to an item of one layer.
 const MAX_NEW_COLUMNS: usize = 160;
@@ -41,7 +42,7 @@ fn for_each_item<T: Send>(
         .collect();
     std::thread::scope(|scope| {
         for _ in 0..threads {
-            scope.spawn(|| {
+            spawn_or_run(scope, || {
                 let take = || {
                     let at = next.fetch_add(1, Ordering::Relaxed);
                     jobs.get(at).map(|job| (at, job))

@@ -19,6 +19,7 @@ use crate::profile::{Evidence, Judged, LayerEvidence};
 use layer::LayerColumns;
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, TierIdx};
+use tier_plan_runtime::kernels::scoped::spawn_or_run;
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// Share of the time limit spent on the initial grid when pricing will refine it.
@@ -232,7 +233,7 @@ impl<'a> ColumnEnumerator<'a> {
         std::thread::scope(|scope| {
             let chunk = alike.len().div_ceil(threads).max(1);
             for (members, items) in alike.chunks(chunk).zip(items.chunks_mut(chunk)) {
-                scope.spawn(move || {
+                spawn_or_run(scope, move || {
                     for (layers, item) in members.iter().zip(items) {
                         let cuts = self.grid.axis(0, self.max_cut(layers[0]));
                         let axes = Axes {

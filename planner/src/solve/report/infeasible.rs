@@ -1,6 +1,7 @@
 //! Explains why there is no plan: by how much it misses, and the nearest change that makes one.
 
 use crate::cost::token_s;
+use crate::printable::printable;
 use crate::solve::problem::Problem;
 use crate::solve::problem::capacity::Capacity;
 use crate::solve::problem::constraints::Constraints;
@@ -20,7 +21,7 @@ pub fn no_division(
         .tiers
         .iter()
         .zip(&capacity.left_bytes)
-        .map(|(t, &b)| format!("'{}' {}", t.name, show_bytes(b)))
+        .map(|(t, &b)| format!("'{}' {}", printable(&t.name), show_bytes(b)))
         .collect();
     let left = left.join(", ");
     // Bytes fixed to each tier by hand.
@@ -55,7 +56,7 @@ pub fn no_division(
             return format!(
                 "--fix puts {} on '{}', which has {} left for weights: {} too much; fix less there, or {}",
                 show_bytes(bytes),
-                capacity.tiers[tier].name,
+                printable(&capacity.tiers[tier].name),
                 show_bytes(capacity.left_bytes[tier.get()]),
                 show_bytes(over),
                 hint(problem, tier, over)
@@ -115,7 +116,7 @@ pub fn target(fastest: &Placement, bound_s: f64, max_s: f64, problem: &Problem<'
     let help = slowest.map_or(String::new(), |(tier, (dense, expert))| {
         format!(
             "; most of its time goes to reads of '{}' ({:.1} ms of {:.1}), so raise the budgets of the tiers above it",
-            tier.tier.name,
+            printable(&tier.tier.name),
             (dense + expert) * 1e3,
             token_s(predicted) * 1e3
         )
@@ -123,8 +124,8 @@ pub fn target(fastest: &Placement, bound_s: f64, max_s: f64, problem: &Problem<'
     format!(
         "no plan for '{}' on '{}' reaches {:.3} tok/s: the fastest is predicted to give {:.3}, {:.1} ms per token too slow; \
          {proven}{help}, or lower --target-tok-s",
-        problem.shape.id.name,
-        problem.machine.name,
+        printable(&problem.shape.id.name),
+        printable(&problem.machine.name),
         1.0 / max_s,
         predicted.decode_tok_s,
         (token_s(predicted) - max_s) * 1e3

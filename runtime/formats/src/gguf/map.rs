@@ -145,7 +145,9 @@ impl Copied {
                 }
                 Ok(())
             };
-            let others: Vec<_> = (1..threads.max(1)).map(|_| scope.spawn(work)).collect();
+            let others: Vec<_> = (1..threads.max(1))
+                .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok())
+                .collect();
             let mut own = Ok(());
             while let Some((at, (to, from))) = next() {
                 own = copy_one(at, to, from);

@@ -1,0 +1,168 @@
+//! Signals and closed pipes end the program soon, and what it has is kept.
+
+use crate::common::{demo_machine, demo_model, run_in, stderr, succeeded, tier_plan};
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How soon a signal must end the program. What takes longer on a busy machine is the system.
+const SOON: Duration = Duration::from_secs(3);
+
+/// Writes a plan whose prompt takes minutes of declared time, and a long prompt.
+fn slow_plan(folder: &Path) {
+    let (model, machine) = (demo_model(), demo_machine());
+    let solve = [
+        "solve",
+        model.to_str().unwrap(),
+        "-m",
+        machine.to_str().unwrap(),
+    ];
+    succeeded(run_in(
+        folder,
+        &[&solve[..], &["--strategy", "lru-only", "-o", "plan.toml"]].concat(),
+    ));
+    let plan = fs::read_to_string(folder.join("plan.toml")).unwrap();
+    let slow = plan.replace("read_gbps = 0.15", "read_gbps = 0.0001");
+    assert_ne!(plan, slow);
+    fs::write(folder.join("slow.toml"), slow).unwrap();
+    fs::write(
+        folder.join("long.txt"),
+        "In the beginning God created. ".repeat(100),
+    )
+    .unwrap();
+}
+
+fn send(signal: &str, child: &Child) {
+    let kill = Command::new("kill")
+        .args([signal, &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+}
+
+/// Waits for a program that a signal was sent to, and returns its exit code.
+fn ends_soon(child: &mut Child) -> Option<i32> {
+    let start = Instant::now();
+    while start.elapsed() < SOON {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    panic!("the program went on after the signal");
+}
+
+/// Reads standard error until a line contains `word`.
+fn wait_for(child: &mut Child, word: &str) {
+    let from = child.stderr.as_mut().unwrap();
+    let (mut seen, mut byte) = (Vec::new(), [0]);
+    while !String::from_utf8_lossy(&seen).contains(word) {
+        assert_eq!(
+            from.read(&mut byte).unwrap(),
+            1,
+            "{}",
+            String::from_utf8_lossy(&seen)
+        );
+        seen.push(byte[0]);
+    }
+}
+
+#[test]
+fn a_first_signal_ends_a_prompt_on_slow_tiers() {
+    let folder = tempfile::tempdir().unwrap();
+    slow_plan(folder.path());
+    for (signal, code) in [("-INT", 130), ("-TERM", 143), ("-HUP", 129)] {
+        let mut command = tier_plan();
+        command
+            .current_dir(folder.path())
+            .arg("run")
+            .arg(demo_model());
+        command.args([
+            "--plan",
+            "slow.toml",
+            "-f",
+            "long.txt",
+            "-n",
+            "4",
+            "--record",
+            "r.json",
+        ]);
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_for(&mut child, "counted");
+        std::thread::sleep(Duration::from_millis(500));
+        send(signal, &child);
+        assert_eq!(ends_soon(&mut child), Some(code), "{signal}");
+    }
+}
+
+#[test]
+fn a_reader_that_has_gone_leaves_the_record() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = tier_plan();
+    command
+        .current_dir(folder.path())
+        .arg("run")
+        .arg(demo_model());
+    command.args([
+        "-p",
+        "In the beginning",
+        "-n",
+        "200",
+        "--ignore-eos",
+        "--record",
+        "r.json",
+    ]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = child.stdout.take().unwrap();
+    output.read_exact(&mut [0]).unwrap();
+    drop(output);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let record = fs::read_to_string(folder.path().join("r.json")).unwrap();
+    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+    assert!(!record["output"].as_array().unwrap().is_empty());
+}
+
+/// A program that was started to ignore a signal, as by `nohup`, goes on ignoring it.
+#[test]
+fn an_ignored_signal_stays_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new("sh");
+    command
+        .current_dir(folder.path())
+        .args(["-c", "trap '' HUP; exec \"$@\"", "sh"]);
+    command
+        .arg(tier_plan().get_program())
+        .arg("run")
+        .arg(demo_model());
+    command.args([
+        "-p",
+        "In the beginning",
+        "-n",
+        "300",
+        "--ignore-eos",
+        "--record",
+        "r.json",
+    ]);
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    send("-HUP", &child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(folder.path().join("r.json").exists());
+}
