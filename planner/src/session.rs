@@ -234,7 +234,8 @@ impl Session {
     }
 }
 
-/// Fails if a plan takes more memory than this process may hold: the system would end it.
+/// Fails if a plan takes more memory than this process may hold: the system would end it. Warns if
+/// it takes more than is free.
 fn check_memory(plan: &Placement) -> Result<()> {
     let in_memory = |t: &&PlanTier| t.tier.kind != TierKind::Vram || t.tier.emulated;
     // The last tier is the file itself, whose pages the system can drop.
@@ -242,19 +243,21 @@ fn check_memory(plan: &Placement) -> Result<()> {
     let bytes = upper
         .filter(in_memory)
         .fold(0u64, |sum, t| sum.saturating_add(t.used_bytes()));
-    match memory_limit() {
-        Some(limit) if bytes > limit.bytes => {
-            let short = format!(
-                "plan '{}' takes {} of main memory, expected at most {}, the {}",
-                plan.name,
-                show_bytes(bytes),
-                show_bytes(limit.bytes),
-                limit.source
-            );
-            Err(anyhow!(short)).hint("solve again with a smaller --budget, or free some memory")
-        }
-        _ => Ok(()),
+    let Some(limit) = memory_limit().filter(|limit| bytes > limit.bytes) else {
+        return Ok(());
+    };
+    let short = format!(
+        "plan '{}' takes {} of main memory, expected at most {}, the {}",
+        printable(&plan.name),
+        show_bytes(bytes),
+        show_bytes(limit.bytes),
+        limit.source
+    );
+    if limit.is_hard {
+        return Err(anyhow!(short)).hint("solve again with a smaller --budget for main memory");
     }
+    eprintln!("warning: {short}");
+    Ok(())
 }
 
 /// Copies the weights to huge pages. If that fails they stay mapped, which is slower.
