@@ -23,6 +23,7 @@ pub mod interrupt;
 pub mod json;
 pub mod opening;
 pub mod perplexity;
+pub mod prepared;
 pub mod printable;
 pub mod probe;
 pub mod profile;

@@ -1,29 +1,20 @@
 //! Opens a model for a command: file, plan, engine, and tokenizer.
 
-use crate::budget::{self, Chosen, Model};
 use crate::hint::HintExt;
-use crate::opening::{Opening, check_threads, naming};
+use crate::opening::{Opening, check_threads};
+use crate::prepared::{Prepared, check_memory, check_plan_context};
 use crate::printable::printable;
-use crate::store::{self, Start};
-use crate::{progress, verify};
-use anyhow::{Context, Result, anyhow, bail};
+use crate::progress;
+use crate::store::Start;
+use anyhow::{Context, Result, anyhow};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
-use tier_plan_runtime::formats::machine::TierKind;
-use tier_plan_runtime::formats::placement::{Placement, PlanTier};
+use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::gguf::Gguf;
-use tier_plan_runtime::model::spec::{ModelSpec, RopeScaling};
-use tier_plan_runtime::model::{describe, shape::shape_of};
-use tier_plan_runtime::threads::physical_cores;
-use tier_plan_runtime::tiers::limits::memory_limit;
-use tier_plan_runtime::tiers::numa::NumaPolicy;
-use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError, TokenizerSource};
+use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
 use tier_plan_runtime::units::show_bytes;
 use tier_plan_runtime::{Engine, LoadOptions};
-
-/// Context in tokens without a plan, where the model would allow more.
-const DEFAULT_CONTEXT: u32 = 4096;
 
 /// A loaded model.
 pub struct Session {
@@ -53,6 +44,8 @@ impl Session {
     /// When the model does not fit, or a read fails.
     pub fn load(gguf: Arc<Gguf>, plan: &Placement, threads: Option<usize>) -> Result<Self> {
         check_threads(threads)?;
+        check_plan_context(plan)?;
+        check_memory(plan)?;
         Self::load_with(
             gguf,
             plan,
@@ -64,9 +57,11 @@ impl Session {
         )
     }
 
-    fn load_with(gguf: Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Result<Self> {
-        check_plan_context(plan)?;
-        check_memory(plan)?;
+    pub(crate) fn load_with(
+        gguf: Arc<Gguf>,
+        plan: &Placement,
+        options: &LoadOptions,
+    ) -> Result<Self> {
         let started = Instant::now();
         let bar = progress::bytes("loading");
         let engine = Engine::load(Arc::clone(&gguf), plan, options, &mut |done, total| {
@@ -157,6 +152,14 @@ impl Session {
         lines
     }
 
+    /// Adds sentences on where experts come from, and fills the slots that the start names.
+    pub(crate) fn begin(&mut self, note: Option<String>, start: Start) -> Result<()> {
+        self.notes.extend(note);
+        self.notes.extend(start.fill(&mut self.engine)?);
+        self.start = Some(start);
+        Ok(())
+    }
+
     /// Returns sentences on where experts come from, beyond the plan.
     pub fn notes(&self) -> &[String] {
         &self.notes
@@ -170,243 +173,6 @@ impl Session {
         self.start
             .as_ref()
             .map_or(Ok(()), |start| start.keep(&self.engine))
-    }
-}
-
-/// A model whose options, plan, and files are checked, and of which no weights have been read.
-///
-/// What depends on the file's header alone is refused between opening and loading, so that it takes
-/// neither the time nor the memory of the weights.
-pub struct Prepared<'a> {
-    model: &'a Path,
-    gguf: Gguf,
-    spec: ModelSpec,
-    plan: Placement,
-    /// Whether the weights are copied to memory first.
-    copies: bool,
-    /// Context asked for, if less than the plan's may be.
-    context: Option<u32>,
-    options: LoadOptions,
-    start: Start,
-    note: Option<String>,
-}
-
-impl<'a> Prepared<'a> {
-    /// Opens a model, chooses or reads its plan, and opens the files that loading needs.
-    ///
-    /// # Errors
-    /// When an option is invalid, a file cannot be read, or the model does not fit.
-    pub fn open(model: &'a Path, opening: Opening<'_>) -> Result<Self> {
-        check_threads(opening.threads)?;
-        opening
-            .numa
-            .map_or(Ok(()), NumaPolicy::apply)
-            .context("--numa")?;
-        let gguf = Gguf::open(model)?;
-        let spec = describe(&gguf).map_err(|e| naming(model, e))?;
-        let Chosen { plan, batch, fits } = chosen(&gguf, &spec, &opening)?;
-        check_plan_context(&plan)?;
-        check_memory(&plan)?;
-        let checks = verify::checks(&gguf, &spec, opening.verify)?;
-        let start = Start::read(&gguf, opening.slots, opening.warm)?;
-        let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
-        Ok(Self {
-            model,
-            gguf,
-            spec,
-            plan,
-            copies: fits,
-            context: opening.context.filter(|context| *context > 0),
-            options: LoadOptions {
-                threads: opening.threads,
-                batch,
-                checks,
-                pack,
-                stream: None,
-                cancel: crate::interrupt::request(),
-            },
-            start,
-            note,
-        })
-    }
-
-    /// Returns the open file.
-    pub fn gguf(&self) -> &Gguf {
-        &self.gguf
-    }
-
-    /// Returns the network.
-    pub fn spec(&self) -> &ModelSpec {
-        &self.spec
-    }
-
-    /// Returns the tokens that a text may have.
-    pub fn context(&self) -> usize {
-        self.context
-            .map_or(self.plan.context, |asked| asked.min(self.plan.context)) as usize
-    }
-
-    /// Returns the tokens of the plan's context.
-    pub fn plan_context(&self) -> u32 {
-        self.plan.context
-    }
-
-    /// Returns the model's tokenizer, with the pre-tokenizer `pre` instead of the file's if given.
-    ///
-    /// # Errors
-    /// When the file has no tokenizer, or one of an unknown kind.
-    pub fn tokenizer_with(&self, pre: Option<&str>) -> Result<Tokenizer> {
-        tokenizer_with(&self.gguf, pre)
-    }
-
-    /// Returns the tokens of a prompt that is to be continued.
-    ///
-    /// # Errors
-    /// When the vocabulary can't spell it, or it is empty or longer than the context.
-    pub fn prompt(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-        let context = self.context();
-        let prompt = match tokenizer.encode_within(text, true, context) {
-            Err(TokenizerError::TooLong { least, .. }) => {
-                bail!(
-                    "context full: at least {least} tokens requested, {context} available: pass a shorter prompt or a larger --context; with a plan, solve again with a larger --context"
-                )
-            }
-            encoded => encoded?,
-        };
-        if prompt.is_empty() {
-            return Err(anyhow!("the prompt is empty, expected text"))
-                .hint("pass text with --prompt or --file");
-        }
-        Ok(prompt)
-    }
-
-    /// Reads the weights.
-    ///
-    /// # Errors
-    /// When a file cannot be read, or the model does not fit.
-    pub fn load(mut self) -> Result<Session> {
-        if self.copies {
-            copy_to_memory(&mut self.gguf, self.options.threads)?;
-        }
-        let loaded = Session::load_with(Arc::new(self.gguf), &self.plan, &self.options);
-        let mut session = loaded.map_err(|e| naming(self.model, e))?;
-        if let Some(context) = self.context {
-            session.engine.limit_context(context);
-        }
-        let trained = session.engine.shape().context;
-        if let Some(warning) = beyond_training(&self.spec, session.engine.context(), trained) {
-            eprintln!("{warning}");
-        }
-        session.notes.extend(self.note);
-        session.notes.extend(self.start.fill(&mut session.engine)?);
-        session.start = Some(self.start);
-        Ok(session)
-    }
-}
-
-/// Reads the plan asked for, or chooses one.
-fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen> {
-    if let Some(path) = opening.plan {
-        return Ok(Chosen {
-            plan: opening.read_plan(gguf, path)?,
-            batch: None,
-            fits: false,
-        });
-    }
-    let shape = shape_of(gguf, spec);
-    let context = match opening.context {
-        None => shape.context.min(DEFAULT_CONTEXT),
-        Some(0) => shape.context,
-        Some(context) => context,
-    };
-    let model = Model {
-        gguf,
-        spec,
-        shape: &shape,
-        context,
-    };
-    budget::choose(model, opening)
-}
-
-/// Returns a warning where the context is longer than what the model was trained for, or its
-/// rotary scaling extends that to.
-fn beyond_training(spec: &ModelSpec, context: usize, trained: u32) -> Option<String> {
-    let scaled = |scaling| match scaling {
-        RopeScaling::None => 0.0,
-        RopeScaling::Linear(factor) => f64::from(trained) * f64::from(factor),
-        RopeScaling::Yarn {
-            factor,
-            original_context,
-            ..
-        } => f64::from(factor) * f64::from(original_context),
-    };
-    let longest = spec
-        .layers
-        .iter()
-        .filter_map(|layer| layer.mixer.rope())
-        .map(|rope| scaled(rope.scaling))
-        .fold(f64::from(trained), f64::max);
-    (trained > 0 && context as f64 > longest).then(|| {
-        format!(
-            "warning: the context of {context} tokens is longer than the {longest:.0} that the model was trained for; \
-             text past them may be poor"
-        )
-    })
-}
-
-fn check_plan_context(plan: &Placement) -> Result<()> {
-    if plan.context > 0 {
-        return Ok(());
-    }
-    let empty = format!(
-        "plan '{}': a context of 0 tokens, expected 1 or more",
-        plan.name
-    );
-    Err(anyhow!(empty)).hint("solve again with a larger --context")
-}
-
-/// Fails if a plan takes more memory than this process may hold: the system would end it.
-fn check_memory(plan: &Placement) -> Result<()> {
-    let in_memory = |t: &&PlanTier| t.tier.kind != TierKind::Vram || t.tier.emulated;
-    // The last tier is the file itself, whose pages the system can drop.
-    let upper = plan.tiers.iter().take(plan.tiers.len().saturating_sub(1));
-    let bytes = upper
-        .filter(in_memory)
-        .fold(0u64, |sum, t| sum.saturating_add(t.used_bytes()));
-    match memory_limit() {
-        Some(limit) if bytes > limit.bytes => {
-            let short = format!(
-                "plan '{}' takes {} of main memory, expected at most {}, the {}",
-                plan.name,
-                show_bytes(bytes),
-                show_bytes(limit.bytes),
-                limit.source
-            );
-            Err(anyhow!(short)).hint("solve again with a smaller --budget, or free some memory")
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Copies the weights to huge pages. Where there is no memory for that they stay mapped, which is
-/// slower.
-///
-/// # Errors
-/// When the file can't be read: looking at the mapped bytes would end the process.
-fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) -> Result<()> {
-    let bar = progress::bytes("reading the model");
-    let threads = threads.unwrap_or_else(physical_cores);
-    let copied = gguf.copy_to_memory(threads, &mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
-    match copied {
-        Err(error) if error.is_out_of_memory() => {
-            eprintln!("warning: {error}; the weights stay mapped, which is slower");
-            Ok(())
-        }
-        copied => Ok(copied?),
     }
 }
 

@@ -5,8 +5,9 @@ use crate::cmd::args::{
 };
 use crate::hint::HintExt;
 use crate::opening::Opening;
+use crate::prepared::Prepared;
 use crate::printable::printable;
-use crate::session::{Prepared, Session};
+use crate::session::Session;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::json;

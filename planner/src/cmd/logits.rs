@@ -3,7 +3,7 @@
 use crate::cmd::args::{ModelArgs, ThreadArgs};
 use crate::hint::HintExt;
 use crate::opening::Opening;
-use crate::session::Prepared;
+use crate::prepared::Prepared;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use std::path::PathBuf;

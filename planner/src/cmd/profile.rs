@@ -7,13 +7,13 @@ use crate::cmd::args::{JsonArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs, at_le
 use crate::hint::HintExt;
 use crate::json::path_json;
 use crate::opening::Opening;
+use crate::prepared::Prepared;
 use crate::printable::printable;
 use crate::profile::collect::{
     Calibration, Settings, Unfinished, check_experts, collect, tokenize,
 };
 use crate::profile::stats::{Skew, skews};
 use crate::profile::{imatrix, prompts};
-use crate::session::Prepared;
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use serde_json::json;

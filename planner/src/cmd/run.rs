@@ -5,8 +5,9 @@ use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, Pre
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::hint::HintExt;
 use crate::opening::Opening;
+use crate::prepared::Prepared;
 use crate::screen::{Screen, escape_json};
-use crate::session::{Prepared, Session};
+use crate::session::Session;
 use crate::{host, print, text};
 use anyhow::{Context, Result, bail};
 use clap::Args;

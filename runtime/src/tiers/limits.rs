@@ -12,6 +12,9 @@ pub struct Limit {
     pub bytes: u64,
     /// Human-readable source of the limit: `free memory` or `cgroup limit`.
     pub source: &'static str,
+    /// Whether the system ends a process that holds more, as in a cgroup. Free memory can be
+    /// exceeded where there is swap, or where others give some back.
+    pub is_hard: bool,
 }
 
 /// Space of a file system.
@@ -79,6 +82,7 @@ fn limit_below(root: &Path) -> Option<Limit> {
     let free = free.map(|bytes| Limit {
         bytes,
         source: "free memory",
+        is_hard: false,
     });
     let cgroups = memory_cgroups(
         &read(&root.join("proc/self/cgroup")),
@@ -91,6 +95,7 @@ fn limit_below(root: &Path) -> Option<Limit> {
     let cgroup = cgroup.map(|bytes| Limit {
         bytes,
         source: "cgroup limit",
+        is_hard: true,
     });
     free.into_iter()
         .chain(cgroup)
