@@ -12,6 +12,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+use tier_plan_runtime::formats::safely::Temporary;
 
 /// A command that writes `out` or `out/`, in a folder that [`place`] has filled.
 struct Writer {
@@ -50,7 +51,6 @@ fn writers() -> Vec<Writer> {
             "perplexity demo.gguf --file text.txt --ctx 8 --windows 1 --threads 1 --save-logits-base out",
         ),
         writer("export plan.toml --model demo.gguf --to llama.cpp -o out"),
-        writer("calibrate -m machine.toml old.record.json -o out"),
         Writer {
             folder: true,
             ..writer("compare old.record.json -o out")
@@ -116,6 +116,9 @@ fn with_fault(folder: &Path, fault: &str, args: &[String]) -> Output {
 
 /// Returns the temporary names in a folder.
 fn temporaries(folder: &Path) -> Vec<PathBuf> {
+    if !folder.exists() {
+        return Vec::new();
+    }
     let mut found: Vec<PathBuf> = listing(folder).into_iter().collect();
     found.retain(|path| path.to_string_lossy().contains(".partial"));
     found
@@ -181,11 +184,9 @@ fn a_killed_writer_leaves_nothing_for_the_run_after_the_next() {
                 writer.args
             );
             if writer.folder {
-                assert!(
-                    listing(&out).is_empty() || !out.exists(),
-                    "{:?}",
-                    writer.args
-                );
+                let whole = contents(folder).into_iter().map(|(path, _)| path);
+                let whole = whole.filter(|path| path.starts_with(&out));
+                assert!(whole.eq(temporaries(&out)), "{:?}", writer.args);
             } else if !writer.reads {
                 assert_eq!(fs::read(&out).unwrap(), b"what was there");
             }
@@ -236,34 +237,32 @@ fn a_kill_at_any_moment_leaves_the_old_file_or_a_whole_one() {
     assert_eq!(temporaries(folder), Vec::<PathBuf>::new());
 }
 
-/// What a live process writes is not a leftover.
 #[test]
-fn a_second_writer_leaves_the_first_alone() {
+fn what_a_live_process_writes_is_no_leftover() {
     let place = place();
     let folder = place.path();
-    let (fifo, export) = (folder.join("pause.txt"), &writers()[8].args);
-    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
-    assert!(made.success());
-    // A pipe as output: the first waits in it with its other files open.
+    let live = Temporary::create(folder).unwrap();
+    succeeded(run_in(folder, &writers()[0].args));
+    assert_eq!(temporaries(folder), [live.path()]);
+}
+
+#[test]
+fn a_pipe_gets_the_output_itself() {
+    let place = place();
+    let folder = place.path();
+    let made = Command::new("mkfifo").arg(folder.join("pipe")).status();
+    assert!(made.unwrap().success());
+    let export = "export plan.toml --model demo.gguf --to llama.cpp -o";
+    let to = |name: &str| format!("{export} {name}");
     let mut first = common::tier_plan()
         .current_dir(folder)
-        .args([
-            "export",
-            "plan.toml",
-            "--model",
-            "demo.gguf",
-            "--to",
-            "llama.cpp",
-            "-o",
-            "pause.txt",
-        ])
-        .stdout(Stdio::piped())
+        .args(to("pipe").split(' '))
+        .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    succeeded(run_in(folder, export));
-    let script = fs::read_to_string(&fifo).unwrap();
-    assert!(script.starts_with("#!/bin/sh\n"), "{script}");
+    let script = fs::read_to_string(folder.join("pipe")).unwrap();
     assert!(first.wait().unwrap().success());
+    succeeded(run_in(folder, &to("out").split(' ').collect::<Vec<_>>()));
     assert_eq!(script, fs::read_to_string(folder.join("out")).unwrap());
 }
 
@@ -281,7 +280,7 @@ fn unfinished_profiles_are_private_and_never_links() {
         assert_eq!(fs::read(folder.join("precious")).unwrap(), b"precious");
         fs::remove_file(&partial).unwrap();
     }
-    // Killed while it saves the second prompt: the first is kept, for its owner alone.
+    // Opening a pipe would wait for a writer.
     let made = Command::new("mkfifo").arg(&partial).status().unwrap();
     assert!(made.success());
     check_refusal(
@@ -384,7 +383,13 @@ fn reads_that_fail_are_named_and_slow_ones_change_nothing() {
             assert_eq!(stdout(&output), expected, "{fault} with {memory}");
         }
         let output = with_fault(folder, "read-error", &args);
-        check_refusal(&output, &["demo.gguf", "Input/output error"]);
+        // Weights that can't be copied to memory may stay mapped, where these reads do not fail.
+        if memory == "2GiB" && output.status.success() {
+            assert!(stderr(&output).contains("Input/output error"));
+            assert_eq!(stdout(&output), expected);
+        } else {
+            check_refusal(&output, &["demo.gguf", "Input/output error"]);
+        }
     }
 }
 
