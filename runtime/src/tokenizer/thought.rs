@@ -26,7 +26,8 @@ impl ThoughtMark {
         let thinks = |word| ["think", "thinking", "thought", "reason", "reasoning"].contains(&word);
         let ends = |word| ["end", "close"].contains(&word);
         let is_border = ends(last) || ["start", "begin", "open"].contains(&last);
-        if !thinks(last) && !(is_border && words.iter().any(|word| thinks(word))) {
+        let is_mark = thinks(last) || (is_border && words.iter().any(|word| thinks(word)));
+        if !is_mark {
             return None;
         }
         Some(if text.contains('/') || ends(first) || ends(last) {
