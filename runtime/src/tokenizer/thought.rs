@@ -13,18 +13,24 @@ pub enum ThoughtMark {
 }
 
 impl ThoughtMark {
-    /// Returns what a token of this text marks: a bracketed name whose last word is about
-    /// thinking, as models of many makers have it.
+    /// Returns what a token of this text marks: a bracketed name about thinking, with a word for
+    /// the border before or after it, as models of many makers have it.
     pub(super) fn of(text: &str) -> Option<Self> {
         let is_sign = |c: char| !c.is_alphanumeric();
         if text.len() > MAX_MARK_BYTES || !text.starts_with(is_sign) || !text.ends_with(is_sign) {
             return None;
         }
         let name = text.to_lowercase();
-        let words = || name.split(is_sign).filter(|w| !w.is_empty());
-        let thinks = ["think", "thinking", "thought", "reason", "reasoning"];
-        words().next_back().filter(|w| thinks.contains(w))?;
-        Some(if text.contains('/') || words().next() == Some("end") {
+        let words: Vec<&str> = name.split(is_sign).filter(|w| !w.is_empty()).collect();
+        let (first, last) = (*words.first()?, *words.last()?);
+        let thinks = |word| ["think", "thinking", "thought", "reason", "reasoning"].contains(&word);
+        let ends = |word| ["end", "close"].contains(&word);
+        let is_border = ends(last) || ["start", "begin", "open"].contains(&last);
+        let is_mark = thinks(last) || (is_border && words.iter().any(|word| thinks(word)));
+        if !is_mark {
+            return None;
+        }
+        Some(if text.contains('/') || ends(first) || ends(last) {
             Self::Closes
         } else {
             Self::Opens
@@ -44,6 +50,7 @@ mod tests {
             "<|START_THINKING|>",
             "◁think▷",
             "<seed:think>",
+            "<|reasoning_start|>",
         ] {
             assert_eq!(ThoughtMark::of(text), Some(Opens), "{text}");
         }
@@ -53,6 +60,7 @@ mod tests {
             "<|END_THINKING|>",
             "◁/think▷",
             "<|end_of_thought|>",
+            "<|reasoning_end|>",
         ] {
             assert_eq!(ThoughtMark::of(text), Some(Closes), "{text}");
         }
@@ -64,6 +72,8 @@ mod tests {
             "",
             "[INST]",
             "<think_on>",
+            "<|end|>",
+            "<|start|>",
         ] {
             assert_eq!(ThoughtMark::of(text), None, "{text}");
         }
