@@ -2,6 +2,7 @@
 
 use crate::cmd::args::{JsonArgs, KvArgs, ModelArgs, PreTokenizerArgs, ThreadArgs, VerifyArgs};
 use crate::hint::HintExt;
+use crate::input::read_text;
 use crate::opening::Opening;
 use crate::perplexity::{Against, Place, Scores, divergence, fill_row, in_parallel, place};
 use crate::progress;
@@ -110,17 +111,8 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         "--context: {ctx}, expected 4 or more tokens per window"
     );
     ensure!(args.windows != Some(0), "--windows: 0, expected 1 or more");
-    let text = match &args.file {
-        Some(path) => {
-            let bytes = std::fs::read(path)
-                .with_context(|| format!("reading the text {}", path.display()))?;
-            Some(
-                String::from_utf8(bytes)
-                    .with_context(|| format!("{} is not UTF-8 text", path.display()))?,
-            )
-        }
-        None => None,
-    };
+    let file = args.file.as_deref();
+    let text = file.map(|path| read_text(path, "the text")).transpose()?;
     let opening = Opening {
         plan: args.plan.as_deref(),
         context: Some(ctx),
