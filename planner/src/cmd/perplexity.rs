@@ -113,10 +113,10 @@ pub fn run(args: &PerplexityArgs) -> Result<()> {
         "--context: {ctx}, expected 4 or more tokens per window"
     );
     ensure!(args.windows != Some(0), "--windows: 0, expected 1 or more");
-    let text = match &args.file {
-        Some(path) => Some(text::read_file("the text", path)?),
-        None => None,
-    };
+    let file = args.file.as_deref();
+    let text = file
+        .map(|path| text::read_file("the text", path))
+        .transpose()?;
     if let Some(path) = &args.save_logits_base {
         safely::check(path)?;
     }
