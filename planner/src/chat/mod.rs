@@ -4,15 +4,17 @@
 //! the model's reasoning, for instance). The common prefix with the tokens in the context is kept,
 //! so that only new tokens are processed.
 
+pub mod message;
 pub mod template;
 #[cfg(test)]
 mod tests;
 
 use anyhow::{Context, Result, ensure};
+use message::{Message, Role};
 use std::io::{BufRead, Read, Write};
 use std::ops::ControlFlow;
 use std::time::Duration;
-use template::{Message, Role, Template};
+use template::Template;
 use tier_plan_runtime::engine::generate::{Limits, Stop, generate};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
 use tier_plan_runtime::tokenizer::Tokenizer;

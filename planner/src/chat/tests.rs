@@ -1,6 +1,7 @@
 //! Templates in the styles that models come with, and whole conversations with the demo model.
 
-use super::template::{Message, Role, Template};
+use super::message::{Message, Role};
+use super::template::Template;
 use super::{Chat, Options, Signals, parse_answer};
 use crate::bundled;
 use crate::opening::Opening;
