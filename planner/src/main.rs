@@ -3,10 +3,14 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use tier_plan_planner::chat::jinja::worker;
 use tier_plan_planner::interrupt::Interrupted;
 use tier_plan_planner::{cmd, hint};
 
 fn main() -> ExitCode {
+    if worker::is_requested(std::env::args_os()) {
+        return worker::serve();
+    }
     let command = match cmd::parse(std::env::args_os()) {
         Ok(command) => command,
         Err(error) => error.exit(),

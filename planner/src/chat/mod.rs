@@ -4,6 +4,7 @@
 //! the model's reasoning, for instance). The common prefix with the tokens in the context is kept,
 //! so that only new tokens are processed.
 
+pub mod jinja;
 pub mod message;
 pub mod template;
 #[cfg(test)]

@@ -45,8 +45,9 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.piece(id)).into_owned());
     let bos = piece(tokenizer.bos()).unwrap_or_default();
     let eos = piece(tokenizer.eos()).unwrap_or_default();
+    let _catching = crate::interrupt::catch_interrupts();
     let template = source
-        .map(|source| Template::new(&source, &bos, &eos))
+        .map(|source| Template::isolated(&source, &bos, &eos))
         .transpose()?;
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
@@ -70,7 +71,6 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
             waiting: &crate::interrupt::waiting,
         },
     };
-    let _catching = crate::interrupt::catch_interrupts();
     let mut output = std::io::stdout().lock();
     let ended = Chat::new(&mut session.engine, &tokenizer, options)
         .talk(&mut std::io::stdin().lock(), &mut output);
