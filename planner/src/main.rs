@@ -2,12 +2,16 @@
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
+use tier_plan_planner::chat::jinja::worker;
 use tier_plan_planner::interrupt::{self, Interrupted};
 use tier_plan_planner::{cmd, print};
 use tier_plan_runtime::RunError;
 use tier_plan_runtime::formats::safely;
 
 fn main() -> ExitCode {
+    if worker::is_requested(std::env::args_os()) {
+        return worker::serve();
+    }
     tier_plan_runtime::gguf::report_bus_errors();
     safely::ignore_file_size_signal();
     let command = match cmd::parse(std::env::args_os()) {

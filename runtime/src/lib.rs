@@ -53,6 +53,9 @@ pub mod layers;
 mod load;
 mod moe;
 pub mod options;
+// Limits processes, and asks for the local time.
+#[allow(unsafe_code)]
+pub mod os;
 pub mod plans;
 pub mod sampler;
 // Maps memory, binds it to NUMA nodes, and reads files with direct I/O.

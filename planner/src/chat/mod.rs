@@ -6,6 +6,7 @@
 
 mod answer;
 pub mod dialect;
+pub mod jinja;
 mod marks;
 pub mod message;
 pub mod template;

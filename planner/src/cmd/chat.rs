@@ -50,8 +50,12 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.piece(id)).into_owned());
     let bos = piece(tokenizer.bos()).unwrap_or_default();
     let eos = piece(tokenizer.eos()).unwrap_or_default();
+    let _catching = crate::interrupt::catch_interrupts();
     let template = source
-        .map(|source| Dialect::probe(Template::new(&source, &bos, &eos)?, args.system.is_some()))
+        .map(|source| {
+            let template = Template::isolated(&source, &bos, &eos)?;
+            Dialect::probe(template, args.system.is_some())
+        })
         .transpose()?;
     let mut session = prepared.load()?;
     let plan = session.residency();
@@ -81,7 +85,6 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
             waiting: &crate::interrupt::waiting,
         },
     };
-    let _catching = crate::interrupt::catch_interrupts();
     let mut output = std::io::stdout().lock();
     let ended = Chat::new(&mut session.engine, &tokenizer, options)
         .talk(&mut std::io::stdin().lock(), &mut output);

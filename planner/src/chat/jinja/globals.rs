@@ -1,0 +1,69 @@
+//! Functions of Jinja2 and of transformers.
+
+use super::date::strftime;
+use super::{invalid, printf};
+use minijinja::value::{Kwargs, Object, Rest, Value};
+use minijinja::{Environment, Error, State};
+use minijinja_contrib::globals::{cycler, joiner};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tier_plan_runtime::os::{local_time, utc_time};
+
+/// Name of the function that `%` is rewritten to.
+pub(super) const PERCENT: &str = "__percent__";
+/// Name of the function that lets a macro take any arguments.
+pub(super) const VARIADIC: &str = "__variadic__";
+
+/// Adds the functions. `now` is the time in UTC instead of the local one.
+pub(super) fn add(environment: &mut Environment<'static>, now: Option<SystemTime>) {
+    environment.remove_global("debug");
+    environment.add_function(
+        "raise_exception",
+        |message: &Value| -> Result<Value, Error> { Err(invalid(message.to_string())) },
+    );
+    environment.add_function("strftime_now", move |format: &str| match now {
+        Some(now) => {
+            let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            strftime(format, &utc_time(i64::try_from(seconds).unwrap_or(0)))
+        }
+        None => strftime(format, &local_time(SystemTime::now())),
+    });
+    environment.add_function("cycler", |items: Rest<Value>| cycler(items.to_vec()));
+    environment.add_function("joiner", joiner);
+    environment.add_function(PERCENT, printf::percent);
+    environment.add_function(VARIADIC, |inner: Value| Value::from_object(Variadic(inner)));
+}
+
+/// A macro whose body names `varargs` or `kwargs`, its last two parameters. It takes arguments that
+/// it has no parameters for.
+#[derive(Debug)]
+struct Variadic(Value);
+
+impl Object for Variadic {
+    fn call(self: &Arc<Self>, state: &mut State<'_, '_>, args: &[Value]) -> Result<Value, Error> {
+        let mut names: Vec<Value> = self.0.get_attr("arguments")?.try_iter()?.collect();
+        names.truncate(names.len().saturating_sub(2));
+        let (args, named) = match args.split_last() {
+            Some((last, args)) if last.is_kwargs() => (args, Some(Kwargs::try_from(last.clone())?)),
+            _ => (args, None),
+        };
+        let (placed, more) = args.split_at(args.len().min(names.len()));
+        let mut passed = vec![("varargs".to_string(), Value::from(more.to_vec()))];
+        let mut rest = Vec::new();
+        for name in named.iter().flat_map(Kwargs::args) {
+            let value: Value = named
+                .as_ref()
+                .map_or(Ok(Value::UNDEFINED), |n| n.get(name))?;
+            let known = name == "caller" || names.iter().any(|n| n.as_str() == Some(name));
+            if known { &mut passed } else { &mut rest }.push((name.to_string(), value));
+        }
+        passed.push(("kwargs".to_string(), Value::from_pairs(rest)));
+        let mut all = placed.to_vec();
+        all.push(Value::from(passed.into_iter().collect::<Kwargs>()));
+        self.0.call(state, &all)
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get_item(key).ok()
+    }
+}
