@@ -21,6 +21,7 @@ mod map;
 mod pieces;
 mod split;
 mod stack;
+mod tensor;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 #[cfg(test)]
@@ -30,10 +31,9 @@ mod write;
 
 pub use bus::report_bus_errors;
 pub use error::GgufError;
-pub use header::{
-    Header, MAX_ARRAY, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS, SlicePlace, TensorInfo,
-};
+pub use header::{Header, MAX_ARRAY, MAX_HEADER_BYTES, MAX_KEYS, MAX_TENSORS};
 pub use map::Advice;
+pub use tensor::{SlicePlace, TensorInfo};
 pub use value::{ArrayValue, Value};
 pub use write::{BadTensor, Draft, DraftTensor};
 

@@ -3,7 +3,7 @@
 //! (`blk.0.ffn_gate_exps.weight`). They are taken as slices of the latter, wherever each lies.
 
 use super::error::GgufError;
-use super::header::{SlicePlace, TensorInfo};
+use super::tensor::{SlicePlace, TensorInfo};
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
