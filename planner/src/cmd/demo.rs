@@ -177,7 +177,8 @@ fn shorter(path: &Path) -> &Path {
 fn new_folder(asked: Option<&Path>) -> Result<PathBuf> {
     let make = |folder: &Path| -> Result<bool> {
         let above = folder.parent().unwrap_or(Path::new(""));
-        let _made = NewFolders::make(above)?;
+        let _made = NewFolders::make(above)
+            .with_context(|| format!("making the folder {}", folder.display()))?;
         match std::fs::create_dir(folder) {
             Ok(()) => Ok(true),
             // Whatever has the name, even a link that leads nowhere.

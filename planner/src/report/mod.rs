@@ -298,7 +298,8 @@ pub fn check(dir: &Path) -> Result<()> {
                 above.display()
             )
         }
-        _ => Ok(safely::check_folder(parent(dir))?),
+        _ => safely::check_folder(parent(dir))
+            .with_context(|| format!("making the report {}", dir.display())),
     }
 }
 
