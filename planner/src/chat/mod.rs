@@ -6,6 +6,8 @@
 
 mod answer;
 pub mod dialect;
+#[cfg(test)]
+mod dialect_tests;
 mod marks;
 pub mod message;
 pub mod template;
