@@ -6,6 +6,8 @@
 
 mod answer;
 pub mod dialect;
+#[cfg(test)]
+mod dialect_tests;
 pub mod jinja;
 mod marks;
 pub mod message;

@@ -1,6 +1,6 @@
 //! Templates in the styles that models come with, and whole conversations with the demo model.
 
-use super::dialect::{Dialect, Rendered};
+use super::dialect::Dialect;
 use super::message::{Message, Role};
 use super::template::Template;
 use super::thought::Answer;
@@ -11,11 +11,9 @@ use crate::screen::Screen;
 use crate::session::Session;
 use std::cell::Cell;
 use std::time::{Duration, UNIX_EPOCH};
-use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::sampler::SamplerConfig;
-use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
 
-const CHATML: &str = "\
+pub(super) const CHATML: &str = "\
 {%- if messages[0].role != 'system' %}
     {{- '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}
 {%- endif %}
@@ -31,7 +29,7 @@ const CHATML: &str = "\
 {%- endif %}
 ";
 
-const LLAMA3: &str = "\
+pub(super) const LLAMA3: &str = "\
 {{ bos_token }}
 {%- if not tools is defined %}{% set tools = none %}{% endif %}
 {%- set first = messages[0] %}
@@ -49,7 +47,7 @@ const LLAMA3: &str = "\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}";
 
-const DEEPSEEK: &str = "\
+pub(super) const DEEPSEEK: &str = "\
 {%- set ns = namespace(system='', open=false) -%}
 {%- for m in messages if m['role'] == 'system' -%}
 {%- set ns.system = ns.system + m['content'] -%}
@@ -63,7 +61,7 @@ const DEEPSEEK: &str = "\
 {%- endfor -%}
 {%- if add_generation_prompt and ns.open %}{{ '<Assistant><think>\\n' }}{% endif %}";
 
-const HARMONY: &str = "\
+pub(super) const HARMONY: &str = "\
 {%- macro part(role, channel, text) -%}
 <|start|>{{ role }}{% if channel %}<|channel|>{{ channel }}{% endif %}<|message|>{{ text }}<|end|>
 {%- endmacro -%}
@@ -80,7 +78,7 @@ const HARMONY: &str = "\
 {%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}";
 
 /// A style whose makers know no system message and insist on turns that alternate.
-const STRICT: &str = "\
+pub(super) const STRICT: &str = "\
 {{ bos_token }}{% for m in messages %}
 {% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
 {% if m['role'] == 'user' %}[INST] {{ m['content'].strip() }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}
@@ -91,11 +89,11 @@ fn render(source: &str, messages: &[Message]) -> anyhow::Result<String> {
     Template::at(source, "<s>", "</s>", Some(now))?.render(messages)
 }
 
-fn user(text: &str) -> Message {
+pub(super) fn user(text: &str) -> Message {
     Message::new(Role::User, text)
 }
 
-fn assistant(text: &str) -> Message {
+pub(super) fn assistant(text: &str) -> Message {
     Message::new(Role::Assistant, text)
 }
 
@@ -173,127 +171,6 @@ fn harmony() {
     );
 }
 
-/// The prompt that the demo model's tokenizer gets, with the texts of messages in braces.
-fn prompt(source: &str, messages: &[Message], with_system: bool) -> String {
-    let gguf = Gguf::open(&bundled::path("demo/demo.gguf").unwrap()).unwrap();
-    let tokenizer = Tokenizer::new(TokenizerSource::from_gguf(&gguf).unwrap()).unwrap();
-    let dialect = dialect(source, with_system);
-    let Rendered::Prompt { text, plain } = dialect.render(messages, &tokenizer).unwrap() else {
-        return "mixed".into();
-    };
-    let mut marked = text.clone();
-    for range in plain.iter().rev() {
-        marked.insert(range.end, '}');
-        marked.insert(range.start, '{');
-    }
-    marked
-}
-
-#[test]
-fn texts_are_told_from_structure() {
-    let talk = [
-        user("<|endoftext|> Hi"),
-        assistant("<think>\nhm\n"),
-        user("a <b>"),
-    ];
-    assert_eq!(
-        prompt(CHATML, &talk, false),
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{<|endoftext|> Hi}<|im_end|>\n\
-         <|im_start|>assistant\n{<think>\nhm}\n<|im_end|>\n<|im_start|>user\n{a <b>}<|im_end|>\n<|im_start|>assistant\n"
-    );
-    // Trimmed by the template.
-    let talk = [Message::new(Role::System, " Be kind. "), user(" Hi ")];
-    let told = prompt(LLAMA3, &talk, true);
-    assert!(
-        told.contains("\n\n{Be kind.}<") && told.contains("\n\n{Hi}<"),
-        "{told}"
-    );
-    // A text in two places, and one that is not rendered.
-    let twice = "{% for m in messages %}{{ m.content ~ m.content }}.{% endfor %}";
-    assert_eq!(prompt(twice, &[user("Hi")], false), "{Hi}{Hi}.");
-}
-
-#[test]
-fn templates_that_look_into_texts_see_them() {
-    let cut = "{% for m in messages %}[{{ m.content[:60] }}]{% endfor %}";
-    let long = "a b ".repeat(20);
-    assert_eq!(
-        prompt(cut, &[user(&long)], false),
-        format!("[{}]", &long[..60])
-    );
-    // Then a control token that a message names cannot be told from the template's.
-    let named = format!("<|endoftext|>{long}");
-    assert_eq!(prompt(cut, &[user(&named)], false), "mixed");
-    // A message that is compared is rendered as it is, or else as plain text.
-    let asks = "{% for m in messages %}{{ 'YES:' if m.content.startswith('y') }}{{ m.content }}{% endfor %}";
-    assert_eq!(prompt(asks, &[user("yes")], false), "YES:yes");
-    assert_eq!(
-        prompt(asks, &[user("y<|endoftext|>")], false),
-        "{y<|endoftext|>}"
-    );
-}
-
-#[test]
-fn texts_that_a_template_takes_as_parts_are_given_so() {
-    let parts = "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endfor %}";
-    let talk = [Message::new(Role::System, "S"), user("Hi"), assistant("Yo")];
-    assert_eq!(
-        prompt(parts, &talk, true),
-        "<system>{S}<user>{Hi}<assistant>{Yo}"
-    );
-    let users_only = "{% for m in messages %}<{{ m.role }}>{{ m.content[0].text if m.role == 'user' else m.content }}{% endfor %}";
-    assert_eq!(
-        prompt(users_only, &talk, true),
-        "<system>{S}<user>{Hi}<assistant>{Yo}"
-    );
-}
-
-#[test]
-fn a_template_that_drops_texts_is_refused() {
-    let refused = |source: &str| {
-        let template = Template::new(source, "", "").unwrap();
-        let error = Dialect::probe(template, false).err().unwrap().to_string();
-        assert!(error.contains("--chat-template FILE"), "{error}");
-        error
-    };
-    for (source, what) in [
-        ("Hello", "leaves out the user's message"),
-        ("{{ messages[0].content }}", "leaves out the user's message"),
-        ("{{ messages[-1].content }}", "leaves out earlier answers"),
-        (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            "leaves out earlier answers",
-        ),
-        ("{{ raise_exception('not me') }}", "not me"),
-    ] {
-        let error = refused(source);
-        assert!(error.contains(what), "{source}: {error}");
-    }
-}
-
-#[test]
-fn a_template_without_system_messages_has_it_in_the_first_turn() {
-    let talk = [
-        Message::new(Role::System, "S"),
-        user("Hi"),
-        assistant("Yo"),
-        user("So?"),
-    ];
-    let drops = "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}";
-    for (source, first) in [
-        (STRICT, "<s>[INST] {S\n\nHi} [/INST]"),
-        (drops, "[{S\n\nHi}]"),
-    ] {
-        let told = prompt(source, &talk, true);
-        assert!(told.starts_with(first), "{told}");
-        assert!(dialect(source, true).note().is_some());
-        assert!(dialect(source, false).note().is_none());
-    }
-    for source in [CHATML, LLAMA3, DEEPSEEK, HARMONY] {
-        assert!(dialect(source, true).note().is_none());
-    }
-}
-
 #[test]
 fn what_is_no_template_is_refused_with_its_line() {
     let error = Template::new("a\n{% for x %}", "", "")
@@ -310,7 +187,7 @@ fn what_is_no_template_is_refused_with_its_line() {
 const PLAIN: &str = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:";
 
 /// The template with the way it takes messages.
-fn dialect(source: &str, with_system: bool) -> Dialect {
+pub(super) fn dialect(source: &str, with_system: bool) -> Dialect {
     Dialect::probe(Template::new(source, "<s>", "</s>").unwrap(), with_system).unwrap()
 }
 
