@@ -27,6 +27,9 @@ pub(super) fn add(environment: &mut Environment<'static>) {
     environment.add_test("sequence", |value: &Value| {
         value.is_undefined() || is_sequence(value)
     });
+    environment.add_test("mapping", |value: &Value| {
+        value.kind() == ValueKind::Map && !words::is_namespace(value)
+    });
     environment.add_test("callable", is_callable);
 }
 
@@ -62,17 +65,11 @@ fn or_default(value: &Value, args: Rest<Value>, named: Kwargs) -> Result<Value, 
 /// Gets an attribute, which the items of a mapping are not.
 fn attribute(value: &Value, name: &str) -> Result<Value, Error> {
     let items_only = value.kind() == ValueKind::Map && !value.to_string().starts_with('<');
-    if items_only && value.downcast_object_ref::<Kwargs>().is_none() && !is_namespace(value) {
+    if items_only && value.downcast_object_ref::<Kwargs>().is_none() && !words::is_namespace(value)
+    {
         return Ok(Value::UNDEFINED);
     }
     value.get_attr(name)
-}
-
-/// Whether a value is a namespace, whose items are attributes.
-fn is_namespace(value: &Value) -> bool {
-    value
-        .as_object()
-        .is_some_and(|object| object.type_name().ends_with("::Namespace"))
 }
 
 fn string(value: &Value) -> Result<Value, Error> {

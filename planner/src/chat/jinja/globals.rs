@@ -2,7 +2,7 @@
 
 use super::date::strftime;
 use super::{invalid, printf};
-use minijinja::value::{Kwargs, Object, Rest, Value};
+use minijinja::value::{Kwargs, Object, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, State};
 use minijinja_contrib::globals::{cycler, joiner};
 use std::sync::Arc;
@@ -28,10 +28,34 @@ pub(super) fn add(environment: &mut Environment<'static>, now: Option<SystemTime
         }
         None => strftime(format, &local_time(SystemTime::now())),
     });
+    environment.add_function("dict", dict);
     environment.add_function("cycler", |items: Rest<Value>| cycler(items.to_vec()));
     environment.add_function("joiner", joiner);
     environment.add_function(PERCENT, printf::percent);
     environment.add_function(VARIADIC, |inner: Value| Value::from_object(Variadic(inner)));
+}
+
+/// Makes a mapping of another or of pairs, with named arguments added.
+fn dict(args: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
+    let mut pairs = Vec::new();
+    if args.len() > 1 {
+        return Err(invalid("dict: more than one mapping"));
+    }
+    for given in args.iter() {
+        let is_map = given.kind() == ValueKind::Map;
+        for item in given.try_iter()? {
+            pairs.push(if is_map {
+                let value = given.get_item(&item)?;
+                (item, value)
+            } else {
+                (item.get_item_by_index(0)?, item.get_item_by_index(1)?)
+            });
+        }
+    }
+    for name in named.args() {
+        pairs.push((Value::from(name), named.get(name)?));
+    }
+    Ok(Value::from_pairs(pairs))
 }
 
 /// A macro whose body names `varargs` or `kwargs`, its last two parameters. It takes arguments that

@@ -2,6 +2,7 @@
 
 use super::args::{all, bind, flag, integer, missing, optional, size};
 use super::invalid;
+use super::methods::is_space;
 use super::words::{self, MAX_PADDED_CHARS};
 use minijinja::value::{Kwargs, Rest, Value};
 use minijinja::{Environment, Error};
@@ -9,6 +10,7 @@ use minijinja::{Environment, Error};
 /// Adds the filters.
 pub(super) fn add(environment: &mut Environment<'static>) {
     environment.add_filter("replace", replace);
+    environment.add_filter("trim", trim);
     environment.add_filter("center", center);
     environment.add_filter("truncate", truncate);
     environment.add_filter("indent", indent);
@@ -23,6 +25,16 @@ fn replace(text: &Value, args: Rest<Value>, named: Kwargs) -> Result<String, Err
     // As in Python, a negative number is all.
     let count = integer("replace", &count)?.and_then(|n| usize::try_from(n).ok());
     Ok(words::text(text)?.replacen(&old, &new, count.unwrap_or(usize::MAX)))
+}
+
+fn trim(text: &Value, args: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    let [chars] = bind("trim", &all(args, named), ["chars"])?;
+    let text = words::text(text)?;
+    Ok(match optional("trim", &chars)? {
+        Some(chars) => text.trim_matches(|c| chars.contains(c)),
+        None => text.trim_matches(is_space),
+    }
+    .to_string())
 }
 
 fn center(text: &str, args: Rest<Value>, named: Kwargs) -> Result<String, Error> {

@@ -52,7 +52,7 @@ pub(super) fn call(
 }
 
 /// Whether Python takes a character for white space.
-fn is_space(c: char) -> bool {
+pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\u{1c}'..='\u{1f}')
 }
 

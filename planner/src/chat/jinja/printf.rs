@@ -64,6 +64,9 @@ fn formatted(text: &str, values: &Value) -> Result<String, Error> {
         let (letter, value) = match conversion.letter {
             's' => ('s', Value::from(words::text(&value)?)),
             'r' | 'a' => ('s', Value::from(words::repr(&value)?)),
+            'd' | 'i' | 'u' if value.is_number() && !value.is_integer() => {
+                ('d', Value::from(f64::try_from(value)?.trunc() as i128))
+            }
             letter => (letter, value),
         };
         needed.push(value);

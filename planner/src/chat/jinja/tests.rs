@@ -49,3 +49,54 @@ fn check(json: &str) {
 fn features_render_as_in_jinja2() {
     check(include_str!("features.json"));
 }
+
+#[test]
+fn more_features_render_as_in_jinja2() {
+    check(include_str!("more_features.json"));
+}
+
+#[test]
+fn errors_are_one_bounded_line_with_the_line_of_the_template() {
+    let error = render("a\r\n{{ 'x' % 1 }}", vec![]).unwrap_err();
+    assert!(error.starts_with("failed, line 2: "), "{error}");
+    let error = render("\n\n{{ raise_exception('x\\n\u{1b}[2J' * 999) }}", vec![]).unwrap_err();
+    assert!(
+        error.starts_with("failed, line 3: x\\n\\u{1b}[2J"),
+        "{error}"
+    );
+    assert!(
+        error.len() < 1000 && !error.contains(char::is_control),
+        "{error}"
+    );
+}
+
+#[test]
+fn endless_templates_are_stopped() {
+    let many = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}";
+    let error = render(many, vec![]).unwrap_err();
+    assert!(error.contains("too many steps"), "{error}");
+}
+
+#[test]
+fn unended_tags_are_refused() {
+    for source in [
+        "{%}",
+        "{%-}",
+        "{% if true",
+        "{{",
+        "{{ '",
+        "{#",
+        "{% raw %}{{",
+        "{{ a % }}",
+        "{{ % }}",
+        "{% %}",
+    ] {
+        assert!(Compiled::new(source, None).is_err(), "{source}");
+    }
+}
+
+#[test]
+fn dates_have_the_formats_of_python() {
+    let date = render("{{ strftime_now('%d %b %Y %-H:%M') }}", vec![]);
+    assert_eq!(date.as_deref(), Ok("01 Mar 2024 13:05"));
+}

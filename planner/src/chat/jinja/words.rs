@@ -81,20 +81,36 @@ fn write_repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error
             }
             out.push(if tuple { ')' } else { ']' });
         }
-        ValueKind::Map => {
-            out.push('{');
-            for (n, key) in value.try_iter()?.enumerate() {
-                if n > 0 {
-                    out.push_str(", ");
-                }
-                write_repr(&key, depth + 1, out)?;
-                out.push_str(": ");
-                write_repr(&value.get_item(&key)?, depth + 1, out)?;
-            }
-            out.push('}');
+        ValueKind::Map if is_namespace(value) && depth < MAX_DEPTH => {
+            out.push_str("<Namespace ");
+            write_items(value, depth, out)?;
+            out.push('>');
         }
+        ValueKind::Map => write_items(value, depth, out)?,
         _ => out.push_str(&value.to_string()),
     }
+    Ok(())
+}
+
+/// Whether a value is a namespace, whose items are attributes.
+pub(super) fn is_namespace(value: &Value) -> bool {
+    value
+        .as_object()
+        .is_some_and(|object| object.type_name().ends_with("::Namespace"))
+}
+
+/// Appends the items of a mapping.
+fn write_items(value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    out.push('{');
+    for (n, key) in value.try_iter()?.enumerate() {
+        if n > 0 {
+            out.push_str(", ");
+        }
+        write_repr(&key, depth + 1, out)?;
+        out.push_str(": ");
+        write_repr(&value.get_item(&key)?, depth + 1, out)?;
+    }
+    out.push('}');
     Ok(())
 }
 
