@@ -6,6 +6,8 @@ mod driver;
 
 mod bad_input;
 mod before_weights;
+#[cfg(target_os = "linux")]
+mod chat_templates;
 #[cfg(unix)]
 mod faults;
 mod golden_quant;
