@@ -426,14 +426,13 @@ mod tests {
     #[test]
     fn writing_can_be_stopped_and_unsupported_sizes_are_errors() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.gguf");
-        let stopped = write(&Shape::TINY, &path, &|| true, &mut |_, _| {});
+        let stopped = write(&Shape::TINY, folder.path(), &|| true, &mut |_, _| {});
         assert!(matches!(stopped, Err(SelftestError::Stopped)));
         let unsupported = Shape {
             hidden: 100,
             ..Shape::TINY
         };
-        let why = write(&unsupported, &path, &|| false, &mut |_, _| {})
+        let why = write(&unsupported, folder.path(), &|| false, &mut |_, _| {})
             .unwrap_err()
             .to_string();
         assert!(
