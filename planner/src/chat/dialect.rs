@@ -12,7 +12,8 @@
 use super::marks::{Marks, Unmarked};
 use super::message::{Form, Message, Role};
 use super::template::Template;
-use anyhow::{Result, anyhow, bail};
+use crate::interrupt::Interrupted;
+use anyhow::{Result, anyhow};
 use std::ops::Range;
 use tier_plan_runtime::tokenizer::Tokenizer;
 
@@ -32,6 +33,16 @@ pub struct Dialect {
     user: Form,
     assistant: Form,
     system: SystemForm,
+    /// What the trial found missing. The template may still take what a person writes.
+    doubt: Option<Doubt>,
+}
+
+/// What a trial found missing.
+enum Doubt {
+    /// The texts of other messages than a single one.
+    Earlier(String),
+    /// The trial's texts, in every form. Each conversation is tried again.
+    All(String),
 }
 
 /// A rendered conversation.
@@ -61,9 +72,10 @@ const TRIAL: [(Role, &str); 3] = [
 
 impl Dialect {
     /// Finds out how `template` takes messages, with system messages only if there will be one.
+    /// A template that the trial's texts do not suit is tried again with each conversation.
     ///
     /// # Errors
-    /// When the template fails, or leaves out messages or answers in every form.
+    /// On Ctrl-C.
     pub fn probe(template: Template, with_system: bool) -> Result<Self> {
         use Form::{Parts, Text};
         let mut dialect = Self {
@@ -72,6 +84,7 @@ impl Dialect {
             user: Text,
             assistant: Text,
             system: SystemForm::Message(Text),
+            doubt: None,
         };
         // The error of the form that gets furthest.
         let mut failed: Option<(usize, anyhow::Error)> = None;
@@ -97,13 +110,24 @@ impl Dialect {
                         failed = Some((found, error));
                     }
                 }
+                Err(error) if error.is::<Interrupted>() => return Err(error),
                 Err(error) => failed = failed.or(Some((0, error))),
             }
         }
-        match failed {
-            Some((_, error)) => Err(error),
-            None => bail!("the chat template was not tried"),
+        let missing = failed.map_or_else(String::new, |(_, error)| error.to_string());
+        for form in [Text, Parts] {
+            (dialect.user, dialect.assistant) = (form, form);
+            if matches!(dialect.misses(&[Role::User]), Ok(missed) if missed.is_empty()) {
+                dialect.doubt = Some(Doubt::Earlier(missing));
+                if with_system {
+                    dialect.probe_system();
+                }
+                return Ok(dialect);
+            }
         }
+        (dialect.user, dialect.assistant) = (Text, Text);
+        dialect.doubt = Some(Doubt::All(missing));
+        Ok(dialect)
     }
 
     fn probe_system(&mut self) {
@@ -133,10 +157,15 @@ impl Dialect {
     }
 
     /// Returns what the user should know about the template, if anything.
-    pub fn note(&self) -> Option<&'static str> {
-        (self.system == SystemForm::InFirst).then_some(
-            "the chat template has no system message: --system is put before the first message",
-        )
+    pub fn note(&self) -> Option<String> {
+        match &self.doubt {
+            Some(Doubt::Earlier(missing)) => Some(format!("warning: {missing}")),
+            _ if self.system == SystemForm::InFirst => Some(
+                "the chat template has no system message: --system is put before the first message"
+                    .to_string(),
+            ),
+            _ => None,
+        }
     }
 
     /// Renders a conversation up to where the model should answer.
@@ -144,8 +173,7 @@ impl Dialect {
     /// # Errors
     /// When the template rejects the conversation.
     pub(super) fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered> {
-        let messages = self.formed(messages);
-        let text = self.template.render(&messages)?;
+        let (messages, text) = self.rendered(messages)?;
         let marked: Vec<Message> = messages.iter().map(|m| self.marks.around(m)).collect();
         // A template may reject what it would accept without marks.
         let unmarked = self.template.render(&marked).ok();
@@ -175,6 +203,52 @@ impl Dialect {
                     token: token.to_string(),
                 },
             },
+        })
+    }
+
+    /// Returns the messages in the forms that the template takes, and the text that it makes.
+    fn rendered(&self, messages: &[Message]) -> Result<(Vec<Message>, String)> {
+        let Some(Doubt::All(missing)) = &self.doubt else {
+            let messages = self.formed(messages);
+            let text = self.template.render(&messages)?;
+            return Ok((messages, text));
+        };
+        let mut failed = None;
+        for form in [Form::Text, Form::Parts] {
+            let mut messages = self.formed(messages);
+            messages.iter_mut().for_each(|m| m.form = form);
+            let text = match self.template.render(&messages) {
+                Ok(text) => text,
+                Err(error) => {
+                    failed = failed.or(Some(error));
+                    continue;
+                }
+            };
+            if self.uses_last(&messages, &text) {
+                return Ok((messages, text));
+            }
+        }
+        Err(failed.unwrap_or_else(|| anyhow!("{missing}")))
+    }
+
+    /// Returns whether the prompt would differ from `text` if the last message said something else.
+    fn uses_last(&self, messages: &[Message], text: &str) -> bool {
+        let mark = self.marks.numbered(0);
+        let Some((last, before)) = messages.split_last() else {
+            return false;
+        };
+        [
+            format!("{}{mark}", last.content),
+            format!("{mark}{}", last.content),
+        ]
+        .into_iter()
+        .any(|content| {
+            let other = Message {
+                content,
+                ..last.clone()
+            };
+            let other = self.template.render(&[before, &[other]].concat());
+            other.ok().as_deref() != Some(text)
         })
     }
 

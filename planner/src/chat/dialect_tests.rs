@@ -1,19 +1,21 @@
 //! What a template is found to take, and where its prompts have the texts of messages.
 
-use super::dialect::{Dialect, Rendered};
+use super::dialect::Rendered;
 use super::message::{Message, Role};
-use super::template::Template;
 use super::tests::{CHATML, DEEPSEEK, HARMONY, LLAMA3, STRICT, assistant, dialect, user};
 use crate::bundled;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
 
+fn tokenizer() -> Tokenizer {
+    let gguf = Gguf::open(&bundled::path("demo/demo.gguf").unwrap()).unwrap();
+    Tokenizer::new(TokenizerSource::from_gguf(&gguf).unwrap()).unwrap()
+}
+
 /// The prompt that the demo model's tokenizer gets, with the texts of messages in braces.
 fn prompt(source: &str, messages: &[Message], with_system: bool) -> String {
-    let gguf = Gguf::open(&bundled::path("demo/demo.gguf").unwrap()).unwrap();
-    let tokenizer = Tokenizer::new(TokenizerSource::from_gguf(&gguf).unwrap()).unwrap();
     let dialect = dialect(source, with_system);
-    let Rendered::Prompt { text, plain } = dialect.render(messages, &tokenizer).unwrap() else {
+    let Rendered::Prompt { text, plain } = dialect.render(messages, &tokenizer()).unwrap() else {
         return "mixed".into();
     };
     let mut marked = text.clone();
@@ -84,25 +86,44 @@ fn texts_that_a_template_takes_as_parts_are_given_so() {
 }
 
 #[test]
-fn a_template_that_drops_texts_is_refused() {
-    let refused = |source: &str| {
-        let template = Template::new(source, "", "").unwrap();
-        let error = Dialect::probe(template, false).err().unwrap().to_string();
-        assert!(error.contains("--chat-template FILE"), "{error}");
-        error
-    };
+fn a_template_that_drops_what_is_said_is_refused() {
     for (source, what) in [
         ("Hello", "leaves out the user's message"),
-        ("{{ messages[0].content }}", "leaves out the user's message"),
-        ("{{ messages[-1].content }}", "leaves out earlier answers"),
-        (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            "leaves out earlier answers",
-        ),
+        ("{{ messages | length }}", "leaves out the user's message"),
         ("{{ raise_exception('not me') }}", "not me"),
     ] {
-        let error = refused(source);
+        let refused = dialect(source, false).render(&[user("Hi")], &tokenizer());
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("--chat-template FILE"), "{error}");
         assert!(error.contains(what), "{source}: {error}");
+    }
+}
+
+#[test]
+fn a_template_for_one_message_is_taken_with_a_warning() {
+    let users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}";
+    for (source, what) in [
+        ("{{ messages[0].content }}", "leaves out the user's message"),
+        ("{{ messages[-1].content }}", "leaves out earlier answers"),
+        (users, "leaves out earlier answers"),
+    ] {
+        assert_eq!(prompt(source, &[user("Hi")], false), "{Hi}");
+        let note = dialect(source, false).note().unwrap();
+        assert!(note.contains(what), "{source}: {note}");
+    }
+}
+
+#[test]
+fn a_template_that_takes_texts_apart_gets_the_texts_that_suit_it() {
+    for (source, said, expected) in [
+        ("{{ messages[0].content.index('=') }}", "x=y", "1"),
+        ("{{ messages[0].content.partition('=')[2] }}", "x=y", "y"),
+    ] {
+        let rendered = dialect(source, false).render(&[user(said)], &tokenizer());
+        let Rendered::Prompt { text, .. } = rendered.unwrap() else {
+            panic!("{source}");
+        };
+        assert_eq!(text, expected, "{source}");
     }
 }
 
