@@ -8,7 +8,7 @@ use crate::printable::printable;
 use crate::session::{Session, tokenizer_with};
 use crate::store::{self, Start};
 use crate::{progress, verify};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use std::path::Path;
 use std::sync::Arc;
 use tier_plan_runtime::LoadOptions;
@@ -120,11 +120,10 @@ impl<'a> Prepared<'a> {
         let context = self.context();
         let prompt = match tokenizer.encode_within(text, true, context) {
             Err(TokenizerError::TooLong { least, .. }) => {
-                let long =
-                    format!("context full: at least {least} tokens requested, {context} available");
-                return Err(anyhow!(long)).hint(
-                    "pass a larger --context or a shorter prompt; with a plan, solve again with a larger --context",
-                );
+                bail!(
+                    "context full: at least {least} tokens requested, {context} available: pass a shorter prompt or a \
+                     larger --context; with a plan, solve again with a larger --context"
+                )
             }
             encoded => encoded?,
         };
