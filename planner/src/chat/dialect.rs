@@ -173,6 +173,7 @@ impl Dialect {
     /// # Errors
     /// When the template rejects the conversation.
     pub(super) fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered> {
+        self.template.begin_turn();
         let (messages, text) = self.rendered(messages)?;
         let marked: Vec<Message> = messages.iter().map(|m| self.marks.around(m)).collect();
         // A template may reject what it would accept without marks.

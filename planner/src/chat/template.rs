@@ -8,8 +8,9 @@ use super::jinja::{Compiled, worker};
 use super::message::Message;
 use anyhow::{Result, anyhow, ensure};
 use minijinja::value::Value;
+use std::cell::Cell;
 use std::sync::OnceLock;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// Most bytes of a conversation, several times the largest context of any model.
 const MAX_CONVERSATION_BYTES: usize = 16 << 20;
@@ -30,6 +31,8 @@ enum Place {
         source: String,
         /// Why the template used up its limits once. It is not run again.
         spent: OnceLock<String>,
+        /// Time left for the renderings of a turn together.
+        time: Cell<Duration>,
     },
 }
 
@@ -63,12 +66,20 @@ impl Template {
             place: Place::Worker {
                 source: source.to_string(),
                 spent: OnceLock::new(),
+                time: Cell::new(worker::MAX_TIME),
             },
             bos: bos.to_string(),
             eos: eos.to_string(),
         };
         template.ask(source, None)?;
         Ok(template)
+    }
+
+    /// Begins a turn: its renderings have the whole time of a process together.
+    pub(super) fn begin_turn(&self) {
+        if let Place::Worker { time, .. } = &self.place {
+            time.set(worker::MAX_TIME);
+        }
     }
 
     /// Renders a conversation up to where the model should answer.
@@ -96,7 +107,7 @@ impl Template {
 
     /// Has a worker compile the template, and render `messages` if there are any.
     fn ask(&self, source: &str, messages: Option<Vec<Value>>) -> Result<String> {
-        let Place::Worker { spent, .. } = &self.place else {
+        let Place::Worker { spent, time, .. } = &self.place else {
             unreachable!("only templates of strangers go to a worker")
         };
         if let Some(reason) = spent.get() {
@@ -108,7 +119,10 @@ impl Template {
             eos: self.eos.as_str().into(),
             messages,
         };
-        match worker::ask(&request)? {
+        let mut left = time.get();
+        let reply = worker::ask(&request, &mut left);
+        time.set(left);
+        match reply? {
             worker::Reply::Rendered(text) => Ok(text),
             worker::Reply::Refused(reason) => Err(refused(reason)),
             worker::Reply::Spent(reason) => Err(refused(spent.get_or_init(|| reason).clone())),

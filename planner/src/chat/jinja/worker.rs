@@ -16,7 +16,7 @@ use std::ffi::OsString;
 use std::io::{BufWriter, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tier_plan_runtime::os::{ProcessLimits, limit_process};
 
 /// First argument of the program when it is to render a template.
@@ -26,6 +26,8 @@ const ARGUMENT: &str = "--internal-render-chat-template";
 const MAX_WORKER_MIB: u64 = 512;
 /// Seconds that a worker may take, of CPU and of the clock.
 const MAX_SECONDS: u64 = 10;
+/// Time that a worker may take by the clock.
+pub const MAX_TIME: Duration = Duration::from_secs(MAX_SECONDS);
 /// Address space of the worker's stack, which deep templates and values use up.
 const STACK_BYTES: usize = 64 << 20;
 /// Most bytes of a rendered conversation.
@@ -121,11 +123,11 @@ fn answer(input: impl Read) -> Reply {
     }
 }
 
-/// Has a new process serve `request`.
+/// Has a new process serve `request` within `time`, of which it takes off what it used.
 ///
 /// # Errors
 /// When no process can be started, and [`Interrupted`] on Ctrl-C.
-pub fn ask(request: &Request<'_>) -> Result<Reply> {
+pub fn ask(request: &Request<'_>, time: &mut Duration) -> Result<Reply> {
     let mut worker = Worker::start().map_err(|error| {
         anyhow!("starting a process for the chat template: {error}; raise the limit of processes")
     })?;
@@ -143,9 +145,11 @@ pub fn ask(request: &Request<'_>) -> Result<Reply> {
                 )
             })?;
         // Rounds are counted, not the clock, which goes on while the program is stopped.
-        let rounds = Duration::from_secs(MAX_SECONDS).as_millis() / POLL.as_millis();
-        for _ in 0..rounds {
-            match receiver.recv_timeout(POLL) {
+        while !time.is_zero() {
+            let began = Instant::now();
+            let received = receiver.recv_timeout(POLL);
+            *time = time.saturating_sub(began.elapsed().min(POLL));
+            match received {
                 Ok(json) => return worker.reply(json),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) if interrupted() => {
