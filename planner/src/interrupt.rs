@@ -4,10 +4,13 @@
 use std::io::IsTerminal;
 use std::sync::LazyLock;
 use tier_plan_runtime::Cancel;
-use tier_plan_runtime::tiers::signals::{self, OnSignal};
+use tier_plan_runtime::os::signals::{self, OnSignal};
 
 /// The request of the last signal.
 static INTERRUPTED: LazyLock<Cancel> = LazyLock::new(Cancel::default);
+
+/// Printed on Ctrl-C to a user who is being asked for a message.
+const NOTICE: &str = "\n(Ctrl-C again, Ctrl-D or /quit ends)\n";
 
 /// Guard while which a first signal requests an end instead of ending the program. A second one
 /// ends it.
@@ -24,7 +27,7 @@ impl Drop for Catching {
 /// for work that leaves nothing behind and can be ended at once, such as loading a model.
 pub fn catch_interrupts() -> Catching {
     signals::set_action(OnSignal::Cancel);
-    signals::handle(&INTERRUPTED);
+    signals::handle(&INTERRUPTED, NOTICE);
     Catching(())
 }
 

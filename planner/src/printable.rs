@@ -37,8 +37,10 @@ pub fn lines(text: &str) -> Cow<'_, str> {
 
 /// Whether a character acts on what shows it instead of being shown.
 pub fn is_control(c: char) -> bool {
-    // Control characters of ASCII and of Latin-1, and overrides of the writing direction.
-    c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    // Control characters of ASCII and of Latin-1, line separators, and marks and overrides of the
+    // writing direction.
+    c.is_control()
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 fn escaped(text: &str, is_one_line: bool, max_chars: usize) -> Cow<'_, str> {
@@ -82,7 +84,8 @@ mod tests {
     fn no_control_character_and_no_override_passes() {
         let bad = (0..0x20u32)
             .chain(0x7f..0xa0)
-            .chain(0x202a..0x202f)
+            .chain([0x200e, 0x200f])
+            .chain(0x2028..0x202f)
             .chain(0x2066..0x206a);
         for c in bad.filter_map(char::from_u32) {
             let text = format!("a{c}b");

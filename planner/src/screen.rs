@@ -45,25 +45,6 @@ impl Screen {
     }
 }
 
-/// Escapes the control characters that JSON permits in a string, but a terminal may obey. In JSON
-/// they stand in strings only.
-pub fn escape_json(json: String) -> String {
-    let is_bare = |c: char| matches!(c, '\u{7f}'..='\u{9f}');
-    if !json.contains(is_bare) {
-        return json;
-    }
-    let mut out = String::with_capacity(json.len() + 16);
-    for c in json.chars() {
-        if is_bare(c) {
-            // Writing to a string cannot fail.
-            let _ = write!(out, "\\u{:04x}", u32::from(c));
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,13 +75,5 @@ mod tests {
         let mut screen = Screen::new(false);
         assert_eq!(screen.show("\u{1b}[31m\r"), "\u{1b}[31m\r");
         assert_eq!(screen.show("x"), "x");
-    }
-
-    #[test]
-    fn json_stays_json_without_control_characters() {
-        let text = "a\u{1b}\u{7f}\u{9b}é";
-        let json = escape_json(serde_json::to_string(text).unwrap());
-        assert!(!json.contains(char::is_control), "{json:?}");
-        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), text);
     }
 }

@@ -53,7 +53,7 @@ pub mod layers;
 mod load;
 mod moe;
 pub mod options;
-// Limits processes, and asks for the local time.
+// Limits processes, handles signals, and asks for the local time.
 #[allow(unsafe_code)]
 pub mod os;
 pub mod plans;

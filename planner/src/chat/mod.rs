@@ -16,6 +16,7 @@ pub mod template;
 mod tests;
 mod thought;
 
+use crate::printable::printable;
 use crate::screen::Screen;
 use crate::text::decode;
 use anyhow::{Context, Result, ensure};
@@ -181,14 +182,14 @@ impl<'a> Chat<'a> {
                 }
                 "/plan" => {
                     for line in &self.options.plan {
-                        writeln!(output, "{}", self.shown(line))?;
+                        writeln!(output, "{}", printable(line))?;
                     }
                 }
                 "/stats" => self.show_stats(output)?,
                 _ if text.starts_with("//") => self.turn(&text[1..], output)?,
                 _ if text.starts_with('/') => {
                     let command = text.split(' ').next().unwrap_or(text);
-                    let command = self.shown(command);
+                    let command = printable(command);
                     writeln!(
                         output,
                         "Unknown command {command}; /help lists the commands."
@@ -197,11 +198,6 @@ impl<'a> Chat<'a> {
                 _ => self.turn(text, output)?,
             }
         }
-    }
-
-    /// Returns a text of its own as it may be written.
-    fn shown(&self, text: &str) -> String {
-        self.options.screen.clone().show(text).into_owned()
     }
 
     /// Says once that control tokens in the user's texts are plain text, since someone may have
@@ -371,7 +367,7 @@ impl<'a> Chat<'a> {
         }
         for (tier, bytes) in self.engine.plan().tiers.iter().zip(&counters.read_bytes) {
             let each = *bytes as f64 / counters.decode_tokens.max(1) as f64 / 1e6;
-            let name = self.shown(&tier.tier.name);
+            let name = printable(&tier.tier.name);
             writeln!(output, "{name}: {each:.2} MB read per token")?;
         }
         writeln!(

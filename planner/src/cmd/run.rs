@@ -6,7 +6,7 @@ use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::prepared::Prepared;
-use crate::screen::{Screen, escape_json};
+use crate::screen::Screen;
 use crate::session::Session;
 use crate::{host, print, text};
 use anyhow::{Context, Result, bail};
@@ -207,7 +207,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     session.keep()?;
     if args.format.json {
         let json = json(&record, &answer, generated.stop)?;
-        println!("{}", escape_json(serde_json::to_string_pretty(&json)?));
+        println!("{}", serde_json::to_string_pretty(&json)?);
     } else {
         if generated.stop == Stop::ContextFull {
             eprintln!("{}", context_full(&session, &generated, options.limit));

@@ -95,8 +95,8 @@ impl Engine {
     ///
     /// # Errors
     /// When the context is full, a token is out of range, the slow tier fails, logits are not
-    /// numbers, or the caller canceled. After the last three the context is as before the call. A network with recurrent states can't go back, so that
-    /// only [`clear`](Self::clear) helps then.
+    /// numbers, or the caller canceled. After the last three the context is as before the call. A
+    /// network with recurrent states can't go back, so that only [`clear`](Self::clear) helps then.
     pub fn forward(&mut self, tokens: &[u32], mode: LogitsMode) -> Result<&[f32], RunError> {
         self.sequence.check_room(tokens.len())?;
         let n_vocab = self.model.spec().n_vocab;

@@ -13,7 +13,6 @@ pub mod limits;
 pub mod nodes;
 pub mod numa;
 pub mod pace;
-pub mod signals;
 pub mod source;
 
 /// Makes a folder of small files that stands for `/sys` or `/proc` in tests.

@@ -21,11 +21,11 @@ mod token;
 mod words;
 pub mod worker;
 
+use crate::printable::printable;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, escape_formatter};
 use std::time::SystemTime;
-use words::one_line;
 
 /// Most steps of rendering, enough for thousands of turns. A step is an instruction or a byte.
 const FUEL: u64 = 500_000_000;
@@ -108,7 +108,7 @@ fn reason(what: &str, error: &Error) -> String {
             .detail()
             .map_or_else(|| kind.to_string(), str::to_string),
     };
-    format!("{what}{line}: {}", one_line(&detail))
+    format!("{what}{line}: {}", printable(&detail))
 }
 
 /// Makes the error of a template that asks for what is not possible.

@@ -61,7 +61,7 @@ fn errors_are_one_bounded_line_with_the_line_of_the_template() {
     assert!(error.starts_with("failed, line 2: "), "{error}");
     let error = render("\n\n{{ raise_exception('x\\n\u{1b}[2J' * 999) }}", vec![]).unwrap_err();
     assert!(
-        error.starts_with("failed, line 3: x\\n\\u{1b}[2J"),
+        error.starts_with("failed, line 3: x\\n\\u001b[2J"),
         "{error}"
     );
     assert!(

@@ -1,4 +1,4 @@
-//! Values as Python writes them, and messages of templates as errors show them.
+//! Values as Python writes them.
 
 use super::invalid;
 use minijinja::Error;
@@ -6,8 +6,6 @@ use minijinja::value::{Value, ValueKind};
 
 /// Deepest value that is written as text.
 pub(super) const MAX_DEPTH: usize = 200;
-/// Most characters of a template's own words in an error.
-const MAX_MESSAGE_CHARS: usize = 200;
 
 /// Longest text that padding may add, in characters.
 pub(super) const MAX_PADDED_CHARS: usize = 1 << 20;
@@ -163,25 +161,6 @@ pub(super) fn float(x: f64) -> String {
     }
 }
 
-/// Returns a text as part of a one-line message: bounded, and without control characters.
-pub(super) fn one_line(text: &str) -> String {
-    let mut out = String::new();
-    for (n, c) in text.chars().enumerate() {
-        if n == MAX_MESSAGE_CHARS {
-            out.push_str(" ...");
-            break;
-        }
-        // Marks that reorder a line are as good as control characters.
-        let reorders = matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-        if c.is_control() || reorders {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -201,12 +180,5 @@ mod tests {
         ] {
             assert_eq!(float(x), text);
         }
-    }
-
-    #[test]
-    fn messages_are_one_bounded_line() {
-        assert_eq!(one_line("a\n\u{1b}[31mü"), "a\\n\\u{1b}[31mü");
-        assert_eq!(one_line("\u{202e}"), "\\u{202e}");
-        assert!(one_line(&"x\u{7}".repeat(9999)).len() < 2000);
     }
 }

@@ -6,7 +6,6 @@
 //! its standard input and reads a [`Reply`] from its standard output, both as JSON.
 
 use super::Compiled;
-use super::words::one_line;
 use crate::interrupt::{Interrupted, interrupted};
 use anyhow::{Context, Result, anyhow};
 use minijinja::value::Value;
@@ -252,17 +251,13 @@ fn why_ended(status: ExitStatus) -> String {
         Some(SIGXCPU) => too_slow(),
         Some(SIGKILL) => "takes more memory than there is".to_string(),
         Some(_) => format!("takes more than {MAX_WORKER_MIB} MiB of memory, or nests too deeply"),
-        None => one_line(&format!(
-            "can't be rendered: its process ended with {status}"
-        )),
+        None => format!("can't be rendered: its process ended with {status}"),
     }
 }
 
 #[cfg(not(unix))]
 fn why_ended(status: ExitStatus) -> String {
-    one_line(&format!(
-        "can't be rendered: its process ended with {status}"
-    ))
+    format!("can't be rendered: its process ended with {status}")
 }
 
 #[cfg(test)]

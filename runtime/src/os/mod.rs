@@ -1,5 +1,7 @@
-//! Calls of the operating system that the standard library lacks: limits of this process, and the
-//! local time.
+//! Calls of the operating system that the standard library lacks: limits of this process, signals
+//! that ask it to end, and the local time.
+
+pub mod signals;
 
 use std::io;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

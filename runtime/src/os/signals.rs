@@ -7,20 +7,17 @@ use crate::cancel::Cancel;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-/// What a signal requests to stop.
-static CANCEL: OnceLock<Cancel> = OnceLock::new();
+/// What a signal requests to stop, and what is printed for a user who is being asked for input.
+static HANDLED: OnceLock<(Cancel, &str)> = OnceLock::new();
 
 /// Whether a signal ends the process at once.
 static ENDS_AT_ONCE: AtomicBool = AtomicBool::new(true);
 
-/// Whether the first Ctrl-C only prints [`NOTICE`].
+/// Whether the first Ctrl-C only prints the notice.
 static AT_PROMPT: AtomicBool = AtomicBool::new(false);
 
 /// The last signal that came; 0 for none.
 static LAST: AtomicI32 = AtomicI32::new(0);
-
-/// Line for a user who is being asked for input.
-const NOTICE: &str = "\n(Ctrl-C again, Ctrl-D or /quit ends)\n";
 
 /// What a first signal does. A second one ends the process in any case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,11 +58,12 @@ const SIGINT: i32 = libc::SIGINT;
 #[cfg(not(unix))]
 const SIGINT: i32 = 2;
 
-/// Has SIGINT, SIGTERM and SIGHUP do what [`set_action`] says, with `cancel` as the request. A signal
-/// that the process was started to ignore, as by `nohup`, stays ignored. Only the first call counts.
+/// Has SIGINT, SIGTERM and SIGHUP do what [`set_action`] says, with `cancel` as the request and
+/// `notice` as what [`OnSignal::AtPrompt`] prints. A signal that the process was started to ignore,
+/// as by `nohup`, stays ignored. Only the first call counts.
 #[cfg(unix)]
-pub fn handle(cancel: &Cancel) {
-    if CANCEL.set(cancel.clone()).is_err() {
+pub fn handle(cancel: &Cancel, notice: &'static str) {
+    if HANDLED.set((cancel.clone(), notice)).is_err() {
         return;
     }
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
@@ -91,19 +89,20 @@ pub fn handle(cancel: &Cancel) {
 
 /// Does nothing: signals keep their default action.
 #[cfg(not(unix))]
-pub fn handle(_: &Cancel) {}
+pub fn handle(_: &Cancel, _: &'static str) {}
 
 #[cfg(unix)]
 extern "C" fn on_signal(signal: libc::c_int) {
     LAST.store(signal, Ordering::SeqCst);
-    let requested = CANCEL.get().is_none_or(Cancel::request);
+    let handled = HANDLED.get();
+    let requested = handled.is_none_or(|(cancel, _)| cancel.request());
     let prompting = AT_PROMPT.load(Ordering::SeqCst);
     if requested || ENDS_AT_ONCE.load(Ordering::SeqCst) || (prompting && signal != SIGINT) {
         // SAFETY: `_exit` is safe in a handler.
         unsafe { libc::_exit(128 + signal) }
     }
-    if prompting {
+    if let Some((_, notice)) = handled.filter(|_| prompting) {
         // SAFETY: `write` is safe in a handler, and the buffer is a constant.
-        unsafe { libc::write(2, NOTICE.as_ptr().cast(), NOTICE.len()) };
+        unsafe { libc::write(libc::STDERR_FILENO, notice.as_ptr().cast(), notice.len()) };
     }
 }
