@@ -47,6 +47,7 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
         token_overhead_us: 0.0,
         context,
         sequences: 1,
+        checkpoints: 0,
         kv_tier: TierIdx::FIRST,
         kv_type,
         staging_tier: TierIdx::FIRST,
