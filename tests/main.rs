@@ -10,6 +10,7 @@ mod before_weights;
 mod chat_templates;
 #[cfg(unix)]
 mod faults;
+mod fuzz_inputs;
 mod golden_quant;
 #[cfg(target_os = "linux")]
 mod gpu_driver;
