@@ -19,6 +19,10 @@ mod other_engines;
 #[cfg(target_os = "linux")]
 mod outputs;
 mod prompts;
+#[cfg(unix)]
+mod readers;
+#[cfg(unix)]
+mod resume;
 mod selftest;
 #[cfg(unix)]
 mod signals;

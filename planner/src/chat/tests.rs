@@ -140,7 +140,7 @@ fn harmony() {
     let text = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!";
     let answer = Answer {
         text: text.to_string(),
-        marks: Vec::new(),
+        ..Answer::default()
     };
     let answer = answer.message("");
     assert_eq!(
