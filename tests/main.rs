@@ -9,6 +9,9 @@ mod before_weights;
 #[cfg(target_os = "linux")]
 mod chat_templates;
 #[cfg(unix)]
+mod demo;
+mod errors_page;
+#[cfg(unix)]
 mod faults;
 mod golden_quant;
 #[cfg(target_os = "linux")]

@@ -2,7 +2,7 @@
 
 use crate::common::{demo_machine, demo_model, piped, run_in, send, stderr, succeeded, tier_plan};
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -164,4 +164,72 @@ fn an_interrupted_run_keeps_what_it_has() {
         serde_json::from_slice(&fs::read(temporary.path().join("r.json")).unwrap()).unwrap();
     let tokens = record["output"].as_array().unwrap().len();
     assert!((1..100_000).contains(&tokens), "{tokens}");
+}
+
+/// Loading leaves nothing behind, so a signal ends it at once, in a chat as elsewhere.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_first_signal_ends_loading() {
+    let folder = tempfile::tempdir().unwrap();
+    for (signal, code) in [("-INT", 130), ("-TERM", 143)] {
+        let mut chat = tier_plan();
+        chat.current_dir(folder.path()).arg("run").arg(demo_model());
+        // Each of the few reads takes seconds.
+        chat.args(["--chat", "--threads", "1"])
+            .env("LD_PRELOAD", &crate::outputs::SHIM.1)
+            .env("FAULT", "read-slow");
+        let mut chat = chat
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(chat.try_wait().unwrap().is_none(), "loading has ended");
+        send(signal, &chat);
+        assert!(ends_with(&mut chat, signal, code), "{signal}");
+    }
+}
+
+/// Whether the program ends soon with the code of the signal, or of the signal itself where it
+/// does not catch it at that moment.
+#[cfg(target_os = "linux")]
+fn ends_with(child: &mut Child, signal: &str, code: i32) -> bool {
+    use std::os::unix::process::ExitStatusExt;
+    let own = if signal == "-INT" { 2 } else { 15 };
+    match ends_soon(child) {
+        Some(found) => found == code,
+        None => child.wait().unwrap().signal() == Some(own),
+    }
+}
+
+/// What was scored or said is printed, and the exit code is that of the signal.
+#[test]
+fn what_is_cut_short_says_so_in_its_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    slow_plan(folder.path());
+    let model = demo_model();
+    let model = model.to_str().unwrap();
+    let score = [
+        "perplexity",
+        model,
+        "--plan",
+        "slow.toml",
+        "-f",
+        "long.txt",
+        "--ctx",
+        "64",
+    ];
+    let chat = ["run", model, "--plan", "slow.toml", "--chat"];
+    for (args, word) in [(&score[..], "counted"), (&chat[..], "counted")] {
+        let mut command = tier_plan();
+        command.current_dir(folder.path()).args(args);
+        let mut child = piped(command.stdin(Stdio::piped()));
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(b"In the beginning\n").unwrap();
+        wait_for(&mut child, word);
+        std::thread::sleep(Duration::from_millis(500));
+        send("-TERM", &child);
+        assert_eq!(ends_soon(&mut child), Some(143), "{args:?}");
+    }
 }

@@ -8,6 +8,7 @@
 use crate::printable::{lines, one_line, printable};
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
+use std::sync::{PoisonError, RwLock};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord};
 
 /// Prints to standard output.
@@ -40,9 +41,44 @@ pub fn err(text: Arguments<'_>) {
 }
 
 fn write(to: &mut impl Write, text: Arguments<'_>) -> std::io::Result<()> {
-    match text.as_str() {
-        Some(text) => to.write_all(text.as_bytes()),
-        None => to.write_all(lines(&text.to_string()).as_bytes()),
+    if let Some(text) = text.as_str() {
+        return to.write_all(text.as_bytes());
+    }
+    let mut text = text.to_string();
+    let shown = SHOWN.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(shown) = &*shown {
+        text = text.replace(&shown.temporary, &shown.name);
+    }
+    to.write_all(lines(&text).as_bytes())
+}
+
+/// A name that is printed instead of a temporary one.
+struct ShownName {
+    temporary: String,
+    name: String,
+}
+
+static SHOWN: RwLock<Option<ShownName>> = RwLock::new(None);
+
+/// Guard while which an output under a temporary name is printed under the name that it will get.
+#[must_use = "the final name is printed only while this lives"]
+pub struct FinalName(());
+
+impl FinalName {
+    /// Prints `name` for `temporary`, which must occur in no other text.
+    pub fn show(temporary: &str, name: &str) -> Self {
+        let shown = ShownName {
+            temporary: temporary.to_string(),
+            name: name.to_string(),
+        };
+        *SHOWN.write().unwrap_or_else(PoisonError::into_inner) = Some(shown);
+        Self(())
+    }
+}
+
+impl Drop for FinalName {
+    fn drop(&mut self) {
+        *SHOWN.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
