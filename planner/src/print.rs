@@ -60,26 +60,14 @@ struct ShownName {
 
 static SHOWN: RwLock<Option<ShownName>> = RwLock::new(None);
 
-/// Guard while which an output under a temporary name is printed under the name that it will get.
-#[must_use = "the final name is printed only while this lives"]
-pub struct FinalName(());
-
-impl FinalName {
-    /// Prints `name` for `temporary`, which must occur in no other text.
-    pub fn show(temporary: &str, name: &str) -> Self {
-        let shown = ShownName {
-            temporary: temporary.to_string(),
-            name: name.to_string(),
-        };
-        *SHOWN.write().unwrap_or_else(PoisonError::into_inner) = Some(shown);
-        Self(())
-    }
-}
-
-impl Drop for FinalName {
-    fn drop(&mut self) {
-        *SHOWN.write().unwrap_or_else(PoisonError::into_inner) = None;
-    }
+/// Prints `name` from now on for a temporary name that occurs in no other text: for an output that
+/// gets its name when it is whole.
+pub fn show_final_name(temporary: &str, name: &str) {
+    let shown = ShownName {
+        temporary: temporary.to_string(),
+        name: name.to_string(),
+    };
+    *SHOWN.write().unwrap_or_else(PoisonError::into_inner) = Some(shown);
 }
 
 /// Prints an error, and advice on it, each on a line of its own.

@@ -6,7 +6,6 @@ use crate::bundled;
 use crate::cmd::args::{ThreadArgs, at_least_one};
 use crate::export::llama_cpp;
 use crate::interrupt::{Interrupted, interrupted};
-use crate::print::FinalName;
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::session::tokenizer;
@@ -71,7 +70,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         .with_context(|| format!("making the folder {}", output.display()))?;
     let mut unfinished = TemporaryFolder::create(&parent)
         .with_context(|| format!("making the folder {}", output.display()))?;
-    let final_name = show_final_name(unfinished.path(), &output);
+    show_final_name(unfinished.path(), &output);
     let folder = unfinished.path();
     let folder = folder.strip_prefix(".").unwrap_or(folder).to_path_buf();
     let plans = folder.join("plans");
@@ -142,7 +141,6 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         ],
     ];
     command(&compare.concat(), &threads)?;
-    drop(final_name);
     let named = unfinished.publish(&output);
     ensure!(
         named.with_context(|| output.display().to_string())?,
@@ -213,12 +211,12 @@ fn new_folder(asked: Option<&Path>) -> Result<(PathBuf, PathBuf)> {
 }
 
 /// Prints the final name of the output for its temporary one.
-fn show_final_name(unfinished: &Path, output: &Path) -> FinalName {
+fn show_final_name(unfinished: &Path, output: &Path) {
     let name = |path: &Path| {
         let name = path.file_name().unwrap_or_default();
         name.to_string_lossy().into_owned()
     };
-    FinalName::show(&name(unfinished), &name(output))
+    crate::print::show_final_name(&name(unfinished), &name(output));
 }
 
 /// Returns the plans written by `solve`, the optimal one first.
