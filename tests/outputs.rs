@@ -90,7 +90,7 @@ fn place() -> TempDir {
 }
 
 /// Compiles the library of faults, once.
-static SHIM: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
+pub static SHIM: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
     let folder = tempfile::tempdir().unwrap();
     let library = folder.path().join("faults.so");
     let compiled = Command::new("cc")

@@ -70,6 +70,7 @@ ssize_t pread64(int fd, void *bytes, size_t n, off64_t offset) {
   static ssize_t (*real)(int, void *, size_t, off64_t);
   if (!real) real = dlsym(RTLD_NEXT, "pread64");
   if (getenv("FAULT") && is_named(fd, ".gguf")) {
+    if (fault("read-slow")) sleep(5);
     // Headers are read as they are.
     if (fault("read-error") && offset > (1 << 20)) return fail(EIO);
     if (fault("read-interrupted") && is_turn()) return fail(EINTR);

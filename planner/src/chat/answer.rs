@@ -43,6 +43,7 @@ impl Chat<'_> {
             let generated = self.generate(rest, &mut answer, output)?;
             n_answer = generated.tokens.len();
             self.held.extend(&generated.tokens);
+            answer.tokens.clone_from(&generated.tokens);
             match generated.stop {
                 Stop::ContextFull => write!(output, "\n(the context is full)")?,
                 Stop::Caller | Stop::Canceled => write!(output, "\n(stopped)")?,
