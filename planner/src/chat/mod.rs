@@ -66,6 +66,8 @@ pub struct Options<'a> {
     pub sampling: SamplerConfig,
     /// Whether to continue past end-of-text tokens.
     pub ignore_eos: bool,
+    /// Tokens per draft at most.
+    pub draft: usize,
     /// Text written before a message is read; empty if standard input is not a terminal.
     pub prompt: &'a str,
     /// Filter of what is written of answers and messages.

@@ -83,6 +83,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         max_tokens: run.limit.and_then(TokenLimit::count),
         sampling: run.sampling.clone(),
         ignore_eos: args.ignore_eos,
+        draft: args.draft,
         prompt: if watched { "> " } else { "" },
         screen: Screen::new(std::io::stdout().is_terminal()),
         plan,

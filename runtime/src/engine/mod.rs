@@ -8,6 +8,7 @@
 mod backend;
 mod batch;
 mod cpu;
+mod draft;
 mod experts;
 mod fully_on_gpu;
 pub mod generate;
@@ -120,6 +121,33 @@ impl Engine {
         }])
     }
 
+    /// Takes a token of the engine's own text through the network, and a draft of those after it.
+    /// All count as decoded.
+    pub(crate) fn decode(&mut self, tokens: &[u32], mode: LogitsMode) -> Result<&[f32], RunError> {
+        let sequence = self.own.ok_or(RunError::NoText)?;
+        let rows = Rows {
+            sequence,
+            tokens,
+            logits: Some(mode),
+        };
+        self.step_as(&[rows], Phase::Decode)
+    }
+
+    /// Forgets the last `n` tokens of the engine's own text, which were a wrong draft.
+    pub(crate) fn take_back(&mut self, n: usize) -> Result<(), RunError> {
+        self.meter.uncount_decoded(n);
+        self.truncate(self.n_past() - n)
+    }
+
+    /// Returns whether a text can go back to any number of tokens, and has the same bits then: all
+    /// of it is computed by the CPU.
+    pub(crate) fn repeats(&self) -> bool {
+        self.sequences.can_rewind()
+            && self.experts.store.n_gpus() == 0
+            && !self.experts.streams.any()
+            && !self.backends.processors.gpus.places.any()
+    }
+
     /// Takes tokens of several texts through the network together, and returns the logits of the
     /// tokens that want them, `[wanted tokens, n_vocab]`, in the order of `rows`.
     ///
@@ -132,17 +160,18 @@ impl Engine {
     /// are as before the step. A text with recurrent states can't go back: after a failed pass, only
     /// removing or clearing it helps.
     pub fn step(&mut self, rows: &[Rows<'_>]) -> Result<&[f32], RunError> {
+        let past = |rows: &Rows<'_>| (rows.tokens.len(), self.n_past_of(rows.sequence));
+        self.step_as(rows, Phase::of_step(rows.iter().map(past)))
+    }
+
+    /// [`step`](Self::step), counted as `phase`.
+    fn step_as(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<&[f32], RunError> {
         let before = self.begin_step(rows)?;
         let (start, n_vocab) = (Instant::now(), self.model.spec().n_vocab);
         let n_tokens = rows.iter().map(|rows| rows.tokens.len()).sum();
         let used = self.spec().moe_layers().next();
         let used = used.map_or(0, |(_, moe)| moe.n_used);
         self.output.begin(n_tokens * self.meter.n_moe() * used);
-        let phase = Phase::of_step(
-            rows.iter()
-                .map(|r| r.tokens.len())
-                .zip(before.iter().copied()),
-        );
         let passes = self.pass_all(rows, phase).and_then(|()| {
             match first_not_finite(&self.output.logits, n_vocab) {
                 Some(wanted) => Err(not_a_number(rows, &before, wanted)),

@@ -167,6 +167,11 @@ impl Sequences {
         self.cache.layers.iter().map(LayerCache::bytes)
     }
 
+    /// Returns whether texts can go back to any number of tokens.
+    pub(crate) fn can_rewind(&self) -> bool {
+        self.can_rewind
+    }
+
     /// Returns how many tokens a text may have.
     pub(crate) fn context(&self) -> usize {
         self.context
