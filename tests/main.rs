@@ -18,6 +18,8 @@ mod golden_quant;
 #[cfg(target_os = "linux")]
 mod gpu_driver;
 mod hostile;
+#[cfg(target_os = "linux")]
+mod inputs;
 mod main_job;
 mod other_engines;
 #[cfg(target_os = "linux")]
