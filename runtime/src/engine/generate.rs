@@ -49,7 +49,8 @@ pub struct Limits<'a> {
 
 /// Continues `prompt`, and calls `on_token` with each new token as it comes.
 ///
-/// The prompt is added to what is in the engine's context already.
+/// The prompt is added to what is in the engine's context already. Into an empty context, what is
+/// [kept](Engine::keep) of the prompt's beginning is taken instead of computed.
 ///
 /// ```
 /// # use tier_plan_runtime::{Engine, KvType, LoadOptions, model::Model, plans::in_memory::all_in_memory};
@@ -88,7 +89,8 @@ pub fn generate(
         stop: Stop::Limit,
         first_token: Duration::ZERO,
     };
-    let mut logits = match engine.forward(prompt, LogitsMode::Last) {
+    let kept = engine.begin(prompt)?;
+    let mut logits = match engine.forward(&prompt[kept..], LogitsMode::Last) {
         Ok(logits) => logits.to_vec(),
         Err(error) => return canceled(done, error),
     };

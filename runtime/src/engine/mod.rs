@@ -24,6 +24,7 @@ mod gpu_split_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod gpu_tests;
+mod kept_files;
 mod load;
 pub mod measure;
 mod meter;
@@ -47,15 +48,18 @@ pub use batch::{LogitsMode, Routing, Rows};
 pub use sequences::{Pages, SequenceId};
 
 use crate::cancel::Cancel;
-use crate::error::RunError;
+use crate::error::{LoadError, RunError};
 use crate::experts::counters::Counters;
 use crate::layers::index::layers;
+use crate::layers::pages::PAGE;
 use crate::load::MemoryUse;
 use backend::{Backends, TextRows};
 use batch::{Batch, Output, Phase, split};
 use experts::Experts;
+use kept_files::KeptFiles;
 use meter::Meter;
 use sequences::Sequences;
+use std::path::Path;
 use std::time::Instant;
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::shape::ModelShape;
@@ -351,6 +355,51 @@ impl Engine {
     /// even after it is removed, until other texts want its memory.
     pub fn keep_sequence(&mut self, id: SequenceId) {
         self.sequences.keep(id);
+    }
+
+    /// Has kept texts go to a folder too, of up to `most_bytes`, so that they survive the program. It
+    /// is made if it is missing. A file there that is damaged is removed and never used.
+    ///
+    /// # Errors
+    /// When the folder can't be made or listed.
+    pub fn keep_in(&mut self, folder: &Path, most_bytes: u64) -> Result<(), LoadError> {
+        let depends_on = format!(
+            "model {} cache {} kernels {} pages of {PAGE}",
+            self.shape().id.hash,
+            self.plan.kv_type,
+            self.backends.kernels.isa().name()
+        );
+        let files = KeptFiles::open(folder, most_bytes, depends_on)?;
+        self.sequences.keep_in(files);
+        Ok(())
+    }
+
+    /// Returns one sentence on files of kept texts that could not be used or written, if there were
+    /// some since the last call.
+    pub fn take_kept_notes(&mut self) -> Vec<String> {
+        self.sequences.take_notes()
+    }
+
+    /// Begins the engine's own text, if it is empty, with as many of `tokens` as are kept: all but
+    /// the last at most. Returns how many tokens it has then.
+    ///
+    /// # Errors
+    /// As [`add_sequence`](Self::add_sequence).
+    pub fn begin(&mut self, tokens: &[u32]) -> Result<usize, RunError> {
+        if self.n_past() > 0 {
+            return Ok(0);
+        }
+        self.clear();
+        let (own, n) = self.sequences.begin(tokens)?;
+        self.own = Some(own);
+        Ok(n)
+    }
+
+    /// Keeps what the engine's own text has so far for texts to come.
+    pub fn keep(&mut self) {
+        if let Some(own) = self.own {
+            self.sequences.keep(own);
+        }
     }
 
     /// Removes a text, whose memory is free at once; does nothing if it was removed before.
