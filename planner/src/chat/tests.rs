@@ -211,23 +211,6 @@ fn talk(
     input: &str,
     stop_after: Option<usize>,
 ) -> (String, Vec<u32>) {
-    talk_with(
-        context,
-        template,
-        input,
-        stop_after,
-        SamplerConfig::default(),
-    )
-}
-
-/// As [`talk`], with tokens that are drawn.
-fn talk_with(
-    context: u32,
-    template: Option<&str>,
-    input: &str,
-    stop_after: Option<usize>,
-    sampling: SamplerConfig,
-) -> (String, Vec<u32>) {
     let mut session = session(context);
     let tokenizer = session.tokenizer().unwrap();
     let asked = Cell::new(0);
@@ -240,7 +223,7 @@ fn talk_with(
         template: template.map(|source| dialect(source, false)),
         system: None,
         max_tokens: Some(12),
-        sampling,
+        sampling: SamplerConfig::default(),
         ignore_eos: true,
         draft: 0,
         prompt: "> ",
@@ -333,37 +316,6 @@ fn only_what_is_new_is_processed() {
     // processed.
     assert_eq!(second[1], first[0] + 11, "{output}");
     assert!(second[0] < second[1], "{output}");
-}
-
-/// What a model says at random is often spelled as its tokenizer would not.
-#[test]
-fn the_models_own_tokens_stay_in_the_context() {
-    let session = session(64);
-    let tokenizer = session.tokenizer().unwrap();
-    let mut unusual = 0;
-    for seed in 1..5 {
-        let sampling = SamplerConfig {
-            temperature: 1.6,
-            seed,
-            ..SamplerConfig::default()
-        };
-        let input = "In the beginning\n/stats\nAnd God said\n/stats\n";
-        let (output, held) = talk_with(512, Some(PLAIN), input, None, sampling);
-        let kept: Vec<usize> = output
-            .lines()
-            .filter(|l| l.contains("kept from before"))
-            .map(|l| l.split([' ', ',']).filter_map(|n| n.parse::<usize>().ok()))
-            .map(|mut numbers| numbers.nth(1).unwrap())
-            .collect();
-        let first = tokenizer
-            .encode("user:In the beginning\nassistant:", true)
-            .unwrap();
-        // All but the last token, which was never processed.
-        assert_eq!(kept, [0, first.len() + 11], "seed {seed}: {output}");
-        let again = tokenizer.encode(&tokenizer.decode(&held), true).unwrap();
-        unusual += usize::from(again != held);
-    }
-    assert!(unusual > 0, "no answer was spelled in an unusual way");
 }
 
 #[test]
