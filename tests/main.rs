@@ -20,6 +20,7 @@ mod gpu_driver;
 mod hostile;
 #[cfg(target_os = "linux")]
 mod inputs;
+mod kept_texts;
 mod main_job;
 mod other_engines;
 #[cfg(target_os = "linux")]

@@ -19,7 +19,10 @@ impl Chat<'_> {
             .count();
         // At least one token must be processed, for the logits. With recurrent states, what follows
         // a checkpoint is processed again too.
-        let kept = self.engine.rewind(same.min(ids.len() - 1));
+        let mut kept = self.engine.rewind(same.min(ids.len() - 1));
+        if kept == 0 {
+            kept = self.engine.begin(ids)?;
+        }
         self.held.clear();
         self.held.extend_from_slice(ids);
         self.engine.reset_counters();

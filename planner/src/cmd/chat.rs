@@ -63,6 +63,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     }
     // Loading leaves nothing behind, so a signal may end the program meanwhile.
     let mut session = prepared.load()?;
+    args.kept.open(&mut session.engine)?;
     let _catching = crate::interrupt::catch_interrupts();
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
@@ -96,6 +97,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     let ended = Chat::new(&mut session.engine, &tokenizer, options)
         .talk(&mut std::io::stdin().lock(), &mut output);
     session.keep()?;
+    args.kept.keep(&mut session.engine);
     match ended.and_then(|()| Ok(output.flush()?)) {
         // A reader that has gone, as in `| head`, is not a failure.
         Err(error)

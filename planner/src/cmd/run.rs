@@ -1,7 +1,9 @@
 //! `tier-plan run`: continues a text, or chats, and prints what that cost.
 
 use super::chat;
-use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs};
+use crate::cmd::args::{
+    ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs,
+};
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::hint::HintExt;
 use crate::opening::Opening;
@@ -88,6 +90,9 @@ pub struct RunArgs {
     pub draft: usize,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub kept: KeptArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub pre: PreTokenizerArgs,
     /// Chat even if standard input is not a terminal: every line is a message
     #[arg(
@@ -162,6 +167,7 @@ impl<'a> RunOptions<'a> {
         if let Some(path) = &args.record {
             safely::check(path)?;
         }
+        args.kept.bytes()?;
         Ok(Self {
             model: args.model.path()?,
             sampling: args.sampling.checked()?,
@@ -195,6 +201,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let prompt = prepared.prompt(&tokenizer, &text)?;
     drop(text);
     let mut session = prepared.load()?;
+    args.kept.open(&mut session.engine)?;
     if !args.format.json {
         session
             .residency()
@@ -215,6 +222,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     // Before anything is printed: a closed pipe ends the program there.
     session.keep()?;
+    args.kept.keep(&mut session.engine);
     if args.format.json {
         let json = json(&record, &answer, generated.stop)?;
         println!("{}", serde_json::to_string_pretty(&json)?);

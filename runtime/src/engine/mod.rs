@@ -219,6 +219,8 @@ impl Engine {
             }
             before.push(self.sequences.get(*sequence)?.n_past());
         }
+        // What was left early before concerns no one now.
+        self.backends.pool.take_gave_up();
         // A file that was cut short must not be looked at where it is mapped.
         self.experts.store.check_files()?;
         for (
@@ -244,7 +246,8 @@ impl Engine {
         for cuts in split(rows, self.batch) {
             let batch = Batch::new(rows, &cuts, done, phase, &self.sequences)?;
             done += batch.len();
-            let result = self.pass(&batch).and_then(|()| self.check_canceled());
+            let result = self.pass(&batch);
+            let result = self.check_canceled().and(result);
             // What was read from a file that changed is worth nothing, however well the reads went.
             result.and_then(|()| Ok(self.experts.store.check_files()?))?;
         }
@@ -253,7 +256,8 @@ impl Engine {
 
     /// Fails if the caller requested that passes stop.
     fn check_canceled(&self) -> Result<(), RunError> {
-        if self.cancel.is_requested() {
+        // A loop that was left early has computed nothing of use, even if nobody asks any more.
+        if self.backends.pool.take_gave_up() || self.cancel.is_requested() {
             Err(RunError::Canceled)
         } else {
             Ok(())
