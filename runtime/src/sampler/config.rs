@@ -18,8 +18,24 @@ pub struct SamplerConfig {
     pub repeat_penalty: f32,
     /// Number of last tokens that count as recent.
     pub repeat_last_n: usize,
+    /// Taken from the logit of every token that was drawn before, once; negative values encourage
+    /// it.
+    pub presence_penalty: f32,
+    /// Taken from the logit of a token for each time that it was drawn before.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens, before all else.
+    pub logit_bias: Vec<LogitBias>,
     /// Seed of the random numbers.
     pub seed: u64,
+}
+
+/// What is added to the logit of a token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitBias {
+    /// The token; one past the vocabulary is ignored.
+    pub token: u32,
+    /// -100 to 100. Either end practically forbids or forces the token.
+    pub bias: f32,
 }
 
 impl Default for SamplerConfig {
@@ -32,6 +48,9 @@ impl Default for SamplerConfig {
             min_p: 0.0,
             repeat_penalty: 1.0,
             repeat_last_n: 64,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }
@@ -91,6 +110,17 @@ impl SamplerConfig {
             "repeat_penalty",
             r,
             "0.01 to 100, where 1 is no penalty",
-        )
+        )?;
+        for (option, found) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            let ok = (-2.0..=2.0).contains(&found);
+            within(ok, option, found, "-2 to 2, where 0 is no penalty")?;
+        }
+        let outside = |b: &&LogitBias| !(-100.0..=100.0).contains(&b.bias);
+        self.logit_bias.iter().find(outside).map_or(Ok(()), |b| {
+            within(false, "logit_bias", b.bias, "-100 to 100")
+        })
     }
 }

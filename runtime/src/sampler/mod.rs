@@ -1,17 +1,24 @@
 //! Sampling: chooses the next token from the logits.
 //!
-//! The stages follow llama.cpp's order: repeat penalty, top-k, top-p, min-p, temperature, draw.
-//! Top-p and min-p therefore see the model's own probabilities, whatever the temperature. The
+//! The stages follow llama.cpp's order: logit bias, penalties, top-k, top-p, min-p, temperature,
+//! draw. Top-p and min-p therefore see the model's own probabilities, whatever the temperature. The
 //! module knows nothing of vocabularies. Equal logits, history and seed give equal tokens.
+//!
+//! [`log_probabilities`] says how likely a token was, and [`StopStrings`] where a text ends.
 
 mod config;
+mod logprobs;
 mod random;
+mod stop;
 #[cfg(test)]
 mod tests;
 
-pub use config::{BadSampling, SamplerConfig};
+pub use config::{BadSampling, LogitBias, SamplerConfig};
+pub use logprobs::{LogProbability, TokenLogProbabilities, log_probabilities};
+pub use stop::{Passed, StopStrings};
 
 use random::Random;
+use std::collections::BTreeMap;
 
 /// Draws tokens from logits.
 ///
@@ -36,6 +43,8 @@ pub struct Sampler {
     candidates: Vec<Candidate>,
     /// Recent tokens, each once.
     penalized: Vec<u32>,
+    /// How often each token was drawn, as far as a penalty asks for that.
+    drawn: BTreeMap<u32, u32>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -59,23 +68,36 @@ impl Sampler {
             random,
             candidates: Vec::new(),
             penalized: Vec::new(),
+            drawn: BTreeMap::new(),
         }
     }
 
     /// Chooses a token from `logits`, `[n_vocab]`, given the tokens so far, `recent`, newest last.
     ///
-    /// Only the last `repeat_last_n` tokens count. NaN counts as impossible. The penalty is left
-    /// applied in `logits`. Returns token 0 where all logits are impossible, and where there are
-    /// none.
+    /// For the repeat penalty, only the last `repeat_last_n` tokens count. The other penalties count
+    /// the tokens that this sampler has chosen. NaN counts as impossible. Biases and penalties are
+    /// left applied in `logits`. Returns token 0 where all logits are impossible, and where there
+    /// are none.
     pub fn sample(&mut self, logits: &mut [f32], recent: &[u32]) -> u32 {
         for l in logits.iter_mut() {
-            if l.is_nan() {
-                *l = f32::NEG_INFINITY;
-            } else if *l == f32::INFINITY {
-                *l = f32::MAX;
+            *l = clean(*l);
+        }
+        for b in &self.config.logit_bias {
+            if let Some(l) = logits.get_mut(b.token as usize) {
+                *l = clean(*l + b.bias);
             }
         }
         self.penalize(logits, recent);
+        self.penalize_drawn(logits);
+        let token = self.choose(logits);
+        if self.counts_drawn() {
+            let count = self.drawn.entry(token).or_default();
+            *count = count.saturating_add(1);
+        }
+        token
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> u32 {
         // Also what `check` would refuse, so that it stays harmless.
         if self.config.temperature <= 0.0 || self.config.temperature.is_nan() {
             return most_likely(logits);
@@ -84,6 +106,21 @@ impl Sampler {
         self.keep_top_p();
         self.keep_min_p();
         self.draw()
+    }
+
+    /// Whether a penalty asks for the tokens that were drawn.
+    fn counts_drawn(&self) -> bool {
+        self.config.presence_penalty != 0.0 || self.config.frequency_penalty != 0.0
+    }
+
+    /// Applies the presence and the frequency penalty.
+    fn penalize_drawn(&self, logits: &mut [f32]) {
+        for (&id, &count) in &self.drawn {
+            if let Some(l) = logits.get_mut(id as usize) {
+                let frequency = count as f32 * self.config.frequency_penalty;
+                *l = clean(*l - frequency - self.config.presence_penalty);
+            }
+        }
     }
 
     fn penalize(&mut self, logits: &mut [f32], recent: &[u32]) {
@@ -98,12 +135,7 @@ impl Sampler {
         self.penalized.dedup();
         for &id in &self.penalized {
             if let Some(l) = logits.get_mut(id as usize) {
-                let changed = if *l > 0.0 { *l / penalty } else { *l * penalty };
-                *l = if changed.is_nan() {
-                    f32::NEG_INFINITY
-                } else {
-                    changed
-                };
+                *l = clean(if *l > 0.0 { *l / penalty } else { *l * penalty });
             }
         }
     }
@@ -177,6 +209,15 @@ impl Sampler {
             .rev()
             .find(|c| weight(c) > 0.0)
             .map_or(top.id, |c| c.id)
+    }
+}
+
+/// Returns a logit that can be ordered and subtracted: NaN is impossible, and infinity is finite.
+fn clean(logit: f32) -> f32 {
+    if logit.is_nan() {
+        f32::NEG_INFINITY
+    } else {
+        logit.min(f32::MAX)
     }
 }
 

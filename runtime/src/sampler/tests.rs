@@ -214,7 +214,7 @@ proptest! {
         recent in prop::collection::vec(0u32..50, 0..9),
         seed in any::<u64>(),
     ) {
-        let config = SamplerConfig { temperature, top_k, top_p, min_p, repeat_penalty: 1.3, repeat_last_n: 4, seed };
+        let config = SamplerConfig { temperature, top_k, top_p, min_p, repeat_penalty: 1.3, repeat_last_n: 4, seed, ..Default::default() };
         prop_assert_eq!(config.check(), Ok(()));
         let mut changed = logits.clone();
         let id = Sampler::new(config).sample(&mut changed, &recent) as usize;
@@ -224,5 +224,163 @@ proptest! {
         // Never outside the top k.
         let better = changed.iter().filter(|l| **l > changed[id]).count();
         prop_assert!(top_k == 0 || temperature == 0.0 || better < top_k);
+    }
+}
+
+#[test]
+fn biases_come_first_and_tokens_past_the_vocabulary_are_ignored() {
+    let bias = |token, bias| LogitBias { token, bias };
+    let config = SamplerConfig {
+        logit_bias: vec![bias(0, -100.0), bias(2, 1.5), bias(99, 100.0)],
+        repeat_penalty: 2.0,
+        ..Default::default()
+    };
+    let mut logits = [9.0, 1.0, 1.0];
+    assert_eq!(Sampler::new(config).sample(&mut logits, &[2]), 2);
+    // The penalty halves what the bias has made of it.
+    assert_eq!(logits, [-91.0, 1.0, 1.25]);
+}
+
+#[test]
+fn drawn_tokens_are_penalized_by_count_and_by_presence() {
+    let config = SamplerConfig {
+        presence_penalty: 0.5,
+        frequency_penalty: 0.25,
+        ..Default::default()
+    };
+    let mut sampler = Sampler::new(config);
+    let logits = [2.0, 1.6, 1.0];
+    let mut drawn = Vec::new();
+    for _ in 0..5 {
+        // The prompt does not count, here token 2.
+        drawn.push(sampler.sample(&mut logits.clone(), &[2, 2, 2]));
+    }
+    // 2.0; 1.6 before 1.25; 1.25; 1.0, the lowest of equals; 1.0 before 0.75.
+    assert_eq!(drawn, [0, 1, 0, 0, 2]);
+    let mut changed = logits;
+    sampler.sample(&mut changed, &[]);
+    assert_eq!(
+        changed,
+        [2.0 - 0.75 - 0.5, 1.6 - 0.25 - 0.5, 1.0 - 0.25 - 0.5]
+    );
+}
+
+#[test]
+fn penalties_and_biases_outside_their_range_are_named() {
+    let message = |c: SamplerConfig| c.check().unwrap_err().to_string();
+    let presence = SamplerConfig {
+        presence_penalty: 2.5,
+        ..Default::default()
+    };
+    assert!(message(presence).starts_with("presence_penalty is 2.5, expected -2 to 2"));
+    let frequency = SamplerConfig {
+        frequency_penalty: f32::NAN,
+        ..Default::default()
+    };
+    assert!(message(frequency).starts_with("frequency_penalty is NaN"));
+    let token = 3;
+    let bias = SamplerConfig {
+        logit_bias: vec![LogitBias { token, bias: 101.0 }],
+        ..Default::default()
+    };
+    assert!(message(bias).starts_with("logit_bias is 101, expected -100 to 100"));
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_softmax() {
+    let p = [0.1f32, 0.5, 0.15, 0.25];
+    let found = log_probabilities(&logs(&p), 2, 3);
+    let near = |found: LogProbability, token: u32| {
+        assert_eq!(found.token, token);
+        // 32-bit logits near 3 carry an error of 2e-7.
+        assert!(
+            (found.value - p[token as usize].ln()).abs() < 1e-6,
+            "{found:?}"
+        );
+    };
+    near(found.chosen, 2);
+    assert_eq!(found.top.len(), 3);
+    for (found, token) in found.top.iter().zip([1, 3, 2]) {
+        near(*found, token);
+    }
+}
+
+#[test]
+fn log_probabilities_of_strange_logits_are_numbers() {
+    let impossible = log_probabilities(&[f32::NAN, f32::NEG_INFINITY], 0, 5);
+    assert_eq!(impossible.chosen.value, f32::NEG_INFINITY);
+    assert_eq!(impossible.top.len(), 2);
+    assert_eq!(log_probabilities(&[], 7, 5).top, []);
+    let sure = log_probabilities(&[1.0, f32::INFINITY], 1, 0);
+    assert_eq!((sure.chosen.value, sure.top.len()), (0.0, 0));
+    assert_eq!(
+        log_probabilities(&[0.0], 9, 0).chosen.value,
+        f32::NEG_INFINITY
+    );
+    // Of equals the lowest ids, in their order.
+    let ids: Vec<u32> = log_probabilities(&[1.0; 9], 0, 3)
+        .top
+        .iter()
+        .map(|t| t.token)
+        .collect();
+    assert_eq!(ids, [0, 1, 2]);
+}
+
+/// Returns the text before the stop string, and whether there was one, of pieces pushed in turn.
+fn stopped(stops: &[&str], pieces: &[&str]) -> (String, bool) {
+    let mut watch = StopStrings::new(stops.iter().map(ToString::to_string));
+    let mut text: String = pieces.iter().map(|piece| watch.push(piece).text).collect();
+    text.push_str(&watch.finish());
+    (text, watch.is_stopped())
+}
+
+#[test]
+fn stop_strings_are_found_across_pieces() {
+    let found = |text: &str| (text.to_string(), true);
+    assert_eq!(stopped(&["END"], &["a E", "N", "D b"]), found("a "));
+    assert_eq!(stopped(&["aab"], &["aa", "ab"]), found("a"));
+    assert_eq!(stopped(&["é!"], &["caf", "é", "!"]), found("caf"));
+    // The first that is complete, and the longest of those that end together.
+    assert_eq!(stopped(&["cd", "bcd", "abcde"], &["abcde"]), found("a"));
+    assert_eq!(stopped(&["b", ""], &["abab"]), found("a"));
+    assert_eq!(stopped(&["END", ""], &["a EN"]), ("a EN".into(), false));
+    assert_eq!(stopped(&[], &["a", "b"]), ("ab".into(), false));
+}
+
+#[test]
+fn text_is_held_back_only_while_it_may_become_a_stop_string() {
+    let mut watch = StopStrings::new(["<end>".to_string()]);
+    assert_eq!(watch.push("a <e").text, "a ");
+    assert_eq!(watch.push("x").text, "<ex");
+    assert!(watch.push("<end> b").stopped);
+    assert_eq!(
+        watch.push("c"),
+        Passed {
+            text: String::new(),
+            stopped: true
+        }
+    );
+    assert_eq!(watch.finish(), "");
+}
+
+proptest! {
+    #[test]
+    fn stop_strings_do_not_depend_on_pieces(
+        text in "[abé]{0,20}",
+        stops in prop::collection::vec("[abé]{0,4}", 0..4),
+        cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..6),
+    ) {
+        // By search: the least end, of those the least start.
+        let ends = |stop: &String| text.find(stop.as_str()).map(|start| (start + stop.len(), start));
+        let first = stops.iter().filter(|s| !s.is_empty()).filter_map(ends).min();
+        let expected = first.map_or((text.clone(), false), |(_, start)| (text[..start].to_string(), true));
+        let chars: Vec<char> = text.chars().collect();
+        let mut at: Vec<usize> = cuts.iter().map(|cut| cut.index(chars.len() + 1)).collect();
+        at.extend([0, chars.len()]);
+        at.sort_unstable();
+        let pieces: Vec<String> = at.windows(2).map(|w| chars[w[0]..w[1]].iter().collect()).collect();
+        let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
+        let stops: Vec<&str> = stops.iter().map(String::as_str).collect();
+        prop_assert_eq!(stopped(&stops, &pieces), expected);
     }
 }
