@@ -208,6 +208,7 @@ fn solving(c: &mut Criterion) {
             machine: &machine,
             budgets,
             context: 4096,
+            sequences: 1,
             kv_type: KvType::F16,
         };
         let options = Options {

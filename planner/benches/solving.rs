@@ -157,6 +157,7 @@ fn solving(c: &mut Criterion) {
                     machine: &machine,
                     budgets: machine.tiers.iter().map(|t| t.capacity_bytes).collect(),
                     context: 4096,
+                    sequences: 1,
                     kv_type: KvType::F16,
                 };
                 let seconds = std::env::var("TL")

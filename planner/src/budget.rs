@@ -13,6 +13,7 @@ use tier_plan_runtime::formats::machine::{Extras, Machine};
 use tier_plan_runtime::formats::placement::{Placement, Prediction, TierIdx};
 use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::plans::budget::{
@@ -173,7 +174,8 @@ fn with_profile(
         .iter()
         .map(|e| e.expert_bytes * u64::from(e.n_expert))
         .sum();
-    let dense = shape.weight_bytes() - experts + kv_type.context_bytes(shape, context);
+    let dense =
+        shape.weight_bytes() - experts + kv_type.cache_bytes(shape, CacheRoom::of_one(context));
     let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
     // The solver reserves a share for pages itself, which suffices if it is as large.
     let counted = if 1.0 - 1.0 / padded <= page_share(shape) {
@@ -200,6 +202,7 @@ fn with_profile(
         machine: &machine,
         budgets: vec![counted, experts],
         context,
+        sequences: 1,
         kv_type,
     };
     let options = Options {

@@ -120,6 +120,7 @@ pub fn explain(
         machine: &machine,
         budgets: plan.tiers.iter().map(|t| t.budget_bytes).collect(),
         context: plan.context,
+        sequences: plan.sequences,
         kv_type: plan.kv_type,
     };
     let prices = shadow_prices(&problem, evidence, plan.kv_tier, time_limit_s)?;
@@ -243,6 +244,7 @@ mod tests {
                 machine: &machine,
                 budgets,
                 context: 1024,
+                sequences: 1,
                 kv_type,
             };
             let options = Options {

@@ -126,6 +126,31 @@ pub enum RunError {
         /// Tokens that the context can hold.
         context: usize,
     },
+    /// Too few pages of the KV cache are free for the tokens.
+    #[error("KV cache full: {wanted} pages wanted, {free} free")]
+    NoPages {
+        /// Pages that the tokens take.
+        wanted: usize,
+        /// Pages that no text uses.
+        free: usize,
+    },
+    /// All recurrent states are in use.
+    #[error("the plan is for {texts} texts at once, and as many are in the engine")]
+    TooManyTexts {
+        /// Texts that the plan is for.
+        texts: usize,
+    },
+    /// A GPU holds the KV cache of one text.
+    #[error(
+        "a plan with attention on a GPU runs one text at a time; plan the attention on the CPU for several"
+    )]
+    OneTextOnGpu,
+    /// The text was removed.
+    #[error("the text is not in the engine: it was removed")]
+    NoText,
+    /// A step has two entries of one text.
+    #[error("a step has two entries of one text; join their tokens")]
+    TwiceInStep,
     /// A token id is outside the vocabulary.
     #[error("token {token} is not in the vocabulary: ids go from 0 to {}", n_vocab.saturating_sub(1))]
     Token {

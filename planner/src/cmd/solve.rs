@@ -300,6 +300,7 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         machine: &options.machine,
         budgets: options.budgets,
         context: options.context,
+        sequences: 1,
         kv_type: options.kv_type,
     };
     let mut solved = solve(&problem, &options.solver)?;

@@ -173,6 +173,7 @@ mod whole {
             machine,
             budgets,
             context,
+            sequences: 1,
             kv_type,
         };
         let options = Options {
@@ -240,6 +241,7 @@ mod whole {
                 machine: &machine,
                 budgets: vec![bytes, 64 << 30],
                 context: 1024,
+                sequences: 1,
                 kv_type: KvType::F16,
             };
             let options = Options {

@@ -157,7 +157,7 @@ impl<'a> Offload<'a> {
         let dense = self.shape.dense.iter().filter(|d| d.layer == Some(layer));
         let cache = self.shape.caches.get(layer as usize);
         dense.map(|d| d.bytes).sum::<u64>()
-            + cache.map_or(0, |c| c.context_bytes(self.plan.kv_type, self.plan.context))
+            + cache.map_or(0, |c| c.bytes(self.plan.kv_type, self.plan.room()))
     }
 
     /// Takes as many layers as the plan has attention on GPUs, in proportion to the budgets, and

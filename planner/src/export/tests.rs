@@ -23,6 +23,7 @@ fn solved(vram: u64, dram: u64, kv_type: KvType) -> (ModelShape, Evidence, Place
         machine: &machine,
         budgets,
         context: 1024,
+        sequences: 1,
         kv_type,
     };
     let options = Options {
@@ -75,7 +76,7 @@ fn a_command_line_says_what_it_was_made_to_say() {
     ] {
         let (shape, evidence, plan) = solved(vram, dram, kv_type);
         let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
-        let kv_bytes = kv_type.context_bytes(&shape, plan.context);
+        let kv_bytes = kv_type.cache_bytes(&shape, plan.room());
         assert_eq!(vram_bytes(&found.args, &shape, kv_bytes), found.vram_bytes);
         assert!(found.vram_bytes <= vram, "{} of {vram}", found.vram_bytes);
         // Not even one more layer's experts fit: the bytes are used.
@@ -120,6 +121,7 @@ fn several_gpus_share_the_layers() {
         machine: &machine,
         budgets,
         context: 1024,
+        sequences: 1,
         kv_type,
     };
     let options = Options {
@@ -162,7 +164,7 @@ fn several_gpus_share_the_layers() {
                 .map(|e| e.expert_bytes * u64::from(e.n_expert))
                 .sum::<u64>()
             + caches
-                .map(|(_, c)| c.context_bytes(kv_type, plan.context))
+                .map(|(_, c)| c.bytes(kv_type, plan.room()))
                 .sum::<u64>();
         assert!(bytes <= budget, "{bytes} of {budget}");
         (from, all) = (from + count, all + bytes);

@@ -245,6 +245,7 @@ fn placement(
         layer_overhead_us: 20.0,
         token_overhead_us: 200.0,
         context: 1024,
+        sequences: 1,
         kv_tier: TierIdx::FIRST,
         kv_type: KvType::F16,
         staging_tier: TierIdx::new(fast - 1),

@@ -77,6 +77,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         layer_overhead_us: machine.layer_overhead_us,
         token_overhead_us: machine.token_overhead_us,
         context: problem.context,
+        sequences: problem.sequences,
         kv_tier: common_kv_tier(instance, draft),
         kv_type: problem.kv_type,
         staging_tier: capacity.staging_tier,

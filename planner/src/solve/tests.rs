@@ -262,6 +262,7 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
         machine: &machine,
         budgets,
         context: 1000,
+        sequences: 1,
         kv_type: KvType::F16,
     };
     // Ends as soon as the gap is closed; the limit is for machines that are busy.
@@ -325,6 +326,7 @@ fn a_real_drive_leaves_room_for_page_padding() -> Result<()> {
             machine: &machine,
             budgets,
             context: 10,
+            sequences: 1,
             kv_type: KvType::F16,
         };
         Capacity::new(&problem).map(|capacity| capacity.left_bytes)
@@ -352,6 +354,7 @@ fn planted_mistakes_are_found() -> Result<()> {
         machine: &machine,
         budgets,
         context: 1000,
+        sequences: 1,
         kv_type: KvType::F16,
     };
     let evidence = Evidence::recorded(&shape, &profile)?;
@@ -445,6 +448,7 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
             machine: &machine,
             budgets,
             context: 10,
+            sequences: 1,
             kv_type: KvType::F16,
         };
         let plan = plan_of(
@@ -506,6 +510,7 @@ fn infeasible_problems_get_a_hint() {
             machine: &machine,
             budgets: budgets.to_vec(),
             context,
+            sequences: 1,
             kv_type: KvType::F16,
         };
         let error = solve(&problem, &options())
@@ -584,6 +589,7 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
         machine: &machine,
         budgets,
         context: 10,
+        sequences: 1,
         kv_type: KvType::F16,
     };
     let solved = solve(&problem, &options())?;
@@ -610,6 +616,7 @@ fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
             machine: &machine,
             budgets,
             context,
+            sequences: 1,
             kv_type,
         };
         let evidence = Evidence::new(&shape, Some(&profile))?;
@@ -655,6 +662,7 @@ fn highs_agrees_with_microlp() -> Result<()> {
             machine: &machine,
             budgets,
             context: 100,
+            sequences: 1,
             kv_type,
         };
         let Ok(capacity) = Capacity::new(&problem) else {

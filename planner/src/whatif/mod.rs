@@ -160,6 +160,7 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
         machine: question.machine,
         budgets: question.budgets.clone(),
         context: question.context,
+        sequences: 1,
         kv_type: question.kv_type,
     };
     let (time_limit_s, position) = (question.time_limit_s, question.at);

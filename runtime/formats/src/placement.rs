@@ -17,7 +17,7 @@ pub use violation::Violation;
 
 use super::kind::PLACEMENT;
 use super::machine::Tier;
-use crate::model::kv::KvType;
+use crate::model::kv::{CacheRoom, KvType};
 use crate::model::shape::{CacheShape, DenseKind, ModelShape};
 use crate::source_id::SourceId;
 use crate::{FormatError, safely};
@@ -302,8 +302,10 @@ pub struct Placement {
     pub layer_overhead_us: f64,
     /// Fixed microseconds per token, as the machine file gave them.
     pub token_overhead_us: f64,
-    /// Context length that the KV cache is planned for, in tokens.
+    /// Context length of a text that the KV cache is planned for, in tokens.
     pub context: u32,
+    /// Texts at once that the KV cache is planned for.
+    pub sequences: u32,
     /// Tier of the KV cache and recurrent state. Layers whose attention is on a real GPU have
     /// theirs there instead, so `kv_tier` is a real GPU only where real GPUs have all attention.
     pub kv_tier: TierIdx,
@@ -340,7 +342,7 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Placement, FormatError> {
 /// use std::path::Path;
 /// use tier_plan_formats::placement;
 ///
-/// let path = Path::new("../../tests/data/formats/placement.v5.toml");
+/// let path = Path::new("../../tests/data/formats/placement.v6.toml");
 /// let plan = placement::read(path)?;
 /// assert!(plan.tiers.iter().all(|tier| tier.used_bytes() <= tier.budget_bytes));
 /// assert_eq!(placement::decode(plan.encode().as_bytes(), path)?, plan);
@@ -401,7 +403,15 @@ impl Placement {
         tiers
     }
 
-    /// Returns the bytes of KV cache and recurrent state on each tier for the planned context.
+    /// Returns what the KV cache has room for.
+    pub fn room(&self) -> CacheRoom {
+        CacheRoom {
+            context: self.context,
+            sequences: self.sequences,
+        }
+    }
+
+    /// Returns the bytes of KV cache and recurrent states on each tier for the planned texts.
     pub fn cache_bytes(&self, shape: &ModelShape) -> PerTier<u64> {
         let mut bytes = PerTier::from_fn(self.tiers.len(), |_| 0u64);
         for (cache, tier) in shape
@@ -410,7 +420,7 @@ impl Placement {
             .zip(self.cache_tiers(shape.caches.len()))
         {
             if let Some(sum) = bytes.get_mut(tier) {
-                *sum = sum.saturating_add(cache.context_bytes(self.kv_type, self.context));
+                *sum = sum.saturating_add(cache.bytes(self.kv_type, self.room()));
             }
         }
         bytes

@@ -18,6 +18,7 @@ use tier_plan_runtime::model::Model;
 use tier_plan_runtime::plans::in_memory::all_in_memory;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::{Engine, KvType, LoadOptions, LogitsMode};
 
 /// Most bytes of KV cache and weights of a model that is run.
@@ -144,7 +145,7 @@ fn open_and_run(path: &Path) -> std::result::Result<(), Box<dyn std::error::Erro
         let _ = tokenizer.decode(&tokens);
     }
     let shape = model.shape();
-    let cache = KvType::F32.context_bytes(shape, CONTEXT);
+    let cache = KvType::F32.cache_bytes(shape, CacheRoom::of_one(CONTEXT));
     let bytes = shape
         .weight_bytes()
         .saturating_add(cache)

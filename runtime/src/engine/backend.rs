@@ -6,7 +6,7 @@
 
 use super::batch::Batch;
 use super::cpu::Cpu;
-use super::sequence::Sequence;
+use super::sequences::Cache;
 use crate::error::RunError;
 use crate::gpu::Gpus;
 use crate::layers::cpu_context::CpuContext;
@@ -45,7 +45,7 @@ pub(crate) trait LayerBackend {
     /// Adds the sums of the routed experts, `stage.buffers.out`.
     fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError>;
 
-    /// Writes the logits of rows, `[rows, n_vocab]`.
+    /// Writes the logits of the batch's rows that want them, `[wanted rows, n_vocab]`.
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError>;
 
     /// Writes the experts that a layer's router would choose for rows as they are now, `[rows,
@@ -65,19 +65,39 @@ pub(crate) struct Stage<'a> {
     /// Rows of the batch, at most a micro-batch except in [`embed`](LayerBackend::embed),
     /// [`head`](LayerBackend::head) and [`add_experts`](LayerBackend::add_experts).
     pub(crate) rows: Range<usize>,
-    pub(crate) sequence: &'a mut Sequence,
+    pub(crate) batch: &'a Batch,
+    pub(crate) cache: &'a mut Cache,
     pub(crate) buffers: &'a mut Buffers,
 }
 
 impl Stage<'_> {
-    /// The position in the text of the first row.
+    /// The position of the first row in its text.
     pub(crate) fn past(&self) -> usize {
-        self.sequence.n_past() + self.rows.start
+        self.batch
+            .segments(&self.rows)
+            .next()
+            .map_or(0, |segment| segment.past)
     }
 
     /// The values of the rows in a buffer that is `[batch, hidden]`.
     pub(crate) fn values(&self) -> Range<usize> {
         self.rows.start * self.spec.hidden..self.rows.end * self.spec.hidden
+    }
+}
+
+/// The batch of a pass, and what its texts keep.
+pub(crate) struct TextRows<'a> {
+    pub(crate) batch: &'a Batch,
+    pub(crate) cache: &'a mut Cache,
+}
+
+impl TextRows<'_> {
+    /// Lends both for one stage.
+    pub(crate) fn lend(&mut self) -> TextRows<'_> {
+        TextRows {
+            batch: self.batch,
+            cache: self.cache,
+        }
     }
 }
 
@@ -164,7 +184,7 @@ impl Backends {
         &'a mut self,
         spec: &'a ModelSpec,
         rows: Range<usize>,
-        sequence: &'a mut Sequence,
+        on: TextRows<'a>,
     ) -> (&'a mut Processors, Stage<'a>) {
         let cpu = CpuContext {
             pool: &self.pool,
@@ -176,22 +196,19 @@ impl Backends {
                 cpu,
                 spec,
                 rows,
-                sequence,
+                batch: on.batch,
+                cache: on.cache,
                 buffers: &mut self.buffers,
             },
         )
     }
 
     /// Returns where a batch's hidden state is once it is embedded.
-    pub(crate) fn embed(
-        &mut self,
-        spec: &ModelSpec,
-        batch: &Batch<'_>,
-        sequence: &mut Sequence,
-    ) -> Result<Place, RunError> {
-        let (processors, mut stage) = self.stage(spec, 0..batch.len(), sequence);
+    pub(crate) fn embed(&mut self, spec: &ModelSpec, on: TextRows<'_>) -> Result<Place, RunError> {
+        let batch = on.batch;
+        let (processors, mut stage) = self.stage(spec, 0..batch.len(), on);
         let place = processors.gpus.places.embedding;
-        processors.on(place).embed(&mut stage, batch.tokens)?;
+        processors.on(place).embed(&mut stage, &batch.tokens)?;
         Ok(place)
     }
 
@@ -208,10 +225,10 @@ impl Backends {
         layer: Layer<'_>,
         rows: Range<usize>,
         place: Place,
-        sequence: &mut Sequence,
+        on: TextRows<'_>,
     ) -> Result<Place, RunError> {
         let floats = self.expert_floats[layer.index.get()];
-        let (processors, mut stage) = self.stage(spec, rows, sequence);
+        let (processors, mut stage) = self.stage(spec, rows, on);
         let places = processors.gpus.places.layers[layer.index.get()];
         processors.transfer(&stage, place, places.mixer)?;
         processors.on(places.mixer).mixer(&mut stage, layer)?;
@@ -237,16 +254,14 @@ impl Backends {
         Ok(places.shared)
     }
 
-    /// Adds what routed experts made of the first `n` tokens of a batch to the hidden state, which
-    /// is at `place`.
+    /// Adds what routed experts made of a batch to the hidden state, which is at `place`.
     pub(crate) fn add_experts(
         &mut self,
         spec: &ModelSpec,
-        n: usize,
         place: Place,
-        sequence: &mut Sequence,
+        on: TextRows<'_>,
     ) -> Result<(), RunError> {
-        let (processors, mut stage) = self.stage(spec, 0..n, sequence);
+        let (processors, mut stage) = self.stage(spec, 0..on.batch.len(), on);
         processors.on(place).add_experts(&mut stage)
     }
 
@@ -262,26 +277,30 @@ impl Backends {
         spec: &ModelSpec,
         layer: Layer<'_>,
         rows: Range<usize>,
-        sequence: &mut Sequence,
+        on: TextRows<'_>,
         experts: &mut Vec<u16>,
     ) -> Result<(), RunError> {
-        let (processors, mut stage) = self.stage(spec, rows, sequence);
+        let (processors, mut stage) = self.stage(spec, rows, on);
         let place = processors.gpus.places.layers[layer.index.get()].ffn;
         processors.on(place).predict(&mut stage, layer, experts)
     }
 
-    /// Appends the logits of rows to `logits`; their hidden state is at `place`.
+    /// Appends the logits of the batch's rows that want them to `logits`; the hidden state is at
+    /// `place`.
     pub(crate) fn head(
         &mut self,
         spec: &ModelSpec,
-        rows: Range<usize>,
         place: Place,
-        sequence: &mut Sequence,
+        on: TextRows<'_>,
         logits: &mut Vec<f32>,
     ) -> Result<(), RunError> {
-        let first = logits.len();
-        logits.resize(first + rows.len() * spec.n_vocab, 0.0);
-        let (processors, mut stage) = self.stage(spec, rows, sequence);
+        let wanted = &on.batch.logits;
+        let (Some(first_row), Some(last_row)) = (wanted.first(), wanted.last()) else {
+            return Ok(());
+        };
+        let (rows, first) = (*first_row..last_row + 1, logits.len());
+        logits.resize(first + wanted.len() * spec.n_vocab, 0.0);
+        let (processors, mut stage) = self.stage(spec, rows, on);
         let head = processors.gpus.places.head;
         processors.transfer(&stage, place, head)?;
         processors.on(head).head(&mut stage, &mut logits[first..])

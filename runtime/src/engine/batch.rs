@@ -1,7 +1,11 @@
 //! What goes into a pass, and what comes out of it.
 
 use super::backend::Buffers;
+use super::sequences::{SequenceId, Sequences};
+use crate::error::RunError;
 use crate::layers::index::MoeLayer;
+use crate::layers::mixer::Segment;
+use crate::layers::pages::PageIdx;
 use std::ops::Range;
 
 /// The tokens whose logits a pass computes.
@@ -13,19 +17,31 @@ pub enum LogitsMode {
     All,
 }
 
+/// Tokens that a step adds to one text.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// The text.
+    pub sequence: SequenceId,
+    /// Its next tokens: one while it is decoded, any number of a prompt.
+    pub tokens: &'a [u32],
+    /// The tokens whose logits are wanted; none where `None`.
+    pub logits: Option<LogitsMode>,
+}
+
 /// What a pass is counted as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// Tokens of a prompt. A lone token with nothing before it is a prompt too.
+    /// Tokens of prompts, perhaps beside decoded ones. A lone token with nothing before it is a
+    /// prompt too.
     Prompt,
-    /// One token after others.
+    /// One token each of some texts, after others.
     Decode,
 }
 
 impl Phase {
-    /// Returns what a call with `n_tokens` tokens after `n_past` others is.
-    pub(crate) fn of_call(n_tokens: usize, n_past: usize) -> Self {
-        if n_tokens == 1 && n_past > 0 {
+    /// Returns what a step with these numbers of tokens after past ones is.
+    pub(crate) fn of_step(mut tokens_past: impl Iterator<Item = (usize, usize)>) -> Self {
+        if tokens_past.all(|(tokens, past)| tokens == 1 && past > 0) {
             Self::Decode
         } else {
             Self::Prompt
@@ -33,53 +49,101 @@ impl Phase {
     }
 }
 
-/// The tokens of a call that go through the layers together.
+/// Neighboring rows of a batch that are consecutive tokens of one text.
 #[derive(Debug, Clone)]
-pub(crate) struct Batch<'a> {
-    pub(crate) tokens: &'a [u32],
-    /// Index in the call of the batch's first token.
+pub(crate) struct Span {
+    pub(crate) sequence: SequenceId,
+    pub(crate) rows: Range<usize>,
+    /// Tokens of the text before these.
+    pub(crate) past: usize,
+    pages: Vec<PageIdx>,
+    state: usize,
+}
+
+/// The tokens of a step that go through the layers together.
+#[derive(Debug, Clone)]
+pub(crate) struct Batch {
+    pub(crate) tokens: Vec<u32>,
+    /// Index in the step of the batch's first token.
     pub(crate) offset: usize,
-    /// Tokens whose logits are computed; no logits where `None`.
-    pub(crate) logits: Option<LogitsMode>,
-    /// Whether the call has one token only. A token of a longer call is summed like all of them, so
-    /// that no result depends on the size of a batch.
+    pub(crate) spans: Vec<Span>,
+    /// Rows whose logits are computed, ascending.
+    pub(crate) logits: Vec<usize>,
+    /// Whether the step has one token only.
     pub(crate) single: bool,
     pub(crate) phase: Phase,
 }
 
-impl<'a> Batch<'a> {
-    /// Splits a call into batches of up to `size` tokens.
-    pub(crate) fn split(
-        tokens: &'a [u32],
-        size: usize,
-        mode: LogitsMode,
+/// A part of a step: the number of an entry, and which of its tokens.
+pub(crate) type Cut = (usize, Range<usize>);
+
+/// Splits a step into batches of up to `size` tokens.
+pub(crate) fn split(rows: &[Rows<'_>], size: usize) -> Vec<Vec<Cut>> {
+    let (mut batches, mut batch, mut left) = (Vec::new(), Vec::new(), size);
+    for (entry, rows) in rows.iter().enumerate() {
+        let mut start = 0;
+        while start < rows.tokens.len() {
+            let end = rows.tokens.len().min(start + left);
+            batch.push((entry, start..end));
+            left -= end - start;
+            start = end;
+            if left == 0 {
+                batches.push(std::mem::take(&mut batch));
+                left = size;
+            }
+        }
+    }
+    if !batch.is_empty() {
+        batches.push(batch);
+    }
+    batches
+}
+
+impl Batch {
+    /// Makes a batch of parts of a step; `offset` tokens went before.
+    ///
+    /// # Errors
+    /// When a text is unknown.
+    pub(crate) fn new(
+        rows: &[Rows<'_>],
+        cuts: &[Cut],
+        offset: usize,
         phase: Phase,
-    ) -> impl Iterator<Item = Batch<'a>> {
-        let last = tokens.len().div_ceil(size).saturating_sub(1);
-        let single = tokens.len() == 1;
-        tokens
-            .chunks(size)
-            .enumerate()
-            .map(move |(i, tokens)| Batch {
-                tokens,
-                offset: i * size,
-                logits: (i == last || mode == LogitsMode::All).then_some(mode),
-                single,
-                phase,
-            })
+        sequences: &Sequences,
+    ) -> Result<Self, RunError> {
+        let mut batch = Self {
+            tokens: Vec::new(),
+            offset,
+            spans: Vec::with_capacity(cuts.len()),
+            logits: Vec::new(),
+            single: matches!(rows, [only] if only.tokens.len() == 1),
+            phase,
+        };
+        for (entry, part) in cuts {
+            let (entry, first) = (&rows[*entry], batch.tokens.len());
+            let sequence = sequences.get(entry.sequence)?;
+            batch.tokens.extend(&entry.tokens[part.clone()]);
+            let rows = first..batch.tokens.len();
+            match entry.logits {
+                Some(LogitsMode::All) => batch.logits.extend(rows.clone()),
+                Some(LogitsMode::Last) if part.end == entry.tokens.len() => {
+                    batch.logits.push(rows.end - 1);
+                }
+                _ => {}
+            }
+            batch.spans.push(Span {
+                sequence: entry.sequence,
+                rows,
+                past: sequence.n_past(),
+                pages: sequence.pages().to_vec(),
+                state: sequence.state(),
+            });
+        }
+        Ok(batch)
     }
 
     pub(crate) fn len(&self) -> usize {
         self.tokens.len()
-    }
-
-    /// Returns the rows whose logits are computed.
-    pub(crate) fn logit_rows(&self) -> Option<Range<usize>> {
-        let n = self.len();
-        self.logits.map(|mode| match mode {
-            LogitsMode::All => 0..n,
-            LogitsMode::Last => n - 1..n,
-        })
     }
 
     /// Returns the rows of the batch in parts of up to `size`.
@@ -89,9 +153,23 @@ impl<'a> Batch<'a> {
             .step_by(size)
             .map(move |first| first..n.min(first + size))
     }
+
+    /// Returns some rows by text, counted from the first of them.
+    pub(crate) fn segments(&self, rows: &Range<usize>) -> impl Iterator<Item = Segment<'_>> {
+        let rows = rows.clone();
+        self.spans.iter().filter_map(move |span| {
+            let part = span.rows.start.max(rows.start)..span.rows.end.min(rows.end);
+            (!part.is_empty()).then(|| Segment {
+                rows: part.start - rows.start..part.end - rows.start,
+                past: span.past + part.start - span.rows.start,
+                pages: &span.pages,
+                state: span.state,
+            })
+        })
+    }
 }
 
-/// The experts that the routers chose for the tokens of a call.
+/// The experts that the routers chose for the tokens of a step.
 #[derive(Debug, Clone, Default)]
 pub struct Routing {
     /// `[token, MoE layer, n_used]`, in the router's order.
@@ -100,16 +178,16 @@ pub struct Routing {
     pub weights: Vec<f32>,
 }
 
-/// What a call returns.
+/// What a step returns.
 #[derive(Default)]
 pub(crate) struct Output {
-    /// `[1, n_vocab]` or `[tokens, n_vocab]`.
+    /// `[wanted rows, n_vocab]`.
     pub(crate) logits: Vec<f32>,
     pub(crate) routing: Routing,
 }
 
 impl Output {
-    /// Clears the logits, and makes room for the choices of a call's tokens.
+    /// Clears the logits, and makes room for the choices of a step's tokens.
     pub(crate) fn begin(&mut self, choices: usize) {
         self.logits.clear();
         self.routing.experts.clear();
@@ -123,7 +201,7 @@ impl Output {
         &mut self,
         moe: MoeLayer<'_>,
         n_moe: usize,
-        batch: &Batch<'_>,
+        batch: &Batch,
         buffers: &Buffers,
     ) {
         let used = moe.spec.n_used;
@@ -145,39 +223,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_batch_has_the_logits_of_the_last_token() {
-        let tokens = [1, 2, 3, 4, 5];
-        let batches: Vec<_> = Batch::split(&tokens, 2, LogitsMode::Last, Phase::Prompt).collect();
+    fn a_step_is_split_into_full_batches_in_order() {
+        let (tokens, id) = ([7; 5], SequenceId::for_tests());
+        let rows = |n: usize| Rows {
+            sequence: id,
+            tokens: &tokens[..n],
+            logits: None,
+        };
         assert_eq!(
-            batches.iter().map(Batch::len).collect::<Vec<_>>(),
-            [2, 2, 1]
+            split(&[rows(5)], 2),
+            [vec![(0, 0..2)], vec![(0, 2..4)], vec![(0, 4..5)]]
         );
         assert_eq!(
-            batches.iter().map(|b| b.offset).collect::<Vec<_>>(),
-            [0, 2, 4]
+            split(&[rows(1), rows(0), rows(4), rows(1)], 3),
+            [vec![(0, 0..1), (2, 0..2)], vec![(2, 2..4), (3, 0..1)]]
         );
-        assert_eq!(
-            batches
-                .iter()
-                .map(|b| b.logits.is_some())
-                .collect::<Vec<_>>(),
-            [false, false, true]
-        );
-        assert!(batches.iter().all(|b| !b.single));
-        assert!(
-            Batch::split(&tokens, 2, LogitsMode::All, Phase::Prompt).all(|b| b.logits.is_some())
-        );
-        assert!(
-            Batch::split(&[], 2, LogitsMode::All, Phase::Prompt)
-                .next()
-                .is_none()
-        );
+        assert!(split(&[rows(0)], 2).is_empty());
     }
 
     #[test]
-    fn only_a_single_token_after_others_is_decoding() {
-        assert_eq!(Phase::of_call(1, 0), Phase::Prompt);
-        assert_eq!(Phase::of_call(2, 9), Phase::Prompt);
-        assert_eq!(Phase::of_call(1, 9), Phase::Decode);
+    fn only_single_tokens_after_others_are_decoding() {
+        let phase = |pieces: &[(usize, usize)]| Phase::of_step(pieces.iter().copied());
+        assert_eq!(phase(&[(1, 0)]), Phase::Prompt);
+        assert_eq!(phase(&[(2, 9)]), Phase::Prompt);
+        assert_eq!(phase(&[(1, 9), (1, 2)]), Phase::Decode);
+        assert_eq!(phase(&[(1, 9), (5, 2)]), Phase::Prompt);
     }
 }

@@ -4,7 +4,7 @@ use super::backend::{LayerBackend, Stage};
 use crate::error::RunError;
 use crate::layers::cpu_context::{CpuContext, add_bias, norm_rows};
 use crate::layers::index::Layer;
-use crate::layers::mixer::{MixerInput, MixerScratch, mix};
+use crate::layers::mixer::{MixerInput, MixerScratch, Segment, mix};
 use crate::layers::router::Router;
 use crate::layers::weights::DenseWeights;
 use crate::moe::ffn::{FfnScratch, dense_ffn, shared_expert};
@@ -122,13 +122,12 @@ impl LayerBackend for Cpu {
     }
 
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        let (cpu, n, past) = (stage.cpu, stage.rows.len(), stage.past());
+        let (cpu, n) = (stage.cpu, stage.rows.len());
         let x = &mut self.x[stage.values()];
-        let (sequence, buffers, index) =
-            (&mut *stage.sequence, &mut *stage.buffers, layer.index.get());
-        for rope in &mut sequence.ropes {
-            rope.prepare(past, n);
-        }
+        let segments: Vec<Segment<'_>> = stage.batch.segments(&stage.rows).collect();
+        let (cache, buffers, index) = (&mut *stage.cache, &mut *stage.buffers, layer.index.get());
+        let positions = segments.iter().map(Segment::range);
+        cache.rotations.prepare(positions);
         let normed = &mut buffers.normed[..x.len()];
         norm_rows(
             cpu,
@@ -147,18 +146,18 @@ impl LayerBackend for Cpu {
         );
         let input = MixerInput {
             x: buffers.acts.view(),
-            past,
-            rope: sequence.rope_of_layer[index].map(|table| &sequence.ropes[table]),
+            segments: &segments,
+            rope: cache.rotations.of(index),
             norm_eps: stage.spec.norm_eps,
         };
         let out = &mut buffers.out[..x.len()];
-        let state = &mut sequence.states[index];
+        let cache = &mut cache.layers[index];
         mix(
             cpu,
             &self.weights,
             &layer.spec.mixer,
             &input,
-            state,
+            cache,
             &mut self.mixer,
             out,
         );
@@ -279,21 +278,18 @@ impl LayerBackend for Cpu {
         let (cpu, spec, buffers) = (stage.cpu, stage.spec, &mut *stage.buffers);
         let output = self.weights.matrix(spec.output, spec.n_vocab, spec.hidden);
         let quantize = needs_quants(self.weights.ty(spec.output));
-        let x = &self.x[stage.rows.start * spec.hidden..stage.rows.end * spec.hidden];
-        let parts = x.chunks(buffers.micro_batch * spec.hidden);
-        for (x, logits) in parts.zip(logits.chunks_mut(buffers.micro_batch * spec.n_vocab)) {
-            let normed = &mut buffers.normed[..x.len()];
-            norm_rows(
-                cpu,
-                x,
-                self.weights.vector(spec.output_norm),
-                spec.norm_eps,
-                normed,
-            );
+        let norm = self.weights.vector(spec.output_norm);
+        let parts = stage.batch.logits.chunks(buffers.micro_batch);
+        for (rows, logits) in parts.zip(logits.chunks_mut(buffers.micro_batch * spec.n_vocab)) {
+            let normed = &mut buffers.normed[..rows.len() * spec.hidden];
+            cpu.pool.for_each_slice(normed, spec.hidden, |i, normed| {
+                let x = &self.x[rows[i] * spec.hidden..][..spec.hidden];
+                cpu.kernels.rms_norm(x, norm, spec.norm_eps, normed);
+            });
             buffers.acts.fill_shared(
                 cpu.pool,
                 cpu.kernels,
-                x.len() / spec.hidden,
+                rows.len(),
                 spec.hidden,
                 normed,
                 quantize,

@@ -1,10 +1,9 @@
 //! The routed experts of a pass: running a layer's, and prefetching what the next layer is
 //! predicted to use.
 
-use super::backend::Backends;
+use super::backend::{Backends, TextRows};
 use super::batch::Batch;
 use super::predictor::RouterPredictor;
-use super::sequence::Sequence;
 use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::rows::GpuRows;
@@ -38,7 +37,7 @@ impl Experts {
     pub(crate) fn run(
         &mut self,
         layer: MoeLayer<'_>,
-        batch: &Batch<'_>,
+        batch: &Batch,
         backends: &mut Backends,
         computed: &mut StageBytes,
     ) -> Result<Step, RunError> {
@@ -94,11 +93,11 @@ impl Experts {
         &mut self,
         spec: &ModelSpec,
         next: Layer<'_>,
-        batch: &Batch<'_>,
+        on: TextRows<'_>,
         place: Place,
         backends: &mut Backends,
-        sequence: &mut Sequence,
     ) -> Result<(), RunError> {
+        let batch = on.batch;
         let Some(moe) = next.moe.filter(|_| backends.can_predict(next, place)) else {
             return Ok(());
         };
@@ -112,7 +111,7 @@ impl Experts {
         }
         let n = batch.len();
         let rows = n - n.min(backends.buffers.micro_batch)..n;
-        backends.predict(spec, next, rows, sequence, self.predictor.begin())?;
+        backends.predict(spec, next, rows, on, self.predictor.begin())?;
         if wanted {
             let predicted = self.predictor.predicted(moe.spec.n_used, moe.spec.n_expert);
             self.store

@@ -11,13 +11,13 @@ use tier_plan_formats::placement::TierIdx;
 
 impl Engine {
     /// Takes a call's single token through a model that is all on the GPU of `tier`.
-    pub(super) fn pass_on_gpu(&mut self, tier: TierIdx, batch: &Batch<'_>) -> Result<(), RunError> {
+    pub(super) fn pass_on_gpu(&mut self, tier: TierIdx, batch: &Batch) -> Result<(), RunError> {
         let start = Instant::now();
         let Self {
             model,
             backends,
             experts,
-            sequence,
+            sequences,
             meter,
             output,
             ..
@@ -33,7 +33,7 @@ impl Engine {
             } else {
                 Some(processors.cpu.embed_token(spec, id))
             },
-            past: sequence.n_past(),
+            past: batch.spans[0].past,
             experts: &mut output.routing.experts,
             weights: &mut output.routing.weights,
             logits: &mut output.logits,
@@ -41,9 +41,9 @@ impl Engine {
         processors.gpus.of(tier).full_model()?.token(
             experts.store.of_tier(tier),
             token,
-            &mut sequence.ropes,
+            &mut sequences.cache.rotations.tables,
         )?;
-        sequence.advance(1);
+        sequences.advance(batch.spans[0].sequence, 1);
         if batch.phase == Phase::Decode {
             let store = &experts.store;
             let used = layers(spec).filter_map(|layer| {

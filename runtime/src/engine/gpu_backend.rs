@@ -16,7 +16,7 @@ impl LayerBackend for Gpu {
         Ok(Gpu::mixer(self, layer.index.get())?.run(
             stage.rows.clone(),
             past,
-            &mut stage.sequence.ropes,
+            &mut stage.cache.rotations.tables,
         )?)
     }
 

@@ -11,7 +11,7 @@ use tier_plan_cuda::device::{Arg, Grid};
 use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::TierKind;
-use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::{describe, shape::shape_of};
 use tier_plan_formats::placement::{PerTier, Pins, Placement, SlotPolicy, TierIdx};
@@ -341,7 +341,7 @@ fn a_batch_that_a_gpu_has_no_room_for_goes_through_it_in_parts() {
     let mut plain = all_in_memory(&shape, 96, KvType::F32);
     for plan in [&mut plan, &mut plain] {
         plan.context = long;
-        let kv = KvType::F32.context_bytes(&shape, long);
+        let kv = KvType::F32.cache_bytes(&shape, CacheRoom::of_one(long));
         let tier = &mut plan.tiers[plan.kv_tier];
         tier.bytes.kv = kv;
         tier.budget_bytes = tier.used_bytes();

@@ -7,7 +7,7 @@ use super::cpu::Cpu;
 use super::experts::Experts;
 use super::meter::Meter;
 use super::predictor::RouterPredictor;
-use super::sequence::Sequence;
+use super::sequences::Sequences;
 use crate::error::LoadError;
 use crate::gpu::devices::GiveDevice;
 use crate::gpu::rows::{GpuRows, gpu_rows};
@@ -62,13 +62,9 @@ impl Engine {
         } = load(&model, plan, options, give, progress)?;
         store.cancel = options.cancel.clone();
         let places = Places::new(plan, spec.layers.len());
-        let sequence = Sequence::new(spec, plan, &places, &weights)?;
-        for (state, tier) in sequence
-            .states
-            .iter()
-            .zip(plan.cache_tiers(spec.layers.len()))
-        {
-            memory.resident_bytes[tier] += state.bytes();
+        let sequences = Sequences::new(spec, plan, &places, &weights)?;
+        for (bytes, tier) in sequences.bytes().zip(plan.cache_tiers(spec.layers.len())) {
+            memory.resident_bytes[tier] += bytes;
         }
         let fully_on_gpu = full_gpu_tier(plan, shape, &places);
         let gpus = Gpus::new(
@@ -78,7 +74,7 @@ impl Engine {
             &weights,
             &devices,
             places,
-            &sequence.rope_of_layer,
+            &sequences.cache.rotations.of_layer,
         )?;
         let pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
         let (batch, micro_batch) = batches(options, plan.context as usize);
@@ -128,7 +124,8 @@ impl Engine {
                 predictor,
                 scores_predictions: false,
             },
-            sequence,
+            sequences,
+            own: None,
             output: Output::default(),
             memory,
             batch,

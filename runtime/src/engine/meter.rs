@@ -10,6 +10,7 @@ use crate::experts::store::Step;
 use crate::layers::index::{Layer, LayerIdx, MoeIdx};
 use crate::layers::mixer::CacheReads;
 use crate::tiers::pace::{Pacer, StageBytes, settle};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::shape::DenseKind;
@@ -41,6 +42,19 @@ struct DenseTraffic {
     weights: StageBytes,
     cache: CacheReads,
     cache_tier: TierIdx,
+}
+
+impl DenseTraffic {
+    /// Returns the bytes of KV cache and recurrent states that rows of a batch move.
+    fn cache_bytes(&self, batch: &Batch, rows: &Range<usize>) -> u64 {
+        batch
+            .segments(rows)
+            .map(|text| {
+                let tokens = text.rows.len();
+                self.cache.bytes((text.past + tokens) as u64, tokens as u64)
+            })
+            .fold(0, u64::saturating_add)
+    }
 }
 
 struct TierBytes {
@@ -129,7 +143,7 @@ impl Meter {
     }
 
     /// Counts the rows of the embedding that a batch reads.
-    pub(crate) fn begin_pass(&mut self, batch: &Batch<'_>) {
+    pub(crate) fn begin_pass(&mut self, batch: &Batch) {
         self.outside.clear();
         self.outside.add(
             self.embedding.tier,
@@ -137,52 +151,51 @@ impl Meter {
         );
     }
 
-    /// Waits until the dense stage of `rows` tokens, which began at `start`, has taken the declared
-    /// time. `positions` is the length of the text after them.
+    /// Waits until the dense stage of rows of a batch, which began at `start`, has taken the declared
+    /// time.
     pub(crate) fn pace_dense(
         &self,
         start: Instant,
         layer: LayerIdx,
-        positions: usize,
-        rows: usize,
+        batch: &Batch,
+        rows: &Range<usize>,
     ) {
         if let Some(pacer) = &self.pacer {
             let traffic = &self.dense[layer.get()];
-            let cache = traffic.cache.bytes(positions as u64, rows as u64);
+            let cache = traffic.cache_bytes(batch, rows);
             let declared = pacer.dense(&traffic.weights, traffic.cache_tier, cache);
             settle(start, declared, &self.cancel);
         }
     }
 
     /// Counts the dense stages of a batch in a layer, which began at `start`, and starts the clock
-    /// of its experts. `n_past` is the length of the text before the batch.
+    /// of its experts.
     pub(crate) fn finish_dense(
         &mut self,
         start: Instant,
         layer: Layer<'_>,
-        phase: Phase,
-        n_past: usize,
+        batch: &Batch,
     ) -> LayerClock {
         let clock = LayerClock {
             dense: start,
             experts: Instant::now(),
         };
         let time = clock.experts - clock.dense;
-        match phase {
+        match batch.phase {
             Phase::Prompt => self.counters.prompt_stages[0] += time,
-            Phase::Decode => self.charge_dense(layer.index, time, n_past),
+            Phase::Decode => self.charge_dense(layer.index, time, batch),
         }
         clock
     }
 
-    /// Counts a decoded token's dense stage: its weights, and its time by tier. On emulated tiers
+    /// Counts the dense stage of decoded tokens: its weights, and its time by tier. On emulated tiers
     /// the time is shared out by what is declared, for keys and values too.
-    fn charge_dense(&mut self, layer: LayerIdx, time: Duration, n_past: usize) {
+    fn charge_dense(&mut self, layer: LayerIdx, time: Duration, batch: &Batch) {
         let traffic = &self.dense[layer.get()];
         let Some(pacer) = &self.pacer else {
             return self.counters.charge(&traffic.weights, time);
         };
-        let cache = traffic.cache.bytes(n_past as u64 + 1, 1);
+        let cache = traffic.cache_bytes(batch, &(0..batch.len()));
         self.counters.count(&traffic.weights);
         self.counters.charge_paths(
             &pacer.dense_by_tier(&traffic.weights, traffic.cache_tier, cache),
@@ -263,8 +276,8 @@ impl Meter {
 
     /// Waits until the head, which began at `start`, has taken the declared time, and counts what a
     /// batch read outside the layers.
-    pub(crate) fn finish_head(&mut self, start: Instant, batch: &Batch<'_>) {
-        if batch.logits.is_some() {
+    pub(crate) fn finish_head(&mut self, start: Instant, batch: &Batch) {
+        if !batch.logits.is_empty() {
             self.outside.add(self.head.tier, self.head.bytes);
             if let Some(pacer) = &self.pacer {
                 settle(start, pacer.outside(&self.outside), &self.cancel);
@@ -314,12 +327,12 @@ impl Meter {
         self.counters.charge(&total, time);
     }
 
-    /// Counts a call of `n_tokens` tokens, which began at `start`.
-    pub(crate) fn finish_call(&mut self, start: Instant, phase: Phase, n_tokens: usize) {
+    /// Counts a step of `n_tokens` tokens, which began at `start`.
+    pub(crate) fn finish_step(&mut self, start: Instant, phase: Phase, n_tokens: usize) {
         let time = start.elapsed();
         match phase {
             Phase::Decode => {
-                self.counters.decode_tokens += 1;
+                self.counters.decode_tokens += n_tokens as u64;
                 self.counters.decode += time;
             }
             Phase::Prompt => {

@@ -1,8 +1,9 @@
-//! The engine: a loaded model with one text, and the pass that takes tokens through the layers.
+//! The engine: a loaded model with any number of texts, and the pass that takes tokens through the
+//! layers.
 //!
-//! [`pass`](Engine::pass) shows the order of the work. What each step does is elsewhere: `backend`
+//! [`pass`](Engine::pass) shows the order of the work. What each stage does is elsewhere: `backend`
 //! has the dense stages on the CPU and on GPUs, `experts` the routed experts, `meter` the clocks,
-//! counters and pacing, `sequence` the state of the text.
+//! counters and pacing, `sequences` the states of the texts.
 
 mod backend;
 mod batch;
@@ -35,21 +36,24 @@ mod prompt_gpu_tests;
 mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_tests;
-mod sequence;
+mod sequences;
+#[cfg(test)]
+mod sequences_tests;
 mod warm;
 
-pub use batch::{LogitsMode, Routing};
+pub use batch::{LogitsMode, Routing, Rows};
+pub use sequences::{Pages, SequenceId};
 
 use crate::cancel::Cancel;
 use crate::error::RunError;
 use crate::experts::counters::Counters;
 use crate::layers::index::layers;
 use crate::load::MemoryUse;
-use backend::Backends;
-use batch::{Batch, Output, Phase};
+use backend::{Backends, TextRows};
+use batch::{Batch, Output, Phase, split};
 use experts::Experts;
 use meter::Meter;
-use sequence::Sequence;
+use sequences::Sequences;
 use std::time::Instant;
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::shape::ModelShape;
@@ -57,7 +61,12 @@ use tier_plan_formats::model::spec::ModelSpec;
 use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 use tier_plan_kernels::Kernels;
 
-/// A loaded model with one text.
+/// A loaded model with any number of texts.
+///
+/// A program with one text uses [`forward`](Self::forward) and [`truncate`](Self::truncate). One
+/// with several [adds](Self::add_sequence) each, and takes tokens of all of them through the layers
+/// together in a [`step`](Self::step). A text's logits are the same to the bit either way, whatever
+/// is beside it, as long as the CPU computes them.
 ///
 /// ```
 /// use tier_plan_runtime::model::Model;
@@ -78,11 +87,13 @@ pub struct Engine {
     plan: Placement,
     backends: Backends,
     experts: Experts,
-    sequence: Sequence,
+    sequences: Sequences,
+    /// The text of a program that has one, once it has tokens.
+    own: Option<SequenceId>,
     meter: Meter,
     output: Output,
     memory: MemoryUse,
-    /// Tokens of a call that go through a layer together.
+    /// Tokens of a step that go through a layer together.
     batch: usize,
     /// The tier whose GPU has all of the model but perhaps the embedding, if one has.
     fully_on_gpu: Option<TierIdx>,
@@ -91,52 +102,116 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Takes tokens through the network and returns logits, `[1, n_vocab]` or `[tokens, n_vocab]`.
+    /// Takes the next tokens of the engine's own text through the network and returns logits, `[1,
+    /// n_vocab]` or `[tokens, n_vocab]`.
     ///
     /// # Errors
-    /// When the context is full, a token is out of range, the slow tier fails, logits are not
-    /// numbers, or the caller canceled. After the last three the context is as before the call. A
-    /// network with recurrent states can't go back, so that only [`clear`](Self::clear) helps then.
+    /// As [`step`](Self::step).
     pub fn forward(&mut self, tokens: &[u32], mode: LogitsMode) -> Result<&[f32], RunError> {
-        self.sequence.check_room(tokens.len())?;
-        let n_vocab = self.model.spec().n_vocab;
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
-            return Err(RunError::Token {
-                token: *token,
-                n_vocab,
-            });
-        }
-        let used = self
-            .model
-            .spec()
-            .moe_layers()
-            .next()
-            .map_or(0, |(_, moe)| moe.n_used);
-        self.output.begin(tokens.len() * self.meter.n_moe() * used);
-        // A file that was cut short must not be looked at where it is mapped.
-        self.experts.store.check_files()?;
-        let (start, n_past) = (Instant::now(), self.sequence.n_past());
-        let phase = Phase::of_call(tokens.len(), n_past);
-        for batch in Batch::split(tokens, self.batch, mode, phase) {
-            let result = self.pass(&batch).and_then(|()| self.check_canceled());
-            // What was read from a file that changed is worth nothing, however well the reads went.
-            if let Err(error) = result.and_then(|()| Ok(self.experts.store.check_files()?)) {
-                self.sequence.undo(n_past);
-                return Err(error);
+        let sequence = match self.own {
+            Some(own) => own,
+            None => *self.own.insert(self.sequences.add()?),
+        };
+        self.step(&[Rows {
+            sequence,
+            tokens,
+            logits: Some(mode),
+        }])
+    }
+
+    /// Takes tokens of several texts through the network together, and returns the logits of the
+    /// tokens that want them, `[wanted tokens, n_vocab]`, in the order of `rows`.
+    ///
+    /// An expert that several tokens chose is read and computed once per
+    /// [batch](Self::batch) of tokens.
+    ///
+    /// # Errors
+    /// When a text is unknown or is there twice, its context or the KV cache is full, a token is out
+    /// of range, the slow tier fails, logits are not numbers, or the caller canceled. Then all texts
+    /// are as before the step. A text with recurrent states can't go back: after a failed pass, only
+    /// removing or clearing it helps.
+    pub fn step(&mut self, rows: &[Rows<'_>]) -> Result<&[f32], RunError> {
+        let before = self.begin_step(rows)?;
+        let (start, n_vocab) = (Instant::now(), self.model.spec().n_vocab);
+        let n_tokens = rows.iter().map(|rows| rows.tokens.len()).sum();
+        let used = self.spec().moe_layers().next();
+        let used = used.map_or(0, |(_, moe)| moe.n_used);
+        self.output.begin(n_tokens * self.meter.n_moe() * used);
+        let phase = Phase::of_step(
+            rows.iter()
+                .map(|r| r.tokens.len())
+                .zip(before.iter().copied()),
+        );
+        let passes = self.pass_all(rows, phase).and_then(|()| {
+            match first_not_finite(&self.output.logits, n_vocab) {
+                Some(wanted) => Err(not_a_number(rows, &before, wanted)),
+                None => Ok(()),
             }
+        });
+        if let Err(error) = passes {
+            for (rows, n_past) in rows.iter().zip(before) {
+                self.sequences.undo(rows.sequence, n_past);
+            }
+            return Err(error);
         }
-        // Without all tokens' logits, the row is that of the last token.
-        if let Some(row) = first_not_finite(&self.output.logits, n_vocab) {
-            let n_rows = self.output.logits.len() / n_vocab;
-            self.sequence.undo(n_past);
-            return Err(RunError::NotANumber {
-                position: n_past + tokens.len() - n_rows + row,
-            });
-        }
-        self.meter.finish_call(start, phase, tokens.len());
+        self.meter.finish_step(start, phase, n_tokens);
         self.meter
             .count_prefetched(self.experts.store.take_prefetch_count());
         Ok(&self.output.logits)
+    }
+
+    /// Checks a step, and gives its texts the pages for it. Returns the tokens that each has before.
+    fn begin_step(&mut self, rows: &[Rows<'_>]) -> Result<Vec<usize>, RunError> {
+        let n_vocab = self.model.spec().n_vocab;
+        let mut before = Vec::with_capacity(rows.len());
+        for (
+            i,
+            Rows {
+                sequence, tokens, ..
+            },
+        ) in rows.iter().enumerate()
+        {
+            if rows[..i].iter().any(|other| other.sequence == *sequence) {
+                return Err(RunError::TwiceInStep);
+            }
+            if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
+                return Err(RunError::Token {
+                    token: *token,
+                    n_vocab,
+                });
+            }
+            before.push(self.sequences.get(*sequence)?.n_past());
+        }
+        // A file that was cut short must not be looked at where it is mapped.
+        self.experts.store.check_files()?;
+        for (
+            n,
+            Rows {
+                sequence, tokens, ..
+            },
+        ) in rows.iter().enumerate()
+        {
+            if let Err(error) = self.sequences.reserve(*sequence, tokens.len()) {
+                rows[..n]
+                    .iter()
+                    .for_each(|r| self.sequences.trim(r.sequence));
+                return Err(error);
+            }
+        }
+        Ok(before)
+    }
+
+    /// Takes a step's tokens through all layers, a batch at a time.
+    fn pass_all(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<(), RunError> {
+        let mut done = 0;
+        for cuts in split(rows, self.batch) {
+            let batch = Batch::new(rows, &cuts, done, phase, &self.sequences)?;
+            done += batch.len();
+            let result = self.pass(&batch).and_then(|()| self.check_canceled());
+            // What was read from a file that changed is worth nothing, however well the reads went.
+            result.and_then(|()| Ok(self.experts.store.check_files()?))?;
+        }
+        Ok(())
     }
 
     /// Fails if the caller requested that passes stop.
@@ -149,7 +224,7 @@ impl Engine {
     }
 
     /// Takes a batch through all layers.
-    fn pass(&mut self, batch: &Batch<'_>) -> Result<(), RunError> {
+    fn pass(&mut self, batch: &Batch) -> Result<(), RunError> {
         if let Some(tier) = self
             .fully_on_gpu
             .filter(|_| batch.single && !self.experts.scores_predictions)
@@ -160,15 +235,19 @@ impl Engine {
             model,
             backends,
             experts,
-            sequence,
+            sequences,
             meter,
             output,
             cancel,
             ..
         } = self;
         let spec = model.spec();
+        let mut on = TextRows {
+            batch,
+            cache: &mut sequences.cache,
+        };
         meter.begin_pass(batch);
-        let mut place = backends.embed(spec, batch, sequence)?;
+        let mut place = backends.embed(spec, on.lend())?;
         let mut layers = layers(spec).peekable();
         while let Some(layer) = layers.next() {
             let start = Instant::now();
@@ -179,33 +258,76 @@ impl Engine {
                     return Err(RunError::Canceled);
                 }
                 let start = Instant::now();
-                next_place = backends.dense_stage(spec, layer, rows.clone(), place, sequence)?;
-                meter.pace_dense(start, layer.index, sequence.n_past() + rows.end, rows.len());
+                next_place = backends.dense_stage(spec, layer, rows.clone(), place, on.lend())?;
+                meter.pace_dense(start, layer.index, batch, &rows);
             }
             place = next_place;
-            let clock = meter.finish_dense(start, layer, batch.phase, sequence.n_past());
+            let clock = meter.finish_dense(start, layer, batch);
             let Some(moe) = layer.moe else { continue };
             if batch.phase == Phase::Decode {
                 meter.count_prediction(moe.index, experts.score(moe, backends));
             }
             if let Some(next) = layers.peek() {
-                experts.prefetch(spec, *next, batch, place, backends, sequence)?;
+                experts.prefetch(spec, *next, on.lend(), place, backends)?;
             }
             if cancel.is_requested() {
                 return Err(RunError::Canceled);
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
-            backends.add_experts(spec, batch.len(), place, sequence)?;
+            backends.add_experts(spec, place, on.lend())?;
             output.record(moe, meter.n_moe(), batch, &backends.buffers);
             meter.finish_experts(clock, moe.index, batch.phase, &step);
         }
-        sequence.advance(batch.len());
         let start = Instant::now();
-        if let Some(rows) = batch.logit_rows() {
-            backends.head(spec, rows, place, sequence, &mut output.logits)?;
+        backends.head(spec, place, on.lend(), &mut output.logits)?;
+        for span in &batch.spans {
+            sequences.advance(span.sequence, span.rows.len());
         }
         meter.finish_head(start, batch);
         Ok(())
+    }
+
+    /// Adds an empty text.
+    ///
+    /// # Errors
+    /// When the plan has no recurrent state left for it, or a GPU holds the cache of another text.
+    pub fn add_sequence(&mut self) -> Result<SequenceId, RunError> {
+        self.sequences.add()
+    }
+
+    /// Adds a text that begins with the first `n` tokens of another. The two share memory until
+    /// they differ.
+    ///
+    /// # Errors
+    /// As [`add_sequence`](Self::add_sequence); when the text is unknown, has fewer tokens, or has
+    /// recurrent states, which are of all its tokens and no other number.
+    pub fn fork(&mut self, of: SequenceId, n: usize) -> Result<SequenceId, RunError> {
+        self.sequences.fork(of, n)
+    }
+
+    /// Removes a text, whose memory is free at once; does nothing if it was removed before.
+    pub fn remove_sequence(&mut self, id: SequenceId) {
+        self.sequences.remove(id);
+    }
+
+    /// Returns the number of tokens of a text, 0 if it was removed.
+    pub fn n_past_of(&self, id: SequenceId) -> usize {
+        self.sequences
+            .get(id)
+            .map_or(0, |sequence| sequence.n_past())
+    }
+
+    /// Has a text forget all tokens but the first `n`; does nothing where there are no more.
+    ///
+    /// # Errors
+    /// As [`truncate`](Self::truncate), and when the text was removed.
+    pub fn truncate_sequence(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
+        self.sequences.truncate(id, n)
+    }
+
+    /// Returns how much of the KV cache is free.
+    pub fn pages(&self) -> Pages {
+        self.sequences.pages()
     }
 
     /// Returns the network.
@@ -269,45 +391,64 @@ impl Engine {
         self.backends.kernels
     }
 
-    /// Returns the number of tokens in the context.
+    /// Returns the number of tokens in the context of the engine's own text.
     pub fn n_past(&self) -> usize {
-        self.sequence.n_past()
+        self.own.map_or(0, |own| self.n_past_of(own))
     }
 
-    /// Returns how many tokens the context may hold.
+    /// Returns how many tokens the context of a text may hold.
     pub fn context(&self) -> usize {
-        self.sequence.capacity()
+        self.sequences.context()
     }
 
-    /// Returns how many tokens of a prompt go through a layer together.
+    /// Returns how many tokens of a step go through a layer together.
     pub fn batch(&self) -> usize {
         self.batch
     }
 
-    /// Lets the context hold fewer tokens than planned; its memory stays as planned.
+    /// Lets the context of each text hold fewer tokens than planned; its memory stays as planned.
     pub fn limit_context(&mut self, context: u32) {
-        self.sequence.limit(context as usize);
+        self.sequences.limit(context as usize);
     }
 
-    /// Forgets all tokens but the first `n`; does nothing where there are no more.
+    /// Forgets all tokens of the engine's own text but the first `n`; does nothing where there are
+    /// no more.
     ///
     /// # Errors
     /// When a layer has one recurrent state for all past tokens, and `n` is neither 0 nor all of
     /// them. Nothing is forgotten then.
     pub fn truncate(&mut self, n: usize) -> Result<(), RunError> {
-        self.sequence.truncate(n)
+        self.own
+            .map_or(Ok(()), |own| self.sequences.truncate(own, n))
     }
 
-    /// Forgets all tokens.
+    /// Forgets all tokens of the engine's own text.
     pub fn clear(&mut self) {
-        self.sequence.clear();
+        if let Some(own) = self.own.take() {
+            self.sequences.remove(own);
+        }
     }
 
     /// Returns the experts that the routers chose for the tokens of the last
-    /// [`forward`](Self::forward).
+    /// [`step`](Self::step), in the order of its rows.
     pub fn routing(&self) -> &Routing {
         &self.output.routing
     }
+}
+
+/// Returns the error of a step whose wanted row of this number has logits that are not numbers.
+fn not_a_number(rows: &[Rows<'_>], before: &[usize], wanted: usize) -> RunError {
+    let positions = rows.iter().zip(before).flat_map(|(rows, past)| {
+        let n = rows.tokens.len();
+        let wanted = match rows.logits {
+            Some(LogitsMode::All) => 0..n,
+            Some(LogitsMode::Last) => n.saturating_sub(1)..n,
+            None => n..n,
+        };
+        wanted.map(move |token| past + token)
+    });
+    let position = positions.into_iter().nth(wanted).unwrap_or(0);
+    RunError::NotANumber { position }
 }
 
 /// Returns the first row of logits that has a NaN or an infinity.

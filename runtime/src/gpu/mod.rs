@@ -303,7 +303,7 @@ pub(super) fn mixer_alone(
     };
     let (context, rows) = (x.len() / hidden, batches.iter().copied().max().unwrap());
     let sizes = BufferSizes::new(&spec, &places, TierIdx::FIRST, context, rows, context);
-    let (mut ropes, by_layer) = super::layers::rope::rope_tables(&spec, &weights);
+    let mut rotations = super::layers::rope::Rotations::new(&spec, &weights);
     let cache = CacheSpec { kv_type, context };
     let gpu = GpuSpec {
         spec: &spec,
@@ -312,14 +312,14 @@ pub(super) fn mixer_alone(
         tier: TierIdx::FIRST,
         cache,
         rows,
-        ropes: &by_layer,
+        ropes: &rotations.of_layer,
         sizes: &sizes,
     };
     let mut gpu = Gpu::new(&device, &gpu).unwrap();
     let (mut past, mut out) = (0, Vec::new());
     for &n in batches {
         let Gpu { layers, work, .. } = &mut gpu;
-        work.prepare(past, n, &mut ropes).unwrap();
+        work.prepare(past, n, &mut rotations.tables).unwrap();
         work.buffers
             .answer
             .view()

@@ -128,7 +128,7 @@ impl Workspace {
             .view()
             .write(&(past as i32).to_ne_bytes())?;
         for (rope, turns) in ropes.iter_mut().zip(&self.buffers.turns) {
-            rope.prepare(past, n);
+            rope.prepare(std::iter::once(past..past + n));
             turns.view().write_f32(&rope.turns())?;
         }
         if let Some(temperature) = &self.temperature {

@@ -8,6 +8,7 @@
 //! all chunks or several did some each.
 
 use super::kv_rows::RowStore;
+use super::pages::{PAGE, PageIdx};
 use crate::layers::cpu_context::CpuContext;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -47,10 +48,12 @@ struct Local {
 /// The rows of one layer that a batch attends to, and the shape of its queries.
 #[derive(Clone, Copy)]
 pub(super) struct Attention<'a> {
-    /// `[n_head_kv, context, key width]`.
+    /// Rows of `[n_head_kv, key width]` by position.
     pub keys: &'a RowStore,
-    /// `[n_head_kv, context, _]`; may be the keys.
+    /// Rows of `[n_head_kv, _]` by position; may be the keys.
     pub values: &'a RowStore,
+    /// The pages of the text.
+    pub pages: &'a [PageIdx],
     /// Values at the beginning of a row of `values` that are mixed.
     pub value_width: usize,
     /// KV heads.
@@ -469,9 +472,12 @@ impl Block<'_> {
         // Later tokens see later positions, so the first and the last one see all that any does.
         let positions = self.seen_of(chunk, self.tokens.start).start
             ..self.seen_of(chunk, self.tokens.end - 1).end;
-        for start in positions.clone().step_by(step) {
-            let tile = start..(start + step).min(positions.end);
-            let mut rows = store.rows(self.kv_head, tile.clone());
+        let mut next = positions.start;
+        while next < positions.end {
+            let page_end = (next / PAGE + 1) * PAGE;
+            let tile = next..(next + step).min(positions.end).min(page_end);
+            next = tile.end;
+            let mut rows = store.rows(self.a.pages, self.kv_head, tile.clone());
             if self.heads * self.tokens.len() > MAX_QUERIES_AS_STORED
                 && !matches!(rows, StoredRows::F32(_))
             {

@@ -10,6 +10,7 @@ use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
+use std::ops::Range;
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
@@ -41,6 +42,12 @@ impl DeltaState {
     pub(super) fn reset(&mut self) {
         self.inputs.fill(0.0);
         self.matrices.fill(0.0);
+    }
+
+    /// Takes over the tokens of another state of the same layer.
+    pub(super) fn copy_from(&mut self, other: &Self) {
+        self.inputs.copy_from_slice(&other.inputs);
+        self.matrices.copy_from_slice(&other.matrices);
     }
 
     /// Moves its pages to where `pages` says.
@@ -180,31 +187,35 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// Computes `out = o(norm(delta(conv(qkv x))) · silu(gate x))`, and takes the state past the
-/// batch's tokens.
+/// Computes `out = o(norm(delta(conv(qkv x))) · silu(gate x))`, and takes the state of each text
+/// past its tokens.
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &DeltaSpec,
     input: &MixerInput<'_>,
-    state: &mut DeltaState,
+    states: &mut [DeltaState],
     s: &mut DeltaScratch,
     out: &mut [f32],
 ) {
     let n = input.x.rows();
     project(c, weights, spec, input, s);
     rates(c, weights, spec, n, s);
-    convolve(
-        c,
-        weights.vector(spec.conv),
-        spec,
-        input.norm_eps,
-        n,
-        &mut state.inputs,
-        s,
-    );
-    recur(c, spec, n, &mut state.matrices, s);
-    gate(c, weights.vector(spec.norm), spec, input.norm_eps, n, s);
+    let (conv, norm) = (weights.vector(spec.conv), weights.vector(spec.norm));
+    for segment in input.segments {
+        let (rows, state) = (segment.rows.clone(), &mut states[segment.state]);
+        convolve(
+            c,
+            conv,
+            spec,
+            input.norm_eps,
+            rows.clone(),
+            &mut state.inputs,
+            s,
+        );
+        recur(c, spec, rows.clone(), &mut state.matrices, s);
+        gate(c, norm, spec, input.norm_eps, rows, s);
+    }
     let mixed = &s.mixed[..n * spec.out.n_in];
     let Some(acts) = &mut s.acts else {
         unreachable!("reserved at load")
@@ -286,14 +297,14 @@ fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
-/// Convolves all heads, and scales queries and keys to length 1. Queries are also divided by the
+/// Convolves all heads of the rows of one text, and scales queries and keys to length 1. Queries are also divided by the
 /// root of the width.
 fn convolve(
     c: CpuContext<'_>,
     weight: &[f32],
     spec: &DeltaSpec,
     eps: f32,
-    n: usize,
+    rows: Range<usize>,
     past: &mut [f32],
     s: &mut DeltaScratch,
 ) {
@@ -304,10 +315,11 @@ fn convolve(
         layout.projected_width(),
         taps - 1,
     );
-    let projected = &s.projected;
+    let n = rows.len();
+    let projected = &s.projected[rows.start * width..];
     c.pool.for_each_pair(
         n_heads,
-        &mut s.heads[..n * n_heads * dim],
+        &mut s.heads[rows.start * n_heads * dim..rows.end * n_heads * dim],
         past,
         |head, rows, past| {
             let column = layout.head(head);
@@ -344,21 +356,23 @@ fn convolve(
     );
 }
 
-/// Takes the matrices through all tokens, and reads them with each token's query.
+/// Takes the matrices of one text through its rows, and reads them with each row's query.
 fn recur(
     c: CpuContext<'_>,
     spec: &DeltaSpec,
-    n: usize,
+    rows: Range<usize>,
     matrices: &mut [f32],
     s: &mut DeltaScratch,
 ) {
     let (dim, n_key, n_value) = (spec.head_dim, spec.n_key_head, spec.n_value_head);
     let columns = delta_columns(dim);
     let parts = dim / columns;
-    let (heads, rates) = (&s.heads, &s.rates);
+    let n = rows.len();
+    let heads = &s.heads[rows.start * (2 * n_key + n_value) * dim..];
+    let rates = &s.rates[rows.start * 2 * n_value..];
     c.pool.for_each_pair(
         n_value * parts,
-        &mut s.read[..n * n_value * dim],
+        &mut s.read[rows.start * n_value * dim..rows.end * n_value * dim],
         matrices,
         |item, out, matrix| {
             let (head, part) = (item / parts, item % parts);
@@ -384,13 +398,13 @@ fn recur(
     );
 }
 
-/// Normalizes each head's result and multiplies it by the silu of its gate.
+/// Normalizes each head's result of the rows of one text and multiplies it by the silu of its gate.
 fn gate(
     c: CpuContext<'_>,
     norm: &[f32],
     spec: &DeltaSpec,
     eps: f32,
-    n: usize,
+    rows: Range<usize>,
     s: &mut DeltaScratch,
 ) {
     let layout = Layout::new(spec);
@@ -401,23 +415,25 @@ fn gate(
         DeltaInput::Split { gate, .. } => (&s.gate, gate.n_out),
         DeltaInput::ByKeyHead(all) => (&s.projected, all.n_out),
     };
-    let read = &s.read;
-    c.pool
-        .for_each_slice(&mut s.mixed[..n * n_value * dim], dim, |item, mixed| {
-            let (t, head) = (item / n_value, item % n_value);
-            mixed.copy_from_slice(&gates[t * width + layout.gate(head)..][..dim]);
-            HEAD.with_borrow_mut(|buffer| {
-                buffer.resize(2 * dim, 0.0);
-                let (plain, normed) = buffer.split_at_mut(dim);
-                for (part, to) in plain.chunks_exact_mut(columns).enumerate() {
-                    to.copy_from_slice(
-                        &read[((head * parts + part) * n + t) * columns..][..columns],
-                    );
-                }
-                c.kernels.rms_norm(plain, norm, eps, normed);
-                c.kernels.silu_mul(mixed, normed);
-            });
+    let (n, row_len) = (rows.len(), n_value * dim);
+    let (read, gates) = (
+        &s.read[rows.start * row_len..],
+        &gates[rows.start * width..],
+    );
+    let mixed = &mut s.mixed[rows.start * row_len..rows.end * row_len];
+    c.pool.for_each_slice(mixed, dim, |item, mixed| {
+        let (t, head) = (item / n_value, item % n_value);
+        mixed.copy_from_slice(&gates[t * width + layout.gate(head)..][..dim]);
+        HEAD.with_borrow_mut(|buffer| {
+            buffer.resize(2 * dim, 0.0);
+            let (plain, normed) = buffer.split_at_mut(dim);
+            for (part, to) in plain.chunks_exact_mut(columns).enumerate() {
+                to.copy_from_slice(&read[((head * parts + part) * n + t) * columns..][..columns]);
+            }
+            c.kernels.rms_norm(plain, norm, eps, normed);
+            c.kernels.silu_mul(mixed, normed);
         });
+    });
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::KeyValues;
-use super::mixer::MixerInput;
+use super::mixer::{MixerInput, Segment};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use tier_plan_formats::model::spec::{GqaSpec, NormSpan};
@@ -60,7 +60,7 @@ pub(super) fn run(
 ) {
     let &MixerInput {
         x,
-        past,
+        segments,
         rope,
         norm_eps: eps,
     } = input;
@@ -85,7 +85,10 @@ pub(super) fn run(
     take_gates(q, gate, spec.q.n_out, spec.key_dim);
     gate.iter_mut().for_each(|g| *g = -*g);
     c.kernels.exp(gate);
-    for t in 0..n {
+    let by_text = segments
+        .iter()
+        .flat_map(|segment| segment.positions().map(|at| (segment.pages, at)));
+    for (pages, (t, position)) in by_text {
         let q = &mut q[t * spec.q.n_out..][..spec.n_head * spec.key_dim];
         let k = &mut k[t * spec.k.n_out..][..spec.k.n_out];
         if let Some(norm) = spec.qk_norm {
@@ -96,44 +99,23 @@ pub(super) fn run(
             rope.apply(q, spec.key_dim, t);
             rope.apply(k, spec.key_dim, t);
         }
-        cache.keys.store(c.kernels, past + t, k);
-        cache
-            .values
-            .store(c.kernels, past + t, &v[t * spec.v.n_out..][..spec.v.n_out]);
+        cache.keys.store(c.kernels, pages, position, k);
+        let v = &v[t * spec.v.n_out..][..spec.v.n_out];
+        cache.values.store(c.kernels, pages, position, v);
     }
-    let group = spec.n_head / spec.n_head_kv;
-    let attention = Attention {
-        keys: &cache.keys,
-        values: &cache.values,
-        value_width: spec.value_dim,
-        n_head_kv: spec.n_head_kv,
-        group,
-        tokens: n,
-        past,
-        window: spec.window,
-    };
     let (q, gate) = (&*q, &*gate);
-    let query = |head: usize, t: usize, to: &mut [f32]| {
-        let query = &q[t * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
-        to.iter_mut()
-            .zip(query)
-            .for_each(|(to, q)| *to = spec.scale * q);
-    };
-    attend(c, &attention, query, &mut s.parts);
-    let (mixed, parts) = (&mut s.mixed[..n * spec.o.n_in], &s.parts);
-    let sinks = weights.opt_vector(spec.sinks);
-    c.pool
-        .for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
-            let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
-            for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
-                let head = kv_head * group + g;
-                parts.result(c.kernels, head, t, sinks.map(|s| s[head]), mixed);
-            }
-            if spec.gated {
-                let gate = &gate[item * mixed.len()..][..mixed.len()];
-                mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
-            }
-        });
+    let mixed = &mut s.mixed[..n * spec.o.n_in];
+    for segment in segments {
+        let rows = segment.rows.start * spec.o.n_in..segment.rows.end * spec.o.n_in;
+        let gate = if spec.gated {
+            &gate[rows.clone()]
+        } else {
+            gate
+        };
+        let sinks = weights.opt_vector(spec.sinks);
+        attend_segment(c, spec, segment, q, cache, &mut s.parts);
+        gather(c, spec, &s.parts, sinks, gate, &mut mixed[rows]);
+    }
     let Some(acts) = &mut s.acts else {
         unreachable!("reserved at load")
     };
@@ -151,6 +133,61 @@ pub(super) fn run(
         &[MatJob::new(weights.linear(&spec.o), acts.view(), out)],
     );
     add_bias(out, weights.bias(&spec.o));
+}
+
+/// Computes the attention of the rows of one text into `parts`; `q` has those of the batch.
+fn attend_segment(
+    c: CpuContext<'_>,
+    spec: &GqaSpec,
+    segment: &Segment<'_>,
+    q: &[f32],
+    cache: &KeyValues,
+    parts: &mut AttentionParts,
+) {
+    let attention = Attention {
+        keys: &cache.keys,
+        values: &cache.values,
+        pages: segment.pages,
+        value_width: spec.value_dim,
+        n_head_kv: spec.n_head_kv,
+        group: spec.n_head / spec.n_head_kv,
+        tokens: segment.rows.len(),
+        past: segment.past,
+        window: spec.window,
+    };
+    let query = |head: usize, t: usize, to: &mut [f32]| {
+        let row = segment.rows.start + t;
+        let query = &q[row * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
+        to.iter_mut()
+            .zip(query)
+            .for_each(|(to, q)| *to = spec.scale * q);
+    };
+    attend(c, &attention, query, parts);
+}
+
+/// Writes what the heads of some rows have found, `[rows, n_head * value_dim]`, each divided by
+/// one plus its value of `gate` where there are gates.
+fn gather(
+    c: CpuContext<'_>,
+    spec: &GqaSpec,
+    parts: &AttentionParts,
+    sinks: Option<&[f32]>,
+    gate: &[f32],
+    mixed: &mut [f32],
+) {
+    let group = spec.n_head / spec.n_head_kv;
+    c.pool
+        .for_each_slice(mixed, group * spec.value_dim, |item, mixed| {
+            let (t, kv_head) = (item / spec.n_head_kv, item % spec.n_head_kv);
+            for (g, mixed) in mixed.chunks_exact_mut(spec.value_dim).enumerate() {
+                let head = kv_head * group + g;
+                parts.result(c.kernels, head, t, sinks.map(|s| s[head]), mixed);
+            }
+            if spec.gated {
+                let gate = &gate[item * mixed.len()..][..mixed.len()];
+                mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
+            }
+        });
 }
 
 /// Splits rows of `width` values into heads, moved together at the rows' beginnings, and the gate

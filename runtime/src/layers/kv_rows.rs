@@ -1,16 +1,19 @@
-//! The KV cache of a layer: rows of keys, values or latents, one per past token.
+//! The KV cache of a layer: rows of keys, values or latents, one per past token, in pages.
 
+use super::pages::{PAGE, PageIdx, pages_for};
 use crate::tiers::nodes::Pages;
 use half::f16;
 use std::ops::Range;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
 
-/// Rows of one type, `[n_head, context, width]`: heads lie apart, so that a head's rows are one
-/// stream.
+/// Rows of one type, `[pages, n_head, PAGE, width]`: heads lie apart within a page, so that a
+/// head's rows are one stream there. The last page may be shorter.
 pub(crate) struct RowStore {
     data: Data,
-    context: usize,
+    n_head: usize,
+    /// Positions of all pages.
+    positions: usize,
     width: usize,
 }
 
@@ -23,8 +26,8 @@ enum Data {
 
 impl RowStore {
     /// Makes rows of zeros, `n_head` per position.
-    pub(super) fn new(kv_type: KvType, n_head: usize, context: usize, width: usize) -> Self {
-        let rows = n_head * context;
+    pub(super) fn new(kv_type: KvType, n_head: usize, positions: usize, width: usize) -> Self {
+        let rows = n_head * positions;
         let data = match kv_type {
             KvType::F16 => Data::F16(vec![f16::ZERO; rows * width]),
             KvType::Q8_0 => Data::Q8_0(vec![0; rows * q8_row_bytes(width)]),
@@ -32,7 +35,8 @@ impl RowStore {
         };
         Self {
             data,
-            context,
+            n_head,
+            positions,
             width,
         }
     }
@@ -42,10 +46,28 @@ impl RowStore {
         self.width
     }
 
-    /// Stores the rows of all heads at a position, `[n_head, width]`.
-    pub(super) fn store(&mut self, kernels: Kernels, position: usize, rows: &[f32]) {
+    /// Returns the positions of a page.
+    fn page_len(&self, page: PageIdx) -> usize {
+        (self.positions - page as usize * PAGE).min(PAGE)
+    }
+
+    /// Returns the index of a head's first row in a page.
+    fn first_row(&self, page: PageIdx, head: usize) -> usize {
+        page as usize * PAGE * self.n_head + head * self.page_len(page)
+    }
+
+    /// Stores the rows of all heads at a position of the text that has these pages, `[n_head,
+    /// width]`.
+    pub(super) fn store(
+        &mut self,
+        kernels: Kernels,
+        pages: &[PageIdx],
+        position: usize,
+        rows: &[f32],
+    ) {
+        let page = pages[position / PAGE];
         for (head, row) in rows.chunks_exact(self.width).enumerate() {
-            let at = head * self.context + position;
+            let at = self.first_row(page, head) + position % PAGE;
             match &mut self.data {
                 Data::F16(data) => kernels.to_f16(row, &mut data[at * self.width..][..self.width]),
                 Data::Q8_0(data) => {
@@ -57,15 +79,38 @@ impl RowStore {
         }
     }
 
-    /// Returns a head's rows at some positions, `[positions, width]`.
-    pub(super) fn rows(&self, head: usize, positions: Range<usize>) -> StoredRows<'_> {
-        let first = head * self.context;
+    /// Returns a head's rows at some positions, `[positions, width]`, of the text that has these
+    /// pages. The positions are all in one page.
+    pub(super) fn rows(
+        &self,
+        pages: &[PageIdx],
+        head: usize,
+        positions: Range<usize>,
+    ) -> StoredRows<'_> {
+        debug_assert!(
+            pages_for(positions.end) <= positions.start / PAGE + 1,
+            "rows of one page"
+        );
+        let first = self.first_row(pages[positions.start / PAGE], head);
+        let start = first + positions.start % PAGE;
         let all = match &self.data {
             Data::F16(data) => StoredRows::F16(data),
             Data::Q8_0(data) => StoredRows::Q8(data),
             Data::F32(data) => StoredRows::F32(data),
         };
-        all.range(first + positions.start..first + positions.end, self.width)
+        all.range(start..start + positions.len(), self.width)
+    }
+
+    /// Copies the first `len` positions of a page to another.
+    pub(super) fn copy_page(&mut self, from: PageIdx, to: PageIdx, len: usize) {
+        for head in 0..self.n_head {
+            let (from, to) = (self.first_row(from, head), self.first_row(to, head));
+            match &mut self.data {
+                Data::F16(data) => copy_rows(data, self.width, from, to, len),
+                Data::Q8_0(data) => copy_rows(data, q8_row_bytes(self.width), from, to, len),
+                Data::F32(data) => copy_rows(data, self.width, from, to, len),
+            }
+        }
     }
 
     /// Moves its pages to where `pages` says.
@@ -87,11 +132,16 @@ impl RowStore {
     }
 }
 
+/// Copies `len` rows of `width` elements, from row `from` on to row `to` on.
+fn copy_rows<T: Copy>(data: &mut [T], width: usize, from: usize, to: usize, len: usize) {
+    data.copy_within(from * width..(from + len) * width, to * width);
+}
+
 /// The KV cache of one layer.
 pub(crate) struct KeyValues {
-    /// `[n_head_kv, context, key_dim]`.
+    /// `[pages, n_head_kv, PAGE, key_dim]`.
     pub(super) keys: RowStore,
-    /// `[n_head_kv, context, value_dim]`.
+    /// `[pages, n_head_kv, PAGE, value_dim]`.
     pub(super) values: RowStore,
 }
 
@@ -104,7 +154,8 @@ mod tests {
         for kernels in Kernels::available() {
             for kv_type in KvType::ALL {
                 for width in [16, 24, 40, 64] {
-                    let (n_head, context) = (3, 5);
+                    // Three pages, the last of them shorter; a text has them in another order.
+                    let (n_head, context, pages) = (3, 2 * PAGE + 3, [1, 0, 2]);
                     let mut store = RowStore::new(kv_type, n_head, context, width);
                     let expected = kv_type.row_bytes(width as u64) * (n_head * context) as u64;
                     assert_eq!(store.bytes(), expected, "{kv_type} {width}");
@@ -117,17 +168,29 @@ mod tests {
                     for position in 0..context {
                         let rows: Vec<f32> =
                             (0..n_head).flat_map(|head| row(position, head)).collect();
-                        store.store(kernels, position, &rows);
+                        store.store(kernels, &pages, position, &rows);
                     }
                     let mut buffer: Vec<f32> = Vec::new();
                     for head in 0..n_head {
-                        for positions in [0..context, 1..3, 4..5, 2..2] {
+                        for positions in [0..PAGE, 1..3, PAGE..PAGE + 5, 2 * PAGE..context, 2..2] {
                             let expected: Vec<f32> =
                                 positions.clone().flat_map(|p| row(p, head)).collect();
                             buffer.resize(expected.len(), f32::NAN);
-                            kernels.widen_rows(store.rows(head, positions), width, &mut buffer);
+                            kernels.widen_rows(
+                                store.rows(&pages, head, positions),
+                                width,
+                                &mut buffer,
+                            );
                             assert_eq!(buffer, expected, "{kernels:?} {kv_type} {width} {head}");
                         }
+                    }
+                    // A copy of the page of the first positions has their rows.
+                    store.copy_page(1, 0, 5);
+                    for head in 0..n_head {
+                        let expected: Vec<f32> = (0..5).flat_map(|p| row(p, head)).collect();
+                        buffer.resize(expected.len(), f32::NAN);
+                        kernels.widen_rows(store.rows(&[0], head, 0..5), width, &mut buffer);
+                        assert_eq!(buffer, expected, "{kernels:?} {kv_type} {width} {head}");
                     }
                 }
             }

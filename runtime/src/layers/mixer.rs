@@ -6,47 +6,53 @@ use super::delta::{DeltaScratch, DeltaState};
 use super::gqa::GqaScratch;
 use super::kv_rows::{KeyValues, RowStore};
 use super::mla::MlaScratch;
+use super::pages::PageIdx;
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use super::{delta, gqa, mla};
 use crate::tiers::nodes::Pages;
+use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::mixer_rows;
 use tier_plan_formats::model::spec::Mixer;
 use tier_plan_kernels::ActView;
 
-/// The state of one layer's mixer: KV cache or recurrent state.
-pub(crate) enum MixerState {
+/// What one layer's mixer keeps of all texts: KV cache or recurrent states.
+pub(crate) enum LayerCache {
     Gqa(KeyValues),
     /// Rows of latents, each with its rotated key part: all heads read the same rows.
     Mla(RowStore),
-    Delta(DeltaState),
-    /// The state is in a GPU's memory.
+    /// One state per text.
+    Delta(Vec<DeltaState>),
+    /// The cache is in a GPU's memory.
     OnGpu {
         /// Bytes in the GPU's memory.
         bytes: u64,
-        /// Whether it can go back to fewer tokens.
+        /// Whether a text can go back to fewer tokens.
         rewinds: bool,
     },
 }
 
-impl MixerState {
-    /// Makes an empty state for up to `context` tokens.
-    pub(crate) fn new(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
+impl LayerCache {
+    /// Makes an empty cache for `texts` texts with `positions` positions in all.
+    pub(crate) fn new(mixer: &Mixer, kv_type: KvType, positions: usize, texts: usize) -> Self {
         match mixer {
             Mixer::Gqa(a) => {
-                let rows = |width| RowStore::new(kv_type, a.n_head_kv, context, width);
+                let rows = |width| RowStore::new(kv_type, a.n_head_kv, positions, width);
                 Self::Gqa(KeyValues {
                     keys: rows(a.key_dim),
                     values: rows(a.value_dim),
                 })
             }
-            Mixer::Mla(a) => Self::Mla(RowStore::new(kv_type, 1, context, a.kv_rank + a.rope.dims)),
-            Mixer::Delta(d) => Self::Delta(DeltaState::new(d)),
+            Mixer::Mla(a) => {
+                let width = a.kv_rank + a.rope.dims;
+                Self::Mla(RowStore::new(kv_type, 1, positions, width))
+            }
+            Mixer::Delta(d) => Self::Delta((0..texts).map(|_| DeltaState::new(d)).collect()),
         }
     }
 
-    /// Makes the stand-in of a state in a GPU's memory, for up to `context` tokens.
+    /// Makes the stand-in of a cache in a GPU's memory, for one text of up to `context` tokens.
     pub(crate) fn on_gpu(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
         let token: u64 = mixer_rows(mixer).iter().map(bytes).sum();
@@ -59,17 +65,17 @@ impl MixerState {
         }
     }
 
-    /// Returns the bytes of the state.
+    /// Returns the bytes of the cache.
     pub(crate) fn bytes(&self) -> u64 {
         match self {
             Self::OnGpu { bytes, .. } => *bytes,
             Self::Gqa(cache) => cache.keys.bytes() + cache.values.bytes(),
             Self::Mla(rows) => rows.bytes(),
-            Self::Delta(state) => state.bytes(),
+            Self::Delta(states) => states.iter().map(DeltaState::bytes).sum(),
         }
     }
 
-    /// Moves its pages to where `pages` says.
+    /// Moves its memory to where `pages` says.
     pub(crate) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
         match self {
             Self::Gqa(cache) => cache
@@ -77,13 +83,12 @@ impl MixerState {
                 .move_to(pages)
                 .and_then(|()| cache.values.move_to(pages)),
             Self::Mla(rows) => rows.move_to(pages),
-            Self::Delta(state) => state.move_to(pages),
+            Self::Delta(states) => states.iter().try_for_each(|state| state.move_to(pages)),
             Self::OnGpu { .. } => Ok(()),
         }
     }
 
-    /// Returns whether the state can go back to fewer tokens. Otherwise it can only go back to
-    /// none.
+    /// Returns whether a text can go back to fewer tokens. Otherwise it can only go back to none.
     pub(crate) fn can_rewind(&self) -> bool {
         match self {
             Self::Gqa(_) | Self::Mla(_) => true,
@@ -92,13 +97,37 @@ impl MixerState {
         }
     }
 
-    /// Forgets all tokens.
-    pub(crate) fn reset(&mut self) {
+    /// Has a recurrent state forget all tokens.
+    pub(crate) fn reset(&mut self, state: usize) {
         match self {
             // Rows are written before they are read, and a GPU ignores a recurrent state at
             // position 0.
             Self::Gqa(_) | Self::Mla(_) | Self::OnGpu { .. } => {}
-            Self::Delta(state) => state.reset(),
+            Self::Delta(states) => states[state].reset(),
+        }
+    }
+
+    /// Copies a recurrent state to another.
+    pub(crate) fn copy_state(&mut self, from: usize, to: usize) {
+        if let (Self::Delta(states), true) = (self, from != to) {
+            let (low, high) = states.split_at_mut(from.max(to));
+            if from < to {
+                high[0].copy_from(&low[from]);
+            } else {
+                low[to].copy_from(&high[0]);
+            }
+        }
+    }
+
+    /// Copies the first `len` positions of a page to another.
+    pub(crate) fn copy_page(&mut self, from: PageIdx, to: PageIdx, len: usize) {
+        match self {
+            Self::Gqa(cache) => {
+                cache.keys.copy_page(from, to, len);
+                cache.values.copy_page(from, to, len);
+            }
+            Self::Mla(rows) => rows.copy_page(from, to, len),
+            Self::Delta(_) | Self::OnGpu { .. } => {}
         }
     }
 }
@@ -153,13 +182,37 @@ impl CacheReads {
     }
 }
 
-/// A batch of tokens at positions `past..past + x.rows()`.
+/// Neighboring rows of a batch that are consecutive tokens of one text.
+#[derive(Debug, Clone)]
+pub(crate) struct Segment<'a> {
+    pub rows: Range<usize>,
+    /// Tokens of the text before these.
+    pub past: usize,
+    /// The pages of the text, for these tokens too.
+    pub pages: &'a [PageIdx],
+    /// Which of a layer's recurrent states is the text's.
+    pub state: usize,
+}
+
+impl Segment<'_> {
+    /// Returns the positions of the rows in the text.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.past..self.past + self.rows.len()
+    }
+
+    /// Returns the rows, each with its position in the text.
+    pub(crate) fn positions(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        self.rows.clone().zip(self.past..)
+    }
+}
+
+/// Rows of a batch.
 pub(crate) struct MixerInput<'a> {
     /// Normalized hidden states, quantized if a matrix of the mixer needs it.
     pub x: ActView<'a>,
-    /// Tokens of the text before the batch.
-    pub past: usize,
-    /// Rotations prepared for this batch's positions, where the mixer rotates.
+    /// All rows, by text.
+    pub segments: &'a [Segment<'a>],
+    /// Rotations prepared for the rows' positions, where the mixer rotates.
     pub rope: Option<&'a RopeTable>,
     /// Epsilon of norms inside the mixer.
     pub norm_eps: f32,
@@ -171,20 +224,20 @@ pub(crate) fn mix(
     weights: &DenseWeights,
     mixer: &Mixer,
     input: &MixerInput<'_>,
-    state: &mut MixerState,
+    cache: &mut LayerCache,
     scratch: &mut MixerScratch,
     out: &mut [f32],
 ) {
-    match (mixer, state) {
-        (Mixer::Gqa(spec), MixerState::Gqa(cache)) => {
+    match (mixer, cache) {
+        (Mixer::Gqa(spec), LayerCache::Gqa(cache)) => {
             gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
         }
-        (Mixer::Mla(spec), MixerState::Mla(cache)) => {
+        (Mixer::Mla(spec), LayerCache::Mla(cache)) => {
             mla::run(c, weights, spec, input, cache, &mut scratch.mla, out);
         }
-        (Mixer::Delta(spec), MixerState::Delta(state)) => {
-            delta::run(c, weights, spec, input, state, &mut scratch.delta, out);
+        (Mixer::Delta(spec), LayerCache::Delta(states)) => {
+            delta::run(c, weights, spec, input, states, &mut scratch.delta, out);
         }
-        _ => unreachable!("a layer's state is made for its mixer"),
+        _ => unreachable!("a layer's cache is made for its mixer"),
     }
 }

@@ -6,7 +6,7 @@
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
-use super::mixer::MixerInput;
+use super::mixer::{MixerInput, Segment};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::cell::RefCell;
@@ -117,7 +117,7 @@ pub(super) fn run(
     let mut first = 0;
     while first < n {
         let last = (first + part_tokens(spec)).min(n);
-        attend_part(c, weights, spec, input.past, first..last, cache, s);
+        attend_part(c, weights, spec, input.segments, first..last, cache, s);
         first = last;
     }
     let mixed = &s.mixed[..n * spec.o.n_in];
@@ -211,10 +211,12 @@ fn store_latents(
 ) {
     let width = spec.kv_down.n_out;
     let row = &mut s.row[..width];
-    for (token, kv) in s.kv[..input.x.rows() * width]
-        .chunks_exact(width)
-        .enumerate()
-    {
+    let by_text = input
+        .segments
+        .iter()
+        .flat_map(|segment| segment.positions().map(|at| (segment.pages, at)));
+    for (pages, (token, position)) in by_text {
+        let kv = &s.kv[token * width..][..width];
         let (latent, key) = row.split_at_mut(spec.kv_rank);
         c.kernels.rms_norm(
             &kv[..spec.kv_rank],
@@ -226,7 +228,7 @@ fn store_latents(
         if let Some(rope) = input.rope {
             rope.apply(key, spec.rope.dims, token);
         }
-        cache.store(c.kernels, input.past + token, row);
+        cache.store(c.kernels, pages, position, row);
     }
 }
 
@@ -235,7 +237,7 @@ fn attend_part(
     c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
-    past: usize,
+    segments: &[Segment<'_>],
     tokens: std::ops::Range<usize>,
     cache: &RowStore,
     s: &mut MlaScratch,
@@ -285,32 +287,43 @@ fn attend_part(
             });
         }
     }
-    let first = past + tokens.start;
-    // All heads read the same rows: one head of keys, whose values are the latents at their
-    // beginning.
-    let attention = Attention {
-        keys: cache,
-        values: cache,
-        value_width: rank,
-        n_head_kv: 1,
-        group: spec.n_head,
-        tokens: n,
-        past: first,
-        window: None,
-    };
-    let absorbed = &*latents;
-    let query_row = |head: usize, token: usize, to: &mut [f32]| {
-        let scale = spec.scale * spec.temperature.map_or(1.0, |t| t.at(first + token));
-        let row = absorbed[(head * n + token) * rank..][..rank]
-            .iter()
-            .chain(&query(head, token)[nope_dim..]);
-        to.iter_mut().zip(row).for_each(|(to, q)| *to = scale * q);
-    };
-    attend(c, &attention, query_row, &mut s.parts);
-    let parts = &s.parts;
-    c.pool.for_each_slice(latents, rank, |i, latent| {
-        parts.result(c.kernels, i / n, i % n, None, latent)
-    });
+    for segment in segments {
+        let rows = segment.rows.start.max(tokens.start)..segment.rows.end.min(tokens.end);
+        if rows.is_empty() {
+            continue;
+        }
+        let past = segment.past + rows.start - segment.rows.start;
+        // All heads read the same rows: one head of keys, whose values are the latents at their
+        // beginning.
+        let attention = Attention {
+            keys: cache,
+            values: cache,
+            pages: segment.pages,
+            value_width: rank,
+            n_head_kv: 1,
+            group: spec.n_head,
+            tokens: rows.len(),
+            past,
+            window: None,
+        };
+        let first = rows.start - tokens.start;
+        let absorbed = &*latents;
+        let query_row = |head: usize, t: usize, to: &mut [f32]| {
+            let scale = spec.scale * spec.temperature.map_or(1.0, |temper| temper.at(past + t));
+            let row = absorbed[(head * n + first + t) * rank..][..rank]
+                .iter()
+                .chain(&query(head, first + t)[nope_dim..]);
+            to.iter_mut().zip(row).for_each(|(to, q)| *to = scale * q);
+        };
+        attend(c, &attention, query_row, &mut s.parts);
+        let parts = &s.parts;
+        c.pool.for_each_slice(latents, rank, |i, latent| {
+            let (head, token) = (i / n, i % n);
+            if (first..first + rows.len()).contains(&token) {
+                parts.result(c.kernels, head, token - first, None, latent);
+            }
+        });
+    }
     let (v, first, stride) = match spec.kv_up {
         KvUp::Split { v, .. } => (v, 0, spec.value_dim),
         KvUp::Fused(kv) => (kv, nope_dim, nope_dim + spec.value_dim),

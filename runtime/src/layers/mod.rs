@@ -9,6 +9,7 @@ pub(crate) mod index;
 pub(crate) mod kv_rows;
 pub(crate) mod mixer;
 pub(crate) mod mla;
+pub mod pages;
 pub(crate) mod places;
 #[doc(hidden)]
 pub mod probe;

@@ -3,6 +3,7 @@
 
 use super::attention::{Attention, AttentionParts, attend};
 use super::kv_rows::RowStore;
+use super::pages::{PageIdx, pages_for};
 use crate::layers::cpu_context::CpuContext;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::Kernels;
@@ -30,6 +31,7 @@ pub struct AttentionProbe {
     sizes: AttentionSizes,
     keys: RowStore,
     values: RowStore,
+    pages: Vec<PageIdx>,
     queries: Vec<f32>,
     parts: AttentionParts,
     mixed: Vec<f32>,
@@ -45,11 +47,13 @@ impl AttentionProbe {
             context,
             tokens,
         } = sizes;
+        let pages: Vec<PageIdx> = (0..pages_for(context) as PageIdx).collect();
         let store = |seed: u64| {
             let mut rows = RowStore::new(kv_type, n_head_kv, context, dim);
             for position in 0..context {
                 rows.store(
                     kernels,
+                    &pages,
                     position,
                     &noise(seed + position as u64, n_head_kv * dim),
                 );
@@ -62,6 +66,7 @@ impl AttentionProbe {
             sizes,
             keys: store(1),
             values: store(1 << 32),
+            pages,
             queries: noise(0, tokens * n_head * dim),
             parts: AttentionParts::default(),
             mixed: vec![0.0; tokens * n_head * dim],
@@ -84,6 +89,7 @@ impl AttentionProbe {
         let attention = Attention {
             keys: &self.keys,
             values: &self.values,
+            pages: &self.pages,
             value_width: dim,
             n_head_kv,
             group: n_head / n_head_kv,

@@ -1,17 +1,18 @@
 //! Rotary position embedding (RoPE), with linear and YaRN scaling.
 
 use super::weights::DenseWeights;
+use std::ops::Range;
 use tier_plan_formats::model::spec::{ModelSpec, RopeKind, RopeScaling, RopeSpec};
 
-/// Rotations for consecutive positions, ready to apply.
+/// Rotations for some positions, ready to apply.
 pub struct RopeTable {
     spec: RopeSpec,
     /// Radians per position, `[dims / 2]`.
     frequencies: Vec<f32>,
     /// `[positions, dims / 2]` of (cos, sin).
     rotations: Vec<(f32, f32)>,
-    /// The first prepared position, and their number.
-    prepared: (usize, usize),
+    /// The prepared positions, in this order.
+    prepared: Vec<Range<usize>>,
 }
 
 impl RopeTable {
@@ -29,17 +30,19 @@ impl RopeTable {
             spec: spec.clone(),
             frequencies,
             rotations: Vec::new(),
-            prepared: (0, 0),
+            prepared: Vec::new(),
         }
     }
 
-    /// Prepares positions `first..first + n`.
-    pub fn prepare(&mut self, first: usize, n: usize) {
-        if std::mem::replace(&mut self.prepared, (first, n)) == (first, n) {
+    /// Prepares positions, in this order.
+    pub fn prepare(&mut self, positions: impl Iterator<Item = Range<usize>> + Clone) {
+        if positions.clone().eq(self.prepared.iter().cloned()) {
             return;
         }
+        self.prepared.clear();
+        self.prepared.extend(positions.clone());
         self.rotations.clear();
-        for position in first..first + n {
+        for position in positions.flatten() {
             let rotation = |f: &f32| {
                 let (sin, cos) = (position as f32 * f).sin_cos();
                 (cos * self.spec.magnitude, sin * self.spec.magnitude)
@@ -56,7 +59,7 @@ impl RopeTable {
             .collect()
     }
 
-    /// Rotates every head of the prepared position `index`; `row` is `[heads, head_dim]`.
+    /// Rotates every head of the prepared position of this number; `row` is `[heads, head_dim]`.
     pub fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
         let half = self.spec.dims / 2;
         let rotations = &self.rotations[index * half..(index + 1) * half];
@@ -100,14 +103,35 @@ pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
     (tables, by_layer)
 }
 
-/// Returns one table per way in which layers rotate, and by layer its index among them.
-pub(crate) fn rope_tables(
-    spec: &ModelSpec,
-    weights: &DenseWeights,
-) -> (Vec<RopeTable>, Vec<Option<usize>>) {
-    let (tables, by_layer) = tables(spec);
-    let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
-    (tables.iter().map(table).collect(), by_layer)
+/// The rotations of all layers.
+pub(crate) struct Rotations {
+    /// One per way in which layers rotate.
+    pub(crate) tables: Vec<RopeTable>,
+    /// By layer: index into `tables`.
+    pub(crate) of_layer: Vec<Option<usize>>,
+}
+
+impl Rotations {
+    pub(crate) fn new(spec: &ModelSpec, weights: &DenseWeights) -> Self {
+        let (tables, of_layer) = tables(spec);
+        let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
+        Self {
+            tables: tables.iter().map(table).collect(),
+            of_layer,
+        }
+    }
+
+    /// Prepares positions in all tables.
+    pub(crate) fn prepare(&mut self, positions: impl Iterator<Item = Range<usize>> + Clone) {
+        for table in &mut self.tables {
+            table.prepare(positions.clone());
+        }
+    }
+
+    /// Returns the table of a layer that rotates.
+    pub(crate) fn of(&self, layer: usize) -> Option<&RopeTable> {
+        self.of_layer[layer].map(|table| &self.tables[table])
+    }
 }
 
 /// Returns whether a pair belongs to one of the three axes that text moves along.
@@ -177,7 +201,7 @@ mod tests {
     fn position_zero_changes_nothing_and_length_is_kept() {
         for kind in [RopeKind::Adjacent, RopeKind::Halves] {
             let mut table = RopeTable::new(&spec(kind, 6, RopeScaling::None), None);
-            table.prepare(0, 3);
+            table.prepare(std::iter::once(0..3));
             let row: Vec<f32> = (0..16).map(|i| i as f32 - 5.0).collect();
             let mut at0 = row.clone();
             table.apply(&mut at0, 8, 0);
@@ -212,7 +236,7 @@ mod tests {
     #[test]
     fn the_first_pair_turns_one_radian_per_position() {
         let mut table = RopeTable::new(&spec(RopeKind::Adjacent, 4, RopeScaling::None), None);
-        table.prepare(1, 1);
+        table.prepare(std::iter::once(1..2));
         let mut row = [1.0, 0.0, 1.0, 0.0];
         table.apply(&mut row, 4, 0);
         assert!((row[0] - 1f32.cos()).abs() < 1e-6 && (row[1] - 1f32.sin()).abs() < 1e-6);
@@ -226,7 +250,7 @@ mod tests {
             ..spec(RopeKind::Adjacent, 2, RopeScaling::None)
         };
         let mut table = RopeTable::new(&spec, None);
-        table.prepare(0, 1);
+        table.prepare(std::iter::once(0..1));
         let mut row = [1.0, 3.0, 5.0];
         table.apply(&mut row, 3, 0);
         assert_eq!(row, [2.0, 6.0, 5.0]);

@@ -16,17 +16,17 @@ pub(super) fn run(run: MoeRun<'_>) -> Result<Step, RunError> {
     let mut token = TokenRun { run, step };
     token.compute()?;
     let TokenRun { run, step } = token;
-    // Summed in the router's order whatever the order of arrival: the plan must not change the
-    // result.
+    // Summed in ascending order, as in a batch, whatever the order of arrival: neither the plan nor
+    // what is computed beside a token may change its result.
     let hidden = run.out.len();
     run.out.fill(0.0);
-    for (weight, result) in run
-        .routing
-        .weights
-        .iter()
-        .zip(run.scratch.results.chunks_exact(hidden))
-    {
-        run.cpu.kernels.axpy(*weight, result, run.out);
+    let mut order: Vec<usize> = (0..used.len()).collect();
+    order.sort_unstable_by_key(|at| used[*at]);
+    for at in order {
+        let result = &run.scratch.results[at * hidden..][..hidden];
+        run.cpu
+            .kernels
+            .axpy(run.routing.weights[at], result, run.out);
     }
     Ok(step)
 }

@@ -13,7 +13,7 @@ use crate::tiers::file::FileTier;
 use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
-use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
@@ -114,7 +114,7 @@ impl FixedMemory {
                 + FileTier::working_bytes()
                 + header.saturating_mul(MEMORY_PER_HEADER_BYTE),
             activation_bytes: activation_bytes(gguf, spec, context, batch),
-            context_bytes: kv_type.context_bytes(shape, context),
+            context_bytes: kv_type.cache_bytes(shape, CacheRoom::of_one(context)),
             batch,
         }
     }

@@ -46,6 +46,7 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
         context,
+        sequences: 1,
         kv_tier: TierIdx::FIRST,
         kv_type,
         staging_tier: TierIdx::FIRST,

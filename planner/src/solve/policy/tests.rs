@@ -101,6 +101,7 @@ fn refilled(
         machine: &machine,
         budgets,
         context: 1,
+        sequences: 1,
         kv_type,
     };
     let evidence = Evidence::new(&shape, Some(&profile)).unwrap();
@@ -183,6 +184,7 @@ fn without_recorded_tokens_there_is_nothing_to_learn() {
         machine: &machine,
         budgets,
         context: 1,
+        sequences: 1,
         kv_type,
     };
     let evidence = Evidence::new(&shape, None).unwrap();

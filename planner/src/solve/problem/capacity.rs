@@ -354,7 +354,7 @@ impl Capacity {
                 let gflops = rates.get(t).copied().unwrap_or(0.0);
                 attention_s(cache, kv_type, tier, gflops, position)
             };
-            let bytes = cache.context_bytes(kv_type, context);
+            let bytes = cache.bytes(kv_type, problem.room());
             let may_have = |t: &TierIdx| {
                 let fits =
                     |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[t.get()];

@@ -3,6 +3,7 @@
 use super::Problem;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::placement::TierIdx;
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::units::show_bytes;
 
 /// Returns ways to free `missing` more bytes in a tier.
@@ -29,7 +30,13 @@ pub(crate) fn hint(problem: &Problem<'_>, tier: TierIdx, missing: u64) -> String
             show_bytes(needed)
         ));
     }
-    let cache_bytes = |kv_type: KvType, context: u32| kv_type.context_bytes(problem.shape, context);
+    let cache_bytes = |kv_type: KvType, context: u32| {
+        let room = CacheRoom {
+            context,
+            ..problem.room()
+        };
+        kv_type.cache_bytes(problem.shape, room)
+    };
     let now = cache_bytes(problem.kv_type, problem.context);
     // The cache lies above the last tier, unless that is the only one.
     let holds_cache = tier.get() + 1 < problem.machine.tiers.len() || tier == TierIdx::FIRST;

@@ -20,6 +20,7 @@ pub(crate) use hint::hint;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::model::shape::ModelShape;
 
 /// The model, machine and budgets that a plan is made for.
@@ -35,6 +36,18 @@ pub struct Problem<'a> {
     pub budgets: Vec<u64>,
     /// Context length in tokens that the KV cache is planned for.
     pub context: u32,
+    /// Texts at once that the KV cache is planned for.
+    pub sequences: u32,
     /// Type that keys and values are stored in.
     pub kv_type: KvType,
+}
+
+impl Problem<'_> {
+    /// Returns what the KV cache has room for.
+    pub fn room(&self) -> CacheRoom {
+        CacheRoom {
+            context: self.context,
+            sequences: self.sequences,
+        }
+    }
 }

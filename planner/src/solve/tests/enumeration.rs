@@ -166,6 +166,7 @@ fn check_against_enumeration(seed: u64) -> std::result::Result<(), TestCaseError
         machine: &machine,
         budgets,
         context: 100,
+        sequences: 1,
         kv_type,
     };
     let Ok(capacities) = Capacity::per_kv_tier(&problem, &Constraints::default()) else {

@@ -22,6 +22,7 @@ fn problem_of<'a>(
         machine,
         budgets: budgets.to_vec(),
         context: 100,
+        sequences: 1,
         kv_type: Kv::F16,
     }
 }

@@ -23,6 +23,7 @@ fn solved(
         machine: &machine,
         budgets,
         context: CONTEXT,
+        sequences: 1,
         kv_type,
     };
     let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
@@ -257,7 +258,7 @@ fn recurrent_state_goes_with_its_layer() -> Result<()> {
             all.tiers[TierIdx::new(0)].bytes.kv,
             all.tiers[TierIdx::new(1)].bytes.kv
         ),
-        (all.kv_type.context_bytes(&shape, all.context), 0)
+        (all.kv_type.cache_bytes(&shape, all.room()), 0)
     );
     let but_one = plan(&["vram:attention:1"])?;
     assert_eq!(attention(&but_one), (1, vec![0, 1, 0, 0]));

@@ -21,6 +21,39 @@ pub enum KvType {
     F32,
 }
 
+/// Positions per page of the KV cache.
+pub const PAGE: u32 = 64;
+
+/// What a KV cache has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheRoom {
+    /// Tokens of a text.
+    pub context: u32,
+    /// Texts at once.
+    pub sequences: u32,
+}
+
+impl CacheRoom {
+    /// Returns the room for one text.
+    pub fn of_one(context: u32) -> Self {
+        Self {
+            context,
+            sequences: 1,
+        }
+    }
+
+    /// Returns the positions of all texts. Several texts have whole pages each.
+    pub fn positions(self) -> u64 {
+        let context = u64::from(self.context);
+        match self.sequences {
+            1 => context,
+            n => context
+                .next_multiple_of(u64::from(PAGE))
+                .saturating_mul(u64::from(n)),
+        }
+    }
+}
+
 /// A name of no KV cache type.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("unknown KV cache type '{0}': expected f16, q8_0, or f32")]
@@ -111,12 +144,12 @@ impl KvType {
             .fold(0, |sum, cache| sum.saturating_add(cache.token_bytes(self)))
     }
 
-    /// Returns the bytes of KV cache and recurrent state for a context of `tokens` tokens, over all
-    /// layers.
-    pub fn context_bytes(self, shape: &ModelShape, tokens: u32) -> u64 {
-        shape.caches.iter().fold(0, |sum, cache| {
-            sum.saturating_add(cache.context_bytes(self, tokens))
-        })
+    /// Returns the bytes of KV cache and recurrent states for some texts, over all layers.
+    pub fn cache_bytes(self, shape: &ModelShape, room: CacheRoom) -> u64 {
+        shape
+            .caches
+            .iter()
+            .fold(0, |sum, cache| sum.saturating_add(cache.bytes(self, room)))
     }
 }
 
@@ -129,11 +162,12 @@ impl CacheShape {
             .fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
     }
 
-    /// Returns the layer's bytes of KV cache and recurrent state for a context of `tokens` tokens.
-    pub fn context_bytes(&self, kv_type: KvType, tokens: u32) -> u64 {
+    /// Returns the layer's bytes of KV cache and recurrent states for some texts.
+    pub fn bytes(&self, kv_type: KvType, room: CacheRoom) -> u64 {
+        let states = self.state_bytes.saturating_mul(u64::from(room.sequences));
         self.token_bytes(kv_type)
-            .saturating_mul(u64::from(tokens))
-            .saturating_add(self.state_bytes)
+            .saturating_mul(room.positions())
+            .saturating_add(states)
     }
 
     /// Returns the bytes that a pass of `tokens` tokens moves, the last of which is at position
@@ -194,6 +228,27 @@ mod tests {
         assert_eq!(bytes(33), [66, 37, 132]);
         assert_eq!(bytes(576), [1152, 612, 2304]);
         assert_eq!(bytes(0), [0, 0, 0]);
+    }
+
+    #[test]
+    fn several_texts_have_whole_pages_each() {
+        let room = |context, sequences| CacheRoom { context, sequences }.positions();
+        assert_eq!([room(100, 1), room(100, 2), room(128, 3)], [100, 256, 384]);
+        assert_eq!(room(u32::MAX, u32::MAX), (1 << 32) * u64::from(u32::MAX));
+        let cache = CacheShape {
+            rows: vec![KvRows {
+                width: 8,
+                per_token: 2,
+                queries: 1,
+                window: None,
+            }],
+            state_bytes: 1000,
+        };
+        let bytes = |context, sequences| cache.bytes(KvType::F16, CacheRoom { context, sequences });
+        assert_eq!(
+            [bytes(100, 1), bytes(100, 2)],
+            [100 * 32 + 1000, 256 * 32 + 2000]
+        );
     }
 
     #[test]

@@ -10,6 +10,8 @@ const V3: &str = include_str!("../../../../tests/data/formats/placement.v3.toml"
 const V4: &str = include_str!("../../../../tests/data/formats/placement.v4.toml");
 const V5: &str = include_str!("../../../../tests/data/formats/placement.v5.toml");
 
+const V6: &str = include_str!("../../../../tests/data/formats/placement.v6.toml");
+
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
 }
@@ -74,6 +76,7 @@ fn versions_mean_what_they_meant() {
         layer_overhead_us: 20.0,
         token_overhead_us: 60.0,
         context: 1024,
+        sequences: 1,
         kv_tier: vram,
         kv_type: KvType::F16,
         staging_tier: dram,
@@ -185,6 +188,23 @@ fn versions_mean_what_they_meant() {
     want.solver.goal = Some(goal);
     assert_eq!(plan, want);
     assert_eq!(plan.encode(), V3, "a plan with a key of version 3 says so");
+}
+
+#[test]
+fn a_plan_may_be_for_several_texts() {
+    let plan = load(V6).unwrap();
+    assert_eq!((plan.sequences, plan.room().positions()), (4, 4096));
+    assert_eq!(plan.encode(), V6, "a plan with a key of version 6 says so");
+    let one = Placement {
+        sequences: 1,
+        ..plan
+    };
+    assert_eq!(one.encode(), V5);
+    let error = load(&V6.replacen("version = 6", "version = 5", 1)).unwrap_err();
+    assert!(
+        error.contains("sequences is a key of version 6; write `version = 6`, or leave it out"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -348,7 +368,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "version = 1",
             "version = 7",
-            "placement plan version 7, but this program reads up to version 5; update tier-plan",
+            "placement plan version 7, but this program reads up to version 6; update tier-plan",
         ),
         (
             "context = 1024",

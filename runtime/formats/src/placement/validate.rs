@@ -20,6 +20,7 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
         return vec![Violation::NoTiers];
     }
     let mut violations = Vec::new();
+    texts(plan, &mut violations);
     tiers(plan, &mut violations);
     dense_groups(plan, shape, &mut violations);
     if plan.layers.len() == shape.experts.len() {
@@ -33,6 +34,17 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
     sums(plan, shape, &mut violations);
     staging(plan, shape, &mut violations);
     violations
+}
+
+/// Checks how many texts the KV cache is for.
+fn texts(plan: &Placement, violations: &mut Vec<Violation>) {
+    let positions = plan.room().positions();
+    if plan.sequences == 0 || positions > u64::from(u32::MAX) {
+        violations.push(Violation::Sequences {
+            sequences: plan.sequences,
+            context: plan.context,
+        });
+    }
 }
 
 /// Checks budgets, and that each tier can do what the plan wants of it.
@@ -196,6 +208,7 @@ fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
                 found: stored.kv,
                 expected: kv,
                 context: plan.context,
+                sequences: plan.sequences,
                 kv_type: plan.kv_type,
             });
         }

@@ -43,6 +43,11 @@ pub enum Violation {
     },
     #[error("{what} is '{tier}', a block device; choose a tier of memory")]
     WorksOnDrive { what: String, tier: String },
+    #[error(
+        "sequences is {sequences}, but must be at least 1, and a KV cache holds at most 4294967295 positions: \
+         {sequences} texts of {context} tokens"
+    )]
+    Sequences { sequences: u32, context: u32 },
     #[error("staging holds {found} experts, but {max} is the most")]
     StagingTooLarge { found: u32, max: u32 },
     #[error("the {kind:?} group has no layer")]
@@ -155,13 +160,14 @@ pub enum Violation {
     },
     #[error(
         "tier '{tier}' has {found} bytes for the KV cache and recurrent state, but the layers that have theirs there take \
-         {expected} with {context} tokens of context and a KV cache of {kv_type}"
+         {expected} with {context} tokens of context per text, {sequences} at once, and a KV cache of {kv_type}"
     )]
     CacheSum {
         tier: String,
         found: u64,
         expected: u64,
         context: u32,
+        sequences: u32,
         kv_type: KvType,
     },
     #[error("staging holds {found} experts, but a token may need {expected}")]

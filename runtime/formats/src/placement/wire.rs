@@ -1,4 +1,4 @@
-//! The text of versions 1 to 5 of a plan, read through wire structs for safety; [`super::write`]
+//! The text of versions 1 to 6 of a plan, read through wire structs for safety; [`super::write`]
 //! writes it.
 
 use super::{
@@ -45,6 +45,9 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         )?;
         tier.accelerator().check_version((wire.version, 5))?;
     }
+    if wire.sequences.is_some() && wire.version < 6 {
+        return Err("sequences is a key of version 6; write `version = 6`, or leave it out".into());
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
@@ -62,6 +65,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         layer_overhead_us: wire.layer_overhead_us,
         token_overhead_us: wire.token_overhead_us,
         context: wire.context,
+        sequences: wire.sequences.unwrap_or(1),
         kv_tier: names.find(&wire.kv_tier, "kv_tier")?,
         kv_type,
         staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
@@ -286,6 +290,7 @@ struct Wire {
     version: u64,
     name: String,
     context: u32,
+    sequences: Option<u32>,
     kv_tier: String,
     kv_type: Option<String>,
     staging: WireStaging,

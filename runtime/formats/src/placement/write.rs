@@ -22,6 +22,9 @@ pub(super) fn encode(plan: &Placement) -> String {
     out.field("version", version(plan));
     out.field("name", quote(&plan.name));
     out.field("context", plan.context);
+    if plan.sequences != 1 {
+        out.field("sequences", plan.sequences);
+    }
     out.field("kv_tier", quote(name(plan.kv_tier)));
     out.field("kv_type", quote(plan.kv_type.name()));
     let staging = quote(name(plan.staging_tier));
@@ -229,6 +232,7 @@ fn version(plan: &Placement) -> u64 {
         .any(|t| t.tier.accelerator != Accelerator::default());
     policies
         .chain([goal, units, if accelerated { 5 } else { 2 }])
+        .chain([if plan.sequences == 1 { 2 } else { 6 }])
         .fold(2, u64::max)
 }
 

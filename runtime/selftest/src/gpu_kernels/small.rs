@@ -163,7 +163,7 @@ fn rope(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
             };
             let mut table = RopeTable::new(&spec, None);
             let (tokens, heads) = (3, 5);
-            table.prepare(700, tokens);
+            table.prepare(std::iter::once(700..700 + tokens));
             let mut x = random.floats(tokens * heads * head_dim);
             let on_device = Buffer::of_f32(ops.device(), &x)?;
             let turns = Buffer::of_f32(ops.device(), &table.turns())?;

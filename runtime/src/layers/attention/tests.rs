@@ -1,4 +1,5 @@
 use super::*;
+use crate::layers::pages::mixed_pages;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::threads::ThreadPool;
 use tier_plan_testing::{Random, nmse};
@@ -112,6 +113,7 @@ impl Layer {
         };
         let mut key_store = RowStore::new(kv_type, self.n_head_kv, context, self.key_width);
         let mut value_store = RowStore::new(kv_type, self.n_head_kv, context, self.value_width);
+        let pages = mixed_pages(context);
         let (queries, keys, values) = (self.queries(), self.keys(), self.values());
         let mut parts = AttentionParts::default();
         let mut out = vec![f32::NAN; self.tokens * n_head * self.value_width];
@@ -121,8 +123,8 @@ impl Layer {
                 let row = |rows: &[f32], width: usize| {
                     rows[position * self.n_head_kv * width..][..self.n_head_kv * width].to_vec()
                 };
-                key_store.store(kernels, position, &row(&keys, self.key_width));
-                value_store.store(kernels, position, &row(&values, self.value_width));
+                key_store.store(kernels, &pages, position, &row(&keys, self.key_width));
+                value_store.store(kernels, &pages, position, &row(&values, self.value_width));
             }
             let attention = Attention {
                 keys: &key_store,
@@ -131,6 +133,7 @@ impl Layer {
                 } else {
                     &value_store
                 },
+                pages: &pages,
                 value_width: self.value_width,
                 n_head_kv: self.n_head_kv,
                 group: self.group,
@@ -275,6 +278,7 @@ fn every_query_has_one_place() {
             let a = Attention {
                 keys: &keys,
                 values: &values,
+                pages: &[],
                 value_width: 4,
                 n_head_kv,
                 group,
@@ -326,9 +330,10 @@ fn what_is_no_number_is_not_hidden() {
     let mut keys = RowStore::new(KvType::F32, 1, 6, 4);
     let mut values = RowStore::new(KvType::F32, 1, 6, 4);
     for position in 0..6 {
-        keys.store(c.kernels, position, &[0.5; 4]);
+        keys.store(c.kernels, &[0], position, &[0.5; 4]);
         values.store(
             c.kernels,
+            &[0],
             position,
             &if position == 3 {
                 [1.0, f32::NAN, 1.0, 1.0]
@@ -340,6 +345,7 @@ fn what_is_no_number_is_not_hidden() {
     let a = Attention {
         keys: &keys,
         values: &values,
+        pages: &[0],
         value_width: 4,
         n_head_kv: 1,
         group: 1,

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::gpu::mixer_alone;
+use crate::layers::mixer::Segment;
 use crate::layers::weights::WeightStorage;
 use std::io::Write;
 use std::sync::Arc;
@@ -308,7 +309,12 @@ impl Layer {
             acts.fill(c.kernels, *n, HIDDEN, &x[range.clone()], false);
             let input = MixerInput {
                 x: acts.view(),
-                past: first,
+                segments: &[Segment {
+                    rows: 0..*n,
+                    past: first,
+                    pages: &[],
+                    state: 0,
+                }],
                 rope: None,
                 norm_eps: EPS,
             };
@@ -317,7 +323,7 @@ impl Layer {
                 &self.weights,
                 &self.spec,
                 &input,
-                state,
+                std::slice::from_mut(state),
                 &mut scratch,
                 &mut out[range],
             );

@@ -1,5 +1,6 @@
 use super::*;
 use crate::gpu::mixer_alone;
+use crate::layers::pages::mixed_pages;
 use crate::layers::rope::RopeTable;
 use crate::layers::weights::WeightStorage;
 use std::collections::HashMap;
@@ -241,6 +242,7 @@ fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec
         kernels: Kernels::best(),
     };
     let mut cache = RowStore::new(kv_type, 1, x.len() / HIDDEN, RANK + ROPE);
+    let pages = mixed_pages(x.len() / HIDDEN);
     let mut scratch = MlaScratch::default();
     scratch.reserve(batches.iter().copied().max().unwrap(), &layer.spec);
     let mut rope = RopeTable::new(&layer.spec.rope, None);
@@ -249,11 +251,16 @@ fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec
     let mut past = 0;
     for n in batches {
         let range = past * HIDDEN..(past + n) * HIDDEN;
-        rope.prepare(past, *n);
+        rope.prepare(std::iter::once(past..past + n));
         acts.fill(c.kernels, *n, HIDDEN, &x[range.clone()], false);
         let input = MixerInput {
             x: acts.view(),
-            past,
+            segments: &[Segment {
+                rows: 0..*n,
+                past,
+                pages: &pages,
+                state: 0,
+            }],
             rope: Some(&rope),
             norm_eps: EPS,
         };

@@ -17,12 +17,7 @@ impl Capacity {
         problem: &Problem<'_>,
         constraints: &Constraints,
     ) -> Result<()> {
-        let Problem {
-            shape,
-            context,
-            kv_type,
-            ..
-        } = *problem;
+        let Problem { shape, kv_type, .. } = *problem;
         let is_attention = |d: &&DenseShape| d.kind == DenseKind::Attention;
         if let Some(gpu) = constraints
             .fixed_cache()
@@ -30,7 +25,7 @@ impl Capacity {
         {
             let attention = shape.dense.iter().filter(is_attention).map(|d| d.bytes);
             let bytes = attention.fold(0, u64::saturating_add);
-            let needed = bytes.saturating_add(kv_type.context_bytes(shape, context));
+            let needed = bytes.saturating_add(kv_type.cache_bytes(shape, problem.room()));
             let left = self.left_bytes[gpu.get()];
             ensure!(
                 needed <= left,
@@ -118,7 +113,7 @@ impl Capacity {
                 "the attention of layer {layer} can only be on '{name}' by --fix and --forbid, and with it the \
                  layer's keys and values, which they want elsewhere; take one of them back"
             );
-            let bytes = cache.map_or(0, |c| c.context_bytes(problem.kv_type, problem.context));
+            let bytes = cache.map_or(0, |c| c.bytes(problem.kv_type, problem.room()));
             let needed = bytes.saturating_add(group.bytes);
             let left = self.left_bytes[gpu.get()];
             bail!(

@@ -240,6 +240,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                         layer_overhead_us: a,
                         token_overhead_us: b,
                         context,
+                        sequences: 1,
                         kv_tier: memory[kv.index(memory.len())],
                         kv_type,
                         staging_tier: memory[staging.index(memory.len())],

@@ -51,7 +51,7 @@ fn the_tally_counts_every_byte_of_the_model_once() {
     );
     assert_eq!(
         tally[TierIdx::new(0)].kv,
-        plan.kv_type.context_bytes(shape, plan.context)
+        plan.kv_type.cache_bytes(shape, plan.room())
     );
     assert_eq!(validate(&plan, shape), []);
     // Whatever is out of range or unknown counts nothing.

@@ -1,0 +1,124 @@
+//! Pages of the KV cache: which are free, and how many texts use each.
+//!
+//! A page holds [`PAGE`] consecutive positions of one text, in every layer that attends. A text
+//! lists its pages in the order of its positions. Texts with a common beginning share pages; a
+//! shared page is copied before a text adds tokens to it.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+/// Positions per page. Few in tests, so that short texts have several pages.
+pub const PAGE: usize = if cfg!(test) { 8 } else { 64 };
+
+/// Index of a page in the cache of every layer.
+pub(crate) type PageIdx = u32;
+
+/// Returns the pages that `tokens` positions take.
+pub fn pages_for(tokens: usize) -> usize {
+    tokens.div_ceil(PAGE)
+}
+
+/// Returns pages for a lone text in a cache of `positions` positions, not in ascending order.
+#[cfg(test)]
+pub(crate) fn mixed_pages(positions: usize) -> Vec<PageIdx> {
+    let full = (positions / PAGE) as PageIdx;
+    (0..full)
+        .rev()
+        .chain((full as usize * PAGE < positions).then_some(full))
+        .collect()
+}
+
+/// The pages of an engine's KV cache.
+#[derive(Debug)]
+pub(crate) struct PagePool {
+    /// By page: the texts that use it.
+    users: Vec<u32>,
+    /// The lowest page is taken first, so that few texts touch little memory.
+    free: BinaryHeap<Reverse<PageIdx>>,
+    /// Positions of the last page; the others have [`PAGE`].
+    last_len: usize,
+}
+
+impl PagePool {
+    /// Makes the pages of a cache for this many positions.
+    pub(crate) fn new(positions: usize) -> Self {
+        let n = pages_for(positions);
+        Self {
+            users: vec![0; n],
+            free: (0..n as PageIdx).map(Reverse).collect(),
+            last_len: positions - n.saturating_sub(1) * PAGE,
+        }
+    }
+
+    /// Returns how many pages there are.
+    pub(crate) fn total(&self) -> usize {
+        self.users.len()
+    }
+
+    /// Returns how many pages no text uses.
+    pub(crate) fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Takes a page for `len` positions at most, if one is free.
+    pub(crate) fn take(&mut self, len: usize) -> Option<PageIdx> {
+        let last = self.total() as PageIdx - 1;
+        let Reverse(page) = *self.free.peek()?;
+        if page == last && len > self.last_len {
+            return None;
+        }
+        self.free.pop();
+        self.users[page as usize] = 1;
+        Some(page)
+    }
+
+    /// Adds a user to a page that is in use.
+    pub(crate) fn share(&mut self, page: PageIdx) {
+        debug_assert!(self.users[page as usize] > 0, "a free page is not shared");
+        self.users[page as usize] += 1;
+    }
+
+    /// Returns whether several texts use a page.
+    pub(crate) fn is_shared(&self, page: PageIdx) -> bool {
+        self.users[page as usize] > 1
+    }
+
+    /// Takes a user from a page, which is free after the last one.
+    pub(crate) fn release(&mut self, page: PageIdx) {
+        let users = &mut self.users[page as usize];
+        debug_assert!(*users > 0, "a page is released once per user");
+        *users -= 1;
+        if *users == 0 {
+            self.free.push(Reverse(page));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_free_again_after_their_last_user() {
+        let mut pool = PagePool::new(3 * PAGE);
+        let taken: Vec<_> = std::iter::from_fn(|| pool.take(PAGE)).collect();
+        assert_eq!(taken, [0, 1, 2]);
+        pool.share(1);
+        pool.release(1);
+        assert_eq!((pool.free(), pool.is_shared(1)), (0, false));
+        pool.release(1);
+        pool.release(0);
+        assert_eq!(pool.free(), 2);
+        assert_eq!(pool.take(PAGE), Some(0));
+    }
+
+    #[test]
+    fn a_short_last_page_is_only_given_to_the_end_of_a_context() {
+        let mut pool = PagePool::new(PAGE + 3);
+        assert_eq!(pool.total(), 2);
+        assert_eq!(pool.take(PAGE), Some(0));
+        assert_eq!(pool.take(PAGE), None);
+        assert_eq!(pool.take(3), Some(1));
+        assert_eq!(pool.take(1), None);
+    }
+}
