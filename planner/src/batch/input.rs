@@ -1,6 +1,6 @@
 //! A file of requests: where its lines are, and in which order they are answered.
 
-use super::request::{BadLine, Code, Prompt, Request};
+use super::request::{BadLine, Code, Endpoint, Prompt, Request};
 use super::{MAX_LINE_BYTES, MAX_LINES};
 use crate::hint::HintExt;
 use crate::printable::printable;
@@ -47,6 +47,7 @@ pub struct Input {
     file: File,
     lines: Vec<Line>,
     names: Names,
+    has_chats: bool,
 }
 
 impl Input {
@@ -69,6 +70,7 @@ impl Input {
             file,
             lines: Vec::new(),
             names: Names::default(),
+            has_chats: false,
         };
         input.index()?;
         if input.lines.is_empty() {
@@ -148,6 +150,7 @@ impl Input {
         let Ok(request) = request else {
             return Ok([number; PREFIX_BYTES.len()]);
         };
+        self.has_chats |= request.endpoint == Endpoint::Chat;
         let hashes = prefix_hashes(&request.prompt);
         let mut level = 0;
         Ok(hashes.map(|hash| {
@@ -159,6 +162,11 @@ impl Input {
     /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether a request has messages, which a chat template makes a prompt of.
+    pub fn has_chats(&self) -> bool {
+        self.has_chats
     }
 
     /// Returns the lines in the order in which they are answered: those whose prompts begin alike

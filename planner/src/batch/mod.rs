@@ -8,8 +8,11 @@
 mod answer;
 mod fields;
 mod input;
+mod live;
 mod output;
+mod prompts;
 mod request;
+mod run;
 #[cfg(test)]
 mod tests;
 mod unsupported;
@@ -18,7 +21,9 @@ mod value;
 pub use answer::{Answered, Choice, Finish, TokenText, refusal};
 pub use input::{Input, Line};
 pub use output::Output;
+pub use prompts::Prompts;
 pub use request::{BadLine, Code, Endpoint, Prompt, Request, Sampling};
+pub use run::{Batch, Options, Summary};
 
 /// Longest line in bytes, several times what any context holds.
 pub const MAX_LINE_BYTES: u64 = 16 << 20;

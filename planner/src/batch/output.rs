@@ -43,6 +43,8 @@ pub struct Output {
     file: File,
     /// Bytes of whole lines.
     bytes: u64,
+    /// Whether there was no such file before.
+    is_new: bool,
     synced: Instant,
     /// Numbers of the lines of the input that have an answer.
     answered: HashSet<usize>,
@@ -57,6 +59,7 @@ impl Output {
     pub fn open(path: &Path, input: &Input) -> Result<Self> {
         safely::check_file(path)?;
         let shown = path.display();
+        let is_new = !path.exists();
         let mut options = OpenOptions::new();
         let file = options
             .read(true)
@@ -72,6 +75,7 @@ impl Output {
             path: path.into(),
             file,
             bytes: 0,
+            is_new,
             synced: Instant::now(),
             answered: HashSet::new(),
         };
@@ -156,6 +160,15 @@ impl Output {
     /// Removes what follows the last whole line.
     fn cut(&self) -> std::io::Result<()> {
         self.file.set_len(self.bytes)
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if self.is_new && self.bytes == 0 {
+            // A run that failed before its first answer leaves nothing behind.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 

@@ -541,8 +541,13 @@ fn one_process_alone_writes_an_output() {
     let first = Output::open(&path, &opened).unwrap();
     let error = Output::open(&path, &opened).unwrap_err().to_string();
     assert!(error.contains("another process is writing"), "{error}");
+    // An output without answers is not left behind.
     drop(first);
-    Output::open(&path, &opened).unwrap();
+    assert!(!path.exists());
+    drop(Output::open(&path, &opened).unwrap());
+    fs::write(&path, "").unwrap();
+    drop(Output::open(&path, &opened).unwrap());
+    assert!(path.exists());
 }
 
 #[test]

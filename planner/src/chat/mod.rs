@@ -14,7 +14,7 @@ pub mod message;
 pub mod template;
 #[cfg(test)]
 mod tests;
-mod thought;
+pub(crate) mod thought;
 
 use crate::printable::printable;
 use crate::screen::Screen;

@@ -18,7 +18,7 @@ const SPELLED: [[&str; 2]; 8] = [
 
 /// A generated answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// Its whole text, with marks.
     pub text: String,
     /// Tokens that mark a thought, by where they are in the text.

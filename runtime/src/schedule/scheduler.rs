@@ -89,9 +89,15 @@ impl Scheduler {
         text.cached
     }
 
-    /// Returns the text that will be admitted next.
-    pub fn next_admitted(&self) -> Option<TextId> {
-        self.head().map(|(_, text)| text.id)
+    /// Returns the texts without pages, in the order in which they will be admitted.
+    pub fn upcoming(&self) -> impl Iterator<Item = TextId> {
+        let texts = self.preempted.values().chain(self.waiting.values());
+        texts.map(|text| text.id)
+    }
+
+    /// Returns the number of texts that hold pages.
+    pub fn n_admitted(&self) -> usize {
+        self.admitted.len()
     }
 
     /// Returns the state of a text, `None` once it is finished.

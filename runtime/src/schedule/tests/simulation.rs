@@ -216,7 +216,7 @@ impl Simulation {
 
     /// Shares the prefix of the text that comes next with a text that has it.
     fn offer_prefix(&mut self) {
-        let Some(id) = self.scheduler.next_admitted() else {
+        let Some(id) = self.scheduler.upcoming().next() else {
             return;
         };
         let donor = self.donor(id);
