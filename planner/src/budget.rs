@@ -65,7 +65,10 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     let kv_type = opening.kv_type.unwrap_or_default();
     let limit = memory_limit();
     let memory = opening.memory.or(limit.as_ref().map(|limit| limit.bytes));
-    let room_of = |sequences| CacheRoom { context, sequences };
+    let room_of = |sequences| CacheRoom {
+        sequences,
+        ..CacheRoom::of_one(context)
+    };
     let cache_bytes = |sequences| kv_type.cache_bytes(shape, room_of(sequences));
     let room = room_of(opening.texts.number(cache_bytes, memory));
     let mapped = |fits| Chosen {

@@ -19,6 +19,8 @@ pub(super) struct Live<'a> {
     n_top: Option<usize>,
     /// Its place in the engine, unless it waits or was preempted.
     pub sequence: Option<SequenceId>,
+    /// Tokens that it began with, since the engine had kept them.
+    pub shared: usize,
     sampler: Sampler,
     stream: TokenStream<'a>,
     stops: StopStrings,
@@ -60,6 +62,7 @@ impl<'a> Live<'a> {
             ignore_eos: request.ignore_eos,
             n_top: request.logprobs,
             sequence: None,
+            shared: 0,
             sampler: Sampler::new(config),
             stream: tokenizer.stream(),
             stops: StopStrings::new(request.stop.iter().cloned()),

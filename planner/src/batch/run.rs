@@ -12,7 +12,6 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tier_plan_runtime::engine::{LogitsMode, Rows, SequenceId};
 use tier_plan_runtime::model::kv;
-use tier_plan_runtime::model::spec::Mixer;
 use tier_plan_runtime::sampler::SamplerConfig;
 use tier_plan_runtime::schedule::{
     self, Limits, PAGE, Pages, Scheduler, StepPlan, TextId, TextOutcome,
@@ -76,12 +75,6 @@ struct Wanted {
     index: usize,
 }
 
-/// The tokens of a text that has ended, whose pages are kept for one that begins alike.
-struct Kept {
-    sequence: SequenceId,
-    tokens: Vec<u32>,
-}
-
 /// A batch at work.
 pub struct Batch<'a> {
     engine: &'a mut Engine,
@@ -96,10 +89,6 @@ pub struct Batch<'a> {
     jobs: HashMap<usize, Job>,
     wanted: HashMap<TextId, Wanted>,
     live: HashMap<TextId, Live<'a>>,
-    kept: Option<Kept>,
-    /// Per text, the text in the engine whose first pages it will share.
-    donors: HashMap<TextId, SequenceId>,
-    can_share: bool,
     next_id: u64,
     scratch: Vec<f32>,
     summary: Summary,
@@ -124,9 +113,6 @@ impl<'a> Batch<'a> {
             .into_iter()
             .filter(|line| !output.has_answer(line.number));
         let max_texts = texts_at_once(engine, options.max_texts);
-        let is_recurrent = |mixer: &Mixer| matches!(mixer, Mixer::Delta(_));
-        let can_share =
-            max_texts > 1 && !engine.spec().layers.iter().any(|l| is_recurrent(&l.mixer));
         Self {
             limits: Limits {
                 max_rows: engine.batch().max(max_texts),
@@ -144,9 +130,6 @@ impl<'a> Batch<'a> {
             jobs: HashMap::new(),
             wanted: HashMap::new(),
             live: HashMap::new(),
-            kept: None,
-            donors: HashMap::new(),
-            can_share,
             next_id: 0,
             scratch: Vec::new(),
             summary,
@@ -181,12 +164,13 @@ impl<'a> Batch<'a> {
             if self.scheduler.is_empty() && self.lines.is_empty() {
                 return Ok(());
             }
-            self.share();
+            let offered = self.offer_kept()?;
             let plan = self.scheduler.next_step(self.pages(), &self.limits);
+            self.withdraw(&offered, &plan);
             self.release(&plan);
             if !plan.rows.is_empty() {
                 self.compute(&plan)?;
-            } else if plan.pages_wanted > 0 && !self.drop_kept() {
+            } else if plan.pages_wanted > 0 {
                 bail!(
                     "the KV cache lacks {} pages for any text",
                     plan.pages_wanted
@@ -263,94 +247,76 @@ impl<'a> Batch<'a> {
         Ok(Ok(()))
     }
 
-    /// Finds for each text that may be admitted now one in the engine that begins alike.
-    fn share(&mut self) {
-        self.donors.clear();
-        if !self.can_share {
+    /// Begins the texts that may be admitted now with what the engine has kept of them. Returns
+    /// them.
+    fn offer_kept(&mut self) -> Result<Vec<TextId>> {
+        let admitted = self.scheduler.n_admitted();
+        let places = self.limits.max_texts.saturating_sub(admitted);
+        let offered: Vec<TextId> = self.scheduler.upcoming().take(places).collect();
+        for id in &offered {
+            self.make_live(*id);
+            if let Some(live) = self.live.get_mut(id) {
+                let (sequence, n) = self.engine.begin_sequence(&live.tokens)?;
+                (live.sequence, live.shared) = (Some(sequence), n);
+                self.scheduler.set_cached(*id, n);
+            }
+        }
+        Ok(offered)
+    }
+
+    /// Gives back what was offered to texts that were not admitted.
+    fn withdraw(&mut self, offered: &[TextId], plan: &StepPlan) {
+        for id in offered {
+            let Some(live) = self.live.get_mut(id) else {
+                continue;
+            };
+            if plan.rows.iter().any(|row| row.id == *id) {
+                self.summary.shared_tokens += live.shared;
+                continue;
+            }
+            if let Some(sequence) = live.sequence.take() {
+                self.engine.remove_sequence(sequence);
+            }
+            self.scheduler.set_cached(*id, 0);
+            if live.n_new() == 0 {
+                // Its tokens are in the job; many may wait.
+                self.live.remove(id);
+            }
+        }
+    }
+
+    /// Keeps texts that fill their pages at the moment for those that wait. Others would copy their
+    /// last page with the next token, which the schedule has no page for.
+    fn keep_whole_pages(&mut self, plan: &StepPlan) {
+        if self.scheduler.upcoming().next().is_none() {
             return;
         }
-        let places = self
-            .limits
-            .max_texts
-            .saturating_sub(self.scheduler.n_admitted());
-        let upcoming: Vec<TextId> = self.scheduler.upcoming().take(places).collect();
-        let mut uses_kept = false;
-        for id in &upcoming {
-            let best = self.donor(*id);
-            let n = best.map_or(0, |(n, _)| n);
-            let n = self
-                .scheduler
-                .set_cached(*id, if n >= PAGE { n } else { 0 });
-            if let Some((_, donor)) = best.filter(|_| n > 0) {
-                uses_kept |= self
-                    .kept
-                    .as_ref()
-                    .is_some_and(|kept| kept.sequence == donor);
-                self.donors.insert(*id, donor);
+        for row in &plan.rows {
+            let live = self.live.get(&row.id);
+            if (row.from + row.n_tokens).is_multiple_of(PAGE)
+                && let Some(sequence) = live.and_then(|live| live.sequence)
+            {
+                self.engine.keep_sequence(sequence);
             }
-        }
-        // Pages are for texts first.
-        let is_short = self.engine.pages().free <= self.limits.max_texts;
-        if (!upcoming.is_empty() && !uses_kept) || is_short {
-            if let Some(kept) = &self.kept {
-                let donors = self
-                    .donors
-                    .iter()
-                    .filter(|(_, donor)| **donor == kept.sequence);
-                let orphans: Vec<TextId> = donors.map(|(id, _)| *id).collect();
-                for id in orphans {
-                    self.scheduler.set_cached(id, 0);
-                    self.donors.remove(&id);
-                }
-            }
-            self.drop_kept();
         }
     }
 
-    /// Returns the text in the engine with the longest common beginning, and its tokens.
-    fn donor(&self, id: TextId) -> Option<(usize, SequenceId)> {
-        let tokens = match self.live.get(&id) {
-            Some(live) => &live.tokens,
-            None => &self.jobs[&self.wanted[&id].job].encoded.tokens,
-        };
-        let live = self.live.values();
-        let live = live.filter_map(|l| Some((l.sequence?, &l.tokens)));
-        let kept = self.kept.iter().map(|kept| (kept.sequence, &kept.tokens));
-        let common = |(sequence, other): (SequenceId, &Vec<u32>)| {
-            let there = &other[..self.engine.n_past_of(sequence).min(other.len())];
-            let same = there.iter().zip(tokens).take_while(|(a, b)| a == b);
-            (same.count(), sequence)
-        };
-        live.chain(kept).map(common).max_by_key(|(n, _)| *n)
-    }
-
-    /// Frees the pages of preempted texts.
+    /// Frees the pages of preempted texts, which are kept until other texts want them.
     fn release(&mut self, plan: &StepPlan) {
         for preempt in &plan.preempt {
             if let Some(live) = self.live.get_mut(&preempt.id)
                 && let Some(sequence) = live.sequence.take()
             {
+                self.engine.keep_sequence(sequence);
                 self.engine.remove_sequence(sequence);
                 self.summary.preempted += 1;
             }
         }
     }
 
-    /// Frees the pages of the text that is kept. Returns whether there was one.
-    fn drop_kept(&mut self) -> bool {
-        let kept = self.kept.take();
-        if let Some(kept) = &kept {
-            self.engine.remove_sequence(kept.sequence);
-        }
-        kept.is_some()
-    }
-
     /// Takes a step through the engine, and draws the tokens that come of it.
     fn compute(&mut self, plan: &StepPlan) -> Result<()> {
         let start = Instant::now();
-        for row in &plan.rows {
-            self.place(row.id, row.from)?;
-        }
         let mut rows = Vec::with_capacity(plan.rows.len());
         for row in &plan.rows {
             let live = &self.live[&row.id];
@@ -391,6 +357,7 @@ impl<'a> Batch<'a> {
             });
             ended.extend(finish.map(|finish| (row.id, finish)));
         }
+        self.keep_whole_pages(plan);
         let took = start.elapsed();
         self.summary.took += took;
         self.scheduler.finished(took, &outcomes);
@@ -399,31 +366,23 @@ impl<'a> Batch<'a> {
             .try_for_each(|(id, finish)| self.end(id, finish))
     }
 
-    /// Gives a text its place in the engine, with the first `n` tokens of another.
-    fn place(&mut self, id: TextId, n: usize) -> Result<()> {
-        let prompts = self.prompts;
-        if !self.live.contains_key(&id) {
-            let Wanted { job, index } = self.wanted[&id];
-            let job = &self.jobs[&job];
+    /// Makes a text that waits ready to be generated.
+    fn make_live(&mut self, id: TextId) {
+        let Some(Wanted { job, index }) = self.wanted.get(&id) else {
+            return;
+        };
+        let (prompts, job) = (self.prompts, &self.jobs[job]);
+        let defaults = &self.options.sampling;
+        self.live.entry(id).or_insert_with(|| {
             let beginning = Beginning {
                 tokenizer: prompts.tokenizer,
                 prompt: job.encoded.tokens.clone(),
                 max_new: job.encoded.max_new,
-                index,
-                defaults: &self.options.sampling,
+                index: *index,
+                defaults,
             };
-            self.live.insert(id, Live::new(&job.request, beginning));
-        }
-        let Some(live) = self.live.get_mut(&id).filter(|l| l.sequence.is_none()) else {
-            return Ok(());
-        };
-        live.sequence = Some(match (n, self.donors.get(&id)) {
-            (0, _) => self.engine.add_sequence()?,
-            (_, Some(donor)) => self.engine.fork(*donor, n)?,
-            (_, None) => bail!("the text that {n} tokens are shared with is gone"),
+            Live::new(&job.request, beginning)
         });
-        self.summary.shared_tokens += n;
-        Ok(())
     }
 
     /// Takes a finished text out of the engine, and writes its line if it was the last of it.
@@ -432,13 +391,8 @@ impl<'a> Batch<'a> {
             return Ok(());
         };
         if let Some(sequence) = live.sequence {
-            if self.can_share {
-                self.drop_kept();
-                let tokens = live.tokens.clone();
-                self.kept = Some(Kept { sequence, tokens });
-            } else {
-                self.engine.remove_sequence(sequence);
-            }
+            self.engine.keep_sequence(sequence);
+            self.engine.remove_sequence(sequence);
         }
         let Some(job) = self.jobs.get_mut(&wanted.job) else {
             return Ok(());

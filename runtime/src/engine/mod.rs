@@ -29,6 +29,7 @@ mod meter;
 #[cfg(test)]
 mod node_tests;
 mod predictor;
+mod prefixes;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
@@ -153,6 +154,9 @@ impl Engine {
                 self.sequences.undo(rows.sequence, n_past);
             }
             return Err(error);
+        }
+        for rows in rows {
+            self.sequences.commit(rows.sequence);
         }
         self.meter.finish_step(start, phase, n_tokens);
         self.meter
@@ -281,7 +285,7 @@ impl Engine {
         let start = Instant::now();
         backends.head(spec, place, on.lend(), &mut output.logits)?;
         for span in &batch.spans {
-            sequences.advance(span.sequence, span.rows.len());
+            sequences.advance(span.sequence, &batch.tokens[span.rows.clone()]);
         }
         meter.finish_head(start, batch);
         Ok(())
@@ -300,9 +304,24 @@ impl Engine {
     ///
     /// # Errors
     /// As [`add_sequence`](Self::add_sequence); when the text is unknown, has fewer tokens, or has
-    /// recurrent states, which are of all its tokens and no other number.
+    /// recurrent states, and `n` is neither 0 nor all its tokens nor a checkpoint.
     pub fn fork(&mut self, of: SequenceId, n: usize) -> Result<SequenceId, RunError> {
         self.sequences.fork(of, n)
+    }
+
+    /// Adds a text that begins with as many of `tokens` as are [kept](Self::keep_sequence): all but
+    /// the last at most, so that there are logits to ask for. Returns how many it has.
+    ///
+    /// # Errors
+    /// As [`add_sequence`](Self::add_sequence).
+    pub fn begin_sequence(&mut self, tokens: &[u32]) -> Result<(SequenceId, usize), RunError> {
+        self.sequences.begin(tokens)
+    }
+
+    /// Keeps what a text has so far for [texts to come](Self::begin_sequence) that begin with it,
+    /// even after it is removed, until other texts want its memory.
+    pub fn keep_sequence(&mut self, id: SequenceId) {
+        self.sequences.keep(id);
     }
 
     /// Removes a text, whose memory is free at once; does nothing if it was removed before.
@@ -323,6 +342,15 @@ impl Engine {
     /// As [`truncate`](Self::truncate), and when the text was removed.
     pub fn truncate_sequence(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
         self.sequences.truncate(id, n)
+    }
+
+    /// Has a text forget tokens until it has `n` or fewer, and returns how many it has then. That is
+    /// `n`, unless a layer has recurrent states: then it is the last checkpoint before.
+    ///
+    /// # Errors
+    /// When the text was removed.
+    pub fn rewind_sequence(&mut self, id: SequenceId, n: usize) -> Result<usize, RunError> {
+        self.sequences.rewind(id, n)
     }
 
     /// Returns how much of the KV cache is free.
@@ -416,10 +444,16 @@ impl Engine {
     ///
     /// # Errors
     /// When a layer has one recurrent state for all past tokens, and `n` is neither 0 nor all of
-    /// them. Nothing is forgotten then.
+    /// them nor a checkpoint. Nothing is forgotten then.
     pub fn truncate(&mut self, n: usize) -> Result<(), RunError> {
         self.own
             .map_or(Ok(()), |own| self.sequences.truncate(own, n))
+    }
+
+    /// Forgets tokens of the engine's own text as [`rewind_sequence`](Self::rewind_sequence) does.
+    pub fn rewind(&mut self, n: usize) -> usize {
+        let rewind = |own| self.sequences.rewind(own, n).unwrap_or(0);
+        self.own.map_or(0, rewind)
     }
 
     /// Forgets all tokens of the engine's own text.

@@ -414,8 +414,8 @@ mod tests {
         let at = |budget, room| within(&gguf, &spec, &shape, room, KvType::F16, budget);
         for texts in [1, 5] {
             let room = CacheRoom {
-                context: 64,
                 sequences: texts,
+                ..CacheRoom::of_one(64)
             };
             adds_up(&shape, room, |budget| at(budget, room));
         }

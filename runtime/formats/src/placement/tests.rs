@@ -77,6 +77,7 @@ fn versions_mean_what_they_meant() {
         token_overhead_us: 60.0,
         context: 1024,
         sequences: 1,
+        checkpoints: 0,
         kv_tier: vram,
         kv_type: KvType::F16,
         staging_tier: dram,
@@ -194,15 +195,17 @@ fn versions_mean_what_they_meant() {
 fn a_plan_may_be_for_several_texts() {
     let plan = load(V6).unwrap();
     assert_eq!((plan.sequences, plan.room().positions()), (4, 4096));
+    assert_eq!((plan.checkpoints, plan.room().states()), (8, 12));
     assert_eq!(plan.encode(), V6, "a plan with a key of version 6 says so");
     let one = Placement {
         sequences: 1,
+        checkpoints: 0,
         ..plan
     };
     assert_eq!(one.encode(), V5);
     let error = load(&V6.replacen("version = 6", "version = 5", 1)).unwrap_err();
     assert!(
-        error.contains("sequences is a key of version 6; write `version = 6`, or leave it out"),
+        error.contains("sequences and checkpoints are keys of version 6; write `version = 6`"),
         "{error}"
     );
 }
