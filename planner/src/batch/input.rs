@@ -164,6 +164,11 @@ impl Input {
         &self.path
     }
 
+    /// Returns the number of lines that are not empty.
+    pub fn n_lines(&self) -> usize {
+        self.lines.len()
+    }
+
     /// Whether a request has messages, which a chat template makes a prompt of.
     pub fn has_chats(&self) -> bool {
         self.has_chats

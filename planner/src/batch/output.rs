@@ -101,7 +101,11 @@ impl Output {
                 if !is_torn_answer(&line) {
                     return not_answers(&self.path, number);
                 }
-                eprintln!("{shown}: the last line was cut off in an earlier run, and is removed");
+                let shown = shown.to_string();
+                eprintln!(
+                    "{}: the last line was cut off in an earlier run, and is removed",
+                    printable(&shown)
+                );
                 break;
             }
             let Some(earlier) = answer_in(&line) else {

@@ -48,7 +48,8 @@ pub struct Summary {
     pub refused: usize,
     /// Tokens of prompts, each answer's counted.
     pub prompt_tokens: usize,
-    /// Tokens of prompts that were not computed, since another text had them in the KV cache.
+    /// Tokens that were not computed, since the KV cache had them of other texts, or of the same one
+    /// before it was preempted.
     pub shared_tokens: usize,
     /// Tokens generated.
     pub generated_tokens: usize,
@@ -164,9 +165,7 @@ impl<'a> Batch<'a> {
             if self.scheduler.is_empty() && self.lines.is_empty() {
                 return Ok(());
             }
-            let offered = self.offer_kept()?;
-            let plan = self.scheduler.next_step(self.pages(), &self.limits);
-            self.withdraw(&offered, &plan);
+            let plan = self.plan()?;
             self.release(&plan);
             if !plan.rows.is_empty() {
                 self.compute(&plan)?;
@@ -247,11 +246,26 @@ impl<'a> Batch<'a> {
         Ok(Ok(()))
     }
 
-    /// Begins the texts that may be admitted now with what the engine has kept of them. Returns
-    /// them.
-    fn offer_kept(&mut self) -> Result<Vec<TextId>> {
+    /// Plans the next step. What is offered to one text may be what another lacks, so less is
+    /// offered where nothing could go on.
+    fn plan(&mut self) -> Result<StepPlan> {
+        let mut most = self.limits.max_texts;
+        loop {
+            let offered = self.offer_kept(most)?;
+            let plan = self.scheduler.next_step(self.pages(), &self.limits);
+            self.withdraw(&offered, &plan);
+            if plan.pages_wanted == 0 || offered.is_empty() {
+                return Ok(plan);
+            }
+            most = usize::from(offered.len() > 1);
+        }
+    }
+
+    /// Begins the texts that may be admitted now, `most` of them, with what the engine has kept of
+    /// them. Returns them.
+    fn offer_kept(&mut self, most: usize) -> Result<Vec<TextId>> {
         let admitted = self.scheduler.n_admitted();
-        let places = self.limits.max_texts.saturating_sub(admitted);
+        let places = self.limits.max_texts.saturating_sub(admitted).min(most);
         let offered: Vec<TextId> = self.scheduler.upcoming().take(places).collect();
         for id in &offered {
             self.make_live(*id);
@@ -317,6 +331,9 @@ impl<'a> Batch<'a> {
     /// Takes a step through the engine, and draws the tokens that come of it.
     fn compute(&mut self, plan: &StepPlan) -> Result<()> {
         let start = Instant::now();
+        for row in &plan.rows {
+            self.place(row.id, row.from)?;
+        }
         let mut rows = Vec::with_capacity(plan.rows.len());
         for row in &plan.rows {
             let live = &self.live[&row.id];
@@ -364,6 +381,18 @@ impl<'a> Batch<'a> {
         ended
             .into_iter()
             .try_for_each(|(id, finish)| self.end(id, finish))
+    }
+
+    /// Gives a text its place in the engine, unless it has one.
+    fn place(&mut self, id: TextId, from: usize) -> Result<()> {
+        self.make_live(id);
+        if let Some(live) = self.live.get_mut(&id)
+            && live.sequence.is_none()
+            && from == 0
+        {
+            live.sequence = Some(self.engine.add_sequence()?);
+        }
+        Ok(())
     }
 
     /// Makes a text that waits ready to be generated.

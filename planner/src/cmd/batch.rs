@@ -8,6 +8,8 @@ use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::interrupt::Interrupted;
 use crate::opening::{Opening, Texts};
 use crate::prepared::Prepared;
+use crate::printable::printable;
+use crate::session::Session;
 use crate::{progress, text};
 use anyhow::{Result, bail};
 use clap::Args;
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Instant;
 use tier_plan_runtime::formats::safely;
+use tier_plan_runtime::sampler::SamplerConfig;
 use tier_plan_runtime::tokenizer::Tokenizer;
 
 /// Most texts at once that a user may ask for.
@@ -53,6 +56,7 @@ pub struct BatchArgs {
         short = 'm',
         long = "model",
         value_name = "FILE",
+        conflicts_with = "input",
         help_heading = "Model"
     )]
     pub model_option: Option<PathBuf>,
@@ -139,9 +143,6 @@ impl BatchArgs {
         match (self.model_option.as_deref(), first, second) {
             (None, Some(model), Some(input)) => Ok((model, input)),
             (Some(model), Some(input), None) => Ok((model, input)),
-            (Some(_), Some(_), Some(_)) => {
-                bail!("two models given, expected MODEL or --model")
-            }
             _ => bail!("no requests given, expected IN.jsonl"),
         }
     }
@@ -216,6 +217,14 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     };
     // Not before the model's header is read, so that a mistake leaves no file behind.
     let mut output = Output::open(&args.output, &input)?;
+    if output.n_answered() == input.n_lines() {
+        let summary = Summary {
+            lines: input.n_lines(),
+            earlier: input.n_lines(),
+            ..Summary::default()
+        };
+        return print(args, &summary, 0);
+    }
     let mut session = prepared.load()?;
     if !args.format.json {
         session
@@ -223,22 +232,47 @@ pub fn run(args: &BatchArgs) -> Result<()> {
             .iter()
             .for_each(|line| eprintln!("{line}"));
     }
+    let files = Files {
+        input: &mut input,
+        output: &mut output,
+    };
+    let (summary, texts) = answer(args, &mut session, &prompts, files, sampling)?;
+    session.keep()?;
+    print(args, &summary, texts)?;
+    if summary.interrupted {
+        return Err(Interrupted.into());
+    }
+    Ok(())
+}
+
+/// The two files of a batch.
+struct Files<'a> {
+    input: &'a mut Input,
+    output: &'a mut Output,
+}
+
+/// Answers the requests. Returns what was done, and how many texts at once.
+fn answer(
+    args: &BatchArgs,
+    session: &mut Session,
+    prompts: &Prompts<'_>,
+    files: Files<'_>,
+    sampling: SamplerConfig,
+) -> Result<(Summary, usize)> {
     let _catching = crate::interrupt::catch_interrupts();
-    let most = args
-        .parallel
-        .most(session.engine.plan().sequences, opening.plan.is_some());
+    let planned = session.engine.plan().sequences;
     let progress = Progress::default();
     let options = Options {
-        model: &model_name(model),
+        model: &model_name(args.files()?.0),
         sampling,
-        max_texts: most,
+        max_texts: args.parallel.most(planned, args.memory.plan.is_some()),
         on_step: &mut |summary| progress.show(summary),
     };
     let batch = Batch::new(
         &mut session.engine,
-        &prompts,
-        &mut input,
-        &mut output,
+        prompts,
+        files.input,
+        files.output,
         options,
     );
     let texts = batch.max_texts();
@@ -247,13 +281,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     }
     let done = batch.run();
     progress.bar.finish_and_clear();
-    let summary = done?;
-    session.keep()?;
-    print(args, &summary, texts)?;
-    if summary.interrupted {
-        return Err(Interrupted.into());
-    }
-    Ok(())
+    Ok((done?, texts))
 }
 
 /// Compiles the template given, or the model's.
@@ -340,7 +368,8 @@ fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
-    let output = args.output.display();
+    let output = args.output.display().to_string();
+    let output = printable(&output);
     eprintln!(
         "{} of {} requests answered in {output}: {} tokens in {seconds:.1} s, {rate:.1} tok/s",
         summary.answered, summary.lines, summary.generated_tokens
@@ -360,6 +389,7 @@ fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cmd::{Command, parse_alone};
 
     #[test]
     fn texts_at_once_are_read_and_chosen() {
@@ -373,6 +403,23 @@ mod tests {
         assert_eq!(Parallel::Auto.most(1, false), 1);
         assert_eq!(Parallel::Auto.most(4, true), 4);
         assert_eq!(Parallel::Count(2).most(4, true), 2);
+    }
+
+    #[test]
+    fn the_model_is_an_argument_or_an_option() {
+        for line in ["m r", "-m m r", "r --model m"] {
+            let line = format!("tier-plan batch {line} -o o");
+            let words = line.split_whitespace().map(Into::into);
+            let Ok(Command::Batch(args)) = parse_alone(words) else {
+                panic!("{line}");
+            };
+            let files = (Path::new("m"), Path::new("r"));
+            assert_eq!(args.files().unwrap(), files, "{line}");
+        }
+        for line in ["batch m -o o", "batch m r", "batch -m m a b -o o"] {
+            let words = ["tier-plan"].into_iter().chain(line.split_whitespace());
+            assert!(parse_alone(words.map(Into::into)).is_err(), "{line}");
+        }
     }
 
     #[test]
