@@ -76,6 +76,16 @@ pub struct RunArgs {
     /// Continue past the end-of-text token
     #[arg(long, help_heading = "Generation")]
     pub ignore_eos: bool,
+    /// Draft up to N tokens at a time from what followed the same words earlier in the text, where
+    /// that pays; the text stays the same
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(0..=8),
+        help_heading = "Generation"
+    )]
+    pub draft: usize,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub pre: PreTokenizerArgs,
@@ -250,6 +260,7 @@ fn print_answer(
     let limits = Limits {
         max_tokens: options.max_tokens(),
         is_end: &is_end,
+        draft: args.draft,
     };
     let mut sampler = Sampler::new(options.sampling.clone());
     let generated = generate(

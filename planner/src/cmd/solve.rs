@@ -4,6 +4,7 @@ use super::profile::skew_json;
 use crate::catalogue;
 use crate::catalogue::Known;
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
+use crate::context::warn_beyond;
 use crate::json::{path_json, tier_json};
 use crate::printable::printable;
 use crate::profile::stats::{Skew, skews};
@@ -251,6 +252,7 @@ impl SolveOptions {
         let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
         let context = context_of(args.context, &model.sizes);
         check_position(args.at, context)?;
+        warn_beyond(context.into(), model.longest_context);
         let profile = args.profile.as_deref().map(profile::read).transpose()?;
         if let (Some(profile), Some(path)) = (&profile, &args.profile) {
             profile.check_model(&model.sizes.id, path)?;

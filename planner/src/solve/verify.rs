@@ -98,7 +98,7 @@ impl Tally<'_> {
                 .dense
                 .iter()
                 .find(|g| (g.kind, g.layer) == (dense.kind, dense.layer));
-            let name = format!("{:?} of layer {:?}", dense.kind, dense.layer);
+            let name = group_name(dense.kind, dense.layer);
             *placed.entry((dense.kind, dense.layer)).or_default() += 1;
             let tier = dense.tier;
             match group {
@@ -119,10 +119,9 @@ impl Tally<'_> {
         for group in &shape.dense {
             let times = placed.get(&(group.kind, group.layer)).copied().unwrap_or(0);
             if times != 1 {
-                let (kind, layer) = (group.kind, group.layer);
-                self.wrong.push(format!(
-                    "{kind:?} of layer {layer:?} is placed {times} times, not once"
-                ));
+                let name = group_name(group.kind, group.layer);
+                self.wrong
+                    .push(format!("{name} is placed {times} times, not once"));
             }
         }
     }
@@ -235,6 +234,12 @@ impl Tally<'_> {
             self.bytes[tier][line] += bytes;
         }
     }
+}
+
+/// Names a dense group in a message.
+fn group_name(kind: DenseKind, layer: Option<u32>) -> String {
+    let layer = layer.map_or(String::new(), |layer| format!(" of layer {layer}"));
+    format!("the {kind} group{layer}")
 }
 
 fn attends(dense: &DensePlacement, layer: usize) -> bool {

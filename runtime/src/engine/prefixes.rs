@@ -6,6 +6,7 @@
 //! recently; so does the state.
 
 use crate::layers::pages::{PAGE, PageIdx, PagePool, Pool, StateIdx};
+use std::collections::HashMap;
 
 type NodeIdx = usize;
 
@@ -39,6 +40,8 @@ pub(crate) struct Prefixes {
     /// Indices that have no node.
     free: Vec<NodeIdx>,
     roots: Vec<NodeIdx>,
+    /// By page: the nodes that have it. A text that went back may be kept with less of a page.
+    nodes_of: HashMap<PageIdx, u32>,
     /// Counts uses.
     clock: u64,
 }
@@ -116,17 +119,17 @@ impl Prefixes {
         self.clock += 1;
         let (mut at, mut done) = (None, 0);
         for (part, page) in tokens.chunks(PAGE).zip(pages) {
-            let same = self
-                .children(at)
-                .iter()
-                .copied()
-                .find(|node| self.node(*node).tokens == part);
-            let node = same.unwrap_or_else(|| {
+            done += part.len();
+            let state = states.iter().find(|(n, _)| *n == done);
+            let children = self.children(at).iter().copied();
+            let covers = |node: &NodeIdx| match state {
+                Some(_) => self.node(*node).tokens == part,
+                None => self.node(*node).tokens.starts_with(part),
+            };
+            let node = children.clone().find(covers).unwrap_or_else(|| {
                 pools.0.share(*page);
                 self.add(at, part, *page)
             });
-            done += part.len();
-            let state = states.iter().find(|(n, _)| *n == done);
             let clock = self.clock;
             let entry = self.node_mut(node);
             entry.last_use = clock;
@@ -152,6 +155,7 @@ impl Prefixes {
             self.nodes.len() - 1
         });
         self.nodes[index] = Some(node);
+        *self.nodes_of.entry(page).or_default() += 1;
         match parent {
             Some(parent) => self.node_mut(parent).children.push(index),
             None => self.roots.push(index),
@@ -164,24 +168,33 @@ impl Prefixes {
         nodes.filter_map(|(index, node)| Some((index, node.as_ref()?)))
     }
 
+    /// Returns whether a text uses a node's page.
+    fn is_used(&self, node: &Node, pages: &PagePool) -> bool {
+        pages.users(node.page) > self.nodes_of.get(&node.page).copied().unwrap_or(0)
+    }
+
     /// Returns the pages that can be given up: those that no text uses, nor one after them.
     pub(crate) fn idle_pages(&self, pages: &PagePool) -> usize {
         let mut busy = vec![false; self.nodes.len()];
         for (index, node) in self.all() {
-            let mut above = pages.is_shared(node.page).then_some(index);
+            let mut above = self.is_used(node, pages).then_some(index);
             while let Some(index) = above.filter(|index| !busy[*index]) {
                 busy[index] = true;
                 above = self.node(index).parent;
             }
         }
-        self.all().filter(|(index, _)| !busy[*index]).count()
+        let idle = self.all().filter(|(index, _)| !busy[*index]);
+        let mut idle: Vec<_> = idle.map(|(_, node)| node.page).collect();
+        idle.sort_unstable();
+        idle.dedup();
+        idle.len()
     }
 
     /// Gives up a page that no text uses, of the leaf that was used least recently. Returns whether
     /// there was one.
     pub(crate) fn give_up_page(&mut self, pages: &mut PagePool, states: &mut Pool) -> bool {
         let idle =
-            |(_, node): &(NodeIdx, &Node)| node.children.is_empty() && !pages.is_shared(node.page);
+            |(_, node): &(NodeIdx, &Node)| node.children.is_empty() && !self.is_used(node, pages);
         let oldest = self
             .all()
             .filter(idle)
@@ -216,6 +229,12 @@ impl Prefixes {
         };
         self.free.push(index);
         pages.release(node.page);
+        if let Some(nodes) = self.nodes_of.get_mut(&node.page) {
+            *nodes -= 1;
+            if *nodes == 0 {
+                self.nodes_of.remove(&node.page);
+            }
+        }
         if let Some(state) = node.state {
             states.release(state);
         }

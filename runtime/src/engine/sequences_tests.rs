@@ -459,3 +459,68 @@ fn kept_beginnings_make_room_for_texts() {
         }
     }
 }
+
+#[test]
+fn kept_beginnings_survive_the_engine() {
+    for (name, checkpoints, again) in [
+        ("qwen3moe", 0, 24),
+        ("qwen3next", 5, 24),
+        ("deepseek-v3", 0, 24),
+    ] {
+        for kv_type in [KvType::F32, KvType::F16, KvType::Q8_0] {
+            let fixture = Fixture::new(name);
+            let folder = tempfile::tempdir().unwrap();
+            let open = |plan_for: u32| {
+                let plan = fixture.plan(plan_for, kv_type, checkpoints, false);
+                let mut engine = fixture.engine(&plan, 2, 512);
+                engine.keep_in(folder.path(), 1 << 30).unwrap();
+                engine
+            };
+            let tokens = text(0);
+            let read = |engine: &mut Engine, tokens: &[u32]| {
+                let (sequence, n) = engine.begin_sequence(tokens).unwrap();
+                let rest = Rows {
+                    sequence,
+                    tokens: &tokens[n..],
+                    logits: Some(LogitsMode::Last),
+                };
+                let n_vocab = engine.spec().n_vocab;
+                let found = rows(engine.step(&[rest]).unwrap(), n_vocab);
+                engine.keep_sequence(sequence);
+                engine.remove_sequence(sequence);
+                assert!(engine.take_kept_notes().is_empty());
+                (n, found)
+            };
+            assert_eq!(read(&mut open(2), &tokens[..30]).0, 0);
+            // Another program, with more texts, and a text that is the same only so far.
+            let mut other = tokens[..31].to_vec();
+            other[27] += 1;
+            let alone = fixture.alone(&other, kv_type);
+            let (n, found) = read(&mut open(3), &other);
+            assert_eq!(n, again, "{name} {kv_type}");
+            assert!(found[0] == alone[30], "{name} {kv_type}");
+            // A damaged page ends what is there before it, and is named.
+            let mut files: Vec<_> = std::fs::read_dir(folder.path())
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .collect();
+            files.retain(|path| path.extension().is_some_and(|e| e == "page"));
+            for path in files {
+                let mut bytes = std::fs::read(&path).unwrap();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 8;
+                std::fs::write(&path, bytes).unwrap();
+            }
+            let mut engine = open(1);
+            let (sequence, n) = engine.begin_sequence(&other).unwrap();
+            assert_eq!((n, engine.take_kept_notes().len()), (0, 1));
+            let all = Rows {
+                sequence,
+                tokens: &other,
+                logits: Some(LogitsMode::Last),
+            };
+            let n_vocab = engine.spec().n_vocab;
+            assert!(rows(engine.step(&[all]).unwrap(), n_vocab)[0] == alone[30]);
+        }
+    }
+}

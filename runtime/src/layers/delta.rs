@@ -52,6 +52,22 @@ impl DeltaState {
         self.matrices.copy_from_slice(&other.matrices);
     }
 
+    /// Appends the state to `out`, little-endian.
+    pub(super) fn save(&self, out: &mut Vec<u8>) {
+        let values = self.inputs.iter().chain(&self.matrices);
+        out.extend(values.flat_map(|x| x.to_le_bytes()));
+    }
+
+    /// Takes the state from the beginning of `bytes`. Returns the rest.
+    pub(super) fn load<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
+        let (bytes, rest) = bytes.split_at(self.bytes() as usize);
+        let values = bytes.as_chunks::<4>().0;
+        for (to, from) in self.inputs.iter_mut().chain(&mut self.matrices).zip(values) {
+            *to = f32::from_le_bytes(*from);
+        }
+        rest
+    }
+
     /// Moves its pages to where `pages` says.
     pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
         pages.move_here(&self.inputs)?;

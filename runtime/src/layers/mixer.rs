@@ -115,6 +115,55 @@ impl LayerCache {
         }
     }
 
+    /// Returns the bytes of a full page, and of a recurrent state.
+    pub(crate) fn saved_bytes(&self) -> (usize, usize) {
+        match self {
+            Self::Gqa(cache) => (cache.keys.page_bytes() + cache.values.page_bytes(), 0),
+            Self::Mla(rows) => (rows.page_bytes(), 0),
+            Self::Delta(states) => (0, states.first().map_or(0, |s| s.bytes() as usize)),
+            Self::OnGpu { .. } => (0, 0),
+        }
+    }
+
+    /// Appends a full page to `out`.
+    pub(crate) fn save_page(&self, page: PageIdx, out: &mut Vec<u8>) {
+        match self {
+            Self::Gqa(cache) => {
+                cache.keys.save_page(page, out);
+                cache.values.save_page(page, out);
+            }
+            Self::Mla(rows) => rows.save_page(page, out),
+            Self::Delta(_) | Self::OnGpu { .. } => {}
+        }
+    }
+
+    /// Takes a full page from the beginning of `bytes`. Returns the rest.
+    pub(crate) fn load_page<'b>(&mut self, page: PageIdx, bytes: &'b [u8]) -> &'b [u8] {
+        match self {
+            Self::Gqa(cache) => {
+                let bytes = cache.keys.load_page(page, bytes);
+                cache.values.load_page(page, bytes)
+            }
+            Self::Mla(rows) => rows.load_page(page, bytes),
+            Self::Delta(_) | Self::OnGpu { .. } => bytes,
+        }
+    }
+
+    /// Appends a recurrent state to `out`.
+    pub(crate) fn save_state(&self, state: StateIdx, out: &mut Vec<u8>) {
+        if let Self::Delta(states) = self {
+            states[state as usize].save(out);
+        }
+    }
+
+    /// Takes a recurrent state from the beginning of `bytes`. Returns the rest.
+    pub(crate) fn load_state<'b>(&mut self, state: StateIdx, bytes: &'b [u8]) -> &'b [u8] {
+        match self {
+            Self::Delta(states) => states[state as usize].load(bytes),
+            _ => bytes,
+        }
+    }
+
     /// Copies the first `len` positions of a page to another.
     pub(crate) fn copy_page(&mut self, from: PageIdx, to: PageIdx, len: usize) {
         match self {

@@ -78,6 +78,11 @@ impl Pool {
         self.users[index as usize] > 1
     }
 
+    /// Returns how many users one has.
+    pub(crate) fn users(&self, index: u32) -> u32 {
+        self.users[index as usize]
+    }
+
     /// Takes a user from one, which is free after the last.
     pub(crate) fn release(&mut self, index: u32) {
         let users = &mut self.users[index as usize];
@@ -130,6 +135,11 @@ impl PagePool {
     /// Adds a user to a page that is in use.
     pub(crate) fn share(&mut self, page: PageIdx) {
         self.pool.share(page);
+    }
+
+    /// Returns how many users a page has.
+    pub(crate) fn users(&self, page: PageIdx) -> u32 {
+        self.pool.users(page)
     }
 
     /// Returns whether a page has several users.

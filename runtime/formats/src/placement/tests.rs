@@ -500,7 +500,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "{ layers = \"4\", tier",
             "{ layers = \"3-4\", tier",
-            "the Attention group of layer 3 is placed twice; keep one",
+            "the attention group of layer 3 is placed twice; keep one",
         ),
         (
             "head = \"vram\"",
@@ -721,11 +721,11 @@ fn only_a_sound_plan_is_written() {
     );
     refuse(
         |p| p.dense[0].layer = Some(0),
-        "the Embedding group stands in layer 0, but has no layer",
+        "the embedding group stands in layer 0, but has no layer",
     );
     refuse(
         |p| p.dense[1].layer = None,
-        "the Attention group has no layer",
+        "the attention group has no layer",
     );
     refuse(|p| p.tiers = PerTier::default(), "no tier");
     refuse(
