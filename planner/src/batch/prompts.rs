@@ -4,6 +4,7 @@ use super::request::{BadLine, Code, Endpoint, Prompt, Request};
 use crate::chat::dialect::{Dialect, Rendered};
 use crate::chat::message::Message;
 use crate::interrupt::Interrupted;
+use crate::printable::printable;
 use anyhow::Result;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
 
@@ -85,10 +86,11 @@ impl Prompts<'_> {
             return Ok(Err(BadLine::new(Code::Unsupported, message)));
         };
         let (text, plain) = match template.render(messages, self.tokenizer)? {
-            Rendered::Prompt { text, plain } => (text, plain),
+            Rendered::Prompt { text, plain, .. } => (text, plain),
             Rendered::Mixed { token } => {
+                let token = printable(&token);
                 let message = format!(
-                    "body.messages: the chat template takes messages apart, so that {token:?} in one cannot be told \
+                    "body.messages: the chat template takes messages apart, so that '{token}' in one cannot be told \
                      from the template's own; write it differently"
                 );
                 return Ok(Err(invalid(message)));
