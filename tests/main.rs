@@ -5,6 +5,7 @@ mod common;
 mod driver;
 
 mod bad_input;
+mod batch;
 mod before_weights;
 #[cfg(target_os = "linux")]
 mod chat_templates;

@@ -1,7 +1,8 @@
 //! Chooses a plan for a model that has none: everything in memory if it fits, else a plan within a
 //! budget.
 
-use crate::opening::Opening;
+use crate::hint::HintExt;
+use crate::opening::{Opening, Texts};
 use crate::profile::Evidence;
 use crate::solve::options::Policy;
 use crate::solve::problem::capacity::page_share;
@@ -19,7 +20,7 @@ use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::plans::budget::{
     Budgeted, FixedMemory, buffer_bytes, lines, machine_tiers, within,
 };
-use tier_plan_runtime::plans::in_memory::all_in_memory;
+use tier_plan_runtime::plans::in_memory::in_memory_with;
 use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
 use tier_plan_runtime::units::show_bytes;
 
@@ -62,27 +63,34 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         context,
     } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
+    let limit = memory_limit();
+    let memory = opening.memory.or(limit.as_ref().map(|limit| limit.bytes));
+    let room_of = |sequences| CacheRoom {
+        sequences,
+        ..CacheRoom::of_one(context)
+    };
+    let cache_bytes = |sequences| kv_type.cache_bytes(shape, room_of(sequences));
+    let room = room_of(opening.texts.number(cache_bytes, memory));
     let mapped = |fits| Chosen {
-        plan: all_in_memory(shape, context, kv_type),
+        plan: in_memory_with(shape, room, kv_type),
         batch: None,
         fits,
     };
     if opening.mapped {
         return Ok(mapped(false));
     }
-    let limit = memory_limit();
     let budget = match (opening.memory, &limit) {
         (Some(asked), Some(limit)) => asked.min(limit.bytes),
         (Some(asked), None) => asked,
         (None, Some(limit)) => limit.bytes,
         (None, None) => return Ok(mapped(false)),
     };
-    let fixed = FixedMemory::new(gguf, spec, shape, context, kv_type, budget);
+    let fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
         return Ok(mapped(true));
     }
     let made = match opening.profile {
-        Some(path) => with_profile(model, path, &fixed, opening, budget).map(|plan| {
+        Some(path) => with_profile(model, path, room, &fixed, opening, budget).map(|plan| {
             let lines = lines(&plan, &buffer_bytes(gguf, spec), &fixed, budget);
             Budgeted {
                 plan,
@@ -90,15 +98,22 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
                 lines,
             }
         }),
-        None => within(gguf, spec, shape, context, kv_type, budget).map_err(anyhow::Error::from),
+        None => within(gguf, spec, shape, room, kv_type, budget).map_err(anyhow::Error::from),
     };
     let Budgeted { plan, batch, lines } = match made {
         Ok(made) => made,
-        Err(error) if opening.memory.is_none() && opening.profile.is_none() => {
+        Err(error)
+            if opening.memory.is_none()
+                && opening.profile.is_none()
+                && !matches!(opening.texts, Texts::Count(2..)) =>
+        {
             eprintln!(
                 "warning: {error:#}; the mapped file is used instead, and the system reads it again and again"
             );
             return Ok(mapped(false));
+        }
+        Err(error) if room.sequences > 1 => {
+            return Err(error).hint("pass a smaller --parallel or --context");
         }
         Err(error) => return Err(error),
     };
@@ -146,15 +161,13 @@ fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget:
 fn with_profile(
     model: Model<'_>,
     path: &Path,
+    room: CacheRoom,
     fixed: &FixedMemory,
     opening: &Opening<'_>,
     budget: u64,
 ) -> Result<Placement> {
     let Model {
-        gguf,
-        spec,
-        shape,
-        context,
+        gguf, spec, shape, ..
     } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
     let profile = profile::read(path)?;
@@ -168,18 +181,17 @@ fn with_profile(
         .zip(&shape.experts)
         .map(share)
         .fold(1.0, f64::max);
-    let room = budget.saturating_sub(fixed.outside_bytes(budget));
+    let left = budget.saturating_sub(fixed.outside_bytes(budget));
     let experts: u64 = shape
         .experts
         .iter()
         .map(|e| e.expert_bytes * u64::from(e.n_expert))
         .sum();
-    let dense =
-        shape.weight_bytes() - experts + kv_type.cache_bytes(shape, CacheRoom::of_one(context));
-    let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
+    let dense = shape.weight_bytes() - experts + kv_type.cache_bytes(shape, room);
+    let counted = dense.saturating_add((left.saturating_sub(dense) as f64 / padded) as u64);
     // The solver reserves a share for pages itself, which suffices if it is as large.
     let counted = if 1.0 - 1.0 / padded <= page_share(shape) {
-        room
+        left
     } else {
         counted
     };
@@ -191,7 +203,7 @@ fn with_profile(
         },
         name,
         description: String::new(),
-        tiers: machine_tiers(room, experts).to_vec(),
+        tiers: machine_tiers(left, experts).to_vec(),
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
         extras: Extras::default(),
@@ -201,8 +213,8 @@ fn with_profile(
         profile: Some(&profile),
         machine: &machine,
         budgets: vec![counted, experts],
-        context,
-        sequences: 1,
+        context: room.context,
+        sequences: room.sequences,
         kv_type,
     };
     let options = Options {
@@ -215,7 +227,7 @@ fn with_profile(
     let mut plan = solve::solve_with_evidence(&problem, &evidence, &options)
         .context(what)?
         .plan;
-    plan.tiers[TierIdx::FIRST].budget_bytes = room;
+    plan.tiers[TierIdx::FIRST].budget_bytes = left;
     plan.predicted = Prediction::default();
     Ok(plan)
 }

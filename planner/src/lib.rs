@@ -8,6 +8,7 @@
 #[macro_use]
 pub mod print;
 
+pub mod batch;
 pub mod budget;
 pub mod bundled;
 pub mod catalogue;

@@ -8,6 +8,40 @@ use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 
+/// Most texts at once that are chosen without being asked for.
+const MAX_AUTO_TEXTS: u32 = 16;
+
+/// Fraction (1/n) of the memory that the KV cache of an automatic number of texts may take.
+const AUTO_CACHE_FRACTION: u64 = 8;
+
+/// How many texts at once a model without a plan has room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Texts {
+    /// One.
+    #[default]
+    One,
+    /// This many.
+    Count(u32),
+    /// As many as a fraction of the memory is enough for.
+    Auto,
+}
+
+impl Texts {
+    /// Returns the number, given the bytes of KV cache for a number of texts, and the memory if it is
+    /// bounded.
+    pub fn number(self, cache_bytes: impl Fn(u32) -> u64, memory: Option<u64>) -> u32 {
+        let fits = |n: &u32| memory.is_none_or(|m| cache_bytes(*n) <= m / AUTO_CACHE_FRACTION);
+        match self {
+            Texts::One => 1,
+            Texts::Count(n) => n.max(1),
+            Texts::Auto => {
+                let halves = std::iter::successors(Some(MAX_AUTO_TEXTS), |n| Some(n / 2));
+                halves.take_while(|n| *n > 0).find(fits).unwrap_or(1)
+            }
+        }
+    }
+}
+
 /// What to open and how.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Opening<'a> {
@@ -19,6 +53,8 @@ pub struct Opening<'a> {
     pub profile: Option<&'a Path>,
     /// Context length asked for; 0 is the model's training context, or the plan's.
     pub context: Option<u32>,
+    /// Texts at once when there is no plan.
+    pub texts: Texts,
     /// Threads asked for.
     pub threads: Option<usize>,
     /// KV cache type; `None` is the plan's, or f16 without a plan.
@@ -85,4 +121,20 @@ pub fn check_threads(threads: Option<usize>) -> Result<()> {
         "--threads: {threads}, expected 1 to 1024"
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_automatic_number_of_texts_fits_a_fraction_of_memory() {
+        let bytes = |n: u32| u64::from(n) * 100;
+        let number = |memory| Texts::Auto.number(bytes, memory);
+        assert_eq!(number(None), 16);
+        assert_eq!([number(Some(12_800)), number(Some(12_799))], [16, 8]);
+        assert_eq!([number(Some(800)), number(Some(0))], [1, 1]);
+        assert_eq!(Texts::Count(40).number(bytes, Some(0)), 40);
+        assert_eq!(Texts::One.number(bytes, None), 1);
+    }
 }

@@ -26,6 +26,13 @@ pub fn count(what: &'static str, total: u64) -> ProgressBar {
     bar
 }
 
+/// Returns a progress bar over requests, whose length and rate are set later.
+pub fn requests() -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    bar.set_style(style("answering [{bar:30}] {pos}/{len} {msg} {eta}"));
+    bar
+}
+
 /// Returns a spinner whose line names the current step, set with [`ProgressBar::set_message`].
 pub fn steps() -> ProgressBar {
     let bar = ProgressBar::new_spinner();

@@ -76,7 +76,7 @@ pub fn decode(name: &str, bytes: Vec<u8>) -> Result<String> {
 }
 
 /// Returns the name of an encoding with units of two or four bytes that `bytes` are certainly in.
-fn wide_encoding(bytes: &[u8]) -> Option<&'static str> {
+pub(crate) fn wide_encoding(bytes: &[u8]) -> Option<&'static str> {
     match bytes {
         [0xff, 0xfe, 0, 0, ..] => return Some("UTF-32LE"),
         [0, 0, 0xfe, 0xff, ..] => return Some("UTF-32BE"),

@@ -40,8 +40,8 @@
 //!
 //! [`engine`] has the pass; [`experts`] the store of routed experts with its slot cache; [`tiers`]
 //! memory, files and the pacing of emulated tiers; [`gpu`] the parts of a model on GPUs;
-//! [`tokenizer`] and [`sampler`] the way from text to tokens and back. `docs/ARCHITECTURE.md` shows
-//! how they fit together.
+//! [`tokenizer`] and [`sampler`] the way from text to tokens and back; [`schedule`] decides which of
+//! many texts a pass computes. `docs/ARCHITECTURE.md` shows how they fit together.
 #![deny(unsafe_code)]
 
 pub mod cancel;
@@ -58,6 +58,7 @@ pub mod options;
 pub mod os;
 pub mod plans;
 pub mod sampler;
+pub mod schedule;
 // Maps memory, binds it to NUMA nodes, and reads files with direct I/O.
 #[allow(unsafe_code)]
 pub mod tiers;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tier_plan_runtime::engine::generate::{Limits, generate};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::model::shape::shape_of;
 use tier_plan_runtime::plans::budget::{Budgeted, within};
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
@@ -55,7 +56,16 @@ fn open(path: &Path) -> (Engine, u64) {
     let gguf = Arc::new(Gguf::open(path).unwrap());
     let spec = describe(&gguf).unwrap();
     let shape = shape_of(&gguf, &spec);
-    let plan = |budget| within(&gguf, &spec, &shape, CONTEXT, KvType::F16, budget);
+    let plan = |budget| {
+        within(
+            &gguf,
+            &spec,
+            &shape,
+            CacheRoom::of_one(CONTEXT),
+            KvType::F16,
+            budget,
+        )
+    };
     let least = plan(1 << 20).unwrap_err().least_bytes;
     let experts: u64 = shape
         .experts

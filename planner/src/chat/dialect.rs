@@ -47,7 +47,7 @@ enum Doubt {
 
 /// A rendered conversation.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Rendered {
+pub(crate) enum Rendered {
     /// The prompt.
     Prompt {
         /// Text of the prompt.
@@ -184,7 +184,7 @@ impl Dialect {
     ///
     /// # Errors
     /// When the template rejects the conversation.
-    pub(super) fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered> {
+    pub(crate) fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered> {
         self.template.begin_turn();
         let (messages, text) = self.rendered(messages)?;
         let marked: Vec<Message> = messages.iter().map(|m| self.marks.around(m)).collect();

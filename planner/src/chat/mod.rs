@@ -16,7 +16,7 @@ pub mod spoken;
 pub mod template;
 #[cfg(test)]
 mod tests;
-mod thought;
+pub(crate) mod thought;
 
 use crate::printable::printable;
 use crate::screen::Screen;

@@ -18,7 +18,7 @@ const SPELLED: [[&str; 2]; 8] = [
 
 /// A generated answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// Its tokens, without an end token.
     pub tokens: Vec<u32>,
     /// Its whole text, with marks.

@@ -1,6 +1,7 @@
 //! The command line. One file per subcommand holds its options, its help and its `run`.
 
 pub mod args;
+pub mod batch;
 pub mod bench;
 pub mod calibrate;
 pub mod chat;
@@ -81,6 +82,7 @@ pub enum Command {
     Export(export::ExportArgs),
     WhatIf(what_if::WhatIfArgs),
     Run(run::RunArgs),
+    Batch(batch::BatchArgs),
     Compare(compare::CompareArgs),
     Bench(bench::BenchArgs),
     Checksum(checksum::ChecksumArgs),
@@ -136,6 +138,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Batch(args) => batch::run(&args),
         Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Checksum(args) => checksum::run(&args),

@@ -6,7 +6,7 @@
 //! is known of how the experts are used. The backing copy of every expert is in the file, which
 //! counts as a block device.
 
-use super::in_memory::all_in_memory;
+use super::in_memory::in_memory_with;
 use crate::experts::layer::{LayerExperts, Layout};
 use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH};
 use crate::tiers::file::FileTier;
@@ -94,7 +94,7 @@ impl FixedMemory {
         gguf: &Gguf,
         spec: &ModelSpec,
         shape: &ModelShape,
-        context: u32,
+        room: CacheRoom,
         kv_type: KvType,
         budget: u64,
     ) -> Self {
@@ -105,16 +105,17 @@ impl FixedMemory {
             .map(|t| t.offset)
             .min()
             .unwrap_or(0);
-        let mut batch = DEFAULT_BATCH.min(context.max(1) as usize);
-        while batch > MIN_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
+        let most = usize::try_from(room.positions()).unwrap_or(usize::MAX);
+        let mut batch = DEFAULT_BATCH.min(most.max(1));
+        while batch > MIN_BATCH && activation_bytes(gguf, spec, room, batch) > budget / 32 {
             batch /= 2;
         }
         Self {
             program_bytes: PROGRAM_BYTES
                 + FileTier::working_bytes()
                 + header.saturating_mul(MEMORY_PER_HEADER_BYTE),
-            activation_bytes: activation_bytes(gguf, spec, context, batch),
-            context_bytes: kv_type.cache_bytes(shape, CacheRoom::of_one(context)),
+            activation_bytes: activation_bytes(gguf, spec, room, batch),
+            context_bytes: kv_type.cache_bytes(shape, room),
             batch,
         }
     }
@@ -136,7 +137,7 @@ impl FixedMemory {
 /// Returns an upper bound on the activations of a pass of `batch` tokens: the hidden states between
 /// layers, and for a micro-batch the widest rows of each kind of layer, with their 8-bit quantized
 /// forms.
-fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
+fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize) -> u64 {
     // A value and its 8-bit form with scales take 5.25 bytes.
     const WITH_QUANTS: u64 = 6;
     let rows = |id: &usize| gguf.tensors()[*id].dims.iter().skip(1).product::<u64>();
@@ -173,8 +174,12 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
     let row =
         hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
-    // Logits with the sampler's copies, and attention scores of one query on each thread.
-    let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
+    // Logits with the sampler's copies, per further text its logits and its sampler's buffer, and
+    // attention scores of one query on each thread.
+    let further = u64::from(room.sequences.saturating_sub(1));
+    let once = (spec.n_vocab as u64)
+        .saturating_mul(further.saturating_mul(12).saturating_add(24))
+        .saturating_add(u64::from(room.context) * 64);
     let micro = row.saturating_mul(batch.min(MAX_MICRO_BATCH) as u64);
     kept.saturating_mul(batch as u64)
         .saturating_add(micro)
@@ -198,11 +203,11 @@ pub fn within(
     gguf: &Gguf,
     spec: &ModelSpec,
     shape: &ModelShape,
-    context: u32,
+    room: CacheRoom,
     kv_type: KvType,
     budget: u64,
 ) -> Result<Budgeted, TooSmall> {
-    let fixed = FixedMemory::new(gguf, spec, shape, context, kv_type, budget);
+    let fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
     let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
@@ -216,9 +221,10 @@ pub fn within(
             / (SPARE_FRACTION - 1)
             + SPARE_FRACTION;
         let needs = format!(
-            "the program and its buffers take {}, {context} tokens of context {}, dense weights {}, and the {used} experts of \
+            "the program and its buffers take {}, {} of context {}, dense weights {}, and the {used} experts of \
              a token {}",
             show_bytes(fixed.program_bytes + fixed.activation_bytes),
+            tokens(room),
             show_bytes(fixed.context_bytes),
             show_bytes(dense),
             show_bytes(least - needed),
@@ -241,12 +247,7 @@ pub fn within(
         .map(|e| (e.n_used, e.n_expert))
         .collect();
     let slots = spread(&rooms, &limits, left);
-    let mut plan = two_tiers(
-        shape,
-        context,
-        kv_type,
-        budget - fixed.outside_bytes(budget),
-    );
+    let mut plan = two_tiers(shape, room, kv_type, budget - fixed.outside_bytes(budget));
     for (layer, slots) in plan.layers.iter_mut().zip(&slots) {
         layer.slots = *slots;
     }
@@ -288,7 +289,7 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) 
             fixed.activation_bytes,
         ),
         line(
-            format!("keys and values of {} tokens", plan.context),
+            format!("keys and values of {}", tokens(plan.room())),
             fixed.context_bytes,
         ),
         line(
@@ -314,6 +315,14 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) 
     lines
 }
 
+/// Returns what a KV cache has room for, in words: `8 × 4096 tokens`.
+fn tokens(room: CacheRoom) -> String {
+    match room.sequences {
+        1 => format!("{} tokens", room.context),
+        n => format!("{n} × {} tokens", room.context),
+    }
+}
+
 /// Returns slots per layer, as evenly as `left` bytes allow. A layer gets no slots, or at least as
 /// many as a token uses experts, and at most as many as it has experts; `limits` are these two
 /// numbers.
@@ -337,8 +346,8 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
 }
 
 /// Returns a plan over `bytes` of memory and the file, with only the dense weights in memory yet.
-fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
-    let mut plan = all_in_memory(shape, context, kv_type);
+fn two_tiers(shape: &ModelShape, room: CacheRoom, kv_type: KvType, bytes: u64) -> Placement {
+    let mut plan = in_memory_with(shape, room, kv_type);
     let file_bytes = plan.tiers[TierIdx::FIRST].bytes.home;
     let [dram, file] = machine_tiers(bytes, file_bytes);
     plan.name = "within-budget".into();
@@ -402,10 +411,27 @@ mod tests {
         let gguf = Gguf::open(&path).unwrap();
         let spec = describe(&gguf).unwrap();
         let shape = shape_of(&gguf, &spec);
-        let at = |budget| within(&gguf, &spec, &shape, 64, KvType::F16, budget);
+        let at = |budget, room| within(&gguf, &spec, &shape, room, KvType::F16, budget);
+        for texts in [1, 5] {
+            let room = CacheRoom {
+                sequences: texts,
+                ..CacheRoom::of_one(64)
+            };
+            adds_up(&shape, room, |budget| at(budget, room));
+        }
+    }
+
+    fn adds_up(
+        shape: &ModelShape,
+        room: CacheRoom,
+        at: impl Fn(u64) -> Result<Budgeted, TooSmall>,
+    ) {
         let TooSmall { least_bytes, .. } = at(1 << 20).unwrap_err();
         let least = at(least_bytes).unwrap();
         assert!(at(least_bytes - 4096).is_err());
+        assert_eq!(least.plan.room(), room);
+        let cache = KvType::F16.cache_bytes(shape, room);
+        assert_eq!(least.plan.tiers[TierIdx::FIRST].bytes.kv, cache);
         assert!(least.plan.layers.iter().all(|l| l.slots == 0));
         for more in [0, 1 << 20, 3 << 20] {
             let budget = least_bytes + more;

@@ -2,7 +2,7 @@
 //! everything on one GPU; and everything but the routed experts on one GPU.
 
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
-use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
     DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy,
@@ -24,6 +24,11 @@ use tier_plan_formats::source_id::SourceId;
 /// # Ok::<(), tier_plan_runtime::model::ModelError>(())
 /// ```
 pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
+    in_memory_with(shape, CacheRoom::of_one(context), kv_type)
+}
+
+/// Returns [`all_in_memory`]'s plan with a KV cache for any number of texts.
+pub fn in_memory_with(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -> Placement {
     let dram = Tier {
         name: "dram".into(),
         kind: TierKind::Dram,
@@ -45,9 +50,9 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
         },
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
-        context,
-        sequences: 1,
-        checkpoints: 0,
+        context: room.context,
+        sequences: room.sequences,
+        checkpoints: room.checkpoints,
         kv_tier: TierIdx::FIRST,
         kv_type,
         staging_tier: TierIdx::FIRST,

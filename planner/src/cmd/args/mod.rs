@@ -18,7 +18,7 @@ pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
 pub use value::{Seed, TokenLimit, context as context_value};
 
-use crate::opening::{Opening, check_threads};
+use crate::opening::{Opening, Texts, check_threads};
 use anyhow::{Result, ensure};
 use clap::Args;
 use tier_plan_runtime::model::shape::ModelShape;
@@ -122,6 +122,7 @@ pub fn opening<'a>(
         memory: memory.bytes()?,
         profile: memory.profile.as_deref(),
         context: None,
+        texts: Texts::One,
         threads: compute.threads.checked()?,
         kv_type: kv.checked()?,
         mapped: memory.mmap,

@@ -80,6 +80,7 @@ impl SamplingArgs {
             repeat_penalty: self.repeat_penalty,
             repeat_last_n: self.repeat_last_n.0,
             seed: self.seed.number(),
+            ..SamplerConfig::default()
         };
         check(&config)?;
         if self.seed == Seed::Random {

@@ -1,0 +1,168 @@
+//! The tokens of a request, and what a request may ask of a model at hand.
+
+use super::request::{BadLine, Code, Endpoint, Prompt, Request};
+use crate::chat::dialect::{Dialect, Rendered};
+use crate::chat::message::Message;
+use crate::interrupt::Interrupted;
+use crate::printable::printable;
+use anyhow::Result;
+use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
+
+/// Tokens of a completion whose request does not say how many, as in OpenAI's interface.
+const COMPLETION_TOKENS: usize = 16;
+
+/// Most tokens of all answers to a request, and most log-probabilities, so that a line of the output
+/// stays below some hundred MB.
+const MAX_ANSWER_TOKENS: usize = 1 << 22;
+const MAX_ANSWER_LOGPROBS: usize = 1 << 20;
+
+/// How requests become tokens.
+pub struct Prompts<'a> {
+    /// The model's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// The chat template, if there is one and a request needs it.
+    pub template: Option<Dialect>,
+    /// Size of the model's vocabulary.
+    pub n_vocab: usize,
+    /// Tokens that a text may have.
+    pub context: usize,
+    /// Most tokens per answer for requests that do not say; the inner `None` is as many as fit.
+    pub max_tokens: Option<Option<usize>>,
+}
+
+/// A request's prompt as the model gets it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Encoded {
+    pub tokens: Vec<u32>,
+    /// Text that a template made of messages, else empty.
+    pub text: String,
+    /// Most tokens to generate, at least 1.
+    pub max_new: usize,
+}
+
+impl Prompts<'_> {
+    /// Returns the tokens of a request.
+    ///
+    /// # Errors
+    /// On Ctrl-C; inside, when this model can't answer the request.
+    pub(super) fn encode(&self, request: &Request) -> Result<Result<Encoded, BadLine>> {
+        let encoded = match &request.prompt {
+            Prompt::Text(text) => self.text(text),
+            Prompt::Tokens(tokens) => self.tokens(tokens),
+            Prompt::Messages(messages) => match self.messages(messages) {
+                Err(error) if error.is::<Interrupted>() => return Err(error),
+                Err(error) => Err(invalid(format!("body.messages: {error:#}"))),
+                Ok(encoded) => encoded,
+            },
+        };
+        Ok(encoded.and_then(|(tokens, text)| self.limited(request, tokens, text)))
+    }
+
+    fn text(&self, text: &str) -> Result<(Vec<u32>, String), BadLine> {
+        let tokens = self.tokenizer.encode_within(text, true, self.context);
+        Ok((self.checked(tokens)?, String::new()))
+    }
+
+    fn tokens(&self, tokens: &[u32]) -> Result<(Vec<u32>, String), BadLine> {
+        let n_vocab = self.n_vocab;
+        if let Some(i) = tokens.iter().position(|t| *t as usize >= n_vocab) {
+            let last = n_vocab.saturating_sub(1);
+            let message = format!(
+                "body.prompt[{i}]: {}, expected a token id up to {last}",
+                tokens[i]
+            );
+            return Err(invalid(message));
+        }
+        if tokens.len() > self.context {
+            return Err(self.too_long(tokens.len()));
+        }
+        Ok((tokens.to_vec(), String::new()))
+    }
+
+    fn messages(&self, messages: &[Message]) -> Result<Result<(Vec<u32>, String), BadLine>> {
+        let Some(template) = &self.template else {
+            let message = "url: this model has no chat template, expected \"/v1/completions\", or a \
+                           template with --chat-template FILE";
+            return Ok(Err(BadLine::new(Code::Unsupported, message)));
+        };
+        let (text, plain) = match template.render(messages, self.tokenizer)? {
+            Rendered::Prompt { text, plain, .. } => (text, plain),
+            Rendered::Mixed { token } => {
+                let token = printable(&token);
+                let message = format!(
+                    "body.messages: the chat template takes messages apart, so that '{token}' in one cannot be told \
+                     from the template's own; write it differently"
+                );
+                return Ok(Err(invalid(message)));
+            }
+        };
+        let tokens = self.tokenizer.encode_prompt(&text, &plain, self.context);
+        Ok(self.checked(tokens).map(|tokens| (tokens, text)))
+    }
+
+    fn checked(&self, tokens: Result<Vec<u32>, TokenizerError>) -> Result<Vec<u32>, BadLine> {
+        match tokens {
+            Err(TokenizerError::TooLong { least, .. }) => Err(self.too_long(least)),
+            Err(error) => Err(invalid(format!("the prompt: {error}"))),
+            Ok(tokens) if tokens.is_empty() => {
+                Err(invalid("the prompt is empty, expected text".to_string()))
+            }
+            Ok(tokens) => Ok(tokens),
+        }
+    }
+
+    fn too_long(&self, least: usize) -> BadLine {
+        let message = format!(
+            "the prompt has {least} tokens or more, expected at most {}: pass a shorter prompt, or start with a larger \
+             --context",
+            self.context
+        );
+        BadLine::new(Code::ContextLengthExceeded, message)
+    }
+
+    /// Checks what a request asks for against the model.
+    fn limited(
+        &self,
+        request: &Request,
+        tokens: Vec<u32>,
+        text: String,
+    ) -> Result<Encoded, BadLine> {
+        let bias = request.sampling.logit_bias.iter();
+        let unknown = bias.map(|b| b.token).find(|t| *t as usize >= self.n_vocab);
+        if let Some(token) = unknown {
+            let last = self.n_vocab.saturating_sub(1);
+            let message =
+                format!("body.logit_bias: token {token}, expected a token id up to {last}");
+            return Err(invalid(message));
+        }
+        // The last token is never computed, so it needs no place in the context.
+        let room = self.context - tokens.len() + 1;
+        let default = match (self.max_tokens, request.endpoint) {
+            (Some(limit), _) => limit.unwrap_or(room),
+            (None, Endpoint::Chat) => room,
+            (None, Endpoint::Completions) => COMPLETION_TOKENS,
+        };
+        let max_new = request.max_tokens.unwrap_or(default).clamp(1, room);
+        let answers = max_new.saturating_mul(request.n);
+        let logprobs = request
+            .logprobs
+            .map_or(0, |top| answers.saturating_mul(top + 1));
+        if answers > MAX_ANSWER_TOKENS || logprobs > MAX_ANSWER_LOGPROBS {
+            let message = format!(
+                "body.n: {} answers of up to {max_new} tokens with {logprobs} log-probabilities, expected at most \
+                 {MAX_ANSWER_TOKENS} tokens and {MAX_ANSWER_LOGPROBS} log-probabilities in all; ask for fewer tokens",
+                request.n
+            );
+            return Err(invalid(message));
+        }
+        Ok(Encoded {
+            tokens,
+            text,
+            max_new,
+        })
+    }
+}
+
+fn invalid(message: String) -> BadLine {
+    BadLine::new(Code::InvalidRequest, message)
+}

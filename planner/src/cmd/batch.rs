@@ -1,0 +1,429 @@
+//! `tier-plan batch`: answers a file of requests, many at once.
+
+use crate::batch::{Batch, Input, Options, Output, Prompts, Summary};
+use crate::chat::dialect::Dialect;
+use crate::chat::template::Template;
+use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, PreTokenizerArgs};
+use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
+use crate::interrupt::Interrupted;
+use crate::opening::{Opening, Texts};
+use crate::prepared::Prepared;
+use crate::printable::printable;
+use crate::session::Session;
+use crate::{progress, text};
+use anyhow::{Result, bail};
+use clap::Args;
+use indicatif::ProgressBar;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Instant;
+use tier_plan_runtime::formats::safely;
+use tier_plan_runtime::sampler::SamplerConfig;
+use tier_plan_runtime::tokenizer::Tokenizer;
+
+/// Most texts at once that a user may ask for.
+const MAX_TEXTS: u32 = 1024;
+
+/// Texts at once under a plan that is for one, which they share the KV cache of.
+const TEXTS_OF_ONE: usize = 16;
+
+/// Options of `tier-plan batch`.
+#[derive(Debug, Args)]
+#[command(
+    about = "Answer a file of requests in the format of OpenAI's batch interface, many at once",
+    after_long_help = "Example:\n  tier-plan batch MODEL.gguf requests.jsonl -o answers.jsonl\n\n\
+                       A line of requests.jsonl:\n  \
+                       {\"custom_id\": \"1\", \"url\": \"/v1/completions\", \"body\": {\"prompt\": \"Once upon a time\"}}\n\n\
+                       The same command goes on where an earlier one was ended."
+)]
+pub struct BatchArgs {
+    /// GGUF file; the first part of a split model
+    #[arg(
+        value_name = "MODEL",
+        required_unless_present = "model_option",
+        help_heading = "Model"
+    )]
+    pub model: Option<PathBuf>,
+    /// File with one request per line (JSONL)
+    #[arg(
+        value_name = "IN.jsonl",
+        required_unless_present = "model_option",
+        help_heading = "Generation"
+    )]
+    pub input: Option<PathBuf>,
+    /// GGUF file, as an option instead of the argument MODEL
+    #[arg(
+        short = 'm',
+        long = "model",
+        value_name = "FILE",
+        conflicts_with = "input",
+        help_heading = "Model"
+    )]
+    pub model_option: Option<PathBuf>,
+    /// File for the answers, one per line; what it has already is kept and not answered again
+    #[arg(short, long, value_name = "OUT.jsonl", help_heading = "Output")]
+    pub output: PathBuf,
+    /// Texts to generate at once; `auto` is up to 16, as the memory allows
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "auto",
+        help_heading = "Generation"
+    )]
+    pub parallel: Parallel,
+    /// Most tokens per answer for requests that do not say; -1 is no limit [default: 16 for
+    /// completions, no limit for chats]
+    #[arg(
+        short,
+        long,
+        visible_alias = "predict",
+        alias = "tokens",
+        value_name = "N",
+        allow_negative_numbers = true,
+        help_heading = "Generation"
+    )]
+    pub n_predict: Option<TokenLimit>,
+    /// Context length of a text in tokens; 0 is the model's training context
+    /// [default: the plan's; without a plan the model's, up to 4096]
+    #[arg(
+        short,
+        long,
+        visible_alias = "ctx-size",
+        alias = "ctx",
+        value_name = "N",
+        allow_negative_numbers = true,
+        value_parser = context_value,
+        help_heading = "Generation"
+    )]
+    pub context: Option<u32>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub pre: PreTokenizerArgs,
+    /// File with a Jinja chat template to use instead of the model's
+    #[arg(
+        long,
+        visible_alias = "chat-template-file",
+        value_name = "FILE",
+        help_heading = "Chat"
+    )]
+    pub chat_template: Option<PathBuf>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub memory: MemoryArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kv: KvArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub store: StoreArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub compute: ComputeArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub format: JsonArgs,
+}
+
+/// Texts at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parallel {
+    /// As many as the memory allows.
+    Auto,
+    /// This many.
+    Count(u32),
+}
+
+impl BatchArgs {
+    /// Returns the model and the requests. With `-m`, the only argument is the requests.
+    fn files(&self) -> Result<(&Path, &Path)> {
+        let (first, second) = (self.model.as_deref(), self.input.as_deref());
+        match (self.model_option.as_deref(), first, second) {
+            (None, Some(model), Some(input)) => Ok((model, input)),
+            (Some(model), Some(input), None) => Ok((model, input)),
+            _ => bail!("no requests given, expected IN.jsonl"),
+        }
+    }
+}
+
+impl FromStr for Parallel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Parallel::Auto);
+        }
+        let count = text.parse().ok().filter(|n| (1..=MAX_TEXTS).contains(n));
+        let expected = || format!("expected auto, or a number from 1 to {MAX_TEXTS}");
+        count.map(Parallel::Count).ok_or_else(expected)
+    }
+}
+
+impl Parallel {
+    /// Returns what a plan is made for.
+    fn texts(self) -> Texts {
+        match self {
+            Parallel::Auto => Texts::Auto,
+            Parallel::Count(n) => Texts::Count(n),
+        }
+    }
+
+    /// Returns the most texts at once in an engine whose plan is for `planned`. A given plan for one
+    /// text may be for several short ones.
+    fn most(self, planned: u32, is_given: bool) -> usize {
+        match self {
+            Parallel::Count(n) => n as usize,
+            Parallel::Auto if is_given && planned == 1 => TEXTS_OF_ONE,
+            Parallel::Auto => planned as usize,
+        }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When an option is invalid, a file can't be read or written, or the model cannot be loaded.
+pub fn run(args: &BatchArgs) -> Result<()> {
+    let (model, requests) = args.files()?;
+    let sampling = args.sampling.checked()?;
+    let opening = Opening {
+        context: args.context,
+        texts: args.parallel.texts(),
+        ..crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?
+    };
+    if args.n_predict == Some(TokenLimit::Count(0)) {
+        bail!("--n-predict: 0, expected 1 or more");
+    }
+    safely::check_file(&args.output)?;
+    let given = args.chat_template.as_deref();
+    let given = given
+        .map(|path| text::read_file("the chat template", path))
+        .transpose()?;
+    let mut input = Input::open(requests)?;
+    let prepared = Prepared::open(model, opening)?;
+    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let template = match input.has_chats() {
+        true => template(&prepared, &tokenizer, given)?,
+        false => None,
+    };
+    let prompts = Prompts {
+        tokenizer: &tokenizer,
+        template,
+        n_vocab: prepared.spec().n_vocab,
+        context: prepared.context(),
+        max_tokens: args.n_predict.map(TokenLimit::count),
+    };
+    // Not before the model's header is read, so that a mistake leaves no file behind.
+    let mut output = Output::open(&args.output, &input)?;
+    if output.n_answered() == input.n_lines() {
+        let summary = Summary {
+            lines: input.n_lines(),
+            earlier: input.n_lines(),
+            ..Summary::default()
+        };
+        return print(args, &summary, 0);
+    }
+    let mut session = prepared.load()?;
+    if !args.format.json {
+        session
+            .residency()
+            .iter()
+            .for_each(|line| eprintln!("{line}"));
+    }
+    let files = Files {
+        input: &mut input,
+        output: &mut output,
+    };
+    let (summary, texts) = answer(args, &mut session, &prompts, files, sampling)?;
+    session.keep()?;
+    print(args, &summary, texts)?;
+    if summary.interrupted {
+        return Err(Interrupted.into());
+    }
+    Ok(())
+}
+
+/// The two files of a batch.
+struct Files<'a> {
+    input: &'a mut Input,
+    output: &'a mut Output,
+}
+
+/// Answers the requests. Returns what was done, and how many texts at once.
+fn answer(
+    args: &BatchArgs,
+    session: &mut Session,
+    prompts: &Prompts<'_>,
+    files: Files<'_>,
+    sampling: SamplerConfig,
+) -> Result<(Summary, usize)> {
+    let _catching = crate::interrupt::catch_interrupts();
+    let planned = session.engine.plan().sequences;
+    let progress = Progress::default();
+    let options = Options {
+        model: &model_name(args.files()?.0),
+        sampling,
+        max_texts: args.parallel.most(planned, args.memory.plan.is_some()),
+        on_step: &mut |summary| progress.show(summary),
+    };
+    let batch = Batch::new(
+        &mut session.engine,
+        prompts,
+        files.input,
+        files.output,
+        options,
+    );
+    let texts = batch.max_texts();
+    if !args.format.json {
+        eprintln!("up to {texts} texts at once");
+    }
+    let done = batch.run();
+    progress.bar.finish_and_clear();
+    Ok((done?, texts))
+}
+
+/// Compiles the template given, or the model's.
+fn template(
+    prepared: &Prepared<'_>,
+    tokenizer: &Tokenizer,
+    given: Option<String>,
+) -> Result<Option<Dialect>> {
+    let source = match given {
+        Some(source) => Some(source),
+        None => prepared
+            .gguf()
+            .opt_str("tokenizer.chat_template")?
+            .map(str::to_string),
+    };
+    let Some(source) = source else {
+        return Ok(None);
+    };
+    let piece =
+        |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.piece(id)).into_owned());
+    let bos = piece(tokenizer.bos()).unwrap_or_default();
+    let eos = piece(tokenizer.eos()).unwrap_or_default();
+    let template = Template::isolated(&source, &bos, &eos)?;
+    let dialect = Dialect::probe(template, true)?;
+    dialect.note().iter().for_each(|note| eprintln!("{note}"));
+    Ok(Some(dialect))
+}
+
+/// Returns the name of a model file without its ending.
+fn model_name(model: &Path) -> String {
+    let name = model.file_stem().unwrap_or(model.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// Progress over the lines of the input, on a terminal only.
+struct Progress {
+    bar: ProgressBar,
+    started: Instant,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self {
+            bar: progress::requests(),
+            started: Instant::now(),
+        }
+    }
+}
+
+impl Progress {
+    fn show(&self, summary: &Summary) {
+        if self.bar.length() != Some(summary.lines as u64) {
+            self.bar.set_length(summary.lines as u64);
+            // Lines of earlier runs took no time, so that the time left is not reckoned by them.
+            self.bar.set_position(summary.earlier as u64);
+            self.bar.reset_eta();
+        }
+        let seconds = self.started.elapsed().as_secs_f64().max(1e-9);
+        let rate = summary.generated_tokens as f64 / seconds;
+        self.bar.set_message(format!("{rate:.1} tok/s"));
+        self.bar
+            .set_position((summary.earlier + summary.answered + summary.refused) as u64);
+    }
+}
+
+fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
+    let seconds = summary.took.as_secs_f64();
+    let rate = summary.generated_tokens as f64 / seconds.max(1e-9);
+    if args.format.json {
+        let value = serde_json::json!({
+            "requests": summary.lines,
+            "answered": summary.answered,
+            "refused": summary.refused,
+            "answered_before": summary.earlier,
+            "prompt_tokens": summary.prompt_tokens,
+            "shared_tokens": summary.shared_tokens,
+            "generated_tokens": summary.generated_tokens,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "parallel": texts,
+            "preempted": summary.preempted,
+            "interrupted": summary.interrupted,
+        });
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    let output = args.output.display().to_string();
+    let output = printable(&output);
+    eprintln!(
+        "{} of {} requests answered in {output}: {} tokens in {seconds:.1} s, {rate:.1} tok/s",
+        summary.answered, summary.lines, summary.generated_tokens
+    );
+    if summary.earlier > 0 {
+        eprintln!("{} were answered before", summary.earlier);
+    }
+    if summary.refused > 0 {
+        eprintln!(
+            "{} have no answer: their lines in {output} have an error",
+            summary.refused
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cmd::{Command, parse_alone};
+
+    #[test]
+    fn texts_at_once_are_read_and_chosen() {
+        let parse = |text: &str| text.parse::<Parallel>();
+        assert_eq!(parse("auto"), Ok(Parallel::Auto));
+        assert_eq!(parse("7"), Ok(Parallel::Count(7)));
+        for bad in ["0", "-1", "1025", "many", ""] {
+            assert!(parse(bad).unwrap_err().contains("from 1 to 1024"), "{bad}");
+        }
+        assert_eq!(Parallel::Auto.most(1, true), TEXTS_OF_ONE);
+        assert_eq!(Parallel::Auto.most(1, false), 1);
+        assert_eq!(Parallel::Auto.most(4, true), 4);
+        assert_eq!(Parallel::Count(2).most(4, true), 2);
+    }
+
+    #[test]
+    fn the_model_is_an_argument_or_an_option() {
+        for line in ["m r", "-m m r", "r --model m"] {
+            let line = format!("tier-plan batch {line} -o o");
+            let words = line.split_whitespace().map(Into::into);
+            let Ok(Command::Batch(args)) = parse_alone(words) else {
+                panic!("{line}");
+            };
+            let files = (Path::new("m"), Path::new("r"));
+            assert_eq!(args.files().unwrap(), files, "{line}");
+        }
+        for line in ["batch m -o o", "batch m r", "batch -m m a b -o o"] {
+            let words = ["tier-plan"].into_iter().chain(line.split_whitespace());
+            assert!(parse_alone(words.map(Into::into)).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_model_has_the_name_of_its_file() {
+        assert_eq!(model_name(Path::new("/a/b.Q4_K_M.gguf")), "b.Q4_K_M");
+    }
+}
