@@ -18,7 +18,7 @@ fn answer(folder: &Path, prompt: &str, more: &[&str]) -> (String, u64) {
     args.extend(more);
     let found = json(succeeded(run_in(folder, &args)));
     let text = found["text"].as_str().expect("a text").to_string();
-    let read = found["record"]["prompt_tokens"].as_u64().expect("a count");
+    let read = found["prompt_tokens"].as_u64().expect("a count");
     (text, read)
 }
 
