@@ -1,25 +1,26 @@
 //! Chooses a plan for a model that has none: everything in memory if it fits, else a plan within a
 //! budget.
 
+use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::profile::Evidence;
 use crate::solve::options::Policy;
 use crate::solve::problem::capacity::page_share;
 use crate::solve::{self, Options, Problem};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use std::path::Path;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Extras, Machine};
 use tier_plan_runtime::formats::placement::{Placement, Prediction, TierIdx};
 use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::gguf::Gguf;
-use tier_plan_runtime::model::kv::CacheRoom;
+use tier_plan_runtime::model::kv::{CacheRoom, KvType};
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::plans::budget::{
     Budgeted, FixedMemory, buffer_bytes, lines, machine_tiers, within,
 };
-use tier_plan_runtime::plans::in_memory::all_in_memory;
+use tier_plan_runtime::plans::in_memory::all_in_memory_for;
 use tier_plan_runtime::tiers::limits::{Limit, memory_limit};
 use tier_plan_runtime::units::show_bytes;
 
@@ -35,8 +36,8 @@ pub struct Model<'a> {
     pub spec: &'a ModelSpec,
     /// Its sizes.
     pub shape: &'a ModelShape,
-    /// Tokens of context.
-    pub context: u32,
+    /// Room of the KV cache.
+    pub room: CacheRoom,
 }
 
 /// Plan chosen for a model without one.
@@ -59,25 +60,26 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         gguf,
         spec,
         shape,
-        context,
+        room,
     } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
     let mapped = |fits| Chosen {
-        plan: all_in_memory(shape, context, kv_type),
+        plan: all_in_memory_for(shape, room, kv_type),
         batch: None,
         fits,
     };
+    let limit = memory_limit();
+    check_texts(shape, room, kv_type, limit.as_ref())?;
     if opening.mapped {
         return Ok(mapped(false));
     }
-    let limit = memory_limit();
     let budget = match (opening.memory, &limit) {
         (Some(asked), Some(limit)) => asked.min(limit.bytes),
         (Some(asked), None) => asked,
         (None, Some(limit)) => limit.bytes,
         (None, None) => return Ok(mapped(false)),
     };
-    let fixed = FixedMemory::new(gguf, spec, shape, context, kv_type, budget);
+    let fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
         return Ok(mapped(true));
     }
@@ -90,7 +92,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
                 lines,
             }
         }),
-        None => within(gguf, spec, shape, context, kv_type, budget).map_err(anyhow::Error::from),
+        None => within(gguf, spec, shape, room, kv_type, budget).map_err(anyhow::Error::from),
     };
     let Budgeted { plan, batch, lines } = match made {
         Ok(made) => made,
@@ -119,6 +121,29 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         batch: Some(batch),
         fits: false,
     })
+}
+
+/// Fails if the keys and values of several texts alone are more than the process may hold: its
+/// weights may stay in the file, those may not.
+fn check_texts(
+    shape: &ModelShape,
+    room: CacheRoom,
+    kv_type: KvType,
+    limit: Option<&Limit>,
+) -> Result<()> {
+    let bytes = kv_type.cache_bytes(shape, room);
+    let Some(limit) = limit.filter(|limit| room.sequences > 1 && bytes > limit.bytes) else {
+        return Ok(());
+    };
+    let much = format!(
+        "no memory for the KV cache: {} for {} texts of {} tokens, expected at most {}, the {}",
+        show_bytes(bytes),
+        room.sequences,
+        room.context,
+        show_bytes(limit.bytes),
+        limit.source
+    );
+    Err(anyhow!(much)).hint("ask for fewer texts at once, or shorter ones")
 }
 
 fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget: u64) -> String {
@@ -154,32 +179,31 @@ fn with_profile(
         gguf,
         spec,
         shape,
-        context,
+        room,
     } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
     let profile = profile::read(path)?;
     profile.check_model(&shape.id, path)?;
     // Slots are padded to whole pages, which a plan does not count.
-    let share = |(room, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| {
-        room as f64 / e.expert_bytes as f64
+    let share = |(buffer, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| {
+        buffer as f64 / e.expert_bytes as f64
     };
     let padded = buffer_bytes(gguf, spec)
         .into_iter()
         .zip(&shape.experts)
         .map(share)
         .fold(1.0, f64::max);
-    let room = budget.saturating_sub(fixed.outside_bytes(budget));
+    let memory = budget.saturating_sub(fixed.outside_bytes(budget));
     let experts: u64 = shape
         .experts
         .iter()
         .map(|e| e.expert_bytes * u64::from(e.n_expert))
         .sum();
-    let dense =
-        shape.weight_bytes() - experts + kv_type.cache_bytes(shape, CacheRoom::of_one(context));
-    let counted = dense.saturating_add((room.saturating_sub(dense) as f64 / padded) as u64);
+    let dense = shape.weight_bytes() - experts + kv_type.cache_bytes(shape, room);
+    let counted = dense.saturating_add((memory.saturating_sub(dense) as f64 / padded) as u64);
     // The solver reserves a share for pages itself, which suffices if it is as large.
     let counted = if 1.0 - 1.0 / padded <= page_share(shape) {
-        room
+        memory
     } else {
         counted
     };
@@ -191,7 +215,7 @@ fn with_profile(
         },
         name,
         description: String::new(),
-        tiers: machine_tiers(room, experts).to_vec(),
+        tiers: machine_tiers(memory, experts).to_vec(),
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
         extras: Extras::default(),
@@ -201,8 +225,8 @@ fn with_profile(
         profile: Some(&profile),
         machine: &machine,
         budgets: vec![counted, experts],
-        context,
-        sequences: 1,
+        context: room.context,
+        sequences: room.sequences,
         kv_type,
     };
     let options = Options {
@@ -215,7 +239,7 @@ fn with_profile(
     let mut plan = solve::solve_with_evidence(&problem, &evidence, &options)
         .context(what)?
         .plan;
-    plan.tiers[TierIdx::FIRST].budget_bytes = room;
+    plan.tiers[TierIdx::FIRST].budget_bytes = memory;
     plan.predicted = Prediction::default();
     Ok(plan)
 }

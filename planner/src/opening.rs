@@ -19,6 +19,8 @@ pub struct Opening<'a> {
     pub profile: Option<&'a Path>,
     /// Context length asked for; 0 is the model's training context, or the plan's.
     pub context: Option<u32>,
+    /// Texts at once asked for; `None` is the plan's number, or one without a plan.
+    pub sequences: Option<u32>,
     /// Threads asked for.
     pub threads: Option<usize>,
     /// KV cache type; `None` is the plan's, or f16 without a plan.
@@ -51,6 +53,14 @@ impl Opening<'_> {
                 "--context: {context}, expected at most {planned} tokens, the context of {shown}"
             );
             return Err(anyhow!(large)).hint(format!("solve again with --context {context}"));
+        }
+        let texts = self.sequences.unwrap_or(plan.sequences);
+        if texts > plan.sequences {
+            let many = format!(
+                "--parallel: {texts} texts at once, expected at most {}, the room of {shown}",
+                plan.sequences
+            );
+            return Err(anyhow!(many)).hint(format!("solve again with --parallel {texts}"));
         }
         let kv_type = self.kv_type.unwrap_or(plan.kv_type);
         if kv_type != plan.kv_type {

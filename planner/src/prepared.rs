@@ -15,6 +15,7 @@ use tier_plan_runtime::LoadOptions;
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{Placement, PlanTier};
 use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::model::spec::{ModelSpec, RopeScaling};
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
@@ -99,6 +100,11 @@ impl<'a> Prepared<'a> {
             .map_or(self.plan.context, |asked| asked.min(self.plan.context)) as usize
     }
 
+    /// Returns the plan.
+    pub fn plan(&self) -> &Placement {
+        &self.plan
+    }
+
     /// Returns the tokens of the plan's context.
     pub fn plan_context(&self) -> u32 {
         self.plan.context
@@ -175,7 +181,10 @@ fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen
         gguf,
         spec,
         shape: &shape,
-        context,
+        room: CacheRoom {
+            sequences: opening.sequences.unwrap_or(1),
+            ..CacheRoom::of_one(context)
+        },
     };
     budget::choose(model, opening)
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::plans::budget::within;
@@ -145,7 +146,15 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
     let budget = memory_limit().map_or(u64::MAX >> 8, |limit| limit.bytes);
-    let mut plan = within(&gguf, &spec, &shape, 2, KvType::F16, budget)?.plan;
+    let mut plan = within(
+        &gguf,
+        &spec,
+        &shape,
+        CacheRoom::of_one(2),
+        KvType::F16,
+        budget,
+    )?
+    .plan;
     // Slots must hold the experts of a whole round. Then nothing is read beside the timed stages
     // after the first round.
     let experts: u64 = shape

@@ -77,7 +77,7 @@ impl Engine {
             &sequences.cache.rotations.of_layer,
         )?;
         let pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
-        let (batch, micro_batch) = batches(options, plan.context as usize);
+        let (batch, micro_batch) = batches(options, plan.room().positions());
         let streams = Streams::new(&StreamSetup {
             spec,
             shape,

@@ -6,7 +6,7 @@
 //! is known of how the experts are used. The backing copy of every expert is in the file, which
 //! counts as a block device.
 
-use super::in_memory::all_in_memory;
+use super::in_memory::all_in_memory_for;
 use crate::experts::layer::{LayerExperts, Layout};
 use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH};
 use crate::tiers::file::FileTier;
@@ -94,7 +94,7 @@ impl FixedMemory {
         gguf: &Gguf,
         spec: &ModelSpec,
         shape: &ModelShape,
-        context: u32,
+        room: CacheRoom,
         kv_type: KvType,
         budget: u64,
     ) -> Self {
@@ -105,16 +105,17 @@ impl FixedMemory {
             .map(|t| t.offset)
             .min()
             .unwrap_or(0);
-        let mut batch = DEFAULT_BATCH.min(context.max(1) as usize);
-        while batch > MIN_BATCH && activation_bytes(gguf, spec, context, batch) > budget / 32 {
+        let positions = usize::try_from(room.positions()).unwrap_or(usize::MAX);
+        let mut batch = DEFAULT_BATCH.min(positions.max(1));
+        while batch > MIN_BATCH && activation_bytes(gguf, spec, room, batch) > budget / 32 {
             batch /= 2;
         }
         Self {
             program_bytes: PROGRAM_BYTES
                 + FileTier::working_bytes()
                 + header.saturating_mul(MEMORY_PER_HEADER_BYTE),
-            activation_bytes: activation_bytes(gguf, spec, context, batch),
-            context_bytes: kv_type.cache_bytes(shape, CacheRoom::of_one(context)),
+            activation_bytes: activation_bytes(gguf, spec, room, batch),
+            context_bytes: kv_type.cache_bytes(shape, room),
             batch,
         }
     }
@@ -136,7 +137,7 @@ impl FixedMemory {
 /// Returns an upper bound on the activations of a pass of `batch` tokens: the hidden states between
 /// layers, and for a micro-batch the widest rows of each kind of layer, with their 8-bit quantized
 /// forms.
-fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -> u64 {
+fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize) -> u64 {
     // A value and its 8-bit form with scales take 5.25 bytes.
     const WITH_QUANTS: u64 = 6;
     let rows = |id: &usize| gguf.tensors()[*id].dims.iter().skip(1).product::<u64>();
@@ -173,8 +174,10 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, context: u32, batch: usize) -
     let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
     let row =
         hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
-    // Logits with the sampler's copies, and attention scores of one query on each thread.
-    let once = spec.n_vocab as u64 * 24 + u64::from(context) * 64;
+    // Logits of each text, the sampler's copies of one, and attention scores of one query on each
+    // thread.
+    let logits = (spec.n_vocab as u64).saturating_mul(20 + 4 * u64::from(room.sequences));
+    let once = logits.saturating_add(u64::from(room.context) * 64);
     let micro = row.saturating_mul(batch.min(MAX_MICRO_BATCH) as u64);
     kept.saturating_mul(batch as u64)
         .saturating_add(micro)
@@ -198,11 +201,11 @@ pub fn within(
     gguf: &Gguf,
     spec: &ModelSpec,
     shape: &ModelShape,
-    context: u32,
+    room: CacheRoom,
     kv_type: KvType,
     budget: u64,
 ) -> Result<Budgeted, TooSmall> {
-    let fixed = FixedMemory::new(gguf, spec, shape, context, kv_type, budget);
+    let fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
     let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
@@ -216,9 +219,9 @@ pub fn within(
             / (SPARE_FRACTION - 1)
             + SPARE_FRACTION;
         let needs = format!(
-            "the program and its buffers take {}, {context} tokens of context {}, dense weights {}, and the {used} experts of \
-             a token {}",
-            show_bytes(fixed.program_bytes + fixed.activation_bytes),
+            "the program and its buffers take {}, {} {}, dense weights {}, and the {used} experts of a token {}",
+            show_bytes(fixed.program_bytes.saturating_add(fixed.activation_bytes)),
+            show_room(room),
             show_bytes(fixed.context_bytes),
             show_bytes(dense),
             show_bytes(least - needed),
@@ -241,12 +244,7 @@ pub fn within(
         .map(|e| (e.n_used, e.n_expert))
         .collect();
     let slots = spread(&rooms, &limits, left);
-    let mut plan = two_tiers(
-        shape,
-        context,
-        kv_type,
-        budget - fixed.outside_bytes(budget),
-    );
+    let mut plan = two_tiers(shape, room, kv_type, budget - fixed.outside_bytes(budget));
     for (layer, slots) in plan.layers.iter_mut().zip(&slots) {
         layer.slots = *slots;
     }
@@ -288,7 +286,10 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) 
             fixed.activation_bytes,
         ),
         line(
-            format!("keys and values of {} tokens", plan.context),
+            match plan.sequences {
+                1 => format!("keys and values of {} tokens", plan.context),
+                n => format!("keys and values of {n} texts of {} tokens", plan.context),
+            },
             fixed.context_bytes,
         ),
         line(
@@ -314,6 +315,14 @@ pub fn lines(plan: &Placement, rooms: &[u64], fixed: &FixedMemory, budget: u64) 
     lines
 }
 
+/// Returns what a KV cache has room for, in words.
+fn show_room(room: CacheRoom) -> String {
+    match room.sequences {
+        1 => format!("{} tokens of context", room.context),
+        n => format!("{n} texts of {} tokens of context", room.context),
+    }
+}
+
 /// Returns slots per layer, as evenly as `left` bytes allow. A layer gets no slots, or at least as
 /// many as a token uses experts, and at most as many as it has experts; `limits` are these two
 /// numbers.
@@ -337,8 +346,8 @@ fn spread(rooms: &[u64], limits: &[(u32, u32)], mut left: u64) -> Vec<u32> {
 }
 
 /// Returns a plan over `bytes` of memory and the file, with only the dense weights in memory yet.
-fn two_tiers(shape: &ModelShape, context: u32, kv_type: KvType, bytes: u64) -> Placement {
-    let mut plan = all_in_memory(shape, context, kv_type);
+fn two_tiers(shape: &ModelShape, room: CacheRoom, kv_type: KvType, bytes: u64) -> Placement {
+    let mut plan = all_in_memory_for(shape, room, kv_type);
     let file_bytes = plan.tiers[TierIdx::FIRST].bytes.home;
     let [dram, file] = machine_tiers(bytes, file_bytes);
     plan.name = "within-budget".into();
@@ -402,7 +411,16 @@ mod tests {
         let gguf = Gguf::open(&path).unwrap();
         let spec = describe(&gguf).unwrap();
         let shape = shape_of(&gguf, &spec);
-        let at = |budget| within(&gguf, &spec, &shape, 64, KvType::F16, budget);
+        let at = |budget| {
+            within(
+                &gguf,
+                &spec,
+                &shape,
+                CacheRoom::of_one(64),
+                KvType::F16,
+                budget,
+            )
+        };
         let TooSmall { least_bytes, .. } = at(1 << 20).unwrap_err();
         let least = at(least_bytes).unwrap();
         assert!(at(least_bytes - 4096).is_err());

@@ -2,7 +2,7 @@
 //! everything on one GPU; and everything but the routed experts on one GPU.
 
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
-use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
     DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy,
@@ -24,6 +24,11 @@ use tier_plan_formats::source_id::SourceId;
 /// # Ok::<(), tier_plan_runtime::model::ModelError>(())
 /// ```
 pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Placement {
+    all_in_memory_for(shape, CacheRoom::of_one(context), kv_type)
+}
+
+/// Returns [`all_in_memory`]'s plan with a KV cache for several texts.
+pub fn all_in_memory_for(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -> Placement {
     let dram = Tier {
         name: "dram".into(),
         kind: TierKind::Dram,
@@ -45,8 +50,8 @@ pub fn all_in_memory(shape: &ModelShape, context: u32, kv_type: KvType) -> Place
         },
         layer_overhead_us: 0.0,
         token_overhead_us: 0.0,
-        context,
-        sequences: 1,
+        context: room.context,
+        sequences: room.sequences,
         kv_tier: TierIdx::FIRST,
         kv_type,
         staging_tier: TierIdx::FIRST,

@@ -120,6 +120,7 @@ pub fn opening<'a>(
         memory: memory.bytes()?,
         profile: memory.profile.as_deref(),
         context: None,
+        sequences: None,
         threads: compute.threads.checked()?,
         kv_type: kv.checked()?,
         mapped: memory.mmap,
