@@ -18,6 +18,7 @@ mod main_job;
 mod other_engines;
 #[cfg(target_os = "linux")]
 mod outputs;
+mod parallel;
 mod prompts;
 mod selftest;
 #[cfg(unix)]
