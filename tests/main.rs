@@ -26,6 +26,7 @@ mod main_job;
 mod other_engines;
 #[cfg(target_os = "linux")]
 mod outputs;
+mod parallel;
 mod prompts;
 #[cfg(unix)]
 mod readers;

@@ -7,14 +7,14 @@ use crate::profile::Evidence;
 use crate::solve::options::Policy;
 use crate::solve::problem::capacity::page_share;
 use crate::solve::{self, Options, Problem};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use std::path::Path;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Extras, Machine};
 use tier_plan_runtime::formats::placement::{Placement, Prediction, TierIdx};
 use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::gguf::Gguf;
-use tier_plan_runtime::model::kv::CacheRoom;
+use tier_plan_runtime::model::kv::{CacheRoom, KvType};
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::plans::budget::{
@@ -26,6 +26,12 @@ use tier_plan_runtime::units::show_bytes;
 
 /// Time limit of the search for pins, in seconds.
 const SOLVE_S: f64 = 5.0;
+
+/// Most checkpoints of recurrent states per text.
+const CHECKPOINTS_PER_TEXT: u32 = 16;
+
+/// Fraction (1/n) of the memory left over that checkpoints may take.
+const CHECKPOINT_FRACTION: u64 = 4;
 
 /// An open model.
 #[derive(Clone, Copy)]
@@ -76,6 +82,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         batch: None,
         fits,
     };
+    check_texts(shape, room, kv_type, limit.as_ref())?;
     if opening.mapped {
         return Ok(mapped(false));
     }
@@ -87,7 +94,16 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     };
     let fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
-        return Ok(mapped(true));
+        let left = budget - fixed.bytes(budget) - gguf.file_bytes();
+        let room = CacheRoom {
+            checkpoints: checkpoints(shape, room, left),
+            ..room
+        };
+        return Ok(Chosen {
+            plan: in_memory_with(shape, room, kv_type),
+            batch: None,
+            fits: true,
+        });
     }
     let made = match opening.profile {
         Some(path) => with_profile(model, path, room, &fixed, opening, budget).map(|plan| {
@@ -136,6 +152,39 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     })
 }
 
+/// Returns how many checkpoints of recurrent states there are, within a part of the `left` memory
+/// that is not missed.
+fn checkpoints(shape: &ModelShape, room: CacheRoom, left: u64) -> u32 {
+    let most = CHECKPOINTS_PER_TEXT.saturating_mul(room.sequences);
+    match shape.state_bytes() {
+        0 => 0,
+        bytes => u32::try_from(left / CHECKPOINT_FRACTION / bytes).map_or(most, |n| n.min(most)),
+    }
+}
+
+/// Fails if the keys and values of several texts alone are more than the process may hold: its
+/// weights may stay in the file, those may not.
+fn check_texts(
+    shape: &ModelShape,
+    room: CacheRoom,
+    kv_type: KvType,
+    limit: Option<&Limit>,
+) -> Result<()> {
+    let bytes = kv_type.cache_bytes(shape, room);
+    let Some(limit) = limit.filter(|limit| room.sequences > 1 && bytes > limit.bytes) else {
+        return Ok(());
+    };
+    let much = format!(
+        "no memory for the KV cache: {} for {} texts of {} tokens, expected at most {}, the {}",
+        show_bytes(bytes),
+        room.sequences,
+        room.context,
+        show_bytes(limit.bytes),
+        limit.source
+    );
+    Err(anyhow!(much)).hint("ask for fewer texts at once, or shorter ones")
+}
+
 fn sentence(model: Model<'_>, asked: Option<u64>, limit: Option<&Limit>, budget: u64) -> String {
     let why = match (asked, limit) {
         (Some(asked), Some(limit)) if limit.bytes < asked => {
@@ -173,8 +222,8 @@ fn with_profile(
     let profile = profile::read(path)?;
     profile.check_model(&shape.id, path)?;
     // Slots are padded to whole pages, which a plan does not count.
-    let share = |(room, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| {
-        room as f64 / e.expert_bytes as f64
+    let share = |(buffer, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| {
+        buffer as f64 / e.expert_bytes as f64
     };
     let padded = buffer_bytes(gguf, spec)
         .into_iter()

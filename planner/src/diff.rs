@@ -281,6 +281,7 @@ fn settings(a: &Placement, b: &Placement) -> Vec<SettingChange> {
     let values = |plan: &Placement| {
         [
             ("context", plan.context.to_string()),
+            ("texts at once", plan.sequences.to_string()),
             (
                 "keys and values",
                 format!("{} on {}", plan.kv_type, caches(plan)),
@@ -383,6 +384,7 @@ mod tests {
         dram.experts.push(7);
         layer.slots += 3;
         b.context += 1;
+        b.sequences += 1;
         b.tiers[TierIdx::new(1)].budget_bytes += 5;
         let found = diff(&a, &b).unwrap();
         let routers: Vec<u32> = a
@@ -417,7 +419,7 @@ mod tests {
         assert_eq!(at("dram", POOLED), Some(vec![9]));
         assert_eq!((found.experts_moved(), change.slots_changed()), (3, true));
         assert_eq!(change.slots[1].0, change.slots[0].0 + 3);
-        assert_eq!(found.settings.len(), 1);
+        assert_eq!(found.settings.len(), 2);
         let dram = found.tiers.iter().find(|t| t.name == "dram").unwrap();
         assert_eq!(dram.after.unwrap().budget - dram.before.unwrap().budget, 5);
         // Compared the other way round, the differences are reversed.

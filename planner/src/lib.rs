@@ -24,6 +24,7 @@ pub mod host;
 pub mod interrupt;
 pub mod json;
 pub mod opening;
+pub mod parallel;
 pub mod perplexity;
 pub mod prepared;
 pub mod printable;

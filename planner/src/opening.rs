@@ -88,6 +88,17 @@ impl Opening<'_> {
             );
             return Err(anyhow!(large)).hint(format!("solve again with --context {context}"));
         }
+        let texts = match self.texts {
+            Texts::Count(texts) => texts,
+            Texts::One | Texts::Auto => plan.sequences,
+        };
+        if texts > plan.sequences {
+            let many = format!(
+                "--parallel: {texts} texts at once, expected at most {}, the room of {shown}",
+                plan.sequences
+            );
+            return Err(anyhow!(many)).hint(format!("solve again with --parallel {texts}"));
+        }
         let kv_type = self.kv_type.unwrap_or(plan.kv_type);
         if kv_type != plan.kv_type {
             let other = format!(

@@ -99,6 +99,11 @@ impl<'a> Prepared<'a> {
             .map_or(self.plan.context, |asked| asked.min(self.plan.context)) as usize
     }
 
+    /// Returns the plan.
+    pub fn plan(&self) -> &Placement {
+        &self.plan
+    }
+
     /// Returns the tokens of the plan's context.
     pub fn plan_context(&self) -> u32 {
         self.plan.context

@@ -13,8 +13,8 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 pub struct LoadOptions {
     /// Compute threads; the physical cores when `None`.
     pub threads: Option<usize>,
-    /// Tokens of a prompt that go through a layer together; 2048 when `None`, and never more than
-    /// the context holds.
+    /// Tokens of a step that go through a layer together; 2048 when `None`, and never more than
+    /// the KV cache has room for.
     pub batch: Option<usize>,
     /// Checksums that all bytes are compared with, those that are read later too.
     pub checks: Option<Arc<Checksums>>,
@@ -37,14 +37,16 @@ pub struct StreamRates {
     pub processor_gflops: f64,
 }
 
-/// Tokens per batch by default. A prompt's experts are read once per batch.
-pub(crate) const DEFAULT_BATCH: usize = 2048;
+/// Tokens per batch by default. A step's experts are read once per batch.
+pub const DEFAULT_BATCH: usize = 2048;
 
 /// Tokens per micro-batch at most: a dense stage, and an expert, takes these at once.
 pub(crate) const MAX_MICRO_BATCH: usize = 512;
 
-/// Returns the tokens per batch, and per micro-batch.
-pub(crate) fn batches(options: &LoadOptions, context: usize) -> (usize, usize) {
-    let batch = options.batch.unwrap_or(DEFAULT_BATCH).min(context).max(1);
+/// Returns the tokens per batch, and per micro-batch. A step adds at most `positions` tokens, those
+/// that the KV cache has room for.
+pub(crate) fn batches(options: &LoadOptions, positions: u64) -> (usize, usize) {
+    let most = usize::try_from(positions).unwrap_or(usize::MAX);
+    let batch = options.batch.unwrap_or(DEFAULT_BATCH).min(most).max(1);
     (batch, batch.min(MAX_MICRO_BATCH))
 }

@@ -2,8 +2,10 @@
 
 use crate::catalogue;
 use crate::cmd::args::{JsonArgs, ModelOption, check_profile};
+use crate::cost::steps::{Predictor, StepPrediction};
 use crate::explain::{Explanation, LayerReason, Path, explain};
 use crate::hint::HintExt;
+use crate::parallel;
 use crate::printable::printable;
 use crate::profile::Evidence;
 use crate::solve::time_limit;
@@ -58,10 +60,24 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     }
     let evidence = Evidence::new(&known.sizes, profile.as_ref())?;
     let why = explain(&plan, &known.sizes, &evidence, time_limit_s)?;
+    let predictor = Predictor {
+        plan: &plan,
+        shape: &known.sizes,
+        evidence: &evidence,
+        at: plan.predicted.at,
+    };
+    let steps = match plan.sequences {
+        1 => Vec::new(),
+        most => parallel::predictions(&predictor, most),
+    };
     if args.format.json {
-        println!("{}", serde_json::to_string_pretty(&as_json(&plan, &why))?);
+        let mut value = as_json(&plan, &why);
+        value["sequences"] = json!(plan.sequences);
+        value["parallel"] = parallel::as_json(&steps);
+        println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         print_text(&plan, &why);
+        print_steps(&steps);
         for note in evidence.notes.iter().chain(&known.notes()) {
             println!("note: {note}");
         }
@@ -148,6 +164,18 @@ fn print_text(plan: &Placement, why: &Explanation) {
     }
     for (of, layers) in alike {
         println!("  {}", sentence(plan, of, &layers));
+    }
+}
+
+/// Prints what is predicted for several texts at once, if the plan has room for them.
+fn print_steps(steps: &[StepPrediction]) {
+    let Some(last) = steps.last() else { return };
+    println!(
+        "The KV cache has room for {} texts at once. Predicted for their steps:",
+        last.texts
+    );
+    for row in parallel::table(steps) {
+        println!("  {row}");
     }
 }
 

@@ -5,8 +5,11 @@ use crate::catalogue;
 use crate::catalogue::Known;
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::context::warn_beyond;
+use crate::cost::steps::{Predictor, StepPrediction};
 use crate::json::{path_json, tier_json};
+use crate::parallel::{self, check_texts};
 use crate::printable::printable;
+use crate::profile::Evidence;
 use crate::profile::stats::{Skew, skews};
 use crate::solve::problem::constraints::Constraints;
 use crate::solve::{Options, Problem, Solution, options, policy, solve, time_limit};
@@ -74,6 +77,9 @@ pub struct SolveArgs {
         help_heading = "Memory"
     )]
     pub context: u32,
+    /// Texts at once to plan the KV cache for [default: 1, or --batch]
+    #[arg(long, value_name = "N", help_heading = "Memory")]
+    pub parallel: Option<u32>,
     /// Position in the context to predict the speed at [default: half of the context]
     #[arg(long, value_name = "POSITION", help_heading = "Solver")]
     pub at: Option<u32>,
@@ -240,6 +246,7 @@ struct SolveOptions {
     /// `[tiers]` budgets in bytes.
     budgets: Vec<u64>,
     context: u32,
+    sequences: u32,
     kv_type: KvType,
     solver: Options,
 }
@@ -253,6 +260,11 @@ impl SolveOptions {
         let context = context_of(args.context, &model.sizes);
         check_position(args.at, context)?;
         warn_beyond(context.into(), model.longest_context);
+        let sequences = match (args.parallel, args.batch) {
+            (Some(texts), _) => check_texts("--parallel", texts, context)?,
+            (None, Some(batch)) => check_texts("--batch", batch, context)?,
+            (None, None) => 1,
+        };
         let profile = args.profile.as_deref().map(profile::read).transpose()?;
         if let (Some(profile), Some(path)) = (&profile, &args.profile) {
             profile.check_model(&model.sizes.id, path)?;
@@ -283,6 +295,7 @@ impl SolveOptions {
             machine,
             budgets,
             context,
+            sequences,
             kv_type,
             solver,
         })
@@ -302,12 +315,13 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         machine: &options.machine,
         budgets: options.budgets,
         context: options.context,
-        sequences: 1,
+        sequences: options.sequences,
         kv_type: options.kv_type,
     };
     let mut solved = solve(&problem, &options.solver)?;
     solved.notes.splice(0..0, options.model.notes());
     let skews = profile.map(skews).transpose()?.unwrap_or_default();
+    let steps = steps(&problem, &solved.plan)?;
 
     let _made = args
         .baselines
@@ -324,14 +338,32 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         }
     }
     if args.format.json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&as_json(args, &solved, &skews, &written))?
-        );
+        let mut value = as_json(args, &solved, &skews, &written);
+        value["parallel"] = parallel::as_json(&steps);
+        println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
-        print_text(args, &solved, &skews, &written);
+        print_text(&solved, &skews, &steps);
+        println!("wrote {}", args.output.display());
+        for path in &written {
+            println!("wrote {}", path.display());
+        }
     }
     Ok(())
+}
+
+/// Predicts steps of as many texts as the plan has room for; none where that is one.
+fn steps(problem: &Problem<'_>, plan: &Placement) -> Result<Vec<StepPrediction>> {
+    if plan.sequences == 1 {
+        return Ok(Vec::new());
+    }
+    let evidence = Evidence::new(problem.shape, problem.profile)?;
+    let predictor = Predictor {
+        plan,
+        shape: problem.shape,
+        evidence: &evidence,
+        at: plan.predicted.at,
+    };
+    Ok(parallel::predictions(&predictor, plan.sequences))
 }
 
 /// Returns the baselines from slowest to fastest, then the plan.
@@ -350,14 +382,18 @@ fn rows(solved: &Solution) -> Vec<&Placement> {
     rows
 }
 
-fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[PathBuf]) {
+fn print_text(solved: &Solution, skews: &[Skew], steps: &[StepPrediction]) {
     let plan = &solved.plan;
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     let (context, kv_type) = (plan.context, plan.kv_type);
     println!(
-        "{} on {}, context {context}, keys and values {kv_type}",
+        "{} on {}, context {context}, keys and values {kv_type}{}",
         printable(&plan.model.name),
-        printable(&plan.machine.name)
+        printable(&plan.machine.name),
+        match plan.sequences {
+            1 => String::new(),
+            n => format!(", {n} texts at once"),
+        }
     );
     for tier in &plan.tiers {
         let label = if tier.tier.emulated {
@@ -448,6 +484,12 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
     if let Some(all) = skews.first() {
         println!("routing is {}", all.words());
     }
+    if !steps.is_empty() {
+        println!("predicted for several texts at once:");
+        parallel::table(steps)
+            .iter()
+            .for_each(|row| println!("{row}"));
+    }
     if let Some(goal) = &solver.goal {
         println!(
             "{}: {} {}, predicted",
@@ -466,10 +508,6 @@ fn print_text(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[Pa
         println!(
             "note: speeds are predicted for emulated tiers, whose rates are declared, not measured"
         );
-    }
-    println!("wrote {}", args.output.display());
-    for path in written {
-        println!("wrote {}", path.display());
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::catalogue::{self, Known};
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::context::warn_beyond;
+use crate::parallel::{self, check_texts};
 use crate::printable::printable;
 use crate::progress;
 use crate::report;
@@ -62,6 +63,14 @@ pub struct WhatIfArgs {
         help_heading = "Prediction"
     )]
     pub context: u32,
+    /// Texts at once to plan the KV cache for
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        help_heading = "Prediction"
+    )]
+    pub parallel: u32,
     /// Position in the context to predict the speed at [default: half of the context]
     #[arg(long, value_name = "POSITION", help_heading = "Prediction")]
     pub at: Option<u32>,
@@ -102,6 +111,7 @@ struct WhatIfOptions {
     budgets: Vec<Vec<u64>>,
     profile: Option<Profile>,
     context: u32,
+    sequences: u32,
     at: Option<u32>,
     kv_type: KvType,
     range: Option<Range>,
@@ -134,6 +144,7 @@ impl WhatIfOptions {
         let context = context_of(args.context, &model.sizes);
         check_position(args.at, context)?;
         warn_beyond(context.into(), model.longest_context);
+        let sequences = check_texts("--parallel", args.parallel, context)?;
         let machines = args
             .machine
             .iter()
@@ -158,6 +169,7 @@ impl WhatIfOptions {
             budgets,
             profile,
             context,
+            sequences,
             at,
             kv_type,
             range,
@@ -173,6 +185,7 @@ impl WhatIfOptions {
             budgets: budgets.clone(),
             profile: self.profile.as_ref(),
             context: self.context,
+            sequences: self.sequences,
             at: self.at,
             kv_type: self.kv_type,
             time_limit_s: self.time_limit_s,
@@ -292,6 +305,14 @@ fn show(question: &Question<'_>, answer: &Result<Answer>) {
             digits(speed),
             middle.routing
         );
+    }
+    if !middle.steps.is_empty() {
+        println!(
+            "  predicted for several texts at once ({}):",
+            middle.routing
+        );
+        let rows = parallel::table(&middle.steps);
+        rows.iter().for_each(|row| println!("  {row}"));
     }
     let (plan, bound) = (&middle.plan, bound(&middle.plan));
     let gap = plan.solver.gap.map_or("nothing proven".to_string(), |gap| {

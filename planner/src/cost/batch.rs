@@ -1,49 +1,211 @@
-//! Predicts one step that decodes a token of each of several sequences.
+//! Predicts a step that decodes one token of each of several texts, as the engine takes it.
 //!
-//! A layer then reads each *distinct* expert that any sequence chooses once. Expert `e` is chosen
-//! with probability `1 − (1 − share)^B`, where the share is that of the judged decoded tokens, as
-//! if sequences were independent. The paths of the expert stage take their expected numbers of
-//! experts, and a full set of slots spares its part of the pooled ones. Dense groups are read once,
-//! the rows of an embedding once per sequence.
+//! The texts' tokens go through the layers together, in passes of up to [`PASS_ROWS`] rows.
 //!
-//! Rates of arithmetic are left out, so this is the time of the reads alone: an upper limit of
-//! speed that is near it for few sequences only.
+//! - **Once per pass**: the overhead of a token, the head, and each *distinct* expert that any row
+//!   chose. An expert is read once and computed for all of its rows.
+//! - **Once per micro-batch** of [`BATCH`] rows: the overhead of a layer, and its dense weights.
+//! - **Once per row**: the row of the embedding, the text's own keys and values, and its recurrent
+//!   state, which is read and written back.
+//!
+//! # Reads and arithmetic
+//! A matrix that a step uses for `r` rows takes the longer of its read and of `2 · values · (r +`
+//! [`HALF_ROWS`]`) / gflops`. For one row the read alone counts: the rate of a tier was measured
+//! with the arithmetic of one row. Where the machine file has no rate of arithmetic, and on
+//! emulated tiers, whose time is declared, reads alone count.
+//!
+//! # Distinct experts
+//! Expert `e` is chosen with probability `q = 1 − (1 − share)^rows`, as if texts were independent,
+//! and for one row alone with `rows · share · (1 − share)^(rows − 1)`. [`step_s`] takes the paths
+//! of an expert stage to have their expected numbers of experts, and a full set of slots to spare
+//! its part of the pooled ones. The solver prices columns so. [`super::steps`] replays tokens
+//! instead, which knows how long experts stay in slots.
 
-use super::{ExpertStage, FixedTimes, home_in_place, read_s};
+use super::{BATCH, ExpertStage, FixedTimes, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
-use tier_plan_runtime::formats::placement::{PerTier, Pins, Placement, TierIdx};
-use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
+use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, TierIdx};
+use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
+use tier_plan_runtime::options::DEFAULT_BATCH;
 
-/// Returns `[n_expert]` chances that a step over `batch` sequences uses each expert of a layer.
-pub fn touched(layer: &LayerEvidence, batch: u32) -> Vec<f64> {
+/// Rows of a step that go through the layers together, at most.
+pub const PASS_ROWS: u32 = DEFAULT_BATCH as u32;
+
+/// Rows at which a matmul runs at half of the full rate: its weights are dequantized anew for each
+/// batch, and its last tile of rows is partly empty. Measured with AMX: 358, 405 and 458 GFLOP/s
+/// with 14, 32 and 128 rows.
+pub const HALF_ROWS: f64 = 4.0;
+
+/// The rows of a step, and how fast tiers do their arithmetic.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// Texts that each add one token.
+    pub texts: u32,
+    /// Matmul rate with many rows, in 10⁹ floating-point operations per second; 0 where only reads
+    /// count.
+    gflops: PerTier<f64>,
+}
+
+impl Step {
+    /// Makes the step of some texts on tiers. `gflops` are their matmul rates, 0 where unknown;
+    /// there may be none.
+    pub fn new(texts: u32, tiers: &PerTier<Tier>, gflops: &PerTier<f64>) -> Self {
+        let rate = |(at, tier): (TierIdx, &Tier)| {
+            let known = gflops.get(at).copied().filter(|_| !tier.emulated);
+            known.filter(|rate| *rate > 0.0).unwrap_or(0.0)
+        };
+        Self {
+            texts: texts.max(1),
+            gflops: tiers.enumerate().map(rate).collect(),
+        }
+    }
+
+    /// Returns the step of a plan.
+    pub fn of_plan(plan: &Placement, texts: u32) -> Self {
+        let tiers = plan.tiers.iter().map(|t| t.tier.clone()).collect();
+        Self::new(texts, &tiers, &plan.predicted.prompt_gflops)
+    }
+
+    /// Whether arithmetic counts on any tier.
+    pub fn has_arithmetic(&self) -> bool {
+        self.gflops.iter().any(|rate| *rate > 0.0)
+    }
+
+    /// Returns the number of passes.
+    pub fn passes(&self) -> f64 {
+        f64::from(self.texts.div_ceil(PASS_ROWS))
+    }
+
+    /// Returns the rows of a pass, a mean where there are several.
+    pub fn pass_rows(&self) -> f64 {
+        f64::from(self.texts) / self.passes()
+    }
+
+    /// Returns the number of micro-batches of all passes.
+    pub fn micro_batches(&self) -> f64 {
+        self.passes() * (self.pass_rows() / f64::from(BATCH)).ceil()
+    }
+
+    /// Returns the seconds of a matmul of `macs` values with some rows; 0 for one, and where the
+    /// rate is unknown.
+    fn arithmetic_s(&self, tier: TierIdx, macs: u64, rows: f64) -> f64 {
+        match self.gflops.get(tier) {
+            Some(&gflops) if gflops > 0.0 && rows > 1.0 => {
+                2.0 * macs as f64 * (rows + HALF_ROWS) / (gflops * 1e9)
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// Returns the seconds of a dense group on a tier.
+    pub fn dense_s(&self, group: &DenseShape, at: TierIdx, tier: &Tier) -> f64 {
+        let read = read_s(tier, group.token_bytes as f64);
+        let uses = match group.kind {
+            DenseKind::Embedding => return f64::from(self.texts) * read,
+            DenseKind::Head => self.passes(),
+            _ => self.micro_batches(),
+        };
+        let rows = f64::from(self.texts) / uses;
+        uses * read.max(self.arithmetic_s(at, group.macs, rows))
+    }
+
+    /// Returns the overhead seconds of a step: those of its passes and of its layers.
+    pub fn overhead_s(&self, n_layer: u32, layer_us: f64, token_us: f64) -> f64 {
+        let layers = self.micro_batches() * f64::from(n_layer);
+        (self.passes() * token_us + layers * layer_us) * 1e-6
+    }
+}
+
+/// Expected use of experts by the rows of a pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Use {
+    /// Experts that any row uses.
+    pub experts: f64,
+    /// Experts that exactly one row uses.
+    pub once: f64,
+    /// Uses of all rows.
+    pub rows: f64,
+}
+
+impl Use {
+    /// Returns the use of an expert that each of `rows` independent rows chooses with probability
+    /// `share`.
+    pub fn of(share: f64, rows: f64) -> Self {
+        let share = share.clamp(0.0, 1.0);
+        Self {
+            experts: 1.0 - (1.0 - share).powf(rows),
+            once: rows * share * (1.0 - share).powf(rows - 1.0),
+            rows: rows * share,
+        }
+    }
+
+    /// Returns the use of an expert that this many rows have chosen.
+    pub fn counted(rows: u32) -> Self {
+        Self {
+            experts: f64::from(u8::from(rows > 0)),
+            once: f64::from(u8::from(rows == 1)),
+            rows: f64::from(rows),
+        }
+    }
+
+    /// Returns a part of the use.
+    #[must_use]
+    pub fn part(self, part: f64) -> Self {
+        Self {
+            experts: self.experts * part,
+            once: self.once * part,
+            rows: self.rows * part,
+        }
+    }
+
+    fn map(self, more: Self, with: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            experts: with(self.experts, more.experts),
+            once: with(self.once, more.once),
+            rows: with(self.rows, more.rows),
+        }
+    }
+}
+
+impl std::ops::Add for Use {
+    type Output = Self;
+
+    fn add(self, more: Self) -> Self {
+        self.map(more, |a, b| a + b)
+    }
+}
+
+impl std::ops::AddAssign for Use {
+    fn add_assign(&mut self, more: Self) {
+        *self = *self + more;
+    }
+}
+
+impl std::ops::Sub for Use {
+    type Output = Self;
+
+    fn sub(self, less: Self) -> Self {
+        self.map(less, |a, b| a - b)
+    }
+}
+
+/// Returns `[n_expert]` expected uses of a layer's experts by a pass of some rows.
+pub fn touched(layer: &LayerEvidence, rows: f64) -> Vec<Use> {
     let share = match &layer.judged {
         Judged::Recorded(trace) => trace.decode_share(),
         Judged::Uniform => layer.share.clone(),
     };
-    share
-        .iter()
-        .map(|s| 1.0 - (1.0 - s.clamp(0.0, 1.0)).powf(f64::from(batch)))
-        .collect()
+    share.iter().map(|&share| Use::of(share, rows)).collect()
 }
 
-/// Returns the bytes of a dense group that a step reads.
-pub fn dense_bytes(group: &DenseShape, batch: u32) -> f64 {
-    let times = if group.kind == DenseKind::Embedding {
-        f64::from(batch)
-    } else {
-        1.0
-    };
-    times * group.token_bytes as f64
-}
-
-/// Where the experts that a step uses are.
+/// Where the experts that a pass uses are.
 #[derive(Debug, Clone)]
 pub struct Spread {
-    /// Expected experts that are used, pinned to each tier.
-    pub pinned: PerTier<f64>,
-    /// Expected pooled experts that are used.
-    pub pooled: f64,
+    /// Expected use of experts pinned to each tier.
+    pub pinned: PerTier<Use>,
+    /// Expected use of pooled experts.
+    pub pooled: Use,
     /// Pooled experts, used or not.
     pub n_pooled: f64,
     /// Slots of the pooled experts.
@@ -52,66 +214,151 @@ pub struct Spread {
     pub slot_tier: TierIdx,
 }
 
-/// Returns the seconds of a layer's expert stage.
-pub fn stage_s(stage: &ExpertStage, spread: &Spread, in_place: bool, staging: TierIdx) -> f64 {
-    let Spread {
-        slots, slot_tier, ..
-    } = *spread;
-    let to = if slots > 0 { slot_tier } else { staging };
-    let n = spread.pinned.len();
-    let mut experts = Vec::from(spread.pinned.clone());
-    experts.push(0.0);
-    let pooled = spread.pooled.max(0.0);
-    if slots == 0 && in_place {
-        experts[n - 1] += pooled;
-    } else {
-        let hits = pooled * (f64::from(slots) / spread.n_pooled.max(1.0)).min(1.0);
-        experts[n] += pooled - hits;
-        experts[to.get()] += pooled;
-    }
-    stage.seconds(&experts, to)
+/// The expert stage of a layer on given tiers, for the rows of a pass.
+#[derive(Debug, Clone)]
+pub struct PassStage {
+    reads: ExpertStage,
+    /// Seconds of one row beside others, by tier.
+    row_s: PerTier<f64>,
+    /// Seconds of an expert that one row alone uses, by tier of the CPU with a known rate.
+    once_s: PerTier<f64>,
+    is_vram: PerTier<bool>,
+    in_place: bool,
+    staging: TierIdx,
 }
 
-/// Returns the seconds of one step of a plan over `batch` sequences.
-pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, batch: u32) -> f64 {
-    let FixedTimes {
-        overhead_s,
-        dense_s,
-        tiers,
-    } = FixedTimes::of(plan, shape);
-    let in_place = home_in_place(&tiers);
-    let mut total = overhead_s + dense_s.iter().sum::<f64>();
-    total += f64::from(batch) * plan.predicted.kv_s;
-    for dense in &plan.dense {
-        for group in shape
-            .dense
-            .iter()
-            .filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer))
-        {
-            total += read_s(&tiers[dense.tier], dense_bytes(group, batch));
+impl PassStage {
+    /// Makes the stage of a layer; missed experts without a slot go to the tier `staging`.
+    pub fn new(step: &Step, tiers: &PerTier<Tier>, layer: &ExpertShape, staging: TierIdx) -> Self {
+        let rate = |at: TierIdx| step.gflops.get(at).copied().filter(|rate| *rate > 0.0);
+        let row_s = |at: TierIdx| {
+            rate(at).map_or(0.0, |gflops| {
+                2.0 * layer.expert_macs as f64 / (gflops * 1e9)
+            })
+        };
+        let once_s =
+            |at: TierIdx| rate(at).map_or(0.0, |_| read_s(&tiers[at], layer.expert_bytes as f64));
+        Self {
+            // A step of several texts is not prefetched one expert at a time.
+            reads: ExpertStage::new(tiers, layer.expert_bytes, Prefetch::default()),
+            row_s: tiers.indices().map(row_s).collect(),
+            once_s: tiers.indices().map(once_s).collect(),
+            is_vram: tiers.iter().map(|t| t.kind == TierKind::Vram).collect(),
+            in_place: home_in_place(tiers),
+            staging,
         }
     }
-    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
-        let touched = touched(evidence, batch);
-        let mut spread = Spread {
-            pinned: PerTier::from_fn(tiers.len(), |_| 0.0),
-            pooled: touched.iter().sum(),
-            n_pooled: touched.len() as f64,
-            slots: layer.slots,
-            slot_tier: layer.slot_tier,
-        };
-        for Pins {
-            tier,
-            experts: pins,
-        } in &layer.pinned
-        {
-            let here: f64 = pins.iter().filter_map(|&e| touched.get(e as usize)).sum();
-            spread.pinned[*tier] += here;
-            spread.pooled -= here;
-            spread.n_pooled -= pins.len() as f64;
+
+    /// Whether experts on the last tier compute in place.
+    pub fn in_place(&self) -> bool {
+        self.in_place
+    }
+
+    /// Returns the tier of the staging buffers.
+    pub fn staging(&self) -> TierIdx {
+        self.staging
+    }
+
+    /// Returns the seconds of a pass with expected numbers of experts.
+    pub fn seconds(&self, spread: &Spread) -> f64 {
+        let Spread {
+            slots, slot_tier, ..
+        } = *spread;
+        let to = if slots > 0 { slot_tier } else { self.staging };
+        let mut on = spread.pinned.clone();
+        let home = on.len() - 1;
+        let mut missed = 0.0;
+        if slots == 0 && self.in_place {
+            on[TierIdx::new(home)] += spread.pooled;
+        } else {
+            let hits = (f64::from(slots) / spread.n_pooled.max(1.0)).min(1.0);
+            missed = spread.pooled.experts.max(0.0) * (1.0 - hits);
+            on[to] += spread.pooled;
         }
-        let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, Prefetch::default());
-        total += stage_s(&stage, &spread, in_place, plan.staging_tier);
+        self.busiest_s(&on, missed, to)
+    }
+
+    /// Returns the seconds of a pass whose experts compute on these tiers, and of which `missed`
+    /// are brought to the tier `to`.
+    ///
+    /// The tiers' reads overlap each other and the transfers. So do the processors: the CPU does
+    /// the arithmetic of all of its tiers, a GPU that of its own.
+    pub fn busiest_s(&self, on: &PerTier<Use>, missed: f64, to: TierIdx) -> f64 {
+        let experts = on.iter().map(|used| used.experts.max(0.0));
+        let reads: Vec<f64> = experts.chain([missed]).collect();
+        let (mut cpu_s, mut longest) = (0.0, self.reads.seconds(&reads, to));
+        for (at, used) in on.enumerate() {
+            let shared = used.experts - used.once;
+            let rows = (used.rows - used.once + HALF_ROWS * shared).max(0.0);
+            let seconds = rows * self.row_s[at];
+            if self.is_vram[at] {
+                longest = longest.max(seconds);
+            } else {
+                cpu_s += seconds + used.once.max(0.0) * self.once_s[at];
+            }
+        }
+        longest.max(cpu_s)
+    }
+}
+
+/// Returns the seconds of a step that do not depend on which experts it uses.
+pub fn dense_step_s(plan: &Placement, shape: &ModelShape, step: &Step) -> f64 {
+    let fixed = FixedTimes::of(plan, shape);
+    let overhead_s = step.overhead_s(shape.n_layer, fixed.layer_us, plan.token_overhead_us);
+    let launches: f64 = fixed.dense_s.iter().sum();
+    let cache_s = f64::from(step.texts) * plan.predicted.kv_s;
+    let mut total = overhead_s + step.micro_batches() * launches + cache_s;
+    for dense in &plan.dense {
+        let placed = |g: &&DenseShape| (g.kind, g.layer) == (dense.kind, dense.layer);
+        for group in shape.dense.iter().filter(placed) {
+            total += step.dense_s(group, dense.tier, &fixed.tiers[dense.tier]);
+        }
     }
     total
 }
+
+/// Returns where the experts that a pass of `rows` rows uses are expected to be.
+pub fn spread(
+    layer: &LayerPlacement,
+    evidence: &LayerEvidence,
+    rows: f64,
+    n_tiers: usize,
+) -> Spread {
+    let touched = touched(evidence, rows);
+    let mut spread = Spread {
+        pinned: PerTier::from_fn(n_tiers, |_| Use::default()),
+        pooled: touched.iter().fold(Use::default(), |sum, &used| sum + used),
+        n_pooled: touched.len() as f64,
+        slots: layer.slots,
+        slot_tier: layer.slot_tier,
+    };
+    for Pins {
+        tier,
+        experts: pins,
+    } in &layer.pinned
+    {
+        for &used in pins.iter().filter_map(|&e| touched.get(e as usize)) {
+            spread.pinned[*tier] += used;
+            spread.pooled = spread.pooled - used;
+        }
+        spread.n_pooled -= pins.len() as f64;
+    }
+    spread
+}
+
+/// Returns the seconds of one step of a plan over `texts` texts, with expected numbers of experts.
+pub fn step_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence, texts: u32) -> f64 {
+    let step = Step::of_plan(plan, texts);
+    let tiers = FixedTimes::of(plan, shape).tiers;
+    let mut total = dense_step_s(plan, shape, &step);
+    for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
+        let spread = spread(layer, evidence, step.pass_rows(), tiers.len());
+        let stage = PassStage::new(&step, &tiers, &evidence.shape, plan.staging_tier);
+        total += step.passes() * stage.seconds(&spread);
+    }
+    total
+}
+
+#[cfg(test)]
+#[path = "batch_tests.rs"]
+mod tests;

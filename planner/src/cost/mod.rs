@@ -47,6 +47,7 @@
 pub mod batch;
 pub mod fit;
 pub mod prompt;
+pub mod steps;
 
 use crate::profile::prefetch::Prefetch;
 use crate::profile::replay::{LayerTrace, Positions, play};
@@ -426,6 +427,8 @@ pub fn overhead_s(n_layer: u32, layer_overhead_us: f64, token_overhead_us: f64) 
 pub struct FixedTimes {
     /// Overhead seconds per token: its own and its layers'.
     pub overhead_s: f64,
+    /// Part of that per layer, in microseconds.
+    pub layer_us: f64,
     /// Seconds per token, beside that, of layers whose attention is on a GPU.
     pub dense_s: PerTier<f64>,
     /// The plan's tiers as experts compute on them. Where a model is fully on one GPU, launches
@@ -444,6 +447,7 @@ impl FixedTimes {
             tiers[tier].latency_us = 0.0;
             return FixedTimes {
                 overhead_s: overhead_s(shape.n_layer, layer_us, plan.token_overhead_us),
+                layer_us,
                 dense_s,
                 tiers,
             };
@@ -457,6 +461,7 @@ impl FixedTimes {
                 plan.layer_overhead_us,
                 plan.token_overhead_us,
             ),
+            layer_us: plan.layer_overhead_us,
             dense_s,
             tiers,
         }
@@ -512,6 +517,7 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         overhead_s,
         mut dense_s,
         tiers,
+        ..
     } = FixedTimes::of(plan, shape);
     let n = tiers.len();
     let mut read_bytes = dense_bytes(shape, &plan.dense, n);

@@ -22,6 +22,7 @@
 //!
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
+use super::batch::HALF_ROWS;
 use super::{BATCH, ExpertStage, FixedTimes, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
@@ -34,17 +35,13 @@ use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 /// AMX: 150 of 460 GFLOP/s.
 const ATTENTION: f64 = 0.33;
 
-/// Rows at which an expert's matmul runs at half of the full rate: its weights are dequantized anew
-/// for each batch, and its last tile of rows is partly empty. Measured with AMX: 358, 405 and 458
-/// GFLOP/s with 14, 32 and 128 rows.
-const HALF_ROWS: f64 = 4.0;
-
 /// Returns the seconds of the first batch of a prompt.
 pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64 {
     let FixedTimes {
         overhead_s,
         dense_s,
         tiers,
+        ..
     } = FixedTimes::of(plan, shape);
     let tier_of: BTreeMap<_, _> = plan
         .dense

@@ -331,7 +331,13 @@ fn args(
     first_gpu: u32,
     expert_layers: &BTreeSet<u32>,
 ) -> Vec<String> {
-    let mut args: Vec<String> = vec!["-c".into(), plan.context.to_string()];
+    // There the context is that of all texts together.
+    let texts = u64::from(plan.sequences);
+    let context = texts.saturating_mul(plan.context.into());
+    let mut args: Vec<String> = vec!["-c".into(), context.to_string()];
+    if texts > 1 {
+        args.extend(["-np".into(), texts.to_string()]);
+    }
     // llama.cpp must not adjust these values by itself.
     args.extend([
         "-fit".into(),

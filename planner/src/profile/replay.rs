@@ -149,6 +149,11 @@ impl LayerTrace {
         self.segments.iter().map(|s| s.decoded).sum()
     }
 
+    /// Returns `[decoded token, used]` choices, in router order.
+    pub fn decoded(&self) -> &[u16] {
+        &self.chosen
+    }
+
     /// Returns the number of experts in the layer.
     pub fn n_expert(&self) -> usize {
         self.n_expert

@@ -119,7 +119,7 @@ impl<'a, 'b> Attempt<'a, 'b> {
             notes,
             optimized,
         } = solve_instance(instance, baselines, Instant::now(), deadline)?;
-        let lagrangian_s = optimized.lagrangian_bound + instance.fixed_s(1);
+        let lagrangian_s = optimized.lagrangian_bound + instance.token_fixed_s();
         let value = instance.value(&plan);
         let gap = optimized.bound.and_then(|bound| instance.gap(&plan, bound));
         let bound = gap.map(|gap| value * (1.0 - gap));
@@ -154,7 +154,8 @@ impl<'a, 'b> Attempt<'a, 'b> {
             return None;
         }
         let prices = &self.best.prices;
-        let moved = other.fixed_s(1) - self.instance.fixed_s(1) + other.dense_s(prices)?
+        let moved = other.token_fixed_s() - self.instance.token_fixed_s()
+            + other.dense_s(prices)?
             - self.instance.dense_s(prices)?;
         Some(self.lagrangian_s + moved + here.priced_left(prices) - there.priced_left(prices))
     }

@@ -158,6 +158,7 @@ pub fn solve_with_evidence(
     };
     let mut notes = evidence.notes.clone();
     notes.extend(efficiency_note(problem));
+    notes.extend(gpu_note(problem));
     notes.extend(best.notes);
     if objective.target_tok_s.is_some() || objective.kind != Objective::Latency {
         notes.push(format!("objective: {}", objective.describe()));
@@ -206,6 +207,15 @@ fn efficiency_note(problem: &Problem<'_>) -> Option<String> {
             "rates of the tiers that the CPU computes on are those of machine '{name}' times its efficiency of \
              {efficiency}"
         )
+    })
+}
+
+/// Returns a sentence on GPUs that several texts keep from having attention.
+fn gpu_note(problem: &Problem<'_>) -> Option<String> {
+    let has_gpu = problem.machine.tiers.iter().any(|tier| tier.is_gpu());
+    (has_gpu && problem.sequences > 1).then(|| {
+        "a GPU keeps the keys and values of one text only: with several at once, attention is planned for the CPU"
+            .to_string()
     })
 }
 

@@ -175,7 +175,7 @@ fn weighted(
     }
     let mut capacity = instance.capacity.clone();
     if let (true, Some(max_s)) = (objective.limits_time(), objective.max_token_s()) {
-        let left_s = (max_s - instance.fixed_s(1)).max(0.0);
+        let left_s = (max_s - instance.token_fixed_s()).max(0.0);
         capacity
             .left_bytes
             .push((left_s * TICKS_PER_S).floor().min(1e18) as u64);
@@ -248,7 +248,7 @@ fn allowed_baseline(
     }
     let bound_s = optimized
         .bound
-        .map_or(0.0, |bound| bound + instance.fixed_s(1));
+        .map_or(0.0, |bound| bound + instance.token_fixed_s());
     bail!(infeasible::target(
         fastest,
         bound_s,

@@ -15,6 +15,7 @@ use tier_plan_runtime::formats::placement::{
     TierBytes, TierIdx,
 };
 use tier_plan_runtime::gpu::fully_on_gpu;
+use tier_plan_runtime::model::kv::PAGE;
 use tier_plan_runtime::model::shape::{DenseKind, ExpertShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -206,10 +207,14 @@ impl Tally<'_> {
         let plan = self.plan;
         for (layer, cache) in shape.caches.iter().enumerate() {
             let tier = cache_tier(plan, layer);
-            let mut bytes = u128::from(cache.state_bytes);
+            // Several texts have whole pages each; one has its context.
+            let texts = u128::from(plan.sequences);
+            let page = if texts > 1 { u128::from(PAGE) } else { 1 };
+            let positions = u128::from(plan.context).div_ceil(page) * page * texts;
+            let mut bytes = u128::from(cache.state_bytes) * texts;
             for rows in &cache.rows {
                 let row_bytes = u128::from(plan.kv_type.row_bytes(rows.width));
-                bytes += row_bytes * u128::from(rows.per_token) * u128::from(plan.context);
+                bytes += row_bytes * u128::from(rows.per_token) * positions;
             }
             let name = format!("key and value cache of layer {layer}");
             let apart = plan

@@ -8,8 +8,10 @@ pub mod purchase;
 pub mod sweep;
 
 use crate::catalogue::Known;
+use crate::cost::steps::{Predictor, StepPrediction};
 use crate::cost::token_s;
 use crate::json::tier_json;
+use crate::parallel;
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
 use crate::solve::options::Strategy;
@@ -35,6 +37,8 @@ pub struct Question<'a> {
     pub profile: Option<&'a Profile>,
     /// Context length in tokens.
     pub context: u32,
+    /// Texts at once that the KV cache is planned for.
+    pub sequences: u32,
     /// Position that predictions are for; half of the context when `None`.
     pub at: Option<u32>,
     /// Type that keys and values are stored in.
@@ -50,6 +54,8 @@ pub struct Case {
     pub routing: &'static str,
     /// Plan for this routing.
     pub plan: Placement,
+    /// Steps of up to as many texts as are asked about; none where that is one.
+    pub steps: Vec<StepPrediction>,
     /// Notes of the solver about the plan.
     pub notes: Vec<String>,
 }
@@ -160,7 +166,7 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
         machine: question.machine,
         budgets: question.budgets.clone(),
         context: question.context,
-        sequences: 1,
+        sequences: question.sequences,
         kv_type: question.kv_type,
     };
     let (time_limit_s, position) = (question.time_limit_s, question.at);
@@ -184,8 +190,19 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
     let mut cases = Vec::with_capacity(supposed.len());
     for (routing, evidence) in &supposed {
         let solved = plan_for(question, evidence)?;
+        let predictor = Predictor {
+            plan: &solved.plan,
+            shape: &question.known.sizes,
+            evidence,
+            at: solved.plan.predicted.at,
+        };
+        let steps = match question.sequences {
+            1 => Vec::new(),
+            most => parallel::predictions(&predictor, most),
+        };
         cases.push(Case {
             routing,
+            steps,
             plan: solved.plan,
             notes: solved.notes,
         });
@@ -301,6 +318,7 @@ pub fn as_json(question: &Question<'_>, answer: &Result<Answer>) -> Value {
             value
         })
         .collect();
+    value["parallel"] = parallel::as_json(&middle.steps);
     value["cases"] = answer
         .cases
         .iter()

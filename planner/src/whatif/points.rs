@@ -212,6 +212,7 @@ fn check_point(at: usize) {
         budgets,
         profile: None,
         context: 4096,
+        sequences: 1,
         at: None,
         kv_type: KvType::F16,
         time_limit_s: 3.0,

@@ -24,6 +24,7 @@ fn ask<'a>(known: &'a Known, machine: &'a Machine) -> Question<'a> {
         budgets,
         profile: None,
         context: 1024,
+        sequences: 1,
         at: None,
         kv_type: KvType::F16,
         time_limit_s: 2.0,

@@ -52,6 +52,34 @@ pub struct LayerRecord {
     pub waited_s: f64,
 }
 
+/// Steps of several texts, each of which adds one token of every text.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ParallelRecord {
+    /// Texts at once.
+    pub texts: u32,
+    /// Prompt tokens per second, all texts together; 0 where there were none.
+    pub prompt_tok_s: f64,
+    /// Decoded tokens per second, all texts together.
+    pub decode_tok_s: f64,
+    /// Median seconds between two tokens of a text.
+    pub gap_s: f64,
+    /// 95th percentile of those.
+    pub gap_p95_s: f64,
+    /// Distinct experts per layer and step; 0 without routed experts.
+    pub distinct_experts: f64,
+    /// What was predicted.
+    pub predicted: Option<ParallelPrediction>,
+}
+
+/// What was predicted of steps of several texts.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct ParallelPrediction {
+    /// Decoded tokens per second, all texts together.
+    pub decode_tok_s: f64,
+    /// Seconds between two tokens of a text.
+    pub gap_s: f64,
+}
+
 /// A run: what it did, and how fast.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunRecord {
@@ -91,6 +119,8 @@ pub struct RunRecord {
     pub layers: Vec<LayerRecord>,
     /// The plan's prediction.
     pub predicted: Option<Prediction>,
+    /// What a benchmark measured with several texts at once.
+    pub parallel: Vec<ParallelRecord>,
     /// Ids of the decoded tokens, so that runs can be compared.
     pub output: Vec<u32>,
 }

@@ -68,6 +68,7 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
                 .saturating_sub(counters.decode_tokens.saturating_sub(1) / 2);
             plan.predicted_at(engine.shape(), u32::try_from(middle).unwrap_or(u32::MAX))
         }),
+        parallel: Vec::new(),
         output: generated.tokens.clone(),
     }
 }

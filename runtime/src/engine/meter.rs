@@ -154,7 +154,7 @@ impl Meter {
     /// Waits until the dense stage of rows of a batch, which began at `start`, has taken the declared
     /// time.
     pub(crate) fn pace_dense(
-        &self,
+        &mut self,
         start: Instant,
         layer: LayerIdx,
         batch: &Batch,
@@ -164,7 +164,15 @@ impl Meter {
             let traffic = &self.dense[layer.get()];
             let cache = traffic.cache_bytes(batch, rows);
             let declared = pacer.dense(&traffic.weights, traffic.cache_tier, cache);
-            settle(start, declared, &self.cancel);
+            self.settle(start, declared, batch.phase);
+        }
+    }
+
+    /// Waits until `declared` has passed since `start`, and counts it for decoded tokens.
+    fn settle(&mut self, start: Instant, declared: Duration, phase: Phase) {
+        settle(start, declared, &self.cancel);
+        if phase == Phase::Decode {
+            self.counters.declared += declared;
         }
     }
 
@@ -227,7 +235,7 @@ impl Meter {
             .as_ref()
             .map(|p| p.expert_paths(&self.computed, step.read_bytes, to));
         if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
-            settle(clock.experts, *longest, &self.cancel);
+            self.settle(clock.experts, *longest, phase);
         }
         let time = clock.experts.elapsed();
         match phase {
@@ -280,7 +288,8 @@ impl Meter {
         if !batch.logits.is_empty() {
             self.outside.add(self.head.tier, self.head.bytes);
             if let Some(pacer) = &self.pacer {
-                settle(start, pacer.outside(&self.outside), &self.cancel);
+                let declared = pacer.outside(&self.outside);
+                self.settle(start, declared, batch.phase);
             }
         }
         if batch.phase == Phase::Decode {

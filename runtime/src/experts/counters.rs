@@ -64,6 +64,8 @@ pub struct Counters {
     pub decode_tokens: u64,
     /// Time spent on decoding.
     pub decode: Duration,
+    /// The part of `decode` that emulated tiers declare; zero where none is emulated.
+    pub declared: Duration,
     /// Weight bytes read while decoding.
     pub read_bytes: PerTier<u64>,
     /// Time spent on each tier's bytes while decoding: computing on them, or waiting for them. The

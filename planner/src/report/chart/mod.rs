@@ -5,6 +5,7 @@ mod experts;
 mod history;
 mod hits;
 mod layers;
+mod parallel;
 mod parts;
 mod speed;
 pub(super) mod sweep;
@@ -39,6 +40,7 @@ pub(super) fn all(overview: &Overview<'_>) -> Vec<Chart> {
     let speed = (!overview.plans.is_empty()).then(|| speed::chart(overview));
     [
         speed,
+        parallel::chart(overview),
         bytes::chart(overview),
         experts::chart(overview),
         parts::chart(overview),

@@ -11,7 +11,8 @@
 use super::capacity::{Capacity, LayerCache, MAX_FAST, MAX_ROWS, TICKS_PER_S};
 use super::constraints::Constraints;
 use super::objective::{ColumnWeights, ObjectiveFunction, Tangent};
-use crate::cost::{attention_fixed_s, batch, read_s};
+use crate::cost::batch::Step;
+use crate::cost::{attention_fixed_s, read_s};
 use crate::solve::options::Objective;
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
@@ -281,19 +282,19 @@ pub struct Charge {
     weights: ColumnWeights,
     /// Whether time is limited, as bytes are.
     pub limits_time: bool,
-    /// Sequences whose tokens are decoded in one step. Costs are those of a step divided by them.
-    pub batch: Option<u32>,
+    /// The step of several sequences that is timed. Costs are its seconds divided by them.
+    pub step: Option<Step>,
 }
 
 impl Charge {
     /// Makes the charge of an objective, which is linearized at a tangent where it is a product.
     pub fn new(objective: &ObjectiveFunction, tangent: Tangent) -> Self {
-        let batch = (objective.kind == Objective::Throughput).then_some(objective.batch);
+        let is_step = objective.kind == Objective::Throughput;
         let limits_time = objective.limits_time();
         Charge {
             weights: objective.column_weights(tangent),
             limits_time,
-            batch,
+            step: is_step.then(|| objective.step.clone()),
         }
     }
 
@@ -324,7 +325,7 @@ impl Charge {
 
     /// Whether a column costs its seconds and nothing else.
     pub fn is_plain(&self) -> bool {
-        self.batch.is_none()
+        self.step.is_none()
             && !self.limits_time
             && self.weights.per_second == 1.0
             && self.weights.per_byte.iter().all(|&w| w == 0.0)
@@ -334,8 +335,8 @@ impl Charge {
 /// What dense groups are alike by.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct DenseKey {
-    is_embedding: bool,
-    is_attention: bool,
+    kind: DenseKind,
+    macs: u64,
     bytes: u64,
     token_bytes: u64,
     tiers: Vec<TierIdx>,
@@ -371,8 +372,8 @@ pub fn dense_items(
                 })
             });
         let key = DenseKey {
-            is_embedding: group.kind == DenseKind::Embedding,
-            is_attention: group.kind == DenseKind::Attention,
+            kind: group.kind,
+            macs: group.macs,
             bytes: group.bytes,
             token_bytes: group.token_bytes,
             tiers,
@@ -405,16 +406,20 @@ pub fn dense_items(
 
 /// Returns the seconds per token of a dense group on a tier.
 fn dense_s(group: &DenseShape, tier: TierIdx, capacity: &Capacity, charge: &Charge) -> f64 {
-    let read = match charge.batch {
-        Some(batch) => batch::dense_bytes(group, batch) / f64::from(batch),
-        None => group.token_bytes as f64,
+    let (read, launches) = match &charge.step {
+        Some(step) => {
+            let texts = f64::from(step.texts);
+            let seconds = step.dense_s(group, tier, &capacity.tiers[tier]);
+            (seconds / texts, step.micro_batches() / texts)
+        }
+        None => (read_s(&capacity.tiers[tier], group.token_bytes as f64), 1.0),
     };
     // Sequences share weights, but each has a KV cache of its own.
     let moving = capacity.moving_cache(group, tier);
     let cache_s = moving.map_or(0.0, |(cache, cache_tier)| cache.seconds[cache_tier]);
-    let mut seconds = read_s(&capacity.tiers[tier], read) + cache_s;
+    let mut seconds = read + cache_s;
     if group.kind == DenseKind::Attention {
-        seconds += attention_fixed_s(&capacity.tiers[tier]) / f64::from(charge.batch.unwrap_or(1));
+        seconds += launches * attention_fixed_s(&capacity.tiers[tier]);
     }
     seconds
 }

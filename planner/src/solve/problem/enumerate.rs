@@ -12,9 +12,8 @@ use super::columns::{Charge, Config, Item, Meaning};
 use super::constraints::{Constraints, LayerConstraints};
 use super::grid::{Axes, Grid};
 use super::reuse_table::ReuseTable;
-use crate::cost::batch::{self, Spread};
+use crate::cost::batch::{self, PassStage, Spread, Step, Use};
 use crate::cost::{ExpertStage, outcomes, stage_mean_s};
-use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use layer::LayerColumns;
 use std::collections::BTreeMap;
@@ -275,7 +274,7 @@ impl<'a> ColumnEnumerator<'a> {
             axes,
         };
         match &layer.judged {
-            _ if self.charge.batch.is_some() => columns.batched(item),
+            _ if self.charge.step.is_some() => columns.batched(item),
             Judged::Recorded(trace) => columns.recorded(item, trace),
             Judged::Uniform => columns.uniform(item),
         }
@@ -292,13 +291,10 @@ impl<'a> ColumnEnumerator<'a> {
         }
         let at = layers[0];
         let (layer, fixed) = (&self.evidence.layers[at], &self.fixed[at]);
-        let stage = self.stage(layer);
-        let seconds = match self.charge.batch {
-            Some(batch) => {
-                let touched = self.touched(layer, fixed, batch);
-                self.batch_s(&stage, layer, fixed, &touched, &config)
-            }
+        let seconds = match &self.charge.step {
+            Some(step) => self.touched(layer, fixed, step).seconds(&config),
             None => {
+                let stage = self.stage(layer);
                 let placed = self.placement(at, &config);
                 let (tiers, staging) = (&self.capacity.tiers, self.capacity.staging_tier);
                 let outcomes = outcomes(&placed, layer, tiers, staging);
@@ -309,15 +305,13 @@ impl<'a> ColumnEnumerator<'a> {
             .then(|| item.len() - 1)
     }
 
-    /// Returns a layer's expert stage. A step over several sequences has no prefetching.
+    /// Returns a layer's expert stage for one token.
     pub(crate) fn stage(&self, layer: &LayerEvidence) -> ExpertStage {
-        let is_batched = self.charge.batch.is_some();
-        let prefetch = if is_batched {
-            Prefetch::default()
-        } else {
-            layer.prefetch
-        };
-        ExpertStage::new(&self.capacity.tiers, layer.shape.expert_bytes, prefetch)
+        ExpertStage::new(
+            &self.capacity.tiers,
+            layer.shape.expert_bytes,
+            layer.prefetch,
+        )
     }
 
     /// Adds a column of known time. Returns whether it fits.
@@ -362,70 +356,72 @@ impl<'a> ColumnEnumerator<'a> {
         fits
     }
 
-    /// Returns how many experts a step over a batch is expected to use.
-    fn touched(&self, layer: &LayerEvidence, fixed: &FixedExperts, batch: u32) -> TouchedExperts {
-        let touched = batch::touched(layer, batch);
-        let mut sum = 0.0;
+    /// Returns what a step is expected to use of a layer's experts.
+    fn touched(&self, layer: &LayerEvidence, fixed: &FixedExperts, step: &Step) -> TouchedExperts {
+        let touched = batch::touched(layer, step.pass_rows());
+        let mut sum = Use::default();
         let sums = fixed.free.iter().map(|&e| {
             sum += touched[e as usize];
             sum
         });
-        let up_to_rank = std::iter::once(0.0).chain(sums).collect();
-        let mut on_tier = PerTier::from_fn(self.capacity.tiers.len(), |_| 0.0);
+        let up_to_rank = std::iter::once(Use::default()).chain(sums).collect();
+        let mut on_tier = PerTier::from_fn(self.capacity.tiers.len(), |_| Use::default());
         let pinned = fixed
             .constraints
             .fixed
             .iter()
             .filter(|(_, t)| **t != self.capacity.home());
         pinned.for_each(|(&e, &t)| on_tier[t] += touched[e as usize]);
+        let n_fixed: u32 = fixed.per_tier.iter().map(|&n| u32::from(n)).sum();
+        let Capacity {
+            tiers,
+            staging_tier,
+            ..
+        } = self.capacity;
         TouchedExperts {
-            batch,
+            stage: PassStage::new(step, tiers, &layer.shape, *staging_tier),
+            passes_per_text: step.passes() / f64::from(step.texts),
+            fast: self.capacity.fast(),
             up_to_rank,
             on_tier,
+            n_free: f64::from(layer.shape.n_expert - n_fixed),
         }
     }
+}
 
-    /// Returns the seconds of a step's stage divided by its tokens.
-    fn batch_s(
-        &self,
-        stage: &ExpertStage,
-        layer: &LayerEvidence,
-        fixed: &FixedExperts,
-        touched: &TouchedExperts,
-        config: &Config,
-    ) -> f64 {
-        let fast = self.capacity.fast();
-        let up_to_rank = &touched.up_to_rank;
-        let mut pinned = touched.on_tier.clone();
+/// Expected use of a layer's experts by the passes of a step.
+struct TouchedExperts {
+    stage: PassStage,
+    /// Passes of the step divided by its sequences.
+    passes_per_text: f64,
+    /// Tiers above the last one.
+    fast: usize,
+    /// `[free experts + 1]` use of the free experts before each rank.
+    up_to_rank: Vec<Use>,
+    /// Use of the experts fixed to each tier.
+    on_tier: PerTier<Use>,
+    /// Experts that are not fixed to a tier above the last one.
+    n_free: f64,
+}
+
+impl TouchedExperts {
+    /// Returns the seconds of the stage's passes under a column, divided by the step's sequences.
+    fn seconds(&self, config: &Config) -> f64 {
+        let up_to_rank = &self.up_to_rank;
+        let mut pinned = self.on_tier.clone();
         let mut from = 0;
-        for (tier, pinned) in pinned.iter_mut().enumerate().take(fast) {
+        for (tier, pinned) in pinned.iter_mut().enumerate().take(self.fast) {
             let to = usize::from(config.cuts[tier]);
             *pinned += up_to_rank[to] - up_to_rank[from];
             from = to;
         }
-        let n_fixed: u32 = fixed.per_tier.iter().map(|&n| u32::from(n)).sum();
         let spread = Spread {
             pinned,
             pooled: up_to_rank[up_to_rank.len() - 1] - up_to_rank[from],
-            n_pooled: f64::from(layer.shape.n_expert - n_fixed) - from as f64,
+            n_pooled: self.n_free - from as f64,
             slots: config.slots.into(),
             slot_tier: config.slot_tier,
         };
-        let Capacity {
-            in_place,
-            staging_tier,
-            ..
-        } = *self.capacity;
-        batch::stage_s(stage, &spread, in_place, staging_tier) / f64::from(touched.batch)
+        self.passes_per_text * self.stage.seconds(&spread)
     }
-}
-
-/// Expected numbers of experts that a step over a batch uses.
-struct TouchedExperts {
-    /// Sequences of the step.
-    batch: u32,
-    /// `[free experts + 1]` those of the free experts before each rank.
-    up_to_rank: Vec<f64>,
-    /// Those of the experts fixed to each tier.
-    on_tier: PerTier<f64>,
 }

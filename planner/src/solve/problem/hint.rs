@@ -30,32 +30,49 @@ pub(crate) fn hint(problem: &Problem<'_>, tier: TierIdx, missing: u64) -> String
             show_bytes(needed)
         ));
     }
-    let cache_bytes = |kv_type: KvType, context: u32| {
-        let room = CacheRoom {
+    let bytes_of = |room: CacheRoom| problem.kv_type.cache_bytes(problem.shape, room);
+    let with_context = |context: u32| {
+        bytes_of(CacheRoom {
             context,
             ..problem.room()
-        };
-        kv_type.cache_bytes(problem.shape, room)
+        })
     };
-    let now = cache_bytes(problem.kv_type, problem.context);
+    let with_texts = |sequences: u32| {
+        bytes_of(CacheRoom {
+            sequences,
+            ..problem.room()
+        })
+    };
+    let now = bytes_of(problem.room());
     // The cache lies above the last tier, unless that is the only one.
     let holds_cache = tier.get() + 1 < problem.machine.tiers.len() || tier == TierIdx::FIRST;
     let is_enough = |bytes: u64| holds_cache && now.saturating_sub(bytes) >= missing;
-    if problem.kv_type != KvType::Q8_0 && is_enough(cache_bytes(KvType::Q8_0, problem.context)) {
+    let q8_0 = KvType::Q8_0.cache_bytes(problem.shape, problem.room());
+    if problem.kv_type != KvType::Q8_0 && is_enough(q8_0) {
         ways.push("give --kv-type q8_0".to_string());
     }
-    if is_enough(cache_bytes(problem.kv_type, 1)) {
-        // Bisects for the longest context that is short enough.
-        let (mut fits, mut too_long) = (1, problem.context);
-        while too_long - fits > 1 {
-            let middle = fits + (too_long - fits) / 2;
-            if is_enough(cache_bytes(problem.kv_type, middle)) {
-                fits = middle
-            } else {
-                too_long = middle
-            }
-        }
-        ways.push(format!("give --context {fits}"));
+    if let Some(context) = most(problem.context, |context| is_enough(with_context(context))) {
+        ways.push(format!("give --context {context}"));
+    }
+    if let Some(texts) = most(problem.sequences, |texts| is_enough(with_texts(texts))) {
+        ways.push(format!("plan for {texts} texts at once"));
     }
     ways.join(", or ")
+}
+
+/// Returns the largest number from 1 to below `too_many` that is small enough, by bisection.
+fn most(too_many: u32, is_enough: impl Fn(u32) -> bool) -> Option<u32> {
+    if too_many < 2 || !is_enough(1) {
+        return None;
+    }
+    let (mut fits, mut too_many) = (1, too_many);
+    while too_many - fits > 1 {
+        let middle = fits + (too_many - fits) / 2;
+        if is_enough(middle) {
+            fits = middle
+        } else {
+            too_many = middle
+        }
+    }
+    Some(fits)
 }

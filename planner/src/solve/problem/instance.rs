@@ -5,7 +5,7 @@ use super::capacity::Capacity;
 use super::columns::{self, Charge};
 use super::constraints::Constraints;
 use super::objective::ObjectiveFunction;
-use crate::cost;
+use crate::cost::{self, batch::Step};
 use crate::profile::Evidence;
 use crate::solve::options::{Backend, Objective};
 use tier_plan_runtime::formats::placement::Placement;
@@ -83,14 +83,14 @@ impl Instance<'_> {
                 bound + self.objective.fixed_weight(self.capacity),
             ),
             Objective::Throughput => {
-                let batch = self.objective.batch;
+                let step = &self.objective.step;
                 (
                     self.value(plan),
-                    bound + self.fixed_s(batch) / f64::from(batch),
+                    bound + self.fixed_s(step) / f64::from(step.texts),
                 )
             }
             Objective::Latency | Objective::Cost | Objective::Energy => {
-                (plan.solver.objective_s, bound + self.fixed_s(1))
+                (plan.solver.objective_s, bound + self.token_fixed_s())
             }
         };
         (value > 0.0)
@@ -101,11 +101,18 @@ impl Instance<'_> {
     /// Returns the seconds of a step that no choice changes.
     ///
     /// They are the overheads, and each sequence's KV cache unless it moves with attention.
-    pub(crate) fn fixed_s(&self, sequences: u32) -> f64 {
+    fn fixed_s(&self, step: &Step) -> f64 {
         let Problem { shape, machine, .. } = *self.problem;
         let (layer_us, token_us) = (machine.layer_overhead_us, machine.token_overhead_us);
-        let overhead = cost::overhead_s(shape.n_layer, layer_us, token_us);
-        overhead + f64::from(sequences) * self.capacity.kv_s()
+        let overhead = step.overhead_s(shape.n_layer, layer_us, token_us);
+        overhead + f64::from(step.texts) * self.capacity.kv_s()
+    }
+
+    /// Returns the seconds of one token that no choice changes.
+    pub(crate) fn token_fixed_s(&self) -> f64 {
+        let Problem { shape, machine, .. } = *self.problem;
+        let (layer_us, token_us) = (machine.layer_overhead_us, machine.token_overhead_us);
+        cost::overhead_s(shape.n_layer, layer_us, token_us) + self.capacity.kv_s()
     }
 
     /// Returns the seconds and priced bytes of the dense groups, each on its cheapest tier.

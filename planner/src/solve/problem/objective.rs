@@ -16,7 +16,8 @@
 
 use super::Problem;
 use super::capacity::Capacity;
-use crate::cost::{batch, token_s};
+use crate::cost::batch::{self, Step};
+use crate::cost::token_s;
 use crate::profile::Evidence;
 use crate::solve::options::Objective;
 use anyhow::{Context, Result, ensure};
@@ -38,8 +39,8 @@ const USD_PER_BYTE: f64 = 1e-9;
 pub struct ObjectiveFunction {
     /// The quantity to minimize.
     pub kind: Objective,
-    /// Sequences that are decoded together.
-    pub batch: u32,
+    /// The step that is timed, of the sequences that are decoded together.
+    pub step: Step,
     /// Tokens per second to reach.
     pub target_tok_s: Option<f64>,
     /// `[tiers]` US dollars per byte. For the least memory without prices, 1 for each byte above
@@ -94,9 +95,18 @@ impl ObjectiveFunction {
             batch.is_none() || kind == Objective::Throughput,
             "--batch goes with --objective throughput; the others are of one sequence"
         );
+        let (texts, planned) = (batch.unwrap_or(1), problem.sequences);
+        ensure!(
+            texts <= planned,
+            "--batch: {texts} sequences, expected at most {planned}, the texts that the KV cache is planned for"
+        );
         let mut objective = ObjectiveFunction {
             kind,
-            batch: batch.unwrap_or(1),
+            step: Step::new(
+                texts,
+                &machine.computing_tiers().into(),
+                &machine.prompt_gflops(),
+            ),
             target_tok_s,
             weights: vec![0.0; machine.tiers.len()],
             rest_usd: 0.0,
@@ -155,7 +165,7 @@ impl ObjectiveFunction {
 
     /// Whether a column costs its seconds and nothing else.
     pub fn is_latency(&self) -> bool {
-        self.batch == 1 && !self.has_weights() && self.kind != Objective::Throughput
+        !self.has_weights() && self.kind != Objective::Throughput
     }
 
     /// Whether bytes have a cost of their own.
@@ -214,7 +224,7 @@ impl ObjectiveFunction {
         match self.kind {
             Objective::Latency => seconds,
             Objective::Throughput => {
-                batch::step_s(plan, shape, evidence, self.batch) / f64::from(self.batch)
+                batch::step_s(plan, shape, evidence, self.step.texts) / f64::from(self.step.texts)
             }
             Objective::Cost => self.usd(plan) * seconds,
             Objective::Energy => self.watts * seconds,
@@ -263,9 +273,13 @@ impl ObjectiveFunction {
         match self.kind {
             Objective::Latency => "least predicted time of a decoded token".to_string(),
             Objective::Throughput => format!(
-                "least predicted time of a step over {} sequences, each distinct expert read once; arithmetic is not \
-                 counted, so this is an upper limit of speed",
-                self.batch
+                "least predicted time of a step over {} sequences, each distinct expert read once{}",
+                self.step.texts,
+                if self.step.has_arithmetic() {
+                    ""
+                } else {
+                    "; without rates of arithmetic only reads are counted, so this is an upper limit of speed"
+                }
             ),
             Objective::Cost if self.has_weights() => {
                 "least predicted price of a token per second: the memory used by its price per GB, and the rest of the \
@@ -299,7 +313,7 @@ impl ObjectiveFunction {
             value,
             unit: self.unit().to_string(),
             bound,
-            batch: (self.kind == Objective::Throughput).then_some(self.batch),
+            batch: (self.kind == Objective::Throughput).then_some(self.step.texts),
             target_tok_s: self.target_tok_s,
         })
     }

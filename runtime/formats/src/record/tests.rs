@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 const V1: &str = include_str!("../../../../tests/data/formats/record.v1.json");
 const V2: &str = include_str!("../../../../tests/data/formats/record.v2.json");
+const V3: &str = include_str!("../../../../tests/data/formats/record.v3.json");
 
 fn load(text: &str) -> Result<RunRecord, String> {
     decode(text.as_bytes(), Path::new("r.json")).map_err(|e| e.to_string())
@@ -76,6 +77,7 @@ fn version_1_means_what_it_meant() {
             kv_s: 0.0,
             prompt_gflops: PerTier::default(),
         }),
+        parallel: Vec::new(),
         output: vec![5, 4095, 17],
     };
     let record = load(V1).unwrap();
@@ -98,6 +100,22 @@ fn version_1_means_what_it_meant() {
         V2,
         "the writer lays out version 2 as it always did"
     );
+    let steps = |texts, decode_tok_s, predicted| ParallelRecord {
+        texts,
+        prompt_tok_s: 250.5,
+        decode_tok_s,
+        gap_s: 0.125,
+        gap_p95_s: 0.25,
+        distinct_experts: 6.5,
+        predicted,
+    };
+    let predicted = ParallelPrediction {
+        decode_tok_s: 31.25,
+        gap_s: 0.128,
+    };
+    want.parallel = vec![steps(1, 8.0, None), steps(4, 32.0, Some(predicted))];
+    assert_eq!(load(V3), Ok(want.clone()));
+    assert_eq!(want.encode(), V3);
 }
 
 #[test]
@@ -118,15 +136,15 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "\"version\": 1",
-            "\"version\": 3",
-            "run record version 3, but this program reads up to version 2; update tier-plan",
+            "\"version\": 4",
+            "run record version 4, but this program reads up to version 3; update tier-plan",
         ),
         (
             "\"version\": 1",
             "\"version\": 0",
             "version is 0, but versions start at 1",
         ),
-        ("\"version\": 1,", "", "no version; write `version = 2`"),
+        ("\"version\": 1,", "", "no version; write `version = 3`"),
         (
             "\"isa\"",
             "\"simd\"",
@@ -174,6 +192,12 @@ fn errors_say_what_and_how_to_mend() {
             "\"hit_rate\": 0.9375, \"at\": 3",
             "predicted.at, kv_s and prompt_gflops are keys of version 2",
         ),
+        (
+            "\"layers\": [",
+            "\"parallel\": [{\"texts\": 1, \"prompt_tok_s\": 1, \"decode_tok_s\": 1, \"gap_s\": 1, \
+             \"gap_p95_s\": 1, \"distinct_experts\": 1, \"predicted\": null}], \"layers\": [",
+            "parallel is a key of version 3",
+        ),
         ("17]\n}", "17]", "EOF while parsing"),
     ];
     for (from, to, why) in cases {
@@ -198,6 +222,27 @@ fn errors_say_what_and_how_to_mend() {
         ),
     ] {
         let error = decode(bytes, Path::new("r.json")).unwrap_err().to_string();
+        assert!(error.contains(why), "wanted {why:?}, got {error:?}");
+    }
+}
+
+#[test]
+fn steps_of_texts_are_checked() {
+    for (from, to, why) in [
+        ("\"texts\": 4", "\"texts\": 1", "1 texts after 1"),
+        ("\"texts\": 1", "\"texts\": 0", "0 texts after 0"),
+        (
+            "\"gap_p95_s\": 0.25",
+            "\"gap_p95_s\": -1",
+            "gap_p95_s of 1 texts is -1",
+        ),
+        (
+            "\"gap_s\": 0.128",
+            "\"gap_s\": -1",
+            "predicted.gap_s of 4 texts is -1",
+        ),
+    ] {
+        let error = load(&V3.replacen(from, to, 1)).expect_err(to);
         assert!(error.contains(why), "wanted {why:?}, got {error:?}");
     }
 }
@@ -308,7 +353,34 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
         any_amount(),
         proptest::option::of(any_amount()),
     );
-    let lists = (vec(tier, 0..3), vec(layer, 0..3), vec(any::<u32>(), 0..20));
+    let steps = (
+        proptest::array::uniform5(any_amount()),
+        proptest::option::of((any_amount(), any_amount())),
+    )
+        .prop_map(|([a, b, c, d, e], predicted)| ParallelRecord {
+            texts: 0,
+            prompt_tok_s: a,
+            decode_tok_s: b,
+            gap_s: c,
+            gap_p95_s: d,
+            distinct_experts: e,
+            predicted: predicted.map(|(decode_tok_s, gap_s)| ParallelPrediction {
+                decode_tok_s,
+                gap_s,
+            }),
+        });
+    let parallel = vec(steps, 0..3).prop_map(|mut all| {
+        (1..)
+            .zip(&mut all)
+            .for_each(|(texts, steps)| steps.texts = texts);
+        all
+    });
+    let lists = (
+        vec(tier, 0..3),
+        vec(layer, 0..3),
+        parallel,
+        vec(any::<u32>(), 0..20),
+    );
     (
         words,
         source(),
@@ -330,7 +402,7 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             )| {
                 let [plan, plan_status, when, host, isa, _] = words;
                 let (prompt_s, decode_s, first_token_s, plan_gap) = times;
-                let (tiers, layers, output) = lists;
+                let (tiers, layers, parallel, output) = lists;
                 RunRecord {
                     plan,
                     plan_status,
@@ -350,6 +422,7 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
                     tiers,
                     layers,
                     predicted,
+                    parallel,
                     output,
                 }
             },

@@ -1,9 +1,9 @@
-//! The JSON of versions 1 and 2 of a run record.
+//! The JSON of versions 1 to 3 of a run record.
 //!
 //! Rates that follow from counts and times are written for readers of the file, and computed again
 //! when it is read.
 
-use super::{LayerRecord, RECORD, RunRecord, TierRecord};
+use super::{LayerRecord, ParallelPrediction, ParallelRecord, RECORD, RunRecord, TierRecord};
 use crate::placement::Prediction;
 use crate::source_id::SourceId;
 use crate::text::check_amount;
@@ -38,6 +38,8 @@ struct Wire {
     predicted: Option<WirePrediction>,
     tiers: Vec<WireTier>,
     layers: Vec<WireLayer>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    parallel: Vec<WireParallel>,
     /// Last, because [`encode`] writes its items on one line.
     output: Vec<u32>,
 }
@@ -97,6 +99,59 @@ struct WireLayer {
     waited_s: Option<f64>,
 }
 
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireParallel {
+    texts: u32,
+    prompt_tok_s: f64,
+    decode_tok_s: f64,
+    gap_s: f64,
+    gap_p95_s: f64,
+    distinct_experts: f64,
+    predicted: Option<WireParallelPrediction>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireParallelPrediction {
+    decode_tok_s: f64,
+    gap_s: f64,
+}
+
+impl From<&ParallelRecord> for WireParallel {
+    fn from(record: &ParallelRecord) -> Self {
+        Self {
+            texts: record.texts,
+            prompt_tok_s: record.prompt_tok_s,
+            decode_tok_s: record.decode_tok_s,
+            gap_s: record.gap_s,
+            gap_p95_s: record.gap_p95_s,
+            distinct_experts: record.distinct_experts,
+            predicted: record.predicted.map(|p| WireParallelPrediction {
+                decode_tok_s: p.decode_tok_s,
+                gap_s: p.gap_s,
+            }),
+        }
+    }
+}
+
+impl From<WireParallel> for ParallelRecord {
+    fn from(wire: WireParallel) -> Self {
+        Self {
+            texts: wire.texts,
+            prompt_tok_s: wire.prompt_tok_s,
+            decode_tok_s: wire.decode_tok_s,
+            gap_s: wire.gap_s,
+            gap_p95_s: wire.gap_p95_s,
+            distinct_experts: wire.distinct_experts,
+            predicted: wire.predicted.map(|p| ParallelPrediction {
+                decode_tok_s: p.decode_tok_s,
+                gap_s: p.gap_s,
+            }),
+        }
+    }
+}
+
 impl From<&SourceId> for WireSource {
     fn from(id: &SourceId) -> WireSource {
         WireSource {
@@ -119,10 +174,12 @@ impl From<WireSource> for SourceId {
 pub(super) fn encode(record: &RunRecord) -> String {
     let is_of_2 = |p: &Prediction| p.at > 0 || p.kv_s > 0.0 || !p.prompt_gflops.is_empty();
     let reads = |l: &LayerRecord| l.missed_bytes > 0 || l.reading_s > 0.0 || l.waited_s > 0.0;
-    let of_2 = record.predicted.as_ref().is_some_and(is_of_2) || record.layers.iter().any(reads);
+    let of_3 = !record.parallel.is_empty();
+    let of_2 =
+        of_3 || record.predicted.as_ref().is_some_and(is_of_2) || record.layers.iter().any(reads);
     let wire = Wire {
         format: RECORD.format.into(),
-        version: if of_2 { 2 } else { 1 },
+        version: 1 + u64::from(of_2) + u64::from(of_3),
         plan: record.plan.clone(),
         status: record.plan_status.clone(),
         gap: record.plan_gap,
@@ -182,6 +239,7 @@ pub(super) fn encode(record: &RunRecord) -> String {
                 waited_s: of_2.then_some(l.waited_s),
             })
             .collect(),
+        parallel: record.parallel.iter().map(WireParallel::from).collect(),
         output: Vec::new(),
     };
     // A struct of strings and numbers has no way to fail; if it did, the empty text would be
@@ -211,6 +269,11 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
         return Err(
             "missed_bytes, reading_s and waited_s of a layer are keys of version 2; write `\"version\": 2`, or leave them out"
                 .into(),
+        );
+    }
+    if wire.version < 3 && !wire.parallel.is_empty() {
+        return Err(
+            "parallel is a key of version 3; write `\"version\": 3`, or leave it out".into(),
         );
     }
     Ok(RunRecord {
@@ -270,6 +333,7 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
             kv_s: p.kv_s.unwrap_or(0.0),
             prompt_gflops: p.prompt_gflops.into(),
         }),
+        parallel: wire.parallel.into_iter().map(Into::into).collect(),
         output: wire.output,
     })
 }
@@ -302,6 +366,7 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
             layer.waited_s,
         )?;
     }
+    check_parallel(&record.parallel)?;
     let Some(predicted) = &record.predicted else {
         return Ok(());
     };
@@ -324,6 +389,33 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         .flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
     for (what, x) in scalars.into_iter().chain(parts) {
         check_amount(&format!("predicted.{what}"), x)?;
+    }
+    Ok(())
+}
+
+/// Says what is wrong with the steps of several texts: their numbers of texts ascend.
+fn check_parallel(parallel: &[ParallelRecord]) -> Result<(), String> {
+    let mut before = 0;
+    for steps in parallel {
+        let texts = steps.texts;
+        if texts <= before {
+            return Err(format!(
+                "parallel has {texts} texts after {before}; their numbers must ascend from 1"
+            ));
+        }
+        before = texts;
+        let predicted = steps.predicted.unwrap_or_default();
+        for (what, x) in [
+            ("prompt_tok_s", steps.prompt_tok_s),
+            ("decode_tok_s", steps.decode_tok_s),
+            ("gap_s", steps.gap_s),
+            ("gap_p95_s", steps.gap_p95_s),
+            ("distinct_experts", steps.distinct_experts),
+            ("predicted.decode_tok_s", predicted.decode_tok_s),
+            ("predicted.gap_s", predicted.gap_s),
+        ] {
+            check_amount(&format!("{what} of {texts} texts"), x)?;
+        }
     }
     Ok(())
 }

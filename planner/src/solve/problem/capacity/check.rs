@@ -72,12 +72,14 @@ impl Capacity {
             hint(problem, staging, self.kv_bytes)
         );
         bail!(
-            "tier '{}' has {} left of its budget of {}, but the key and value cache of {} tokens of context needs \
-             {} as {}; {}",
+            "tier '{}' has {} left of its budget of {}, but the key and value cache of {} needs {} as {}; {}",
             self.tiers[staging].name,
             show_bytes(left),
             show_bytes(self.budget_bytes[staging]),
-            problem.context,
+            match problem.sequences {
+                1 => format!("{} tokens of context", problem.context),
+                n => format!("{n} texts of {} tokens", problem.context),
+            },
             show_bytes(self.kv_bytes),
             problem.kv_type,
             hint(problem, staging, self.kv_bytes.saturating_sub(left))

@@ -169,10 +169,10 @@ impl LayerColumns<'_, '_> {
 
     /// Adds the columns of a step over several sequences.
     pub(super) fn batched(&self, item: &mut Item) {
-        let Some(batch) = self.enumerator.charge.batch else {
+        let Some(step) = &self.enumerator.charge.step else {
             return;
         };
-        let touched = self.enumerator.touched(self.layer, self.fixed, batch);
+        let touched = self.enumerator.touched(self.layer, self.fixed, step);
         let staging_tier = self.capacity().staging_tier;
         for last in self.last_cuts() {
             let slots = self.slot_axis(self.n_pooled(last));
@@ -192,11 +192,7 @@ impl LayerColumns<'_, '_> {
                 let configs =
                     std::iter::once(none).chain(self.capacity().slot_tiers().flat_map(with));
                 for config in configs {
-                    let (layer, fixed) = (self.layer, self.fixed);
-                    let seconds =
-                        self.enumerator
-                            .batch_s(&self.stage, layer, fixed, &touched, &config);
-                    self.push(item, config, seconds);
+                    self.push(item, config, touched.seconds(&config));
                 }
             });
         }

@@ -1,114 +1,15 @@
-//! `tier-plan bench`: prompt and decode speed, repeated.
+//! One text: prompt and decode speed, where the time goes, and how near it is to main memory's rate.
 
-use crate::cmd::args::{
-    ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, StoreArgs, at_least_one,
-};
-use crate::hint::HintExt;
-use crate::opening::Opening;
-use crate::prepared::Prepared;
+use super::{BenchArgs, greedy, median, prompt};
 use crate::printable::printable;
 use crate::session::Session;
-use anyhow::{Context, Result, anyhow, ensure};
-use clap::Args;
+use anyhow::Result;
 use serde_json::json;
-use std::path::Path;
 use tier_plan_runtime::LogitsMode;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 use tier_plan_runtime::tiers::limits::memory_left;
 use tier_plan_runtime::units::show_bytes;
-
-/// Options of `tier-plan bench`.
-#[derive(Debug, Args)]
-#[command(
-    about = "Measure prompt and decode speed",
-    after_long_help = "Example:\n  tier-plan bench MODEL.gguf -p 512 -n 128 -r 5\n  \
-                       tier-plan bench MODEL.gguf --memory 8GiB\n\n\
-                       As in llama-bench, -p and -n are numbers of tokens here; elsewhere -p is the prompt."
-)]
-pub struct BenchArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub model: ModelArgs,
-    /// Prompt tokens to process
-    #[arg(
-        short = 'p',
-        long,
-        alias = "prompt",
-        value_name = "N",
-        default_value_t = 64,
-        help_heading = "Generation"
-    )]
-    pub n_prompt: u32,
-    /// Tokens to decode
-    #[arg(
-        short = 'n',
-        long,
-        aliases = ["tokens", "n-predict", "predict"],
-        value_name = "N",
-        default_value_t = 32,
-        help_heading = "Generation"
-    )]
-    pub n_gen: u32,
-    /// Repetitions, after one to warm up
-    #[arg(
-        short,
-        long,
-        visible_alias = "repetitions",
-        value_name = "N",
-        default_value_t = 3,
-        help_heading = "Generation"
-    )]
-    pub repeat: u32,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub memory: MemoryArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub kv: KvArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub store: StoreArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub compute: ComputeArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub format: JsonArgs,
-}
-
-/// Checked options of a benchmark.
-struct BenchOptions<'a> {
-    model: &'a Path,
-    opening: Opening<'a>,
-    /// Context that one repetition takes.
-    context: u32,
-}
-
-impl<'a> BenchOptions<'a> {
-    fn from_args(args: &'a BenchArgs) -> Result<Self> {
-        at_least_one("--repeat", args.repeat)?;
-        ensure!(
-            args.n_prompt > 0 || args.n_gen > 0,
-            "--n-prompt and --n-gen: both 0, expected something to measure"
-        );
-        // Decoding needs at least one token before it.
-        let context = args.n_prompt.max(1).checked_add(args.n_gen);
-        let context =
-            context.context("--n-prompt and --n-gen: too many tokens to count, expected fewer")?;
-        let opening =
-            crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?;
-        let opening = Opening {
-            context: opening.plan.is_none().then_some(context),
-            ..opening
-        };
-        Ok(Self {
-            model: args.model.path()?,
-            opening,
-            context,
-        })
-    }
-}
 
 /// Times and counters of one repetition.
 struct Sample {
@@ -127,38 +28,22 @@ struct Sample {
     hit_rate: Option<f64>,
 }
 
-/// Runs the command.
+/// Measures one text, and prints what was measured.
 ///
 /// # Errors
-/// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
-pub fn run(args: &BenchArgs) -> Result<()> {
-    let options = BenchOptions::from_args(args)?;
-    let prepared = Prepared::open(options.model, options.opening)?;
-    let (needed, planned) = (options.context, prepared.plan_context());
-    if needed > planned {
-        let full = format!(
-            "--n-prompt and --n-gen: {} and {}, expected at most {planned} together, the context of the plan",
-            args.n_prompt, args.n_gen
-        );
-        return Err(anyhow!(full)).hint(format!(
-            "pass fewer, or solve again with --context {needed}"
-        ));
-    }
-    let mut session = prepared.load()?;
-    let n_vocab = session.engine.spec().n_vocab as u64;
-    // Timing works with any tokens. These spread over the vocabulary, so that routing does too.
-    let token = |i: u64| (i.wrapping_mul(2_654_435_761) % n_vocab) as u32;
-    let prompt: Vec<u32> = (0..u64::from(args.n_prompt)).map(token).collect();
+/// When a pass fails.
+pub(super) fn run(args: &BenchArgs, session: &mut Session) -> Result<()> {
+    let prompt = prompt(session.engine.spec().n_vocab, 0, args.n_prompt);
     let mut samples = Vec::new();
     // The first repetition is the warm-up.
     for repetition in 0..=args.repeat {
-        let sample = repeat(&mut session, &prompt, args.n_gen)?;
+        let sample = repeat(session, &prompt, args.n_gen)?;
         if repetition > 0 {
             samples.push(sample);
         }
     }
     session.keep()?;
-    report(args, &session, &samples)
+    report(args, session, &samples)
 }
 
 fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> {
@@ -205,14 +90,6 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
         },
         hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
     })
-}
-
-fn greedy(logits: &[f32]) -> u32 {
-    let best = logits
-        .iter()
-        .enumerate()
-        .max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    best.map_or(0, |(i, _)| i as u32)
 }
 
 /// Bytes read to measure the bandwidth of main memory, if that many are free.
@@ -375,32 +252,5 @@ fn print_prefetches(samples: &[Sample]) {
         println!(
             "prefetched while decoding: {right} experts that were used ({in_time} in time), {wrong} that were not"
         );
-    }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => 0.0,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn medians() {
-        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert_eq!(median(&[]), 0.0);
-    }
-
-    #[test]
-    fn greedy_takes_the_first_of_equals() {
-        assert_eq!(greedy(&[1.0, 5.0, 5.0]), 1);
     }
 }

@@ -1,0 +1,295 @@
+//! Several texts at once: planned by `solve` and `what-if`, measured by `bench`, charted by
+//! `compare`.
+
+use crate::common::{demo_machine, demo_model, json, listing, refused, run_in, stdout, succeeded};
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+
+fn texts(path: impl AsRef<Path>) -> String {
+    path.as_ref().to_str().unwrap().to_string()
+}
+
+fn numbers(value: &Value, key: &str) -> Vec<f64> {
+    let rows = value["parallel"].as_array().unwrap();
+    rows.iter().map(|row| row[key].as_f64().unwrap()).collect()
+}
+
+/// Solves for the bundled model on its emulated machine.
+fn solve(folder: &Path, more: &[&str]) -> Value {
+    let (model, machine) = (texts(demo_model()), texts(demo_machine()));
+    let list = [
+        "solve",
+        &model,
+        "-M",
+        &machine,
+        "--time-limit",
+        "1",
+        "--json",
+    ];
+    json(run_in(folder, &[&list[..], more].concat()))
+}
+
+#[test]
+fn texts_are_planned_measured_and_charted() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    let (model, machine) = (texts(demo_model()), texts(demo_machine()));
+    let planned = solve(folder, &["--context", "64", "--parallel", "4"]);
+    assert_eq!(numbers(&planned, "texts"), [1.0, 2.0, 4.0]);
+    let predicted = numbers(&planned, "predicted_tok_s");
+    assert!(
+        predicted[0] < predicted[1] && predicted[1] < predicted[2],
+        "{predicted:?}"
+    );
+    let plan: toml::Table = fs::read_to_string(folder.join("placement.toml"))
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert_eq!(plan["sequences"].as_integer(), Some(4));
+
+    // A cache of four texts is four times as large as one's, and the plan says so.
+    let kv = |plan: &toml::Table| -> i64 {
+        let tiers = plan["tier"].as_array().unwrap();
+        tiers
+            .iter()
+            .map(|tier| tier["bytes"]["kv"].as_integer().unwrap())
+            .sum()
+    };
+    solve(folder, &["--context", "64", "-o", "one.toml"]);
+    let one: toml::Table = fs::read_to_string(folder.join("one.toml"))
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert_eq!(kv(&plan), 4 * kv(&one));
+
+    let explained = stdout(&succeeded(run_in(
+        folder,
+        &[
+            "explain",
+            "placement.toml",
+            "-m",
+            &model,
+            "--time-limit",
+            "1",
+        ],
+    )));
+    assert!(
+        explained.contains("room for 4 texts at once"),
+        "{explained}"
+    );
+
+    let bench = [
+        "bench",
+        &model,
+        "--plan",
+        "placement.toml",
+        "-p",
+        "8",
+        "-n",
+        "8",
+        "-r",
+        "1",
+        "--parallel",
+        "4,1,2,2",
+        "--record",
+        "bench.record.json",
+        "--json",
+    ];
+    let measured = json(run_in(folder, &bench));
+    assert_eq!(numbers(&measured, "texts"), [1.0, 2.0, 4.0]);
+    let rates = numbers(&measured, "decode_tok_s");
+    let gaps = numbers(&measured, "gap_s");
+    for key in [
+        "gap_p95_s",
+        "prompt_tok_s",
+        "distinct_experts",
+        "predicted_decode_tok_s",
+    ] {
+        assert!(
+            numbers(&measured, key).iter().all(|n| *n > 0.0),
+            "{key}: {measured:#}"
+        );
+    }
+    for ((rate, gap), texts) in rates.iter().zip(&gaps).zip([1.0, 2.0, 4.0]) {
+        // The mean and the median of eight steps.
+        assert!(
+            *rate > 0.2 * texts / gap && *rate < 5.0 * texts / gap,
+            "{measured:#}"
+        );
+    }
+    let distinct = numbers(&measured, "distinct_experts");
+    assert_eq!(distinct[0], 4.0, "a token uses four");
+    assert!(distinct[1] > 4.0 && distinct[1] <= 8.0 && distinct[2] <= 16.0);
+    let predicted = numbers(&measured, "predicted_decode_tok_s");
+    for (rate, predicted) in rates.iter().zip(predicted) {
+        // Emulated tiers never run ahead of their declared time by more than the text explains.
+        assert!(*rate < 1.5 * predicted, "{measured:#}");
+    }
+
+    let compared = run_in(folder, &["compare", "bench.record.json", "-o", "report"]);
+    succeeded(compared);
+    let files = listing(&folder.join("report"));
+    for name in ["parallel.svg", "parallel.csv"] {
+        assert!(
+            files.iter().any(|path| path.ends_with(name)),
+            "{name}: {files:?}"
+        );
+    }
+
+    let what_if = json(run_in(
+        folder,
+        &[
+            "what-if",
+            &model,
+            "-M",
+            &machine,
+            "-c",
+            "64",
+            "--parallel",
+            "3",
+            "--time-limit",
+            "1",
+            "--json",
+        ],
+    ));
+    assert_eq!(numbers(&what_if, "texts"), [1.0, 2.0, 3.0]);
+}
+
+#[test]
+fn throughput_plans_room_for_its_batch() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    let goal = [
+        "--context",
+        "64",
+        "--objective",
+        "throughput",
+        "--batch",
+        "4",
+    ];
+    solve(folder, &goal);
+    let plan = fs::read_to_string(folder.join("placement.toml")).unwrap();
+    assert!(plan.contains("\nsequences = 4\n"), "{plan}");
+    // Without a plan, the cache has room for the largest number.
+    let model = texts(demo_model());
+    let measured = json(run_in(
+        folder,
+        &[
+            "bench",
+            &model,
+            "-p",
+            "4",
+            "-n",
+            "3",
+            "-r",
+            "1",
+            "--parallel",
+            "2,5",
+            "--json",
+        ],
+    ));
+    assert_eq!(
+        (&measured["sequences"], &measured["plan"]),
+        (&5.into(), &"all-in-dram".into())
+    );
+    assert!(measured["parallel"][0]["predicted_decode_tok_s"].is_null());
+    assert!(
+        numbers(&measured, "decode_tok_s")
+            .iter()
+            .all(|rate| *rate > 0.0)
+    );
+    // Where memory is short, too.
+    let measured = json(run_in(
+        folder,
+        &[
+            "bench",
+            &model,
+            "-p",
+            "4",
+            "-n",
+            "3",
+            "-r",
+            "1",
+            "--parallel",
+            "5",
+            "--memory",
+            "40MiB",
+            "--json",
+        ],
+    ));
+    assert_eq!(measured["sequences"], 5);
+}
+
+#[test]
+fn texts_without_room_are_refused() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    let (model, machine) = (texts(demo_model()), texts(demo_machine()));
+    solve(folder, &["--context", "64", "--parallel", "2"]);
+    let bench = |more: &[&str], words: &[&str]| {
+        let list = ["bench", &model, "-p", "4", "-n", "4", "-r", "1"];
+        refused(folder, &[&list[..], more].concat(), words);
+    };
+    bench(
+        &["--plan", "placement.toml", "--parallel", "1,8"],
+        &[
+            "--parallel: 8",
+            "at most 2",
+            "placement.toml",
+            "solve again with --parallel 8",
+        ],
+    );
+    bench(&["--parallel", "0"], &["--parallel: 0", "1 or more"]);
+    bench(
+        &["--parallel", "4294967295"],
+        &["--parallel: 4294967295", "at most 67108863"],
+    );
+    bench(
+        &["--parallel", "60000000"],
+        &["no memory", "60000000 texts", "fewer texts"],
+    );
+    bench(
+        &[
+            "--parallel",
+            "2",
+            "--plan",
+            "placement.toml",
+            "--routing",
+            "nosuch.profile",
+        ],
+        &["nosuch.profile"],
+    );
+    bench(
+        &["--parallel", "2", "--record", "nosuch/r.json"],
+        &["nosuch"],
+    );
+    let solve = |more: &[&str], words: &[&str]| {
+        let list = ["solve", &model, "-M", &machine, "--context", "64"];
+        refused(folder, &[&list[..], more].concat(), words);
+    };
+    solve(&["--parallel", "0"], &["--parallel: 0", "1 or more"]);
+    solve(
+        &["--parallel", "4294967295"],
+        &["--parallel: 4294967295", "at most"],
+    );
+    // More texts than the machine holds; fewer would do.
+    solve(
+        &["--parallel", "100000"],
+        &["key and value cache", "texts at once"],
+    );
+    let throughput = [
+        "--objective",
+        "throughput",
+        "--batch",
+        "4",
+        "--parallel",
+        "2",
+    ];
+    solve(&throughput, &["--batch: 4", "at most 2"]);
+    refused(
+        folder,
+        &["what-if", &model, "-M", &machine, "--parallel", "0"],
+        &["--parallel: 0", "1 or more"],
+    );
+}
