@@ -22,7 +22,7 @@ fn plans_that_do_not_fit() {
     run(
         "newer.toml",
         &swap(&plan, "version = 3", "version = 7"),
-        &["newer.toml", "version 7", "up to version 5", "update"],
+        &["newer.toml", "version 7", "up to version 6", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run(

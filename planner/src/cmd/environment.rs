@@ -14,6 +14,7 @@ use std::ffi::{OsStr, OsString};
 /// Options whose variable contains the command's name: command (`*` is every command) and option.
 const PER_COMMAND: &[(&str, &str)] = &[
     ("*", "output"),
+    ("batch", "parallel"),
     ("bench", "parallel"),
     ("bench", "repeat"),
     ("compare", "n-predict"),

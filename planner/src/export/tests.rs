@@ -192,6 +192,7 @@ fn all_on_the_gpu_overrides_nothing() {
     assert_eq!(found.args, ["-c", "1024", "-fit", "off", "-ngl", "49"]);
     let mut several = plan.clone();
     several.sequences = 4;
+    several.fill_sums(&shape);
     let several = llama_cpp::command_line(&several, &shape, &evidence).unwrap();
     assert_eq!(several.args[..4], ["-c", "4096", "-np", "4"]);
     // The plan may still compute a few experts beside the GPU.

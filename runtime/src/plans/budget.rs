@@ -207,14 +207,20 @@ pub fn within(
     kv_type: KvType,
     budget: u64,
 ) -> Result<Budgeted, TooSmall> {
-    let fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
+    let mut fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
     let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
     let used = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);
     let most = shape.experts.iter().map(|e| e.n_expert).max().unwrap_or(0);
-    let needed = fixed.bytes(budget).saturating_add(dense);
-    let least = needed.saturating_add(u64::from(used).saturating_mul(largest));
+    let experts = u64::from(used).saturating_mul(largest);
+    let needed = |fixed: &FixedMemory| fixed.bytes(budget).saturating_add(dense);
+    while needed(&fixed).saturating_add(experts) > budget && fixed.batch > MIN_BATCH {
+        fixed.batch = (fixed.batch / 2).max(MIN_BATCH);
+        fixed.activation_bytes = activation_bytes(gguf, spec, room, fixed.batch);
+    }
+    let needed = needed(&fixed);
+    let least = needed.saturating_add(experts);
     let Some(mut left) = budget.checked_sub(least) else {
         // The part that stays free grows with the budget.
         let least_bytes = (least - budget / SPARE_FRACTION).saturating_mul(SPARE_FRACTION)

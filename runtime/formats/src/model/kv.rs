@@ -62,6 +62,15 @@ impl CacheRoom {
     }
 }
 
+impl fmt::Display for CacheRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.sequences {
+            1 => write!(f, "{} tokens of context", self.context),
+            n => write!(f, "{n} texts of {} tokens of context", self.context),
+        }
+    }
+}
+
 /// A name of no KV cache type.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("unknown KV cache type '{0}': expected f16, q8_0, or f32")]

@@ -207,8 +207,7 @@ fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
                 tier: tier.name.clone(),
                 found: stored.kv,
                 expected: kv,
-                context: plan.context,
-                sequences: plan.sequences,
+                room: plan.room(),
                 kv_type: plan.kv_type,
             });
         }

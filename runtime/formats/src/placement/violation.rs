@@ -1,7 +1,7 @@
 //! Everything that can be wrong with a plan.
 
 use super::{Placement, TierIdx};
-use crate::model::kv::KvType;
+use crate::model::kv::{CacheRoom, KvType};
 use crate::model::shape::DenseKind;
 use crate::source_id::SourceId;
 use crate::text::BadNumber;
@@ -160,14 +160,13 @@ pub enum Violation {
     },
     #[error(
         "tier '{tier}' has {found} bytes for the KV cache and recurrent state, but the layers that have theirs there take \
-         {expected} with {context} tokens of context per text, {sequences} at once, and a KV cache of {kv_type}"
+         {expected} with {room} and a KV cache of {kv_type}"
     )]
     CacheSum {
         tier: String,
         found: u64,
         expected: u64,
-        context: u32,
-        sequences: u32,
+        room: CacheRoom,
         kv_type: KvType,
     },
     #[error("staging holds {found} experts, but a token may need {expected}")]
