@@ -108,7 +108,7 @@ impl FixedMemory {
         let most = usize::try_from(room.positions()).unwrap_or(usize::MAX);
         let mut batch = DEFAULT_BATCH.min(most.max(1));
         while batch > MIN_BATCH && activation_bytes(gguf, spec, room, batch) > budget / 32 {
-            batch /= 2;
+            batch = (batch / 2).max(MIN_BATCH);
         }
         Self {
             program_bytes: PROGRAM_BYTES
