@@ -140,3 +140,60 @@ fn wait_for_child(parent: u32) -> String {
         std::thread::sleep(Duration::from_millis(20));
     }
 }
+
+/// A control group of 64 MiB, where this user may make one.
+#[cfg(target_os = "linux")]
+struct SmallGroup(std::path::PathBuf);
+
+#[cfg(target_os = "linux")]
+impl SmallGroup {
+    fn make() -> Option<Self> {
+        let name = format!("tier-plan-test-{}", std::process::id());
+        let kinds = [
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            ("/sys/fs/cgroup", "memory.max"),
+        ];
+        kinds.iter().find_map(|(root, limit)| {
+            let group = Self(Path::new(root).join(&name));
+            fs::create_dir(&group.0).ok()?;
+            fs::write(group.0.join(limit), "67108864").ok()?;
+            Some(group)
+        })
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for SmallGroup {
+    fn drop(&mut self) {
+        // Fails for a moment after the last process of the group.
+        for _ in 0..50 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// In a container without memory it is the renderer that the system ends. Where no group can be
+/// made, the shell's limit of address space takes its place.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_template_that_fills_a_small_container_ends_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = tier_plan();
+    let group = SmallGroup::make();
+    let limit = match &group {
+        Some(group) => format!("echo $$ > {}/cgroup.procs", group.0.display()),
+        None => "ulimit -v 1048576".to_string(),
+    };
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", &format!("{limit} && exec \"$0\" \"$@\"")])
+        .arg(program.get_program());
+    let source = "{% set ns = namespace(x='0123456789abcdef') %}{% for i in range(40) %}\
+         {% set ns.x = ns.x ~ ns.x %}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}";
+    let child = start(folder.path(), source, shell);
+    let output = child.wait_with_output().unwrap();
+    check_refusal(&output, &["memory", "--chat-template FILE"]);
+}

@@ -9,17 +9,28 @@ mod before_weights;
 #[cfg(target_os = "linux")]
 mod chat_templates;
 #[cfg(unix)]
+mod demo;
+mod errors_page;
+#[cfg(unix)]
 mod faults;
+mod fuzz_inputs;
 mod golden_quant;
 #[cfg(target_os = "linux")]
 mod gpu_driver;
 mod hostile;
+#[cfg(target_os = "linux")]
+mod inputs;
+mod kept_texts;
 mod main_job;
 mod other_engines;
 #[cfg(target_os = "linux")]
 mod outputs;
 mod parallel;
 mod prompts;
+#[cfg(unix)]
+mod readers;
+#[cfg(unix)]
+mod resume;
 mod selftest;
 #[cfg(unix)]
 mod signals;

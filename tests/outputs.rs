@@ -41,6 +41,7 @@ fn writers() -> Vec<Writer> {
         writer("checksum demo.gguf -o out"),
         writer("solve demo.gguf -m machine.toml --context 64 --strategy uniform -o out"),
         writer(&format!("{profile} -o out")),
+        writer("profile demo.gguf --from-imatrix demo.imatrix.gguf -o out"),
         writer(&format!("{run} --record out")),
         Writer {
             reads: true,
@@ -65,11 +66,17 @@ fn writers() -> Vec<Writer> {
 }
 
 /// Makes a folder of inputs.
-fn place() -> TempDir {
+pub(crate) fn place() -> TempDir {
     let place = tempfile::tempdir().unwrap();
     let folder = place.path();
     fs::copy(demo_model(), folder.join("demo.gguf")).unwrap();
     fs::copy(demo_machine(), folder.join("machine.toml")).unwrap();
+    let matrix = "demo.imatrix.gguf";
+    fs::copy(
+        root().join("tests/data/imatrix").join(matrix),
+        folder.join(matrix),
+    )
+    .unwrap();
     let text = fs::read_to_string(root().join("profiles/prompts/code/train-1.txt")).unwrap();
     let text: String = text.chars().take(300).collect();
     fs::create_dir_all(folder.join("prompts/some")).unwrap();
@@ -90,7 +97,7 @@ fn place() -> TempDir {
 }
 
 /// Compiles the library of faults, once.
-static SHIM: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
+pub static SHIM: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
     let folder = tempfile::tempdir().unwrap();
     let library = folder.path().join("faults.so");
     let compiled = Command::new("cc")
@@ -104,7 +111,7 @@ static SHIM: LazyLock<(TempDir, PathBuf)> = LazyLock::new(|| {
     (folder, library)
 });
 
-fn with_fault(folder: &Path, fault: &str, args: &[String]) -> Output {
+pub(crate) fn with_fault(folder: &Path, fault: &str, args: &[String]) -> Output {
     common::tier_plan()
         .current_dir(folder)
         .env("LD_PRELOAD", &SHIM.1)

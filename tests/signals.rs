@@ -1,8 +1,8 @@
-//! Signals and closed pipes end the program soon, and what it has is kept.
+//! Signals end the program soon, and what it has is kept.
 
-use crate::common::{demo_machine, demo_model, run_in, stderr, succeeded, tier_plan};
+use crate::common::{demo_machine, demo_model, piped, run_in, send, stderr, succeeded, tier_plan};
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -32,13 +32,6 @@ fn slow_plan(folder: &Path) {
         "In the beginning God created. ".repeat(100),
     )
     .unwrap();
-}
-
-fn send(signal: &str, child: &Child) {
-    let kill = Command::new("kill")
-        .args([signal, &child.id().to_string()])
-        .status();
-    assert!(kill.unwrap().success());
 }
 
 /// Waits for a program that a signal was sent to, and returns its exit code.
@@ -90,48 +83,12 @@ fn a_first_signal_ends_a_prompt_on_slow_tiers() {
             "--record",
             "r.json",
         ]);
-        let mut child = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = piped(&mut command);
         wait_for(&mut child, "counted");
         std::thread::sleep(Duration::from_millis(500));
         send(signal, &child);
         assert_eq!(ends_soon(&mut child), Some(code), "{signal}");
     }
-}
-
-#[test]
-fn a_reader_that_has_gone_leaves_the_record() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut command = tier_plan();
-    command
-        .current_dir(folder.path())
-        .arg("run")
-        .arg(demo_model());
-    command.args([
-        "-p",
-        "In the beginning",
-        "-n",
-        "200",
-        "--ignore-eos",
-        "--record",
-        "r.json",
-    ]);
-    let mut child = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut output = child.stdout.take().unwrap();
-    output.read_exact(&mut [0]).unwrap();
-    drop(output);
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let record = fs::read_to_string(folder.path().join("r.json")).unwrap();
-    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
-    assert!(!record["output"].as_array().unwrap().is_empty());
 }
 
 /// A program that was started to ignore a signal, as by `nohup`, goes on ignoring it.
@@ -165,4 +122,114 @@ fn an_ignored_signal_stays_ignored() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(folder.path().join("r.json").exists());
+}
+
+/// The text so far stays, and the record says what was done.
+#[test]
+fn an_interrupted_run_keeps_what_it_has() {
+    let temporary = tempfile::tempdir().unwrap();
+    let mut command = tier_plan();
+    command
+        .current_dir(temporary.path())
+        .arg("run")
+        .arg(demo_model());
+    command.args([
+        "-p",
+        "And it came to pass in those days",
+        "-n",
+        "100000",
+        "--ctx",
+        "100100",
+        "--ignore-eos",
+        "--record",
+        "r.json",
+    ]);
+    let mut child = piped(&mut command);
+    let mut first = [0];
+    child
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut first)
+        .unwrap();
+    send("-INT", &child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(
+        !stderr(&output).contains("error") && stderr(&output).contains("tok/s"),
+        "{}",
+        stderr(&output)
+    );
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs::read(temporary.path().join("r.json")).unwrap()).unwrap();
+    let tokens = record["output"].as_array().unwrap().len();
+    assert!((1..100_000).contains(&tokens), "{tokens}");
+}
+
+/// Loading leaves nothing behind, so a signal ends it at once, in a chat as elsewhere.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_first_signal_ends_loading() {
+    let folder = tempfile::tempdir().unwrap();
+    for (signal, code) in [("-INT", 130), ("-TERM", 143)] {
+        let mut chat = tier_plan();
+        chat.current_dir(folder.path()).arg("run").arg(demo_model());
+        // Each of the few reads takes seconds.
+        chat.args(["--chat", "--threads", "1"])
+            .env("LD_PRELOAD", &crate::outputs::SHIM.1)
+            .env("FAULT", "read-slow");
+        let mut chat = chat
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(chat.try_wait().unwrap().is_none(), "loading has ended");
+        send(signal, &chat);
+        assert!(ends_with(&mut chat, signal, code), "{signal}");
+    }
+}
+
+/// Whether the program ends soon with the code of the signal, or of the signal itself where it
+/// does not catch it at that moment.
+#[cfg(target_os = "linux")]
+fn ends_with(child: &mut Child, signal: &str, code: i32) -> bool {
+    use std::os::unix::process::ExitStatusExt;
+    let own = if signal == "-INT" { 2 } else { 15 };
+    match ends_soon(child) {
+        Some(found) => found == code,
+        None => child.wait().unwrap().signal() == Some(own),
+    }
+}
+
+/// What was scored or said is printed, and the exit code is that of the signal.
+#[test]
+fn what_is_cut_short_says_so_in_its_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    slow_plan(folder.path());
+    let model = demo_model();
+    let model = model.to_str().unwrap();
+    let score = [
+        "perplexity",
+        model,
+        "--plan",
+        "slow.toml",
+        "-f",
+        "long.txt",
+        "--ctx",
+        "64",
+    ];
+    let chat = ["run", model, "--plan", "slow.toml", "--chat"];
+    for (args, word) in [(&score[..], "counted"), (&chat[..], "counted")] {
+        let mut command = tier_plan();
+        command.current_dir(folder.path()).args(args);
+        let mut child = piped(command.stdin(Stdio::piped()));
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(b"In the beginning\n").unwrap();
+        wait_for(&mut child, word);
+        std::thread::sleep(Duration::from_millis(500));
+        send("-TERM", &child);
+        assert_eq!(ends_soon(&mut child), Some(143), "{args:?}");
+    }
 }

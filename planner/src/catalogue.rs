@@ -2,13 +2,15 @@
 //!
 //! The files of `profiles/` are compiled in, so that names work wherever the program is.
 
+use crate::context;
 use crate::opening::naming;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::Path;
 use tier_plan_runtime::formats::machine::{self, Machine};
 use tier_plan_runtime::formats::shape::{self, Architecture, Mix};
-use tier_plan_runtime::model::shape::ModelShape;
-use tier_plan_runtime::model::shape_of_file;
+use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::describe;
+use tier_plan_runtime::model::shape::{ModelShape, shape_of};
 
 /// `(name, text)` per shape.
 const MODELS: &[(&str, &str)] = &[
@@ -144,6 +146,8 @@ pub struct Known {
     pub sizes: ModelShape,
     /// Shape and quantization that the sizes come from; `None` for a model file.
     pub shape: Option<(Architecture, Mix)>,
+    /// Longest context in tokens that the model was trained for; 0 where that is unknown.
+    pub longest_context: u64,
 }
 
 impl Known {
@@ -212,13 +216,21 @@ pub fn model(model: &Path, quant: Option<&str>) -> Result<Known> {
                 quant.unwrap_or_default(),
                 model.display()
             );
-            let sizes = shape_of_file(model).map_err(|e| naming(model, e))?;
-            Ok(Known { sizes, shape: None })
+            let gguf = Gguf::open(model)?;
+            let spec = describe(&gguf).map_err(|e| naming(model, e))?;
+            let sizes = shape_of(&gguf, &spec);
+            Ok(Known {
+                longest_context: context::longest(&spec, sizes.context),
+                sizes,
+                shape: None,
+            })
         }
         Named::Shape(of) => {
             let mix = mix(quant)?;
+            let sizes = of.model_shape(mix);
             Ok(Known {
-                sizes: of.model_shape(mix),
+                longest_context: sizes.context.into(),
+                sizes,
                 shape: Some((*of, mix)),
             })
         }

@@ -13,6 +13,7 @@ pub mod bundled;
 pub mod catalogue;
 pub mod chat;
 pub mod cmd;
+pub mod context;
 pub mod cost;
 pub mod diff;
 pub mod explain;

@@ -18,16 +18,19 @@ fn main() -> ExitCode {
         Ok(command) => command,
         Err(error) => error.exit(),
     };
-    match cmd::dispatch(command) {
+    let ended = cmd::dispatch(command);
+    match &ended {
+        // No message after Ctrl-C, since the user knows.
+        Err(error) if !error.is::<Interrupted>() && !is_canceled(error) => print::error(error),
+        _ => {}
+    }
+    // What a shell expects after a signal, also where a command keeps or says something first.
+    if interrupt::interrupted() {
+        return ExitCode::from(interrupt::exit_code());
+    }
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
-        // The exit code that a shell expects after Ctrl-C; no message, since the user knows.
-        Err(error) if error.is::<Interrupted>() || is_canceled(&error) => {
-            ExitCode::from(interrupt::exit_code())
-        }
-        Err(error) => {
-            print::error(&error);
-            ExitCode::FAILURE
-        }
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

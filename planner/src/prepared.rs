@@ -7,7 +7,7 @@ use crate::opening::{Opening, check_threads, naming};
 use crate::printable::printable;
 use crate::session::{Session, tokenizer_with};
 use crate::store::{self, Start};
-use crate::{progress, verify};
+use crate::{context, progress, verify};
 use anyhow::{Context, Result, anyhow, bail};
 use std::path::Path;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{Placement, PlanTier};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::kv::CacheRoom;
-use tier_plan_runtime::model::spec::{ModelSpec, RopeScaling};
+use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::limits::memory_limit;
@@ -154,9 +154,8 @@ impl<'a> Prepared<'a> {
             session.engine.limit_context(context);
         }
         let trained = session.engine.shape().context;
-        if let Some(warning) = beyond_training(&self.spec, session.engine.context(), trained) {
-            eprintln!("{warning}");
-        }
+        let longest = context::longest(&self.spec, trained);
+        context::warn_beyond(session.engine.context() as u64, longest);
         session.begin(self.note, self.start)?;
         Ok(session)
     }
@@ -187,32 +186,6 @@ fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen
         },
     };
     budget::choose(model, opening)
-}
-
-/// Returns a warning where the context is longer than what the model was trained for, or its
-/// rotary scaling extends that to.
-fn beyond_training(spec: &ModelSpec, context: usize, trained: u32) -> Option<String> {
-    let scaled = |scaling| match scaling {
-        RopeScaling::None => 0.0,
-        RopeScaling::Linear(factor) => f64::from(trained) * f64::from(factor),
-        RopeScaling::Yarn {
-            factor,
-            original_context,
-            ..
-        } => f64::from(factor) * f64::from(original_context),
-    };
-    let longest = spec
-        .layers
-        .iter()
-        .filter_map(|layer| layer.mixer.rope())
-        .map(|rope| scaled(rope.scaling))
-        .fold(f64::from(trained), f64::max);
-    (trained > 0 && context as f64 > longest).then(|| {
-        format!(
-            "warning: the context of {context} tokens is longer than the {longest:.0} that the model was trained for; \
-             text past them may be poor"
-        )
-    })
 }
 
 /// Fails if a plan has no context.

@@ -8,6 +8,7 @@
 use crate::printable::{lines, one_line, printable};
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
+use std::sync::{PoisonError, RwLock};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord};
 
 /// Prints to standard output.
@@ -40,10 +41,33 @@ pub fn err(text: Arguments<'_>) {
 }
 
 fn write(to: &mut impl Write, text: Arguments<'_>) -> std::io::Result<()> {
-    match text.as_str() {
-        Some(text) => to.write_all(text.as_bytes()),
-        None => to.write_all(lines(&text.to_string()).as_bytes()),
+    if let Some(text) = text.as_str() {
+        return to.write_all(text.as_bytes());
     }
+    let mut text = text.to_string();
+    let shown = SHOWN.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(shown) = &*shown {
+        text = text.replace(&shown.temporary, &shown.name);
+    }
+    to.write_all(lines(&text).as_bytes())
+}
+
+/// A name that is printed instead of a temporary one.
+struct ShownName {
+    temporary: String,
+    name: String,
+}
+
+static SHOWN: RwLock<Option<ShownName>> = RwLock::new(None);
+
+/// Prints `name` from now on for a temporary name that occurs in no other text: for an output that
+/// gets its name when it is whole.
+pub fn show_final_name(temporary: &str, name: &str) {
+    let shown = ShownName {
+        temporary: temporary.to_string(),
+        name: name.to_string(),
+    };
+    *SHOWN.write().unwrap_or_else(PoisonError::into_inner) = Some(shown);
 }
 
 /// Prints an error, and advice on it, each on a line of its own.

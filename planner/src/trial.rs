@@ -95,6 +95,7 @@ impl Trial<'_> {
         let limits = Limits {
             max_tokens,
             is_end: &is_end,
+            draft: 0,
         };
         let mut sampler = self.settings.sampler();
         let go_on = |_: &Engine, _| ControlFlow::Continue(());
@@ -125,6 +126,7 @@ impl Trial<'_> {
         let limits = Limits {
             max_tokens: tokens,
             is_end: &|_| false,
+            draft: 0,
         };
         let mut sampler = Sampler::new(SamplerConfig::default());
         Ok(

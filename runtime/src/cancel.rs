@@ -31,6 +31,11 @@ impl Cancel {
         self.0.store(false, Ordering::SeqCst);
     }
 
+    /// Returns the request itself, for loops that know no [`Cancel`].
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.0)
+    }
+
     /// Returns whether the work should stop.
     pub fn is_requested(&self) -> bool {
         self.0.load(Ordering::Relaxed)

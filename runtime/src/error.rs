@@ -39,6 +39,14 @@ pub enum LoadError {
         /// What the system said; part of the message, so no source of its own.
         r#source: std::io::Error,
     },
+    /// The folder of kept texts can't be used.
+    #[error("{}: kept texts can't be here: {source}", folder.display())]
+    Kept {
+        /// The folder.
+        folder: std::path::PathBuf,
+        /// What the system said; part of the message, so no source of its own.
+        r#source: std::io::Error,
+    },
     /// The GPU that the plan wants is not there, or failed.
     #[error("plan '{plan}' uses a GPU's memory: {source}")]
     Gpu {

@@ -30,7 +30,7 @@
 //!
 //! let prompt = tokenizer.encode("Once upon a time", true)?;
 //! let mut greedy = Sampler::new(SamplerConfig::default());
-//! let limits = Limits { max_tokens: 8, is_end: &|token| tokenizer.is_eog(token) };
+//! let limits = Limits { max_tokens: 8, is_end: &|token| tokenizer.is_eog(token), draft: 0 };
 //! let generated = generate(&mut engine, &prompt, &mut greedy, &limits, |_, _| ControlFlow::Continue(()))?;
 //! assert!(!tokenizer.decode(&generated.tokens).is_empty());
 //! # Ok::<(), Box<dyn std::error::Error>>(())

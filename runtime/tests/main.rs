@@ -1,5 +1,6 @@
 //! The runtime as a library, from outside. One test program, so that it is linked once.
 
+mod fuzz_inputs;
 mod golden_arch;
 mod golden_delta;
 mod nvrtc;

@@ -98,6 +98,7 @@ fn a_long_run_neither_fails_nor_grows() {
         let limits = Limits {
             max_tokens,
             is_end: &|_| false,
+            draft: 0,
         };
         let mut sampler = Sampler::new(SamplerConfig::default());
         let go_on = |_: &Engine, _| ControlFlow::Continue(());

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 pub use tier_plan_testing::{demo_model, root};
 
@@ -91,10 +91,15 @@ pub fn refused<S: AsRef<OsStr>>(folder: &Path, args: &[S], words: &[&str]) -> St
 
 /// See [`refused`].
 pub fn check_refusal(output: &Output, words: &[&str]) -> String {
+    check_refusal_with(output, 1, words)
+}
+
+/// As [`check_refusal`], with another exit code, such as that of a signal.
+pub fn check_refusal_with(output: &Output, code: i32, words: &[&str]) -> String {
     let err = stderr(output);
     assert_eq!(
         output.status.code(),
-        Some(1),
+        Some(code),
         "{:?}\n{}{err}",
         output.status,
         stdout(output)
@@ -125,4 +130,35 @@ pub fn check_refusal(output: &Output, words: &[&str]) -> String {
         "a cause is printed twice: {line}"
     );
     line.to_string()
+}
+
+/// Two domains with two texts each, cut from the bundled prompts.
+pub fn write_prompts(folder: &Path, chars: usize) {
+    for domain in ["code", "scripture"] {
+        fs::create_dir_all(folder.join(domain)).unwrap();
+        for name in ["train-1.txt", "heldout-1.txt"] {
+            let text = fs::read_to_string(root().join("profiles/prompts").join(domain).join(name))
+                .unwrap();
+            let cut: String = text.chars().take(chars).collect();
+            fs::write(folder.join(domain).join(name), cut).unwrap();
+        }
+    }
+}
+
+/// Starts the program with pipes for what it prints.
+pub fn piped(command: &mut Command) -> Child {
+    command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Sends a signal such as `-INT` to a program.
+#[cfg(unix)]
+pub fn send(signal: &str, child: &Child) {
+    let kill = Command::new("kill")
+        .args([signal, &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
 }

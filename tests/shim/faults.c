@@ -1,6 +1,7 @@
 // Faults of reads, writes, and processes, for a program that this library is preloaded into.
 //
-// FAULT names one fault. Writes are those to files of temporary names, reads those of models.
+// FAULT names one fault. Writes are those to files of temporary names, reads those of models and of
+// inputs, whose names begin with "in.".
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -38,6 +39,23 @@ static int is_turn(void) {
   return __sync_fetch_and_add(&calls, 1) % 2 == 0;
 }
 
+static int is_input(int fd) { return is_named(fd, "/in."); }
+
+ssize_t read(int fd, void *bytes, size_t n) {
+  static ssize_t (*real)(int, void *, size_t);
+  if (!real) real = dlsym(RTLD_NEXT, "read");
+  if (getenv("FAULT") && is_input(fd)) {
+    static int calls;
+    if (fault("input-error")) return fail(EIO);
+    // The first bytes arrive, so that the file is known for what it is.
+    if (fault("input-breaks") && calls++) return fail(EIO);
+    if (fault("input-interrupted") && is_turn()) return fail(EINTR);
+    if (fault("input-breaks") && n > 8) n = 8;
+    if (fault("input-short") && n > 3) n = n / 3;
+  }
+  return real(fd, bytes, n);
+}
+
 ssize_t write(int fd, const void *bytes, size_t n) {
   static ssize_t (*real)(int, const void *, size_t);
   if (!real) real = dlsym(RTLD_NEXT, "write");
@@ -69,7 +87,14 @@ int rename(const char *from, const char *to) {
 ssize_t pread64(int fd, void *bytes, size_t n, off64_t offset) {
   static ssize_t (*real)(int, void *, size_t, off64_t);
   if (!real) real = dlsym(RTLD_NEXT, "pread64");
+  if (getenv("FAULT") && is_input(fd)) {
+    if (fault("input-error") || fault("input-breaks")) return fail(EIO);
+    if (fault("input-interrupted") && is_turn()) return fail(EINTR);
+    // Direct reads end at a page.
+    if (fault("input-short") && n > 8192) n = n / 2 / 4096 * 4096;
+  }
   if (getenv("FAULT") && is_named(fd, ".gguf")) {
+    if (fault("read-slow")) sleep(5);
     // Headers are read as they are.
     if (fault("read-error") && offset > (1 << 20)) return fail(EIO);
     if (fault("read-interrupted") && is_turn()) return fail(EINTR);

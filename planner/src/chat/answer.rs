@@ -17,12 +17,12 @@ impl Chat<'_> {
             .zip(ids)
             .take_while(|(a, b)| a == b)
             .count();
-        // At least one token must be processed, for the logits.
-        if self.engine.truncate(same.min(ids.len() - 1)).is_err() {
-            // A recurrent state cannot be truncated, so the whole conversation is processed again.
-            self.engine.clear();
+        // At least one token must be processed, for the logits. With recurrent states, what follows
+        // a checkpoint is processed again too.
+        let mut kept = self.engine.rewind(same.min(ids.len() - 1));
+        if kept == 0 {
+            kept = self.engine.begin(ids)?;
         }
-        let kept = self.engine.n_past();
         self.held.clear();
         self.held.extend_from_slice(ids);
         self.engine.reset_counters();
@@ -43,6 +43,7 @@ impl Chat<'_> {
             let generated = self.generate(rest, &mut answer, output)?;
             n_answer = generated.tokens.len();
             self.held.extend(&generated.tokens);
+            answer.tokens.clone_from(&generated.tokens);
             match generated.stop {
                 Stop::ContextFull => write!(output, "\n(the context is full)")?,
                 Stop::Caller | Stop::Canceled => write!(output, "\n(stopped)")?,
@@ -76,6 +77,7 @@ impl Chat<'_> {
         let limits = Limits {
             max_tokens: options.max_tokens.unwrap_or(usize::MAX),
             is_end: &is_end,
+            draft: options.draft,
         };
         let mut stream = tokenizer.stream();
         let mut screen = options.screen.clone();

@@ -54,6 +54,8 @@ pub(super) enum Rendered {
         text: String,
         /// Ranges of bytes that are texts of messages.
         plain: Vec<Range<usize>>,
+        /// Those of them that are the model's answers.
+        answers: Vec<Range<usize>>,
     },
     /// The template takes a message apart in which this control token is written out, so that it
     /// cannot be told from the template's own.
@@ -61,6 +63,16 @@ pub(super) enum Rendered {
         /// Text of the control token.
         token: String,
     },
+}
+
+impl From<Unmarked> for Rendered {
+    fn from(found: Unmarked) -> Self {
+        Rendered::Prompt {
+            text: found.text,
+            plain: found.inside,
+            answers: found.answers,
+        }
+    }
 }
 
 /// The texts that a trial looks for, in the order in which they are missed.
@@ -187,19 +199,14 @@ impl Dialect {
                 .find_map(|text| tokenizer.structure_in(text))
         };
         Ok(match unmarked {
-            Some(Unmarked { text: same, inside }) if same == text => Rendered::Prompt {
-                text,
-                plain: inside,
-            },
+            Some(found) if found.text == text => found.into(),
             other => match (named(), other) {
                 (None, _) => Rendered::Prompt {
                     text,
                     plain: Vec::new(),
+                    answers: Vec::new(),
                 },
-                (Some(_), Some(Unmarked { text, inside })) => Rendered::Prompt {
-                    text,
-                    plain: inside,
-                },
+                (Some(_), Some(found)) => found.into(),
                 (Some(token), None) => Rendered::Mixed {
                     token: token.to_string(),
                 },

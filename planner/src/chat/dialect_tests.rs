@@ -15,7 +15,8 @@ fn tokenizer() -> Tokenizer {
 /// The prompt that the demo model's tokenizer gets, with the texts of messages in braces.
 fn prompt(source: &str, messages: &[Message], with_system: bool) -> String {
     let dialect = dialect(source, with_system);
-    let Rendered::Prompt { text, plain } = dialect.render(messages, &tokenizer()).unwrap() else {
+    let Rendered::Prompt { text, plain, .. } = dialect.render(messages, &tokenizer()).unwrap()
+    else {
         return "mixed".into();
     };
     let mut marked = text.clone();

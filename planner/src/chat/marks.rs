@@ -1,6 +1,6 @@
 //! Marks around texts that a template renders, by which the texts are found again in the result.
 
-use super::message::Message;
+use super::message::{Message, Role, core};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 
@@ -17,6 +17,8 @@ pub(super) struct Unmarked {
     pub text: String,
     /// Where the marked texts are, in bytes; sorted and apart.
     pub inside: Vec<Range<usize>>,
+    /// Those of them that are the model's answers.
+    pub answers: Vec<Range<usize>>,
 }
 
 impl Marks {
@@ -38,15 +40,18 @@ impl Marks {
     /// since templates trim it.
     pub fn around(&self, message: &Message) -> Message {
         let mark = |text: &String| {
-            // Python's `strip` takes these four separators for white space, too.
-            let is_space = |c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c);
-            let core = text.trim_matches(is_space);
+            let core = core(text);
             if core.is_empty() {
                 return text.clone();
             }
             let start = core.as_ptr() as usize - text.as_ptr() as usize;
             let (before, after) = (&text[..start], &text[start + core.len()..]);
-            let (open, close) = (self.numbered(0), self.numbered(1));
+            let open = self.numbered(if message.role == Role::Assistant {
+                2
+            } else {
+                0
+            });
+            let close = self.numbered(1);
             format!("{before}{open}{core}{close}{after}")
         };
         Message {
@@ -61,13 +66,19 @@ impl Marks {
     pub fn remove(&self, rendered: &str) -> Option<Unmarked> {
         let mut text = String::with_capacity(rendered.len());
         let mut inside: Vec<Range<usize>> = Vec::new();
+        let mut answers = Vec::new();
         let mut opened = None;
         let mut rest = rendered;
         while let Some((before, after)) = rest.split_once(&self.prefix) {
             text.push_str(before);
             match (opened.take(), after.chars().next()) {
-                (None, Some('0')) => opened = Some(text.len()),
-                (Some(start), Some('1')) => inside.push(start..text.len()),
+                (None, Some(by @ ('0' | '2'))) => opened = Some((text.len(), by)),
+                (Some((start, by)), Some('1')) => {
+                    inside.push(start..text.len());
+                    if by == '2' {
+                        answers.push(start..text.len());
+                    }
+                }
                 _ => return None,
             }
             rest = &after[1..];
@@ -76,13 +87,16 @@ impl Marks {
         // A template that cuts texts to a length leaves parts of marks.
         let (start, end) = self.prefix.split_at(self.prefix.len() / 2);
         let is_cut = text.contains(start) || text.contains(end);
-        (opened.is_none() && !is_cut).then_some(Unmarked { text, inside })
+        (opened.is_none() && !is_cut).then_some(Unmarked {
+            text,
+            inside,
+            answers,
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::Role;
     use super::*;
 
     #[test]
@@ -96,6 +110,12 @@ mod tests {
         assert_eq!(found.text, "<u> \u{1c}Hé \n</u>");
         assert_eq!(&found.text[found.inside[0].clone()], "Hé");
         assert_eq!(marks.around(&Message::new(Role::User, " ")).content, " ");
+        assert!(found.answers.is_empty());
+        let answer = marks.around(&Message::new(Role::Assistant, "Yo"));
+        let both = format!("{}{}", marked.content, answer.content);
+        let found = marks.remove(&both).unwrap();
+        assert_eq!((found.inside.len(), found.answers.len()), (2, 1));
+        assert_eq!(&found.text[found.answers[0].clone()], "Yo");
     }
 
     #[test]

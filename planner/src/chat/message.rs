@@ -1,6 +1,8 @@
 //! Messages of a conversation.
 
+use super::spoken::Spoken;
 use minijinja::value::Value;
+use std::sync::Arc;
 
 /// Author of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +47,8 @@ pub struct Message {
     pub thinking: Option<String>,
     /// How the template gets the content.
     pub form: Form,
+    /// The tokens of the whole answer, where the model produced it.
+    pub spoken: Option<Arc<Spoken>>,
 }
 
 impl Message {
@@ -55,7 +59,15 @@ impl Message {
             content: content.to_string(),
             thinking: None,
             form: Form::Text,
+            spoken: None,
         }
+    }
+
+    /// Whether `text` is the content or the thought, but for white space around it.
+    pub(super) fn says(&self, text: &str) -> bool {
+        let texts = [Some(&self.content), self.thinking.as_ref()];
+        let mut texts = texts.into_iter().flatten();
+        texts.any(|own| core(own) == text)
     }
 
     /// Returns the message as templates see it.
@@ -79,4 +91,10 @@ impl Message {
         }
         Value::from_pairs(pairs)
     }
+}
+
+/// Returns a text without white space at its ends, which templates trim.
+pub(super) fn core(text: &str) -> &str {
+    // Python's `strip` takes these four separators for white space, too.
+    text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
 }

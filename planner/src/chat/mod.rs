@@ -1,8 +1,9 @@
 //! Chat with a model: reads messages from any reader and streams answers to any writer.
 //!
 //! Every turn renders the whole conversation anew, since templates change earlier turns (they drop
-//! the model's reasoning, for instance). The common prefix with the tokens in the context is kept,
-//! so that only new tokens are processed.
+//! the model's reasoning, for instance). Where the result has an answer as the model gave it, it
+//! gets the tokens that the model produced. The common prefix with the tokens in the context is
+//! kept, so that only new tokens are processed.
 
 mod answer;
 pub mod dialect;
@@ -11,6 +12,7 @@ mod dialect_tests;
 pub mod jinja;
 mod marks;
 pub mod message;
+pub mod spoken;
 pub mod template;
 #[cfg(test)]
 mod tests;
@@ -22,7 +24,9 @@ use crate::text::decode;
 use anyhow::{Context, Result, ensure};
 use dialect::{Dialect, Rendered};
 use message::{Message, Role};
+use spoken::Spoken;
 use std::io::{BufRead, Read, Write};
+use std::sync::Arc;
 use std::time::Duration;
 use tier_plan_runtime::Engine;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig};
@@ -62,6 +66,8 @@ pub struct Options<'a> {
     pub sampling: SamplerConfig,
     /// Whether to continue past end-of-text tokens.
     pub ignore_eos: bool,
+    /// Tokens per draft at most.
+    pub draft: usize,
     /// Text written before a message is read; empty if standard input is not a terminal.
     pub prompt: &'a str,
     /// Filter of what is written of answers and messages.
@@ -208,7 +214,8 @@ impl<'a> Chat<'a> {
         if let Some(token) = texts.find_map(|text| self.tokenizer.structure_in(text))
             && !self.told
         {
-            eprintln!("{token:?} in a message is sent as plain text and not as the control token");
+            let token = printable(token);
+            eprintln!("'{token}' in a message is sent as plain text and not as the control token");
             self.told = true;
         }
     }
@@ -244,7 +251,9 @@ impl<'a> Chat<'a> {
             // An empty answer drops its message, since templates need turns to alternate.
             self.messages.pop();
         } else {
-            self.messages.push(answer.message(&prompt.text));
+            let mut message = answer.message(&prompt.text);
+            message.spoken = Spoken::new(&answer.tokens, self.tokenizer).map(Arc::new);
+            self.messages.push(message);
         }
         Ok(())
     }
@@ -264,9 +273,10 @@ impl<'a> Chat<'a> {
             let prompt = match self.prompt()? {
                 Ok(prompt) => prompt,
                 Err(token) => {
+                    let token = printable(&token);
                     writeln!(
                         output,
-                        "That message was not sent: the chat template takes messages apart, so that {token:?} in one cannot \
+                        "That message was not sent: the chat template takes messages apart, so that '{token}' in one cannot \
                          be told from the template's own. Write it differently, or /reset the conversation."
                     )?;
                     return Ok(None);
@@ -311,12 +321,18 @@ impl<'a> Chat<'a> {
             .template
             .as_ref()
             .context("there is no chat template")?;
-        let (text, plain) = match dialect.render(&self.messages, self.tokenizer)? {
-            Rendered::Prompt { text, plain } => (text, plain),
+        let (text, plain, answers) = match dialect.render(&self.messages, self.tokenizer)? {
+            Rendered::Prompt {
+                text,
+                plain,
+                answers,
+            } => (text, plain, answers),
             Rendered::Mixed { token } => return Ok(Err(token)),
         };
         let context = self.engine.context();
-        let (tokens, n_tokens) = match self.tokenizer.encode_prompt(&text, &plain, context) {
+        let known = spoken::known(&text, &plain, &answers, &self.messages);
+        let encoded = self.tokenizer.encode_known(&text, &plain, &known, context);
+        let (tokens, n_tokens) = match encoded {
             Err(TokenizerError::TooLong { least, .. }) => (Vec::new(), least),
             encoded => {
                 let tokens = encoded?;

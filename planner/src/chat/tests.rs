@@ -140,7 +140,7 @@ fn harmony() {
     let text = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!";
     let answer = Answer {
         text: text.to_string(),
-        marks: Vec::new(),
+        ..Answer::default()
     };
     let answer = answer.message("");
     assert_eq!(
@@ -225,6 +225,7 @@ fn talk(
         max_tokens: Some(12),
         sampling: SamplerConfig::default(),
         ignore_eos: true,
+        draft: 0,
         prompt: "> ",
         screen: Screen::new(false),
         plan: vec!["the plan".into()],
@@ -279,6 +280,7 @@ fn keeping_the_context_changes_no_answer() {
         max_tokens: Some(12),
         sampling: SamplerConfig::default(),
         ignore_eos: true,
+        draft: 0,
         prompt: "",
         screen: Screen::new(false),
         plan: Vec::new(),

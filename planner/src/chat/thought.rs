@@ -19,6 +19,8 @@ const SPELLED: [[&str; 2]; 8] = [
 /// A generated answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Answer {
+    /// Its tokens, without an end token.
+    pub tokens: Vec<u32>,
     /// Its whole text, with marks.
     pub text: String,
     /// Tokens that mark a thought, by where they are in the text.
@@ -122,7 +124,12 @@ mod tests {
             .collect();
         marks.sort_by_key(|(range, _)| range.start);
         let text = text.to_string();
-        Answer { text, marks }.message(prompt)
+        let answer = Answer {
+            text,
+            marks,
+            ..Answer::default()
+        };
+        answer.message(prompt)
     }
 
     /// Content and thought of an answer whose marks are ordinary text.

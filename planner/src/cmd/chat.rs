@@ -50,14 +50,21 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         |id: Option<u32>| id.map(|id| String::from_utf8_lossy(tokenizer.piece(id)).into_owned());
     let bos = piece(tokenizer.bos()).unwrap_or_default();
     let eos = piece(tokenizer.eos()).unwrap_or_default();
-    let _catching = crate::interrupt::catch_interrupts();
     let template = source
         .map(|source| {
+            // Its processes end with it, also on a signal.
+            let _catching = crate::interrupt::catch_interrupts();
             let template = Template::isolated(&source, &bos, &eos)?;
             Dialect::probe(template, args.system.is_some())
         })
         .transpose()?;
+    if crate::interrupt::interrupted() {
+        return Err(crate::interrupt::Interrupted.into());
+    }
+    // Loading leaves nothing behind, so a signal may end the program meanwhile.
     let mut session = prepared.load()?;
+    args.kept.open(&mut session.engine)?;
+    let _catching = crate::interrupt::catch_interrupts();
     let plan = session.residency();
     plan.iter().for_each(|line| eprintln!("{line}"));
     match &template {
@@ -77,6 +84,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         max_tokens: run.limit.and_then(TokenLimit::count),
         sampling: run.sampling.clone(),
         ignore_eos: args.ignore_eos,
+        draft: args.draft,
         prompt: if watched { "> " } else { "" },
         screen: Screen::new(std::io::stdout().is_terminal()),
         plan,
@@ -89,6 +97,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
     let ended = Chat::new(&mut session.engine, &tokenizer, options)
         .talk(&mut std::io::stdin().lock(), &mut output);
     session.keep()?;
+    args.kept.keep(&mut session.engine);
     match ended.and_then(|()| Ok(output.flush()?)) {
         // A reader that has gone, as in `| head`, is not a failure.
         Err(error)

@@ -5,20 +5,19 @@ use super::{compare, dispatch, parse_alone};
 use crate::bundled;
 use crate::cmd::args::{ThreadArgs, at_least_one};
 use crate::export::llama_cpp;
-use crate::interrupt::interrupted;
+use crate::interrupt::{Interrupted, interrupted};
 use crate::profile::collect::Settings;
 use crate::profile::prompts;
 use crate::session::tokenizer;
 use crate::trial::Trial;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 use tier_plan_runtime::formats::placement;
 use tier_plan_runtime::formats::profile::Split;
-use tier_plan_runtime::formats::safely::NewFolders;
+use tier_plan_runtime::formats::safely::{NewFolders, TemporaryFolder};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::units::show_utc;
 
@@ -66,7 +65,14 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let started = Instant::now();
     let model = bundled::path("demo/demo.gguf")?;
     let machine = bundled::path("machines/demo-emulated.toml")?;
-    let folder = new_folder(args.output.as_deref())?;
+    let (output, parent) = new_folder(args.output.as_deref())?;
+    let _made = NewFolders::make(&parent)
+        .with_context(|| format!("making the folder {}", output.display()))?;
+    let mut unfinished = TemporaryFolder::create(&parent)
+        .with_context(|| format!("making the folder {}", output.display()))?;
+    show_final_name(unfinished.path(), &output);
+    let folder = unfinished.path();
+    let folder = folder.strip_prefix(".").unwrap_or(folder).to_path_buf();
     let plans = folder.join("plans");
     std::fs::create_dir(&plans)
         .with_context(|| format!("making the folder {}", plans.display()))?;
@@ -109,10 +115,9 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         "3",
     ];
     command(&[&run[..], &["--stats"]].concat(), &threads)?;
-    ensure!(
-        !interrupted(),
-        "interrupted; what was written so far is in {folder_s}"
-    );
+    if interrupted() {
+        return Err(Interrupted.into());
+    }
 
     let inputs = plan_files(&plans, &plans.join("optimal.toml"))?;
     say(
@@ -136,6 +141,12 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         ],
     ];
     command(&compare.concat(), &threads)?;
+    let named = unfinished.publish(&output);
+    ensure!(
+        named.with_context(|| output.display().to_string())?,
+        "--output: {} exists by now, expected a new folder",
+        output.display()
+    );
     println!();
     println!(
         "The tiers of this demo are emulated: their rates and sizes are declared in {machine_s}, in the proportions"
@@ -173,40 +184,39 @@ fn shorter(path: &Path) -> &Path {
         .unwrap_or(path)
 }
 
-/// Makes the folder asked for, which must not exist, or a new dated one.
-fn new_folder(asked: Option<&Path>) -> Result<PathBuf> {
-    let make = |folder: &Path| -> Result<bool> {
-        let above = folder.parent().unwrap_or(Path::new(""));
-        let _made = NewFolders::make(above)
-            .with_context(|| format!("making the folder {}", folder.display()))?;
-        match std::fs::create_dir(folder) {
-            Ok(()) => Ok(true),
-            // Whatever has the name, even a link that leads nowhere.
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
-            Err(error) => {
-                Err(error).with_context(|| format!("making the folder {}", folder.display()))
-            }
-        }
+/// Returns the folder asked for, which must not exist, or a new dated one, and the folder above it.
+fn new_folder(asked: Option<&Path>) -> Result<(PathBuf, PathBuf)> {
+    let parent = |folder: &Path| match folder.parent() {
+        Some(above) if !above.as_os_str().is_empty() => above.to_path_buf(),
+        _ => PathBuf::from("."),
     };
+    // Whatever has the name, even a link that leads nowhere.
+    let is_free = |folder: &Path| folder.symlink_metadata().is_err();
     if let Some(folder) = asked {
         ensure!(
-            make(folder)?,
+            is_free(folder),
             "--output: {} exists, expected a new folder",
             folder.display()
         );
-        return Ok(folder.to_path_buf());
+        return Ok((folder.to_path_buf(), parent(folder)));
     }
     let now = show_utc(SystemTime::now())
         .replace(':', "")
         .replace('T', "-");
     let base = format!("reports/{}-demo", now.trim_end_matches('Z'));
     let names = std::iter::once(base.clone()).chain((2..1000).map(|n| format!("{base}-{n}")));
-    for folder in names.map(PathBuf::from) {
-        if make(&folder)? {
-            return Ok(folder);
-        }
-    }
-    bail!("no free name like {base}")
+    let free = names.map(PathBuf::from).find(|folder| is_free(folder));
+    let folder = free.with_context(|| format!("no free name like {base}"))?;
+    Ok((folder.clone(), parent(&folder)))
+}
+
+/// Prints the final name of the output for its temporary one.
+fn show_final_name(unfinished: &Path, output: &Path) {
+    let name = |path: &Path| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    };
+    crate::print::show_final_name(&name(unfinished), &name(output));
 }
 
 /// Returns the plans written by `solve`, the optimal one first.

@@ -4,10 +4,13 @@ use crate::catalogue::{self, Named};
 use crate::cmd::args::{JsonArgs, ModelArgs};
 use crate::opening::naming;
 use crate::printable::printable;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::formats::shape::{Architecture, Mix};
@@ -44,6 +47,20 @@ struct TypeSum {
     bytes: u64,
 }
 
+/// Checks that the drive gives the beginning of a file, without which it would be taken for one of
+/// another kind.
+///
+/// # Errors
+/// When reading fails.
+fn check_readable(path: &Path) -> Result<()> {
+    if path.is_file() {
+        File::open(path)
+            .and_then(|mut file| file.read(&mut [0]))
+            .with_context(|| format!("reading {}", path.display()))?;
+    }
+    Ok(())
+}
+
 /// Runs the command.
 ///
 /// # Errors
@@ -57,6 +74,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         );
         return super::profile::show(&profile::read(model)?, model, args.output.json);
     }
+    check_readable(model)?;
     if let Named::Shape(shape) = catalogue::named(model)? {
         ensure!(
             !args.tensors,

@@ -35,7 +35,7 @@ Exit codes:
   0    success
   1    error: `error: …` on standard error, and `hint: …` if there is advice
   2    the command line cannot be parsed
-  130  interrupted by Ctrl-C
+  130  interrupted by Ctrl-C (129 by SIGHUP, 143 by SIGTERM)
 
 Environment variables set defaults; the command line overrides them. Three more:
   TIER_PLAN_ISA    CPU kernels: scalar, avx2, avx512, amx, neon [default: the best]

@@ -176,7 +176,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let tokens = tokenize(&tokenizer, &prompts, &settings)?;
     let mut session = prepared.load()?;
-    let _catching = crate::interrupt::catch_interrupts();
+    let catching = crate::interrupt::catch_interrupts();
     let run = Calibration {
         tokenizer: &tokenizer,
         prompts: &prompts,
@@ -184,6 +184,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
         settings,
     };
     let profile = collect(&mut session, &run, &output, unfinished)?;
+    // The profile is written, and its statistics may take a while.
+    drop(catching);
     show(&profile, &output, args.format.json)
 }
 

@@ -1,7 +1,9 @@
 //! `tier-plan run`: continues a text, or chats, and prints what that cost.
 
 use super::chat;
-use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs};
+use crate::cmd::args::{
+    ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs,
+};
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::hint::HintExt;
 use crate::opening::Opening;
@@ -76,6 +78,19 @@ pub struct RunArgs {
     /// Continue past the end-of-text token
     #[arg(long, help_heading = "Generation")]
     pub ignore_eos: bool,
+    /// Draft up to N tokens at a time from what followed the same words earlier in the text, where
+    /// that pays; the text stays the same
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(0..=8),
+        help_heading = "Generation"
+    )]
+    pub draft: usize,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kept: KeptArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub pre: PreTokenizerArgs,
@@ -152,6 +167,7 @@ impl<'a> RunOptions<'a> {
         if let Some(path) = &args.record {
             safely::check(path)?;
         }
+        args.kept.bytes()?;
         Ok(Self {
             model: args.model.path()?,
             sampling: args.sampling.checked()?,
@@ -185,6 +201,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let prompt = prepared.prompt(&tokenizer, &text)?;
     drop(text);
     let mut session = prepared.load()?;
+    args.kept.open(&mut session.engine)?;
     if !args.format.json {
         session
             .residency()
@@ -205,6 +222,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     // Before anything is printed: a closed pipe ends the program there.
     session.keep()?;
+    args.kept.keep(&mut session.engine);
     if args.format.json {
         let json = json(&record, &answer, generated.stop)?;
         println!("{}", serde_json::to_string_pretty(&json)?);
@@ -250,6 +268,7 @@ fn print_answer(
     let limits = Limits {
         max_tokens: options.max_tokens(),
         is_end: &is_end,
+        draft: args.draft,
     };
     let mut sampler = Sampler::new(options.sampling.clone());
     let generated = generate(

@@ -4,6 +4,7 @@ use super::profile::skew_json;
 use crate::catalogue;
 use crate::catalogue::Known;
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
+use crate::context::warn_beyond;
 use crate::cost::steps::{Predictor, StepPrediction};
 use crate::json::{path_json, tier_json};
 use crate::parallel::{self, check_texts};
@@ -258,6 +259,7 @@ impl SolveOptions {
         let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
         let context = context_of(args.context, &model.sizes);
         check_position(args.at, context)?;
+        warn_beyond(context.into(), model.longest_context);
         let sequences = match (args.parallel, args.batch) {
             (Some(texts), _) => check_texts("--parallel", texts, context)?,
             (None, Some(batch)) => check_texts("--batch", batch, context)?,

@@ -72,9 +72,10 @@ pub fn run(args: &TokenizeArgs) -> Result<()> {
         println!("{}", serde_json::to_string(&ids)?);
     } else {
         for id in ids {
+            let piece = tokenizer.token_bytes(id);
             println!(
-                "{id:>8}  {:?}",
-                String::from_utf8_lossy(&tokenizer.token_bytes(id))
+                "{id:>8}  {}",
+                serde_json::to_string(&String::from_utf8_lossy(&piece))?
             );
         }
     }

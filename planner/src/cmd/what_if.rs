@@ -2,6 +2,7 @@
 
 use crate::catalogue::{self, Known};
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
+use crate::context::warn_beyond;
 use crate::parallel::{self, check_texts};
 use crate::printable::printable;
 use crate::progress;
@@ -142,6 +143,7 @@ impl WhatIfOptions {
         let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
         let context = context_of(args.context, &model.sizes);
         check_position(args.at, context)?;
+        warn_beyond(context.into(), model.longest_context);
         let sequences = check_texts("--parallel", args.parallel, context)?;
         let machines = args
             .machine

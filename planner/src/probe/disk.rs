@@ -2,13 +2,13 @@
 //! many at once as a layer of one token misses.
 
 use super::{MAX_TRUSTED_SPREAD, Measured};
-use crate::interrupt::{catch_interrupts, interrupted};
-use anyhow::{Context, Result, bail, ensure};
+use crate::interrupt::{Interrupted, catch_interrupts, interrupted};
+use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tier_plan_runtime::formats::safely::Temporary;
+use tier_plan_runtime::formats::safely::{Synced, Temporary};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::tiers::arena::{Arena, ArenaSlice};
@@ -314,10 +314,11 @@ impl Disk {
 
 /// Writes incompressible bytes and syncs them to the drive.
 fn fill(mut file: &File) -> Result<()> {
-    let catching = catch_interrupts();
+    let _catching = catch_interrupts();
     let mut block = vec![0u8; 4 << 20];
     let mut state = 0x0123_4567_89ab_cdefu64;
-    for _ in 0..FILE_BYTES / block.len() {
+    let mut synced = Synced::default();
+    for n in 1..=FILE_BYTES / block.len() {
         for eight in block.chunks_exact_mut(8) {
             state ^= state << 13;
             state ^= state >> 7;
@@ -325,10 +326,10 @@ fn fill(mut file: &File) -> Result<()> {
             eight.copy_from_slice(&state.to_le_bytes());
         }
         file.write_all(&block)?;
+        synced.after(file, (n * block.len()) as u64)?;
         if interrupted() {
-            bail!("interrupted");
+            return Err(Interrupted.into());
         }
     }
-    drop(catching);
     Ok(file.sync_all()?)
 }

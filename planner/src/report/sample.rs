@@ -246,6 +246,7 @@ fn placement(
         token_overhead_us: 200.0,
         context: 1024,
         sequences: 1,
+        checkpoints: 0,
         kv_tier: TierIdx::FIRST,
         kv_type: KvType::F16,
         staging_tier: TierIdx::new(fast - 1),

@@ -170,15 +170,16 @@ impl Scene {
         ink: Ink,
         text: impl Into<String>,
     ) {
-        self.items.push(Item::Text(Text {
+        let text = text.into();
+        self.add(Text {
             x,
             y,
             em,
             bold: false,
             anchor,
             ink,
-            text: printable(text.into()),
-        }));
+            text,
+        });
     }
 
     /// Adds text on a patch of paper color, for places where grid lines pass.
@@ -194,11 +195,15 @@ impl Scene {
         let text = text.into();
         let width = text_width(&text, em, bold) / WIDTH_SLACK;
         self.rect(x - 2.0, y - 0.8 * em, width + 4.0, 1.05 * em, Ink::Paper);
-        if bold {
-            self.bold(x, y, em, Anchor::Start, ink, text);
-        } else {
-            self.text(x, y, em, Anchor::Start, ink, text);
-        }
+        self.add(Text {
+            x,
+            y,
+            em,
+            bold,
+            anchor: Anchor::Start,
+            ink,
+            text,
+        });
     }
 
     pub(super) fn bold(
@@ -210,14 +215,23 @@ impl Scene {
         ink: Ink,
         text: impl Into<String>,
     ) {
-        self.items.push(Item::Text(Text {
+        let text = text.into();
+        self.add(Text {
             x,
             y,
             em,
             bold: true,
             anchor,
             ink,
-            text: printable(text.into()),
+            text,
+        });
+    }
+
+    /// Adds a text without what acts on the reader of a file.
+    fn add(&mut self, text: Text) {
+        self.items.push(Item::Text(Text {
+            text: printable(text.text),
+            ..text
         }));
     }
 

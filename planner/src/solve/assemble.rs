@@ -78,6 +78,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         token_overhead_us: machine.token_overhead_us,
         context: problem.context,
         sequences: problem.sequences,
+        checkpoints: 0,
         kv_tier: common_kv_tier(instance, draft),
         kv_type: problem.kv_type,
         staging_tier: capacity.staging_tier,

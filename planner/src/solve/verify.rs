@@ -99,7 +99,7 @@ impl Tally<'_> {
                 .dense
                 .iter()
                 .find(|g| (g.kind, g.layer) == (dense.kind, dense.layer));
-            let name = format!("{:?} of layer {:?}", dense.kind, dense.layer);
+            let name = group_name(dense.kind, dense.layer);
             *placed.entry((dense.kind, dense.layer)).or_default() += 1;
             let tier = dense.tier;
             match group {
@@ -120,10 +120,9 @@ impl Tally<'_> {
         for group in &shape.dense {
             let times = placed.get(&(group.kind, group.layer)).copied().unwrap_or(0);
             if times != 1 {
-                let (kind, layer) = (group.kind, group.layer);
-                self.wrong.push(format!(
-                    "{kind:?} of layer {layer:?} is placed {times} times, not once"
-                ));
+                let name = group_name(group.kind, group.layer);
+                self.wrong
+                    .push(format!("{name} is placed {times} times, not once"));
             }
         }
     }
@@ -212,7 +211,8 @@ impl Tally<'_> {
             let texts = u128::from(plan.sequences);
             let page = if texts > 1 { u128::from(PAGE) } else { 1 };
             let positions = u128::from(plan.context).div_ceil(page) * page * texts;
-            let mut bytes = u128::from(cache.state_bytes) * texts;
+            let states = texts + u128::from(plan.checkpoints);
+            let mut bytes = u128::from(cache.state_bytes) * states;
             for rows in &cache.rows {
                 let row_bytes = u128::from(plan.kv_type.row_bytes(rows.width));
                 bytes += row_bytes * u128::from(rows.per_token) * positions;
@@ -240,6 +240,12 @@ impl Tally<'_> {
             self.bytes[tier][line] += bytes;
         }
     }
+}
+
+/// Names a dense group in a message.
+fn group_name(kind: DenseKind, layer: Option<u32>) -> String {
+    let layer = layer.map_or(String::new(), |layer| format!(" of layer {layer}"));
+    format!("the {kind} group{layer}")
 }
 
 fn attends(dense: &DensePlacement, layer: usize) -> bool {

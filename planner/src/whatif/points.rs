@@ -67,7 +67,11 @@ fn lumps(
         dense: (0..layers).map(dense).collect(),
         experts: (0..layers).map(expert).collect(),
     };
-    Known { sizes, shape: None }
+    Known {
+        longest_context: sizes.context.into(),
+        sizes,
+        shape: None,
+    }
 }
 
 fn points() -> Vec<Point> {

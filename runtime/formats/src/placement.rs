@@ -306,6 +306,8 @@ pub struct Placement {
     pub context: u32,
     /// Texts at once that the KV cache is planned for.
     pub sequences: u32,
+    /// Recurrent states that are kept beside those of the texts, for going back to.
+    pub checkpoints: u32,
     /// Tier of the KV cache and recurrent state. Layers whose attention is on a real GPU have
     /// theirs there instead, so `kv_tier` is a real GPU only where real GPUs have all attention.
     pub kv_tier: TierIdx,
@@ -408,6 +410,7 @@ impl Placement {
         CacheRoom {
             context: self.context,
             sequences: self.sequences,
+            checkpoints: self.checkpoints,
         }
     }
 

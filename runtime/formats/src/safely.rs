@@ -11,6 +11,7 @@
 mod folder;
 mod resumable;
 mod signal;
+mod synced;
 mod target;
 mod temporary;
 #[cfg(test)]
@@ -19,6 +20,7 @@ mod tests;
 pub use folder::{NewFolders, check_folder};
 pub use resumable::Resumable;
 pub use signal::ignore_file_size_signal;
+pub use synced::Synced;
 pub use temporary::{Temporary, TemporaryFolder};
 
 use super::FormatError;

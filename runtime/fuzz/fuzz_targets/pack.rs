@@ -1,19 +1,6 @@
-//! Any bytes as a file of packed experts: decoded, or refused with a message.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use std::path::Path;
-use tier_plan_formats::pack;
+use tier_plan_fuzz::library::pack;
 
-fuzz_target!(|bytes: &[u8]| {
-    match pack::decode(bytes, bytes.len() as u64, Path::new("fuzz.experts")) {
-        Err(error) => assert!(!error.to_string().is_empty()),
-        Ok(file) => {
-            for (layer, packed) in file.index.layers.iter().enumerate() {
-                for nth in 0..packed.experts.len() {
-                    assert!(file.offset(layer, nth) + packed.expert_bytes() <= bytes.len() as u64);
-                }
-            }
-        }
-    }
-});
+fuzz_target!(|bytes: &[u8]| pack::check(bytes));

@@ -64,24 +64,23 @@ pub fn matmul_all(pool: &ThreadPool, kernels: Kernels, jobs: &[MatJob<'_>]) {
             .next_multiple_of(min_rows)
             .max(min_rows)
     };
-    let n_chunks = |job: &MatJob<'_>| job.w.n_rows().div_ceil(chunk_rows(job));
-    let total: usize = jobs.iter().map(n_chunks).sum();
+    // By job: the chunks up to its last, and its rows per chunk.
+    let mut total = 0;
+    let ends = jobs.iter().map(|job| {
+        let rows = chunk_rows(job);
+        total += job.w.n_rows().div_ceil(rows);
+        (total, rows)
+    });
+    let ends: Vec<(usize, usize)> = ends.collect();
     pool.for_each_chunk(total, 1, |range| {
-        for mut chunk in range {
-            for job in jobs {
-                let n = n_chunks(job);
-                if chunk >= n {
-                    chunk -= n;
-                    continue;
-                }
-                let rows = chunk_rows(job);
-                let first = chunk * rows;
-                let last = (first + rows).min(job.w.n_rows());
-                // SAFETY: every chunk index is handed out once, chunks of a job are disjoint rows,
-                // and each job borrows its own result exclusively.
-                unsafe { kernels.matmul(job.w, first..last, job.x, job.out) };
-                break;
-            }
+        for chunk in range {
+            let at = ends.partition_point(|(end, _)| *end <= chunk);
+            let (job, before) = (&jobs[at], at.checked_sub(1).map_or(0, |at| ends[at].0));
+            let first = (chunk - before) * ends[at].1;
+            let last = (first + ends[at].1).min(job.w.n_rows());
+            // SAFETY: every chunk index is handed out once, chunks of a job are disjoint rows,
+            // and each job borrows its own result exclusively.
+            unsafe { kernels.matmul(job.w, first..last, job.x, job.out) };
         }
     });
 }

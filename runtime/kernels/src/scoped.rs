@@ -70,6 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "every thread starts there")]
     fn work_is_done_here_where_no_thread_starts() {
         // No address space has room for this stack.
         let impossible = || Builder::new().stack_size(usize::MAX >> 2);

@@ -91,6 +91,10 @@ pub struct ThreadPool {
     workers: Vec<JoinHandle<()>>,
     /// Held during a task: a second caller waits here.
     entry: Mutex<()>,
+    /// Loops are left early while it is set.
+    give_up: Option<Arc<AtomicBool>>,
+    /// Whether a loop was left early.
+    gave_up: AtomicBool,
 }
 
 impl ThreadPool {
@@ -120,7 +124,33 @@ impl ThreadPool {
             shared,
             workers,
             entry: Mutex::new(()),
+            give_up: None,
+            gave_up: AtomicBool::new(false),
         }
+    }
+
+    /// Has loops be left early while `flag` is set: what they should have written is unspecified
+    /// then. [`take_gave_up`](Self::take_gave_up) tells.
+    pub fn give_up_when(&mut self, flag: Arc<AtomicBool>) {
+        self.give_up = Some(flag);
+    }
+
+    /// Returns whether a loop was left early since the last call.
+    pub fn take_gave_up(&self) -> bool {
+        self.gave_up.load(Ordering::Relaxed) && self.gave_up.swap(false, Ordering::Relaxed)
+    }
+
+    /// Returns whether to leave a loop, and remembers it.
+    #[inline]
+    fn gives_up(&self) -> bool {
+        let gives_up = self
+            .give_up
+            .as_ref()
+            .is_some_and(|flag| flag.load(Ordering::Relaxed));
+        if gives_up {
+            self.gave_up.store(true, Ordering::Relaxed);
+        }
+        gives_up
     }
 
     /// Returns the number of threads, the caller included.
@@ -184,7 +214,7 @@ impl ThreadPool {
         self.run_on_all(|| {
             loop {
                 let start = next.fetch_add(chunk, Ordering::Relaxed);
-                if start >= n {
+                if start >= n || self.gives_up() {
                     break;
                 }
                 work(start..(start + chunk).min(n));
@@ -405,6 +435,32 @@ mod tests {
                 assert_eq!((a.len(), b.len()), (30, 0))
             });
             pool.for_each_pair(0, &mut a, &mut b, |_, _, _| unreachable!("no slices"));
+        }
+    }
+
+    #[test]
+    fn a_loop_is_left_when_it_should_be_and_that_is_told_once() {
+        for threads in [1, 3] {
+            let (mut pool, flag) = (ThreadPool::new(threads), Arc::new(AtomicBool::new(false)));
+            pool.give_up_when(Arc::clone(&flag));
+            let count = AtomicUsize::new(0);
+            let run = |pool: &ThreadPool| {
+                count.store(0, Ordering::SeqCst);
+                pool.for_each_chunk(1000, 1, |range| {
+                    if range.start == 10 {
+                        flag.store(true, Ordering::SeqCst);
+                    }
+                    count.fetch_add(1, Ordering::SeqCst);
+                });
+                count.load(Ordering::SeqCst)
+            };
+            assert!(run(&pool) < 1000);
+            assert!(pool.take_gave_up() && !pool.take_gave_up());
+            assert_eq!(run(&pool), 0);
+            flag.store(false, Ordering::SeqCst);
+            assert!(pool.take_gave_up());
+            pool.for_each_chunk(1000, 1, |_| {});
+            assert!(!pool.take_gave_up());
         }
     }
 

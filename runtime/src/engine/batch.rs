@@ -5,7 +5,7 @@ use super::sequences::{SequenceId, Sequences};
 use crate::error::RunError;
 use crate::layers::index::MoeLayer;
 use crate::layers::mixer::Segment;
-use crate::layers::pages::PageIdx;
+use crate::layers::pages::{PageIdx, StateIdx};
 use std::ops::Range;
 
 /// The tokens whose logits a pass computes.
@@ -57,7 +57,18 @@ pub(crate) struct Span {
     /// Tokens of the text before these.
     pub(crate) past: usize,
     pages: Vec<PageIdx>,
-    state: usize,
+    state: StateIdx,
+    /// Rows that checkpoints follow, with the recurrent states that those go to.
+    checkpoints: Vec<(usize, StateIdx)>,
+}
+
+impl Span {
+    /// Returns the checkpoints of some of the rows, counted from `first`.
+    fn checkpoints_in(&self, part: &Range<usize>, first: usize) -> Vec<(usize, StateIdx)> {
+        let here = |(end, _): &&(usize, StateIdx)| part.start < *end && *end <= part.end;
+        let counted = |(end, state): &(usize, StateIdx)| (end - first, *state);
+        self.checkpoints.iter().filter(here).map(counted).collect()
+    }
 }
 
 /// The tokens of a step that go through the layers together.
@@ -131,10 +142,17 @@ impl Batch {
                 }
                 _ => {}
             }
+            let past = sequence.n_past();
+            let in_rows = |(at, state): &(usize, StateIdx)| {
+                let end = (rows.start + at).checked_sub(past)?;
+                (rows.start < end && end <= rows.end).then_some((end, *state))
+            };
+            let checkpoints = sequence.coming_checkpoints().iter().filter_map(in_rows);
             batch.spans.push(Span {
                 sequence: entry.sequence,
+                checkpoints: checkpoints.collect(),
                 rows,
-                past: sequence.n_past(),
+                past,
                 pages: sequence.pages().to_vec(),
                 state: sequence.state(),
             });
@@ -164,6 +182,7 @@ impl Batch {
                 past: span.past + part.start - span.rows.start,
                 pages: &span.pages,
                 state: span.state,
+                checkpoints: span.checkpoints_in(&part, rows.start),
             })
         })
     }

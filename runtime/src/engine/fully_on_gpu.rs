@@ -43,7 +43,7 @@ impl Engine {
             token,
             &mut sequences.cache.rotations.tables,
         )?;
-        sequences.advance(batch.spans[0].sequence, 1);
+        sequences.advance(batch.spans[0].sequence, &batch.tokens);
         if batch.phase == Phase::Decode {
             let store = &experts.store;
             let used = layers(spec).filter_map(|layer| {

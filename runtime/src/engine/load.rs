@@ -76,7 +76,8 @@ impl Engine {
             places,
             &sequences.cache.rotations.of_layer,
         )?;
-        let pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
+        let mut pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
+        pool.give_up_when(options.cancel.flag());
         let (batch, micro_batch) = batches(options, plan.room().positions());
         let streams = Streams::new(&StreamSetup {
             spec,

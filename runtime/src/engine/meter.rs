@@ -351,6 +351,11 @@ impl Meter {
         }
     }
 
+    /// Takes back `n` decoded tokens, which were not to be. Their time stays.
+    pub(crate) fn uncount_decoded(&mut self, n: usize) {
+        self.counters.decode_tokens = self.counters.decode_tokens.saturating_sub(n as u64);
+    }
+
     /// Counts experts that were prefetched.
     pub(crate) fn count_prefetched(&mut self, count: PrefetchCount) {
         self.counters.prefetch += count;

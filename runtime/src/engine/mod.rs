@@ -8,6 +8,7 @@
 mod backend;
 mod batch;
 mod cpu;
+mod draft;
 mod experts;
 mod fully_on_gpu;
 pub mod generate;
@@ -23,12 +24,14 @@ mod gpu_split_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod gpu_tests;
+mod kept_files;
 mod load;
 pub mod measure;
 mod meter;
 #[cfg(test)]
 mod node_tests;
 mod predictor;
+mod prefixes;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
@@ -45,15 +48,18 @@ pub use batch::{LogitsMode, Routing, Rows};
 pub use sequences::{Pages, SequenceId};
 
 use crate::cancel::Cancel;
-use crate::error::RunError;
+use crate::error::{LoadError, RunError};
 use crate::experts::counters::Counters;
 use crate::layers::index::layers;
+use crate::layers::pages::PAGE;
 use crate::load::MemoryUse;
 use backend::{Backends, TextRows};
 use batch::{Batch, Output, Phase, split};
 use experts::Experts;
+use kept_files::KeptFiles;
 use meter::Meter;
 use sequences::Sequences;
+use std::path::Path;
 use std::time::Instant;
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::shape::ModelShape;
@@ -119,6 +125,33 @@ impl Engine {
         }])
     }
 
+    /// Takes a token of the engine's own text through the network, and a draft of those after it.
+    /// All count as decoded.
+    pub(crate) fn decode(&mut self, tokens: &[u32], mode: LogitsMode) -> Result<&[f32], RunError> {
+        let sequence = self.own.ok_or(RunError::NoText)?;
+        let rows = Rows {
+            sequence,
+            tokens,
+            logits: Some(mode),
+        };
+        self.step_as(&[rows], Phase::Decode)
+    }
+
+    /// Forgets the last `n` tokens of the engine's own text, which were a wrong draft.
+    pub(crate) fn take_back(&mut self, n: usize) -> Result<(), RunError> {
+        self.meter.uncount_decoded(n);
+        self.truncate(self.n_past() - n)
+    }
+
+    /// Returns whether a text can go back to any number of tokens, and has the same bits then: all
+    /// of it is computed by the CPU.
+    pub(crate) fn repeats(&self) -> bool {
+        self.sequences.can_rewind()
+            && self.experts.store.n_gpus() == 0
+            && !self.experts.streams.any()
+            && !self.backends.processors.gpus.places.any()
+    }
+
     /// Takes tokens of several texts through the network together, and returns the logits of the
     /// tokens that want them, `[wanted tokens, n_vocab]`, in the order of `rows`.
     ///
@@ -131,17 +164,18 @@ impl Engine {
     /// are as before the step. A text with recurrent states can't go back: after a failed pass, only
     /// removing or clearing it helps.
     pub fn step(&mut self, rows: &[Rows<'_>]) -> Result<&[f32], RunError> {
+        let past = |rows: &Rows<'_>| (rows.tokens.len(), self.n_past_of(rows.sequence));
+        self.step_as(rows, Phase::of_step(rows.iter().map(past)))
+    }
+
+    /// [`step`](Self::step), counted as `phase`.
+    fn step_as(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<&[f32], RunError> {
         let before = self.begin_step(rows)?;
         let (start, n_vocab) = (Instant::now(), self.model.spec().n_vocab);
         let n_tokens = rows.iter().map(|rows| rows.tokens.len()).sum();
         let used = self.spec().moe_layers().next();
         let used = used.map_or(0, |(_, moe)| moe.n_used);
         self.output.begin(n_tokens * self.meter.n_moe() * used);
-        let phase = Phase::of_step(
-            rows.iter()
-                .map(|r| r.tokens.len())
-                .zip(before.iter().copied()),
-        );
         let passes = self.pass_all(rows, phase).and_then(|()| {
             match first_not_finite(&self.output.logits, n_vocab) {
                 Some(wanted) => Err(not_a_number(rows, &before, wanted)),
@@ -153,6 +187,9 @@ impl Engine {
                 self.sequences.undo(rows.sequence, n_past);
             }
             return Err(error);
+        }
+        for rows in rows {
+            self.sequences.commit(rows.sequence);
         }
         self.meter.finish_step(start, phase, n_tokens);
         self.meter
@@ -182,6 +219,8 @@ impl Engine {
             }
             before.push(self.sequences.get(*sequence)?.n_past());
         }
+        // What was left early before concerns no one now.
+        self.backends.pool.take_gave_up();
         // A file that was cut short must not be looked at where it is mapped.
         self.experts.store.check_files()?;
         for (
@@ -207,7 +246,8 @@ impl Engine {
         for cuts in split(rows, self.batch) {
             let batch = Batch::new(rows, &cuts, done, phase, &self.sequences)?;
             done += batch.len();
-            let result = self.pass(&batch).and_then(|()| self.check_canceled());
+            let result = self.pass(&batch);
+            let result = self.check_canceled().and(result);
             // What was read from a file that changed is worth nothing, however well the reads went.
             result.and_then(|()| Ok(self.experts.store.check_files()?))?;
         }
@@ -216,7 +256,8 @@ impl Engine {
 
     /// Fails if the caller requested that passes stop.
     fn check_canceled(&self) -> Result<(), RunError> {
-        if self.cancel.is_requested() {
+        // A loop that was left early has computed nothing of use, even if nobody asks any more.
+        if self.backends.pool.take_gave_up() || self.cancel.is_requested() {
             Err(RunError::Canceled)
         } else {
             Ok(())
@@ -281,7 +322,7 @@ impl Engine {
         let start = Instant::now();
         backends.head(spec, place, on.lend(), &mut output.logits)?;
         for span in &batch.spans {
-            sequences.advance(span.sequence, span.rows.len());
+            sequences.advance(span.sequence, &batch.tokens[span.rows.clone()]);
         }
         meter.finish_head(start, batch);
         Ok(())
@@ -300,9 +341,69 @@ impl Engine {
     ///
     /// # Errors
     /// As [`add_sequence`](Self::add_sequence); when the text is unknown, has fewer tokens, or has
-    /// recurrent states, which are of all its tokens and no other number.
+    /// recurrent states, and `n` is neither 0 nor all its tokens nor a checkpoint.
     pub fn fork(&mut self, of: SequenceId, n: usize) -> Result<SequenceId, RunError> {
         self.sequences.fork(of, n)
+    }
+
+    /// Adds a text that begins with as many of `tokens` as are [kept](Self::keep_sequence): all but
+    /// the last at most, so that there are logits to ask for. Returns how many it has.
+    ///
+    /// # Errors
+    /// As [`add_sequence`](Self::add_sequence).
+    pub fn begin_sequence(&mut self, tokens: &[u32]) -> Result<(SequenceId, usize), RunError> {
+        self.sequences.begin(tokens)
+    }
+
+    /// Keeps what a text has so far for [texts to come](Self::begin_sequence) that begin with it,
+    /// even after it is removed, until other texts want its memory.
+    pub fn keep_sequence(&mut self, id: SequenceId) {
+        self.sequences.keep(id);
+    }
+
+    /// Has kept texts go to a folder too, of up to `most_bytes`, so that they survive the program. It
+    /// is made if it is missing. A file there that is damaged is removed and never used.
+    ///
+    /// # Errors
+    /// When the folder can't be made or listed.
+    pub fn keep_in(&mut self, folder: &Path, most_bytes: u64) -> Result<(), LoadError> {
+        let depends_on = format!(
+            "model {} cache {} kernels {} pages of {PAGE}",
+            self.shape().id.hash,
+            self.plan.kv_type,
+            self.backends.kernels.isa().name()
+        );
+        let files = KeptFiles::open(folder, most_bytes, depends_on)?;
+        self.sequences.keep_in(files);
+        Ok(())
+    }
+
+    /// Returns one sentence on files of kept texts that could not be used or written, if there were
+    /// some since the last call.
+    pub fn take_kept_notes(&mut self) -> Vec<String> {
+        self.sequences.take_notes()
+    }
+
+    /// Begins the engine's own text, if it is empty, with as many of `tokens` as are kept: all but
+    /// the last at most. Returns how many tokens it has then.
+    ///
+    /// # Errors
+    /// As [`add_sequence`](Self::add_sequence).
+    pub fn begin(&mut self, tokens: &[u32]) -> Result<usize, RunError> {
+        if self.n_past() > 0 {
+            return Ok(0);
+        }
+        self.clear();
+        let (own, n) = self.sequences.begin(tokens)?;
+        self.own = Some(own);
+        Ok(n)
+    }
+
+    /// Keeps what the engine's own text has so far for texts to come.
+    pub fn keep(&mut self) {
+        if let Some(own) = self.own {
+            self.sequences.keep(own);
+        }
     }
 
     /// Removes a text, whose memory is free at once; does nothing if it was removed before.
@@ -323,6 +424,15 @@ impl Engine {
     /// As [`truncate`](Self::truncate), and when the text was removed.
     pub fn truncate_sequence(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
         self.sequences.truncate(id, n)
+    }
+
+    /// Has a text forget tokens until it has `n` or fewer, and returns how many it has then. That is
+    /// `n`, unless a layer has recurrent states: then it is the last checkpoint before.
+    ///
+    /// # Errors
+    /// When the text was removed.
+    pub fn rewind_sequence(&mut self, id: SequenceId, n: usize) -> Result<usize, RunError> {
+        self.sequences.rewind(id, n)
     }
 
     /// Returns how much of the KV cache is free.
@@ -416,10 +526,16 @@ impl Engine {
     ///
     /// # Errors
     /// When a layer has one recurrent state for all past tokens, and `n` is neither 0 nor all of
-    /// them. Nothing is forgotten then.
+    /// them nor a checkpoint. Nothing is forgotten then.
     pub fn truncate(&mut self, n: usize) -> Result<(), RunError> {
         self.own
             .map_or(Ok(()), |own| self.sequences.truncate(own, n))
+    }
+
+    /// Forgets tokens of the engine's own text as [`rewind_sequence`](Self::rewind_sequence) does.
+    pub fn rewind(&mut self, n: usize) -> usize {
+        let rewind = |own| self.sequences.rewind(own, n).unwrap_or(0);
+        self.own.map_or(0, rewind)
     }
 
     /// Forgets all tokens of the engine's own text.

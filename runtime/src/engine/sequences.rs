@@ -1,14 +1,19 @@
-//! The texts of an engine: how long each is, its pages of keys and values, and its recurrent states.
+//! The texts of an engine: their tokens, their pages of keys and values, and their recurrent states.
+//!
+//! A text with recurrent states can't go back by itself. So copies of them are made while it grows,
+//! as many as the plan has room for: checkpoints, which it can go back to.
 
+use super::kept_files::{Kept, KeptFiles};
+use super::prefixes::{Found, Prefixes};
 use crate::error::{LoadError, RunError};
 use crate::layers::mixer::LayerCache;
-use crate::layers::pages::{PAGE, PageIdx, PagePool, pages_for};
+use crate::layers::pages::{PAGE, PageIdx, PagePool, Pool, StateIdx, pages_for};
 use crate::layers::places::Places;
 use crate::layers::rope::Rotations;
 use crate::layers::weights::DenseWeights;
 use crate::tiers::arena::ArenaError;
 use crate::tiers::nodes;
-use tier_plan_formats::model::spec::{Mixer, ModelSpec};
+use tier_plan_formats::model::spec::ModelSpec;
 use tier_plan_formats::placement::Placement;
 
 /// The name of a text in an engine. It names no other text once this one is removed.
@@ -31,7 +36,7 @@ impl SequenceId {
 /// Pages of the KV cache, each of [`PAGE`] positions of one text or of several that share them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pages {
-    /// Pages that no text uses.
+    /// Pages that no text uses. Kept beginnings of texts may be there; they go when pages are wanted.
     pub free: usize,
     /// All pages.
     pub total: usize,
@@ -47,12 +52,16 @@ pub(crate) struct Cache {
 /// One text.
 #[derive(Debug)]
 pub(crate) struct Sequence {
-    /// Pages of the positions so far, and perhaps of some after them.
+    /// Tokens that all layers hold.
+    tokens: Vec<u32>,
+    /// Pages of the tokens, and perhaps of some more.
     pages: Vec<PageIdx>,
     /// Which of each layer's recurrent states is the text's.
-    state: usize,
-    /// Tokens that all layers hold.
-    n_past: usize,
+    state: StateIdx,
+    /// Recurrent states that the text can go back to, by the number of tokens, ascending.
+    checkpoints: Vec<(usize, StateIdx)>,
+    /// The same, for those that the step at hand makes.
+    coming: Vec<(usize, StateIdx)>,
     /// Whether a pass failed halfway in states that can't go back.
     broken: bool,
 }
@@ -62,12 +71,17 @@ impl Sequence {
         &self.pages
     }
 
-    pub(crate) fn state(&self) -> usize {
+    pub(crate) fn state(&self) -> StateIdx {
         self.state
     }
 
     pub(crate) fn n_past(&self) -> usize {
-        self.n_past
+        self.tokens.len()
+    }
+
+    /// Returns the checkpoints that the step at hand makes, by the number of tokens.
+    pub(crate) fn coming_checkpoints(&self) -> &[(usize, StateIdx)] {
+        &self.coming
     }
 }
 
@@ -78,15 +92,22 @@ struct Slot {
     sequence: Option<Sequence>,
 }
 
-/// All texts, and the memory that they share out.
+/// All texts, the memory that they share out, and what is kept of earlier ones.
 pub(crate) struct Sequences {
     pub(crate) cache: Cache,
     slots: Vec<Slot>,
-    pool: PagePool,
-    free_states: Vec<usize>,
+    pages: PagePool,
+    states: Pool,
+    prefixes: Prefixes,
+    /// Where kept beginnings go too.
+    files: Option<KeptFiles>,
     /// Tokens that a text may have.
     context: usize,
-    /// Whether texts can go back to fewer tokens.
+    /// Texts that there are recurrent states for.
+    most_texts: usize,
+    /// Tokens between checkpoints, where there are any.
+    spacing: Option<usize>,
+    /// Whether texts can go back to any number of tokens.
     can_rewind: bool,
     /// Whether a layer has recurrent states.
     has_states: bool,
@@ -106,13 +127,13 @@ impl Sequences {
         places: &Places,
         weights: &DenseWeights,
     ) -> Result<Self, LoadError> {
-        let (context, texts) = (plan.context as usize, plan.sequences as usize);
-        let positions = plan.room().positions() as usize;
+        let (context, room) = (plan.context as usize, plan.room());
+        let (positions, n_states) = (room.positions() as usize, room.states() as usize);
         let placed = spec.layers.iter().zip(&places.layers);
         let layers: Vec<LayerCache> = placed
             .map(|(layer, place)| match place.mixer {
                 Some(_) => LayerCache::on_gpu(&layer.mixer, plan.kv_type, context),
-                None => LayerCache::new(&layer.mixer, plan.kv_type, positions, texts),
+                None => LayerCache::new(&layer.mixer, plan.kv_type, positions, n_states),
             })
             .collect();
         for (cache, tier) in layers.iter().zip(plan.cache_tiers(spec.layers.len())) {
@@ -122,16 +143,21 @@ impl Sequences {
                 .move_to(&pages)
                 .map_err(|source| ArenaError::refused(&tier.name, &pages, source))?;
         }
+        let is_recurrent = |layer: &LayerCache| matches!(layer, LayerCache::Delta(_));
+        let (checkpoints, has_states) =
+            (plan.checkpoints as usize, layers.iter().any(is_recurrent));
         Ok(Self {
             slots: Vec::new(),
-            pool: PagePool::new(positions),
-            free_states: (0..texts).rev().collect(),
+            pages: PagePool::new(positions),
+            states: Pool::new(n_states),
+            prefixes: Prefixes::default(),
+            files: None,
             context,
+            most_texts: plan.sequences as usize,
+            spacing: (has_states && checkpoints > 0)
+                .then(|| (context / checkpoints).next_multiple_of(PAGE).max(PAGE)),
             can_rewind: layers.iter().all(LayerCache::can_rewind),
-            has_states: spec
-                .layers
-                .iter()
-                .any(|layer| matches!(layer.mixer, Mixer::Delta(_))),
+            has_states,
             on_gpu: places.layers.iter().any(|place| place.mixer.is_some()),
             cache: Cache {
                 layers,
@@ -143,6 +169,11 @@ impl Sequences {
     /// Returns the bytes of every layer's cache.
     pub(crate) fn bytes(&self) -> impl Iterator<Item = u64> + '_ {
         self.cache.layers.iter().map(LayerCache::bytes)
+    }
+
+    /// Returns whether texts can go back to any number of tokens.
+    pub(crate) fn can_rewind(&self) -> bool {
+        self.can_rewind
     }
 
     /// Returns how many tokens a text may have.
@@ -157,9 +188,13 @@ impl Sequences {
 
     pub(crate) fn pages(&self) -> Pages {
         Pages {
-            free: self.pool.free(),
-            total: self.pool.total(),
+            free: self.pages.free() + self.prefixes.idle_pages(&self.pages),
+            total: self.pages.total(),
         }
+    }
+
+    fn n_texts(&self) -> usize {
+        self.slots.iter().filter(|s| s.sequence.is_some()).count()
     }
 
     /// Adds an empty text.
@@ -167,14 +202,18 @@ impl Sequences {
     /// # Errors
     /// When all recurrent states are in use, or a GPU holds the cache of another text.
     pub(crate) fn add(&mut self) -> Result<SequenceId, RunError> {
-        let n_texts = self.slots.iter().filter(|s| s.sequence.is_some()).count();
+        let n_texts = self.n_texts();
         if self.on_gpu && n_texts > 0 {
             return Err(RunError::OneTextOnGpu);
         }
         let state = if self.has_states {
-            self.free_states.pop().ok_or(RunError::TooManyTexts {
-                texts: self.n_states(),
-            })?
+            let texts = self.most_texts;
+            let state = if n_texts < texts {
+                self.take_state(0)
+            } else {
+                None
+            };
+            state.ok_or(RunError::TooManyTexts { texts })?
         } else {
             0
         };
@@ -182,19 +221,18 @@ impl Sequences {
             layer.reset(state);
         }
         let sequence = Sequence {
+            tokens: Vec::new(),
             pages: Vec::new(),
             state,
-            n_past: 0,
+            checkpoints: Vec::new(),
+            coming: Vec::new(),
             broken: false,
         };
-        let index = self
-            .slots
-            .iter()
-            .position(|slot| slot.sequence.is_none())
-            .unwrap_or_else(|| {
-                self.slots.push(Slot::default());
-                self.slots.len() - 1
-            });
+        let free = self.slots.iter().position(|slot| slot.sequence.is_none());
+        let index = free.unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            self.slots.len() - 1
+        });
         let slot = &mut self.slots[index];
         slot.sequence = Some(sequence);
         Ok(SequenceId {
@@ -203,63 +241,247 @@ impl Sequences {
         })
     }
 
-    fn n_states(&self) -> usize {
-        let states = |layer: &LayerCache| match layer {
-            LayerCache::Delta(states) => Some(states.len()),
-            _ => None,
-        };
-        self.cache.layers.iter().find_map(states).unwrap_or(0)
+    /// Takes a recurrent state, and leaves `reserved` to others. Kept ones are given up for it.
+    fn take_state(&mut self, reserved: usize) -> Option<StateIdx> {
+        while self.states.free() <= reserved {
+            if !self.prefixes.give_up_state(&mut self.states) {
+                return None;
+            }
+        }
+        self.states.take()
+    }
+
+    /// Takes a recurrent state for a checkpoint, if there is one beside those of texts to come.
+    fn take_checkpoint(&mut self) -> Option<StateIdx> {
+        self.take_state(self.most_texts - self.n_texts().min(self.most_texts))
+    }
+
+    /// Takes a page for `len` positions at most. Kept ones are given up for it.
+    fn take_page(&mut self, len: usize) -> Option<PageIdx> {
+        loop {
+            if let Some(page) = self.pages.take(len) {
+                return Some(page);
+            }
+            if !self
+                .prefixes
+                .give_up_page(&mut self.pages, &mut self.states)
+            {
+                return None;
+            }
+        }
     }
 
     /// Adds a text with the first `n` tokens of another, whose pages it shares.
     ///
     /// # Errors
     /// As [`add`](Self::add); when the text is unknown or unusable, has fewer tokens, or has
-    /// recurrent states of another number of tokens.
+    /// recurrent states of another number of tokens and no checkpoint there.
     pub(crate) fn fork(&mut self, of: SequenceId, n: usize) -> Result<SequenceId, RunError> {
         let from = self.get(of)?;
         if from.broken {
             return Err(RunError::Broken);
         }
-        if n > from.n_past || n < from.n_past && n > 0 && !self.can_rewind {
-            return Err(RunError::CannotRewind {
-                n_past: from.n_past,
-                wanted: n,
-            });
+        let n_past = from.n_past();
+        let state = match n {
+            _ if n == n_past => Some(from.state),
+            _ => from
+                .checkpoints
+                .iter()
+                .find(|(at, _)| *at == n)
+                .map(|(_, state)| *state),
+        };
+        if n > n_past || n > 0 && !self.can_rewind && state.is_none() {
+            return Err(RunError::CannotRewind { n_past, wanted: n });
         }
-        let (pages, state) = (from.pages[..pages_for(n)].to_vec(), from.state);
-        let fork = self.add()?;
-        for page in &pages {
-            self.pool.share(*page);
-        }
-        let to = self.get_mut(fork)?;
-        (to.pages, to.n_past) = (pages, n);
-        let to = to.state;
-        if n > 0 {
+        let tokens = from.tokens[..n].to_vec();
+        let found = Found {
+            n,
+            pages: from.pages[..pages_for(n)].to_vec(),
+            state: state.filter(|_| self.has_states),
+        };
+        self.add_with(&tokens, found, false)
+    }
+
+    /// Adds a text that begins with what is kept of `tokens`: all but the last of them at most.
+    /// Returns how many tokens it has.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub(crate) fn begin(&mut self, tokens: &[u32]) -> Result<(SequenceId, usize), RunError> {
+        let most = tokens.len().saturating_sub(1).min(self.context);
+        let found = if self.on_gpu {
+            Found::default()
+        } else {
+            self.load_kept(tokens, most);
+            self.prefixes.find(tokens, most, !self.can_rewind)
+        };
+        let n = found.n;
+        Ok((self.add_with(&tokens[..n], found, true)?, n))
+    }
+
+    /// Adds a text with these tokens, whose pages and states it shares. A state that is `kept` is
+    /// its checkpoint too.
+    fn add_with(
+        &mut self,
+        tokens: &[u32],
+        found: Found,
+        kept: bool,
+    ) -> Result<SequenceId, RunError> {
+        let Found { n, pages, state } = found;
+        // They must not be given up meanwhile.
+        pages.iter().for_each(|page| self.pages.share(*page));
+        state.iter().for_each(|state| self.states.share(*state));
+        let id = match self.add() {
+            Ok(id) => id,
+            Err(error) => {
+                pages.iter().for_each(|page| self.pages.release(*page));
+                state.iter().for_each(|state| self.states.release(*state));
+                return Err(error);
+            }
+        };
+        let sequence = self.get_mut(id)?;
+        (sequence.tokens, sequence.pages) = (tokens.to_vec(), pages);
+        let own = sequence.state;
+        if let Some(state) = state {
+            if kept {
+                sequence.checkpoints.push((n, state));
+            } else {
+                self.states.release(state);
+            }
             for layer in &mut self.cache.layers {
-                layer.copy_state(state, to);
+                layer.copy_state(state, own);
             }
         }
-        Ok(fork)
+        Ok(id)
+    }
+
+    /// Keeps what a text has so far for later texts that begin with it.
+    pub(crate) fn keep(&mut self, id: SequenceId) {
+        let Ok(sequence) = self.get(id) else { return };
+        let (n_past, state) = (sequence.n_past(), sequence.state);
+        if sequence.broken || self.on_gpu || n_past == 0 {
+            return;
+        }
+        let is_here = |(at, _): &(usize, StateIdx)| *at == n_past;
+        if self.has_states && !sequence.checkpoints.iter().any(is_here) {
+            if let Some(copy) = self.take_checkpoint() {
+                for layer in &mut self.cache.layers {
+                    layer.copy_state(state, copy);
+                }
+                if let Ok(sequence) = self.get_mut(id) {
+                    sequence.checkpoints.push((n_past, copy));
+                }
+            }
+        }
+        let slot = &self.slots[id.index as usize];
+        if let Some(sequence) = &slot.sequence {
+            self.prefixes.keep(
+                &sequence.tokens,
+                &sequence.pages,
+                &sequence.checkpoints,
+                (&mut self.pages, &mut self.states),
+            );
+            if let Some(files) = &mut self.files {
+                save_kept(files, sequence, &self.cache.layers);
+            }
+        }
+    }
+
+    /// Has kept beginnings go to files too.
+    pub(crate) fn keep_in(&mut self, files: KeptFiles) {
+        self.files = Some(files);
+    }
+
+    /// Returns what is to be said about files, and forgets it.
+    pub(crate) fn take_notes(&mut self) -> Vec<String> {
+        self.files
+            .as_mut()
+            .map_or_else(Vec::new, KeptFiles::take_notes)
+    }
+
+    /// Reads pages of a text's first `most` tokens that are only in files, and the last states.
+    fn load_kept(&mut self, tokens: &[u32], most: usize) {
+        let Some(files) = &self.files else { return };
+        let known = self.prefixes.find(tokens, most, false);
+        let first = known.n / PAGE;
+        let is_there = |n: &usize| files.has(Kept::Page, &tokens[..n * PAGE]);
+        let whole = tokens.len().min(most) / PAGE;
+        let mut end = (first + 1..=whole)
+            .take_while(is_there)
+            .last()
+            .unwrap_or(first);
+        let mut state_at = None;
+        if !self.can_rewind {
+            let has_state = |n: &usize| files.has(Kept::State, &tokens[..n * PAGE]);
+            state_at = (1..=end).rev().find(has_state);
+            end = state_at.unwrap_or(first);
+        }
+        let (page_bytes, state_bytes) = self.saved_bytes();
+        let mut pages = known.pages[..first.min(known.pages.len())].to_vec();
+        // They must not be given up for the new ones.
+        pages.iter().for_each(|page| self.pages.share(*page));
+        while pages.len() < end {
+            let prefix = &tokens[..(pages.len() + 1) * PAGE];
+            let Some(page) = self.take_page(PAGE) else {
+                break;
+            };
+            let read = |files: &mut KeptFiles| files.read(Kept::Page, prefix, page_bytes);
+            let Some(bytes) = self.files.as_mut().and_then(read) else {
+                self.pages.release(page);
+                break;
+            };
+            let layers = self.cache.layers.iter_mut();
+            layers.fold(&bytes[..], |bytes, layer| layer.load_page(page, bytes));
+            pages.push(page);
+        }
+        let mut states = Vec::new();
+        if let Some(at) = state_at.filter(|at| *at <= pages.len())
+            && let Some(state) = self.take_checkpoint()
+        {
+            let prefix = &tokens[..at * PAGE];
+            let read = |files: &mut KeptFiles| files.read(Kept::State, prefix, state_bytes);
+            match self.files.as_mut().and_then(read) {
+                Some(bytes) => {
+                    let layers = self.cache.layers.iter_mut();
+                    layers.fold(&bytes[..], |bytes, layer| layer.load_state(state, bytes));
+                    states.push((at * PAGE, state));
+                }
+                None => self.states.release(state),
+            }
+        }
+        let tokens = &tokens[..pages.len() * PAGE];
+        let pools = (&mut self.pages, &mut self.states);
+        self.prefixes.keep(tokens, &pages, &states, pools);
+        pages.iter().for_each(|page| self.pages.release(*page));
+        states
+            .iter()
+            .for_each(|(_, state)| self.states.release(*state));
+    }
+
+    /// Returns the bytes of a full page of all layers, and of their recurrent states.
+    fn saved_bytes(&self) -> (usize, usize) {
+        let layers = self.cache.layers.iter().map(LayerCache::saved_bytes);
+        layers.fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1))
     }
 
     /// Removes a text; does nothing if it is gone already.
     pub(crate) fn remove(&mut self, id: SequenceId) {
-        let Some(slot) = self.slots.get_mut(id.index as usize) else {
+        let slot = self.slots.get_mut(id.index as usize);
+        let Some(slot) = slot.filter(|slot| slot.generation == id.generation) else {
             return;
         };
-        if slot.generation != id.generation {
-            return;
-        }
         let Some(sequence) = slot.sequence.take() else {
             return;
         };
         slot.generation = slot.generation.wrapping_add(1);
         for page in sequence.pages {
-            self.pool.release(page);
+            self.pages.release(page);
+        }
+        for (_, state) in sequence.checkpoints.into_iter().chain(sequence.coming) {
+            self.states.release(state);
         }
         if self.has_states {
-            self.free_states.push(sequence.state);
+            self.states.release(sequence.state);
         }
     }
 
@@ -283,7 +505,8 @@ impl Sequences {
             .ok_or(RunError::NoText)
     }
 
-    /// Gives a text the pages for `n` more tokens, none of them shared where those tokens go.
+    /// Gives a text the pages for `n` more tokens, none of them shared where those tokens go, and
+    /// states for the checkpoints on the way.
     ///
     /// # Errors
     /// When the text is unknown or unusable, would be too long, or too few pages are free; nothing
@@ -293,22 +516,22 @@ impl Sequences {
         if sequence.broken {
             return Err(RunError::Broken);
         }
-        let (n_past, had) = (sequence.n_past, sequence.pages.len());
+        let (n_past, had) = (sequence.n_past(), sequence.pages.len());
         let wanted = n_past.saturating_add(n);
         if wanted > context {
             return Err(RunError::ContextFull { wanted, context });
         }
-        let is_own = |page: &PageIdx| !self.pool.is_shared(*page);
+        let is_own = |page: &PageIdx| !self.pages.is_shared(*page);
         let missing: Vec<usize> = (n_past / PAGE..pages_for(wanted))
             .filter(|index| !sequence.pages.get(*index).is_some_and(is_own))
             .collect();
         let mut new = Vec::with_capacity(missing.len());
         for index in &missing {
-            let Some(page) = self.pool.take((context - index * PAGE).min(PAGE)) else {
-                new.iter().for_each(|(_, page)| self.pool.release(*page));
+            let Some(page) = self.take_page((context - index * PAGE).min(PAGE)) else {
+                new.iter().for_each(|(_, page)| self.pages.release(*page));
                 return Err(RunError::NoPages {
                     wanted: missing.len(),
-                    free: self.pool.free(),
+                    free: self.pages().free,
                 });
             };
             new.push((*index, page));
@@ -323,15 +546,48 @@ impl Sequences {
             for layer in &mut self.cache.layers {
                 layer.copy_page(shared, taken, len);
             }
-            self.pool.release(shared);
+            self.pages.release(shared);
+        }
+        self.reserve_checkpoints(id, n_past, wanted)
+    }
+
+    fn reserve_checkpoints(
+        &mut self,
+        id: SequenceId,
+        n_past: usize,
+        wanted: usize,
+    ) -> Result<(), RunError> {
+        let Some(spacing) = self.spacing else {
+            return Ok(());
+        };
+        for at in (1..=wanted / spacing).map(|i| i * spacing) {
+            if at <= n_past {
+                continue;
+            }
+            let Some(state) = self.take_checkpoint() else {
+                break;
+            };
+            self.get_mut(id)?.coming.push((at, state));
         }
         Ok(())
     }
 
-    /// Counts `n` tokens that have gone through all layers.
-    pub(crate) fn advance(&mut self, id: SequenceId, n: usize) {
+    /// Adds tokens that have gone through all layers.
+    pub(crate) fn advance(&mut self, id: SequenceId, tokens: &[u32]) {
         if let Ok(sequence) = self.get_mut(id) {
-            sequence.n_past += n;
+            sequence.tokens.extend_from_slice(tokens);
+        }
+    }
+
+    /// Ends a step: its checkpoints can be gone back to.
+    pub(crate) fn commit(&mut self, id: SequenceId) {
+        if let Ok(Sequence {
+            checkpoints,
+            coming,
+            ..
+        }) = self.get_mut(id)
+        {
+            checkpoints.append(coming);
         }
     }
 
@@ -340,53 +596,116 @@ impl Sequences {
         let can_rewind = self.can_rewind;
         if let Ok(sequence) = self.get_mut(id) {
             sequence.broken = !can_rewind;
-            sequence.n_past = n_past;
+            sequence.tokens.truncate(n_past);
         }
         self.trim(id);
     }
 
-    /// Gives back the pages after a text's last token.
+    /// Gives back what was reserved for tokens that a text does not have.
     pub(crate) fn trim(&mut self, id: SequenceId) {
         let Ok(sequence) = self.get_mut(id) else {
             return;
         };
-        let keep = pages_for(sequence.n_past).min(sequence.pages.len());
-        for page in sequence.pages.split_off(keep) {
-            self.pool.release(page);
+        let n_past = sequence.n_past();
+        let keep = pages_for(n_past).min(sequence.pages.len());
+        let pages = sequence.pages.split_off(keep);
+        let keep = sequence
+            .checkpoints
+            .partition_point(|(at, _)| *at <= n_past);
+        let checkpoints = sequence.checkpoints.split_off(keep);
+        let coming = std::mem::take(&mut sequence.coming);
+        pages.iter().for_each(|page| self.pages.release(*page));
+        for (_, state) in checkpoints.iter().chain(&coming) {
+            self.states.release(*state);
         }
     }
 
     /// Has a text forget all tokens but the first `n`; does nothing where there are no more.
     ///
     /// # Errors
-    /// When a layer has a recurrent state and `n` is neither 0 nor all tokens, or that state is
-    /// unusable after a failed pass; nothing is forgotten then.
+    /// When a layer has a recurrent state, and `n` is neither 0 nor all tokens nor a checkpoint;
+    /// nothing is forgotten then.
     pub(crate) fn truncate(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
-        let can_rewind = self.can_rewind;
+        let sequence = self.get(id)?;
+        let (n_past, broken) = (sequence.n_past(), sequence.broken);
+        if n > 0 && !broken && n >= n_past {
+            return Ok(());
+        }
+        if self.nearest_checkpoint(sequence, n) == n {
+            self.go_back(id, n)
+        } else if broken {
+            Err(RunError::Broken)
+        } else {
+            Err(RunError::CannotRewind { n_past, wanted: n })
+        }
+    }
+
+    /// Has a text forget tokens until it has `n` or fewer: as many as it can go back to. Returns how
+    /// many are left.
+    ///
+    /// # Errors
+    /// When the text is unknown.
+    pub(crate) fn rewind(&mut self, id: SequenceId, n: usize) -> Result<usize, RunError> {
+        let sequence = self.get(id)?;
+        if !sequence.broken && n >= sequence.n_past() {
+            return Ok(sequence.n_past());
+        }
+        let n = self.nearest_checkpoint(sequence, n);
+        self.go_back(id, n)?;
+        Ok(n)
+    }
+
+    /// Returns the largest number of tokens up to `n` that a text can go back to.
+    fn nearest_checkpoint(&self, sequence: &Sequence, n: usize) -> usize {
+        if self.can_rewind {
+            return n.min(sequence.n_past());
+        }
+        let before = sequence.checkpoints.iter().filter(|(at, _)| *at <= n);
+        before.map(|(at, _)| *at).next_back().unwrap_or(0)
+    }
+
+    /// Goes back to `n` tokens: a checkpoint, or none.
+    fn go_back(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
         let sequence = self.get_mut(id)?;
-        if n == 0 {
-            (sequence.n_past, sequence.broken) = (0, false);
-            let state = sequence.state;
-            for layer in &mut self.cache.layers {
-                layer.reset(state);
+        sequence.tokens.truncate(n);
+        sequence.broken = false;
+        let own = sequence.state;
+        let state = sequence.checkpoints.iter().find(|(at, _)| *at == n);
+        let state = state.map(|(_, state)| *state);
+        for layer in &mut self.cache.layers {
+            match state {
+                Some(state) => layer.copy_state(state, own),
+                None => layer.reset(own),
             }
-            self.trim(id);
-            return Ok(());
         }
-        if sequence.broken {
-            return Err(RunError::Broken);
-        }
-        if n >= sequence.n_past {
-            return Ok(());
-        }
-        if !can_rewind {
-            return Err(RunError::CannotRewind {
-                n_past: sequence.n_past,
-                wanted: n,
-            });
-        }
-        sequence.n_past = n;
         self.trim(id);
         Ok(())
+    }
+}
+
+/// Writes a text's full pages, and the states between them, to files.
+fn save_kept(files: &mut KeptFiles, sequence: &Sequence, layers: &[LayerCache]) {
+    for (index, page) in sequence.pages.iter().enumerate() {
+        let end = (index + 1) * PAGE;
+        if end > sequence.n_past() {
+            break;
+        }
+        let tokens = &sequence.tokens[..end];
+        files.write(Kept::Page, tokens, || {
+            let mut bytes = Vec::new();
+            layers
+                .iter()
+                .for_each(|layer| layer.save_page(*page, &mut bytes));
+            bytes
+        });
+        if let Some((_, state)) = sequence.checkpoints.iter().find(|(at, _)| *at == end) {
+            files.write(Kept::State, tokens, || {
+                let mut bytes = Vec::new();
+                layers
+                    .iter()
+                    .for_each(|layer| layer.save_state(*state, &mut bytes));
+                bytes
+            });
+        }
     }
 }

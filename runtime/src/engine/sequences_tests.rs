@@ -38,9 +38,10 @@ impl Fixture {
         }
     }
 
-    fn plan(&self, sequences: u32, kv_type: KvType, pinned: bool) -> Placement {
+    fn plan(&self, sequences: u32, kv_type: KvType, checkpoints: u32, pinned: bool) -> Placement {
         let mut plan = all_in_memory(&self.shape, CONTEXT, kv_type);
         plan.sequences = sequences;
+        plan.checkpoints = checkpoints;
         if pinned {
             for (layer, experts) in plan.layers.iter_mut().zip(&self.shape.experts) {
                 layer.pinned = vec![Pins {
@@ -67,7 +68,7 @@ impl Fixture {
 
     /// The logits of every token of a text that is alone, `[tokens, n_vocab]`, as bits.
     fn alone(&self, tokens: &[u32], kv_type: KvType) -> Vec<Vec<u32>> {
-        let mut engine = self.engine(&self.plan(1, kv_type, false), 1, 512);
+        let mut engine = self.engine(&self.plan(1, kv_type, 0, false), 1, 512);
         let n_vocab = engine.spec().n_vocab;
         let logits = engine.forward(tokens, LogitsMode::All).unwrap();
         rows(logits, n_vocab)
@@ -79,10 +80,11 @@ fn rows(logits: &[f32], n_vocab: usize) -> Vec<Vec<u32>> {
     logits.chunks_exact(n_vocab).map(bits).collect()
 }
 
-/// The tokens of a text that a number names.
+/// The tokens of a text that a number names. All begin alike.
 fn text(number: usize) -> Vec<u32> {
+    let differs = |i: usize| if i < 11 { 0 } else { number };
     (0..CONTEXT as usize)
-        .map(|i| ((i * i * 7 + number * 13 + i * number) % 90 + 1) as u32)
+        .map(|i| ((i * i * 7 + differs(i) * (13 + i)) % 90 + 1) as u32)
         .collect()
 }
 
@@ -91,7 +93,9 @@ fn text(number: usize) -> Vec<u32> {
 enum Action {
     /// A step with this many tokens of each text, in this order, of as many as it has left.
     Step(Vec<(usize, usize)>),
-    /// The text is removed, and begins anew.
+    /// The text is kept for others.
+    Keep(usize),
+    /// The text is removed, and begins anew with what is kept of it.
     Restart(usize),
     /// The text goes on in a copy of itself; the copy's beginning is shared with the old one until
     /// that is removed.
@@ -109,7 +113,8 @@ fn action() -> impl Strategy<Value = Action> {
             parts.retain(|(text, _)| !seen.contains(text) && { seen.push(*text); true });
             Action::Step(parts)
         }),
-        1 => (0..texts).prop_map(Action::Restart),
+        1 => (0..texts).prop_map(Action::Keep),
+        2 => (0..texts).prop_map(Action::Restart),
         1 => (0..texts).prop_map(Action::Fork),
         1 => (0..texts, 1..9usize).prop_map(|(text, n)| Action::Back(text, n)),
     ]
@@ -127,10 +132,15 @@ impl Company<'_> {
     fn act(&mut self, action: &Action) {
         match action {
             Action::Step(parts) => self.step(parts),
+            Action::Keep(text) => self.engine.keep_sequence(self.texts[*text].0),
             Action::Restart(text) => {
-                self.engine.remove_sequence(self.texts[*text].0);
-                assert_eq!(self.engine.n_past_of(self.texts[*text].0), 0);
-                self.texts[*text].0 = self.engine.add_sequence().unwrap();
+                let (old, tokens) = &self.texts[*text];
+                self.engine.remove_sequence(*old);
+                assert_eq!(self.engine.n_past_of(*old), 0);
+                let (id, n) = self.engine.begin_sequence(tokens).unwrap();
+                assert_eq!(self.engine.n_past_of(id), n);
+                assert!(n < tokens.len());
+                self.texts[*text].0 = id;
             }
             Action::Fork(text) => {
                 let old = self.texts[*text].0;
@@ -153,14 +163,12 @@ impl Company<'_> {
                 let id = self.texts[*text].0;
                 let n_past = self.engine.n_past_of(id);
                 let wanted = n_past.saturating_sub(*n);
-                let result = self.engine.truncate_sequence(id, wanted);
-                if self.fixture.rewinds || wanted == 0 || n_past == wanted {
-                    result.unwrap();
-                    assert_eq!(self.engine.n_past_of(id), wanted);
-                } else {
-                    assert!(matches!(result, Err(RunError::CannotRewind { .. })));
-                    assert_eq!(self.engine.n_past_of(id), n_past);
-                }
+                let can = self.fixture.rewinds || wanted == 0 || n_past == wanted;
+                let left = self.engine.rewind_sequence(id, wanted).unwrap();
+                assert!(left <= wanted && (left == wanted || !can));
+                assert_eq!(self.engine.n_past_of(id), left);
+                // Where it is now, it can be cut to.
+                self.engine.truncate_sequence(id, left).unwrap();
             }
         }
     }
@@ -217,6 +225,7 @@ fn a_text_has_the_same_bits_alone_and_in_company() {
         let strategy = (
             prop::collection::vec(action(), 4..24),
             0..3usize,
+            0..6u32,
             any::<bool>(),
             1..=3usize,
             prop_oneof![Just(3usize), Just(16), Just(512)],
@@ -226,8 +235,8 @@ fn a_text_has_the_same_bits_alone_and_in_company() {
             failure_persistence: None,
             ..ProptestConfig::default()
         };
-        proptest!(config, |((actions, kv, pinned, threads, batch) in strategy)| {
-            let plan = fixture.plan(TEXTS, kv_types[kv], pinned);
+        proptest!(config, |((actions, kv, checkpoints, pinned, threads, batch) in strategy)| {
+            let plan = fixture.plan(TEXTS, kv_types[kv], checkpoints, pinned);
             let mut engine = fixture.engine(&plan, threads, batch);
             let all = engine.pages();
             let texts = (0..TEXTS as usize - 1)
@@ -248,7 +257,7 @@ fn a_text_has_the_same_bits_alone_and_in_company() {
 #[test]
 fn pages_are_shared_by_forks_and_freed_with_the_last() {
     let fixture = Fixture::new("qwen3moe");
-    let mut engine = fixture.engine(&fixture.plan(TEXTS, KvType::F16, false), 1, 512);
+    let mut engine = fixture.engine(&fixture.plan(TEXTS, KvType::F16, 0, false), 1, 512);
     let total = engine.pages().total;
     assert_eq!(
         total,
@@ -302,7 +311,7 @@ fn rows_of(logits: &[f32], n_vocab: usize) -> Vec<Vec<u32>> {
 #[test]
 fn a_step_that_does_not_fit_changes_nothing() {
     let fixture = Fixture::new("qwen3moe");
-    let mut engine = fixture.engine(&fixture.plan(1, KvType::F16, false), 1, 512);
+    let mut engine = fixture.engine(&fixture.plan(1, KvType::F16, 0, false), 1, 512);
     let (a, b) = (
         engine.add_sequence().unwrap(),
         engine.add_sequence().unwrap(),
@@ -350,7 +359,7 @@ fn a_step_that_does_not_fit_changes_nothing() {
 #[test]
 fn recurrent_states_are_as_many_as_planned_and_forks_copy_them() {
     let fixture = Fixture::new("qwen3next");
-    let mut engine = fixture.engine(&fixture.plan(2, KvType::F16, false), 1, 512);
+    let mut engine = fixture.engine(&fixture.plan(2, KvType::F16, 0, false), 1, 512);
     let a = engine.add_sequence().unwrap();
     let tokens = text(0);
     let rows = |sequence| Rows {
@@ -374,4 +383,144 @@ fn recurrent_states_are_as_many_as_planned_and_forks_copy_them() {
     engine.remove_sequence(a);
     let c = engine.add_sequence().unwrap();
     assert_eq!([b, c].map(|id| engine.n_past_of(id)), [5, 0]);
+}
+
+#[test]
+fn a_kept_beginning_is_not_read_again() {
+    for (name, checkpoints, again) in [
+        ("qwen3moe", 0, 26),
+        ("qwen3next", 5, 24),
+        ("qwen3next", 0, 0),
+    ] {
+        let fixture = Fixture::new(name);
+        let mut engine = fixture.engine(&fixture.plan(2, KvType::F16, checkpoints, false), 2, 512);
+        let tokens = text(0);
+        let read = |engine: &mut Engine, tokens: &[u32]| {
+            let (sequence, n) = engine.begin_sequence(tokens).unwrap();
+            let logits = Some(LogitsMode::Last);
+            let rows = Rows {
+                sequence,
+                tokens: &tokens[n..],
+                logits,
+            };
+            let found = engine.step(&[rows]).unwrap().to_vec();
+            engine.keep_sequence(sequence);
+            engine.remove_sequence(sequence);
+            (n, found)
+        };
+        assert_eq!(read(&mut engine, &tokens[..30]).0, 0);
+        let mut other = tokens[..30].to_vec();
+        other[26] += 1;
+        let alone = fixture.alone(&other, KvType::F16);
+        let (n, logits) = read(&mut engine, &other);
+        assert_eq!(n, again, "{name}");
+        let n_vocab = engine.spec().n_vocab;
+        assert!(rows(&logits, n_vocab)[0] == alone[29], "{name}");
+        // The same text again: one token, for the logits.
+        let states = checkpoints > 0 || fixture.rewinds;
+        let expected = if fixture.rewinds {
+            29
+        } else if states {
+            24
+        } else {
+            0
+        };
+        assert_eq!(read(&mut engine, &other).0, expected, "{name}");
+        // A longer one begins where the other ended.
+        other.push(5);
+        assert_eq!(
+            read(&mut engine, &other).0,
+            if states { 30 } else { 0 },
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn kept_beginnings_make_room_for_texts() {
+    for name in ["qwen3moe", "qwen3next"] {
+        let fixture = Fixture::new(name);
+        let mut engine = fixture.engine(&fixture.plan(2, KvType::F16, 2, false), 1, 512);
+        let total = engine.pages().total;
+        for number in 0..12 {
+            let (sequence, _) = engine.begin_sequence(&text(number)).unwrap();
+            let n = engine.n_past_of(sequence);
+            let tokens = &text(number)[n..];
+            engine
+                .step(&[Rows {
+                    sequence,
+                    tokens,
+                    logits: None,
+                }])
+                .unwrap();
+            engine.keep_sequence(sequence);
+            engine.remove_sequence(sequence);
+            assert_eq!(engine.pages().free, total, "{name} {number}");
+        }
+    }
+}
+
+#[test]
+fn kept_beginnings_survive_the_engine() {
+    for (name, checkpoints, again) in [
+        ("qwen3moe", 0, 24),
+        ("qwen3next", 5, 24),
+        ("deepseek-v3", 0, 24),
+    ] {
+        for kv_type in [KvType::F32, KvType::F16, KvType::Q8_0] {
+            let fixture = Fixture::new(name);
+            let folder = tempfile::tempdir().unwrap();
+            let open = |plan_for: u32| {
+                let plan = fixture.plan(plan_for, kv_type, checkpoints, false);
+                let mut engine = fixture.engine(&plan, 2, 512);
+                engine.keep_in(folder.path(), 1 << 30).unwrap();
+                engine
+            };
+            let tokens = text(0);
+            let read = |engine: &mut Engine, tokens: &[u32]| {
+                let (sequence, n) = engine.begin_sequence(tokens).unwrap();
+                let rest = Rows {
+                    sequence,
+                    tokens: &tokens[n..],
+                    logits: Some(LogitsMode::Last),
+                };
+                let n_vocab = engine.spec().n_vocab;
+                let found = rows(engine.step(&[rest]).unwrap(), n_vocab);
+                engine.keep_sequence(sequence);
+                engine.remove_sequence(sequence);
+                assert!(engine.take_kept_notes().is_empty());
+                (n, found)
+            };
+            assert_eq!(read(&mut open(2), &tokens[..30]).0, 0);
+            // Another program, with more texts, and a text that is the same only so far.
+            let mut other = tokens[..31].to_vec();
+            other[27] += 1;
+            let alone = fixture.alone(&other, kv_type);
+            let (n, found) = read(&mut open(3), &other);
+            assert_eq!(n, again, "{name} {kv_type}");
+            assert!(found[0] == alone[30], "{name} {kv_type}");
+            // A damaged page ends what is there before it, and is named.
+            let mut files: Vec<_> = std::fs::read_dir(folder.path())
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .collect();
+            files.retain(|path| path.extension().is_some_and(|e| e == "page"));
+            for path in files {
+                let mut bytes = std::fs::read(&path).unwrap();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 8;
+                std::fs::write(&path, bytes).unwrap();
+            }
+            let mut engine = open(1);
+            let (sequence, n) = engine.begin_sequence(&other).unwrap();
+            assert_eq!((n, engine.take_kept_notes().len()), (0, 1));
+            let all = Rows {
+                sequence,
+                tokens: &other,
+                logits: Some(LogitsMode::Last),
+            };
+            let n_vocab = engine.spec().n_vocab;
+            assert!(rows(engine.step(&[all]).unwrap(), n_vocab)[0] == alone[30]);
+        }
+    }
 }

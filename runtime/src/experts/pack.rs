@@ -8,10 +8,11 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
+use tier_plan_formats::FormatError;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_formats::pack::{ALIGN, PackIndex, PackLayer, open};
-use tier_plan_formats::{FormatError, safely};
+use tier_plan_formats::safely::{self, Synced};
 
 /// Experts in flight while they are copied.
 const QUEUE_DEPTH: usize = 8;
@@ -254,6 +255,7 @@ pub fn write(
     let written = safely::with_file(path, |file| {
         file.write_all(&head)?;
         let mut done = 0;
+        let mut synced = Synced::default();
         let spans = items.iter().map(|(spans, _)| spans.clone());
         let copied = stream(&files, spans, buffer_bytes, QUEUE_DEPTH, |index, buffer| {
             let bytes = items[index].1;
@@ -263,6 +265,8 @@ pub fn write(
                 .and_then(|()| file.write_all(&[0; ALIGN as usize][..padding]));
             written.map_err(CopyError::Write)?;
             done += (bytes + padding) as u64;
+            let on_drive = synced.after(file.get_ref(), done);
+            on_drive.map_err(CopyError::Write)?;
             if progress(done, total) {
                 Ok(())
             } else {

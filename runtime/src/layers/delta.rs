@@ -6,10 +6,12 @@
 //! its tokens one by one.
 
 use super::mixer::MixerInput;
+use super::pages::StateIdx;
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
+use std::cmp::Ordering;
 use std::ops::Range;
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
@@ -45,9 +47,25 @@ impl DeltaState {
     }
 
     /// Takes over the tokens of another state of the same layer.
-    pub(super) fn copy_from(&mut self, other: &Self) {
+    fn copy_from(&mut self, other: &Self) {
         self.inputs.copy_from_slice(&other.inputs);
         self.matrices.copy_from_slice(&other.matrices);
+    }
+
+    /// Appends the state to `out`, little-endian.
+    pub(super) fn save(&self, out: &mut Vec<u8>) {
+        let values = self.inputs.iter().chain(&self.matrices);
+        out.extend(values.flat_map(|x| x.to_le_bytes()));
+    }
+
+    /// Takes the state from the beginning of `bytes`. Returns the rest.
+    pub(super) fn load<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
+        let (bytes, rest) = bytes.split_at(self.bytes() as usize);
+        let values = bytes.as_chunks::<4>().0;
+        for (to, from) in self.inputs.iter_mut().chain(&mut self.matrices).zip(values) {
+            *to = f32::from_le_bytes(*from);
+        }
+        rest
     }
 
     /// Moves its pages to where `pages` says.
@@ -59,6 +77,17 @@ impl DeltaState {
     /// Returns the bytes of the state.
     pub(super) fn bytes(&self) -> u64 {
         size_of::<f32>() as u64 * (self.inputs.len() + self.matrices.len()) as u64
+    }
+}
+
+/// Copies one of a layer's states to another.
+pub(super) fn copy_state(states: &mut [DeltaState], from: StateIdx, to: StateIdx) {
+    let (from, to) = (from as usize, to as usize);
+    let (low, high) = states.split_at_mut(from.max(to));
+    match from.cmp(&to) {
+        Ordering::Less => high[0].copy_from(&low[from]),
+        Ordering::Greater => low[to].copy_from(&high[0]),
+        Ordering::Equal => {}
     }
 }
 
@@ -203,18 +232,24 @@ pub(super) fn run(
     rates(c, weights, spec, n, s);
     let (conv, norm) = (weights.vector(spec.conv), weights.vector(spec.norm));
     for segment in input.segments {
-        let (rows, state) = (segment.rows.clone(), &mut states[segment.state]);
-        convolve(
-            c,
-            conv,
-            spec,
-            input.norm_eps,
-            rows.clone(),
-            &mut state.inputs,
-            s,
-        );
-        recur(c, spec, rows.clone(), &mut state.matrices, s);
-        gate(c, norm, spec, input.norm_eps, rows, s);
+        let mut start = segment.rows.start;
+        let checkpoints = segment
+            .checkpoints
+            .iter()
+            .map(|(end, to)| (*end, Some(*to)));
+        for (end, checkpoint) in checkpoints.chain([(segment.rows.end, None)]) {
+            let (rows, state) = (start..end, &mut states[segment.state as usize]);
+            if !rows.is_empty() {
+                let inputs = &mut state.inputs;
+                convolve(c, conv, spec, input.norm_eps, rows.clone(), inputs, s);
+                recur(c, spec, rows.clone(), &mut state.matrices, s);
+                gate(c, norm, spec, input.norm_eps, rows, s);
+            }
+            if let Some(to) = checkpoint {
+                copy_state(states, segment.state, to);
+            }
+            start = end;
+        }
     }
     let mixed = &s.mixed[..n * spec.out.n_in];
     let Some(acts) = &mut s.acts else {

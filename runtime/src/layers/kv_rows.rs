@@ -113,6 +113,64 @@ impl RowStore {
         }
     }
 
+    /// Returns the elements of a full page, as a range.
+    fn page(&self, page: PageIdx, per_row: usize) -> Range<usize> {
+        let rows = PAGE * self.n_head * per_row;
+        page as usize * rows..(page as usize + 1) * rows
+    }
+
+    /// Returns the bytes of a full page.
+    pub(super) fn page_bytes(&self) -> usize {
+        let per_row = match &self.data {
+            Data::F16(_) => 2 * self.width,
+            Data::Q8_0(_) => q8_row_bytes(self.width),
+            Data::F32(_) => 4 * self.width,
+        };
+        PAGE * self.n_head * per_row
+    }
+
+    /// Appends a full page to `out`, little-endian.
+    pub(super) fn save_page(&self, page: PageIdx, out: &mut Vec<u8>) {
+        match &self.data {
+            Data::F16(data) => {
+                let values = &data[self.page(page, self.width)];
+                out.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+            }
+            Data::Q8_0(data) => {
+                out.extend_from_slice(&data[self.page(page, q8_row_bytes(self.width))]);
+            }
+            Data::F32(data) => {
+                let values = &data[self.page(page, self.width)];
+                out.extend(values.iter().flat_map(|x| x.to_le_bytes()));
+            }
+        }
+    }
+
+    /// Takes a full page from the beginning of `bytes`. Returns the rest.
+    pub(super) fn load_page<'b>(&mut self, page: PageIdx, bytes: &'b [u8]) -> &'b [u8] {
+        let (bytes, rest) = bytes.split_at(self.page_bytes());
+        let (plain, coded) = (
+            self.page(page, self.width),
+            self.page(page, q8_row_bytes(self.width)),
+        );
+        match &mut self.data {
+            Data::F16(data) => {
+                let values = bytes.as_chunks::<2>().0;
+                for (to, from) in data[plain].iter_mut().zip(values) {
+                    *to = f16::from_le_bytes(*from);
+                }
+            }
+            Data::Q8_0(data) => data[coded].copy_from_slice(bytes),
+            Data::F32(data) => {
+                let values = bytes.as_chunks::<4>().0;
+                for (to, from) in data[plain].iter_mut().zip(values) {
+                    *to = f32::from_le_bytes(*from);
+                }
+            }
+        }
+        rest
+    }
+
     /// Moves its pages to where `pages` says.
     pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
         match &self.data {

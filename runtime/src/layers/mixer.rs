@@ -6,7 +6,7 @@ use super::delta::{DeltaScratch, DeltaState};
 use super::gqa::GqaScratch;
 use super::kv_rows::{KeyValues, RowStore};
 use super::mla::MlaScratch;
-use super::pages::PageIdx;
+use super::pages::{PageIdx, StateIdx};
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use super::{delta, gqa, mla};
@@ -22,7 +22,7 @@ pub(crate) enum LayerCache {
     Gqa(KeyValues),
     /// Rows of latents, each with its rotated key part: all heads read the same rows.
     Mla(RowStore),
-    /// One state per text.
+    /// One state per text, then those of checkpoints.
     Delta(Vec<DeltaState>),
     /// The cache is in a GPU's memory.
     OnGpu {
@@ -34,8 +34,9 @@ pub(crate) enum LayerCache {
 }
 
 impl LayerCache {
-    /// Makes an empty cache for `texts` texts with `positions` positions in all.
-    pub(crate) fn new(mixer: &Mixer, kv_type: KvType, positions: usize, texts: usize) -> Self {
+    /// Makes an empty cache for texts with `positions` positions and `n_states` recurrent states in
+    /// all.
+    pub(crate) fn new(mixer: &Mixer, kv_type: KvType, positions: usize, n_states: usize) -> Self {
         match mixer {
             Mixer::Gqa(a) => {
                 let rows = |width| RowStore::new(kv_type, a.n_head_kv, positions, width);
@@ -48,7 +49,7 @@ impl LayerCache {
                 let width = a.kv_rank + a.rope.dims;
                 Self::Mla(RowStore::new(kv_type, 1, positions, width))
             }
-            Mixer::Delta(d) => Self::Delta((0..texts).map(|_| DeltaState::new(d)).collect()),
+            Mixer::Delta(d) => Self::Delta((0..n_states).map(|_| DeltaState::new(d)).collect()),
         }
     }
 
@@ -98,24 +99,68 @@ impl LayerCache {
     }
 
     /// Has a recurrent state forget all tokens.
-    pub(crate) fn reset(&mut self, state: usize) {
+    pub(crate) fn reset(&mut self, state: StateIdx) {
         match self {
             // Rows are written before they are read, and a GPU ignores a recurrent state at
             // position 0.
             Self::Gqa(_) | Self::Mla(_) | Self::OnGpu { .. } => {}
-            Self::Delta(states) => states[state].reset(),
+            Self::Delta(states) => states[state as usize].reset(),
         }
     }
 
     /// Copies a recurrent state to another.
-    pub(crate) fn copy_state(&mut self, from: usize, to: usize) {
-        if let (Self::Delta(states), true) = (self, from != to) {
-            let (low, high) = states.split_at_mut(from.max(to));
-            if from < to {
-                high[0].copy_from(&low[from]);
-            } else {
-                low[to].copy_from(&high[0]);
+    pub(crate) fn copy_state(&mut self, from: StateIdx, to: StateIdx) {
+        if let Self::Delta(states) = self {
+            delta::copy_state(states, from, to);
+        }
+    }
+
+    /// Returns the bytes of a full page, and of a recurrent state.
+    pub(crate) fn saved_bytes(&self) -> (usize, usize) {
+        match self {
+            Self::Gqa(cache) => (cache.keys.page_bytes() + cache.values.page_bytes(), 0),
+            Self::Mla(rows) => (rows.page_bytes(), 0),
+            Self::Delta(states) => (0, states.first().map_or(0, |s| s.bytes() as usize)),
+            Self::OnGpu { .. } => (0, 0),
+        }
+    }
+
+    /// Appends a full page to `out`.
+    pub(crate) fn save_page(&self, page: PageIdx, out: &mut Vec<u8>) {
+        match self {
+            Self::Gqa(cache) => {
+                cache.keys.save_page(page, out);
+                cache.values.save_page(page, out);
             }
+            Self::Mla(rows) => rows.save_page(page, out),
+            Self::Delta(_) | Self::OnGpu { .. } => {}
+        }
+    }
+
+    /// Takes a full page from the beginning of `bytes`. Returns the rest.
+    pub(crate) fn load_page<'b>(&mut self, page: PageIdx, bytes: &'b [u8]) -> &'b [u8] {
+        match self {
+            Self::Gqa(cache) => {
+                let bytes = cache.keys.load_page(page, bytes);
+                cache.values.load_page(page, bytes)
+            }
+            Self::Mla(rows) => rows.load_page(page, bytes),
+            Self::Delta(_) | Self::OnGpu { .. } => bytes,
+        }
+    }
+
+    /// Appends a recurrent state to `out`.
+    pub(crate) fn save_state(&self, state: StateIdx, out: &mut Vec<u8>) {
+        if let Self::Delta(states) = self {
+            states[state as usize].save(out);
+        }
+    }
+
+    /// Takes a recurrent state from the beginning of `bytes`. Returns the rest.
+    pub(crate) fn load_state<'b>(&mut self, state: StateIdx, bytes: &'b [u8]) -> &'b [u8] {
+        match self {
+            Self::Delta(states) => states[state as usize].load(bytes),
+            _ => bytes,
         }
     }
 
@@ -191,7 +236,9 @@ pub(crate) struct Segment<'a> {
     /// The pages of the text, for these tokens too.
     pub pages: &'a [PageIdx],
     /// Which of a layer's recurrent states is the text's.
-    pub state: usize,
+    pub state: StateIdx,
+    /// Rows that checkpoints follow, ascending, with the recurrent states that those go to.
+    pub checkpoints: Vec<(usize, StateIdx)>,
 }
 
 impl Segment<'_> {

@@ -1,4 +1,4 @@
-//! Pages of the KV cache: which are free, and how many texts use each.
+//! Pages of the KV cache, and recurrent states: which are free, and how many users each has.
 //!
 //! A page holds [`PAGE`] consecutive positions of one text, in every layer that attends. A text
 //! lists its pages in the order of its positions. Texts with a common beginning share pages; a
@@ -8,10 +8,17 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// Positions per page. Few in tests, so that short texts have several pages.
-pub const PAGE: usize = if cfg!(test) { 8 } else { 64 };
+pub const PAGE: usize = if cfg!(test) {
+    8
+} else {
+    tier_plan_formats::model::kv::PAGE as usize
+};
 
 /// Index of a page in the cache of every layer.
 pub(crate) type PageIdx = u32;
+
+/// Index of a recurrent state in every layer that has some.
+pub(crate) type StateIdx = u32;
 
 /// Returns the pages that `tokens` positions take.
 pub fn pages_for(tokens: usize) -> usize {
@@ -22,19 +29,75 @@ pub fn pages_for(tokens: usize) -> usize {
 #[cfg(test)]
 pub(crate) fn mixed_pages(positions: usize) -> Vec<PageIdx> {
     let full = (positions / PAGE) as PageIdx;
-    (0..full)
-        .rev()
-        .chain((full as usize * PAGE < positions).then_some(full))
-        .collect()
+    let rest = (full as usize * PAGE < positions).then_some(full);
+    (0..full).rev().chain(rest).collect()
+}
+
+/// Things that are all alike, each with any number of users.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    users: Vec<u32>,
+    /// The lowest is taken first, so that few texts touch little memory.
+    free: BinaryHeap<Reverse<u32>>,
+}
+
+impl Pool {
+    /// Makes `n` things without users.
+    pub(crate) fn new(n: usize) -> Self {
+        Self {
+            users: vec![0; n],
+            free: (0..n as u32).map(Reverse).collect(),
+        }
+    }
+
+    /// Returns how many there are.
+    pub(crate) fn total(&self) -> usize {
+        self.users.len()
+    }
+
+    /// Returns how many have no user.
+    pub(crate) fn free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Takes the lowest one without users, if there is one; it has one user then.
+    pub(crate) fn take(&mut self) -> Option<u32> {
+        let Reverse(index) = self.free.pop()?;
+        self.users[index as usize] = 1;
+        Some(index)
+    }
+
+    /// Adds a user to one that has some.
+    pub(crate) fn share(&mut self, index: u32) {
+        debug_assert!(self.users[index as usize] > 0, "what is free is not shared");
+        self.users[index as usize] += 1;
+    }
+
+    /// Returns whether one has several users.
+    pub(crate) fn is_shared(&self, index: u32) -> bool {
+        self.users[index as usize] > 1
+    }
+
+    /// Returns how many users one has.
+    pub(crate) fn users(&self, index: u32) -> u32 {
+        self.users[index as usize]
+    }
+
+    /// Takes a user from one, which is free after the last.
+    pub(crate) fn release(&mut self, index: u32) {
+        let users = &mut self.users[index as usize];
+        debug_assert!(*users > 0, "released once per user");
+        *users -= 1;
+        if *users == 0 {
+            self.free.push(Reverse(index));
+        }
+    }
 }
 
 /// The pages of an engine's KV cache.
 #[derive(Debug)]
 pub(crate) struct PagePool {
-    /// By page: the texts that use it.
-    users: Vec<u32>,
-    /// The lowest page is taken first, so that few texts touch little memory.
-    free: BinaryHeap<Reverse<PageIdx>>,
+    pool: Pool,
     /// Positions of the last page; the others have [`PAGE`].
     last_len: usize,
 }
@@ -44,53 +107,49 @@ impl PagePool {
     pub(crate) fn new(positions: usize) -> Self {
         let n = pages_for(positions);
         Self {
-            users: vec![0; n],
-            free: (0..n as PageIdx).map(Reverse).collect(),
+            pool: Pool::new(n),
             last_len: positions - n.saturating_sub(1) * PAGE,
         }
     }
 
     /// Returns how many pages there are.
     pub(crate) fn total(&self) -> usize {
-        self.users.len()
+        self.pool.total()
     }
 
-    /// Returns how many pages no text uses.
+    /// Returns how many pages have no user.
     pub(crate) fn free(&self) -> usize {
-        self.free.len()
+        self.pool.free()
     }
 
     /// Takes a page for `len` positions at most, if one is free.
     pub(crate) fn take(&mut self, len: usize) -> Option<PageIdx> {
         let last = self.total() as PageIdx - 1;
-        let Reverse(page) = *self.free.peek()?;
+        let Reverse(page) = *self.pool.free.peek()?;
         if page == last && len > self.last_len {
             return None;
         }
-        self.free.pop();
-        self.users[page as usize] = 1;
-        Some(page)
+        self.pool.take()
     }
 
     /// Adds a user to a page that is in use.
     pub(crate) fn share(&mut self, page: PageIdx) {
-        debug_assert!(self.users[page as usize] > 0, "a free page is not shared");
-        self.users[page as usize] += 1;
+        self.pool.share(page);
     }
 
-    /// Returns whether several texts use a page.
+    /// Returns how many users a page has.
+    pub(crate) fn users(&self, page: PageIdx) -> u32 {
+        self.pool.users(page)
+    }
+
+    /// Returns whether a page has several users.
     pub(crate) fn is_shared(&self, page: PageIdx) -> bool {
-        self.users[page as usize] > 1
+        self.pool.is_shared(page)
     }
 
     /// Takes a user from a page, which is free after the last one.
     pub(crate) fn release(&mut self, page: PageIdx) {
-        let users = &mut self.users[page as usize];
-        debug_assert!(*users > 0, "a page is released once per user");
-        *users -= 1;
-        if *users == 0 {
-            self.free.push(Reverse(page));
-        }
+        self.pool.release(page);
     }
 }
 

@@ -51,6 +51,16 @@ impl Places {
         places
     }
 
+    /// Returns whether any part runs on a GPU.
+    pub(crate) fn any(&self) -> bool {
+        let layers = self.layers.iter();
+        self.head.is_some()
+            || self.embedding.is_some()
+            || layers
+                .flat_map(|l| [l.mixer, l.ffn, l.shared])
+                .any(|place| place.is_some())
+    }
+
     /// Returns whether any part runs on the GPU of a tier.
     pub(crate) fn uses(&self, tier: TierIdx) -> bool {
         let here = |place: Place| place == Some(tier);

@@ -6,6 +6,7 @@
 //! same time; sums have a fixed order, so that no plan changes a result.
 
 mod batch;
+mod few;
 pub(crate) mod ffn;
 pub(crate) mod gpu;
 pub(crate) mod offload;
@@ -57,7 +58,12 @@ impl MoeRun<'_> {
     /// # Errors
     /// As [`token`](Self::token).
     pub(crate) fn batch(mut self) -> Result<Step, RunError> {
-        batch::run(&mut self)
+        let is_on_cpu = self.store.n_gpus() == 0 && !self.streams.any();
+        if is_on_cpu && self.routing.experts.len() <= self.scratch.rows {
+            few::run(&mut self)
+        } else {
+            batch::run(&mut self)
+        }
     }
 
     /// Counts an expert that is computed from `tier`.

@@ -45,6 +45,11 @@ impl TokensByExpert {
         &self.entries[self.starts[expert]..self.starts[expert + 1]]
     }
 
+    /// Returns how many choices are of experts before this one.
+    pub(crate) fn first_of(&self, expert: usize) -> usize {
+        self.starts[expert]
+    }
+
     /// Returns the experts that any token chose, ascending.
     pub(crate) fn present(&self) -> Vec<u32> {
         let used = |e: &usize| self.starts[*e] < self.starts[e + 1];

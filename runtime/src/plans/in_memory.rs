@@ -52,6 +52,7 @@ pub fn all_in_memory_for(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -
         token_overhead_us: 0.0,
         context: room.context,
         sequences: room.sequences,
+        checkpoints: room.checkpoints,
         kv_tier: TierIdx::FIRST,
         kv_type,
         staging_tier: TierIdx::FIRST,

@@ -22,6 +22,7 @@ mod tests;
 mod thought;
 
 pub use error::TokenizerError;
+pub use prompt::KnownTokens;
 pub use special::TokenKind;
 pub use stream::TokenStream;
 pub use thought::ThoughtMark;
@@ -254,13 +255,26 @@ impl Tokenizer {
         parse: Parse<'_>,
         most: usize,
     ) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = Vec::with_capacity((text.len() / 3).min(most).min(1 << 16) + 2);
+        self.encode_onto(text, parse, most, true, &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Adds the tokens of `text` to `ids`, unless they are more than `most` together.
+    /// `after_special` is whether a special token, or nothing, stands before the text. Returns
+    /// whether one ends it.
+    fn encode_onto(
+        &self,
+        text: &str,
+        parse: Parse<'_>,
+        most: usize,
+        mut after_special: bool,
+        ids: &mut Vec<u32>,
+    ) -> Result<bool, TokenizerError> {
         // Positions in a text have 32 bits.
         if text.len() >= u32::MAX as usize {
             return Err(TokenizerError::TooManyBytes { bytes: text.len() });
         }
-        let mut ids = Vec::with_capacity((text.len() / 3).min(most).min(1 << 16) + 2);
-        // The space prefix also goes before text that follows a special token.
-        let mut after_special = true;
         for fragment in self.specials.partition(text, parse) {
             match (fragment, &self.encoder) {
                 (_, Encoder::None) => return Err(TokenizerError::NoTokenizer),
@@ -270,9 +284,7 @@ impl Tokenizer {
                     continue;
                 }
                 (Fragment::Text(""), _) => {}
-                (Fragment::Text(text), Encoder::Pairs(pairs)) => {
-                    pairs.encode(text, most, &mut ids)?
-                }
+                (Fragment::Text(text), Encoder::Pairs(pairs)) => pairs.encode(text, most, ids)?,
                 (Fragment::Text(text), Encoder::Scores(scores)) => {
                     let space = if self.space_prefix && after_special {
                         " "
@@ -284,7 +296,7 @@ impl Tokenizer {
                         .chain(text.chars())
                         .map(|c| if c == ' ' { scores::SPACE } else { c })
                         .collect();
-                    scores.encode(&spelled, most, &mut ids)?;
+                    scores.encode(&spelled, most, ids)?;
                 }
             }
             after_special = false;
@@ -293,7 +305,7 @@ impl Tokenizer {
             let least = ids.len();
             return Err(TokenizerError::TooLong { least, most });
         }
-        Ok(ids)
+        Ok(after_special)
     }
 
     /// Returns the text of `ids`, without control tokens and without the space that

@@ -41,6 +41,23 @@ pub fn demo_model() -> PathBuf {
     root().join("profiles/demo/demo.gguf")
 }
 
+/// Gives `check` every input of a fuzz target in `tests/data/fuzz`.
+///
+/// # Panics
+/// When there are none, or `check` fails, after it has named the input.
+pub fn replay(target: &str, check: impl Fn(&[u8])) {
+    let folder = data("fuzz").join(target);
+    let entries = std::fs::read_dir(&folder).expect(target);
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect(target).path()).collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "{target}: no inputs");
+    for path in paths {
+        // Shown only if the test fails.
+        println!("{}", path.display());
+        check(&std::fs::read(&path).expect(target));
+    }
+}
+
 /// Whether tests run all of their cases: the environment has `TIER_PLAN_NIGHTLY=1`.
 pub fn is_nightly() -> bool {
     std::env::var_os("TIER_PLAN_NIGHTLY").is_some_and(|value| value == "1")

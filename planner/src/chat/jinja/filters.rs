@@ -17,7 +17,9 @@ pub(super) fn add(environment: &mut Environment<'static>) {
     environment.add_filter("pprint", |value: &Value| words::repr(value));
     environment.add_filter("xmlattr", xml_attributes);
     environment.add_filter("forceescape", |value: &Value| {
-        Value::from_safe_string(escape(&value.to_string()))
+        let text = words::head(value, words::MAX_MADE_BYTES + 1);
+        words::fits("forceescape", text.len())?;
+        Ok::<_, Error>(Value::from_safe_string(escape(&text)))
     });
     environment.add_filter("striptags", strip_tags);
     environment.add_filter("urlencode", url_encode);
@@ -44,7 +46,7 @@ fn is_sequence(value: &Value) -> bool {
 
 /// Whether a value is a function or a macro: an object that is neither a list nor a mapping.
 fn is_callable(value: &Value) -> bool {
-    let text = value.to_string();
+    let text = words::head(value, 10);
     value.as_object().is_some()
         && match value.kind() {
             ValueKind::Plain => true,
@@ -64,7 +66,7 @@ fn or_default(value: &Value, args: Rest<Value>, named: Kwargs) -> Result<Value, 
 
 /// Gets an attribute, which the items of a mapping are not.
 fn attribute(value: &Value, name: &str) -> Result<Value, Error> {
-    let items_only = value.kind() == ValueKind::Map && !value.to_string().starts_with('<');
+    let items_only = value.kind() == ValueKind::Map && !words::head(value, 1).starts_with('<');
     if items_only && value.downcast_object_ref::<Kwargs>().is_none() && !words::is_namespace(value)
     {
         return Ok(Value::UNDEFINED);
@@ -95,7 +97,7 @@ fn xml_attributes(map: &Value, space: Option<bool>) -> Result<Value, Error> {
         if value.is_none() || value.is_undefined() {
             continue;
         }
-        let name = key.to_string();
+        let name = words::text(&key)?;
         if name.contains(|c: char| c.is_whitespace() || matches!(c, '/' | '>' | '=')) {
             return Err(invalid(format!(
                 "xmlattr: '{name}' is no name of an attribute"

@@ -1,7 +1,7 @@
 //! Functions of Jinja2 and of transformers.
 
 use super::date::strftime;
-use super::{invalid, printf};
+use super::{invalid, printf, words};
 use minijinja::value::{Kwargs, Object, Rest, Value, ValueKind};
 use minijinja::{Environment, Error, State};
 use minijinja_contrib::globals::{cycler, joiner};
@@ -14,12 +14,17 @@ pub(super) const PERCENT: &str = "__percent__";
 /// Name of the function that lets a macro take any arguments.
 pub(super) const VARIADIC: &str = "__variadic__";
 
+/// Longest message of a template's own error that is kept.
+const MAX_MESSAGE_BYTES: usize = 64 << 10;
+
 /// Adds the functions. `now` is the time in UTC instead of the local one.
 pub(super) fn add(environment: &mut Environment<'static>, now: Option<SystemTime>) {
     environment.remove_global("debug");
     environment.add_function(
         "raise_exception",
-        |message: &Value| -> Result<Value, Error> { Err(invalid(message.to_string())) },
+        |message: &Value| -> Result<Value, Error> {
+            Err(invalid(words::head(message, MAX_MESSAGE_BYTES)))
+        },
     );
     environment.add_function("strftime_now", move |format: &str| match now {
         Some(now) => {

@@ -1,7 +1,7 @@
 //! The filter `tojson`: Python's `json.dumps`, which models were trained on.
 
 use super::invalid;
-use super::words::{MAX_DEPTH, float};
+use super::words::{MAX_DEPTH, fits, float};
 use minijinja::Error;
 use minijinja::value::{Kwargs, Rest, Value, ValueKind};
 
@@ -53,6 +53,9 @@ pub(super) fn to_json(value: &Value, args: Rest<Value>, options: Kwargs) -> Resu
         ensure_ascii: ensure_ascii.is_some_and(|value| value.is_true()),
         sort_keys: sort_keys.is_some_and(|value| value.is_true()),
     };
+    // A line has as many indents as its value is deep.
+    let indent = layout.indent.as_ref().map_or(0, String::len);
+    fits("tojson", indent.saturating_mul(MAX_DEPTH))?;
     let mut out = String::new();
     layout.write(value, 0, &mut out)?;
     Ok(Value::from(out))
@@ -63,6 +66,7 @@ impl Layout {
         if depth > MAX_DEPTH {
             return Err(invalid("tojson: nested too deeply"));
         }
+        fits("tojson", out.len())?;
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),

@@ -24,7 +24,8 @@ fn replace(text: &Value, args: Rest<Value>, named: Kwargs) -> Result<String, Err
     let new = words::text(&new.ok_or_else(|| missing("replace"))?)?;
     // As in Python, a negative number is all.
     let count = integer("replace", &count)?.and_then(|n| usize::try_from(n).ok());
-    Ok(words::text(text)?.replacen(&old, &new, count.unwrap_or(usize::MAX)))
+    let text = words::text(text)?;
+    words::replaced(&text, &old, &new, count.unwrap_or(usize::MAX))
 }
 
 fn trim(text: &Value, args: Rest<Value>, named: Kwargs) -> Result<String, Error> {
@@ -95,6 +96,7 @@ fn indent(text: &str, args: Rest<Value>, named: Kwargs) -> Result<String, Error>
             _ => flag(&blank) || !line.is_empty(),
         };
         if indented {
+            words::fits("indent", out.len().saturating_add(prefix.len()))?;
             out.push_str(&prefix);
         }
         out.push_str(line);
@@ -114,8 +116,13 @@ fn wrap(text: &str, args: Rest<Value>, named: Kwargs) -> Result<String, Error> {
     }
     let wrapped: Vec<String> = text
         .lines()
-        .map(|line| wrap_line(line, width, break_long).join(end))
+        .flat_map(|line| match wrap_line(line, width, break_long) {
+            lines if lines.is_empty() => vec![String::new()],
+            lines => lines,
+        })
         .collect();
+    let ends = wrapped.len().saturating_mul(end.len());
+    words::fits("wordwrap", ends.saturating_add(text.len()))?;
     Ok(wrapped.join(end))
 }
 

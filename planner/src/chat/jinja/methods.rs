@@ -2,7 +2,8 @@
 
 use super::args::{bind, integer, missing, optional, string};
 use super::invalid;
-use super::words::{MAX_PADDED_CHARS, text};
+use super::printf::fits_width;
+use super::words::{MAX_MADE_BYTES, MAX_PADDED_CHARS, fits, head, replaced, text};
 use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Kwargs, Tuple, Value, ValueKind};
 use minijinja::{Error, ErrorKind, State};
@@ -86,6 +87,7 @@ fn split_method(s: &str, method: &str, args: &[Value]) -> Outcome {
                 .try_iter()?
                 .enumerate()
             {
+                fits(method, out.len().saturating_add(s.len()))?;
                 if n > 0 {
                     out.push_str(s);
                 }
@@ -302,6 +304,7 @@ fn expand_tabs(s: &str, size: i64) -> Result<String, Error> {
         match c {
             '\t' => {
                 let fill = if size == 0 { 0 } else { size - column % size };
+                fits("expandtabs", out.len() + fill)?;
                 out.extend(std::iter::repeat_n(' ', fill));
                 column += fill;
             }
@@ -350,7 +353,7 @@ fn change_method(s: &str, method: &str, args: &[Value]) -> Outcome {
             let (old, new) = (string(method, &old)?, string(method, &new)?);
             let count = integer(method, &count)?.unwrap_or(-1);
             let count = usize::try_from(count).unwrap_or(usize::MAX);
-            Ok(Value::from(s.replacen(old, new, count)))
+            replaced(s, old, new, count).map(Value::from)
         }),
         "translate" => bind(method, args, ["table"]).and_then(|[table]| {
             translate(s, &table.ok_or_else(|| missing(method))?).map(Value::from)
@@ -363,7 +366,7 @@ fn change_method(s: &str, method: &str, args: &[Value]) -> Outcome {
                 _ => Err(invalid(format!("encode: '{encoding}', expected utf-8"))),
             }
         }),
-        "format" => format(FormatStyle::StrFormat, s, args).map(Value::from),
+        "format" => str_format(s, args).map(Value::from),
         "format_map" => bind(method, args, ["mapping"]).and_then(|[map]| {
             let map = map.ok_or_else(|| missing(method))?;
             let named = map
@@ -371,10 +374,27 @@ fn change_method(s: &str, method: &str, args: &[Value]) -> Outcome {
                 .map(|key| Ok((text(&key)?, map.get_item(&key)?)))
                 .collect::<Result<Vec<_>, Error>>()?;
             let named = Value::from(named.into_iter().collect::<Kwargs>());
-            format(FormatStyle::StrFormat, s, &[named]).map(Value::from)
+            str_format(s, &[named]).map(Value::from)
         }),
         _ => return None,
     })
+}
+
+/// Formats `args` as Python's `str.format` does.
+fn str_format(s: &str, args: &[Value]) -> Result<String, Error> {
+    let fields = s.split('{').skip(1);
+    let specs = fields.filter_map(|field| field.split('}').next()?.split_once(':'));
+    for (_, spec) in specs {
+        fits_width(spec, &[])?;
+    }
+    // Each field may have the longest argument.
+    let bytes = |value: &Value| match value.as_str() {
+        Some(text) => text.len(),
+        None => head(value, MAX_MADE_BYTES + 1).len(),
+    };
+    let longest = args.iter().map(bytes).max().unwrap_or(0);
+    fits("format", s.matches('{').count().saturating_mul(longest))?;
+    format(FormatStyle::StrFormat, s, args)
 }
 
 fn swap_case(s: &str) -> String {
@@ -420,7 +440,11 @@ fn translate(s: &str, table: &Value) -> Result<String, Error> {
         match to.kind() {
             ValueKind::Undefined => out.push(c),
             ValueKind::None => {}
-            ValueKind::String => out.push_str(to.as_str().unwrap_or_default()),
+            ValueKind::String => {
+                let to = to.as_str().unwrap_or_default();
+                fits("translate", out.len().saturating_add(to.len()))?;
+                out.push_str(to);
+            }
             _ => {
                 let code = u32::try_from(to).ok().and_then(char::from_u32);
                 out.push(code.ok_or_else(|| invalid("translate: no character has that number"))?);

@@ -48,6 +48,12 @@ impl Compiled {
         Ok(Self(environment))
     }
 
+    /// Has renderings end after `fuel` steps.
+    fn with_fuel(mut self, fuel: u64) -> Self {
+        self.0.set_fuel(Some(fuel));
+        self
+    }
+
     /// Renders a conversation up to where the model should answer.
     ///
     /// # Errors

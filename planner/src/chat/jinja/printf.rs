@@ -1,5 +1,6 @@
 //! Python's `%`: the rest of a floor division, or a text formatted as by C's `printf`.
 
+use super::words::MAX_PADDED_CHARS;
 use super::{invalid, words};
 use minijinja::Error;
 use minijinja::formatting::{FormatStyle, format};
@@ -34,6 +35,25 @@ fn conversion(text: &str) -> Result<(Conversion<'_>, &str), Error> {
         letter,
     };
     Ok((conversion, &rest[letter.len_utf8()..]))
+}
+
+/// Checks that no width or precision of a conversion, written out or in `widths`, is larger than
+/// padding may be.
+///
+/// # Errors
+/// When one does.
+pub(super) fn fits_width(conversion: &str, widths: &[Value]) -> Result<(), Error> {
+    let written = conversion.split(|c: char| !c.is_ascii_digit());
+    let mut written = written.filter(|digits| !digits.is_empty());
+    let is_large = |digits: &str| !digits.parse().is_ok_and(|n: usize| n <= MAX_PADDED_CHARS);
+    let given = widths.iter();
+    let mut given = given.filter_map(|width| i128::try_from(width.clone()).ok());
+    if written.any(is_large) || given.any(|n| n.unsigned_abs() > MAX_PADDED_CHARS as u128) {
+        return Err(invalid(format!(
+            "a width of a format, expected at most {MAX_PADDED_CHARS}"
+        )));
+    }
+    Ok(())
 }
 
 /// Formats `values` as C's `printf` does, one conversion after the other.
@@ -71,7 +91,9 @@ fn formatted(text: &str, values: &Value) -> Result<String, Error> {
         };
         needed.push(value);
         let single = format!("%{}{letter}", conversion.options);
+        fits_width(&single, &needed[..needed.len().min(widths)])?;
         out.push_str(&format(FormatStyle::Printf, &single, &needed)?);
+        words::fits("%", out.len())?;
     }
     if values.kind() != ValueKind::Map && args.next().is_some() {
         return Err(invalid("%: more values than the format has conversions"));

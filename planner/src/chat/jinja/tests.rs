@@ -77,6 +77,51 @@ fn endless_templates_are_stopped() {
     assert!(error.contains("too many steps"), "{error}");
 }
 
+/// One call could make more than there is memory for, of texts of a few thousand bytes.
+#[test]
+fn texts_that_are_too_long_are_refused_before_they_are_made() {
+    const VALUES: &str = "{% set a = 'a' * 9000 %}{% set b = 'b' * 9000 %}{% set ns = namespace(x=['x']) %}\
+        {% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{% set x = ns.x %}";
+    for expression in [
+        "a.replace('a', b)",
+        "a|replace('a', b)",
+        "a.replace('', b)",
+        "b.join(a|list)",
+        r"('\t' * 100).expandtabs(1000000)",
+        r"('\n' * 9000)|indent(b, true, true)",
+        "('a b ' * 9000)|wordwrap(1, true, b)",
+        "a.translate({97: b})",
+        "a|tojson(indent=b * 90)",
+        "a|list|tojson(separators=[b, ':'])",
+        "'%9999999d' % 1",
+        "'%99999999999999999999d' % 1",
+        "'%.9999999f' % 1",
+        "'%*d' % (99999999, 1)",
+        "('%(a)s' * 9000) % {'a': b}",
+        "('{a}' * 9000).format(a=b)",
+        "('{a}' * 9000).format_map({'a': b})",
+        "'{:>99999999}'.format(1)",
+        "x",
+        "x|string",
+        "x|pprint",
+        "x|tojson",
+        "x|forceescape",
+        "'%s' % x",
+        "'{}'.format(x)",
+        "raise_exception(x)",
+    ] {
+        let error = render(&format!("{VALUES}{{{{ {expression} }}}}"), vec![]).unwrap_err();
+        assert!(error.len() < 1000, "{expression}: {error}");
+    }
+    let asked = render(&format!("{VALUES}{{{{ x is callable }}}}"), vec![]);
+    assert_eq!(asked.as_deref(), Ok("False"));
+    let long = render(
+        &format!("{VALUES}{{{{ a.replace('a', b[:99])|length }}}}"),
+        vec![],
+    );
+    assert_eq!(long.as_deref(), Ok("891000"));
+}
+
 #[test]
 fn unended_tags_are_refused() {
     for source in [

@@ -3,12 +3,70 @@
 use super::invalid;
 use minijinja::Error;
 use minijinja::value::{Value, ValueKind};
+use std::fmt::{self, Write};
 
 /// Deepest value that is written as text.
 pub(super) const MAX_DEPTH: usize = 200;
 
 /// Longest text that padding may add, in characters.
 pub(super) const MAX_PADDED_CHARS: usize = 1 << 20;
+
+/// Longest text that one call may make, in bytes: that of a whole conversation.
+pub(super) const MAX_MADE_BYTES: usize = 32 << 20;
+
+/// Checks that a text of `bytes`, or more, may be made.
+///
+/// # Errors
+/// When it is longer than one call may make. `what` is called.
+pub(super) fn fits(what: &str, bytes: usize) -> Result<(), Error> {
+    if bytes <= MAX_MADE_BYTES {
+        return Ok(());
+    }
+    Err(invalid(format!(
+        "{what}: a text of more than {MAX_MADE_BYTES} bytes"
+    )))
+}
+
+/// Returns a text with `old` replaced by `new`, at most `count` times.
+///
+/// # Errors
+/// When it is too long.
+pub(super) fn replaced(text: &str, old: &str, new: &str, count: usize) -> Result<String, Error> {
+    if new.len() > old.len() {
+        let n = text.matches(old).take(count).count();
+        let more = n.saturating_mul(new.len() - old.len());
+        fits("replace", text.len().saturating_add(more))?;
+    }
+    Ok(text.replacen(old, new, count))
+}
+
+/// The beginning of a text that is being written.
+struct Head {
+    text: String,
+    max_bytes: usize,
+}
+
+impl Write for Head {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = self.max_bytes - self.text.len();
+        let fitting = &text[..text.floor_char_boundary(room)];
+        self.text.push_str(fitting);
+        if fitting.len() == text.len() {
+            Ok(())
+        } else {
+            Err(fmt::Error)
+        }
+    }
+}
+
+/// Returns the beginning of minijinja's text of a value, which may be large beyond all memory.
+pub(super) fn head(value: &Value, max_bytes: usize) -> String {
+    let text = String::new();
+    let mut head = Head { text, max_bytes };
+    // An error only tells that there is more.
+    let _ = write!(head, "{value}");
+    head.text
+}
 
 /// Returns whether Python may write a value otherwise than minijinja does.
 pub(super) fn differs(value: &Value) -> bool {
@@ -42,6 +100,7 @@ fn write_repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error
     if depth > MAX_DEPTH {
         return Err(invalid("a value is nested too deeply to be written"));
     }
+    fits("str", out.len())?;
     match value.kind() {
         ValueKind::Undefined => out.push_str("Undefined"),
         ValueKind::Number if !value.is_integer() => {

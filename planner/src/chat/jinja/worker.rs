@@ -5,7 +5,7 @@
 //! however a template is written, and can be ended at any moment. The parent writes a [`Request`] to
 //! its standard input and reads a [`Reply`] from its standard output, both as JSON.
 
-use super::Compiled;
+use super::{Compiled, FUEL};
 use crate::interrupt::{Interrupted, interrupted};
 use anyhow::{Context, Result, anyhow};
 use minijinja::value::Value;
@@ -79,7 +79,7 @@ pub fn serve() -> ExitCode {
     // A thread has the stack that is stated here, whatever the shell's limit is.
     let reply = std::thread::Builder::new()
         .stack_size(STACK_BYTES)
-        .spawn(|| answer(std::io::stdin().lock()))
+        .spawn(|| answer(std::io::stdin().lock(), FUEL))
         .map(std::thread::JoinHandle::join);
     let reply = match reply {
         Ok(Ok(reply)) => reply,
@@ -95,8 +95,9 @@ pub fn serve() -> ExitCode {
     }
 }
 
-/// Reads a request and renders it.
-fn answer(input: impl Read) -> Reply {
+/// Reads a request and renders it in at most `fuel` steps. Public for fuzzing only.
+#[doc(hidden)]
+pub fn answer(input: impl Read, fuel: u64) -> Reply {
     let mut json = Vec::new();
     let request = input
         .take(MAX_JSON_BYTES)
@@ -108,6 +109,7 @@ fn answer(input: impl Read) -> Reply {
     };
     drop(json);
     let rendered = Compiled::new(&request.source, None).and_then(|template| {
+        let template = template.with_fuel(fuel);
         request.messages.map_or(Ok(String::new()), |messages| {
             template.render(messages, &request.bos, &request.eos)
         })
@@ -271,7 +273,8 @@ mod tests {
             eos: "".into(),
             messages,
         };
-        answer(serde_json::to_string(&request).unwrap().as_bytes())
+        let json = serde_json::to_string(&request).unwrap();
+        answer(json.as_bytes(), FUEL)
     }
 
     #[test]
@@ -289,7 +292,7 @@ mod tests {
         ));
         assert!(matches!(served("{% for %}", None), Reply::Refused(_)));
         assert!(matches!(
-            answer(&b"{\"source\": \"a"[..]),
+            answer(&b"{\"source\": \"a"[..], FUEL),
             Reply::Refused(_)
         ));
     }

@@ -4,12 +4,14 @@
 //! model, as in llama.cpp; only the commands that take a machine (`solve`, `what-if`, `calibrate`)
 //! still accept it as an old spelling of `-M/--machine`.
 
+mod kept;
 mod kv;
 mod memory;
 mod model;
 pub mod sampling;
 mod value;
 
+pub use kept::KeptArgs;
 pub use kv::KvArgs;
 pub use memory::{BudgetArgs, MemoryArgs, StoreArgs, VerifyArgs};
 pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};

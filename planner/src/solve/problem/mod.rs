@@ -48,6 +48,7 @@ impl Problem<'_> {
         CacheRoom {
             context: self.context,
             sequences: self.sequences,
+            checkpoints: 0,
         }
     }
 }

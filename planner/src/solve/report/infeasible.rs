@@ -84,7 +84,7 @@ pub fn no_division(
         .max(1);
     format!(
         "no way to divide the model among the tiers was found{by_hand}: {left} are left for weights; the largest dense \
-         group ({:?}{}) is {}, and groups are not cut in two; {}",
+         group ({}{}) is {}, and groups are not cut in two; {}",
         largest.kind,
         largest
             .layer

@@ -31,6 +31,8 @@ pub struct CacheRoom {
     pub context: u32,
     /// Texts at once.
     pub sequences: u32,
+    /// Recurrent states beside those of the texts, which texts can go back to.
+    pub checkpoints: u32,
 }
 
 impl CacheRoom {
@@ -39,7 +41,13 @@ impl CacheRoom {
         Self {
             context,
             sequences: 1,
+            checkpoints: 0,
         }
+    }
+
+    /// Returns the recurrent states of a layer that has some.
+    pub fn states(self) -> u64 {
+        u64::from(self.sequences) + u64::from(self.checkpoints)
     }
 
     /// Returns the positions of all texts. Several texts have whole pages each.
@@ -164,7 +172,7 @@ impl CacheShape {
 
     /// Returns the layer's bytes of KV cache and recurrent states for some texts.
     pub fn bytes(&self, kv_type: KvType, room: CacheRoom) -> u64 {
-        let states = self.state_bytes.saturating_mul(u64::from(room.sequences));
+        let states = self.state_bytes.saturating_mul(room.states());
         self.token_bytes(kv_type)
             .saturating_mul(room.positions())
             .saturating_add(states)
@@ -232,9 +240,20 @@ mod tests {
 
     #[test]
     fn several_texts_have_whole_pages_each() {
-        let room = |context, sequences| CacheRoom { context, sequences }.positions();
-        assert_eq!([room(100, 1), room(100, 2), room(128, 3)], [100, 256, 384]);
-        assert_eq!(room(u32::MAX, u32::MAX), (1 << 32) * u64::from(u32::MAX));
+        let room = |context, sequences| CacheRoom {
+            context,
+            sequences,
+            checkpoints: 3,
+        };
+        let positions = |context, sequences| room(context, sequences).positions();
+        assert_eq!(
+            [positions(100, 1), positions(100, 2), positions(128, 3)],
+            [100, 256, 384]
+        );
+        assert_eq!(
+            positions(u32::MAX, u32::MAX),
+            (1 << 32) * u64::from(u32::MAX)
+        );
         let cache = CacheShape {
             rows: vec![KvRows {
                 width: 8,
@@ -244,10 +263,10 @@ mod tests {
             }],
             state_bytes: 1000,
         };
-        let bytes = |context, sequences| cache.bytes(KvType::F16, CacheRoom { context, sequences });
+        let bytes = |context, sequences| cache.bytes(KvType::F16, room(context, sequences));
         assert_eq!(
             [bytes(100, 1), bytes(100, 2)],
-            [100 * 32 + 1000, 256 * 32 + 2000]
+            [100 * 32 + 4000, 256 * 32 + 5000]
         );
     }
 

@@ -25,6 +25,19 @@ pub enum DenseKind {
     Head,
 }
 
+impl std::fmt::Display for DenseKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DenseKind::Embedding => "embedding",
+            DenseKind::Attention => "attention",
+            DenseKind::Router => "router",
+            DenseKind::SharedExpert => "shared expert",
+            DenseKind::DenseFfn => "dense FFN",
+            DenseKind::Head => "head",
+        })
+    }
+}
+
 /// A dense group: its bytes and what a token reads of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DenseShape {

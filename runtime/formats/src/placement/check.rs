@@ -99,7 +99,7 @@ fn check_dense(plan: &Placement) -> Result<(), Violation> {
             }
             _ => {}
         }
-        check_tier(plan, group.tier, &format!("the tier of the {kind:?} group"))?;
+        check_tier(plan, group.tier, &format!("the tier of the {kind} group"))?;
         if !seen.insert((kind, group.layer)) {
             return Err(Violation::GroupTwice {
                 kind,

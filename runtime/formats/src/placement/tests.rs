@@ -77,6 +77,7 @@ fn versions_mean_what_they_meant() {
         token_overhead_us: 60.0,
         context: 1024,
         sequences: 1,
+        checkpoints: 0,
         kv_tier: vram,
         kv_type: KvType::F16,
         staging_tier: dram,
@@ -194,15 +195,17 @@ fn versions_mean_what_they_meant() {
 fn a_plan_may_be_for_several_texts() {
     let plan = load(V6).unwrap();
     assert_eq!((plan.sequences, plan.room().positions()), (4, 4096));
+    assert_eq!((plan.checkpoints, plan.room().states()), (8, 12));
     assert_eq!(plan.encode(), V6, "a plan with a key of version 6 says so");
     let one = Placement {
         sequences: 1,
+        checkpoints: 0,
         ..plan
     };
     assert_eq!(one.encode(), V5);
     let error = load(&V6.replacen("version = 6", "version = 5", 1)).unwrap_err();
     assert!(
-        error.contains("sequences is a key of version 6; write `version = 6`, or leave it out"),
+        error.contains("sequences and checkpoints are keys of version 6; write `version = 6`"),
         "{error}"
     );
 }
@@ -497,7 +500,7 @@ fn errors_say_what_and_how_to_mend() {
         (
             "{ layers = \"4\", tier",
             "{ layers = \"3-4\", tier",
-            "the Attention group of layer 3 is placed twice; keep one",
+            "the attention group of layer 3 is placed twice; keep one",
         ),
         (
             "head = \"vram\"",
@@ -718,11 +721,11 @@ fn only_a_sound_plan_is_written() {
     );
     refuse(
         |p| p.dense[0].layer = Some(0),
-        "the Embedding group stands in layer 0, but has no layer",
+        "the embedding group stands in layer 0, but has no layer",
     );
     refuse(
         |p| p.dense[1].layer = None,
-        "the Attention group has no layer",
+        "the attention group has no layer",
     );
     refuse(|p| p.tiers = PerTier::default(), "no tier");
     refuse(

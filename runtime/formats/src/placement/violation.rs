@@ -50,11 +50,11 @@ pub enum Violation {
     Sequences { sequences: u32, context: u32 },
     #[error("staging holds {found} experts, but {max} is the most")]
     StagingTooLarge { found: u32, max: u32 },
-    #[error("the {kind:?} group has no layer")]
+    #[error("the {kind} group has no layer")]
     GroupWithoutLayer { kind: DenseKind },
-    #[error("the {kind:?} group stands in layer {layer}, but has no layer")]
+    #[error("the {kind} group stands in layer {layer}, but has no layer")]
     GroupInLayer { kind: DenseKind, layer: u32 },
-    #[error("the {kind:?} group of layer {layer} is past {max}, the highest layer")]
+    #[error("the {kind} group of layer {layer} is past {max}, the highest layer")]
     GroupPastEnd {
         kind: DenseKind,
         layer: u32,
@@ -196,5 +196,5 @@ impl Violation {
 /// Names a dense group in a message.
 fn group(kind: DenseKind, layer: Option<u32>) -> String {
     let layer = layer.map_or(String::new(), |layer| format!(" of layer {layer}"));
-    format!("{kind:?} group{layer}")
+    format!("{kind} group{layer}")
 }

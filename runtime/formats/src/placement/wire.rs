@@ -45,8 +45,10 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         )?;
         tier.accelerator().check_version((wire.version, 5))?;
     }
-    if wire.sequences.is_some() && wire.version < 6 {
-        return Err("sequences is a key of version 6; write `version = 6`, or leave it out".into());
+    if (wire.sequences.is_some() || wire.checkpoints.is_some()) && wire.version < 6 {
+        return Err(
+            "sequences and checkpoints are keys of version 6; write `version = 6`, or leave them out".into(),
+        );
     }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
@@ -66,6 +68,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         token_overhead_us: wire.token_overhead_us,
         context: wire.context,
         sequences: wire.sequences.unwrap_or(1),
+        checkpoints: wire.checkpoints.unwrap_or(0),
         kv_tier: names.find(&wire.kv_tier, "kv_tier")?,
         kv_type,
         staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
@@ -291,6 +294,7 @@ struct Wire {
     name: String,
     context: u32,
     sequences: Option<u32>,
+    checkpoints: Option<u32>,
     kv_tier: String,
     kv_type: Option<String>,
     staging: WireStaging,

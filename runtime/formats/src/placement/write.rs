@@ -25,6 +25,9 @@ pub(super) fn encode(plan: &Placement) -> String {
     if plan.sequences != 1 {
         out.field("sequences", plan.sequences);
     }
+    if plan.checkpoints != 0 {
+        out.field("checkpoints", plan.checkpoints);
+    }
     out.field("kv_tier", quote(name(plan.kv_tier)));
     out.field("kv_type", quote(plan.kv_type.name()));
     let staging = quote(name(plan.staging_tier));
@@ -232,7 +235,11 @@ fn version(plan: &Placement) -> u64 {
         .any(|t| t.tier.accelerator != Accelerator::default());
     policies
         .chain([goal, units, if accelerated { 5 } else { 2 }])
-        .chain([if plan.sequences == 1 { 2 } else { 6 }])
+        .chain([if (plan.sequences, plan.checkpoints) == (1, 0) {
+            2
+        } else {
+            6
+        }])
         .fold(2, u64::max)
 }
 

@@ -367,9 +367,11 @@ mod tests {
                 for block in 0..blocks {
                     let part = &bytes[block * ty.block_bytes()..][..ty.block_bytes()];
                     dequantize_row(ty, part, &mut one);
+                    // Arithmetic may give a NaN any payload.
                     let same = one.iter().zip(&whole[block * ty.block_len()..]);
                     assert!(
-                        same.clone().all(|(a, b)| a.to_bits() == b.to_bits()),
+                        same.clone()
+                            .all(|(a, b)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan())),
                         "{ty} block {block} of {blocks}"
                     );
                 }

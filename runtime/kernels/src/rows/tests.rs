@@ -315,6 +315,7 @@ fn axpby_matches_the_formula() {
 
 #[cfg(unix)]
 #[test]
+#[cfg_attr(miri, ignore = "Miri knows the ends of buffers itself")]
 fn nothing_past_the_end_is_read_or_written() {
     use crate::tests::Guarded;
     let mut rng = Rng(7);

@@ -314,6 +314,7 @@ impl Layer {
                     past: first,
                     pages: &[],
                     state: 0,
+                    checkpoints: Vec::new(),
                 }],
                 rope: None,
                 norm_eps: EPS,

@@ -260,6 +260,7 @@ fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec
                 past,
                 pages: &pages,
                 state: 0,
+                checkpoints: Vec::new(),
             }],
             rope: Some(&rope),
             norm_eps: EPS,

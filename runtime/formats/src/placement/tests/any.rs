@@ -241,6 +241,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                         token_overhead_us: b,
                         context,
                         sequences: 1,
+                        checkpoints: 0,
                         kv_tier: memory[kv.index(memory.len())],
                         kv_type,
                         staging_tier: memory[staging.index(memory.len())],
