@@ -53,7 +53,7 @@ fn texts_are_planned_measured_and_charted() {
         let tiers = plan["tier"].as_array().unwrap();
         tiers
             .iter()
-            .map(|tier| tier["bytes"]["kv"].as_integer().unwrap())
+            .map(|tier| tier["kv_bytes"].as_integer().unwrap())
             .sum()
     };
     solve(folder, &["--context", "64", "-o", "one.toml"]);

@@ -19,13 +19,17 @@ pub struct Spoken {
 
 impl Spoken {
     /// Returns the tokens of an answer with their text. Returns `None` where that is not UTF-8, and
-    /// so differs from the message.
+    /// so differs from the message, and where no text is spelled with one of them: the model has
+    /// never read such a token in a prompt.
     pub fn new(ids: &[u32], tokenizer: &Tokenizer) -> Option<Self> {
         let mut bytes = Vec::new();
         let mut ends = Vec::with_capacity(ids.len());
         for &id in ids {
             // Control tokens have no text.
             if tokenizer.kind(id).is_some_and(TokenKind::is_text) {
+                if !tokenizer.is_spelled(id) {
+                    return None;
+                }
                 bytes.extend_from_slice(tokenizer.piece(id));
             }
             ends.push(bytes.len());

@@ -211,7 +211,8 @@ impl Tally<'_> {
             let texts = u128::from(plan.sequences);
             let page = if texts > 1 { u128::from(PAGE) } else { 1 };
             let positions = u128::from(plan.context).div_ceil(page) * page * texts;
-            let mut bytes = u128::from(cache.state_bytes) * texts;
+            let states = texts + u128::from(plan.checkpoints);
+            let mut bytes = u128::from(cache.state_bytes) * states;
             for rows in &cache.rows {
                 let row_bytes = u128::from(plan.kv_type.row_bytes(rows.width));
                 bytes += row_bytes * u128::from(rows.per_token) * positions;

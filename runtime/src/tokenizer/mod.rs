@@ -343,6 +343,17 @@ impl Tokenizer {
         self.kinds.get(id as usize).copied()
     }
 
+    /// Returns whether some text is spelled with a token: by itself, its own is. Bytes of a part of a
+    /// character are always spelled so.
+    pub fn is_spelled(&self, id: u32) -> bool {
+        let Ok(text) = std::str::from_utf8(self.piece(id)) else {
+            return true;
+        };
+        let (mut ids, parse) = (Vec::new(), Parse::UserDefined);
+        let encoded = self.encode_onto(text, parse, usize::MAX, false, &mut ids);
+        encoded.is_ok() && ids == [id]
+    }
+
     /// Returns a decoder for text that is generated token by token.
     pub fn stream(&self) -> TokenStream<'_> {
         TokenStream::new(self)

@@ -211,6 +211,24 @@ fn merges_make_no_control_token() {
 }
 
 #[test]
+fn a_token_that_no_text_is_spelled_with_is_known() {
+    let spelled = SCORED.encode("the", false).unwrap();
+    assert!(spelled.iter().all(|id| SCORED.is_spelled(*id)));
+    // No two parts of it are tokens, so nothing is merged to it.
+    let mut source = scored_source();
+    source.tokens.push("Hello there!".into());
+    source.token_types.push(1);
+    source.scores.push(0.0);
+    let id = source.tokens.len() as u32 - 1;
+    let t = Tokenizer::new(source).unwrap();
+    assert_eq!(t.piece(id), b"Hello there!");
+    assert!(!t.is_spelled(id));
+    let pairs = DEMO.encode("Once upon a time", false).unwrap();
+    assert!(pairs.iter().all(|id| DEMO.is_spelled(*id)));
+    assert!(!DEMO.is_spelled(1 << 30));
+}
+
+#[test]
 fn no_vocabulary_no_ids() {
     let t = Tokenizer::new(TokenizerSource {
         model: "none".into(),
