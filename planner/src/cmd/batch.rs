@@ -3,7 +3,7 @@
 use crate::batch::{Batch, Input, Options, Output, Prompts, Summary};
 use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
-use crate::cmd::args::{ComputeArgs, JsonArgs, KvArgs, MemoryArgs, PreTokenizerArgs};
+use crate::cmd::args::{ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, PreTokenizerArgs};
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::interrupt::Interrupted;
 use crate::opening::{Opening, Texts};
@@ -121,6 +121,9 @@ pub struct BatchArgs {
     pub store: StoreArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub kept: KeptArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub compute: ComputeArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -196,6 +199,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     if args.n_predict == Some(TokenLimit::Count(0)) {
         bail!("--n-predict: 0, expected 1 or more");
     }
+    args.kept.bytes()?;
     safely::check_file(&args.output)?;
     let given = args.chat_template.as_deref();
     let given = given
@@ -226,6 +230,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         return print(args, &summary, 0);
     }
     let mut session = prepared.load()?;
+    args.kept.open(&mut session.engine)?;
     if !args.format.json {
         session
             .residency()
@@ -238,6 +243,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     };
     let (summary, texts) = answer(args, &mut session, &prompts, files, sampling)?;
     session.keep()?;
+    args.kept.warn(&mut session.engine);
     print(args, &summary, texts)?;
     if summary.interrupted {
         return Err(Interrupted.into());

@@ -65,7 +65,7 @@ impl KeptFiles {
     ) -> Result<Self, LoadError> {
         let failed = |source| LoadError::Kept {
             folder: folder.to_path_buf(),
-            r#source: source,
+            source,
         };
         make_private(folder).map_err(failed)?;
         let mut files = Self {

@@ -363,14 +363,16 @@ impl Sequences {
             return;
         }
         let is_here = |(at, _): &(usize, StateIdx)| *at == n_past;
-        if self.has_states && !sequence.checkpoints.iter().any(is_here) {
-            if let Some(copy) = self.take_checkpoint() {
-                for layer in &mut self.cache.layers {
-                    layer.copy_state(state, copy);
-                }
-                if let Ok(sequence) = self.get_mut(id) {
-                    sequence.checkpoints.push((n_past, copy));
-                }
+        let has_checkpoint = sequence.checkpoints.iter().any(is_here);
+        if self.has_states
+            && !has_checkpoint
+            && let Some(copy) = self.take_checkpoint()
+        {
+            for layer in &mut self.cache.layers {
+                layer.copy_state(state, copy);
+            }
+            if let Ok(sequence) = self.get_mut(id) {
+                sequence.checkpoints.push((n_past, copy));
             }
         }
         let slot = &self.slots[id.index as usize];

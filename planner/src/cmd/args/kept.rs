@@ -45,19 +45,18 @@ impl KeptArgs {
         Ok(())
     }
 
-    /// Keeps the engine's own text, if there is a folder. Prints a warning where files were damaged
-    /// or could not be written.
+    /// Keeps the engine's own text, if there is a folder, and [warns](Self::warn).
     pub fn keep(&self, engine: &mut Engine) {
         if self.cache_dir.is_some() {
             engine.keep();
-            warn(engine);
+            self.warn(engine);
         }
     }
-}
 
-/// Prints what there is to be said about files of kept texts.
-fn warn(engine: &mut Engine) {
-    for note in engine.take_kept_notes() {
-        eprintln!("warning: {}", printable(&note));
+    /// Prints what there is to be said about files of kept texts.
+    pub fn warn(&self, engine: &mut Engine) {
+        for note in engine.take_kept_notes() {
+            eprintln!("warning: {}", printable(&note));
+        }
     }
 }
