@@ -33,7 +33,7 @@ fn a_prompt_that_was_kept_is_not_read_again() {
     );
     let (again, read) = answer(folder.path(), &prompt(), &kept);
     assert_eq!(again, alone);
-    assert!(read <= 64 && read >= 1, "{read} of {all}");
+    assert!((1..=64).contains(&read), "{read} of {all}");
     // A text that goes on differently shares what is the same.
     let other = prompt() + "But one day the dog could not find the way home.";
     let (expected, longer) = answer(folder.path(), &other, &[]);

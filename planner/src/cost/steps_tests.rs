@@ -104,12 +104,13 @@ fn decode(engine: &mut Engine, n_texts: u32) -> Decoded {
         }
         seconds += took;
         let mut chosen = engine.routing().experts.as_slice();
-        for text in 0..ids.len() {
-            for (layer, &used) in used.iter().enumerate() {
-                let (own, rest) = chosen.split_at(used);
-                experts[layer][text].extend_from_slice(own);
-                chosen = rest;
-            }
+        let texts = 0..ids.len();
+        for (text, (layer, &used)) in
+            texts.flat_map(|text| used.iter().enumerate().map(move |l| (text, l)))
+        {
+            let (own, rest) = chosen.split_at(used);
+            experts[layer][text].extend_from_slice(own);
+            chosen = rest;
         }
     }
     ids.into_iter().for_each(|id| engine.remove_sequence(id));

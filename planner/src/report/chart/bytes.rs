@@ -189,8 +189,8 @@ fn panels(scene: &mut Scene, o: &Overview<'_>, band: &[&(String, Ink)], y: f64) 
 fn title(o: &Overview<'_>) -> String {
     let faster = |p: &PlanView<'_>| -> Option<(u64, u64)> {
         let (_, faster) = p.tiers.split_last()?;
-        let budgets = faster.iter().map(|t| t.budget_bytes);
-        let budget = budgets.fold(Some(0u64), |sum, bytes| Some(sum?.saturating_add(bytes?)))?;
+        let mut budgets = faster.iter().map(|t| t.budget_bytes);
+        let budget = budgets.try_fold(0u64, |sum, bytes| Some(sum.saturating_add(bytes?)))?;
         Some((p.faster_bytes()?, budget))
     };
     let best = o

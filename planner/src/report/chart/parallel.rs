@@ -260,9 +260,14 @@ mod tests {
     use crate::report::{PlanEntry, Report};
     use tier_plan_runtime::formats::record::{ParallelPrediction, RunRecord};
 
-    fn report(plans: &[(&str, &[(u32, f64, Option<f64>)])]) -> Report {
-        let entry = |(name, points): &(&str, &[(u32, f64, Option<f64>)])| {
-            let step = |&(texts, tok_s, predicted): &(u32, f64, Option<f64>)| ParallelRecord {
+    /// Texts at once, their speed, and the predicted one.
+    type Point = (u32, f64, Option<f64>);
+    /// A plan's name and its points.
+    type Points<'a> = (&'a str, &'a [Point]);
+
+    fn report(plans: &[Points<'_>]) -> Report {
+        let entry = |(name, points): &Points<'_>| {
+            let step = |&(texts, tok_s, predicted): &Point| ParallelRecord {
                 texts,
                 prompt_tok_s: 100.0,
                 decode_tok_s: tok_s,
@@ -293,10 +298,10 @@ mod tests {
 
     #[test]
     fn any_numbers_of_texts_are_drawn_without_faults() {
-        let dense: Vec<(u32, f64, Option<f64>)> = (1..=64)
+        let dense: Vec<Point> = (1..=64)
             .map(|n| (n, f64::from(n), Some(f64::from(n) * 1.1)))
             .collect();
-        let cases: [&[(&str, &[(u32, f64, Option<f64>)])]; 4] = [
+        let cases: [&[Points<'_>]; 4] = [
             &[("one", &[(4, 10.0, None)])],
             &[
                 (
