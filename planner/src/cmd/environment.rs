@@ -15,6 +15,7 @@ use std::ffi::{OsStr, OsString};
 const PER_COMMAND: &[(&str, &str)] = &[
     ("*", "output"),
     ("bench", "parallel"),
+    ("bench", "record"),
     ("bench", "repeat"),
     ("compare", "n-predict"),
     ("demo", "n-predict"),
