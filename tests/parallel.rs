@@ -112,11 +112,8 @@ fn texts_are_planned_measured_and_charted() {
         );
     }
     for ((rate, gap), texts) in rates.iter().zip(&gaps).zip([1.0, 2.0, 4.0]) {
-        // The mean and the median of eight steps.
-        assert!(
-            *rate > 0.2 * texts / gap && *rate < 5.0 * texts / gap,
-            "{measured:#}"
-        );
+        // At least half of the steps take the median or longer.
+        assert!(*rate < 2.1 * texts / gap, "{measured:#}");
     }
     let distinct = numbers(&measured, "distinct_experts");
     assert_eq!(distinct[0], 4.0, "a token uses four");
@@ -258,11 +255,19 @@ fn texts_without_room_are_refused() {
             "--routing",
             "nosuch.profile",
         ],
-        &["nosuch.profile"],
+        &["nosuch.profile", "without a profile"],
     );
     bench(
         &["--parallel", "2", "--record", "nosuch/r.json"],
         &["nosuch"],
+    );
+    bench(
+        &["--record", "r.json"],
+        &["--record", "expected --parallel"],
+    );
+    bench(
+        &["--routing", "r.profile", "--parallel", "2"],
+        &["--routing", "expected --plan"],
     );
     let solve = |more: &[&str], words: &[&str]| {
         let list = ["solve", &model, "-M", &machine, "--context", "64"];

@@ -16,6 +16,7 @@ const PER_COMMAND: &[(&str, &str)] = &[
     ("*", "output"),
     ("batch", "parallel"),
     ("bench", "parallel"),
+    ("bench", "record"),
     ("bench", "repeat"),
     ("compare", "n-predict"),
     ("demo", "n-predict"),

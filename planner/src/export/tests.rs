@@ -191,10 +191,9 @@ fn all_on_the_gpu_overrides_nothing() {
     let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
     assert_eq!(found.args, ["-c", "1024", "-fit", "off", "-ngl", "49"]);
     let mut several = plan.clone();
-    several.sequences = 4;
-    several.fill_sums(&shape);
+    (several.context, several.sequences) = (256, 4);
     let several = llama_cpp::command_line(&several, &shape, &evidence).unwrap();
-    assert_eq!(several.args[..4], ["-c", "4096", "-np", "4"]);
+    assert_eq!(several.args[..4], ["-c", "1024", "-np", "4"]);
     // The plan may still compute a few experts beside the GPU.
     let lost = llama_cpp::loss(&plan, &found.predicted.unwrap());
     assert!((-1e-9..0.1).contains(&lost), "{lost}");

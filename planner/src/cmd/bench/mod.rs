@@ -69,20 +69,10 @@ pub struct BenchArgs {
     pub parallel: Vec<u32>,
     /// Profile to predict steps of several texts with, if the plan was made from one [default: the
     /// one beside the model]
-    #[arg(
-        long,
-        value_name = "FILE",
-        requires_all = ["plan", "parallel"],
-        help_heading = "Generation"
-    )]
+    #[arg(long, value_name = "FILE", help_heading = "Generation")]
     pub routing: Option<PathBuf>,
     /// Write what --parallel measures to a run record
-    #[arg(
-        long,
-        value_name = "FILE",
-        requires = "parallel",
-        help_heading = "Output"
-    )]
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     pub record: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -128,7 +118,15 @@ impl<'a> BenchOptions<'a> {
         for &n in &texts {
             check_texts("--parallel", n, context)?;
         }
+        ensure!(
+            args.routing.is_none() || !texts.is_empty() && args.memory.plan.is_some(),
+            "--routing: no steps of several texts to predict, expected --plan and --parallel too"
+        );
         if let Some(path) = &args.record {
+            ensure!(
+                !texts.is_empty(),
+                "--record: no steps of several texts to write, expected --parallel too"
+            );
             safely::check(path)?;
         }
         let opening =

@@ -36,6 +36,13 @@ pub(super) enum Routing {
 /// When the profile that was asked for cannot be read, or is not the plan's.
 pub(super) fn evidence(args: &BenchArgs, model: &Path, prepared: &Prepared<'_>) -> Result<Routing> {
     let plan = prepared.plan();
+    if let (Some(path), None) = (&args.routing, &plan.profile) {
+        return Err(anyhow!(
+            "--routing: {}, expected none, as the plan was made without a profile",
+            path.display()
+        ))
+        .hint("leave --routing out");
+    }
     if plan.predicted.decode_tok_s <= 0.0 {
         return Ok(Routing::Unknown(None));
     }
