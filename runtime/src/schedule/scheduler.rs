@@ -76,7 +76,8 @@ impl Scheduler {
 
     /// Says that the first `n_tokens` of a text without pages are in pages that it can share, or in
     /// pages that were moved away and come back. Returns how many of them count: at least one token
-    /// is computed anew. Has no effect on texts that hold pages.
+    /// is computed anew. It holds until the text is admitted, so say 0 when those pages go. Has no
+    /// effect on texts that hold pages.
     pub fn set_cached(&mut self, id: TextId, n_tokens: usize) -> usize {
         let Some(rank) = self.ranks.get(&id) else {
             return 0;

@@ -68,7 +68,10 @@ impl Cache {
     fn fork(&mut self, from: Option<TextId>, id: TextId, n: usize) {
         let pages = match from.and_then(|from| self.sequences.get(&from)) {
             Some(donor) => donor.pages[..n.div_ceil(PAGE)].to_vec(),
-            None => Vec::new(),
+            None => {
+                assert_eq!(n, 0, "no text has what is to be shared");
+                Vec::new()
+            }
         };
         pages.iter().for_each(|page| self.holders[*page] += 1);
         let positions = n;
@@ -167,7 +170,7 @@ impl Simulation {
     pub fn step(&mut self) {
         self.submit();
         self.cancel();
-        self.offer_prefix();
+        self.offer_prefixes();
         let running = self.running();
         let pages = self.cache.pages();
         let plan = self.scheduler.next_step(pages, &self.limits);
@@ -214,16 +217,16 @@ impl Simulation {
         }
     }
 
-    /// Shares the prefix of the text that comes next with a text that has it.
-    fn offer_prefix(&mut self) {
-        let Some(id) = self.scheduler.upcoming().next() else {
-            return;
-        };
-        let donor = self.donor(id);
-        let prompt = self.jobs[id.0 as usize].request.prompt;
-        let n = donor.map_or(0, |donor| self.cache.sequences[&donor].positions);
-        let counted = self.scheduler.set_cached(id, n.min(prompt / 2));
-        assert!(counted < prompt);
+    /// Shares the beginnings of texts that may come next with texts that have them at the moment.
+    fn offer_prefixes(&mut self) {
+        let upcoming: Vec<TextId> = self.scheduler.upcoming().collect();
+        for id in upcoming {
+            let donor = self.donor(id);
+            let prompt = self.jobs[id.0 as usize].request.prompt;
+            let n = donor.map_or(0, |donor| self.cache.sequences[&donor].positions);
+            let counted = self.scheduler.set_cached(id, n.min(prompt / 2));
+            assert!(counted < prompt);
+        }
     }
 
     fn donor(&self, id: TextId) -> Option<TextId> {
