@@ -352,6 +352,7 @@ fn mistakes_are_told_before_the_model_is_loaded_and_change_nothing() {
 #[cfg(unix)]
 mod on_unix {
     use super::*;
+    use crate::common::send;
     use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
 
@@ -381,15 +382,15 @@ mod on_unix {
         let mut interrupted = 0;
         for (signal, code) in [("-INT", Some(130)), ("-KILL", None)] {
             let mut child = begun(folder.path());
+            // It must not end before the other process looks.
+            send("-STOP", &child);
             let busy = run_in(folder.path(), &arguments(&[]));
             check_refusal(
                 &busy,
                 &["another process is writing", "choose another output"],
             );
-            let status = Command::new("kill")
-                .args([signal, &child.id().to_string()])
-                .status();
-            assert!(status.unwrap().success());
+            send(signal, &child);
+            send("-CONT", &child);
             let asked = Instant::now();
             let ended = child.wait().unwrap();
             assert!(
