@@ -356,8 +356,10 @@ mod on_unix {
     use std::process::{Command, Stdio};
     use std::time::{Duration, Instant};
 
-    /// Starts a batch that takes a while, and waits for its first answer.
+    /// Starts a batch that takes a while, and waits until it has answered something.
     fn begun(folder: &Path) -> std::process::Child {
+        let length = || fs::metadata(folder.join("out.jsonl")).map_or(0, |m| m.len());
+        let before = length();
         let mut command = tier_plan();
         command
             .current_dir(folder)
@@ -368,8 +370,7 @@ mod on_unix {
             .spawn()
             .unwrap();
         let until = Instant::now() + Duration::from_secs(120);
-        let answered = || fs::metadata(folder.join("out.jsonl")).is_ok_and(|m| m.len() > 0);
-        while !answered() {
+        while length() <= before {
             assert!(Instant::now() < until, "no answer comes");
             std::thread::sleep(Duration::from_millis(5));
         }
