@@ -18,15 +18,7 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 
 /// Computes a batch's experts into `run.out`, `[tokens, hidden]`.
 pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
-    let (layer, routing) = (run.layer.index.get(), run.routing);
-    let tokens = TokensByExpert::new(&routing, run.layer.spec.n_expert);
-    routing
-        .experts
-        .chunks_exact(routing.n_used.max(1))
-        .for_each(|chosen| run.store.note(layer, chosen));
-    let step = run
-        .store
-        .begin(layer, &tokens.by_last_use(&routing), tokens.present());
+    let (tokens, step) = run.begin();
     run.out.fill(0.0);
     let (gpu, streamed) = (
         GpuBatch::new(run.store.n_gpus()),

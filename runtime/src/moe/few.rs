@@ -15,15 +15,7 @@ use tier_plan_kernels::pooled::{MatJob, matmul_all};
 /// Computes the experts of the tokens into `run.out`, `[tokens, hidden]`. Tokens and choices must
 /// fit the scratch.
 pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
-    let (layer, routing) = (run.layer.index.get(), run.routing);
-    let tokens = TokensByExpert::new(&routing, run.layer.spec.n_expert);
-    routing
-        .experts
-        .chunks_exact(routing.n_used.max(1))
-        .for_each(|chosen| run.store.note(layer, chosen));
-    let step = run
-        .store
-        .begin(layer, &tokens.by_last_use(&routing), tokens.present());
+    let (tokens, step) = run.begin();
     let mut few = FewRun {
         run,
         step,

@@ -21,7 +21,7 @@ use crate::layers::index::MoeLayer;
 use crate::tiers::pace::StageBytes;
 use ffn::FfnScratch;
 use offload::Streams;
-use routing::BatchRouting;
+use routing::{BatchRouting, TokensByExpert};
 use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::ActView;
 
@@ -51,6 +51,19 @@ impl MoeRun<'_> {
     /// When an expert can't be read, or a GPU fails.
     pub(crate) fn token(self) -> Result<Step, RunError> {
         token::run(self)
+    }
+
+    /// Groups a batch's tokens by expert, and begins the layer's step with all experts that any chose.
+    fn begin(&mut self) -> (TokensByExpert, Step) {
+        let (layer, routing) = (self.layer.index.get(), self.routing);
+        let tokens = TokensByExpert::new(&routing, self.layer.spec.n_expert);
+        routing
+            .experts
+            .chunks_exact(routing.n_used.max(1))
+            .for_each(|chosen| self.store.note(layer, chosen));
+        let by_last_use = tokens.by_last_use(&routing);
+        let step = self.store.begin(layer, &by_last_use, tokens.present());
+        (tokens, step)
     }
 
     /// Computes the experts of a batch, each once for all tokens that chose it.
