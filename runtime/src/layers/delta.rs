@@ -6,12 +6,10 @@
 //! its tokens one by one.
 
 use super::mixer::MixerInput;
-use super::pages::StateIdx;
+use super::recurrent::{RecurrentState, copy_state};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
-use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
-use std::cmp::Ordering;
 use std::ops::Range;
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
@@ -22,73 +20,15 @@ thread_local! {
     static HEAD: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The recurrent state of a layer, of a size that no number of tokens changes.
-pub(crate) struct DeltaState {
-    /// `[heads, conv_taps - 1, head_dim]`: the convolution's inputs of the last tokens, the newest
-    /// last.
-    inputs: Vec<f32>,
-    /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one
-    /// job.
-    matrices: Vec<f32>,
-}
-
-impl DeltaState {
-    pub(super) fn new(spec: &DeltaSpec) -> Self {
-        Self {
-            inputs: vec![0.0; (spec.conv_taps - 1) * spec.channels()],
-            matrices: vec![0.0; spec.n_value_head * spec.head_dim * spec.head_dim],
-        }
-    }
-
-    /// Forgets all tokens.
-    pub(super) fn reset(&mut self) {
-        self.inputs.fill(0.0);
-        self.matrices.fill(0.0);
-    }
-
-    /// Takes over the tokens of another state of the same layer.
-    fn copy_from(&mut self, other: &Self) {
-        self.inputs.copy_from_slice(&other.inputs);
-        self.matrices.copy_from_slice(&other.matrices);
-    }
-
-    /// Appends the state to `out`, little-endian.
-    pub(super) fn save(&self, out: &mut Vec<u8>) {
-        let values = self.inputs.iter().chain(&self.matrices);
-        out.extend(values.flat_map(|x| x.to_le_bytes()));
-    }
-
-    /// Takes the state from the beginning of `bytes`. Returns the rest.
-    pub(super) fn load<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
-        let (bytes, rest) = bytes.split_at(self.bytes() as usize);
-        let values = bytes.as_chunks::<4>().0;
-        for (to, from) in self.inputs.iter_mut().chain(&mut self.matrices).zip(values) {
-            *to = f32::from_le_bytes(*from);
-        }
-        rest
-    }
-
-    /// Moves its pages to where `pages` says.
-    pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
-        pages.move_here(&self.inputs)?;
-        pages.move_here(&self.matrices)
-    }
-
-    /// Returns the bytes of the state.
-    pub(super) fn bytes(&self) -> u64 {
-        size_of::<f32>() as u64 * (self.inputs.len() + self.matrices.len()) as u64
-    }
-}
-
-/// Copies one of a layer's states to another.
-pub(super) fn copy_state(states: &mut [DeltaState], from: StateIdx, to: StateIdx) {
-    let (from, to) = (from as usize, to as usize);
-    let (low, high) = states.split_at_mut(from.max(to));
-    match from.cmp(&to) {
-        Ordering::Less => high[0].copy_from(&low[from]),
-        Ordering::Greater => low[to].copy_from(&high[0]),
-        Ordering::Equal => {}
-    }
+/// Makes the state of no token: the convolution's inputs, `[heads, conv_taps - 1, head_dim]`, the
+/// newest last, and the matrices, `[n_value_head, head_dim / columns, head_dim, columns]`: a few
+/// columns of a matrix are one job.
+pub(super) fn new_state(spec: &DeltaSpec, ngram: usize) -> RecurrentState {
+    RecurrentState::new(
+        (spec.conv_taps - 1) * spec.channels(),
+        spec.n_value_head * spec.head_dim * spec.head_dim,
+        ngram,
+    )
 }
 
 /// Buffers of a delta-net mixer, as long as the largest batch of the largest layer.
@@ -223,7 +163,7 @@ pub(super) fn run(
     weights: &DenseWeights,
     spec: &DeltaSpec,
     input: &MixerInput<'_>,
-    states: &mut [DeltaState],
+    states: &mut [RecurrentState],
     s: &mut DeltaScratch,
     out: &mut [f32],
 ) {
