@@ -10,7 +10,7 @@ use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
     DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec,
-    NormSpan, QkNorm, RopeKind,
+    NormSpan, OutputGate, QkNorm, Residual, RopeKind, WindowKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 
@@ -39,6 +39,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 ..MoeOptions::softmax(widths[i], true)
             };
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: if recurrent[i] {
                     Mixer::Delta(delta(s, i, hidden)?)
@@ -134,19 +135,25 @@ fn gated_attention(
         key_dim: dim,
         value_dim,
         scale,
-        rope,
+        softcap: None,
+        temperature: None,
+        rope: Some(rope),
         qk_norm: Some(QkNorm {
-            q: q_norm,
-            k: k_norm,
+            q: Some(q_norm),
+            k: Some(k_norm),
             span: NormSpan::Head,
+            after_rope: false,
         }),
-        gated: true,
+        value_norm: false,
+        gate: Some(OutputGate::WithQueries),
         q,
         k,
         v,
         o: s.linear(&format!("{p}.attn_output"), n_head * dim, hidden)?,
+        shared_kv: None,
         sinks: None,
         window: None,
+        window_kind: WindowKind::Sliding,
     })
 }
 
