@@ -163,7 +163,7 @@ impl Sequences {
             on_gpu: places.layers.iter().any(|place| place.mixer.is_some()),
             cache: Cache {
                 layers,
-                rotations: Rotations::new(spec, weights),
+                rotations: Rotations::new(spec, weights, context),
             },
         })
     }

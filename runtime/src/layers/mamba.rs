@@ -15,11 +15,11 @@ use tier_plan_kernels::{Activations, needs_quants};
 
 /// Makes the state of no token: the convolution's inputs, `[conv_taps - 1, channels]`, the newest
 /// last, and the matrices, `[n_head, head_dim, state_dim]`.
-pub(super) fn new_state(spec: &MambaSpec) -> RecurrentState {
+pub(super) fn new_state(spec: &MambaSpec, ngram: usize) -> RecurrentState {
     RecurrentState::new(
         (spec.conv_taps - 1) * spec.channels(),
         spec.inner() * spec.state_dim,
-        0,
+        ngram,
     )
 }
 

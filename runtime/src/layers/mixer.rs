@@ -1,4 +1,4 @@
-//! Mixers, which mix tokens: attention or a delta net. Each kind has one file, with its state of
+//! Mixers, which mix tokens: attention, a delta net or a short convolution. Each kind has one file, with its state of
 //! past tokens, its buffers and its computation.
 
 use super::block_index::IndexedCache;
@@ -12,8 +12,9 @@ use super::mla::MlaScratch;
 use super::pages::{PageIdx, StateIdx};
 use super::recurrent::{RecurrentState, copy_state};
 use super::rope::RopeTable;
+use super::short_conv::ShortConvScratch;
 use super::weights::DenseWeights;
-use super::{compressed, delta, gqa, mamba, mla};
+use super::{compressed, delta, gqa, mamba, mla, short_conv};
 use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
@@ -56,7 +57,13 @@ impl LayerCache {
         let states = |state: &dyn Fn() -> RecurrentState| (0..n_states).map(|_| state()).collect();
         match &layer.mixer {
             Mixer::Gqa(a) => {
-                let rows = |width| RowStore::new(kv_type, a.n_head_kv, positions, width);
+                // A layer that shares another's keys and values has none of its own.
+                let n_head = if a.shared_kv.is_some() {
+                    0
+                } else {
+                    a.n_head_kv
+                };
+                let rows = |width| RowStore::new(kv_type, n_head, positions, width);
                 let kv = KeyValues {
                     keys: rows(a.key_dim),
                     values: rows(a.value_dim),
@@ -74,10 +81,13 @@ impl LayerCache {
                 Self::Mla(RowStore::new(kv_type, 1, positions, width))
             }
             Mixer::Delta(d) => Self::Delta(states(&|| delta::new_state(d, ngram))),
-            Mixer::Mamba(m) => Self::Delta(states(&|| mamba::new_state(m))),
+            Mixer::ShortConv(c) => {
+                Self::Delta(states(&|| RecurrentState::new(c.state_values(), 0, ngram)))
+            }
+            Mixer::Mamba(m) => Self::Delta(states(&|| mamba::new_state(m, ngram))),
             Mixer::Compressed(a) => Self::Compressed(CompressedCache {
                 stores: CompressedStores::new(a, kv_type, positions),
-                states: states(&|| RecurrentState::new(a.state_values(), 0, 0)),
+                states: states(&|| RecurrentState::new(a.state_values(), 0, ngram)),
             }),
             Mixer::None => Self::Nothing,
         }
@@ -232,6 +242,7 @@ pub(crate) struct MixerScratch {
     gqa: GqaScratch,
     mla: MlaScratch,
     delta: DeltaScratch,
+    short_conv: ShortConvScratch,
     mamba: MambaScratch,
     compressed: CompressedScratch,
 }
@@ -243,6 +254,7 @@ impl MixerScratch {
             Mixer::Gqa(a) => self.gqa.reserve(rows, a),
             Mixer::Mla(a) => self.mla.reserve(rows, a),
             Mixer::Delta(d) => self.delta.reserve(rows, d),
+            Mixer::ShortConv(c) => self.short_conv.reserve(rows, c),
             Mixer::Mamba(m) => self.mamba.reserve(rows, m),
             Mixer::Compressed(a) => self.compressed.reserve(rows, a),
             Mixer::None => {}
@@ -344,6 +356,17 @@ pub(crate) fn mix(
         }
         (Mixer::Delta(spec), LayerCache::Delta(states)) => {
             delta::run(c, weights, spec, input, states, &mut scratch.delta, out);
+        }
+        (Mixer::ShortConv(spec), LayerCache::Delta(states)) => {
+            short_conv::run(
+                c,
+                weights,
+                spec,
+                input,
+                states,
+                &mut scratch.short_conv,
+                out,
+            );
         }
         (Mixer::Mamba(spec), LayerCache::Delta(states)) => {
             mamba::run(c, weights, spec, input, states, &mut scratch.mamba, out);

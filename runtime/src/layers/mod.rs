@@ -23,5 +23,6 @@ pub mod probe;
 pub(crate) mod recurrent;
 pub mod rope;
 pub mod router;
+pub(crate) mod short_conv;
 pub(crate) mod streams;
 pub(crate) mod weights;

@@ -3,8 +3,8 @@
 use super::ModelError;
 use super::source::Source;
 use super::spec::{
-    Activation, GateUp, Gating, GqaSpec, Groups, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec,
-    NormSpan, QkNorm, RopeKind, SharedSpec,
+    Activation, GateUp, Gating, GqaSpec, Groups, HeadOptions, LayerSpec, Linear, Mixer, ModelSpec,
+    MoeSpec, NormSpan, QkNorm, RopeKind, RouterInput, SharedSpec, WindowKind,
 };
 
 /// Sizes that every architecture states in the same keys.
@@ -57,10 +57,15 @@ impl Common {
             context: self.context,
             norm_eps: self.norm_eps,
             embedding,
+            embedding_scale: 1.0,
+            token_inputs: None,
+            ngrams: None,
+            streams: None,
             output_norm: s.vector("output_norm.weight", self.hidden)?,
             output: s
                 .opt_tensor("output.weight", &[self.hidden, n_vocab])?
                 .unwrap_or(embedding),
+            head: HeadOptions::default(),
             layers,
         })
     }
@@ -115,9 +120,10 @@ pub(super) fn gqa_spec(
             };
             let q = s.vector(&format!("{p}.attn_q_norm.weight"), q_len)?;
             Some(QkNorm {
-                q,
-                k: s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?,
+                q: Some(q),
+                k: Some(s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?),
                 span,
+                after_rope: false,
             })
         }
     };
@@ -135,15 +141,21 @@ pub(super) fn gqa_spec(
         key_dim,
         value_dim,
         scale: scale.unwrap_or(1.0 / (key_dim as f32).sqrt()),
-        rope: s.rope(rope_kind, key_dim)?,
+        softcap: None,
+        temperature: None,
+        rope: Some(s.rope(rope_kind, key_dim)?),
         qk_norm,
-        gated: false,
+        value_norm: false,
+        gate: None,
         q,
         k,
         v,
         o: s.linear(&format!("{p}.attn_output"), n_head * value_dim, hidden)?,
+        shared_kv: None,
+        index: None,
         sinks: None,
         window: None,
+        window_kind: WindowKind::Sliding,
     })
 }
 
@@ -301,7 +313,15 @@ pub(super) fn moe(
     };
     Ok(MoeSpec {
         router: s.linear(&format!("{p}.ffn_gate_inp"), hidden, n_expert)?,
+        router_input: RouterInput::Normed,
+        input_norm: None,
+        output_norm: None,
+        weigh_input: false,
+        expert_scale: None,
+        sum_scale: 1.0,
         selection_bias: s.opt_vector(&format!("{p}.exp_probs_b.bias"), n_expert)?,
+        by_token: None,
+        latent: None,
         gating: gating(s, &options.gating)?,
         n_expert,
         n_used,
@@ -383,6 +403,7 @@ fn shared_expert(
     Ok(SharedSpec {
         ffn: s.named_ffn(layer, "_shexp", hidden, shared.ffn)?,
         gate,
+        norm: None,
     })
 }
 

@@ -5,8 +5,8 @@ use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, RopeKind,
-    RopeScaling, RopeSpec, Temperature,
+    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, Residual,
+    RopeKind, RopeScaling, RopeSpec, Temperature,
 };
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
@@ -34,6 +34,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let layers = (0..n_layer)
         .map(|i| {
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: mla.mixer(s, i, hidden, heads[i].n_head)?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
@@ -232,5 +233,6 @@ fn temperature(s: &Source<'_>) -> Result<Option<Temperature>, ModelError> {
     Ok(Some(Temperature {
         scale,
         length: s.dim("attention.temperature_length")?,
+        offset: 0,
     }))
 }

@@ -9,8 +9,8 @@ use super::blocks::{Common, MoeOptions, Shared, expert_widths, moe, qkv};
 use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
-    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec,
-    NormSpan, QkNorm, RopeKind,
+    DeltaGate, DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec,
+    NormSpan, OutputGate, QkNorm, Residual, RopeKind, WindowKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 
@@ -39,6 +39,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 ..MoeOptions::softmax(widths[i], true)
             };
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: if recurrent[i] {
                     Mixer::Delta(delta(s, i, hidden)?)
@@ -134,19 +135,26 @@ fn gated_attention(
         key_dim: dim,
         value_dim,
         scale,
-        rope,
+        softcap: None,
+        temperature: None,
+        rope: Some(rope),
         qk_norm: Some(QkNorm {
-            q: q_norm,
-            k: k_norm,
+            q: Some(q_norm),
+            k: Some(k_norm),
             span: NormSpan::Head,
+            after_rope: false,
         }),
-        gated: true,
+        value_norm: false,
+        gate: Some(OutputGate::WithQueries),
         q,
         k,
         v,
         o: s.linear(&format!("{p}.attn_output"), n_head * dim, hidden)?,
+        shared_kv: None,
+        index: None,
         sinks: None,
         window: None,
+        window_kind: WindowKind::Sliding,
     })
 }
 
@@ -203,6 +211,7 @@ fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, Model
         input,
         rates,
         conv: s.parameters(&format!("{p}.ssm_conv1d.weight"), &[conv_taps, channels])?,
+        gate: DeltaGate::Silu,
         dt_bias: s.vector(&format!("{p}.ssm_dt.bias"), n_value_head)?,
         decay: s.vector(&format!("{p}.ssm_a"), n_value_head)?,
         norm: s.vector(&format!("{p}.ssm_norm.weight"), head_dim)?,

@@ -1,7 +1,9 @@
 //! Reads an architecture's keys and tensors out of a GGUF file, with every shape checked.
 
 use super::ModelError;
-use super::spec::{ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
+use super::spec::{
+    Activation, ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId,
+};
 use crate::gguf::{ArrayValue, Gguf, Value};
 use std::collections::HashMap;
 use tier_plan_kernels::quant::TensorType;
@@ -316,9 +318,10 @@ impl<'a> Source<'a> {
         ffn: usize,
     ) -> Result<GatedFfn, ModelError> {
         Ok(GatedFfn {
-            gate: self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?,
+            gate: Some(self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?),
             up: self.linear(&format!("blk.{layer}.ffn_up{suffix}"), hidden, ffn)?,
             down: self.linear(&format!("blk.{layer}.ffn_down{suffix}"), ffn, hidden)?,
+            activation: Activation::Silu,
         })
     }
 
@@ -363,6 +366,7 @@ impl<'a> Source<'a> {
             scaling,
             magnitude: self.f32_or("rope.scaling.attn_factor", 1.0)? * sharpened,
             freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
+            long_factors: None,
             sections: None,
         })
     }
@@ -452,6 +456,7 @@ impl<'a> Source<'a> {
                 },
                 beta_fast: self.f32_or("rope.scaling.yarn_beta_fast", 32.0)?,
                 beta_slow: self.f32_or("rope.scaling.yarn_beta_slow", 1.0)?,
+                ext: 1.0,
             }),
             other => Err(self.bad(
                 name,

@@ -1,8 +1,8 @@
 //! Which tensors each part of a network reads, and the groups in which they are placed.
 
 use super::{
-    ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Linear, LowRank, Mixer, ModelSpec, MoeSpec, QkNorm,
-    SharedSpec, TensorId,
+    Connection, ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Latent, LayerSpec, Linear, LowRank, Mixer, ModelSpec,
+    MoeSpec, QkNorm, RouterInput, SharedSpec, TensorId,
 };
 use crate::model::shape::DenseKind;
 use std::collections::HashSet;
@@ -28,7 +28,7 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    fn linears<'a>(&mut self, linears: impl IntoIterator<Item = &'a Linear>) {
+    pub(super) fn linears<'a>(&mut self, linears: impl IntoIterator<Item = &'a Linear>) {
         for linear in linears {
             // Matrices that share a tensor name it once.
             if !self.matrices.contains(&linear.weight) {
@@ -37,6 +37,12 @@ impl Tensors {
             self.vectors
                 .extend(linear.bias.filter(|bias| !self.vectors.contains(bias)));
         }
+    }
+
+    fn and(mut self, other: Self) -> Self {
+        self.matrices.extend(other.matrices);
+        self.vectors.extend(other.vectors);
+        self
     }
 
     fn all(self) -> Vec<TensorId> {
@@ -52,11 +58,13 @@ impl Mixer {
         let mut tensors = Tensors::default();
         match self {
             Mixer::Gqa(a) => {
-                tensors.linears([&a.q, &a.k, &a.v, &a.o]);
+                tensors.linears(a.linears());
                 if let Some(QkNorm { q, k, .. }) = a.qk_norm {
-                    tensors.vectors.extend([q, k]);
+                    tensors.vectors.extend(q);
+                    tensors.vectors.extend(k.filter(|_| a.shared_kv.is_none()));
                 }
                 tensors.vectors.extend(a.sinks);
+                tensors = tensors.and(a.index.map(|index| index.tensors()).unwrap_or_default());
             }
             Mixer::Mla(a) => {
                 if let Some(LowRank { down, norm }) = &a.q_down {
@@ -74,6 +82,17 @@ impl Mixer {
                 tensors.linears(d.linears());
                 tensors.vectors.extend([d.conv, d.dt_bias, d.decay, d.norm]);
             }
+            Mixer::ShortConv(c) => {
+                tensors.linears([&c.input, &c.out]);
+                tensors.vectors.push(c.conv);
+            }
+            Mixer::Mamba(m) => {
+                tensors.linears([&m.input, &m.out]);
+                let vectors = [m.conv, m.dt_bias, m.decay, m.skip, m.norm];
+                tensors.vectors.extend(vectors.into_iter().chain(m.conv_bias));
+            }
+            Mixer::Compressed(a) => tensors = a.tensors(),
+            Mixer::None => {}
         }
         tensors
     }
@@ -82,7 +101,7 @@ impl Mixer {
 impl GatedFfn {
     fn tensors(&self) -> Tensors {
         let mut tensors = Tensors::default();
-        tensors.linears([&self.gate, &self.up, &self.down]);
+        tensors.linears(self.linears());
         tensors
     }
 }
@@ -91,6 +110,7 @@ impl SharedSpec {
     fn tensors(&self) -> Tensors {
         let mut tensors = self.ffn.tensors();
         tensors.vectors.extend(self.gate);
+        tensors.vectors.extend(self.norm);
         tensors
     }
 }
@@ -101,6 +121,7 @@ impl MoeSpec {
         let (first, second) = match &self.gate_up {
             GateUp::Split { gate, up } => (gate, Some(up)),
             GateUp::Fused(both) => (both, None),
+            GateUp::Up(up) => (up, None),
         };
         std::iter::once(first)
             .chain(second)
@@ -117,7 +138,44 @@ impl MoeSpec {
         let mut tensors = Tensors::default();
         tensors.linears([&self.router]);
         tensors.vectors.extend(self.selection_bias);
+        tensors.vectors.extend(self.by_token);
+        if let Some(Latent { down, norm, up }) = &self.latent {
+            tensors.linears([down, up]);
+            tensors.vectors.extend(*norm);
+        }
+        if let RouterInput::Own(weights) = self.router_input {
+            tensors.vectors.push(weights);
+        }
+        let others = [self.input_norm, self.output_norm, self.expert_scale];
+        tensors.vectors.extend(others.into_iter().flatten());
         tensors
+    }
+}
+
+impl LayerSpec {
+    /// Returns what the layer's attention group reads: its mixer and the norm after it.
+    fn mixer_tensors(&self) -> Tensors {
+        let mut tensors = self.mixer.tensors();
+        let residual = &self.residual;
+        tensors.vectors.extend(residual.mixer_norm);
+        let connection = residual.connections.map(|c| c.mixer.tensors());
+        let ngram = residual.ngram.map(|block| block.tensors());
+        let others = connection.into_iter().chain(ngram);
+        others.fold(tensors, Tensors::and)
+    }
+
+    /// Returns what follows the feed-forward block, which belongs to the block's group.
+    fn end_tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        let residual = &self.residual;
+        if let Some(input) = &residual.layer_input {
+            tensors.linears([&input.gate, &input.proj]);
+            tensors.vectors.push(input.norm);
+        }
+        tensors.vectors.extend(residual.ffn_norm);
+        tensors.vectors.extend(residual.output_scale);
+        let connection = residual.connections.map(|c| c.ffn.tensors());
+        tensors.and(connection.unwrap_or_default())
     }
 }
 
@@ -126,11 +184,16 @@ impl ModelSpec {
     /// in one group.
     pub fn dense_groups(&self) -> Vec<DenseGroup> {
         let mut groups = Vec::new();
+        let mut by_token: Vec<TensorId> = self.token_inputs.iter().map(|own| own.table).collect();
+        by_token.extend(self.ngrams.iter().map(|ngrams| ngrams.table));
         if !self.tied() {
+            by_token.insert(0, self.embedding);
+        }
+        if !by_token.is_empty() {
             groups.push(DenseGroup {
                 kind: DenseKind::Embedding,
                 layer: None,
-                tensors: vec![self.embedding],
+                tensors: by_token,
             });
         }
         let mut shared_factors = Vec::new();
@@ -143,30 +206,49 @@ impl ModelSpec {
                     tensors,
                 });
             };
-            add(
-                DenseKind::Attention,
-                Some(layer.mixer_norm),
-                layer.mixer.tensors(),
-            );
+            // The norm of a low-rank connection is among its tensors.
+            let connections = layer.residual.connections;
+            let norm = |of: Option<Connection>, id| of.is_none_or(|c| c.has_block_norm()).then_some(id);
+            let mixer_norm = norm(connections.map(|c| c.mixer), layer.mixer_norm);
+            let ffn_norm = norm(connections.map(|c| c.ffn), layer.ffn_norm);
+            if layer.has_mixer() {
+                add(DenseKind::Attention, mixer_norm, layer.mixer_tensors());
+            }
+            let end = layer.end_tensors();
             match &layer.ffn {
-                Ffn::Dense(ffn) => add(DenseKind::DenseFfn, Some(layer.ffn_norm), ffn.tensors()),
+                Ffn::Dense(ffn) => {
+                    let tensors = ffn.tensors().and(end);
+                    add(DenseKind::DenseFfn, ffn_norm, tensors);
+                }
                 Ffn::Moe(moe) => {
-                    add(
-                        DenseKind::Router,
-                        Some(layer.ffn_norm),
-                        moe.router_tensors(),
-                    );
+                    let tensors = moe.router_tensors().and(end);
+                    add(DenseKind::Router, ffn_norm, tensors);
                     if let Some(shared) = &moe.shared {
                         add(DenseKind::SharedExpert, None, shared.tensors());
                     }
                 }
+                Ffn::None => {}
             }
-            shared_factors.extend(layer.mixer.rope().and_then(|r| r.freq_factors));
+            if let Some(rope) = layer.mixer.rope() {
+                shared_factors.extend(rope.freq_factors);
+                shared_factors.extend(rope.long_factors.map(|long| long.factors));
+            }
         }
         shared_factors.sort_unstable();
         shared_factors.dedup();
-        let mut head = vec![self.output_norm, self.output];
+        let end = self.streams.map(|streams| streams.end);
+        let has_norm = end.is_none_or(|end| end.has_output_norm());
+        let mut head: Vec<TensorId> = has_norm.then_some(self.output_norm).into_iter().collect();
+        head.push(self.output);
+        head.extend(end.into_iter().flat_map(|end| end.tensors().all()));
         head.extend(shared_factors);
+        head.extend(self.head.bias);
+        head.extend(self.token_inputs.iter().flat_map(|own| {
+            let mut tensors = Tensors::default();
+            tensors.linears([&own.proj]);
+            tensors.vectors.push(own.norm);
+            tensors.all()
+        }));
         groups.push(DenseGroup {
             kind: DenseKind::Head,
             layer: None,
@@ -179,8 +261,16 @@ impl ModelSpec {
     /// of parameters.
     pub fn matrices(&self) -> HashSet<TensorId> {
         let mut ids = HashSet::from([self.embedding, self.output]);
+        ids.extend(
+            self.token_inputs
+                .iter()
+                .flat_map(|own| [own.table, own.proj.weight]),
+        );
+        ids.extend(self.ngrams.iter().map(|ngrams| ngrams.table));
+        ids.extend(self.streams.iter().flat_map(|s| s.end.tensors().matrices));
         for layer in &self.layers {
-            ids.extend(layer.mixer.tensors().matrices);
+            ids.extend(layer.mixer_tensors().matrices);
+            ids.extend(layer.end_tensors().matrices);
             match &layer.ffn {
                 Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
                 Ffn::Moe(moe) => {
@@ -191,6 +281,7 @@ impl ModelSpec {
                             .flat_map(|shared| shared.tensors().matrices),
                     );
                 }
+                Ffn::None => {}
             }
         }
         ids
