@@ -63,6 +63,10 @@ impl Random {
                     block.copy_from_slice(&value.to_le_bytes());
                     &[]
                 }
+                TensorType::I32 => {
+                    block.copy_from_slice(&[0; 4]);
+                    &[]
+                }
                 TensorType::BF16 => {
                     block.copy_from_slice(&value.to_le_bytes()[2..]);
                     &[]

@@ -330,7 +330,7 @@ fn codes(ty: TensorType) -> std::ops::Range<usize> {
         Q4_K | Q5_K | IQ4_XS => 16..ty.block_bytes(),
         Q6_K => 0..208,
         IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S => 0..0,
-        F32 | F16 | BF16 => 0..0,
+        F32 | F16 | BF16 | I32 => 0..0,
     }
 }
 

@@ -8,7 +8,8 @@ use std::ops::Range;
 /// the floats.
 #[inline]
 pub fn needs_quants(ty: TensorType) -> bool {
-    !matches!(ty, TensorType::F32 | TensorType::F16 | TensorType::BF16)
+    use TensorType::{BF16, F16, F32, I32};
+    !matches!(ty, F32 | F16 | BF16 | I32)
 }
 
 /// A `[n_rows, n_cols]` weight matrix, its rows packed as in the file.

@@ -48,9 +48,13 @@ impl Experts {
             buffers,
             ..
         } = backends;
-        let (n_used, hidden) = (layer.spec.n_used, layer.spec.router.n_in);
+        let (n_used, hidden) = (layer.spec.n_used, layer.spec.expert_width());
         let choices = batch.len() * n_used;
         computed.clear();
+        let out = match layer.spec.latent {
+            Some(_) => &mut buffers.latent,
+            None => &mut buffers.out,
+        };
         let run = MoeRun {
             cpu: CpuContext {
                 pool,
@@ -67,7 +71,7 @@ impl Experts {
             scratch: &mut processors.cpu.ffn,
             gpu_rows: &mut self.gpu_rows,
             streams: &mut self.streams,
-            out: &mut buffers.out[..batch.len() * hidden],
+            out: &mut out[..batch.len() * hidden],
             computed,
         };
         if batch.single {

@@ -36,6 +36,7 @@ mod prefixes;
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
 mod residual;
+mod rows;
 #[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
@@ -55,7 +56,7 @@ use crate::experts::counters::Counters;
 use crate::layers::index::layers;
 use crate::load::MemoryUse;
 use backend::{Backends, TextRows};
-use batch::{Batch, Output, Phase, split};
+use batch::{Batch, Choices, Output, Phase, split};
 use experts::Experts;
 use meter::Meter;
 use sequences::Sequences;
@@ -97,6 +98,7 @@ pub struct Engine {
     own: Option<SequenceId>,
     meter: Meter,
     output: Output,
+    choices: Choices,
     memory: MemoryUse,
     /// Tokens of a step that go through a layer together.
     batch: usize,
@@ -172,9 +174,7 @@ impl Engine {
         let before = self.begin_step(rows)?;
         let (start, n_vocab) = (Instant::now(), self.model.spec().n_vocab);
         let n_tokens = rows.iter().map(|rows| rows.tokens.len()).sum();
-        let used = self.spec().moe_layers().next();
-        let used = used.map_or(0, |(_, moe)| moe.n_used);
-        self.output.begin(n_tokens * self.meter.n_moe() * used);
+        self.output.begin(n_tokens * self.choices.per_token);
         let passes = self.pass_all(rows, phase).and_then(|()| {
             match first_not_finite(&self.output.logits, n_vocab) {
                 Some(wanted) => Err(not_a_number(rows, &before, wanted)),
@@ -278,6 +278,7 @@ impl Engine {
             sequences,
             meter,
             output,
+            choices,
             cancel,
             ..
         } = self;
@@ -315,7 +316,7 @@ impl Engine {
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
             backends.add_experts(spec, layer, place, on.lend())?;
-            output.record(moe, meter.n_moe(), batch, &backends.buffers);
+            output.record(moe, choices, batch, &backends.buffers);
             meter.finish_experts(clock, moe.index, batch.phase, &step);
         }
         let start = Instant::now();

@@ -81,6 +81,11 @@ impl Sequence {
         self.tokens.len()
     }
 
+    /// Returns up to `n` of the text's last tokens.
+    pub(crate) fn last_tokens(&self, n: usize) -> &[u32] {
+        &self.tokens[self.tokens.len().saturating_sub(n)..]
+    }
+
     /// Returns the checkpoints that the step at hand makes, by the number of tokens.
     pub(crate) fn coming_checkpoints(&self) -> &[(usize, StateIdx)] {
         &self.coming
@@ -103,6 +108,8 @@ pub(crate) struct Sequences {
     prefixes: Prefixes,
     /// Where kept beginnings go too.
     files: Option<KeptFiles>,
+    /// Past tokens that the next one's n-grams reach back to.
+    history: usize,
     /// Tokens that a text may have.
     context: usize,
     /// Texts that there are recurrent states for.
@@ -134,8 +141,8 @@ impl Sequences {
         let placed = spec.layers.iter().zip(&places.layers);
         let layers: Vec<LayerCache> = placed
             .map(|(layer, place)| match place.mixer {
-                Some(_) => LayerCache::on_gpu(&layer.mixer, plan.kv_type, context),
-                None => LayerCache::new(&layer.mixer, plan.kv_type, positions, n_states),
+                Some(_) => LayerCache::on_gpu(layer, plan.kv_type, context),
+                None => LayerCache::new(layer, plan.kv_type, positions, n_states),
             })
             .collect();
         for (cache, tier) in layers.iter().zip(plan.cache_tiers(spec.layers.len())) {
@@ -145,15 +152,15 @@ impl Sequences {
                 .move_to(&pages)
                 .map_err(|source| ArenaError::refused(&tier.name, &pages, source))?;
         }
-        let is_recurrent = |layer: &LayerCache| matches!(layer, LayerCache::Delta(_));
         let (checkpoints, has_states) =
-            (plan.checkpoints as usize, layers.iter().any(is_recurrent));
+            (plan.checkpoints as usize, layers.iter().any(LayerCache::is_recurrent));
         Ok(Self {
             slots: Vec::new(),
             pages: PagePool::new(positions),
             states: Pool::new(n_states),
             prefixes: Prefixes::default(),
             files: None,
+            history: spec.ngrams.as_ref().map_or(0, |table| table.n - 1),
             context,
             most_texts: plan.sequences as usize,
             spacing: (has_states && checkpoints > 0)
@@ -171,6 +178,11 @@ impl Sequences {
     /// Returns the bytes of every layer's cache.
     pub(crate) fn bytes(&self) -> impl Iterator<Item = u64> + '_ {
         self.cache.layers.iter().map(LayerCache::bytes)
+    }
+
+    /// Returns how many past tokens the next one's n-grams reach back to.
+    pub(crate) fn history(&self) -> usize {
+        self.history
     }
 
     /// Returns whether texts can go back to any number of tokens.

@@ -10,7 +10,7 @@ use super::compressed_index::{IndexQueries, IndexScratch};
 use super::cpu_context::{CpuContext, add_bias};
 use super::kv_rows::RowStore;
 use super::mixer::{MixerInput, Segment};
-use super::recurrent::{RecurrentState, copy_state};
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use tier_plan_formats::model::kv::KvType;
@@ -192,10 +192,9 @@ impl Layer<'_> {
     }
 
     fn products(&self, x: ActView<'_>, mut products: Vec<(&Linear, &mut [f32])>) {
-        let job = |(linear, out): &mut (&Linear, &mut [f32])| {
-            MatJob::new(self.weights.linear(linear), x, out)
-        };
-        let jobs: Vec<_> = products.iter_mut().map(job).collect();
+        let jobs = products.iter_mut();
+        let jobs = jobs.map(|(linear, out)| MatJob::new(self.weights.linear(linear), x, out));
+        let jobs: Vec<_> = jobs.collect();
         matmul_all(self.c.pool, self.c.kernels, &jobs);
         drop(jobs);
         for (linear, out) in products {
@@ -291,7 +290,7 @@ impl Layer<'_> {
                 }
             }
             if let Some((_, to)) = checkpoints.next_if(|(end, _)| *end == row + 1) {
-                copy_state(states, segment.state, *to);
+                copy_mixer_state(states, segment.state, *to);
             }
         }
     }
@@ -332,23 +331,25 @@ impl Layer<'_> {
     }
 
     /// Computes the attention of a text's rows.
-    fn attend(&self, segment: &Segment<'_>, stores: &CompressedStores, s: &mut CompressedScratch) {
+    fn attend<'a>(
+        &self,
+        segment: &'a Segment<'a>,
+        stores: &'a CompressedStores,
+        s: &mut CompressedScratch,
+    ) {
         let (spec, dim) = (self.spec, self.spec.key_dim);
         let index = spec.far.and_then(|far| far.index);
         if let (Some(index), Some(keys)) = (&index, &stores.index) {
             s.index.choose(self.c, index, segment, keys);
         }
         let ratio = spec.far.map_or(1, |far| far.compressor.ratio);
-        let far_row = |far: &'_ RowStore, block: usize| {
-            let last = (block + 1) * ratio - 1;
-            far.rows(segment.pages, 0, last..last + 1)
-        };
         let chosen = s.index.chosen();
-        let runs = |token: usize, _: usize, runs: &mut Vec<Run<'_>>| {
+        let runs = |token: usize, _: usize, runs: &mut Vec<Run<'a>>| {
             let end = segment.past + token + 1;
             if let Some(far) = &stores.far {
                 let run = |block: usize| {
-                    let rows = far_row(far, block);
+                    let last = (block + 1) * ratio - 1;
+                    let rows = far.rows(segment.pages, 0, last..last + 1);
                     Run {
                         keys: rows,
                         values: rows,

@@ -6,12 +6,12 @@
 //! its tokens one by one.
 
 use super::mixer::MixerInput;
-use super::recurrent::{RecurrentState, copy_state};
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::cell::RefCell;
 use std::ops::Range;
-use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
+use tier_plan_formats::model::spec::{DeltaGate, DeltaInput, DeltaRates, DeltaSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
 
@@ -156,7 +156,7 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// Computes `out = o(norm(delta(conv(qkv x))) · silu(gate x))`, and takes the state of each text
+/// Computes `out = o(norm(delta(conv(qkv x))) · act(gate x))`, and takes the state of each text
 /// past its tokens.
 pub(super) fn run(
     c: CpuContext<'_>,
@@ -186,7 +186,7 @@ pub(super) fn run(
                 gate(c, norm, spec, input.norm_eps, rows, s);
             }
             if let Some(to) = checkpoint {
-                copy_state(states, segment.state, to);
+                copy_mixer_state(states, segment.state, to);
             }
             start = end;
         }
@@ -373,7 +373,8 @@ fn recur(
     );
 }
 
-/// Normalizes each head's result of the rows of one text and multiplies it by the silu of its gate.
+/// Normalizes each head's result of the rows of one text and multiplies it by its gate: the SiLU or
+/// the sigmoid of what the gate's matrix gives.
 fn gate(
     c: CpuContext<'_>,
     norm: &[f32],
@@ -406,7 +407,16 @@ fn gate(
                 to.copy_from_slice(&read[((head * parts + part) * n + t) * columns..][..columns]);
             }
             c.kernels.rms_norm(plain, norm, eps, normed);
-            c.kernels.silu_mul(mixed, normed);
+            match spec.gate {
+                DeltaGate::Silu => c.kernels.silu_mul(mixed, normed),
+                DeltaGate::Sigmoid => {
+                    mixed.iter_mut().for_each(|gate| *gate = -*gate);
+                    c.kernels.exp(mixed);
+                    for (mixed, normed) in mixed.iter_mut().zip(normed) {
+                        *mixed = *normed / (1.0 + *mixed);
+                    }
+                }
+            }
         });
     });
 }

@@ -49,7 +49,7 @@ pub(crate) fn layers(spec: &ModelSpec) -> impl Iterator<Item = Layer<'_>> + Clon
     let mut n_moe = 0;
     spec.layers.iter().enumerate().map(move |(index, spec)| {
         let moe = match &spec.ffn {
-            Ffn::Dense(_) => None,
+            Ffn::Dense(_) | Ffn::None => None,
             Ffn::Moe(spec) => {
                 n_moe += 1;
                 Some(MoeLayer {

@@ -6,7 +6,7 @@
 
 use super::cpu_context::{CpuContext, add_bias};
 use super::mixer::MixerInput;
-use super::recurrent::{RecurrentState, copy_state};
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use super::weights::DenseWeights;
 use std::ops::Range;
 use tier_plan_formats::model::spec::MambaSpec;
@@ -110,7 +110,7 @@ pub(super) fn run(
                 gate(c, &parameters, start..end, s);
             }
             if let Some(to) = checkpoint {
-                copy_state(states, segment.state, to);
+                copy_mixer_state(states, segment.state, to);
             }
             start = end;
         }

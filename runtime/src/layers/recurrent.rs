@@ -76,11 +76,35 @@ impl RecurrentState {
 
 /// Copies one of a layer's states to another.
 pub(super) fn copy_state(states: &mut [RecurrentState], from: StateIdx, to: StateIdx) {
+    copy_part(states, from, to, RecurrentState::copy_from);
+}
+
+/// Copies what the mixer keeps in one of a layer's states to another.
+pub(super) fn copy_mixer_state(states: &mut [RecurrentState], from: StateIdx, to: StateIdx) {
+    copy_part(states, from, to, |to, from| {
+        to.inputs.copy_from_slice(&from.inputs);
+        to.matrices.copy_from_slice(&from.matrices);
+    });
+}
+
+/// Copies what an n-gram block keeps in one of a layer's states to another.
+pub(super) fn copy_ngram_state(states: &mut [RecurrentState], from: StateIdx, to: StateIdx) {
+    copy_part(states, from, to, |to, from| {
+        to.ngram.copy_from_slice(&from.ngram);
+    });
+}
+
+fn copy_part(
+    states: &mut [RecurrentState],
+    from: StateIdx,
+    to: StateIdx,
+    copy: fn(&mut RecurrentState, &RecurrentState),
+) {
     let (from, to) = (from as usize, to as usize);
     let (low, high) = states.split_at_mut(from.max(to));
     match from.cmp(&to) {
-        Ordering::Less => high[0].copy_from(&low[from]),
-        Ordering::Greater => low[to].copy_from(&high[0]),
+        Ordering::Less => copy(&mut high[0], &low[from]),
+        Ordering::Greater => copy(&mut low[to], &high[0]),
         Ordering::Equal => {}
     }
 }
@@ -99,6 +123,11 @@ mod tests {
         copy_state(&mut states, 1, 0);
         copy_state(&mut states, 1, 2);
         copy_state(&mut states, 1, 1);
+        assert!(states.iter().all(|state| *state == full));
+        states[2].reset();
+        copy_mixer_state(&mut states, 1, 2);
+        assert!(states[2].ngram == [0.0] && states[2].matrices == full.matrices);
+        copy_ngram_state(&mut states, 1, 2);
         assert!(states.iter().all(|state| *state == full));
         let mut saved = Vec::new();
         full.save(&mut saved);

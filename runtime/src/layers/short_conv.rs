@@ -6,7 +6,7 @@
 //! order, oldest first.
 
 use super::mixer::MixerInput;
-use super::recurrent::{RecurrentState, copy_state};
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::ops::Range;
@@ -73,7 +73,7 @@ pub(super) fn run(
             let past = &mut states[segment.state as usize].inputs;
             convolve(c, spec, taps, start..end, past, s);
             if let Some(to) = checkpoint {
-                copy_state(states, segment.state, to);
+                copy_mixer_state(states, segment.state, to);
             }
             start = end;
         }

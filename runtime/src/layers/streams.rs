@@ -6,7 +6,7 @@ use super::cpu_context::{CpuContext, add_bias};
 use super::weights::DenseWeights;
 use std::cell::RefCell;
 use tier_plan_formats::model::spec::{
-    Connection, GatedConnection, Linear, LowRankConnection, Sinkhorn, StreamsEnd,
+    Connection, GatedConnection, Linear, LowRankConnection, ModelSpec, Sinkhorn, StreamsEnd,
 };
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{ActView, Activations, needs_quants};
@@ -54,7 +54,18 @@ pub(crate) struct Streams<'a> {
     pub(crate) norm_eps: f32,
 }
 
-impl Streams<'_> {
+impl<'a> Streams<'a> {
+    /// Describes a model's streams; one where it has no more.
+    pub(crate) fn new(cpu: CpuContext<'a>, weights: &'a DenseWeights, spec: &ModelSpec) -> Self {
+        Self {
+            cpu,
+            weights,
+            n: spec.streams.map_or(1, |streams| streams.n),
+            hidden: spec.hidden,
+            norm_eps: spec.norm_eps,
+        }
+    }
+
     /// Writes what a block reads of rows of streams, `[rows, hidden]`. With `back`, the weights for
     /// the block's result go there, to the rows from the given one on.
     pub(crate) fn read(

@@ -79,7 +79,7 @@ impl Loader<'_> {
         let n = tensor.n_bytes as usize / tensor.ty.block_bytes();
         debug_assert!(matches!(
             tensor.ty,
-            TensorType::F32 | TensorType::F16 | TensorType::BF16
+            TensorType::F32 | TensorType::F16 | TensorType::BF16 | TensorType::I32
         ));
         let mut values = vec![0.0; n].into_boxed_slice();
         if self.files.mode == ReadMode::Cached {

@@ -154,14 +154,15 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
                 .saturating_mul(8 + WITH_QUANTS),
         );
         match &layer.ffn {
-            Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
+            Ffn::Dense(f) => ffn = ffn.max(f.up.n_out),
             Ffn::Moe(m) => {
                 ffn = ffn
                     .max(m.expert_ffn)
-                    .max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
+                    .max(m.shared.map_or(0, |shared| shared.ffn.up.n_out));
                 n_expert = n_expert.max(m.n_expert);
                 n_used = n_used.max(m.n_used);
             }
+            Ffn::None => {}
         }
     }
     let (hidden, ffn, n_expert, n_used) = (

@@ -4,7 +4,7 @@ use super::ModelError;
 use super::source::Source;
 use super::spec::{
     Activation, GateUp, Gating, GqaSpec, Groups, HeadOptions, LayerSpec, Linear, Mixer, ModelSpec,
-    MoeSpec, NormSpan, QkNorm, RopeKind, RouterInput, SharedSpec, WindowKind,
+    MoeSpec, NormSpan, QkNorm, RopeKind, RouterInput, SharedSpec, TensorId, WindowKind,
 };
 
 /// Sizes that every architecture states in the same keys.
@@ -18,6 +18,11 @@ pub(super) struct Common {
 
 impl Common {
     pub(super) fn read(s: &Source<'_>) -> Result<Self, ModelError> {
+        Self::with_norm_eps(s, s.norm_eps()?)
+    }
+
+    /// Reads all sizes but the epsilon of norms.
+    pub(super) fn with_norm_eps(s: &Source<'_>, norm_eps: f32) -> Result<Self, ModelError> {
         let n_block = s.dim("block_count")?;
         if n_block > 4096 {
             return Err(s.bad(
@@ -38,7 +43,7 @@ impl Common {
             n_layer,
             hidden: s.dim("embedding_length")?,
             context: s.dim("context_length")?,
-            norm_eps: s.norm_eps()?,
+            norm_eps,
         })
     }
 
@@ -47,6 +52,17 @@ impl Common {
     pub(super) fn model(
         self,
         s: &Source<'_>,
+        layers: Vec<LayerSpec>,
+    ) -> Result<ModelSpec, ModelError> {
+        let output_norm = s.vector("output_norm.weight", self.hidden)?;
+        self.model_ending_in(s, output_norm, layers)
+    }
+
+    /// Wraps layers into a model with another last norm.
+    pub(super) fn model_ending_in(
+        self,
+        s: &Source<'_>,
+        output_norm: TensorId,
         layers: Vec<LayerSpec>,
     ) -> Result<ModelSpec, ModelError> {
         let (embedding, n_vocab) = s.embedding(self.hidden)?;
@@ -61,7 +77,7 @@ impl Common {
             token_inputs: None,
             ngrams: None,
             streams: None,
-            output_norm: s.vector("output_norm.weight", self.hidden)?,
+            output_norm,
             output: s
                 .opt_tensor("output.weight", &[self.hidden, n_vocab])?
                 .unwrap_or(embedding),

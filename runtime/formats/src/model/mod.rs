@@ -6,20 +6,25 @@
 mod arch;
 mod blocks;
 mod deepseek2;
+mod deepseek4;
 mod glm4moe;
 mod gpt_oss;
 pub mod kv;
 mod llama;
 mod minimax_m2;
+mod minimax_m3;
+mod nemotron_h;
 mod not_a_model;
 mod olmoe;
 mod opened;
 mod qwen2moe;
 mod qwen3;
 mod qwen3next;
+mod qwen4exp;
 pub mod shape;
 mod source;
 pub mod spec;
+mod streams;
 
 pub use arch::{SUPPORTED, describe};
 pub use not_a_model::NotAModel;

@@ -55,7 +55,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
 }
 
 /// Reads by layer whether it is a delta net.
-fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelError> {
+pub(super) fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelError> {
     if let Some(flags) = s.opt_flags("attention.recurrent_layers", n_layer)? {
         return Ok(flags);
     }
@@ -66,13 +66,13 @@ fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelEr
 }
 
 /// Heads of the attention layers. Files with a number for each layer may have 0 for the others.
-struct Heads {
+pub(super) struct Heads {
     query: Vec<u32>,
     key_value: Vec<u32>,
 }
 
 impl Heads {
-    fn read(s: &Source<'_>, n_layer: usize) -> Result<Self, ModelError> {
+    pub(super) fn read(s: &Source<'_>, n_layer: usize) -> Result<Self, ModelError> {
         let query = s.counts_per_layer("attention.head_count", n_layer)?;
         let key = "attention.head_count_kv";
         let key_value = if s.has(key) {
@@ -96,7 +96,7 @@ impl Heads {
     }
 }
 
-fn gated_attention(
+pub(super) fn gated_attention(
     s: &Source<'_>,
     layer: usize,
     hidden: usize,
@@ -158,7 +158,7 @@ fn gated_attention(
     })
 }
 
-fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, ModelError> {
+pub(super) fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, ModelError> {
     let size = |key, max| s.in_bounds(key, s.dim(key)?, max);
     let head_dim = size("ssm.state_size", MAX_DELTA)?;
     let n_key_head = size("ssm.group_count", MAX_DELTA)?;

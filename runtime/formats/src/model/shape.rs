@@ -1,7 +1,7 @@
 //! The sizes of a model without its weights: all that a planner needs.
 
 use super::kv::KvRows;
-use super::spec::{CacheRows, Mixer, ModelSpec};
+use super::spec::{CacheRows, CompressedSpec, GqaSpec, LayerSpec, Mixer, ModelSpec, TensorId};
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
 use crate::source_id::SourceId;
@@ -147,22 +147,18 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         .iter()
         .map(|group| {
             let bytes = bytes(&group.tensors);
-            let token_bytes = if group.kind == DenseKind::Embedding {
-                // Each tensor has a row per token of the vocabulary.
-                bytes / spec.n_vocab as u64
-            } else {
-                bytes
+            let read = |id: &usize| match rows_read(spec, *id) {
+                Some(rows) => tensors[*id].n_bytes / tensors[*id].rows() * rows,
+                None => tensors[*id].n_bytes,
             };
-            let values = group
+            let token_bytes = group.tensors.iter().map(read).sum();
+            let multiplied = |id: &&usize| rows_read(spec, **id).is_none();
+            let macs = group
                 .tensors
                 .iter()
+                .filter(multiplied)
                 .map(|id| tensors[*id].cols().saturating_mul(tensors[*id].rows()))
                 .sum::<u64>();
-            let macs = if group.kind == DenseKind::Embedding {
-                0
-            } else {
-                values
-            };
             DenseShape {
                 kind: group.kind,
                 layer: group.layer,
@@ -183,7 +179,10 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
                 .map(|id| tensors[id].n_bytes)
                 .sum::<u64>()
                 / moe.n_expert as u64,
-            expert_macs: 3 * (spec.hidden as u64) * (moe.expert_ffn as u64),
+            expert_macs: moe
+                .expert_linears()
+                .map(|l| l.n_in as u64 * l.n_out as u64)
+                .sum(),
         })
         .collect();
     ModelShape {
@@ -193,16 +192,28 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         hidden: spec.hidden as u32,
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
-        caches: spec.layers.iter().map(|l| cache_shape(&l.mixer)).collect(),
+        caches: spec.layers.iter().map(|l| cache_shape(l)).collect(),
         dense,
         experts,
     }
 }
 
-/// Returns the KV cache rows and recurrent state of a layer with this mixer.
-fn cache_shape(mixer: &Mixer) -> CacheShape {
+/// Returns the rows that a token reads of a table, or `None` for a tensor that it reads whole.
+fn rows_read(spec: &ModelSpec, id: TensorId) -> Option<u64> {
+    let is_embedding = id == spec.embedding && !spec.tied();
+    let has_inputs = spec.token_inputs.is_some_and(|own| own.table == id);
+    let chooses = spec.moe_layers().any(|(_, moe)| moe.by_token == Some(id));
+    if is_embedding || has_inputs || chooses {
+        return Some(1);
+    }
+    let ngrams = spec.ngrams.as_ref().filter(|ngrams| ngrams.table == id);
+    ngrams.map(|ngrams| ngrams.n_heads() as u64)
+}
+
+/// Returns the KV cache rows and recurrent state of a layer.
+fn cache_shape(layer: &LayerSpec) -> CacheShape {
     let mut found = BTreeMap::new();
-    for rows in mixer_rows(mixer) {
+    for rows in mixer_rows(&layer.mixer) {
         *found
             .entry((rows.width, rows.window, rows.queries))
             .or_insert(0) += rows.per_token;
@@ -215,26 +226,48 @@ fn cache_shape(mixer: &Mixer) -> CacheShape {
     };
     CacheShape {
         rows: found.into_iter().map(rows).collect(),
-        state_bytes: mixer.state_bytes(),
+        state_bytes: layer.state_bytes(),
     }
 }
 
 /// Returns the rows that one token adds to the KV cache of a layer with this mixer.
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
-    let window = match mixer {
-        Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
-        Mixer::Mla(_) | Mixer::Delta(_) | Mixer::ShortConv(_) => None,
+    let rows = |rows: CacheRows, queries: usize, window: Option<usize>| KvRows {
+        width: rows.width as u64,
+        per_token: rows.n as u64,
+        queries: queries as u64,
+        window: window.map(|window| window as u64),
     };
-    let queries = match mixer {
-        Mixer::Gqa(attention) => attention.n_head as u64 / (attention.n_head_kv as u64).max(1),
-        Mixer::Mla(attention) => 2 * attention.n_head as u64,
-        Mixer::Delta(_) | Mixer::ShortConv(_) => 0,
-    };
-    let rows = |CacheRows { n, width }| KvRows {
-        width: width as u64,
-        per_token: n as u64,
-        queries,
-        window,
-    };
-    mixer.cache_rows().into_iter().map(rows).collect()
+    let found = mixer.cache_rows().into_iter().enumerate();
+    match mixer {
+        Mixer::Gqa(a) => found
+            .map(|(i, found)| rows(found, gqa_queries(a, i), a.window))
+            .collect(),
+        Mixer::Mla(a) => found
+            .map(|(_, found)| rows(found, 2 * a.n_head, None))
+            .collect(),
+        Mixer::Compressed(a) => found
+            .map(|(i, found)| rows(found, compressed_queries(a, i), None))
+            .collect(),
+        Mixer::Delta(_) | Mixer::ShortConv(_) | Mixer::Mamba(_) | Mixer::None => Vec::new(),
+    }
+}
+
+/// Returns the dot products per row of a kind: keys and values, then the keys of an index.
+fn gqa_queries(a: &GqaSpec, kind: usize) -> usize {
+    match &a.index {
+        Some(index) if kind == 2 => index.n_head,
+        _ => a.n_head / a.n_head_kv.max(1),
+    }
+}
+
+/// Returns the dot products per row of a kind: vectors of tokens, then compressed ones and the keys
+/// of their index, of which a block's tokens share one.
+fn compressed_queries(a: &CompressedSpec, kind: usize) -> usize {
+    let ratio = a.far.map_or(1, |far| far.compressor.ratio);
+    match a.far.and_then(|far| far.index) {
+        _ if kind == 0 => 2 * a.n_head,
+        Some(index) if kind == 2 => index.n_head.div_ceil(ratio),
+        _ => (2 * a.n_head).div_ceil(ratio),
+    }
 }

@@ -373,6 +373,11 @@ impl LayerSpec {
 }
 
 impl ModelSpec {
+    /// Returns the values per token of the hidden state between layers: of all streams.
+    pub fn residual_width(&self) -> usize {
+        self.hidden * self.streams.map_or(1, |streams| streams.n)
+    }
+
     /// Whether the head is the embedding.
     pub fn tied(&self) -> bool {
         self.output == self.embedding

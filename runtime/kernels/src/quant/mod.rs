@@ -73,7 +73,8 @@ macro_rules! with_format {
             })*
             $crate::quant::TensorType::F32
             | $crate::quant::TensorType::F16
-            | $crate::quant::TensorType::BF16 => $float,
+            | $crate::quant::TensorType::BF16
+            | $crate::quant::TensorType::I32 => $float,
         }
     };
 }
@@ -103,6 +104,7 @@ pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     with_format!(ty, F => dequantize_blocks::<F>(bytes, out), float => match ty {
         TensorType::F32 => widen(bytes, out, f32::from_le_bytes),
         TensorType::F16 => widen(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b))),
+        TensorType::I32 => widen(bytes, out, |b| i32::from_le_bytes(b) as f32),
         _ => widen(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
     });
 }
@@ -150,6 +152,8 @@ pub enum TensorType {
     IQ3_S = 21,
     IQ2_S = 22,
     IQ4_XS = 23,
+    /// Numbers of things, such as experts; no format of weights.
+    I32 = 26,
     IQ1_M = 29,
     BF16 = 30,
     MXFP4 = 39,
@@ -161,7 +165,7 @@ pub enum TensorType {
 pub struct UnknownType(pub u32);
 
 impl TensorType {
-    /// Every type, by its number in the file.
+    /// Every type of weights, by its number in the file.
     pub const ALL: [TensorType; 23] = {
         use TensorType::*;
         [
@@ -177,6 +181,7 @@ impl TensorType {
     pub fn from_id(id: u32) -> Result<Self, UnknownType> {
         Self::ALL
             .into_iter()
+            .chain([TensorType::I32])
             .find(|t| *t as u32 == id)
             .ok_or(UnknownType(id))
     }
@@ -213,6 +218,7 @@ impl TensorType {
             IQ3_S => "IQ3_S",
             IQ2_S => "IQ2_S",
             IQ4_XS => "IQ4_XS",
+            I32 => "I32",
             IQ1_M => "IQ1_M",
             BF16 => "BF16",
             MXFP4 => "MXFP4",
@@ -224,7 +230,7 @@ impl TensorType {
     pub const fn block_len(self) -> usize {
         use TensorType::*;
         match self {
-            F32 | F16 | BF16 => 1,
+            F32 | F16 | BF16 | I32 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
             Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | IQ2_XXS | IQ2_XS | IQ3_XXS | IQ1_S | IQ3_S
             | IQ2_S | IQ4_XS | IQ1_M => 256,
@@ -236,7 +242,7 @@ impl TensorType {
     pub const fn block_bytes(self) -> usize {
         use TensorType::*;
         match self {
-            F32 => 4,
+            F32 | I32 => 4,
             F16 | BF16 => 2,
             Q4_0 | IQ4_NL => 18,
             Q4_1 => 20,

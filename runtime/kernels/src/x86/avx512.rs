@@ -52,6 +52,8 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
         TensorType::F16 => panel_fns!(float, F16; 1 2 3 4),
         TensorType::BF16 => panel_fns!(float, Bf16; 1 2 3 4),
+        // Never multiplied: models take it for tables of numbers only.
+        TensorType::I32 => &[],
         TensorType::Q4_0 => panel_fns!(quantized, unpack::Q4_0; 1 2 3 4 5 6 7 8),
         TensorType::Q4_1 => panel_fns!(quantized, unpack::Q4_1; 1 2 3 4 5 6 7 8),
         TensorType::Q5_0 => panel_fns!(quantized, unpack::Q5_0; 1 2 3 4 5 6 7 8),
