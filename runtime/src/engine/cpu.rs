@@ -124,8 +124,9 @@ impl LayerBackend for Cpu {
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, n) = (stage.cpu, stage.rows.len());
         let x = &mut self.x[stage.values()];
-        let segments: Vec<Segment<'_>> = stage.batch.segments(&stage.rows).collect();
         let (cache, buffers, index) = (&mut *stage.cache, &mut *stage.buffers, layer.index.get());
+        let segments = stage.batch.segments(&stage.rows, cache.kinds[index]);
+        let segments: Vec<Segment<'_>> = segments.collect();
         let positions = segments.iter().map(Segment::range);
         cache.rotations.prepare(positions);
         let normed = &mut buffers.normed[..x.len()];

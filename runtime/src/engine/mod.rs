@@ -44,6 +44,8 @@ mod sequences;
 mod sequences_tests;
 mod texts;
 mod warm;
+#[cfg(test)]
+mod window_tests;
 
 pub use batch::{LogitsMode, Routing, Rows};
 pub use sequences::{Pages, SequenceId};
@@ -141,10 +143,10 @@ impl Engine {
         self.truncate(self.n_past() - n)
     }
 
-    /// Returns whether a text can go back to any number of tokens, and has the same bits then: all
-    /// of it is computed by the CPU.
+    /// Returns whether a text can go back to where it was before the last batch, and has the same
+    /// bits then: all of it is computed by the CPU.
     pub(crate) fn repeats(&self) -> bool {
-        self.sequences.can_rewind()
+        self.sequences.can_take_back()
             && self.experts.store.n_gpus() == 0
             && !self.experts.streams.any()
             && !self.backends.processors.gpus.places.any()
@@ -159,8 +161,9 @@ impl Engine {
     /// # Errors
     /// When a text is unknown or is there twice, its context or the KV cache is full, a token is out
     /// of range, the slow tier fails, logits are not numbers, or the caller canceled. Then all texts
-    /// are as before the step. A text with recurrent states can't go back: after a failed pass, only
-    /// removing or clearing it helps.
+    /// are as before the step. A text with recurrent states can't go back, nor can one with windows
+    /// after the first [batch](Self::batch) of a step: after a failed pass, only removing or clearing
+    /// it helps.
     pub fn step(&mut self, rows: &[Rows<'_>]) -> Result<&[f32], RunError> {
         let past = |rows: &Rows<'_>| (rows.tokens.len(), self.n_past_of(rows.sequence));
         self.step_as(rows, Phase::of_step(rows.iter().map(past)))
@@ -242,6 +245,9 @@ impl Engine {
     fn pass_all(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<(), RunError> {
         let mut done = 0;
         for cuts in split(rows, self.batch) {
+            let parts = cuts.iter();
+            let parts = parts.map(|(entry, part)| (rows[*entry].sequence, part.len()));
+            self.sequences.reserve_windows(parts)?;
             let batch = Batch::new(rows, &cuts, done, phase, &self.sequences)?;
             done += batch.len();
             let result = self.pass(&batch);
