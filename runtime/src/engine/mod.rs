@@ -191,6 +191,9 @@ impl Engine {
         }
         for rows in rows {
             self.sequences.commit(rows.sequence);
+            if phase == Phase::Prompt && rows.tokens.len() > 1 {
+                self.sequences.mark_prompt(rows.sequence);
+            }
         }
         self.meter.finish_step(start, phase, n_tokens);
         self.meter

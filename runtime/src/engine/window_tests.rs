@@ -349,9 +349,9 @@ fn kept_beginnings_come_with_their_windows() {
         // Checkpoints are at every 32nd token.
         let (n, found) = read(&mut engine, &other);
         assert!(n == 192 && found[..] == alone[192..], "{kv_type}");
-        // Another program, with another batch.
+        // Another program, with another batch; the prompt ended there.
         let (n, found) = read(&mut open(32), &other);
-        assert!(n == 224 && found[..] == alone[224..], "{n} {kv_type}");
+        assert!(n == 248 && found[..] == alone[248..], "{n} {kv_type}");
         // Where layers hold everything, files are others.
         let mut plan = fixture.plan(kv_type, 8, 32);
         plan.window_chunk = None;
@@ -363,6 +363,83 @@ fn kept_beginnings_come_with_their_windows() {
         whole.keep_in(folder.path(), 1 << 30).unwrap();
         let (n, found) = read(&mut whole, &other);
         assert!(n == 0 && found == alone, "{kv_type}");
-        assert_eq!(read(&mut open(32), &other).0, 224);
+        assert_eq!(read(&mut open(32), &other).0, 248);
     }
+}
+
+#[test]
+fn a_chat_goes_back_to_where_its_prompt_ended() {
+    let fixture = Fixture::new(20, 2);
+    // So few checkpoints that none are on the way.
+    let mut engine = fixture.engine(&fixture.plan(KvType::F16, 1, 32), 1, 512);
+    let tokens = text(0);
+    let id = engine.add_sequence().unwrap();
+    let add = |engine: &mut Engine, tokens: &[u32]| {
+        let rows = Rows {
+            sequence: id,
+            tokens,
+            logits: None,
+        };
+        engine.step(&[rows]).unwrap();
+    };
+    for (from, to) in [(0, 45), (45, 70)] {
+        add(&mut engine, &tokens[from..to]);
+    }
+    for token in &tokens[70..200] {
+        add(&mut engine, &[*token]);
+    }
+    assert_eq!(engine.rewind_sequence(id, 70).unwrap(), 64);
+    for token in &tokens[64..200] {
+        add(&mut engine, &[*token]);
+    }
+    assert_eq!(engine.rewind_sequence(id, 64).unwrap(), 64);
+    add(&mut engine, &tokens[64..90]);
+    for token in &tokens[90..200] {
+        add(&mut engine, &[*token]);
+    }
+    assert_eq!(engine.rewind_sequence(id, 95).unwrap(), 88);
+}
+
+#[test]
+fn a_step_that_fails_is_undone_as_far_as_windows_reach() {
+    let fixture = Fixture::new(20, 2);
+    let mut engine = fixture.engine(&fixture.plan(KvType::F16, 1, 32), 1, 512);
+    let tokens = text(0);
+    let id = engine.add_sequence().unwrap();
+    let rows = |tokens| Rows {
+        sequence: id,
+        tokens,
+        logits: None,
+    };
+    engine.step(&[rows(&tokens[..70])]).unwrap();
+    // The first batch of a step fails, then the fourth.
+    for (batches, usable) in [(1, true), (4, false)] {
+        let sequences = &mut engine.sequences;
+        sequences.reserve(id, 130).unwrap();
+        for batch in 0..batches {
+            sequences.reserve_windows([(id, 32)].into_iter()).unwrap();
+            if batch + 1 < batches {
+                sequences.advance(id, &tokens[70 + batch * 32..][..32]);
+            }
+        }
+        sequences.undo(id, 70);
+        assert_eq!(engine.n_past_of(id), 70);
+        let next = engine.step(&[rows(&tokens[70..71])]).map(|_| ());
+        assert_eq!(next.is_ok(), usable, "{next:?}");
+        assert!(usable || matches!(next, Err(RunError::Broken)));
+        let n = engine.rewind_sequence(id, 70).unwrap();
+        assert_eq!(n, if usable { 70 } else { 64 });
+    }
+    let n_vocab = engine.spec().n_vocab;
+    let logits = Some(LogitsMode::All);
+    let rest = Rows {
+        sequence: id,
+        tokens: &tokens[64..],
+        logits,
+    };
+    let found = super::sequences_tests::rows(engine.step(&[rest]).unwrap(), n_vocab);
+    assert!(found[..] == fixture.alone(&tokens, KvType::F16)[64..]);
+    engine.remove_sequence(id);
+    engine.sequences.forget_kept();
+    assert_eq!(engine.sequences.window_pages_in_use(), [(20, 0)]);
 }

@@ -61,20 +61,18 @@ impl CacheRoom {
     /// have checkpoints then.
     #[must_use]
     pub fn for_model(self, shape: &ModelShape) -> Self {
-        let mut windows = shape.caches.iter().filter_map(CacheShape::window);
-        let saves = windows.any(|window| self.window_positions(window).is_some());
-        let least = self.sequences.saturating_mul(WINDOW_CHECKPOINTS_PER_TEXT);
-        match self.window_chunk.filter(|_| saves) {
-            None => Self {
-                window_chunk: None,
-                ..self
-            },
-            // A recurrent state is larger, so how many there are is decided elsewhere.
-            Some(_) if shape.state_bytes() > 0 => self,
-            Some(_) => Self {
-                checkpoints: self.checkpoints.max(least),
-                ..self
-            },
+        let windows = shape.caches.iter().filter_map(CacheShape::window);
+        let least = windows.filter_map(|window| self.least_window_pages(window));
+        let wanted = self.sequences.saturating_mul(WINDOW_CHECKPOINTS_PER_TEXT);
+        let Some(free) = least.map(|pages| pages.checkpoints).min() else {
+            return self.whole();
+        };
+        // A recurrent state is larger, so how many there are is decided elsewhere.
+        let more = if shape.state_bytes() > 0 { 0 } else { wanted };
+        let more = more.min(u32::try_from(free).unwrap_or(u32::MAX));
+        Self {
+            checkpoints: self.checkpoints.max(more),
+            ..self
         }
     }
 
@@ -94,19 +92,27 @@ impl CacheRoom {
     /// the tokens of a batch, and a checkpoint has `w + 1`. The `c` tokens of a text in a batch see
     /// `window - 1 + c` positions, which touch at most one page more than whole pages would.
     pub fn window_positions(self, window: u64) -> Option<u64> {
+        let pages = self.least_window_pages(window)?;
+        let checkpoints = pages.per_checkpoint.saturating_mul(self.checkpoints.into());
+        let all = pages.least.saturating_add(checkpoints);
+        Some(all.saturating_mul(PAGE.into()))
+    }
+
+    /// Returns the pages of a window, where they are fewer than those of all positions.
+    fn least_window_pages(self, window: u64) -> Option<WindowPages> {
         let (page, window) = (u64::from(PAGE), window.div_ceil(u64::from(PAGE)));
         let chunk = u64::from(self.window_chunk?).div_ceil(page);
         let texts = window
             .saturating_add(2)
             .saturating_mul(self.sequences.into());
         let least = texts.saturating_add(chunk);
-        if least >= self.positions().div_ceil(page) {
-            return None;
-        }
-        let checkpoints = window
-            .saturating_add(1)
-            .saturating_mul(self.checkpoints.into());
-        Some(least.saturating_add(checkpoints).saturating_mul(page))
+        let left = self.positions().div_ceil(page).checked_sub(least)?;
+        let per_checkpoint = window.saturating_add(1);
+        (left > 0).then_some(WindowPages {
+            least,
+            per_checkpoint,
+            checkpoints: left / per_checkpoint,
+        })
     }
 
     /// Returns the recurrent states of a layer that has some.
@@ -124,6 +130,16 @@ impl CacheRoom {
                 .saturating_mul(u64::from(n)),
         }
     }
+}
+
+/// Pages of a layer with a window.
+#[derive(Debug, Clone, Copy)]
+struct WindowPages {
+    /// Pages of the texts and a batch.
+    least: u64,
+    per_checkpoint: u64,
+    /// Checkpoints with which the layer holds no more than all positions.
+    checkpoints: u64,
 }
 
 impl fmt::Display for CacheRoom {
@@ -313,6 +329,7 @@ impl FromStr for KvType {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source_id::SourceId;
 
     #[test]
     fn names_are_read_back() {
@@ -449,6 +466,32 @@ mod tests {
         let bytes = |n| rows(Some(128)).bytes(KvType::F16, room(131_072, 1, n));
         let one = rows(Some(128)).checkpoint_bytes(KvType::F16, room(131_072, 1, 5));
         assert_eq!((bytes(1) - bytes(0), one), (3 * 64 * 32, 3 * 64 * 32));
+        // Checkpoints come where they leave something of what is saved.
+        let shape = ModelShape {
+            id: SourceId {
+                name: String::new(),
+                hash: String::new(),
+            },
+            arch: String::new(),
+            n_layer: 3,
+            hidden: 0,
+            n_vocab: 0,
+            context: 0,
+            caches: vec![rows(Some(128)), rows(None), rows(Some(1024))],
+            dense: Vec::new(),
+            experts: Vec::new(),
+        };
+        let checkpoints = |context, sequences| {
+            let room = room(context, sequences, 0).for_model(&shape);
+            (room.window_chunk, room.checkpoints)
+        };
+        assert_eq!(checkpoints(131_072, 3), (Some(WINDOW_CHUNK), 12));
+        assert_eq!(
+            checkpoints((18 + 32 + 3 * 17) * 64, 1),
+            (Some(WINDOW_CHUNK), 3)
+        );
+        assert_eq!(checkpoints((4 + 32 + 7) * 64, 1), (Some(WINDOW_CHUNK), 2));
+        assert_eq!(checkpoints((4 + 32) * 64, 1), (None, 0));
         // A layer whose rows differ holds what the widest needs.
         let mut both = rows(Some(5));
         both.rows.extend(rows(Some(9)).rows);

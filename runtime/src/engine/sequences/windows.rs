@@ -432,6 +432,29 @@ mod tests {
     }
 
     #[test]
+    fn kinds_have_pages_of_their_own() {
+        let mut states = States::new(1, &[(3, 9 * PAGE), (4 * PAGE, 9 * PAGE)]);
+        let mut lists = states.windows.none();
+        for past in 0..20 * PAGE {
+            states.windows.reserve(&mut lists, past, 1).unwrap();
+        }
+        assert_eq!(states.windows.in_use(), [(3, 3), (4 * PAGE, 6)]);
+        assert_eq!(states.windows.words(), "3 32");
+        let n = 18 * PAGE + 4;
+        assert!(states.windows.reach(&lists, n - 1 + PAGE));
+        assert!(
+            !states.windows.reach(&lists, 17 * PAGE),
+            "the wide one does not"
+        );
+        let state = states.take().unwrap();
+        states.windows.hold(state, &lists, 20 * PAGE);
+        let held: Vec<usize> = states.windows.held(state).map(<[_]>::len).collect();
+        assert!(held == [1, 4] && states.windows.held_pages(20 * PAGE).eq(held));
+        states.windows.release(lists);
+        assert_eq!(states.windows.in_use(), [(3, 1), (4 * PAGE, 4)]);
+    }
+
+    #[test]
     fn models_without_windows_hold_nothing() {
         let mut states = States::new(1, &[]);
         let state = states.take().unwrap();
