@@ -219,7 +219,7 @@ impl Sequences {
     }
 
     /// Returns whether texts begin, and go back, where checkpoints are.
-    fn needs_checkpoints(&self) -> bool {
+    pub(crate) fn needs_checkpoints(&self) -> bool {
         self.is_recurrent || !self.states.windows.is_empty()
     }
 
