@@ -38,6 +38,7 @@ mod prefixes;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
+mod residual;
 #[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
@@ -341,7 +342,7 @@ impl Engine {
                 return Err(RunError::Canceled);
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
-            backends.add_experts(spec, place, on.lend())?;
+            backends.add_experts(spec, layer, place, on.lend())?;
             output.record(moe, meter.n_moe(), batch, &backends.buffers);
             meter.finish_experts(clock, moe.index, batch.phase, &step);
         }

@@ -203,7 +203,7 @@ impl Sequences {
             cache: Cache {
                 layers,
                 kinds,
-                rotations: Rotations::new(spec, weights),
+                rotations: Rotations::new(spec, weights, context),
             },
         })
     }

@@ -305,6 +305,8 @@ fn attend_part(
             tokens: rows.len(),
             past,
             window: None,
+            window_kind: Default::default(),
+            softcap: None,
         };
         let first = rows.start - tokens.start;
         let absorbed = &*latents;
