@@ -71,6 +71,13 @@ impl Random {
                     block[0] = 118 + block[0] % 8;
                     &[]
                 }
+                TensorType::NVFP4 => {
+                    // From 2^-6 to nearly 2.
+                    block[..4]
+                        .iter_mut()
+                        .for_each(|scale| *scale = 8 + *scale % 56);
+                    &[]
+                }
                 TensorType::IQ1_M => {
                     let bits = f16::from_f32(value).to_bits();
                     for i in 0..4 {
@@ -85,6 +92,9 @@ impl Random {
                 TensorType::Q2_K => &[80, 82],
                 TensorType::Q3_K => &[108],
                 TensorType::Q6_K => &[208],
+                TensorType::TQ1_0 => &[52],
+                TensorType::TQ2_0 => &[64],
+                TensorType::Q1_0 | TensorType::Q2_0 => &[0],
                 TensorType::F16 | TensorType::Q4_0 | TensorType::Q5_0 | TensorType::Q8_0 => &[0],
                 TensorType::IQ1_S
                 | TensorType::IQ2_XXS

@@ -29,6 +29,10 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
             }
             Q3_K => [block[108], block[109]] = half,
             Q6_K => [block[208], block[209]] = half,
+            TQ1_0 => [block[52], block[53]] = half,
+            TQ2_0 => [block[64], block[65]] = half,
+            // Any bits are an ordinary scale.
+            NVFP4 => {}
             Q4_1 | Q5_1 | Q4_K | Q5_K => {
                 [block[0], block[1], block[2], block[3]] = [half[0], half[1], half[0], half[1]]
             }
@@ -39,6 +43,7 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
                     block[49 + 2 * i] = block[49 + 2 * i] & 0x0f | nibble << 4;
                 }
             }
+            Q1_0 | Q2_0 => [block[0], block[1]] = half,
             Q4_0 | Q5_0 | Q8_0 | IQ1_S | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S | IQ4_NL
             | IQ4_XS => [block[0], block[1]] = half,
         }
@@ -79,6 +84,8 @@ fn columns(ty: TensorType) -> &'static [usize] {
     match ty.block_len() {
         1 => &[1, 31, 32, 33, 100, 256, 512],
         32 => &[32, 224, 256, 288, 768],
+        64 => &[64, 192, 256, 320, 832],
+        128 => &[128, 256, 384, 896],
         _ => &[256, 768, 2048],
     }
 }
@@ -327,6 +334,10 @@ fn codes(ty: TensorType) -> std::ops::Range<usize> {
         Q4_0 | Q4_1 | Q5_0 | Q5_1 | IQ4_NL | MXFP4 => ty.block_bytes() - 16..ty.block_bytes(),
         Q8_0 => 2..34,
         Q2_K | Q3_K => 0..80,
+        Q1_0 | Q2_0 => 2..18,
+        TQ1_0 => 0..52,
+        TQ2_0 => 0..64,
+        NVFP4 => 4..36,
         Q4_K | Q5_K | IQ4_XS => 16..ty.block_bytes(),
         Q6_K => 0..208,
         IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S => 0..0,

@@ -33,6 +33,9 @@ mod iq3_xxs;
 pub(crate) mod iq4_nl;
 mod iq4_xs;
 pub(crate) mod mxfp4;
+pub(crate) mod nvfp4;
+mod q1_0;
+mod q2_0;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -43,14 +46,16 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod tq1_0;
+mod tq2_0;
 
 /// Types that stand for the formats, where a kernel is chosen by format at compile time.
 pub(crate) mod types {
     pub(crate) use super::{
         iq1_m::IQ1_M, iq1_s::IQ1_S, iq2_s::IQ2_S, iq2_xs::IQ2_XS, iq2_xxs::IQ2_XXS, iq3_s::IQ3_S,
-        iq3_xxs::IQ3_XXS, iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, q2_k::Q2_K, q3_k::Q3_K,
-        q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K, q5_0::Q5_0, q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K,
-        q8_0::Q8_0,
+        iq3_xxs::IQ3_XXS, iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, nvfp4::NVFP4, q1_0::Q1_0,
+        q2_0::Q2_0, q2_k::Q2_K, q3_k::Q3_K, q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K, q5_0::Q5_0,
+        q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K, q8_0::Q8_0, tq1_0::TQ1_0, tq2_0::TQ2_0,
     };
 }
 
@@ -63,7 +68,7 @@ macro_rules! with_format {
     ($ty:expr, $F:ident => $then:expr, float => $float:expr) => {
         $crate::quant::with_format!(@arms $ty, $F, $then, $float;
             Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M IQ4_NL
-            IQ4_XS MXFP4)
+            IQ4_XS MXFP4 Q1_0 Q2_0 TQ1_0 TQ2_0 NVFP4)
     };
     (@arms $ty:expr, $F:ident, $then:expr, $float:expr; $($name:ident)*) => {
         match $ty {
@@ -152,7 +157,12 @@ pub enum TensorType {
     IQ4_XS = 23,
     IQ1_M = 29,
     BF16 = 30,
+    TQ1_0 = 34,
+    TQ2_0 = 35,
     MXFP4 = 39,
+    NVFP4 = 40,
+    Q1_0 = 41,
+    Q2_0 = 42,
 }
 
 /// A `ggml_type` without a decoder here.
@@ -162,11 +172,12 @@ pub struct UnknownType(pub u32);
 
 impl TensorType {
     /// Every type, by its number in the file.
-    pub const ALL: [TensorType; 23] = {
+    pub const ALL: [TensorType; 28] = {
         use TensorType::*;
         [
             F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS,
-            IQ3_XXS, IQ1_S, IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, MXFP4,
+            IQ3_XXS, IQ1_S, IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, TQ1_0, TQ2_0, MXFP4, NVFP4,
+            Q1_0, Q2_0,
         ]
     };
 
@@ -215,19 +226,26 @@ impl TensorType {
             IQ4_XS => "IQ4_XS",
             IQ1_M => "IQ1_M",
             BF16 => "BF16",
+            TQ1_0 => "TQ1_0",
+            TQ2_0 => "TQ2_0",
             MXFP4 => "MXFP4",
+            NVFP4 => "NVFP4",
+            Q1_0 => "Q1_0",
+            Q2_0 => "Q2_0",
         }
     }
 
-    /// Returns the values per block: 1, 32 or 256.
+    /// Returns the values per block: 1, or a power of two from 32 to 256.
     #[inline]
     pub const fn block_len(self) -> usize {
         use TensorType::*;
         match self {
             F32 | F16 | BF16 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
+            Q2_0 | NVFP4 => 64,
+            Q1_0 => 128,
             Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | IQ2_XXS | IQ2_XS | IQ3_XXS | IQ1_S | IQ3_S
-            | IQ2_S | IQ4_XS | IQ1_M => 256,
+            | IQ2_S | IQ4_XS | IQ1_M | TQ1_0 | TQ2_0 => 256,
         }
     }
 
@@ -238,12 +256,13 @@ impl TensorType {
         match self {
             F32 => 4,
             F16 | BF16 => 2,
-            Q4_0 | IQ4_NL => 18,
+            Q4_0 | IQ4_NL | Q1_0 | Q2_0 => 18,
             Q4_1 => 20,
             Q5_0 => 22,
             Q5_1 => 24,
             Q8_0 => 34,
             MXFP4 => 17,
+            NVFP4 => 36,
             Q2_K => 84,
             Q3_K => 110,
             Q4_K => 144,
@@ -257,6 +276,8 @@ impl TensorType {
             IQ1_S => 50,
             IQ1_M => 56,
             IQ4_XS => 136,
+            TQ1_0 => 54,
+            TQ2_0 => 66,
         }
     }
 

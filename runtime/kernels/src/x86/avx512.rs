@@ -72,6 +72,11 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         TensorType::IQ3_S => panel_fns!(quantized, unpack::IQ3_S; 1 2 3 4 5 6 7 8),
         TensorType::IQ1_S => panel_fns!(quantized, unpack::IQ1_S; 1 2 3 4 5 6 7 8),
         TensorType::IQ1_M => panel_fns!(quantized, unpack::IQ1_M; 1 2 3 4 5 6 7 8),
+        TensorType::Q1_0 => panel_fns!(quantized, unpack::Q1_0; 1 2 3 4 5 6 7 8),
+        TensorType::Q2_0 => panel_fns!(quantized, unpack::Q2_0; 1 2 3 4 5 6 7 8),
+        TensorType::TQ1_0 => panel_fns!(quantized, unpack::TQ1_0; 1 2 3 4 5 6 7 8),
+        TensorType::TQ2_0 => panel_fns!(quantized, unpack::TQ2_0; 1 2 3 4 5 6 7 8),
+        TensorType::NVFP4 => panel_fns!(quantized, unpack::NVFP4; 1 2 3 4 5 6 7 8),
     }
 }
 

@@ -99,6 +99,11 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
         TensorType::IQ3_S => matmul_panel::<unpack::IQ3_S>,
         TensorType::IQ1_S => matmul_panel::<unpack::IQ1_S>,
         TensorType::IQ1_M => matmul_panel::<unpack::IQ1_M>,
+        TensorType::Q1_0 => matmul_panel::<unpack::Q1_0>,
+        TensorType::Q2_0 => matmul_panel::<unpack::Q2_0>,
+        TensorType::TQ1_0 => matmul_panel::<unpack::TQ1_0>,
+        TensorType::TQ2_0 => matmul_panel::<unpack::TQ2_0>,
+        TensorType::NVFP4 => matmul_panel::<unpack::NVFP4>,
     };
     Some((kernel, count))
 }
