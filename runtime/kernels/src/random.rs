@@ -67,6 +67,12 @@ impl Random {
                     block.copy_from_slice(&value.to_le_bytes()[2..]);
                     &[]
                 }
+                // Any bits are a number.
+                TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 => &[],
+                TensorType::F64 => {
+                    block.copy_from_slice(&f64::from(value).to_le_bytes());
+                    &[]
+                }
                 TensorType::MXFP4 => {
                     block[0] = 118 + block[0] % 8;
                     &[]

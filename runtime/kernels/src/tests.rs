@@ -33,6 +33,7 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
             TQ2_0 => [block[64], block[65]] = half,
             // Any bits are an ordinary scale.
             NVFP4 => {}
+            I8 | I16 | I32 | I64 | F64 => {}
             Q4_1 | Q5_1 | Q4_K | Q5_K => {
                 [block[0], block[1], block[2], block[3]] = [half[0], half[1], half[0], half[1]]
             }
@@ -170,6 +171,46 @@ fn matmul_has_the_same_bits_with_any_other_tokens_and_rows() {
                         );
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_factor_multiplies_every_product_once() {
+    let (rows, cols, tokens) = (37, 256, 43);
+    let mut rng = Rng(9);
+    for k in Kernels::available() {
+        for ty in [TensorType::F16, TensorType::Q4_0, TensorType::NVFP4] {
+            let bytes = random_weights(ty, rows, cols, &mut rng);
+            let w = Weights::new(ty, &bytes, rows, cols).unwrap();
+            let mut acts = Activations::new(tokens, cols);
+            acts.fill(
+                k,
+                tokens,
+                cols,
+                &rng.normals(tokens * cols),
+                needs_quants(ty),
+            );
+            let stride = rows + 2;
+            let (mut plain, mut scaled) =
+                (vec![-1.0; tokens * stride], vec![-1.0; tokens * stride]);
+            for (w, out) in [(w, &mut plain), (w.scaled(0.3), &mut scaled)] {
+                // SAFETY: one thread.
+                unsafe { k.matmul(w, 3..rows, acts.view(), OutMatrix::new(out, stride)) };
+            }
+            for (i, (plain, scaled)) in plain.iter().zip(&scaled).enumerate() {
+                let want = if (3..rows).contains(&(i % stride)) {
+                    0.3 * plain
+                } else {
+                    -1.0
+                };
+                assert_eq!(
+                    scaled.to_bits(),
+                    want.to_bits(),
+                    "{} {ty} value {i}",
+                    k.isa()
+                );
             }
         }
     }
@@ -341,7 +382,7 @@ fn codes(ty: TensorType) -> std::ops::Range<usize> {
         Q4_K | Q5_K | IQ4_XS => 16..ty.block_bytes(),
         Q6_K => 0..208,
         IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S => 0..0,
-        F32 | F16 | BF16 => 0..0,
+        F32 | F16 | BF16 | I8 | I16 | I32 | I64 | F64 => 0..0,
     }
 }
 

@@ -39,6 +39,8 @@ mod prompt_gpu_tests;
 mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_tests;
+#[cfg(test)]
+mod scaled_tests;
 mod sequences;
 #[cfg(test)]
 mod sequences_tests;

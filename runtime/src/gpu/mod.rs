@@ -293,6 +293,7 @@ pub(super) fn mixer_alone(
         output_norm: 0,
         output: 0,
         layers: vec![layer],
+        scales: Default::default(),
     };
     let places = Places {
         layers: vec![crate::layers::places::LayerPlaces {

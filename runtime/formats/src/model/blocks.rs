@@ -1,11 +1,11 @@
 //! The parts that nearly all architectures share: sizes, attention, routed experts.
 
-use super::ModelError;
 use super::source::Source;
 use super::spec::{
     Activation, GateUp, Gating, GqaSpec, Groups, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec,
     NormSpan, QkNorm, RopeKind, SharedSpec,
 };
+use super::{ModelError, Scales};
 
 /// Sizes that every architecture states in the same keys.
 pub(super) struct Common {
@@ -62,6 +62,7 @@ impl Common {
                 .opt_tensor("output.weight", &[self.hidden, n_vocab])?
                 .unwrap_or(embedding),
             layers,
+            scales: Scales::default(),
         })
     }
 }

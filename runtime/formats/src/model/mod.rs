@@ -17,6 +17,7 @@ mod opened;
 mod qwen2moe;
 mod qwen3;
 mod qwen3next;
+mod scales;
 pub mod shape;
 mod source;
 pub mod spec;
@@ -24,6 +25,7 @@ pub mod spec;
 pub use arch::{SUPPORTED, describe};
 pub use not_a_model::NotAModel;
 pub use opened::Model;
+pub use scales::Scales;
 pub use shape::shape_of_file;
 
 use crate::gguf::GgufError;

@@ -15,6 +15,8 @@ pub use attention::{
 pub use delta::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
 pub use tensors::{DenseGroup, Tensors};
 
+use super::Scales;
+
 /// Index of a tensor in the file's tensor list.
 pub type TensorId = usize;
 
@@ -39,6 +41,8 @@ pub struct ModelSpec {
     pub output: TensorId,
     /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
+    /// Factors on products with matrices.
+    pub scales: Scales,
 }
 
 /// One layer: `x += mixer(norm(x)); x += ffn(norm(x))`.

@@ -62,8 +62,8 @@ pub(crate) mod types {
 use block::{Codes, Format, GROUP, Plain, f16_to_f32, head};
 use thiserror::Error;
 
-/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for F32,
-/// F16 and BF16.
+/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for types
+/// without blocks.
 macro_rules! with_format {
     ($ty:expr, $F:ident => $then:expr, float => $float:expr) => {
         $crate::quant::with_format!(@arms $ty, $F, $then, $float;
@@ -78,7 +78,12 @@ macro_rules! with_format {
             })*
             $crate::quant::TensorType::F32
             | $crate::quant::TensorType::F16
-            | $crate::quant::TensorType::BF16 => $float,
+            | $crate::quant::TensorType::BF16
+            | $crate::quant::TensorType::I8
+            | $crate::quant::TensorType::I16
+            | $crate::quant::TensorType::I32
+            | $crate::quant::TensorType::I64
+            | $crate::quant::TensorType::F64 => $float,
         }
     };
 }
@@ -108,6 +113,11 @@ pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     with_format!(ty, F => dequantize_blocks::<F>(bytes, out), float => match ty {
         TensorType::F32 => widen(bytes, out, f32::from_le_bytes),
         TensorType::F16 => widen(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b))),
+        TensorType::I8 => widen(bytes, out, |b| f32::from(i8::from_le_bytes(b))),
+        TensorType::I16 => widen(bytes, out, |b| f32::from(i16::from_le_bytes(b))),
+        TensorType::I32 => widen(bytes, out, |b| i32::from_le_bytes(b) as f32),
+        TensorType::I64 => widen(bytes, out, |b| i64::from_le_bytes(b) as f32),
+        TensorType::F64 => widen(bytes, out, |b| f64::from_le_bytes(b) as f32),
         _ => widen(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
     });
 }
@@ -155,6 +165,11 @@ pub enum TensorType {
     IQ3_S = 21,
     IQ2_S = 22,
     IQ4_XS = 23,
+    I8 = 24,
+    I16 = 25,
+    I32 = 26,
+    I64 = 27,
+    F64 = 28,
     IQ1_M = 29,
     BF16 = 30,
     TQ1_0 = 34,
@@ -171,7 +186,7 @@ pub enum TensorType {
 pub struct UnknownType(pub u32);
 
 impl TensorType {
-    /// Every type, by its number in the file.
+    /// Every type of weights, by its number in the file: there are kernels for all of them.
     pub const ALL: [TensorType; 28] = {
         use TensorType::*;
         [
@@ -181,6 +196,18 @@ impl TensorType {
         ]
     };
 
+    /// Types of tables and parameters, which no kernel multiplies with.
+    pub const UNMULTIPLIED: [TensorType; 5] = {
+        use TensorType::*;
+        [I8, I16, I32, I64, F64]
+    };
+
+    /// Whether there are kernels that multiply with weights of this type.
+    #[inline]
+    pub fn has_kernels(self) -> bool {
+        !Self::UNMULTIPLIED.contains(&self)
+    }
+
     /// Returns the type with this number in a GGUF file.
     ///
     /// # Errors
@@ -188,6 +215,7 @@ impl TensorType {
     pub fn from_id(id: u32) -> Result<Self, UnknownType> {
         Self::ALL
             .into_iter()
+            .chain(Self::UNMULTIPLIED)
             .find(|t| *t as u32 == id)
             .ok_or(UnknownType(id))
     }
@@ -226,6 +254,11 @@ impl TensorType {
             IQ4_XS => "IQ4_XS",
             IQ1_M => "IQ1_M",
             BF16 => "BF16",
+            I8 => "I8",
+            I16 => "I16",
+            I32 => "I32",
+            I64 => "I64",
+            F64 => "F64",
             TQ1_0 => "TQ1_0",
             TQ2_0 => "TQ2_0",
             MXFP4 => "MXFP4",
@@ -240,7 +273,7 @@ impl TensorType {
     pub const fn block_len(self) -> usize {
         use TensorType::*;
         match self {
-            F32 | F16 | BF16 => 1,
+            F32 | F16 | BF16 | I8 | I16 | I32 | I64 | F64 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
             Q2_0 | NVFP4 => 64,
             Q1_0 => 128,
@@ -254,8 +287,10 @@ impl TensorType {
     pub const fn block_bytes(self) -> usize {
         use TensorType::*;
         match self {
-            F32 => 4,
-            F16 | BF16 => 2,
+            I8 => 1,
+            F16 | BF16 | I16 => 2,
+            F32 | I32 => 4,
+            I64 | F64 => 8,
             Q4_0 | IQ4_NL | Q1_0 | Q2_0 => 18,
             Q4_1 => 20,
             Q5_0 => 22,
@@ -373,6 +408,27 @@ mod tests {
         let mut out = [0.0; 4];
         dequantize_row(TensorType::F32, &bytes, &mut out);
         assert_eq!(out, values);
+    }
+
+    #[test]
+    fn integers_and_doubles_convert() {
+        use TensorType::*;
+        let decoded = |ty: TensorType, bytes: &[u8]| {
+            let mut out = vec![f32::NAN; bytes.len() / ty.block_bytes()];
+            dequantize_row(ty, bytes, &mut out);
+            out
+        };
+        assert_eq!(decoded(I8, &[0x80, 0x7f]), [-128.0, 127.0]);
+        assert_eq!(decoded(I16, &[0x00, 0x80, 0xff, 0x7f]), [-32768.0, 32767.0]);
+        assert_eq!(decoded(I32, &(-3i32).to_le_bytes()), [-3.0]);
+        assert_eq!(decoded(I64, &(1i64 << 40).to_le_bytes()), [1099511627776.0]);
+        assert_eq!(decoded(F64, &(-0.75f64).to_le_bytes()), [-0.75]);
+        for ty in TensorType::UNMULTIPLIED {
+            assert_eq!(TensorType::from_id(ty as u32), Ok(ty));
+            assert!(!ty.has_kernels() && !TensorType::ALL.contains(&ty));
+            let bytes = vec![0; 4 * ty.block_bytes()];
+            assert!(crate::Weights::new(ty, &bytes, 2, 2).is_none(), "{ty}");
+        }
     }
 
     #[test]
