@@ -43,6 +43,8 @@ mod residual;
 mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_tests;
+#[cfg(test)]
+mod scaled_tests;
 mod sequences;
 #[cfg(test)]
 mod sequences_tests;

@@ -298,6 +298,7 @@ pub(super) fn mixer_alone(
         output: 0,
         head: Default::default(),
         layers: vec![layer],
+        scales: Default::default(),
     };
     let places = Places {
         layers: vec![crate::layers::places::LayerPlaces {
