@@ -59,7 +59,8 @@ pub(crate) struct Span {
     pub(crate) past: usize,
     /// The last tokens before these, as many as n-grams reach back.
     before: Vec<u32>,
-    pages: Vec<PageIdx>,
+    /// The pages of the text, by kind of layers.
+    pages: Vec<Vec<PageIdx>>,
     state: StateIdx,
     /// Rows that checkpoints follow, with the recurrent states that those go to.
     checkpoints: Vec<(usize, StateIdx)>,
@@ -162,7 +163,7 @@ impl Batch {
                 rows,
                 past,
                 before: sequence.last_tokens(sequences.history()).to_vec(),
-                pages: sequence.pages().to_vec(),
+                pages: sequence.pages().map(<[PageIdx]>::to_vec).collect(),
                 state: sequence.state(),
             });
         }
@@ -181,15 +182,19 @@ impl Batch {
             .map(move |first| first..n.min(first + size))
     }
 
-    /// Returns some rows by text, counted from the first of them.
-    pub(crate) fn segments(&self, rows: &Range<usize>) -> impl Iterator<Item = Segment<'_>> {
+    /// Returns some rows by text, counted from the first of them, for layers of a kind.
+    pub(crate) fn segments(
+        &self,
+        rows: &Range<usize>,
+        kind: usize,
+    ) -> impl Iterator<Item = Segment<'_>> {
         let rows = rows.clone();
         self.spans.iter().filter_map(move |span| {
             let part = span.rows.start.max(rows.start)..span.rows.end.min(rows.end);
             (!part.is_empty()).then(|| Segment {
                 rows: part.start - rows.start..part.end - rows.start,
                 past: span.past + part.start - span.rows.start,
-                pages: &span.pages,
+                pages: &span.pages[kind],
                 state: span.state,
                 checkpoints: span.checkpoints_in(&part, rows.start),
             })

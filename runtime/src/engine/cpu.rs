@@ -251,7 +251,15 @@ impl LayerBackend for Cpu {
 
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, values, index) = (stage.cpu, stage.values(), layer.index.get());
-        let segments: Vec<Segment<'_>> = stage.batch.segments(&stage.rows).collect();
+        // A layer without keys and values of its own reads those of another, by its pages.
+        let owner = match &layer.spec.mixer {
+            Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
+            _ => index,
+        };
+        let segments = stage
+            .batch
+            .segments(&stage.rows, stage.cache.kinds[owner]);
+        let segments: Vec<Segment<'_>> = segments.collect();
         let residual = &layer.spec.residual;
         self.add_ngrams(stage, layer, &segments);
         let input = BlockInput {
@@ -271,10 +279,6 @@ impl LayerBackend for Cpu {
             norm_eps: stage.spec.norm_eps,
         };
         let out = &mut buffers.out[..values.len()];
-        let owner = match &layer.spec.mixer {
-            Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
-            _ => index,
-        };
         let cache = &mut cache.layers[owner];
         mix(
             cpu,

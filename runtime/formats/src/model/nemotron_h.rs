@@ -101,6 +101,7 @@ fn attention(
 ) -> Result<GqaSpec, ModelError> {
     let count = |name, n: u32| s.in_bounds(name, n as usize, MAX_HEADS);
     let heads = Heads {
+        first: 0,
         n_head: count("attention.head_count", kinds.n_head[layer])?,
         n_head_kv: count("attention.head_count_kv", kinds.n_head_kv[layer])?,
     };

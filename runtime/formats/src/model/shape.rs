@@ -211,7 +211,7 @@ fn rows_read(spec: &ModelSpec, id: TensorId) -> Option<u64> {
 }
 
 /// Returns the KV cache rows and recurrent state of a layer.
-fn cache_shape(layer: &LayerSpec) -> CacheShape {
+pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(&layer.mixer) {
         *found
