@@ -79,6 +79,18 @@ pub enum LoadError {
         /// What the GPU does not support.
         why: String,
     },
+    /// A matrix has a factor in a tensor beside it, for which GPUs have no kernels.
+    #[error(
+        "plan '{plan}' uses tier '{tier}', a GPU that can't apply the factor beside tensor '{tensor}'"
+    )]
+    FactorOnGpu {
+        /// Name of the plan.
+        plan: String,
+        /// Name of the tier.
+        tier: String,
+        /// A matrix that has a factor.
+        tensor: String,
+    },
     /// A GPU has too little memory for what the plan puts there and what computes with it.
     #[error(
         "plan '{plan}' needs {needed} bytes of tier '{tier}', and {device} has {free} free: {weights} of weights, {cache} of \

@@ -70,7 +70,7 @@ pub(super) const RECORD: Kind = Kind {
 pub(super) const SHAPE: Kind = Kind {
     format: "tier-plan shape",
     what: "model shape",
-    newest: 2,
+    newest: 3,
     limit_bytes: 1 << 20,
     hint: "profiles/models holds examples",
 };

@@ -203,7 +203,7 @@ impl Sequences {
             cache: Cache {
                 layers,
                 kinds,
-                rotations: Rotations::new(spec, weights),
+                rotations: Rotations::new(spec, weights, context),
             },
         })
     }
@@ -219,7 +219,7 @@ impl Sequences {
     }
 
     /// Returns whether texts begin, and go back, where checkpoints are.
-    fn needs_checkpoints(&self) -> bool {
+    pub(crate) fn needs_checkpoints(&self) -> bool {
         self.is_recurrent || !self.states.windows.is_empty()
     }
 

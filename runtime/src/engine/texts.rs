@@ -26,6 +26,12 @@ impl Engine {
         self.sequences.fork(of, n)
     }
 
+    /// Returns whether a text can be [forked](Self::fork) at any number of its tokens. With recurrent
+    /// states or windows that is possible at checkpoints only.
+    pub fn forks_anywhere(&self) -> bool {
+        !self.sequences.needs_checkpoints()
+    }
+
     /// Adds a text that begins with as many of `tokens` as are [kept](Self::keep_sequence): all but
     /// the last at most, so that there are logits to ask for. Returns how many it has.
     ///
