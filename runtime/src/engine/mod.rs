@@ -38,15 +38,20 @@ mod prefixes;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
+mod residual;
 #[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_tests;
+#[cfg(test)]
+mod scaled_tests;
 mod sequences;
 #[cfg(test)]
 mod sequences_tests;
 mod texts;
 mod warm;
+#[cfg(test)]
+mod window_tests;
 
 pub use apart::RowsOutcome;
 pub use batch::{LogitsMode, Routing, Rows};
@@ -145,10 +150,10 @@ impl Engine {
         self.truncate(self.n_past() - n)
     }
 
-    /// Returns whether a text can go back to any number of tokens, and has the same bits then: all
-    /// of it is computed by the CPU.
+    /// Returns whether a text can go back to where it was before the last batch, and has the same
+    /// bits then: all of it is computed by the CPU.
     pub fn repeats(&self) -> bool {
-        self.sequences.can_rewind()
+        self.sequences.can_take_back()
             && self.experts.store.n_gpus() == 0
             && !self.experts.streams.any()
             && !self.backends.processors.gpus.places.any()
@@ -163,8 +168,9 @@ impl Engine {
     /// # Errors
     /// When a text is unknown or is there twice, its context or the KV cache is full, a token is out
     /// of range, the slow tier fails, logits are not numbers, or the caller canceled. Then all texts
-    /// are as before the step. A text with recurrent states can't go back: after a failed pass, only
-    /// removing or clearing it helps.
+    /// are as before the step. A text with recurrent states can't go back, nor can one with windows
+    /// after the first [batch](Self::batch) of a step: after a failed pass, only removing or clearing
+    /// it helps.
     pub fn step(&mut self, rows: &[Rows<'_>]) -> Result<&[f32], RunError> {
         let past = |rows: &Rows<'_>| (rows.tokens.len(), self.n_past_of(rows.sequence));
         self.step_as(rows, Phase::of_step(rows.iter().map(past)))
@@ -205,6 +211,9 @@ impl Engine {
     fn end_step(&mut self, rows: &[Rows<'_>], phase: Phase, start: Instant) {
         for rows in rows {
             self.sequences.commit(rows.sequence);
+            if phase == Phase::Prompt && rows.tokens.len() > 1 {
+                self.sequences.mark_prompt(rows.sequence);
+            }
         }
         self.meter.finish_step(start, phase, n_tokens(rows));
         self.meter
@@ -261,6 +270,9 @@ impl Engine {
     fn pass_all(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<(), RunError> {
         let mut done = 0;
         for cuts in split(rows, self.batch) {
+            let parts = cuts.iter();
+            let parts = parts.map(|(entry, part)| (rows[*entry].sequence, part.len()));
+            self.sequences.reserve_windows(parts)?;
             let batch = Batch::new(rows, &cuts, done, phase, &self.sequences)?;
             done += batch.len();
             let result = self.pass(&batch);
@@ -332,7 +344,7 @@ impl Engine {
                 return Err(RunError::Canceled);
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
-            backends.add_experts(spec, place, on.lend())?;
+            backends.add_experts(spec, layer, place, on.lend())?;
             output.record(moe, meter.n_moe(), batch, &backends.buffers);
             meter.finish_experts(clock, moe.index, batch.phase, &step);
         }

@@ -124,7 +124,7 @@ impl BufferSizes {
         };
         let (wanted, width) = match mixer {
             Mixer::Gqa(a) => {
-                if a.gated {
+                if a.gated() {
                     self.raw = self.raw.max(rows * a.q.n_out);
                     self.gate = self.gate.max(rows * a.o.n_in);
                 }
@@ -171,6 +171,8 @@ impl BufferSizes {
                 self.inner = self.inner.max(d.out.n_in);
                 return;
             }
+            // Refused when the plan is checked.
+            Mixer::ShortConv(_) => return,
         };
         self.attend = self.attend.max(wanted);
         self.attend_width = self.attend_width.min(width);

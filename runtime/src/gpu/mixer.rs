@@ -66,6 +66,10 @@ impl Mixer {
             MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
             MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d)?))),
+            MixerSpec::ShortConv(_) => Err(CudaError::NotThere {
+                device: loader.device.name().to_string(),
+                part: "a short convolution".into(),
+            }),
         }
     }
 
@@ -129,11 +133,15 @@ impl Gqa {
         rope: Option<usize>,
         cache: CacheSpec,
     ) -> Result<Self, CudaError> {
-        let norms = a.qk_norm.map(|norm| {
+        // What a GPU can't compute is refused when the plan is checked.
+        let norms = a
+            .qk_norm
+            .and_then(|norm| Some((norm.q?, norm.k?, norm.span)));
+        let norms = norms.map(|(q, k, span)| {
             Ok::<_, CudaError>(QkNorm {
-                q: loader.vector(norm.q)?,
-                k: loader.vector(norm.k)?,
-                span: norm.span,
+                q: loader.vector(q)?,
+                k: loader.vector(k)?,
+                span,
             })
         });
         Ok(Self {
@@ -160,7 +168,8 @@ impl Gqa {
             buffers.v.view(),
         );
         let (heads, width) = (n * a.n_head, a.key_dim);
-        let first = if a.gated { buffers.raw.view() } else { q };
+        let gated = a.gated();
+        let first = if gated { buffers.raw.view() } else { q };
         products(
             ops,
             &[(&self.q, first), (&self.k, k), (&self.v, v)],
@@ -168,7 +177,7 @@ impl Gqa {
             x,
             &buffers.quants,
         )?;
-        if a.gated {
+        if gated {
             // Each query head is followed by its gate.
             let split = |from: View<'_>, to: &Buffer| {
                 let to = Strided {
@@ -211,11 +220,14 @@ impl Gqa {
             new_keys: k,
             new_values: v,
             norms: head_norms,
-            turns: self.rope.map(|table| RopeTurns {
-                values: buffers.turns[table].view(),
-                kind: a.rope.kind,
-                half: a.rope.dims / 2,
-            }),
+            turns: self
+                .rope
+                .zip(a.rope.as_ref())
+                .map(|(table, rope)| RopeTurns {
+                    values: buffers.turns[table].view(),
+                    kind: rope.kind,
+                    half: rope.dims / 2,
+                }),
             tokens: n,
             n_head: a.n_head,
             n_head_kv: a.n_head_kv,
@@ -246,14 +258,14 @@ impl Gqa {
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
         // Gated results are quantized after the gate.
-        let quantizes = self.o.takes_quants() && !a.gated && a.value_dim.is_multiple_of(32);
+        let quantizes = self.o.takes_quants() && !gated && a.value_dim.is_multiple_of(32);
         ops.attend(
             &attention,
             &buffers.attend,
             buffers.mixed.view(),
             quantizes.then_some(&mut buffers.inner),
         )?;
-        if a.gated {
+        if gated {
             ops.gate(buffers.mixed.view(), buffers.gate.view(), n * a.o.n_in)?;
         }
         if quantizes {

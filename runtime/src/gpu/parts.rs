@@ -8,8 +8,11 @@ use crate::error::LoadError;
 use crate::layers::places::Places;
 use tier_plan_cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use tier_plan_formats::gguf::Gguf;
-use tier_plan_formats::model::spec::{Ffn, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec};
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::model::spec::{
+    Activation, Ffn, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec, Linear, Mixer,
+    MlaSpec, ModelSpec, OutputGate, WindowKind,
+};
+use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
 /// Name of the KV cache in [`LoadError::OnGpu`], which is not a tensor group.
 const KV_CACHE: &str = "kv_cache";
@@ -19,6 +22,15 @@ const KV_CACHE: &str = "kv_cache";
 /// # Errors
 /// Names the part, the tier, and the reason.
 pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(), LoadError> {
+    if let Some(id) = spec.scales.first()
+        && let Some(tier) = plan.tiers.iter().find(|tier| tier.uses_gpu())
+    {
+        return Err(LoadError::FactorOnGpu {
+            plan: plan.name.clone(),
+            tier: tier.tier.name.clone(),
+            tensor: gguf.tensors()[id].name.clone(),
+        });
+    }
     let places = Places::new(plan, spec.layers.len());
     let rejected =
         |tier: TierIdx, layer: usize, group: &'static str, why: String| LoadError::OnGpu {
@@ -37,6 +49,23 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
         .get(plan.kv_tier)
         .filter(|t| t.tier.is_gpu())
         .map(|_| plan.kv_tier);
+    for (place, group, why) in [
+        (places.embedding, "embedding", embedding(spec)),
+        (places.head, "head", head(spec)),
+    ] {
+        if let (Some(tier), Some(why)) = (place, why) {
+            // They follow the last layer, or precede the first.
+            let layer = if group == "head" {
+                spec.layers.len()
+            } else {
+                0
+            };
+            return Err(rejected(tier, layer, group, why));
+        }
+    }
+    if let Some((tier, index, why)) = experts(spec, plan).next() {
+        return Err(rejected(tier, index, "experts", why));
+    }
     for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
         if let (None, Some(tier)) = (at.mixer, cache) {
             return Err(rejected(
@@ -58,6 +87,11 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
                 at.mixer.and_then(|_| mixer(gguf, layer)),
             ),
             (at.ffn, ffn_group, at.ffn.and_then(|_| router(gguf, layer))),
+            (
+                at.shared,
+                "shared_expert",
+                at.shared.and_then(|_| blocks(layer)),
+            ),
         ];
         for (place, group, why) in rejections {
             if let (Some(tier), Some(why)) = (place, why) {
@@ -78,7 +112,12 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             )
         })
     };
+    if !layer.residual.mixer_is_plain() {
+        return Some("a norm of or a factor on the result of attention".into());
+    }
     match &layer.mixer {
+        Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
+        Mixer::ShortConv(_) => Some("a short convolution".into()),
         Mixer::Gqa(a) => {
             let linears = [&a.q, &a.k, &a.v, &a.o]
                 .into_iter()
@@ -108,8 +147,113 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
     }
 }
 
+/// Returns what of an attention no kernel of a GPU computes.
+fn attention(a: &GqaSpec) -> Option<&'static str> {
+    let norm = a.qk_norm;
+    let options = [
+        (a.softcap.is_some(), "a soft cap on attention scores"),
+        (
+            a.temperature.is_some(),
+            "scores that grow with the position",
+        ),
+        (a.value_norm, "a norm of values"),
+        (a.shared_kv.is_some(), "keys and values of another layer"),
+        (
+            a.window.is_some() && a.window_kind != WindowKind::Sliding,
+            "a chunked window",
+        ),
+        (
+            norm.is_some_and(|norm| norm.after_rope || norm.q.is_none() || norm.k.is_none()),
+            "a norm after rotation or without weights",
+        ),
+        (
+            matches!(a.gate, Some(OutputGate::Separate { .. })),
+            "gates with a matrix of their own",
+        ),
+    ];
+    options
+        .into_iter()
+        .find(|(has, _)| *has)
+        .map(|(_, what)| what)
+}
+
+/// Returns what of the embedding no kernel of a GPU computes.
+fn embedding(spec: &ModelSpec) -> Option<String> {
+    if spec.token_inputs.is_some() {
+        return Some("inputs of tokens for every layer".into());
+    }
+    (spec.embedding_scale != 1.0).then(|| "a factor on embeddings".into())
+}
+
+/// Returns what of the head no kernel of a GPU computes.
+fn head(spec: &ModelSpec) -> Option<String> {
+    let plain = spec.head == HeadOptions::default();
+    (!plain).then(|| "a bias, a factor or a soft cap on logits".into())
+}
+
+/// Returns the tiers whose GPUs have experts of a kind that none of their kernels computes, with
+/// layer and reason.
+fn experts<'a>(
+    spec: &'a ModelSpec,
+    plan: &'a Placement,
+) -> impl Iterator<Item = (TierIdx, usize, String)> + 'a {
+    spec.moe_layers()
+        .zip(&plan.layers)
+        .filter_map(|((index, moe), placed)| {
+            let why = activation(moe.activation).or(moe
+                .weigh_input
+                .then(|| "weights on what experts read".into()))?;
+            let pinned = placed.pinned.iter().filter(|pins| !pins.experts.is_empty());
+            let tiers = pinned
+                .map(|pins| pins.tier)
+                .chain((placed.slots > 0).then_some(placed.slot_tier));
+            let on_gpu = |tier: &TierIdx| plan.tiers.get(*tier).is_some_and(PlanTier::uses_gpu);
+            Some((tiers.into_iter().find(on_gpu)?, index, why))
+        })
+}
+
+/// Returns why no kernel of a GPU computes an activation, if so.
+fn activation(activation: Activation) -> Option<String> {
+    match activation {
+        Activation::Silu | Activation::ClampedSwiglu { .. } => None,
+        Activation::Gelu => Some("GELU".into()),
+        Activation::LimitedSilu { .. } => Some("SiLU with a limit".into()),
+    }
+}
+
+/// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
+fn blocks(layer: &LayerSpec) -> Option<String> {
+    let residual = &layer.residual;
+    if !residual.ffn_is_plain() || !residual.ends_plain() {
+        return Some("a norm of or a factor on the result of the feed-forward block".into());
+    }
+    match &layer.ffn {
+        Ffn::Dense(ffn) => dense_activation(ffn),
+        Ffn::Moe(moe) if !moe.is_plain() => {
+            Some("norms of, factors on, or a router apart from the experts".into())
+        }
+        Ffn::Moe(moe) => {
+            let gating = (moe.gating == Gating::SigmoidChosen)
+                .then(|| "sigmoid weights of experts chosen by their logits".into());
+            let shared = moe.shared.as_ref();
+            gating
+                .or(activation(moe.activation))
+                .or(shared.and_then(|shared| dense_activation(&shared.ffn)))
+        }
+    }
+}
+
+/// Returns why no kernel of a GPU computes a dense block's activation, if so. They have
+/// [`Activation::Silu`] only.
+fn dense_activation(ffn: &GatedFfn) -> Option<String> {
+    (ffn.activation != Activation::Silu).then(|| format!("{:?} in a dense block", ffn.activation))
+}
+
 /// Returns why a layer's router or dense block can't run on a GPU, if so.
 fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
+    if let Some(why) = blocks(layer) {
+        return Some(why);
+    }
     match &layer.ffn {
         Ffn::Dense(ffn) => [&ffn.gate, &ffn.up, &ffn.down]
             .into_iter()

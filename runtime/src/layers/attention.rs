@@ -12,6 +12,7 @@ use super::pages::{PAGE, PageIdx};
 use crate::layers::cpu_context::CpuContext;
 use std::cell::RefCell;
 use std::ops::Range;
+use tier_plan_formats::model::spec::WindowKind;
 use tier_plan_kernels::{Kernels, StoredRows};
 
 /// Positions per chunk: their scores stay in the second-level cache. Few in tests, so that there
@@ -66,13 +67,21 @@ pub(super) struct Attention<'a> {
     pub past: usize,
     /// Sliding window: positions that a token sees at most, its own and those just before it.
     pub window: Option<usize>,
+    /// Where a window begins.
+    pub window_kind: WindowKind,
+    /// Scores `s` become `cap · tanh(s / cap)`.
+    pub softcap: Option<f32>,
 }
 
 impl Attention<'_> {
     /// Returns the positions that a token of the batch sees.
     fn seen(&self, token: usize) -> Range<usize> {
         let end = self.past + token + 1;
-        self.window.map_or(0, |window| end.saturating_sub(window))..end
+        let start = self.window.map_or(0, |window| match self.window_kind {
+            WindowKind::Sliding => end.saturating_sub(window),
+            WindowKind::Chunked => (end - 1) / window * window,
+        });
+        start..end
     }
 }
 
@@ -439,6 +448,10 @@ impl Block<'_> {
             let seen = self.seen_of(chunk, self.tokens.start + query / heads);
             let range = query * CHUNK + seen.start - chunk * CHUNK
                 ..query * CHUNK + seen.end - chunk * CHUNK;
+            if let Some(cap) = a.softcap {
+                let capped = |s: &mut f32| *s = cap * (*s / cap).tanh();
+                scores[range.clone()].iter_mut().for_each(capped);
+            }
             (part.largest[query], part.sums[query]) = kernels.exp_minus_max(&mut scores[range]);
         }
         let width = a.value_width;

@@ -40,6 +40,19 @@ impl DeltaState {
         }
     }
 
+    /// Makes the state of a layer that remembers so many values of a convolution's inputs only.
+    pub(super) fn of_inputs(values: usize) -> Self {
+        Self {
+            inputs: vec![0.0; values],
+            matrices: Vec::new(),
+        }
+    }
+
+    /// Returns the convolution's inputs.
+    pub(super) fn inputs_mut(&mut self) -> &mut [f32] {
+        &mut self.inputs
+    }
+
     /// Forgets all tokens.
     pub(super) fn reset(&mut self) {
         self.inputs.fill(0.0);

@@ -1,4 +1,4 @@
-//! Mixers, which mix tokens: attention or a delta net. Each kind has one file, with its state of
+//! Mixers, which mix tokens: attention, a delta net or a short convolution. Each kind has one file, with its state of
 //! past tokens, its buffers and its computation.
 
 use super::cpu_context::CpuContext;
@@ -8,8 +8,9 @@ use super::kv_rows::{KeyValues, RowStore};
 use super::mla::MlaScratch;
 use super::pages::{PageIdx, StateIdx};
 use super::rope::RopeTable;
+use super::short_conv::ShortConvScratch;
 use super::weights::DenseWeights;
-use super::{delta, gqa, mla};
+use super::{delta, gqa, mla, short_conv};
 use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
@@ -39,7 +40,13 @@ impl LayerCache {
     pub(crate) fn new(mixer: &Mixer, kv_type: KvType, positions: usize, n_states: usize) -> Self {
         match mixer {
             Mixer::Gqa(a) => {
-                let rows = |width| RowStore::new(kv_type, a.n_head_kv, positions, width);
+                // A layer that shares another's keys and values has none of its own.
+                let n_head = if a.shared_kv.is_some() {
+                    0
+                } else {
+                    a.n_head_kv
+                };
+                let rows = |width| RowStore::new(kv_type, n_head, positions, width);
                 Self::Gqa(KeyValues {
                     keys: rows(a.key_dim),
                     values: rows(a.value_dim),
@@ -50,6 +57,10 @@ impl LayerCache {
                 Self::Mla(RowStore::new(kv_type, 1, positions, width))
             }
             Mixer::Delta(d) => Self::Delta((0..n_states).map(|_| DeltaState::new(d)).collect()),
+            Mixer::ShortConv(c) => {
+                let state = |_| DeltaState::of_inputs(c.state_values());
+                Self::Delta((0..n_states).map(state).collect())
+            }
         }
     }
 
@@ -62,7 +73,7 @@ impl LayerCache {
             .saturating_add(mixer.state_bytes());
         Self::OnGpu {
             bytes,
-            rewinds: !matches!(mixer, Mixer::Delta(_)),
+            rewinds: !matches!(mixer, Mixer::Delta(_) | Mixer::ShortConv(_)),
         }
     }
 
@@ -183,6 +194,7 @@ pub(crate) struct MixerScratch {
     gqa: GqaScratch,
     mla: MlaScratch,
     delta: DeltaScratch,
+    short_conv: ShortConvScratch,
 }
 
 impl MixerScratch {
@@ -192,6 +204,7 @@ impl MixerScratch {
             Mixer::Gqa(a) => self.gqa.reserve(rows, a),
             Mixer::Mla(a) => self.mla.reserve(rows, a),
             Mixer::Delta(d) => self.delta.reserve(rows, d),
+            Mixer::ShortConv(c) => self.short_conv.reserve(rows, c),
         }
     }
 }
@@ -284,6 +297,17 @@ pub(crate) fn mix(
         }
         (Mixer::Delta(spec), LayerCache::Delta(states)) => {
             delta::run(c, weights, spec, input, states, &mut scratch.delta, out);
+        }
+        (Mixer::ShortConv(spec), LayerCache::Delta(states)) => {
+            short_conv::run(
+                c,
+                weights,
+                spec,
+                input,
+                states,
+                &mut scratch.short_conv,
+                out,
+            );
         }
         _ => unreachable!("a layer's cache is made for its mixer"),
     }

@@ -15,4 +15,5 @@ pub(crate) mod places;
 pub mod probe;
 pub mod rope;
 pub mod router;
+pub(crate) mod short_conv;
 pub(crate) mod weights;

@@ -112,9 +112,11 @@ pub(crate) struct Rotations {
 }
 
 impl Rotations {
-    pub(crate) fn new(spec: &ModelSpec, weights: &DenseWeights) -> Self {
+    /// Makes the tables of a model for contexts of up to `context` tokens.
+    pub(crate) fn new(spec: &ModelSpec, weights: &DenseWeights, context: usize) -> Self {
         let (tables, of_layer) = tables(spec);
-        let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
+        let table =
+            |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.factors_for(context)));
         Self {
             tables: tables.iter().map(table).collect(),
             of_layer,
@@ -163,6 +165,7 @@ fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
             original_context,
             beta_fast,
             beta_slow,
+            ext,
         } => {
             // The pair whose wavelength makes `rotations` turns over the original context.
             let pair_of = |rotations: f32| {
@@ -173,7 +176,7 @@ fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
             let high = pair_of(beta_slow).ceil().min(spec.dims as f32 - 1.0);
             let scaled = plain.enumerate().map(|(i, f)| {
                 let ramp = ((i as f32 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
-                let kept = 1.0 - ramp;
+                let kept = (1.0 - ramp) * ext;
                 f / factor * (1.0 - kept) + f * kept
             });
             scaled.collect()
@@ -193,6 +196,7 @@ mod tests {
             scaling,
             magnitude: 1.0,
             freq_factors: None,
+            long_factors: None,
             sections: None,
         }
     }
@@ -263,6 +267,7 @@ mod tests {
             original_context: 4096.0,
             beta_fast: 32.0,
             beta_slow: 1.0,
+            ext: 1.0,
         };
         let plain = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
         let yarn = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);

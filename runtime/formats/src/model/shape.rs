@@ -142,14 +142,14 @@ pub fn shape_of_file(path: &Path) -> Result<ModelShape, ModelError> {
 pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
     let tensors = gguf.tensors();
     let bytes = |ids: &[usize]| ids.iter().map(|id| tensors[*id].n_bytes).sum::<u64>();
-    let embedding_row = tensors[spec.embedding].n_bytes / spec.n_vocab as u64;
     let dense = spec
         .dense_groups()
         .iter()
         .map(|group| {
             let bytes = bytes(&group.tensors);
             let token_bytes = if group.kind == DenseKind::Embedding {
-                embedding_row
+                // Each tensor has a row per token of the vocabulary.
+                bytes / spec.n_vocab as u64
             } else {
                 bytes
             };
@@ -200,7 +200,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
 }
 
 /// Returns the KV cache rows and recurrent state of a layer with this mixer.
-fn cache_shape(mixer: &Mixer) -> CacheShape {
+pub fn cache_shape(mixer: &Mixer) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(mixer) {
         *found
@@ -223,12 +223,12 @@ fn cache_shape(mixer: &Mixer) -> CacheShape {
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
     let window = match mixer {
         Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
-        Mixer::Mla(_) | Mixer::Delta(_) => None,
+        Mixer::Mla(_) | Mixer::Delta(_) | Mixer::ShortConv(_) => None,
     };
     let queries = match mixer {
         Mixer::Gqa(attention) => attention.n_head as u64 / (attention.n_head_kv as u64).max(1),
         Mixer::Mla(attention) => 2 * attention.n_head as u64,
-        Mixer::Delta(_) => 0,
+        Mixer::Delta(_) | Mixer::ShortConv(_) => 0,
     };
     let rows = |CacheRows { n, width }| KvRows {
         width: width as u64,

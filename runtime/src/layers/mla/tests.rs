@@ -30,6 +30,7 @@ const SCALE: f32 = 0.3;
 const TEMPERATURE: Temperature = Temperature {
     scale: 0.2,
     length: 3,
+    offset: 0,
 };
 
 /// Numbers within -1 to 1, the same ones for a seed.
@@ -193,6 +194,7 @@ fn layer(case: Case) -> Layer {
             scaling: RopeScaling::None,
             magnitude: MAGNITUDE,
             freq_factors: None,
+            long_factors: None,
             sections: None,
         },
         q_down: case.low_rank_queries.then(|| LowRank {
