@@ -246,6 +246,7 @@ impl Architecture {
                     per_token,
                     queries,
                     window: window.filter(|_| !full).map(u64::from),
+                    chosen: None,
                 }
             }
             Attention::Mla {
@@ -260,6 +261,7 @@ impl Architecture {
                     per_token: 1,
                     queries: 2 * u64::from(heads),
                     window: None,
+                    chosen: None,
                 }
             }
         };

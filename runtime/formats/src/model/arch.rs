@@ -3,17 +3,22 @@
 use super::source::Source;
 use super::spec::ModelSpec;
 use super::{
-    ModelError, NotAModel, deepseek2, glm4moe, gpt_oss, llama, minimax_m2, olmoe, qwen2moe, qwen3,
-    qwen3next,
+    ModelError, NotAModel, bailingmoe3, deepseek2, deepseek32, dots3note, glm4moe, gpt_oss, kimi,
+    llama, minimax_m2, olmoe, qwen2moe, qwen3, qwen3next,
 };
 use crate::gguf::Gguf;
 
 type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 
-const ARCHITECTURES: [(&str, Describe); 11] = [
+const ARCHITECTURES: [(&str, Describe); 16] = [
+    ("bailingmoe3", bailingmoe3::describe),
     ("deepseek2", deepseek2::describe),
+    ("deepseek32", deepseek32::describe),
+    ("dots3note", dots3note::describe),
+    ("glm-dsa", deepseek32::describe),
     ("glm4moe", glm4moe::describe),
     ("gpt-oss", gpt_oss::describe),
+    ("kimi-linear", kimi::describe),
     ("llama", llama::describe),
     ("minimax-m2", minimax_m2::describe),
     ("olmoe", olmoe::describe),

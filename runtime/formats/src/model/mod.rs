@@ -4,13 +4,20 @@
 //! runs specs and knows no architecture by name.
 
 mod arch;
+mod bailingmoe3;
 mod blocks;
 mod deepseek2;
+mod deepseek32;
+mod dots3note;
+mod ffn_layers;
 mod glm4moe;
 mod gpt_oss;
+mod kda;
+mod kimi;
 pub mod kv;
 mod llama;
 mod minimax_m2;
+mod mla;
 mod not_a_model;
 mod olmoe;
 mod opened;
