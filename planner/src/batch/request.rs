@@ -129,7 +129,10 @@ impl Sampling {
             repeat_last_n,
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
-            logit_bias: self.logit_bias.clone(),
+            logit_bias: match self.logit_bias.as_slice() {
+                [] => defaults.logit_bias.clone(),
+                own => own.to_vec(),
+            },
             seed: self.seed.unwrap_or(defaults.seed),
         }
     }

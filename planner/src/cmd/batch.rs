@@ -3,6 +3,7 @@
 use crate::batch::{Batch, Input, Options, Output, Prompts, Summary};
 use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
+use crate::cmd::args::sampling;
 use crate::cmd::args::{ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, PreTokenizerArgs};
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::interrupt::Interrupted;
@@ -207,6 +208,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         .transpose()?;
     let mut input = Input::open(requests)?;
     let prepared = Prepared::open(model, opening)?;
+    sampling::check_biases(&sampling, prepared.spec().n_vocab)?;
     let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let template = match input.has_chats() {
         true => template(&prepared, &tokenizer, given)?,

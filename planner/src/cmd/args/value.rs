@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
+use tier_plan_runtime::sampler::LogitBias;
 
 /// Most tokens to generate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,6 +139,23 @@ pub fn top_k(text: &str) -> Result<usize, String> {
     }
 }
 
+/// Returns the token and the bias that a text has, such as `15043-1.5`.
+///
+/// # Errors
+/// What is expected.
+pub fn logit_bias(text: &str) -> Result<LogitBias, String> {
+    let parsed = text.find(['+', '-']).and_then(|sign| {
+        let (token, bias) = text.split_at(sign);
+        Some(LogitBias {
+            token: token.parse().ok()?,
+            bias: bias.parse().ok()?,
+        })
+    });
+    parsed.ok_or_else(|| {
+        "expected the id of a token, + or -, and a bias of up to 100, such as 15043-1.5".to_string()
+    })
+}
+
 /// Path of a file, or nothing where an environment variable only says yes.
 pub fn file_or_yes(text: &str) -> Result<Option<std::path::PathBuf>, Infallible> {
     let yes = ["1", "y", "yes", "t", "true", "on"]
@@ -158,5 +176,16 @@ mod tests {
         assert_eq!((context("0"), threads("2")), (Ok(0), Ok(2)));
         assert!(context("-1").unwrap_err().contains("0 for the model's"));
         assert!(threads("-1").unwrap_err().contains("without the option"));
+    }
+
+    #[test]
+    fn a_bias_follows_the_id_of_its_token() {
+        let bias = |token, bias| Ok(LogitBias { token, bias });
+        assert_eq!(logit_bias("15043-1.5"), bias(15043, -1.5));
+        assert_eq!(logit_bias("7+100"), bias(7, 100.0));
+        assert_eq!(logit_bias("7+1e-2"), bias(7, 0.01));
+        for bad in ["", "7", "-1", "7+", "7*2", "x+1", "4294967296+1", "+1+1"] {
+            assert!(logit_bias(bad).unwrap_err().contains("15043-1.5"), "{bad}");
+        }
     }
 }
