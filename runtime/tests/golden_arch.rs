@@ -321,7 +321,11 @@ fn keys_and_values_in_fewer_bits_stay_close() {
                 .collect()
         };
         let exact = chosen(KvType::F32);
-        for (kv_type, most) in [(KvType::F16, 1e-6), (KvType::Q8_0, 5e-4)] {
+        // Where an indexer chooses rows, a rounded key may lose its place to another.
+        let caches = shape.caches.iter().flat_map(|cache| &cache.rows);
+        let chooses = caches.into_iter().any(|rows| rows.chosen.is_some());
+        let of_eight_bits = if chooses { 2e-2 } else { 5e-4 };
+        for (kv_type, most) in [(KvType::F16, 1e-6), (KvType::Q8_0, of_eight_bits)] {
             let (prompt, decoded, _) = run(&fixture, &all_in_memory(&shape, context, kv_type), 512);
             let alike = exact
                 .iter()
@@ -359,7 +363,13 @@ fn keys_and_values_in_fewer_bits_stay_close() {
 /// Longer than a few chunks of attention, so that threads share out one token's context.
 #[test]
 fn long_contexts_depend_neither_on_threads_nor_on_batches() {
-    for name in ["qwen3-dense", "gpt-oss", "deepseek-v3"] {
+    for name in [
+        "qwen3-dense",
+        "gpt-oss",
+        "deepseek-v3",
+        "glm-dsa",
+        "dots3note",
+    ] {
         let fixture = golden(name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let n_vocab = fixture.n_vocab as u32;
@@ -418,7 +428,13 @@ fn shared_experts_and_biases_are_counted() {
         let fixture = golden(&name);
         let shape = shape_of_file(&fixture.path).unwrap();
         let gguf = Gguf::open(&fixture.path).unwrap();
-        let total: u64 = gguf.tensors().iter().map(|t| t.n_bytes).sum();
+        // Blocks after the last layer predict tokens further ahead, and are left out.
+        let in_model = |name: &str| {
+            let block = name.strip_prefix("blk.").and_then(|n| n.split('.').next());
+            block.is_none_or(|block| block.parse::<u32>().unwrap() < shape.n_layer)
+        };
+        let tensors = || gguf.tensors().iter().filter(|t| in_model(&t.name));
+        let total: u64 = tensors().map(|t| t.n_bytes).sum();
         assert_eq!(
             shape.weight_bytes(),
             total,
@@ -429,9 +445,7 @@ fn shared_experts_and_biases_are_counted() {
             .iter()
             .filter(|d| d.kind == DenseKind::SharedExpert)
             .count();
-        let expected = gguf
-            .tensors()
-            .iter()
+        let expected = tensors()
             .filter(|t| t.name.ends_with(".ffn_up_shexp.weight"))
             .count();
         assert_eq!(shared, expected, "{name}");

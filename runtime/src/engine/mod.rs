@@ -39,6 +39,8 @@ mod residual;
 #[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
+mod rewritten_sparse_tests;
+#[cfg(test)]
 mod rewritten_tests;
 mod sequences;
 #[cfg(test)]

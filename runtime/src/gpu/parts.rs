@@ -229,6 +229,7 @@ fn activation(activation: Activation) -> Option<String> {
         Activation::Silu | Activation::ClampedSwiglu { .. } => None,
         Activation::Gelu => Some("GELU".into()),
         Activation::LimitedSilu { .. } => Some("SiLU with a limit".into()),
+        Activation::Situ { .. } => Some("SiTU".into()),
     }
 }
 

@@ -26,6 +26,9 @@ use tier_plan_kernels::{ActView, StoredRows};
 /// Ratings that are held at once: 16 MiB. Few in tests, so that there are several parts.
 const MAX_RATINGS: usize = if cfg!(test) { 64 } else { 4 << 20 };
 
+/// Bytes of the ratings that are held at once.
+pub(crate) const RATING_BYTES: u64 = (MAX_RATINGS * size_of::<f32>()) as u64;
+
 /// Positions that a thread rates for a token at a time.
 const CHUNK: usize = if cfg!(test) { 16 } else { 512 };
 

@@ -150,6 +150,14 @@ pub enum Activation {
         /// Bound on both factors.
         limit: f32,
     },
+    /// `beta · tanh(gate / beta) · sigmoid(gate) · u`, where `u` is `linear · tanh(up / linear)`, or
+    /// up itself where `linear` is 0 (Kimi K3).
+    Situ {
+        /// Bound on the gate.
+        beta: f32,
+        /// Bound on up, or 0.
+        linear: f32,
+    },
     /// `g · sigmoid(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` = up within ±`limit`.
     ClampedSwiglu {
         /// Steepness of the sigmoid.
