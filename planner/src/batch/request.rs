@@ -34,6 +34,8 @@ pub enum Code {
     Unsupported,
     /// The prompt with the tokens asked for does not fit the context.
     ContextLengthExceeded,
+    /// The request is right, and yet it failed while it was computed.
+    ServerError,
 }
 
 impl Code {
@@ -44,6 +46,7 @@ impl Code {
             Code::InvalidRequest => "invalid_request",
             Code::Unsupported => "unsupported",
             Code::ContextLengthExceeded => "context_length_exceeded",
+            Code::ServerError => "server_error",
         }
     }
 }

@@ -1,9 +1,10 @@
-//! `deepseek2`: DeepSeek V2 and V3, Kimi K2 and their relatives. Latent attention, leading dense
+//! `deepseek2` and `mistral4`: DeepSeek V2 and V3, Kimi K2, Mistral 4 and their relatives. Latent attention, leading dense
 //! layers, then routed and shared experts.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
 use super::mla::{MlaSizes, Queries, kv_up, mla_spec};
+use super::options::yarn_magnitude;
 use super::source::Source;
 use super::spec::{
     Activation, Ffn, Gating, LayerSpec, Mixer, MlaSpec, ModelSpec, Residual, RopeKind, RopeScaling,
@@ -163,6 +164,10 @@ impl Mla {
 fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, ModelError> {
     let name = "rope.scaling.yarn_log_multiplier";
     let multiplier = s.f32_or(name, 0.0)?;
+    if s.arch() == "mistral4" {
+        let factor = scaled_magnitude(s, multiplier, rope)?;
+        return Ok(factor * factor / (key_dim as f32).sqrt());
+    }
     let sharpness = match rope.scaling {
         RopeScaling::None => rope.magnitude,
         // Written for YaRN, but the reference engine has no such condition.
@@ -185,6 +190,40 @@ fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, Mod
             format!("{multiplier} makes the factor on attention scores {scale}"),
         ))
     }
+}
+
+/// Sets the magnitude of what rotates in `mistral4`, and returns the root of the factor on its
+/// scores: `1 + 0.1 · ln(factor)`, by which the magnitude is greater and which the multiplier `m`
+/// divides again by `1 + m · ln(factor)`. The bounds of YaRN's ramp are not read.
+fn scaled_magnitude(
+    s: &Source<'_>,
+    multiplier: f32,
+    rope: &mut RopeSpec,
+) -> Result<f32, ModelError> {
+    let factor = match &mut rope.scaling {
+        RopeScaling::None => return Ok(1.0),
+        RopeScaling::Linear(factor) => return Ok(yarn_magnitude(*factor, 1.0)),
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            ..
+        } => {
+            (*beta_fast, *beta_slow) = (32.0, 1.0);
+            *factor
+        }
+    };
+    if multiplier != 0.0 {
+        rope.magnitude /= 1.0 + multiplier * factor.max(1.0).ln();
+    }
+    if !rope.magnitude.is_finite() {
+        let what = format!(
+            "{multiplier} makes the rotation's magnitude {}",
+            rope.magnitude
+        );
+        return Err(s.bad("rope.scaling.yarn_log_multiplier", what));
+    }
+    Ok(yarn_magnitude(factor, 1.0))
 }
 
 fn temperature(s: &Source<'_>) -> Result<Option<Temperature>, ModelError> {

@@ -93,6 +93,34 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// Reads a count from 0 to `max` that the file must have.
+    pub(super) fn count_up_to(&self, name: &str, max: usize) -> Result<usize, ModelError> {
+        match self.count(name)? as usize {
+            0 => Ok(0),
+            n => self.in_bounds(name, n, max),
+        }
+    }
+
+    /// Reads a finite number that the file must have.
+    pub(super) fn required_f32(&self, name: &str) -> Result<f32, ModelError> {
+        self.gguf.f32(&self.key(name))?;
+        self.f32_or(name, 0.0)
+    }
+
+    /// Returns the width of `expert_shared_count` shared experts of `one` as one block; 0 without
+    /// any. The file must have the count.
+    pub(super) fn shared_width(&self, one: usize) -> Result<usize, ModelError> {
+        let name = "expert_shared_count";
+        let width = (self.count(name)? as usize).saturating_mul(one);
+        if width > MAX_DIM as usize {
+            return Err(self.bad(
+                name,
+                format!("{width} values in all; expected up to {MAX_DIM}"),
+            ));
+        }
+        Ok(width)
+    }
+
     /// Reads a count, 0 where it is absent.
     pub(super) fn opt_count(&self, name: &str) -> Result<u32, ModelError> {
         Ok(self.gguf.opt_u32(&self.key(name))?.unwrap_or(0))
@@ -111,6 +139,42 @@ impl<'a> Source<'a> {
             .collect()
     }
 
+    /// Reads a layer's dimension, which is given once or per layer; others may be 0.
+    pub(super) fn dim_of_layer(
+        &self,
+        name: &str,
+        layer: usize,
+        n_layer: usize,
+    ) -> Result<usize, ModelError> {
+        let value = self.counts_per_layer(name, n_layer)?[layer];
+        self.check_dim(name, value)
+    }
+
+    /// Reads finite numbers that are given once or per layer.
+    pub(super) fn numbers_per_layer(
+        &self,
+        name: &str,
+        n_layer: usize,
+        default: f32,
+    ) -> Result<Vec<f32>, ModelError> {
+        let key = self.key(name);
+        let mut numbers = match self.gguf.get(&key) {
+            Some(Value::Array(_)) => self.gguf.opt_number_array(&key)?.unwrap_or_default(),
+            _ => vec![self.f32_or(name, default)?; n_layer],
+        };
+        numbers.truncate(n_layer);
+        if numbers.len() < n_layer || numbers.iter().any(|x| !x.is_finite()) {
+            let what = format!("expected a finite number for each of {n_layer} layers");
+            return Err(self.bad(name, what));
+        }
+        Ok(numbers)
+    }
+
+    /// Returns whether a key has an array.
+    pub(super) fn is_array(&self, name: &str) -> bool {
+        matches!(self.gguf.get(&self.key(name)), Some(Value::Array(_)))
+    }
+
     /// Reads a count that is given once or per layer, and may be 0.
     pub(super) fn counts_per_layer(
         &self,
@@ -118,6 +182,14 @@ impl<'a> Source<'a> {
         n_layer: usize,
     ) -> Result<Vec<u32>, ModelError> {
         Ok(self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?)
+    }
+
+    /// Reads booleans that the file must have: one per layer, or one for all.
+    pub(super) fn flags(&self, name: &str, n_layer: usize) -> Result<Vec<bool>, ModelError> {
+        match self.opt_flags(name, n_layer)? {
+            Some(flags) => Ok(flags),
+            None => Err(self.bad(name, "is missing; expected one flag per layer")),
+        }
     }
 
     /// Reads booleans: one per layer (or more, of trailing prediction blocks too), or one for all.
@@ -344,6 +416,12 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// Returns the rows of a tensor, if the file has it.
+    pub(super) fn rows_of(&self, name: &str) -> Option<u64> {
+        let id = *self.index.get(name)?;
+        self.gguf.tensors()[id].dims.get(1).copied()
+    }
+
     /// Whether the file has a tensor of this name.
     pub(super) fn has_tensor(&self, name: &str) -> bool {
         self.index.contains_key(name)
@@ -394,13 +472,44 @@ impl<'a> Source<'a> {
         Ok((self.tensor(name, &[hidden, n_vocab])?, n_vocab))
     }
 
-    /// Reads the rotary embedding of a head of `head_dim` values.
-    pub(super) fn rope(&self, kind: RopeKind, head_dim: usize) -> Result<RopeSpec, ModelError> {
-        let dims = self.opt_dim("rope.dimension_count")?.unwrap_or(head_dim);
+    /// Reads how many of a head's `head_dim` values rotate, `default` without a key.
+    pub(super) fn rope_dims(
+        &self,
+        name: &str,
+        default: usize,
+        head_dim: usize,
+    ) -> Result<usize, ModelError> {
+        let dims = self.opt_dim(name)?.unwrap_or(default);
         if dims > head_dim || !dims.is_multiple_of(2) {
             let what = format!("{dims}; expected an even number up to the head's {head_dim}");
-            return Err(self.bad("rope.dimension_count", what));
+            return Err(self.bad(name, what));
         }
+        Ok(dims)
+    }
+
+    /// Reads the sections of rotating pairs, which the file must have.
+    pub(super) fn sections(&self) -> Result<[u32; 4], ModelError> {
+        let name = "rope.dimension_sections";
+        self.opt_sections(name)?
+            .ok_or_else(|| self.bad(name, "is missing; expected up to four counts"))
+    }
+
+    /// Reads the rotary embedding of a head of `head_dim` values.
+    pub(super) fn rope(&self, kind: RopeKind, head_dim: usize) -> Result<RopeSpec, ModelError> {
+        let rope = self.rope_without_factors(kind, head_dim)?;
+        Ok(RopeSpec {
+            freq_factors: self.opt_vector("rope_freqs.weight", rope.dims / 2)?,
+            ..rope
+        })
+    }
+
+    /// Reads the rotary embedding of a head of `head_dim` values, without divisors of frequencies.
+    pub(super) fn rope_without_factors(
+        &self,
+        kind: RopeKind,
+        head_dim: usize,
+    ) -> Result<RopeSpec, ModelError> {
+        let dims = self.rope_dims("rope.dimension_count", head_dim, head_dim)?;
         let base = self.rope_base("rope.freq_base", 10_000.0)?;
         let scaling = self.rope_scaling()?;
         // YaRN's own factor, which makes attention over more tokens as sharp as over the original
@@ -415,7 +524,7 @@ impl<'a> Source<'a> {
             base,
             scaling,
             magnitude: self.f32_or("rope.scaling.attn_factor", 1.0)? * sharpened,
-            freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
+            freq_factors: None,
             long_factors: None,
             sections: None,
         })
