@@ -17,7 +17,7 @@ use tier_plan_testing::data;
 
 /// A fixture, ready to be rewritten.
 fn fixture(name: &str) -> Writer {
-    Writer::from_gguf(&Gguf::open(&data(&format!("arch/{name}.gguf"))).unwrap())
+    Writer::from_gguf(&Gguf::open(&data(&format!("arch2/{name}.gguf"))).unwrap())
 }
 
 fn open(writer: &Writer) -> (tempfile::NamedTempFile, Arc<Gguf>) {
