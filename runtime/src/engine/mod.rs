@@ -42,6 +42,8 @@ mod residual;
 #[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
+mod rewritten_sparse_tests;
+#[cfg(test)]
 mod rewritten_tests;
 #[cfg(test)]
 mod scaled_tests;

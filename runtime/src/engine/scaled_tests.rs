@@ -124,7 +124,10 @@ fn a_matrix_of_integers_is_refused_by_name() {
     tensor.type_id = TensorType::I16 as u32;
     file.tensors.push(tensor);
     let message = error(&file);
-    assert!(message.contains(name) && message.contains("is I16"), "{message}");
+    assert!(
+        message.contains(name) && message.contains("is I16"),
+        "{message}"
+    );
 }
 
 #[test]
