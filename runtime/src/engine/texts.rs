@@ -46,11 +46,14 @@ impl Engine {
     /// # Errors
     /// When the folder can't be made or listed.
     pub fn keep_in(&mut self, folder: &Path, most_bytes: u64) -> Result<(), LoadError> {
+        let context = self.plan.context as usize;
+        let is_long = self.spec().rotates_for_long_contexts(context);
         let depends_on = format!(
-            "model {} cache {} kernels {} pages of {PAGE}",
+            "model {} cache {} kernels {} pages of {PAGE}{}",
             self.shape().id.hash,
             self.plan.kv_type,
-            self.backends.kernels.isa().name()
+            self.backends.kernels.isa().name(),
+            if is_long { ", for long contexts" } else { "" }
         );
         let files = KeptFiles::open(folder, most_bytes, depends_on)?;
         self.sequences.keep_in(files);
