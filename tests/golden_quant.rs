@@ -115,6 +115,32 @@ fn q6_k() {
 }
 
 #[test]
+fn q1_0() {
+    check("Q1_0", 1e-2, false);
+}
+
+#[test]
+fn q2_0() {
+    check("Q2_0", 1e-2, false);
+}
+
+#[test]
+fn tq1_0() {
+    check("TQ1_0", 1e-2, false);
+}
+
+#[test]
+fn tq2_0() {
+    check("TQ2_0", 1e-2, false);
+}
+
+/// With a factor on each matrix and on each expert, in tensors beside them.
+#[test]
+fn nvfp4() {
+    check("NVFP4", 1e-2, false);
+}
+
+#[test]
 fn an_unknown_instruction_set_is_refused() {
     let args = [
         "logits",

@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 10] = [
+pub static MODULES: [Module; 11] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -123,6 +123,11 @@ pub static MODULES: [Module; 10] = [
         text: include_str!("kernels/iq.cu"),
         kernels: format_kernels!("iq": "IQ2_XXS" "IQ2_XS" "IQ2_S" "IQ3_XXS" "IQ3_S" "IQ1_S" "IQ1_M"),
     },
+    Module {
+        name: "compact.cu",
+        text: include_str!("kernels/compact.cu"),
+        kernels: format_kernels!("compact": "Q1_0" "Q2_0" "TQ1_0" "TQ2_0" "NVFP4"),
+    },
 ];
 
 /// Returns the headers that modules include, as pairs of name and text.
@@ -143,6 +148,10 @@ pub fn headers() -> &'static [(&'static str, String)] {
             ("small.cuh", include_str!("kernels/small.cuh").to_string()),
             ("k.cuh", include_str!("kernels/k.cuh").to_string()),
             ("iq.cuh", include_str!("kernels/iq.cuh").to_string()),
+            (
+                "compact.cuh",
+                include_str!("kernels/compact.cuh").to_string(),
+            ),
             ("halves.cuh", include_str!("kernels/halves.cuh").to_string()),
             ("rows.cuh", include_str!("kernels/rows.cuh").to_string()),
             ("grids.cuh", grids_header()),
@@ -250,6 +259,7 @@ mod tests {
         assert_eq!(family(TensorType::Q2_K), ("matvecs_k", 0));
         assert_eq!(family(TensorType::MXFP4), ("matvecs_small", 6));
         assert_eq!(family(TensorType::F16), ("matvecs_float", 1));
+        assert_eq!(family(TensorType::NVFP4), ("matvecs_compact", 4));
         let mut names: Vec<&str> = MODULES.iter().flat_map(|m| m.kernels).copied().collect();
         let n_names = names.len();
         names.sort_unstable();

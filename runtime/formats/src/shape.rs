@@ -8,6 +8,8 @@
 mod check;
 mod mix;
 #[cfg(test)]
+mod mixers_tests;
+#[cfg(test)]
 mod tests;
 mod weights;
 mod wire;
@@ -22,6 +24,7 @@ use crate::model::kv::KvRows;
 use crate::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 use crate::source_id::SourceId;
 use serde::Deserialize;
+use std::cmp::Ordering;
 use std::path::Path;
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -49,27 +52,78 @@ pub struct Architecture {
     pub leading_dense: u32,
     /// Width inside those blocks; 0 where there are none.
     pub dense_ffn: u32,
-    /// Attention, the same in every layer.
-    pub attention: Attention,
+    /// Every kind of attention, or of another mixer, with the layers that have it. Each layer has
+    /// one.
+    pub mixers: Vec<Mixers>,
     /// Routed experts of the other layers.
     pub experts: Option<Experts>,
+    /// A table beside the embedding, of which a token reads a few rows.
+    pub table: Option<Table>,
     /// Source of the figures.
     pub source: String,
     /// Hash of the file it was read from; the name repeated.
     pub id: SourceId,
 }
 
-/// How a layer attends.
+/// Layers whose mixers are alike.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mixers {
+    /// The layers, ascending.
+    pub layers: Vec<u32>,
+    /// What they have.
+    pub attention: Attention,
+}
+
+/// A table of rows that are chosen by tokens alone, such as embeddings of n-grams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Table {
+    /// Number of rows.
+    pub rows: u64,
+    /// Values of a row.
+    pub width: u32,
+    /// Rows that a token reads.
+    pub read: u32,
+}
+
+/// Rows of the KV cache that a mixer of [`Attention::Given`] keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GivenRows {
+    /// Values of a row.
+    pub width: u32,
+    /// Rows that so many tokens add.
+    pub per_token: u32,
+    /// Tokens that share them: more than 1 where rows are compressed.
+    pub every: u32,
+    /// Dot products per row for each later token.
+    pub queries: u32,
+    /// Positions that a token looks back at, its own included; all of them when `None`.
+    pub window: Option<u32>,
+}
+
+/// How a layer attends.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Attention {
+    /// A mixer that is known by what it costs: for recurrences, compressed and sparse attention.
+    Given {
+        /// Values of its matrices, all of which a token is multiplied with.
+        parameters: u64,
+        /// What it keeps of every token.
+        rows: Vec<GivenRows>,
+        /// Bytes of recurrent state.
+        state_bytes: u64,
+    },
     /// Grouped key and value heads.
     Gqa {
         /// Number of query heads.
         heads: u32,
         /// Key and value heads.
         kv_heads: u32,
-        /// Width of a head.
+        /// Width of a head of queries and keys.
         head: u32,
+        /// Width of a head of values.
+        value: u32,
+        /// Whether values are the keys, so that they have no matrix of their own.
+        keys_are_values: bool,
         /// Queries, keys and values have biases.
         bias: bool,
         /// The output has a bias.
@@ -115,16 +169,25 @@ pub enum Norms {
 }
 
 /// Routed experts of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Experts {
+    /// The layers that have them, ascending.
+    pub layers: Vec<u32>,
     /// Number of routed experts.
     pub count: u32,
     /// Experts per token.
     pub used: u32,
     /// Inner width of an expert.
     pub ffn: u32,
+    /// Outer width of an expert: that of the hidden state, unless experts work in a narrower space
+    /// with a projection to it and one back.
+    pub hidden: u32,
+    /// Whether an expert has a gate: three matrices instead of two.
+    pub gated: bool,
     /// Experts of the same width that every token uses besides.
     pub shared: u32,
+    /// Inner width of all that every token uses besides; 0 where there is none.
+    pub shared_ffn: u32,
     /// The experts' matrices have biases.
     pub bias: bool,
     /// The router has a bias.
@@ -146,11 +209,23 @@ pub struct Parameters {
 impl Architecture {
     /// Returns the number of layers with routed experts.
     pub fn moe_layers(&self) -> u32 {
-        if self.experts.is_some() {
-            self.layers - self.leading_dense
-        } else {
-            0
-        }
+        let experts = self.experts.as_ref();
+        experts.map_or(0, |experts| experts.layers.len() as u32)
+    }
+
+    /// Returns the routed experts of a layer, if it has some.
+    fn experts_of(&self, layer: u32) -> Option<&Experts> {
+        let experts = self.experts.as_ref();
+        experts.filter(|experts| experts.layers.binary_search(&layer).is_ok())
+    }
+
+    /// Returns the mixer of a layer.
+    fn attention_of(&self, layer: u32) -> &Attention {
+        let has = |mixers: &&Mixers| mixers.layers.binary_search(&layer).is_ok();
+        let mixers = self.mixers.iter().find(has);
+        &mixers
+            .unwrap_or_else(|| unreachable!("every layer has a mixer: that is checked"))
+            .attention
     }
 
     /// Counts the parameters of the whole model, and of a token.
@@ -167,6 +242,10 @@ impl Architecture {
                 _ => total,
             };
         }
+        if let Some(table) = self.table {
+            sum.total += table.rows * u64::from(table.width);
+            sum.active += u64::from(table.read) * u64::from(table.width);
+        }
         sum
     }
 
@@ -174,12 +253,9 @@ impl Architecture {
     pub fn model_shape(&self, mix: Mix) -> ModelShape {
         let (mut dense, mut experts) = (Vec::new(), Vec::new());
         for group in self.groups() {
-            let place = Place {
-                layer: group.layer.unwrap_or(0),
-                ..self.place()
-            };
+            let place = self.place(group.layer.unwrap_or(0));
             let bytes: u64 = group.weights.iter().map(|w| w.bytes(mix, &place)).sum();
-            match (group.kind, self.experts) {
+            match (group.kind, &self.experts) {
                 (Some(kind), _) => {
                     let rows = if kind == DenseKind::Embedding {
                         u64::from(self.vocab)
@@ -205,10 +281,14 @@ impl Architecture {
                     n_expert: of.count,
                     n_used: of.used,
                     expert_bytes: bytes / u64::from(of.count),
-                    expert_macs: 3 * u64::from(self.hidden) * u64::from(of.ffn),
+                    expert_macs: of.matrices() * u64::from(of.hidden) * u64::from(of.ffn),
                 }),
                 (None, None) => {}
             }
+        }
+        if let Some(table) = self.table {
+            let row_bytes = weights::table_row(&table).bytes(mix, &self.place(0));
+            add_table(&mut dense, table, row_bytes);
         }
         let hash = xxh3_128(format!("{} {}", self.id.hash, mix.name()).as_bytes());
         ModelShape {
@@ -230,23 +310,34 @@ impl Architecture {
     /// Returns a layer's KV cache: key and value of each head, or its one latent with its rotated
     /// key part.
     fn cache(&self, layer: u32) -> CacheShape {
-        let rows = match self.attention {
+        let (rows, state_bytes) = match *self.attention_of(layer) {
+            Attention::Given {
+                ref rows,
+                state_bytes,
+                ..
+            } => (rows.iter().map(given_rows).collect(), state_bytes),
             Attention::Gqa {
                 heads,
                 kv_heads,
                 head,
+                value,
                 window,
                 full_every,
                 ..
             } => {
                 let full = full_every > 0 && (layer + 1).is_multiple_of(full_every);
-                let (per_token, queries) = (2 * u64::from(kv_heads), u64::from(heads / kv_heads));
-                KvRows {
-                    width: head.into(),
-                    per_token,
-                    queries,
+                let rows = |width: u32, per_head: u64| KvRows {
+                    width: width.into(),
+                    per_token: per_head * u64::from(kv_heads),
+                    queries: u64::from(heads / kv_heads),
                     window: window.filter(|_| !full).map(u64::from),
-                }
+                };
+                let rows = match head.cmp(&value) {
+                    Ordering::Equal => vec![rows(head, 2)],
+                    Ordering::Less => vec![rows(head, 1), rows(value, 1)],
+                    Ordering::Greater => vec![rows(value, 1), rows(head, 1)],
+                };
+                (rows, 0)
             }
             Attention::Mla {
                 heads,
@@ -255,23 +346,22 @@ impl Architecture {
                 ..
             } => {
                 let width = u64::from(kv_rank) + u64::from(rope);
-                KvRows {
+                let rows = KvRows {
                     width,
                     per_token: 1,
                     queries: 2 * u64::from(heads),
                     window: None,
-                }
+                };
+                (vec![rows], 0)
             }
         };
-        CacheShape {
-            rows: vec![rows],
-            state_bytes: 0,
-        }
+        CacheShape { rows, state_bytes }
     }
 
-    /// Returns what the mixes depend on, for no layer in particular.
-    fn place(&self) -> Place {
-        let gqa = match self.attention {
+    /// Returns what the mixes depend on in a layer.
+    fn place(&self, layer: u32) -> Place {
+        let gqa = match *self.attention_of(layer) {
+            Attention::Given { .. } => 1,
             Attention::Gqa {
                 heads, kv_heads, ..
             } => heads / kv_heads,
@@ -279,12 +369,51 @@ impl Architecture {
             Attention::Mla { heads, .. } => heads,
         };
         Place {
-            layer: 0,
+            layer,
             n_layer: self.layers,
-            n_expert: self.experts.map_or(0, |e| e.count),
+            n_expert: self.experts.as_ref().map_or(0, |e| e.count),
             heads_per_kv: gqa,
             tied: self.tied,
         }
+    }
+}
+
+impl Experts {
+    /// Returns the matrices of an expert.
+    fn matrices(&self) -> u64 {
+        if self.gated { 3 } else { 2 }
+    }
+}
+
+/// Returns rows of the cache as rows that every token adds: of those that several tokens share, a
+/// part of the width each.
+fn given_rows(rows: &GivenRows) -> KvRows {
+    KvRows {
+        width: rows.width.div_ceil(rows.every).into(),
+        per_token: rows.per_token.into(),
+        queries: rows.queries.into(),
+        window: rows.window.map(u64::from),
+    }
+}
+
+/// Adds a table to the embedding, which it is placed with.
+fn add_table(dense: &mut Vec<DenseShape>, table: Table, row_bytes: u64) {
+    let embedding = |d: &DenseShape| d.kind == DenseKind::Embedding;
+    if !dense.iter().any(embedding) {
+        dense.insert(
+            0,
+            DenseShape {
+                kind: DenseKind::Embedding,
+                layer: None,
+                bytes: 0,
+                token_bytes: 0,
+                macs: 0,
+            },
+        );
+    }
+    for group in dense.iter_mut().filter(|d| embedding(d)) {
+        group.bytes += table.rows * row_bytes;
+        group.token_bytes += u64::from(table.read) * row_bytes;
     }
 }
 

@@ -40,7 +40,8 @@ const TYPES: [TensorType; TensorType::ALL.len()] = {
     use TensorType::*;
     [
         Q4_K, Q6_K, Q8_0, Q5_K, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4, F32,
-        F16, BF16, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S, IQ1_M,
+        F16, BF16, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, IQ1_S, IQ1_M, Q1_0, Q2_0, TQ1_0, TQ2_0,
+        NVFP4,
     ]
 };
 

@@ -20,8 +20,8 @@ use std::ops::Range;
 const MAX_BLOCK_BYTES: usize = 64 << 10;
 
 impl Kernels {
-    /// Computes `out[t, r] = sum over c of w[r, c] * x[t, c]`, for `r` in `rows` and every row `t`
-    /// of `x`.
+    /// Computes `out[t, r] = w.scale * sum over c of w[r, c] * x[t, c]`, for `r` in `rows` and every
+    /// row `t` of `x`.
     ///
     /// The result for a row and a token has the same bits whatever `rows`, and however many tokens
     /// there are.
@@ -63,9 +63,32 @@ impl Kernels {
         let part = w.rows(rows.clone());
         let part =
             part.unwrap_or_else(|| panic!("rows {rows:?} of a matrix of {} rows", w.n_rows()));
+        // SAFETY: the shapes are checked above, and writes are the caller's promise.
+        unsafe { self.products(w, rows.clone(), part.bytes(), x, out) };
+        if w.scale() != 1.0 {
+            for token in 0..tokens {
+                // SAFETY: `holds` above, and all products are written.
+                unsafe { out.multiply(token, rows.clone(), w.scale()) };
+            }
+        }
+    }
+
+    /// Computes the products of a matmul without its factor. `bytes` are those of `rows`.
+    ///
+    /// # Safety
+    /// As [`matmul`](Self::matmul), whose checks hold.
+    unsafe fn products(
+        self,
+        w: Weights<'_>,
+        rows: Range<usize>,
+        bytes: &[u8],
+        x: ActView<'_>,
+        out: OutMatrix<'_>,
+    ) {
+        let (cols, tokens) = (w.n_cols(), x.rows());
         if cols == 0 {
             for (token, row) in (0..tokens).flat_map(|t| rows.clone().map(move |r| (t, r))) {
-                // SAFETY: `holds` above.
+                // SAFETY: the output holds them.
                 unsafe { out.put(token, row, 0.0) };
             }
             return;
@@ -84,7 +107,7 @@ impl Kernels {
         #[cfg(target_arch = "x86_64")]
         let (x, out, tokens) = match super::x86::amx::kernel_for(w.ty(), tokens) {
             Some((kernel, count)) if self.isa() == crate::Isa::Amx && !rows.is_empty() => {
-                let (weights, row_bytes, first_row) = (part.bytes(), w.row_bytes(), rows.start);
+                let (weights, row_bytes, first_row) = (bytes, w.row_bytes(), rows.start);
                 let panel = Panel {
                     weights,
                     row_bytes,
@@ -92,7 +115,7 @@ impl Kernels {
                     x: x.rows_range(0..count),
                     out,
                 };
-                // SAFETY: `self` proves the instructions, the rest was asserted above; writes are
+                // SAFETY: `self` proves the instructions, the rest was asserted before; writes are
                 // the caller's promise.
                 unsafe { kernel(&panel) };
                 (
@@ -110,7 +133,7 @@ impl Kernels {
             MAX_BLOCK_BYTES.div_ceil(w.row_bytes())
         }
         .max(1);
-        for (i, weights) in part.bytes().chunks(block_rows * w.row_bytes()).enumerate() {
+        for (i, weights) in bytes.chunks(block_rows * w.row_bytes()).enumerate() {
             let first_row = rows.start + i * block_rows;
             let mut token = 0;
             while token < tokens {
@@ -124,7 +147,7 @@ impl Kernels {
                     x,
                     out,
                 };
-                // SAFETY: `self` proves the instructions, the rest was asserted above; writes are
+                // SAFETY: `self` proves the instructions, the rest was asserted before; writes are
                 // the caller's promise.
                 unsafe { kernels[count - 1](&panel) };
                 token = next;

@@ -67,8 +67,21 @@ impl Random {
                     block.copy_from_slice(&value.to_le_bytes()[2..]);
                     &[]
                 }
+                // Any bits are a number.
+                TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 => &[],
+                TensorType::F64 => {
+                    block.copy_from_slice(&f64::from(value).to_le_bytes());
+                    &[]
+                }
                 TensorType::MXFP4 => {
                     block[0] = 118 + block[0] % 8;
+                    &[]
+                }
+                TensorType::NVFP4 => {
+                    // From 2^-6 to nearly 2.
+                    block[..4]
+                        .iter_mut()
+                        .for_each(|scale| *scale = 8 + *scale % 56);
                     &[]
                 }
                 TensorType::IQ1_M => {
@@ -85,6 +98,9 @@ impl Random {
                 TensorType::Q2_K => &[80, 82],
                 TensorType::Q3_K => &[108],
                 TensorType::Q6_K => &[208],
+                TensorType::TQ1_0 => &[52],
+                TensorType::TQ2_0 => &[64],
+                TensorType::Q1_0 | TensorType::Q2_0 => &[0],
                 TensorType::F16 | TensorType::Q4_0 | TensorType::Q5_0 | TensorType::Q8_0 => &[0],
                 TensorType::IQ1_S
                 | TensorType::IQ2_XXS

@@ -29,6 +29,11 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
             }
             Q3_K => [block[108], block[109]] = half,
             Q6_K => [block[208], block[209]] = half,
+            TQ1_0 => [block[52], block[53]] = half,
+            TQ2_0 => [block[64], block[65]] = half,
+            // Any bits are an ordinary scale.
+            NVFP4 => {}
+            I8 | I16 | I32 | I64 | F64 => {}
             Q4_1 | Q5_1 | Q4_K | Q5_K => {
                 [block[0], block[1], block[2], block[3]] = [half[0], half[1], half[0], half[1]]
             }
@@ -39,6 +44,7 @@ pub(super) fn random_weights(ty: TensorType, rows: usize, cols: usize, rng: &mut
                     block[49 + 2 * i] = block[49 + 2 * i] & 0x0f | nibble << 4;
                 }
             }
+            Q1_0 | Q2_0 => [block[0], block[1]] = half,
             Q4_0 | Q5_0 | Q8_0 | IQ1_S | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S | IQ4_NL
             | IQ4_XS => [block[0], block[1]] = half,
         }
@@ -79,6 +85,8 @@ fn columns(ty: TensorType) -> &'static [usize] {
     match ty.block_len() {
         1 => &[1, 31, 32, 33, 100, 256, 512],
         32 => &[32, 224, 256, 288, 768],
+        64 => &[64, 192, 256, 320, 832],
+        128 => &[128, 256, 384, 896],
         _ => &[256, 768, 2048],
     }
 }
@@ -163,6 +171,46 @@ fn matmul_has_the_same_bits_with_any_other_tokens_and_rows() {
                         );
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_factor_multiplies_every_product_once() {
+    let (rows, cols, tokens) = (37, 256, 43);
+    let mut rng = Rng(9);
+    for k in Kernels::available() {
+        for ty in [TensorType::F16, TensorType::Q4_0, TensorType::NVFP4] {
+            let bytes = random_weights(ty, rows, cols, &mut rng);
+            let w = Weights::new(ty, &bytes, rows, cols).unwrap();
+            let mut acts = Activations::new(tokens, cols);
+            acts.fill(
+                k,
+                tokens,
+                cols,
+                &rng.normals(tokens * cols),
+                needs_quants(ty),
+            );
+            let stride = rows + 2;
+            let (mut plain, mut scaled) =
+                (vec![-1.0; tokens * stride], vec![-1.0; tokens * stride]);
+            for (w, out) in [(w, &mut plain), (w.scaled(0.3), &mut scaled)] {
+                // SAFETY: one thread.
+                unsafe { k.matmul(w, 3..rows, acts.view(), OutMatrix::new(out, stride)) };
+            }
+            for (i, (plain, scaled)) in plain.iter().zip(&scaled).enumerate() {
+                let want = if (3..rows).contains(&(i % stride)) {
+                    0.3 * plain
+                } else {
+                    -1.0
+                };
+                assert_eq!(
+                    scaled.to_bits(),
+                    want.to_bits(),
+                    "{} {ty} value {i}",
+                    k.isa()
+                );
             }
         }
     }
@@ -327,10 +375,14 @@ fn codes(ty: TensorType) -> std::ops::Range<usize> {
         Q4_0 | Q4_1 | Q5_0 | Q5_1 | IQ4_NL | MXFP4 => ty.block_bytes() - 16..ty.block_bytes(),
         Q8_0 => 2..34,
         Q2_K | Q3_K => 0..80,
+        Q1_0 | Q2_0 => 2..18,
+        TQ1_0 => 0..52,
+        TQ2_0 => 0..64,
+        NVFP4 => 4..36,
         Q4_K | Q5_K | IQ4_XS => 16..ty.block_bytes(),
         Q6_K => 0..208,
         IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS | IQ3_S => 0..0,
-        F32 | F16 | BF16 => 0..0,
+        F32 | F16 | BF16 | I8 | I16 | I32 | I64 | F64 => 0..0,
     }
 }
 

@@ -4,11 +4,11 @@ use crate::quant::TensorType;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Whether a matmul with weights of this type reads the 8-bit activations; F32, F16 and BF16 read
-/// the floats.
+/// Whether a matmul with weights of this type reads the 8-bit activations; types without blocks
+/// read the floats.
 #[inline]
 pub fn needs_quants(ty: TensorType) -> bool {
-    !matches!(ty, TensorType::F32 | TensorType::F16 | TensorType::BF16)
+    ty.block_len() > 1
 }
 
 /// A `[n_rows, n_cols]` weight matrix, its rows packed as in the file.
@@ -29,21 +29,49 @@ pub struct Weights<'a> {
     n_rows: usize,
     n_cols: usize,
     row_bytes: usize,
+    scale: f32,
 }
 
 impl<'a> Weights<'a> {
-    /// Returns the matrix over `bytes`, or `None` where `n_cols` is not a multiple of the block
-    /// length or `bytes` is not exactly `n_rows` rows.
+    /// Returns the matrix over `bytes`, or `None` where the type has no kernels, `n_cols` is not a
+    /// multiple of the block length, or `bytes` is not exactly `n_rows` rows.
     #[inline]
     pub fn new(ty: TensorType, bytes: &'a [u8], n_rows: usize, n_cols: usize) -> Option<Self> {
         let row_bytes = usize::try_from(ty.row_bytes(n_cols as u64)?).ok()?;
-        (row_bytes.checked_mul(n_rows)? == bytes.len()).then_some(Self {
+        let fits = row_bytes.checked_mul(n_rows)? == bytes.len();
+        (fits && ty.has_kernels()).then_some(Self {
             ty,
             bytes,
             n_rows,
             n_cols,
             row_bytes,
+            scale: 1.0,
         })
+    }
+
+    /// Returns the matrix with a factor on all of its products.
+    ///
+    /// ```
+    /// use tier_plan_kernels::quant::TensorType;
+    /// use tier_plan_kernels::{Activations, Kernels, OutMatrix, Weights};
+    ///
+    /// let bytes = [2.0f32, 3.0].map(f32::to_le_bytes).concat();
+    /// let w = Weights::new(TensorType::F32, &bytes, 2, 1).expect("two rows").scaled(0.5);
+    /// let (k, mut x, mut out) = (Kernels::best(), Activations::new(1, 1), [0.0; 2]);
+    /// x.fill(k, 1, 1, &[8.0], false);
+    /// // SAFETY: no other thread knows `out`.
+    /// unsafe { k.matmul(w, 0..2, x.view(), OutMatrix::new(&mut out, 2)) };
+    /// assert_eq!(out, [8.0, 12.0]);
+    /// ```
+    #[inline]
+    pub fn scaled(self, scale: f32) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// Returns the factor on all products.
+    #[inline]
+    pub fn scale(&self) -> f32 {
+        self.scale
     }
 
     /// Returns the element type.
@@ -161,6 +189,20 @@ impl<'a> OutMatrix<'a> {
     pub(super) unsafe fn at(self, token: usize, column: usize) -> *mut f32 {
         // SAFETY: the caller keeps the element inside.
         unsafe { self.base.add(token * self.stride + column) }
+    }
+
+    /// Multiplies the elements of some columns of a token.
+    ///
+    /// # Safety
+    /// `holds(token + 1, columns.end)`, the elements were written before, and no other thread
+    /// touches them at the same time.
+    pub(super) unsafe fn multiply(self, token: usize, columns: Range<usize>, factor: f32) {
+        // SAFETY: the caller keeps the elements inside and to itself.
+        let values = unsafe {
+            let first = self.base.add(token * self.stride + columns.start);
+            std::slice::from_raw_parts_mut(first, columns.len())
+        };
+        values.iter_mut().for_each(|value| *value *= factor);
     }
 
     /// Writes one element.

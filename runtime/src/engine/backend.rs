@@ -6,7 +6,7 @@
 
 use super::batch::Batch;
 use super::cpu::Cpu;
-use super::sequences::Cache;
+use super::sequences::{Cache, WHOLE};
 use crate::error::RunError;
 use crate::gpu::Gpus;
 use crate::layers::cpu_context::CpuContext;
@@ -74,7 +74,7 @@ impl Stage<'_> {
     /// The position of the first row in its text.
     pub(crate) fn past(&self) -> usize {
         self.batch
-            .segments(&self.rows)
+            .segments(&self.rows, WHOLE)
             .next()
             .map_or(0, |segment| segment.past)
     }

@@ -204,8 +204,14 @@ impl LayerBackend for Cpu {
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, n) = (stage.cpu, stage.rows.len());
         let x = &mut self.x[stage.values()];
-        let segments: Vec<Segment<'_>> = stage.batch.segments(&stage.rows).collect();
         let (cache, buffers, index) = (&mut *stage.cache, &mut *stage.buffers, layer.index.get());
+        // A layer without keys and values of its own reads those of another, by its pages.
+        let owner = match &layer.spec.mixer {
+            Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
+            _ => index,
+        };
+        let segments = stage.batch.segments(&stage.rows, cache.kinds[owner]);
+        let segments: Vec<Segment<'_>> = segments.collect();
         let positions = segments.iter().map(Segment::range);
         cache.rotations.prepare(positions);
         let normed = &mut buffers.normed[..x.len()];
@@ -231,10 +237,6 @@ impl LayerBackend for Cpu {
             norm_eps: stage.spec.norm_eps,
         };
         let out = &mut buffers.out[..x.len()];
-        let owner = match &layer.spec.mixer {
-            Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
-            _ => index,
-        };
         let cache = &mut cache.layers[owner];
         mix(
             cpu,

@@ -61,7 +61,7 @@ fn moe(spec: &ModelSpec, layer: usize) -> &MoeSpec {
 
 /// Merges keys and values of every layer into the older tensor, and gives the sizes of heads in the
 /// older keys.
-fn fused(file: Writer) -> Writer {
+pub(super) fn fused(file: Writer) -> Writer {
     let (nope, rank, value, n_head) = (48, 64, 48, 4);
     let mut file = without(
         file,

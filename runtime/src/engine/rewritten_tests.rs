@@ -17,7 +17,7 @@ use tier_plan_formats::placement::{Pins, Placement, TierIdx};
 use tier_plan_kernels::quant::TensorType;
 
 /// A fixture, ready to be rewritten.
-fn fixture(name: &str) -> Writer {
+pub(super) fn fixture(name: &str) -> Writer {
     let path =
         Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../tests/data/arch/{name}.gguf"));
     let gguf = Gguf::open(&path).unwrap();
@@ -33,7 +33,7 @@ fn open(writer: &Writer) -> (tempfile::NamedTempFile, Arc<Gguf>) {
 }
 
 /// What refuses the file.
-fn error(writer: &Writer) -> String {
+pub(super) fn error(writer: &Writer) -> String {
     let (_file, gguf) = open(writer);
     describe(&gguf).unwrap_err().to_string()
 }
@@ -61,7 +61,7 @@ fn pinned(shape: &ModelShape) -> Placement {
 }
 
 /// Logits of a prompt and of two more tokens, experts mapped and in an arena: the same bits.
-fn logits(writer: &Writer) -> Vec<u32> {
+pub(super) fn logits(writer: &Writer) -> Vec<u32> {
     let (_file, gguf) = open(writer);
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
     let [mapped, pinned] =

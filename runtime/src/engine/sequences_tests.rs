@@ -79,15 +79,20 @@ impl Fixture {
     }
 }
 
-fn rows(logits: &[f32], n_vocab: usize) -> Vec<Vec<u32>> {
+pub(super) fn rows(logits: &[f32], n_vocab: usize) -> Vec<Vec<u32>> {
     let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect();
     logits.chunks_exact(n_vocab).map(bits).collect()
 }
 
 /// The tokens of a text that a number names. All begin alike.
 fn text(number: usize) -> Vec<u32> {
+    text_of(number, CONTEXT as usize)
+}
+
+/// The same, with some number of tokens.
+pub(super) fn text_of(number: usize, len: usize) -> Vec<u32> {
     let differs = |i: usize| if i < 11 { 0 } else { number };
-    (0..CONTEXT as usize)
+    (0..len)
         .map(|i| ((i * i * 7 + differs(i) * (13 + i)) % 90 + 1) as u32)
         .collect()
 }

@@ -9,6 +9,7 @@ use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Extent, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
 use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{ExpertLinear, MoeSpec, TensorId};
 use tier_plan_formats::placement::{SlotPolicy, TierIdx};
 use tier_plan_kernels::Weights;
@@ -48,6 +49,8 @@ pub(crate) enum Layout {
 struct Matrix {
     weight: usize,
     bias: Option<usize>,
+    /// `[n_expert]`: factors on the products; empty where there are none.
+    scales: Vec<f32>,
     n_out: usize,
     n_in: usize,
 }
@@ -133,6 +136,7 @@ impl LayerExperts {
             Matrix {
                 weight,
                 bias: l.bias.map(&mut part),
+                scales: Vec::new(),
                 n_out: l.n_out,
                 n_in: l.n_in,
             }
@@ -152,6 +156,15 @@ impl LayerExperts {
             slot_tier,
             slots_on_gpu: false,
         }
+    }
+
+    /// Gives the experts' matrices their factors.
+    pub(crate) fn with_scales(mut self, scales: &Scales) -> Self {
+        for matrix in &mut self.matrices {
+            let tensor = self.parts[matrix.weight].tensor;
+            matrix.scales = scales.of_experts(tensor).unwrap_or_default().to_vec();
+        }
+        self
     }
 
     /// Makes a layer whose experts are all pooled, without slots.
@@ -204,9 +217,12 @@ impl LayerExperts {
         })
     }
 
-    /// Returns the matrices of an expert whose slices are [packed](Layout::Packed) in `bytes`.
+    /// Returns the matrices of an expert whose slices are [packed](Layout::Packed) in `bytes`, for
+    /// a GPU: without factors, for which GPUs have no kernels.
     pub(crate) fn packed<'a>(&self, bytes: &'a [u8]) -> ExpertView<'a> {
-        self.view(|part| &bytes[part.packed_offset..][..part.slice_bytes])
+        self.view(None, |part| {
+            &bytes[part.packed_offset..][..part.slice_bytes]
+        })
     }
 
     /// Returns the number of experts in the layer.
@@ -367,8 +383,13 @@ impl LayerExperts {
         self.parts.iter().map(check).collect()
     }
 
-    /// Returns the matrices of an expert whose slices `bytes_of` returns.
-    pub(super) fn view<'a>(&self, bytes_of: impl Fn(&Part) -> &'a [u8]) -> ExpertView<'a> {
+    /// Returns the matrices of an expert whose slices `bytes_of` returns. `expert` says whose
+    /// factors they have.
+    pub(super) fn view<'a>(
+        &self,
+        expert: Option<ExpertId>,
+        bytes_of: impl Fn(&Part) -> &'a [u8],
+    ) -> ExpertView<'a> {
         let linear = |matrix: &Matrix| {
             let (weight, bias) = (
                 &self.parts[matrix.weight],
@@ -378,8 +399,9 @@ impl LayerExperts {
                 .unwrap_or_else(|| {
                     unreachable!("an expert's slices have the sizes that its shape gives")
                 });
+            let scale = expert.and_then(|expert| matrix.scales.get(expert.index()));
             ViewLinear {
-                weights,
+                weights: weights.scaled(scale.copied().unwrap_or(1.0)),
                 bias: bias.map(|part| Bias {
                     ty: part.ty,
                     bytes: bytes_of(part),

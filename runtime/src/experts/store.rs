@@ -454,7 +454,7 @@ impl ExpertStore {
         layout: Layout,
     ) -> ExpertView<'a> {
         let layer = &self.layers[layer];
-        layer.view(|part| {
+        layer.view(Some(expert), |part| {
             let at = layer
                 .slice_location(&self.gguf, part, expert.index(), layout)
                 .buffer_offset;
@@ -468,7 +468,7 @@ impl ExpertStore {
         layer: &LayerExperts,
         expert: ExpertId,
     ) -> ExpertView<'a> {
-        layer.view(|part| {
+        layer.view(Some(expert), |part| {
             let tensor = &self.gguf.tensors()[part.tensor];
             self.gguf.slice(tensor, expert.index(), part.n_slices)
         })

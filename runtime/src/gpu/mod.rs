@@ -94,7 +94,7 @@ impl Gpus {
             let device = devices.of(tier).filter(|_| places.uses(tier));
             let gpu = device.map(|device| {
                 let sizes = fits::buffer_sizes(spec, plan, options, &places, tier);
-                let rows = batches(options, plan.room().positions()).1;
+                let rows = batches(options, plan.room()).1;
                 let cache = CacheSpec {
                     kv_type: plan.kv_type,
                     context,
@@ -298,6 +298,7 @@ pub(super) fn mixer_alone(
         output: 0,
         head: Default::default(),
         layers: vec![layer],
+        scales: Default::default(),
     };
     let places = Places {
         layers: vec![crate::layers::places::LayerPlaces {

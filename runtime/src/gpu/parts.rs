@@ -22,6 +22,15 @@ const KV_CACHE: &str = "kv_cache";
 /// # Errors
 /// Names the part, the tier, and the reason.
 pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(), LoadError> {
+    if let Some(id) = spec.scales.first()
+        && let Some(tier) = plan.tiers.iter().find(|tier| tier.uses_gpu())
+    {
+        return Err(LoadError::FactorOnGpu {
+            plan: plan.name.clone(),
+            tier: tier.tier.name.clone(),
+            tensor: gguf.tensors()[id].name.clone(),
+        });
+    }
     let places = Places::new(plan, spec.layers.len());
     let rejected =
         |tier: TierIdx, layer: usize, group: &'static str, why: String| LoadError::OnGpu {

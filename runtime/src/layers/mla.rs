@@ -280,7 +280,8 @@ fn attend_part(
                         };
                         dequantize_row(kv.ty(), bytes, row);
                         for (token, latent) in latents.chunks_exact_mut(rank).enumerate() {
-                            c.kernels.axpy(query(head, token)[i], row, latent);
+                            let factor = kv.scale() * query(head, token)[i];
+                            c.kernels.axpy(factor, row, latent);
                         }
                     }
                 });

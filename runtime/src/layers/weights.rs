@@ -5,6 +5,7 @@ use crate::tiers::arena::ArenaSlice;
 use std::sync::Arc;
 use tier_plan_cuda::Buffer;
 use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{Linear, TensorId};
 use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Weights;
@@ -27,12 +28,24 @@ pub(crate) struct DenseWeights {
     gguf: Arc<Gguf>,
     /// By tensor id: its tier and its storage; `None` for tensors that no dense group has.
     held: Vec<Option<(TierIdx, WeightStorage)>>,
+    /// Factors on the products with matrices.
+    scales: Scales,
 }
 
 impl DenseWeights {
     pub(crate) fn new(gguf: Arc<Gguf>) -> Self {
         let held = gguf.tensors().iter().map(|_| None).collect();
-        Self { gguf, held }
+        Self {
+            gguf,
+            held,
+            scales: Scales::default(),
+        }
+    }
+
+    /// Gives matrices their factors.
+    pub(crate) fn with_scales(mut self, scales: &Scales) -> Self {
+        self.scales = scales.clone();
+        self
     }
 
     /// Sets the storage of a tensor.
@@ -80,7 +93,7 @@ impl DenseWeights {
         }
     }
 
-    /// Returns a matrix that the CPU can read, `[n_out, n_in]`.
+    /// Returns a matrix that the CPU can read, `[n_out, n_in]`, with its factor.
     pub(crate) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
         let tensor = &self.gguf.tensors()[id];
         let bytes: &[u8] = match &self.held[id] {
@@ -92,6 +105,7 @@ impl DenseWeights {
         };
         Weights::new(tensor.ty, bytes, n_out, n_in)
             .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
+            .scaled(self.scales.of_matrix(id))
     }
 
     /// Returns the rows of a tensor that are a linear layer's matrix.

@@ -24,7 +24,7 @@ impl Loader<'_> {
             .map(|d| ((d.kind, d.layer), d.tier))
             .collect();
         let (gguf, spec) = (self.model.gguf(), self.model.spec());
-        let mut weights = DenseWeights::new(Arc::clone(gguf));
+        let mut weights = DenseWeights::new(Arc::clone(gguf)).with_scales(&spec.scales);
         let matrices = spec.matrices();
         for group in spec.dense_groups() {
             let tier = tiers[&(group.kind, group.layer)];

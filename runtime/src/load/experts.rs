@@ -35,7 +35,8 @@ pub(super) fn layers(model: &Model, plan: &Placement, options: &LoadOptions) -> 
             }
         };
         let homes = (0..moe.n_expert).map(|_| home()).collect();
-        let mut layer = LayerExperts::new(gguf, moe, homes, placed.slot_tier);
+        let mut layer =
+            LayerExperts::new(gguf, moe, homes, placed.slot_tier).with_scales(&model.spec().scales);
         if let Some(places) = pack.and_then(|pack| pack.places(placed.layer)) {
             let pinned: HashSet<u32> = placed
                 .pinned

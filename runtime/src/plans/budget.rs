@@ -435,7 +435,7 @@ mod tests {
         let TooSmall { least_bytes, .. } = at(1 << 20).unwrap_err();
         let least = at(least_bytes).unwrap();
         assert!(at(least_bytes - 4096).is_err());
-        assert_eq!(least.plan.room(), room);
+        assert_eq!(least.plan.room(), room.for_model(shape));
         let cache = KvType::F16.cache_bytes(shape, room);
         assert_eq!(least.plan.tiers[TierIdx::FIRST].bytes.kv, cache);
         assert!(least.plan.layers.iter().all(|l| l.slots == 0));

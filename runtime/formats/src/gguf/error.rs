@@ -1,6 +1,7 @@
 //! Why a GGUF file was refused: the file, the thing in it, what was expected, what was found, and
 //! the hint.
 
+use super::foreign_types::named;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -60,7 +61,7 @@ pub enum GgufError {
         what: String,
     },
     /// A tensor has an element type without a decoder.
-    #[error("{}: tensor '{tensor}' has type {type_id}{}, which this program does not read; it reads {supported}: choose another quantization of this model", path.display(), known(*type_id))]
+    #[error("{}: tensor '{tensor}' has type {type_id}{}, which this program does not read; it reads {supported}: choose another quantization of this model", path.display(), named(*type_id))]
     UnsupportedType {
         /// The file.
         path: PathBuf,
@@ -128,28 +129,5 @@ impl GgufError {
             path: path.to_path_buf(),
             what: what.into(),
         }
-    }
-}
-
-/// Returns the names of type numbers that files do carry but that no kernel here reads, so that the
-/// message helps.
-fn known(type_id: u32) -> &'static str {
-    match type_id {
-        4 | 5 => " (the withdrawn Q4_2 or Q4_3)",
-        9 => " (Q8_1)",
-        15 => " (Q8_K)",
-        24 => " (I8)",
-        25 => " (I16)",
-        26 => " (I32)",
-        27 => " (I64)",
-        28 => " (F64)",
-        31..=33 => " (a withdrawn repacked Q4_0)",
-        34 => " (TQ1_0)",
-        35 => " (TQ2_0)",
-        36..=38 => " (a withdrawn repacked IQ4_NL)",
-        40 => " (NVFP4)",
-        133..=199 => " (a type of ik_llama.cpp)",
-        200..=399 => " (a repacked type of ik_llama.cpp)",
-        _ => "",
     }
 }

@@ -12,6 +12,7 @@ mod ask;
 mod bus;
 mod error;
 mod foreign;
+mod foreign_types;
 mod header;
 #[allow(
     unsafe_code,

@@ -3,10 +3,10 @@
 use super::source::Source;
 use super::spec::ModelSpec;
 use super::{
-    ModelError, NotAModel, afmoe, bailingmoe2, deepseek2, dots1, ernie4_5, exaone_moe, gemma3,
-    gemma4, glm4moe, gpt_oss, granitemoe, grok, hunyuan_moe, hy_v3, laguna, lfm2moe, llama, llama4,
-    mimo2, minimax_m2, mistral3, olmoe, phi3, qwen2, qwen2moe, qwen3, qwen3next, qwen3vl, smollm3,
-    step35,
+    ModelError, NotAModel, Scales, afmoe, bailingmoe2, deepseek2, dots1, ernie4_5, exaone_moe,
+    gemma3, gemma4, glm4moe, gpt_oss, granitemoe, grok, hunyuan_moe, hy_v3, laguna, lfm2moe, llama,
+    llama4, mimo2, minimax_m2, mistral3, olmoe, phi3, qwen2, qwen2moe, qwen3, qwen3next, qwen3vl,
+    smollm3, step35,
 };
 use crate::gguf::Gguf;
 
@@ -68,9 +68,31 @@ pub fn describe(gguf: &Gguf) -> Result<ModelSpec, ModelError> {
     }
     let arch = gguf.str("general.architecture")?;
     match ARCHITECTURES.iter().find(|(name, _)| *name == arch) {
-        Some((_, describe)) => describe(&Source::new(gguf, arch)),
+        Some((_, describe)) => {
+            let mut spec = describe(&Source::new(gguf, arch))?;
+            check_types(gguf, &spec)?;
+            spec.scales = Scales::read(gguf, &spec)?;
+            Ok(spec)
+        }
         None => Err(ModelError::Architecture {
             found: arch.to_string(),
+        }),
+    }
+}
+
+/// Refuses a network with a matrix of a type that no kernel multiplies with.
+fn check_types(gguf: &Gguf, spec: &ModelSpec) -> Result<(), ModelError> {
+    let experts = spec.moe_layers().flat_map(|(_, moe)| moe.expert_linears());
+    let matrices = experts.map(|l| l.weight).chain(spec.matrices());
+    let mut tensors = matrices.map(|id| &gguf.tensors()[id]);
+    match tensors.find(|tensor| !tensor.ty.has_kernels()) {
+        None => Ok(()),
+        Some(tensor) => Err(ModelError::Metadata {
+            key: tensor.name.clone(),
+            what: format!(
+                "is {}, a type of tables, but the architecture multiplies with it; convert the model again",
+                tensor.ty
+            ),
         }),
     }
 }

@@ -1,12 +1,12 @@
 //! The parts that nearly all architectures share: sizes, attention, routed experts.
 
-use super::ModelError;
 use super::source::Source;
 use super::spec::{
     Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, Groups, HeadOptions, LayerSpec, Linear,
     Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm, Residual, RopeKind, RopeSpec, RouterInput,
     SharedSpec, WindowKind,
 };
+use super::{ModelError, Scales};
 
 /// Sizes that every architecture states in the same keys.
 pub(super) struct Common {
@@ -84,6 +84,7 @@ impl Common {
                 .unwrap_or(embedding),
             head: HeadOptions::default(),
             layers,
+            scales: Scales::default(),
         })
     }
 }

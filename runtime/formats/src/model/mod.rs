@@ -37,6 +37,7 @@ mod qwen2moe;
 mod qwen3;
 mod qwen3next;
 mod qwen3vl;
+mod scales;
 pub mod shape;
 mod smollm3;
 mod source;
@@ -46,6 +47,7 @@ mod step35;
 pub use arch::{SUPPORTED, describe};
 pub use not_a_model::NotAModel;
 pub use opened::Model;
+pub use scales::Scales;
 pub use shape::shape_of_file;
 
 use crate::gguf::GgufError;

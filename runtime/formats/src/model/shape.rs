@@ -200,7 +200,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
 }
 
 /// Returns the KV cache rows and recurrent state of a layer with this mixer.
-fn cache_shape(mixer: &Mixer) -> CacheShape {
+pub fn cache_shape(mixer: &Mixer) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(mixer) {
         *found

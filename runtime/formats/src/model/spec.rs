@@ -19,6 +19,8 @@ pub use residual::{HeadOptions, LayerInput, Residual, TokenInputs};
 pub use short_conv::ShortConvSpec;
 pub use tensors::{DenseGroup, Tensors};
 
+use super::Scales;
+
 /// Index of a tensor in the file's tensor list.
 pub type TensorId = usize;
 
@@ -49,6 +51,8 @@ pub struct ModelSpec {
     pub head: HeadOptions,
     /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
+    /// Factors on products with matrices.
+    pub scales: Scales,
 }
 
 /// One layer: `x += mixer(norm(x)); x += ffn(norm(x))`, and what [`Residual`] says.

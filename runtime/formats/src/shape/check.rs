@@ -1,7 +1,7 @@
 //! Bounds on the sizes of a network, within which every sum of bytes stays in range.
 
 use super::weights::Weight;
-use super::{Architecture, Attention, Experts};
+use super::{Architecture, Attention, Experts, GivenRows, Table};
 
 /// Largest size of any dimension, far above any real model's.
 const MAX_DIM: u32 = 1 << 20;
@@ -12,10 +12,11 @@ const MAX_PARAMETERS: u128 = 1 << 46;
 /// Fails where a size is out of bounds, or sizes contradict each other.
 pub(super) fn check(network: &Architecture) -> Result<(), String> {
     check_layers(network)?;
-    check_attention(&network.attention)?;
+    check_mixers(network)?;
     if let Some(experts) = &network.experts {
         check_experts(network, experts)?;
     }
+    let table = network.table.as_ref().map_or(Ok(0), check_table)?;
     // The bounds above keep one layer's sums in range; all layers' are checked here.
     let wide = |w: &Weight| u128::from(w.n_in) * u128::from(w.n_out) * u128::from(w.copies);
     let parameters: u128 = network
@@ -23,7 +24,8 @@ pub(super) fn check(network: &Architecture) -> Result<(), String> {
         .iter()
         .flat_map(|g| &g.weights)
         .map(wide)
-        .sum();
+        .sum::<u128>()
+        + table;
     if parameters > MAX_PARAMETERS {
         return Err(format!(
             "the model would have {:.1e} parameters; at most 7e13 are planned for",
@@ -85,12 +87,81 @@ fn check_layers(network: &Architecture) -> Result<(), String> {
     }
 }
 
+/// Returns the values of a table.
+fn check_table(table: &Table) -> Result<u128, String> {
+    check_dim("table.width", table.width)?;
+    if table.rows == 0 || u64::from(table.read) > table.rows {
+        return Err(format!(
+            "table.read is {}, but the table has {} rows",
+            table.read, table.rows
+        ));
+    }
+    Ok(u128::from(table.rows) * u128::from(table.width))
+}
+
+/// Fails unless every layer has one mixer, within bounds.
+fn check_mixers(network: &Architecture) -> Result<(), String> {
+    let mut count = vec![0u32; network.layers as usize];
+    for mixers in &network.mixers {
+        check_attention(&mixers.attention)?;
+        for layer in &mixers.layers {
+            match count.get_mut(*layer as usize) {
+                Some(count) => *count += 1,
+                None => {
+                    return Err(format!(
+                        "mixers.layers names layer {layer}, but there are {} layers",
+                        network.layers
+                    ));
+                }
+            }
+        }
+    }
+    match count.iter().position(|count| *count != 1) {
+        None => Ok(()),
+        Some(layer) if count[layer] > 1 => Err(format!(
+            "layer {layer} is in more than one of the mixers' `layers`"
+        )),
+        Some(layer) => Err(format!(
+            "layer {layer} has no mixer; add an [attention] table, or list the layer in one of the mixers' `layers`"
+        )),
+    }
+}
+
+fn check_given(parameters: u64, rows: &[GivenRows], state_bytes: u64) -> Result<(), String> {
+    const MAX_OF_LAYER: u64 = 1 << 40;
+    for (what, value) in [("parameters", parameters), ("state_bytes", state_bytes)] {
+        if value > MAX_OF_LAYER {
+            return Err(format!(
+                "{what} of a mixer are {value}, but may be at most {MAX_OF_LAYER}"
+            ));
+        }
+    }
+    for row in rows {
+        check_dim("rows.width", row.width)?;
+        check_dim("rows.every", row.every)?;
+        check_product("rows.width × per_token", &[row.width, row.per_token])?;
+        if row.queries > MAX_DIM {
+            check_dim("rows.queries", row.queries)?;
+        }
+        if row.window == Some(0) {
+            return Err("rows.window is 0; leave it out if all positions are seen".into());
+        }
+    }
+    Ok(())
+}
+
 fn check_attention(attention: &Attention) -> Result<(), String> {
     match *attention {
+        Attention::Given {
+            parameters,
+            ref rows,
+            state_bytes,
+        } => check_given(parameters, rows, state_bytes),
         Attention::Gqa {
             heads,
             kv_heads,
             head,
+            value,
             window,
             full_every,
             ..
@@ -109,6 +180,7 @@ fn check_attention(attention: &Attention) -> Result<(), String> {
             check_dim("attention.kv_heads", kv_heads)?;
             check_product("attention.heads × head", &[heads, head])?;
             check_product("attention.kv_heads × head", &[kv_heads, head])?;
+            check_product("attention.heads × value", &[heads, value])?;
             if !heads.is_multiple_of(kv_heads) {
                 return Err(format!(
                     "attention.kv_heads is {kv_heads}, which does not divide heads = {heads}"
@@ -155,10 +227,25 @@ fn check_experts(network: &Architecture, experts: &Experts) -> Result<(), String
         ));
     }
     check_dim("experts.ffn", experts.ffn)?;
+    check_dim("experts.hidden", experts.hidden)?;
     if experts.shared > 0 {
         check_product("experts.shared × ffn", &[experts.shared, experts.ffn])?;
     }
-    if network.leading_dense == network.layers {
+    if experts.shared_ffn > 0 {
+        check_dim("experts.shared_ffn", experts.shared_ffn)?;
+    }
+    if !experts.gated && experts.bias {
+        return Err("experts.bias is for experts with a gate; remove one".into());
+    }
+    let outside = |layer: &&u32| !(network.leading_dense..network.layers).contains(layer);
+    if let Some(layer) = experts.layers.iter().find(outside) {
+        return Err(format!(
+            "experts.layers names layer {layer}, but must be from leading_dense = {} to {}",
+            network.leading_dense,
+            network.layers - 1
+        ));
+    }
+    if experts.layers.is_empty() {
         return Err(
             "leading_dense leaves no layer to the experts; remove the [experts] table".into(),
         );

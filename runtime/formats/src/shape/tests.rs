@@ -45,19 +45,27 @@ fn version_1_means_what_it_meant() {
         tied: true,
         leading_dense: 2,
         dense_ffn: 1024,
-        attention: Attention::Mla {
-            heads: 4,
-            q_rank: 256,
-            kv_rank: 128,
-            nope: 64,
-            rope: 32,
-            value: 64,
-        },
+        mixers: vec![Mixers {
+            layers: (0..6).collect(),
+            attention: Attention::Mla {
+                heads: 4,
+                q_rank: 256,
+                kv_rank: 128,
+                nope: 64,
+                rope: 32,
+                value: 64,
+            },
+        }],
+        table: None,
         experts: Some(Experts {
+            layers: vec![2, 3, 4, 5],
             count: 16,
             used: 3,
             ffn: 256,
+            hidden: 512,
+            gated: true,
             shared: 2,
+            shared_ffn: 512,
             bias: true,
             router_bias: true,
             selection_bias: true,
@@ -349,8 +357,8 @@ fn errors_say_what_and_how_to_mend() {
     for (from, to, words) in [
         (
             "version = 1",
-            "version = 3",
-            "model shape version 3, but this program reads up to version 2",
+            "version = 4",
+            "model shape version 4, but this program reads up to version 3",
         ),
         (
             "tier-plan shape",

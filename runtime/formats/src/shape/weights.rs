@@ -1,7 +1,7 @@
 //! The tensors of a network that is known by its shape, in the groups that are placed together.
 
 use super::mix::{Mix, Place, Role};
-use super::{Architecture, Attention, Norms};
+use super::{Architecture, Attention, Experts, Norms, Table};
 use crate::model::shape::DenseKind;
 
 /// A tensor: `copies` matrices of `n_out` rows of `n_in` values.
@@ -41,6 +41,11 @@ impl Weight {
     }
 }
 
+/// Returns a row of a table.
+pub(super) fn table_row(table: &Table) -> Weight {
+    Weight::matrix(Role::Embedding, table.width, 1)
+}
+
 /// Tensors that are placed together: one dense group, or the routed experts of a layer.
 pub(super) struct Group {
     /// `None` for routed experts.
@@ -69,10 +74,10 @@ impl Architecture {
             add(
                 Some(DenseKind::Attention),
                 Some(layer),
-                self.attention_weights(),
+                self.attention_weights(layer),
             );
-            match &self.experts {
-                Some(experts) if layer >= self.leading_dense => {
+            match self.experts_of(layer) {
+                Some(experts) => {
                     let mut router = vec![Weight::vector(hidden)];
                     // Routers are never quantized.
                     router.push(Weight::matrix(Role::Parameters, hidden, experts.count));
@@ -83,15 +88,24 @@ impl Architecture {
                             .filter(|b| **b)
                             .map(|_| Weight::vector(experts.count)),
                     );
+                    if experts.hidden != hidden {
+                        router.push(Weight::matrix(Role::Other, hidden, experts.hidden));
+                        router.push(Weight::matrix(Role::Other, experts.hidden, hidden));
+                    }
                     add(Some(DenseKind::Router), Some(layer), router);
-                    if experts.shared > 0 {
-                        let weights = gated(hidden, experts.ffn * experts.shared, 1, false);
+                    if experts.shared_ffn > 0 {
+                        let mut weights = gated(hidden, experts.shared_ffn, 1, false);
+                        ungate(&mut weights, experts);
                         add(Some(DenseKind::SharedExpert), Some(layer), weights);
                     }
-                    let weights = gated(hidden, experts.ffn, experts.count, experts.bias);
+                    let mut weights =
+                        gated(experts.hidden, experts.ffn, experts.count, experts.bias);
+                    ungate(&mut weights, experts);
                     add(None, Some(layer), weights);
                 }
-                _ => {
+                // A layer of its mixer alone.
+                None if self.experts.is_some() && layer >= self.leading_dense => {}
+                None => {
                     let mut weights = gated(hidden, self.dense_ffn, 1, false);
                     weights.push(Weight::vector(hidden));
                     add(Some(DenseKind::DenseFfn), Some(layer), weights);
@@ -107,27 +121,36 @@ impl Architecture {
     }
 
     /// Returns the tensors of a layer's attention with the norm before it.
-    fn attention_weights(&self) -> Vec<Weight> {
+    fn attention_weights(&self, layer: u32) -> Vec<Weight> {
         let hidden = self.hidden;
         let mut weights = vec![Weight::vector(hidden)];
-        match self.attention {
+        match *self.attention_of(layer) {
+            // As rows of the hidden state's width.
+            Attention::Given { parameters, .. } => weights.push(Weight {
+                n_out: parameters.div_ceil(hidden.into()),
+                ..Weight::matrix(Role::Other, hidden, 0)
+            }),
             Attention::Gqa {
                 heads,
                 kv_heads,
                 head,
+                value,
+                keys_are_values,
                 bias,
                 output_bias,
                 norms,
                 sinks,
                 ..
             } => {
-                let (q, kv) = (heads * head, kv_heads * head);
+                let (q, kv, v) = (heads * head, kv_heads * head, kv_heads * value);
                 weights.push(Weight::matrix(Role::Query, hidden, q));
                 weights.push(Weight::matrix(Role::Key, hidden, kv));
-                weights.push(Weight::matrix(Role::Value, hidden, kv));
-                weights.push(Weight::matrix(Role::AttentionOutput, q, hidden));
+                if !keys_are_values {
+                    weights.push(Weight::matrix(Role::Value, hidden, v));
+                }
+                weights.push(Weight::matrix(Role::AttentionOutput, heads * value, hidden));
                 if bias {
-                    weights.extend([q, kv, kv].map(Weight::vector));
+                    weights.extend([q, kv, v].map(Weight::vector));
                 }
                 if output_bias {
                     weights.push(Weight::vector(hidden));
@@ -170,6 +193,13 @@ impl Architecture {
             }
         }
         weights
+    }
+}
+
+/// Takes the gate away from blocks that have none.
+fn ungate(weights: &mut Vec<Weight>, experts: &Experts) {
+    if !experts.gated {
+        weights.remove(0);
     }
 }
 

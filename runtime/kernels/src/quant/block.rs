@@ -15,7 +15,8 @@
 
 use super::TensorType;
 
-/// Values that kernels unpack at a time: one block of the large formats, eight of the small ones.
+/// Values that kernels unpack at a time: one block of the large formats, up to eight of the small
+/// ones.
 pub(crate) const GROUP: usize = 256;
 
 /// [`GROUP`] unpacked values, in the order of the row.

@@ -33,6 +33,9 @@ mod iq3_xxs;
 pub(crate) mod iq4_nl;
 mod iq4_xs;
 pub(crate) mod mxfp4;
+pub(crate) mod nvfp4;
+mod q1_0;
+mod q2_0;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -43,27 +46,29 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod tq1_0;
+mod tq2_0;
 
 /// Types that stand for the formats, where a kernel is chosen by format at compile time.
 pub(crate) mod types {
     pub(crate) use super::{
         iq1_m::IQ1_M, iq1_s::IQ1_S, iq2_s::IQ2_S, iq2_xs::IQ2_XS, iq2_xxs::IQ2_XXS, iq3_s::IQ3_S,
-        iq3_xxs::IQ3_XXS, iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, q2_k::Q2_K, q3_k::Q3_K,
-        q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K, q5_0::Q5_0, q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K,
-        q8_0::Q8_0,
+        iq3_xxs::IQ3_XXS, iq4_nl::IQ4_NL, iq4_xs::IQ4_XS, mxfp4::MXFP4, nvfp4::NVFP4, q1_0::Q1_0,
+        q2_0::Q2_0, q2_k::Q2_K, q3_k::Q3_K, q4_0::Q4_0, q4_1::Q4_1, q4_k::Q4_K, q5_0::Q5_0,
+        q5_1::Q5_1, q5_k::Q5_K, q6_k::Q6_K, q8_0::Q8_0, tq1_0::TQ1_0, tq2_0::TQ2_0,
     };
 }
 
 use block::{Codes, Format, GROUP, Plain, f16_to_f32, head};
 use thiserror::Error;
 
-/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for F32,
-/// F16 and BF16.
+/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for types
+/// without blocks.
 macro_rules! with_format {
     ($ty:expr, $F:ident => $then:expr, float => $float:expr) => {
         $crate::quant::with_format!(@arms $ty, $F, $then, $float;
             Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ1_S IQ1_M IQ4_NL
-            IQ4_XS MXFP4)
+            IQ4_XS MXFP4 Q1_0 Q2_0 TQ1_0 TQ2_0 NVFP4)
     };
     (@arms $ty:expr, $F:ident, $then:expr, $float:expr; $($name:ident)*) => {
         match $ty {
@@ -73,7 +78,12 @@ macro_rules! with_format {
             })*
             $crate::quant::TensorType::F32
             | $crate::quant::TensorType::F16
-            | $crate::quant::TensorType::BF16 => $float,
+            | $crate::quant::TensorType::BF16
+            | $crate::quant::TensorType::I8
+            | $crate::quant::TensorType::I16
+            | $crate::quant::TensorType::I32
+            | $crate::quant::TensorType::I64
+            | $crate::quant::TensorType::F64 => $float,
         }
     };
 }
@@ -103,6 +113,11 @@ pub fn dequantize_row(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     with_format!(ty, F => dequantize_blocks::<F>(bytes, out), float => match ty {
         TensorType::F32 => widen(bytes, out, f32::from_le_bytes),
         TensorType::F16 => widen(bytes, out, |b| f16_to_f32(u16::from_le_bytes(b))),
+        TensorType::I8 => widen(bytes, out, |b| f32::from(i8::from_le_bytes(b))),
+        TensorType::I16 => widen(bytes, out, |b| f32::from(i16::from_le_bytes(b))),
+        TensorType::I32 => widen(bytes, out, |b| i32::from_le_bytes(b) as f32),
+        TensorType::I64 => widen(bytes, out, |b| i64::from_le_bytes(b) as f32),
+        TensorType::F64 => widen(bytes, out, |b| f64::from_le_bytes(b) as f32),
         _ => widen(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
     });
 }
@@ -150,9 +165,19 @@ pub enum TensorType {
     IQ3_S = 21,
     IQ2_S = 22,
     IQ4_XS = 23,
+    I8 = 24,
+    I16 = 25,
+    I32 = 26,
+    I64 = 27,
+    F64 = 28,
     IQ1_M = 29,
     BF16 = 30,
+    TQ1_0 = 34,
+    TQ2_0 = 35,
     MXFP4 = 39,
+    NVFP4 = 40,
+    Q1_0 = 41,
+    Q2_0 = 42,
 }
 
 /// A `ggml_type` without a decoder here.
@@ -161,14 +186,27 @@ pub enum TensorType {
 pub struct UnknownType(pub u32);
 
 impl TensorType {
-    /// Every type, by its number in the file.
-    pub const ALL: [TensorType; 23] = {
+    /// Every type of weights, by its number in the file: there are kernels for all of them.
+    pub const ALL: [TensorType; 28] = {
         use TensorType::*;
         [
             F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS,
-            IQ3_XXS, IQ1_S, IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, MXFP4,
+            IQ3_XXS, IQ1_S, IQ4_NL, IQ3_S, IQ2_S, IQ4_XS, IQ1_M, BF16, TQ1_0, TQ2_0, MXFP4, NVFP4,
+            Q1_0, Q2_0,
         ]
     };
+
+    /// Types of tables and parameters, which no kernel multiplies with.
+    pub const UNMULTIPLIED: [TensorType; 5] = {
+        use TensorType::*;
+        [I8, I16, I32, I64, F64]
+    };
+
+    /// Whether there are kernels that multiply with weights of this type.
+    #[inline]
+    pub fn has_kernels(self) -> bool {
+        !Self::UNMULTIPLIED.contains(&self)
+    }
 
     /// Returns the type with this number in a GGUF file.
     ///
@@ -177,6 +215,7 @@ impl TensorType {
     pub fn from_id(id: u32) -> Result<Self, UnknownType> {
         Self::ALL
             .into_iter()
+            .chain(Self::UNMULTIPLIED)
             .find(|t| *t as u32 == id)
             .ok_or(UnknownType(id))
     }
@@ -215,19 +254,31 @@ impl TensorType {
             IQ4_XS => "IQ4_XS",
             IQ1_M => "IQ1_M",
             BF16 => "BF16",
+            I8 => "I8",
+            I16 => "I16",
+            I32 => "I32",
+            I64 => "I64",
+            F64 => "F64",
+            TQ1_0 => "TQ1_0",
+            TQ2_0 => "TQ2_0",
             MXFP4 => "MXFP4",
+            NVFP4 => "NVFP4",
+            Q1_0 => "Q1_0",
+            Q2_0 => "Q2_0",
         }
     }
 
-    /// Returns the values per block: 1, 32 or 256.
+    /// Returns the values per block: 1, or a power of two from 32 to 256.
     #[inline]
     pub const fn block_len(self) -> usize {
         use TensorType::*;
         match self {
-            F32 | F16 | BF16 => 1,
+            F32 | F16 | BF16 | I8 | I16 | I32 | I64 | F64 => 1,
             Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | IQ4_NL | MXFP4 => 32,
+            Q2_0 | NVFP4 => 64,
+            Q1_0 => 128,
             Q2_K | Q3_K | Q4_K | Q5_K | Q6_K | IQ2_XXS | IQ2_XS | IQ3_XXS | IQ1_S | IQ3_S
-            | IQ2_S | IQ4_XS | IQ1_M => 256,
+            | IQ2_S | IQ4_XS | IQ1_M | TQ1_0 | TQ2_0 => 256,
         }
     }
 
@@ -236,14 +287,17 @@ impl TensorType {
     pub const fn block_bytes(self) -> usize {
         use TensorType::*;
         match self {
-            F32 => 4,
-            F16 | BF16 => 2,
-            Q4_0 | IQ4_NL => 18,
+            I8 => 1,
+            F16 | BF16 | I16 => 2,
+            F32 | I32 => 4,
+            I64 | F64 => 8,
+            Q4_0 | IQ4_NL | Q1_0 | Q2_0 => 18,
             Q4_1 => 20,
             Q5_0 => 22,
             Q5_1 => 24,
             Q8_0 => 34,
             MXFP4 => 17,
+            NVFP4 => 36,
             Q2_K => 84,
             Q3_K => 110,
             Q4_K => 144,
@@ -257,6 +311,8 @@ impl TensorType {
             IQ1_S => 50,
             IQ1_M => 56,
             IQ4_XS => 136,
+            TQ1_0 => 54,
+            TQ2_0 => 66,
         }
     }
 
@@ -352,6 +408,27 @@ mod tests {
         let mut out = [0.0; 4];
         dequantize_row(TensorType::F32, &bytes, &mut out);
         assert_eq!(out, values);
+    }
+
+    #[test]
+    fn integers_and_doubles_convert() {
+        use TensorType::*;
+        let decoded = |ty: TensorType, bytes: &[u8]| {
+            let mut out = vec![f32::NAN; bytes.len() / ty.block_bytes()];
+            dequantize_row(ty, bytes, &mut out);
+            out
+        };
+        assert_eq!(decoded(I8, &[0x80, 0x7f]), [-128.0, 127.0]);
+        assert_eq!(decoded(I16, &[0x00, 0x80, 0xff, 0x7f]), [-32768.0, 32767.0]);
+        assert_eq!(decoded(I32, &(-3i32).to_le_bytes()), [-3.0]);
+        assert_eq!(decoded(I64, &(1i64 << 40).to_le_bytes()), [1099511627776.0]);
+        assert_eq!(decoded(F64, &(-0.75f64).to_le_bytes()), [-0.75]);
+        for ty in TensorType::UNMULTIPLIED {
+            assert_eq!(TensorType::from_id(ty as u32), Ok(ty));
+            assert!(!ty.has_kernels() && !TensorType::ALL.contains(&ty));
+            let bytes = vec![0; 4 * ty.block_bytes()];
+            assert!(crate::Weights::new(ty, &bytes, 2, 2).is_none(), "{ty}");
+        }
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
         TensorType::F16 => panel_fns!(float, F16; 1 2 3 4),
         TensorType::BF16 => panel_fns!(float, Bf16; 1 2 3 4),
+        // `Weights` has none of these.
+        TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => &[],
         TensorType::Q4_0 => panel_fns!(quantized, unpack::Q4_0; 1 2 3 4 5 6 7 8),
         TensorType::Q4_1 => panel_fns!(quantized, unpack::Q4_1; 1 2 3 4 5 6 7 8),
         TensorType::Q5_0 => panel_fns!(quantized, unpack::Q5_0; 1 2 3 4 5 6 7 8),
@@ -72,6 +74,11 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         TensorType::IQ3_S => panel_fns!(quantized, unpack::IQ3_S; 1 2 3 4 5 6 7 8),
         TensorType::IQ1_S => panel_fns!(quantized, unpack::IQ1_S; 1 2 3 4 5 6 7 8),
         TensorType::IQ1_M => panel_fns!(quantized, unpack::IQ1_M; 1 2 3 4 5 6 7 8),
+        TensorType::Q1_0 => panel_fns!(quantized, unpack::Q1_0; 1 2 3 4 5 6 7 8),
+        TensorType::Q2_0 => panel_fns!(quantized, unpack::Q2_0; 1 2 3 4 5 6 7 8),
+        TensorType::TQ1_0 => panel_fns!(quantized, unpack::TQ1_0; 1 2 3 4 5 6 7 8),
+        TensorType::TQ2_0 => panel_fns!(quantized, unpack::TQ2_0; 1 2 3 4 5 6 7 8),
+        TensorType::NVFP4 => panel_fns!(quantized, unpack::NVFP4; 1 2 3 4 5 6 7 8),
     }
 }
 

@@ -16,6 +16,7 @@ use crate::quant::iq4_nl::IQ4_LEVELS;
 use crate::quant::mxfp4::MXFP4_LEVELS;
 use std::arch::x86_64::*;
 
+pub(super) use super::avx512_few_bits::{NVFP4, Q1_0, Q2_0, TQ1_0, TQ2_0};
 pub(super) use super::avx512_grids::{IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS};
 
 /// 256 unpacked weights in registers.
@@ -74,7 +75,7 @@ pub(super) use unpack;
 /// and the first and second halves of the odd runs.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn interleave([e0, e1, o0, o1]: [__m512i; 4]) -> [__m512i; 4] {
+pub(super) fn interleave([e0, e1, o0, o1]: [__m512i; 4]) -> [__m512i; 4] {
     [
         _mm512_unpacklo_epi64(e0, o0),
         _mm512_unpackhi_epi64(e0, o0),
@@ -89,7 +90,7 @@ fn interleave([e0, e1, o0, o1]: [__m512i; 4]) -> [__m512i; 4] {
 /// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn four(p: *const u8, step: usize) -> __m512i {
+pub(super) unsafe fn four(p: *const u8, step: usize) -> __m512i {
     // SAFETY: the caller's bytes.
     unsafe {
         let v = _mm512_castsi128_si512(_mm_loadu_si128(p.cast()));
@@ -116,7 +117,7 @@ unsafe fn two_twice(low: *const u8, high: *const u8) -> __m512i {
 /// Splits each byte into its low and its high half.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn nibbles(v: __m512i) -> [__m512i; 2] {
+pub(super) fn nibbles(v: __m512i) -> [__m512i; 2] {
     let mask = _mm512_set1_epi8(15);
     [
         _mm512_and_si512(v, mask),
@@ -221,7 +222,7 @@ fn shift_every_other(v: __m512i) -> __m512i {
 /// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn two_bit_codes(p: *const u8) -> [__m512i; 4] {
+pub(super) unsafe fn two_bit_codes(p: *const u8) -> [__m512i; 4] {
     let mask = _mm512_set1_epi8(3);
     // SAFETY: the caller's bytes.
     let (first, second) = unsafe { (two_twice(p, p.add(32)), two_twice(p.add(16), p.add(48))) };
@@ -268,7 +269,7 @@ unsafe fn k_scales(p: *const u8, odd: f32) -> (__m512, __m512) {
 /// Replaces 4-bit codes by levels, with an offset of 128.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn look_up(codes: __m512i, levels: &[i8; 16]) -> __m512i {
+pub(super) fn look_up(codes: __m512i, levels: &[i8; 16]) -> __m512i {
     // SAFETY: sixteen bytes.
     let table = unsafe { _mm_loadu_si128(levels.as_ptr().cast()) };
     let table = _mm512_broadcast_i32x4(_mm_xor_si128(table, _mm_set1_epi8(-128)));

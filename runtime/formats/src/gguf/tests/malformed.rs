@@ -276,16 +276,28 @@ fn the_alignment_must_be_a_sane_power_of_two() {
 
 #[test]
 fn an_unknown_tensor_type_names_tensor_number_and_what_is_read() {
-    let m = message(&tensor("blk.3.ffn_up_exps.weight", 40, &[64], 36).finish());
-    says(
-        &m,
-        &[
-            "'blk.3.ffn_up_exps.weight' has type 40 (NVFP4)",
-            "Q4_K",
-            "MXFP4",
-            "choose another quantization",
-        ],
-    );
+    for (id, shown) in [
+        (9, "9 (Q8_1, a type of activations)"),
+        (
+            36,
+            "36 (I2_S of bitnet.cpp, or a withdrawn repacked IQ4_NL)",
+        ),
+        (100, "100 (Q4_0_ROCMFP4 of ROCmFPX)"),
+        (139, "139 (IQ4_K of ik_llama.cpp)"),
+        (150, "150 (a type of ik_llama.cpp)"),
+        (212, "212 (a repacked Q4_K of ik_llama.cpp)"),
+        (344, "344 (a repacked IQ4_KS of ik_llama.cpp)"),
+    ] {
+        says(
+            &message(&tensor("blk.3.ffn_up_exps.weight", id, &[64], 36).finish()),
+            &[
+                &format!("'blk.3.ffn_up_exps.weight' has type {shown}"),
+                "Q4_K",
+                "NVFP4",
+                "choose another quantization",
+            ],
+        );
+    }
     says(
         &message(&tensor("t", 1000, &[64], 36).finish()),
         &["'t' has type 1000,"],

@@ -79,6 +79,11 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
     let kernel: PanelFn = match ty {
         _ if tokens < MIN_TOKENS => return None,
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => return None,
+        TensorType::I8
+        | TensorType::I16
+        | TensorType::I32
+        | TensorType::I64
+        | TensorType::F64 => return None,
         TensorType::Q4_0 => matmul_panel::<unpack::Q4_0>,
         TensorType::Q4_1 => matmul_panel::<unpack::Q4_1>,
         TensorType::Q5_0 => matmul_panel::<unpack::Q5_0>,
@@ -99,6 +104,11 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
         TensorType::IQ3_S => matmul_panel::<unpack::IQ3_S>,
         TensorType::IQ1_S => matmul_panel::<unpack::IQ1_S>,
         TensorType::IQ1_M => matmul_panel::<unpack::IQ1_M>,
+        TensorType::Q1_0 => matmul_panel::<unpack::Q1_0>,
+        TensorType::Q2_0 => matmul_panel::<unpack::Q2_0>,
+        TensorType::TQ1_0 => matmul_panel::<unpack::TQ1_0>,
+        TensorType::TQ2_0 => matmul_panel::<unpack::TQ2_0>,
+        TensorType::NVFP4 => matmul_panel::<unpack::NVFP4>,
     };
     Some((kernel, count))
 }
