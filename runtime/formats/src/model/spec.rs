@@ -309,6 +309,14 @@ impl ModelSpec {
         self.output == self.embedding
     }
 
+    /// Returns whether any layer rotates otherwise in a context of this many tokens than in a short
+    /// one.
+    pub fn rotates_for_long_contexts(&self, context: usize) -> bool {
+        let ropes = self.layers.iter().filter_map(|layer| layer.mixer.rope());
+        let mut long = ropes.filter_map(|rope| rope.long_factors);
+        long.any(|long| context > long.original_context)
+    }
+
     /// Returns the layers with routed experts, ascending, each with its number.
     pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
         self.layers
