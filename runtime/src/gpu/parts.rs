@@ -4,6 +4,7 @@
 //! expert or dense block, the head, and the embedding. The hidden state is copied to where the next
 //! part runs.
 
+use super::factors;
 use crate::error::LoadError;
 use crate::layers::places::Places;
 use tier_plan_cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
@@ -22,16 +23,8 @@ const KV_CACHE: &str = "kv_cache";
 /// # Errors
 /// Names the part, the tier, and the reason.
 pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(), LoadError> {
-    if let Some(id) = spec.scales.first()
-        && let Some(tier) = plan.tiers.iter().find(|tier| tier.uses_gpu())
-    {
-        return Err(LoadError::FactorOnGpu {
-            plan: plan.name.clone(),
-            tier: tier.tier.name.clone(),
-            tensor: gguf.tensors()[id].name.clone(),
-        });
-    }
     let places = Places::new(plan, spec.layers.len());
+    factors::check(gguf, spec, plan, &places)?;
     let rejected =
         |tier: TierIdx, layer: usize, group: &'static str, why: String| LoadError::OnGpu {
             plan: plan.name.clone(),

@@ -34,9 +34,14 @@ impl Scales {
         self.by_matrix.get(&id).map(Vec::as_slice)
     }
 
-    /// Returns a matrix that has a factor other than 1: the first in the file.
-    pub fn first(&self) -> Option<TensorId> {
-        self.by_matrix.keys().copied().min()
+    /// Whether a matrix, or a slice of a stacked one, has a factor other than 1.
+    pub fn has(&self, id: TensorId) -> bool {
+        self.by_matrix.contains_key(&id)
+    }
+
+    /// Whether no matrix has a factor other than 1.
+    pub fn is_empty(&self) -> bool {
+        self.by_matrix.is_empty()
     }
 
     /// Reads the factors of the matrices of a network.
