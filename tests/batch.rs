@@ -10,13 +10,13 @@ use std::path::Path;
 use tempfile::TempDir;
 
 /// A line with a request for a completion.
-fn completion(id: &str, body: Value) -> String {
+pub fn completion(id: &str, body: Value) -> String {
     let line = json!({"custom_id": id, "method": "POST", "url": "/v1/completions", "body": body});
     format!("{line}\n")
 }
 
 /// An empty folder with these requests.
-fn place(lines: &[String]) -> TempDir {
+pub fn place(lines: &[String]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("in.jsonl"), lines.concat()).unwrap();
     folder
@@ -29,7 +29,7 @@ fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&["batch", model, "in.jsonl", "-o", "out.jsonl"], more].concat()
 }
 
-fn batch(folder: &Path, more: &[&str]) -> Value {
+pub fn batch(folder: &Path, more: &[&str]) -> Value {
     json(run_in(
         folder,
         &[&arguments(more)[..], &["--json"]].concat(),
@@ -37,7 +37,7 @@ fn batch(folder: &Path, more: &[&str]) -> Value {
 }
 
 /// The lines of an output by name, without the time.
-fn answers(folder: &Path) -> BTreeMap<String, Value> {
+pub fn answers(folder: &Path) -> BTreeMap<String, Value> {
     let text = fs::read_to_string(folder.join("out.jsonl")).unwrap();
     assert!(
         text.is_empty() || text.ends_with('\n'),
@@ -56,12 +56,12 @@ fn answers(folder: &Path) -> BTreeMap<String, Value> {
     found
 }
 
-fn choice(line: &Value) -> &Value {
+pub fn choice(line: &Value) -> &Value {
     &line["response"]["body"]["choices"][0]
 }
 
 /// The text that `run` continues a prompt with.
-fn alone(folder: &Path, prompt: &str, more: &[&str]) -> Value {
+pub fn alone(folder: &Path, prompt: &str, more: &[&str]) -> Value {
     let model = demo_model();
     let args = ["run", model.to_str().unwrap(), "-p", prompt, "--json"];
     json(run_in(folder, &[&args[..], more].concat()))["text"].clone()

@@ -6,6 +6,7 @@ mod driver;
 
 mod bad_input;
 mod batch;
+mod batch_company;
 mod before_weights;
 #[cfg(target_os = "linux")]
 mod chat_templates;
@@ -36,6 +37,7 @@ mod selftest;
 #[cfg(unix)]
 mod signals;
 mod slot_policies;
+mod soak;
 mod store;
 mod what_if;
 mod within_budget;

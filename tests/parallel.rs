@@ -1,7 +1,9 @@
 //! Several texts at once: planned by `solve` and `what-if`, measured by `bench`, charted by
 //! `compare`.
 
-use crate::common::{demo_machine, demo_model, json, listing, refused, run_in, stdout, succeeded};
+use crate::common::{
+    demo_machine, demo_model, json, listing, refused, run_in, stderr, stdout, succeeded,
+};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -78,6 +80,7 @@ fn texts_are_planned_measured_and_charted() {
         explained.contains("room for 4 texts at once"),
         "{explained}"
     );
+    assert!(explained.contains("8 tokens per step: "), "{explained}");
 
     let bench = [
         "bench",
@@ -151,6 +154,80 @@ fn texts_are_planned_measured_and_charted() {
         ],
     ));
     assert_eq!(numbers(&what_if, "texts"), [1.0, 2.0, 3.0]);
+}
+
+#[test]
+fn the_number_of_texts_and_the_longest_step_follow_the_prediction() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    let model = texts(demo_model());
+    let planned = solve(folder, &["--context", "64", "--parallel", "4"]);
+    let predicted = numbers(&planned, "predicted_tok_s");
+    let line =
+        r#"{"custom_id": "1", "url": "/v1/completions", "body": {"prompt": "a", "max_tokens": 3}}"#;
+    fs::write(folder.join("in.jsonl"), line).unwrap();
+    let batch = |more: &[&str]| {
+        let list = ["batch", &model, "in.jsonl", "-o", "out.jsonl"];
+        let _ = fs::remove_file(folder.join("out.jsonl"));
+        stderr(&succeeded(run_in(folder, &[&list[..], more].concat())))
+    };
+    let chosen = batch(&["--plan", "placement.toml", "--max-step-ms", "auto"]);
+    // The prediction is for the middle of the context.
+    let words =
+        "4 texts at once of up to 4 that there is room for: the most predicted tokens per second, ";
+    let rest = chosen.split_once(words).expect(&chosen).1;
+    let rate: f64 = rest.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(
+        (rate / predicted[2] - 1.0).abs() < 0.05,
+        "{rate} {predicted:?}"
+    );
+    assert!(chosen.contains("; a step that reads prompts beside them takes up to"));
+    // No step of several is as short as asked for.
+    let alone = batch(&["--plan", "placement.toml", "--max-step-ms", "1"]);
+    assert!(alone.contains("1 text at once of up to 4"), "{alone}");
+    assert!(alone.contains("up to 1 ms"), "{alone}");
+    let asked = batch(&["--plan", "placement.toml", "--parallel", "2"]);
+    assert!(
+        asked.contains("up to 2 texts at once, as asked for"),
+        "{asked}"
+    );
+    let unknown = batch(&["--context", "64"]);
+    assert!(
+        unknown.contains("16 texts at once, as many as there is room for"),
+        "{unknown}"
+    );
+
+    let bench = |more: &[&str]| {
+        let list = ["bench", &model, "-p", "40", "-n", "20", "-r", "1", "--json"];
+        json(run_in(folder, &[&list[..], more].concat()))
+    };
+    let measured = bench(&[
+        "--plan",
+        "placement.toml",
+        "--parallel",
+        "auto,2",
+        "--max-step-ms",
+        "40",
+    ]);
+    assert_eq!(numbers(&measured, "texts"), [2.0, 4.0]);
+    let joining = measured["joining"].as_array().unwrap();
+    assert_eq!(joining.len(), 2);
+    for of in joining {
+        assert_eq!(of["max_step_s"], 0.04);
+        // One step of the prompt's at least, and no gap longer than the longest.
+        assert!(of["steps"].as_u64().unwrap() >= 1, "{of}");
+        assert!(of["gap_p95_s"].as_f64() <= of["gap_max_s"].as_f64(), "{of}");
+        assert!(of["prompt_tok_s"].as_f64().unwrap() > 0.0, "{of}");
+    }
+    let whole = bench(&["--parallel", "2"]);
+    assert_eq!(whole["joining"], Value::Array(Vec::new()));
+    refused(
+        folder,
+        &["bench", &model, "--max-step-ms", "50"],
+        &["--max-step-ms", "expected --parallel"],
+    );
+    let bad = run_in(folder, &["bench", &model, "--parallel", "few"]);
+    assert!(stderr(&bad).contains("expected auto, or numbers of texts"));
 }
 
 #[test]

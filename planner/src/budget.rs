@@ -71,9 +71,12 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     let kv_type = opening.kv_type.unwrap_or_default();
     let limit = memory_limit();
     let memory = opening.memory.or(limit.as_ref().map(|limit| limit.bytes));
-    let room_of = |sequences| CacheRoom {
-        sequences,
-        ..CacheRoom::of_one(context)
+    let room_of = |sequences| {
+        let room = CacheRoom {
+            sequences,
+            ..CacheRoom::of_one(context)
+        };
+        room.for_model(shape)
     };
     let cache_bytes = |sequences| kv_type.cache_bytes(shape, room_of(sequences));
     let room = room_of(opening.texts.number(cache_bytes, memory));
@@ -96,7 +99,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
         let left = budget - fixed.bytes(budget) - gguf.file_bytes();
         let room = CacheRoom {
-            checkpoints: checkpoints(shape, room, left),
+            checkpoints: checkpoints(shape, room, kv_type, left),
             ..room
         };
         return Ok(Chosen {
@@ -152,14 +155,20 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     })
 }
 
-/// Returns how many checkpoints of recurrent states there are, within a part of the `left` memory
-/// that is not missed.
-fn checkpoints(shape: &ModelShape, room: CacheRoom, left: u64) -> u32 {
+/// Returns how many checkpoints of recurrent states and windows there are: those that `room` has, or
+/// more within a part of the `left` memory that is not missed.
+fn checkpoints(shape: &ModelShape, room: CacheRoom, kv_type: KvType, left: u64) -> u32 {
     let most = CHECKPOINTS_PER_TEXT.saturating_mul(room.sequences);
-    match shape.state_bytes() {
+    let each = shape.caches.iter().fold(0u64, |sum, cache| {
+        sum.saturating_add(cache.checkpoint_bytes(kv_type, room))
+    });
+    let more = match each {
         0 => 0,
-        bytes => u32::try_from(left / CHECKPOINT_FRACTION / bytes).map_or(most, |n| n.min(most)),
-    }
+        bytes => u32::try_from(left / CHECKPOINT_FRACTION / bytes).unwrap_or(most),
+    };
+    room.checkpoints
+        .saturating_add(more)
+        .min(most.max(room.checkpoints))
 }
 
 /// Fails if the keys and values of several texts alone are more than the process may hold: its

@@ -1,9 +1,133 @@
 //! Several texts at once: how many, and what is predicted of them.
 
 use crate::cost::steps::{Predictor, StepPrediction};
-use anyhow::{Result, ensure};
+use crate::hint::HintExt;
+use crate::prepared::Prepared;
+use crate::profile::Evidence;
+use anyhow::{Result, anyhow, ensure};
 use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Duration;
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::model::kv::CacheRoom;
+use tier_plan_runtime::model::shape::{ModelShape, shape_of};
+
+/// How the experts are used, for predictions; or why nothing is predicted.
+pub enum Routing {
+    /// As this says.
+    Known(Evidence),
+    /// A sentence for the user, if there is anything to say.
+    Unknown(Option<String>),
+}
+
+impl Routing {
+    /// Returns what steps of a plan are predicted with, if experts' use is known.
+    pub fn predictor<'a>(
+        &'a self,
+        plan: &'a Placement,
+        shape: &'a ModelShape,
+        at: u32,
+    ) -> Option<Predictor<'a>> {
+        match self {
+            Routing::Known(evidence) => Some(Predictor {
+                plan,
+                shape,
+                evidence,
+                at,
+            }),
+            Routing::Unknown(_) => None,
+        }
+    }
+}
+
+/// Returns how experts are used: as in the profile that the plan was made from, or evenly for a
+/// plan that was made without one.
+///
+/// # Errors
+/// When the profile that was asked for cannot be read, or is not the plan's.
+pub fn routing(asked: Option<&Path>, model: &Path, prepared: &Prepared<'_>) -> Result<Routing> {
+    let plan = prepared.plan();
+    if let (Some(path), None) = (asked, &plan.profile) {
+        return Err(anyhow!(
+            "--routing: {}, expected none, as the plan was made without a profile",
+            path.display()
+        ))
+        .hint("leave --routing out");
+    }
+    if plan.predicted.decode_tok_s <= 0.0 {
+        return Ok(Routing::Unknown(None));
+    }
+    let shape = shape_of(prepared.gguf(), prepared.spec());
+    let Some(wanted) = &plan.profile else {
+        return Ok(Routing::Known(Evidence::uniform(&shape)?));
+    };
+    let (path, asked) = match asked {
+        Some(path) => (path.to_path_buf(), true),
+        None => (model.with_extension("profile"), false),
+    };
+    let found = match profile::read(&path) {
+        Ok(profile) => Some(profile),
+        Err(error) if asked => return Err(error.into()),
+        Err(_) => None,
+    };
+    match found.filter(|profile| profile.id.hash == wanted.hash) {
+        Some(profile) => Ok(Routing::Known(Evidence::new(&shape, Some(&profile))?)),
+        None if asked => Err(anyhow!(
+            "--routing: {}, expected {wanted}, which the plan was made from",
+            path.display()
+        ))
+        .hint("pass the profile that the plan was made from"),
+        None => Ok(Routing::Unknown(Some(format!(
+            "nothing predicted for several texts: the plan was made from {wanted}, expected at --routing or at {}",
+            path.display()
+        )))),
+    }
+}
+
+/// How many texts go together, and why.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chosen {
+    /// Texts at once, at least 1.
+    pub texts: u32,
+    /// A sentence for the user.
+    pub why: String,
+}
+
+/// Chooses how many texts go together, of the `room` that memory has: those with the most predicted
+/// tokens per second within a step of `longest`. Without a prediction that is all of them.
+pub fn choose(predictor: Option<&Predictor<'_>>, room: u32, longest: Option<Duration>) -> Chosen {
+    let at_once = |n: u32| match n {
+        1 => "1 text at once".to_string(),
+        n => format!("{n} texts at once"),
+    };
+    let gap_s = longest.map_or(f64::INFINITY, |longest| longest.as_secs_f64());
+    let best = predictor.and_then(|p| Some((p.best_of(room, gap_s)?, p.step(1)?)));
+    let Some((best, alone)) = best else {
+        return Chosen {
+            texts: room,
+            why: format!(
+                "{}, as many as there is room for; the plan predicts no speed",
+                at_once(room)
+            ),
+        };
+    };
+    let bound = longest.filter(|_| best.texts < room);
+    let bound = bound.map_or(String::new(), |longest| {
+        format!(" within {} ms", longest.as_millis())
+    });
+    Chosen {
+        texts: best.texts,
+        why: format!(
+            "{} of up to {room} that there is room for: the most predicted tokens per second{bound}, \
+             {:.2} tok/s with {:.1} ms between two tokens of a text; one alone has {:.2}",
+            at_once(best.texts),
+            best.tok_s(),
+            best.seconds * 1e3,
+            alone.tok_s()
+        ),
+    }
+}
 
 /// Checks a number of texts of `context` tokens each, as `option` gave it, and returns it.
 ///
@@ -97,6 +221,18 @@ mod tests {
         // 67108863 pages of 64 positions.
         assert!(error(67_108_864, 10).contains("expected at most 67108863"));
         assert!(error(u32::MAX, u32::MAX).contains("expected at most"));
+    }
+
+    #[test]
+    fn without_a_prediction_all_texts_that_fit_go_together() {
+        for (room, words) in [
+            (1, "1 text at once, as many"),
+            (16, "16 texts at once, as many"),
+        ] {
+            let chosen = choose(None, room, Some(Duration::ZERO));
+            assert_eq!(chosen.texts, room);
+            assert!(chosen.why.starts_with(words), "{}", chosen.why);
+        }
     }
 
     #[test]

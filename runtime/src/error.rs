@@ -154,7 +154,7 @@ pub enum RunError {
         /// Pages that no text uses.
         free: usize,
     },
-    /// All recurrent states are in use.
+    /// All recurrent states, or pages of windows, are in use.
     #[error("the plan is for {texts} texts at once, and as many are in the engine")]
     TooManyTexts {
         /// Texts that the plan is for.
@@ -179,10 +179,10 @@ pub enum RunError {
         /// Size of the vocabulary.
         n_vocab: usize,
     },
-    /// A recurrent state cannot go back to fewer tokens.
+    /// A recurrent state, or a window that has gone on, cannot go back to fewer tokens.
     #[error(
-        "the context of {n_past} tokens cannot be cut to {wanted}: this model has layers that remember past tokens in one \
-         recurrent state; start again from 0"
+        "the context of {n_past} tokens cannot be cut to {wanted}: this model has layers that keep one recurrent state, \
+         or the last tokens only; start again from 0"
     )]
     CannotRewind {
         /// Tokens in the context.
@@ -202,7 +202,7 @@ pub enum RunError {
         /// Position in the text, from 0.
         position: usize,
     },
-    /// An earlier pass failed halfway in recurrent states.
+    /// An earlier pass failed halfway, and the text can't go back.
     #[error(
         "an earlier error left the context of this model unusable, as it can't go back; start again from 0"
     )]

@@ -4,6 +4,7 @@ use crate::cancel::Cancel;
 use crate::experts::checksums::Checksums;
 use crate::experts::pack::Pack;
 use std::sync::Arc;
+use tier_plan_formats::model::kv::CacheRoom;
 
 /// A callback that is told how many bytes are in place, and how many there will be.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
@@ -14,7 +15,7 @@ pub struct LoadOptions {
     /// Compute threads; the physical cores when `None`.
     pub threads: Option<usize>,
     /// Tokens of a step that go through a layer together; 2048 when `None`, and never more than
-    /// the KV cache has room for.
+    /// the KV cache has room for, or a plan's `window_chunk`.
     pub batch: Option<usize>,
     /// Checksums that all bytes are compared with, those that are read later too.
     pub checks: Option<Arc<Checksums>>,
@@ -43,10 +44,11 @@ pub const DEFAULT_BATCH: usize = 2048;
 /// Tokens per micro-batch at most: a dense stage, and an expert, takes these at once.
 pub(crate) const MAX_MICRO_BATCH: usize = 512;
 
-/// Returns the tokens per batch, and per micro-batch. A step adds at most `positions` tokens, those
-/// that the KV cache has room for.
-pub(crate) fn batches(options: &LoadOptions, positions: u64) -> (usize, usize) {
-    let most = usize::try_from(positions).unwrap_or(usize::MAX);
+/// Returns the tokens per batch, and per micro-batch: no more than the KV cache has room for, in
+/// layers with a window too.
+pub(crate) fn batches(options: &LoadOptions, room: CacheRoom) -> (usize, usize) {
+    let most = usize::try_from(room.positions()).unwrap_or(usize::MAX);
+    let most = most.min(room.window_chunk.map_or(usize::MAX, |n| n as usize));
     let batch = options.batch.unwrap_or(DEFAULT_BATCH).min(most).max(1);
     (batch, batch.min(MAX_MICRO_BATCH))
 }

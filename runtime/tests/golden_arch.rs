@@ -18,7 +18,7 @@ use tier_plan_testing::{Golden, data, models, root};
 /// Largest normalized mean squared error of the logits. Weights are 16-bit floats, so nothing is
 /// quantized: results are near 1e-12, and anything that is left out of the arithmetic is far above
 /// this.
-const BOUND: f64 = 1e-5;
+pub(super) const BOUND: f64 = 1e-5;
 
 /// Reads what is known of an architecture.
 fn golden(name: &str) -> Golden {
@@ -28,11 +28,11 @@ fn golden(name: &str) -> Golden {
 }
 
 /// A context that fits the tokens and all that is decoded after them.
-fn context(golden: &Golden) -> u32 {
+pub(super) fn context(golden: &Golden) -> u32 {
     (golden.tokens.len() + golden.greedy.len()) as u32
 }
 
-fn engine(fixture: &Golden, plan: &Placement, batch: usize) -> Engine {
+pub(super) fn engine(fixture: &Golden, plan: &Placement, batch: usize) -> Engine {
     let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
     let options = LoadOptions {
         threads: Some(2),
@@ -50,7 +50,11 @@ fn largest(logits: &[f32]) -> u32 {
 }
 
 /// Logits of the whole prompt, then of each token as it is decoded; and the decoded tokens.
-fn run(fixture: &Golden, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
+pub(super) fn run(
+    fixture: &Golden,
+    plan: &Placement,
+    batch: usize,
+) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
     let mut engine = engine(fixture, plan, batch);
     let planned: Vec<u64> = plan.tiers.iter().map(PlanTier::used_bytes).collect();
     assert_eq!(
@@ -85,23 +89,23 @@ fn run(fixture: &Golden, plan: &Placement, batch: usize) -> (Vec<f32>, Vec<f32>,
 
 /// How a test plan spreads a model.
 #[derive(Clone, Copy, Debug)]
-struct Spread {
+pub(super) struct Spread {
     /// Every so-manieth expert is pinned to the first tier, the one after it to the second; none at
     /// 0.
-    pin_every: u32,
+    pub(super) pin_every: u32,
     /// Slots of a layer.
-    slots: u32,
-    slot_tier: TierIdx,
+    pub(super) slots: u32,
+    pub(super) slot_tier: TierIdx,
     /// Experts in staging beyond what a token may need.
-    extra_staging: u32,
-    slow: TierKind,
+    pub(super) extra_staging: u32,
+    pub(super) slow: TierKind,
     /// The slow tier is the real file, and the others' budgets have so many bytes to spare.
-    real: Option<u64>,
+    pub(super) real: Option<u64>,
 }
 
 /// A plan over two tiers of memory and a slow one, all declared and fast enough not to be waited
 /// for.
-fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
+pub(super) fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
     let tier = |name: &str, kind| {
         let tier = Tier {
             name: name.into(),
@@ -171,11 +175,15 @@ fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> Placement {
 
 #[test]
 fn every_architecture_has_a_model_and_a_place_in_the_document() {
-    let arch = |name: &String| {
-        let gguf = Gguf::open(&data(&format!("arch/{name}.gguf"))).unwrap();
+    let all = || {
+        let of = |folder| models(folder).into_iter().map(move |name| (folder, name));
+        of("arch").chain(of("arch2"))
+    };
+    let arch = |(folder, name): (&str, String)| {
+        let gguf = Gguf::open(&data(&format!("{folder}/{name}.gguf"))).unwrap();
         gguf.str("general.architecture").unwrap().to_string()
     };
-    let with_model: BTreeSet<String> = models("arch").iter().map(arch).collect();
+    let with_model: BTreeSet<String> = all().map(arch).collect();
     assert_eq!(with_model, SUPPORTED.map(String::from).into());
     let document = std::fs::read_to_string(root().join("docs/models.md")).unwrap();
     let (table, _) = document.split_once("\n## ").unwrap();
@@ -185,7 +193,7 @@ fn every_architecture_has_a_model_and_a_place_in_the_document() {
             "docs/models.md, first table: `{name}` is missing"
         );
     }
-    for name in models("arch") {
+    for (_, name) in all() {
         assert!(
             document.contains(&format!("| `{name}` | `")),
             "docs/models.md, table of errors: `{name}` is missing"
@@ -360,38 +368,43 @@ fn keys_and_values_in_fewer_bits_stay_close() {
 #[test]
 fn long_contexts_depend_neither_on_threads_nor_on_batches() {
     for name in ["qwen3-dense", "gpt-oss", "deepseek-v3"] {
-        let fixture = golden(name);
-        let shape = shape_of_file(&fixture.path).unwrap();
-        let n_vocab = fixture.n_vocab as u32;
-        let tokens: Vec<u32> = (0..600u32)
-            .map(|i| i.wrapping_mul(2_654_435_761) % n_vocab)
-            .collect();
-        for kv_type in KvType::ALL {
-            let plan = all_in_memory(&shape, 610, kv_type);
-            let logits = |threads: usize, batch: usize| -> Vec<u32> {
-                let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
-                let options = LoadOptions {
-                    threads: Some(threads),
-                    batch: Some(batch),
-                    ..LoadOptions::default()
-                };
-                let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-                let mut logits = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
-                for token in [3, 1, 4] {
-                    logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last).unwrap());
-                }
-                assert!(logits.iter().all(|l| l.is_finite()));
-                logits.into_iter().map(f32::to_bits).collect()
+        long_context_is_stable(&golden(name));
+    }
+}
+
+/// Demands the same bits of a long text from any number of threads and batches of any size.
+pub(crate) fn long_context_is_stable(fixture: &Golden) {
+    let name = fixture.path.display();
+    let shape = shape_of_file(&fixture.path).unwrap();
+    let n_vocab = fixture.n_vocab as u32;
+    let tokens: Vec<u32> = (0..600u32)
+        .map(|i| i.wrapping_mul(2_654_435_761) % n_vocab)
+        .collect();
+    for kv_type in KvType::ALL {
+        let plan = all_in_memory(&shape, 610, kv_type);
+        let logits = |threads: usize, batch: usize| -> Vec<u32> {
+            let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
+            let options = LoadOptions {
+                threads: Some(threads),
+                batch: Some(batch),
+                ..LoadOptions::default()
             };
-            let expected = logits(1, 512);
-            // A last batch of one token, and one of two micro-batches, too.
-            for (threads, batch) in [(3, 512), (2, 64), (5, 100), (2, 599), (3, 2048)] {
-                let same = logits(threads, batch) == expected;
-                assert!(
-                    same,
-                    "{name}, {kv_type}: {threads} threads, batches of {batch}"
-                );
+            let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
+            let mut logits = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
+            for token in [3, 1, 4] {
+                logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last).unwrap());
             }
+            assert!(logits.iter().all(|l| l.is_finite()));
+            logits.into_iter().map(f32::to_bits).collect()
+        };
+        let expected = logits(1, 512);
+        // A last batch of one token, and one of two micro-batches, too.
+        for (threads, batch) in [(3, 512), (2, 64), (5, 100), (2, 599), (3, 2048)] {
+            let same = logits(threads, batch) == expected;
+            assert!(
+                same,
+                "{name}, {kv_type}: {threads} threads, batches of {batch}"
+            );
         }
     }
 }

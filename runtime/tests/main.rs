@@ -2,5 +2,6 @@
 
 mod fuzz_inputs;
 mod golden_arch;
+mod golden_arch2;
 mod golden_delta;
 mod nvrtc;

@@ -70,6 +70,19 @@ fn options_out_of_range() {
     run(&["--temperature", "nan"], &["--temperature: NaN"]);
     run(&["--top-p", "0"], &["--top-p: 0", "more than 0"]);
     run(&["--top-p", "1.5"], &["--top-p: 1.5"]);
+    run(
+        &["--presence-penalty", "3"],
+        &["--presence-penalty: 3", "-2 to 2"],
+    );
+    run(&["--logit-bias", "7"], &["--logit-bias", "15043-1.5"]);
+    run(
+        &["--logit-bias", "7+101"],
+        &["--logit-bias: 101", "-100 to 100"],
+    );
+    run(
+        &["--logit-bias", "99999999+1"],
+        &["--logit-bias: token 99999999", "0 to "],
+    );
     run(&["--min-p", "2"], &["--min-p: 2", "0 (all tokens) to 1"]);
     run(
         &["--repeat-penalty", "0"],

@@ -21,8 +21,8 @@ fn plans_that_do_not_fit() {
     };
     run(
         "newer.toml",
-        &swap(&plan, "version = 3", "version = 7"),
-        &["newer.toml", "version 7", "up to version 6", "update"],
+        &swap(&plan, "version = 3", "version = 8"),
+        &["newer.toml", "version 8", "up to version 7", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run(

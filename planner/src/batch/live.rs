@@ -5,6 +5,7 @@ use super::request::{Endpoint, Request};
 use crate::chat::thought::Answer;
 use std::hash::{DefaultHasher, Hasher};
 use tier_plan_runtime::engine::SequenceId;
+use tier_plan_runtime::engine::draft::Acceptance;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig, StopStrings, log_probabilities};
 use tier_plan_runtime::tokenizer::{TokenStream, Tokenizer};
 
@@ -21,6 +22,13 @@ pub(super) struct Live<'a> {
     pub sequence: Option<SequenceId>,
     /// Tokens that it began with, since the engine had kept them.
     pub shared: usize,
+    /// Tokens that may follow the last one.
+    pub draft: Vec<u32>,
+    /// Whether it has drafts. One whose logits were not numbers ends them: it may be the draft that
+    /// was at fault.
+    pub drafts: bool,
+    /// How good its drafts are.
+    pub acceptance: Acceptance,
     sampler: Sampler,
     stream: TokenStream<'a>,
     stops: StopStrings,
@@ -63,6 +71,9 @@ impl<'a> Live<'a> {
             n_top: request.logprobs,
             sequence: None,
             shared: 0,
+            draft: Vec::new(),
+            drafts: true,
+            acceptance: Acceptance::default(),
             sampler: Sampler::new(config),
             stream: tokenizer.stream(),
             stops: StopStrings::new(request.stop.iter().cloned()),

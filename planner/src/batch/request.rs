@@ -34,6 +34,8 @@ pub enum Code {
     Unsupported,
     /// The prompt with the tokens asked for does not fit the context.
     ContextLengthExceeded,
+    /// The request is right, and yet it failed while it was computed.
+    ServerError,
 }
 
 impl Code {
@@ -44,6 +46,7 @@ impl Code {
             Code::InvalidRequest => "invalid_request",
             Code::Unsupported => "unsupported",
             Code::ContextLengthExceeded => "context_length_exceeded",
+            Code::ServerError => "server_error",
         }
     }
 }
@@ -129,7 +132,10 @@ impl Sampling {
             repeat_last_n,
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
-            logit_bias: self.logit_bias.clone(),
+            logit_bias: match self.logit_bias.as_slice() {
+                [] => defaults.logit_bias.clone(),
+                own => own.to_vec(),
+            },
             seed: self.seed.unwrap_or(defaults.seed),
         }
     }

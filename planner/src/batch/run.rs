@@ -1,5 +1,9 @@
 //! Answers the requests of a file: as many texts at once as the KV cache has room for.
 
+mod drafts;
+mod offers;
+mod step;
+
 use super::answer::{Answered, Choice, Finish, refusal};
 use super::input::{Input, Line};
 use super::live::{Beginning, Live};
@@ -8,19 +12,20 @@ use super::prompts::{Encoded, Prompts};
 use super::request::{BadLine, Code, Request};
 use crate::interrupt::interrupted;
 use anyhow::{Result, bail};
+use offers::Sharer;
 use std::collections::{HashMap, VecDeque};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tier_plan_runtime::engine::{LogitsMode, Rows, SequenceId};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tier_plan_runtime::engine::SequenceId;
+use tier_plan_runtime::engine::draft::MAX_DRAFT;
 use tier_plan_runtime::model::kv;
 use tier_plan_runtime::sampler::SamplerConfig;
-use tier_plan_runtime::schedule::{
-    self, Limits, PAGE, Pages, Scheduler, StepPlan, TextId, TextOutcome,
-};
+use tier_plan_runtime::schedule::{self, Limits, PAGE, Pages, Scheduler, StepCost, TextId};
 use tier_plan_runtime::{Engine, RunError};
 
 const _: () = assert!(PAGE == kv::PAGE as usize);
 
-/// Longest step. A batch is after throughput, so no step is cut short for the sake of one text.
+/// Longest step unless one is asked for. A batch is after throughput, so no step is cut short for the
+/// sake of one text.
 const MAX_STEP: Duration = Duration::from_secs(3600);
 
 /// Options of a batch.
@@ -31,6 +36,12 @@ pub struct Options<'a> {
     pub sampling: SamplerConfig,
     /// Most texts at once.
     pub max_texts: usize,
+    /// Most time between two tokens of a text while prompts are read, if that matters.
+    pub max_step: Option<Duration>,
+    /// Most tokens per draft; 0 for no drafts. A model with recurrent states, or on a GPU, has none.
+    pub max_drafts: usize,
+    /// The first estimate of the time of steps, if they were predicted.
+    pub cost: Option<StepCost>,
     /// Called after every step with the counts so far.
     pub on_step: &'a mut dyn FnMut(&Summary),
 }
@@ -53,6 +64,10 @@ pub struct Summary {
     pub shared_tokens: usize,
     /// Tokens generated.
     pub generated_tokens: usize,
+    /// Tokens drafted.
+    pub drafted_tokens: usize,
+    /// Drafted tokens that were right.
+    pub accepted_tokens: usize,
     /// How often a text gave up its pages for others.
     pub preempted: usize,
     /// Whether a signal ended the batch early.
@@ -64,6 +79,8 @@ pub struct Summary {
 /// A request with the answers to it.
 struct Job {
     line: usize,
+    /// Its first text; the others follow it.
+    first: TextId,
     request: Request,
     encoded: Encoded,
     choices: Vec<Option<Choice>>,
@@ -90,6 +107,8 @@ pub struct Batch<'a> {
     jobs: HashMap<usize, Job>,
     wanted: HashMap<TextId, Wanted>,
     live: HashMap<TextId, Live<'a>>,
+    /// Texts with which unfinished ones begin alike.
+    sharers: HashMap<TextId, Vec<Sharer>>,
     next_id: u64,
     scratch: Vec<f32>,
     summary: Summary,
@@ -118,19 +137,24 @@ impl<'a> Batch<'a> {
             limits: Limits {
                 max_rows: engine.batch().max(max_texts),
                 max_texts,
-                max_step: MAX_STEP,
-                max_drafts: 0,
+                max_step: options.max_step.unwrap_or(MAX_STEP),
+                max_drafts: if engine.repeats() {
+                    options.max_drafts.min(MAX_DRAFT)
+                } else {
+                    0
+                },
             },
             lines: open.collect(),
             engine,
             prompts,
             input,
             output,
+            scheduler: Scheduler::with_cost(options.cost.clone().unwrap_or_default()),
             options,
-            scheduler: Scheduler::new(),
             jobs: HashMap::new(),
             wanted: HashMap::new(),
             live: HashMap::new(),
+            sharers: HashMap::new(),
             next_id: 0,
             scratch: Vec::new(),
             summary,
@@ -165,7 +189,8 @@ impl<'a> Batch<'a> {
             if self.scheduler.is_empty() && self.lines.is_empty() {
                 return Ok(());
             }
-            let plan = self.plan()?;
+            self.draft();
+            let plan = self.plan();
             self.release(&plan);
             if !plan.rows.is_empty() {
                 self.compute(&plan)?;
@@ -218,6 +243,7 @@ impl<'a> Batch<'a> {
             Err(bad) => return Ok(Err(named(bad))),
         };
         let pages = self.pages();
+        let first = TextId(self.next_id);
         for index in 0..request.n {
             let id = TextId(self.next_id);
             let text = schedule::Request {
@@ -236,163 +262,16 @@ impl<'a> Batch<'a> {
             self.wanted.insert(id, Wanted { job, index });
         }
         self.summary.prompt_tokens += encoded.tokens.len() * request.n;
+        self.note_sharers(first, request.n, &encoded.tokens);
         let job = Job {
             line: line.number,
+            first,
             choices: vec![None; request.n],
             request,
             encoded,
         };
         self.jobs.insert(line.number, job);
         Ok(Ok(()))
-    }
-
-    /// Plans the next step. What is offered to one text may be what another lacks, so less is
-    /// offered where nothing could go on.
-    fn plan(&mut self) -> Result<StepPlan> {
-        let mut most = self.limits.max_texts;
-        loop {
-            let offered = self.offer_kept(most)?;
-            let plan = self.scheduler.next_step(self.pages(), &self.limits);
-            self.withdraw(&offered, &plan);
-            if plan.pages_wanted == 0 || offered.is_empty() {
-                return Ok(plan);
-            }
-            most = usize::from(offered.len() > 1);
-        }
-    }
-
-    /// Begins the texts that may be admitted now, `most` of them, with what the engine has kept of
-    /// them. Returns them.
-    fn offer_kept(&mut self, most: usize) -> Result<Vec<TextId>> {
-        let admitted = self.scheduler.n_admitted();
-        let places = self.limits.max_texts.saturating_sub(admitted).min(most);
-        let offered: Vec<TextId> = self.scheduler.upcoming().take(places).collect();
-        for id in &offered {
-            self.make_live(*id);
-            if let Some(live) = self.live.get_mut(id) {
-                let (sequence, n) = self.engine.begin_sequence(&live.tokens)?;
-                (live.sequence, live.shared) = (Some(sequence), n);
-                self.scheduler.set_cached(*id, n);
-            }
-        }
-        Ok(offered)
-    }
-
-    /// Gives back what was offered to texts that were not admitted.
-    fn withdraw(&mut self, offered: &[TextId], plan: &StepPlan) {
-        for id in offered {
-            let Some(live) = self.live.get_mut(id) else {
-                continue;
-            };
-            if plan.rows.iter().any(|row| row.id == *id) {
-                self.summary.shared_tokens += live.shared;
-                continue;
-            }
-            if let Some(sequence) = live.sequence.take() {
-                self.engine.remove_sequence(sequence);
-            }
-            self.scheduler.set_cached(*id, 0);
-            if live.n_new() == 0 {
-                // Its tokens are in the job; many may wait.
-                self.live.remove(id);
-            }
-        }
-    }
-
-    /// Keeps texts that fill their pages at the moment for those that wait. Others would copy their
-    /// last page with the next token, which the schedule has no page for.
-    fn keep_whole_pages(&mut self, plan: &StepPlan) {
-        if self.scheduler.upcoming().next().is_none() {
-            return;
-        }
-        for row in &plan.rows {
-            let live = self.live.get(&row.id);
-            if (row.from + row.n_tokens).is_multiple_of(PAGE)
-                && let Some(sequence) = live.and_then(|live| live.sequence)
-            {
-                self.engine.keep_sequence(sequence);
-            }
-        }
-    }
-
-    /// Frees the pages of preempted texts, which are kept until other texts want them.
-    fn release(&mut self, plan: &StepPlan) {
-        for preempt in &plan.preempt {
-            if let Some(live) = self.live.get_mut(&preempt.id)
-                && let Some(sequence) = live.sequence.take()
-            {
-                self.engine.keep_sequence(sequence);
-                self.engine.remove_sequence(sequence);
-                self.summary.preempted += 1;
-            }
-        }
-    }
-
-    /// Takes a step through the engine, and draws the tokens that come of it.
-    fn compute(&mut self, plan: &StepPlan) -> Result<()> {
-        let start = Instant::now();
-        for row in &plan.rows {
-            self.place(row.id, row.from)?;
-        }
-        let mut rows = Vec::with_capacity(plan.rows.len());
-        for row in &plan.rows {
-            let live = &self.live[&row.id];
-            let Some(sequence) = live.sequence else {
-                bail!("a text of the step is not in the engine");
-            };
-            rows.push(Rows {
-                sequence,
-                tokens: &live.tokens[row.from..row.from + row.n_tokens],
-                logits: row.wants_logits.then_some(LogitsMode::Last),
-            });
-        }
-        let logits = match self.engine.step(&rows) {
-            Ok(logits) => logits,
-            Err(RunError::Canceled) => {
-                self.summary.interrupted = true;
-                self.scheduler.abandoned();
-                return Ok(());
-            }
-            Err(error) => return Err(error.into()),
-        };
-        drop(rows);
-        let (mut outcomes, mut ended) = (Vec::new(), Vec::new());
-        let wanted = plan.rows.iter().filter(|row| row.wants_logits);
-        let n_vocab = self.prompts.n_vocab.max(1);
-        for (row, logits) in wanted.zip(logits.chunks_exact(n_vocab)) {
-            let Some(live) = self.live.get_mut(&row.id) else {
-                continue;
-            };
-            let before = live.n_new();
-            let finish = live.draw(logits, &mut self.scratch);
-            let new_tokens = live.n_new() - before;
-            self.summary.generated_tokens += new_tokens;
-            outcomes.push(TextOutcome {
-                id: row.id,
-                new_tokens,
-                ended: finish.is_some(),
-            });
-            ended.extend(finish.map(|finish| (row.id, finish)));
-        }
-        self.keep_whole_pages(plan);
-        let took = start.elapsed();
-        self.summary.took += took;
-        self.scheduler.finished(took, &outcomes);
-        ended
-            .into_iter()
-            .try_for_each(|(id, finish)| self.end(id, finish))
-    }
-
-    /// Gives a text its place in the engine, unless it has one.
-    fn place(&mut self, id: TextId, from: usize) -> Result<()> {
-        self.make_live(id);
-        if let Some(live) = self.live.get_mut(&id)
-            && live.sequence.is_none()
-            && from == 0
-        {
-            live.sequence = Some(self.engine.add_sequence()?);
-        }
-        Ok(())
     }
 
     /// Makes a text that waits ready to be generated.
@@ -416,6 +295,7 @@ impl<'a> Batch<'a> {
 
     /// Takes a finished text out of the engine, and writes its line if it was the last of it.
     fn end(&mut self, id: TextId, finish: Finish) -> Result<()> {
+        self.sharers.remove(&id);
         let (Some(live), Some(wanted)) = (self.live.remove(&id), self.wanted.remove(&id)) else {
             return Ok(());
         };
@@ -435,6 +315,30 @@ impl<'a> Batch<'a> {
             Some(job) => self.write(job),
             None => Ok(()),
         }
+    }
+
+    /// Refuses the line of a text that cannot go on, and ends all texts of the line.
+    fn fail(&mut self, id: TextId, error: &RunError) -> Result<()> {
+        let wanted = self.wanted.get(&id).copied();
+        let Some(job) = wanted.and_then(|wanted| self.jobs.remove(&wanted.job)) else {
+            return Ok(());
+        };
+        for id in (job.first.0..).map(TextId).take(job.choices.len()) {
+            self.scheduler.cancel(id);
+            self.sharers.remove(&id);
+            self.wanted.remove(&id);
+            let sequence = self.live.remove(&id).and_then(|live| live.sequence);
+            if let Some(sequence) = sequence {
+                self.engine.remove_sequence(sequence);
+            }
+        }
+        let bad = BadLine {
+            custom_id: Some(job.request.custom_id),
+            ..BadLine::new(Code::ServerError, error.to_string())
+        };
+        self.output.append(job.line, &refusal(job.line, &bad))?;
+        self.summary.refused += 1;
+        Ok(())
     }
 
     fn write(&mut self, job: Job) -> Result<()> {

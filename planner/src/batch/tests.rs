@@ -1,3 +1,4 @@
+mod drafts;
 mod files;
 
 use super::*;

@@ -1,12 +1,18 @@
 //! `tier-plan batch`: answers a file of requests, many at once.
 
+mod speeds;
+
+pub use speeds::Parallel;
+
 use crate::batch::{Batch, Input, Options, Output, Prompts, Summary};
 use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
+use crate::cmd::args::sampling;
 use crate::cmd::args::{ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, PreTokenizerArgs};
-use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
+use crate::cmd::args::{MaxStep, SamplingArgs, StoreArgs, TokenLimit, context_value};
 use crate::interrupt::Interrupted;
-use crate::opening::{Opening, Texts};
+use crate::opening::Opening;
+use crate::parallel::{self, Routing};
 use crate::prepared::Prepared;
 use crate::printable::printable;
 use crate::session::Session;
@@ -14,18 +20,12 @@ use crate::{progress, text};
 use anyhow::{Result, bail};
 use clap::Args;
 use indicatif::ProgressBar;
+use speeds::Speeds;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Instant;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::SamplerConfig;
 use tier_plan_runtime::tokenizer::Tokenizer;
-
-/// Most texts at once that a user may ask for.
-const MAX_TEXTS: u32 = 1024;
-
-/// Texts at once under a plan that is for one, which they share the KV cache of.
-const TEXTS_OF_ONE: usize = 16;
 
 /// Options of `tier-plan batch`.
 #[derive(Debug, Args)]
@@ -63,7 +63,8 @@ pub struct BatchArgs {
     /// File for the answers, one per line; what it has already is kept and not answered again
     #[arg(short, long, value_name = "OUT.jsonl", help_heading = "Output")]
     pub output: PathBuf,
-    /// Texts to generate at once; `auto` is up to 16, as the memory allows
+    /// Texts to generate at once; `auto` is up to 16 as the memory allows, of those as many as have
+    /// the most predicted tokens per second
     #[arg(
         long,
         value_name = "N",
@@ -71,6 +72,24 @@ pub struct BatchArgs {
         help_heading = "Generation"
     )]
     pub parallel: Parallel,
+    /// Most milliseconds between two tokens of a text while prompts are read, or `auto` for what the
+    /// predicted steps suggest [default: no limit, for the most tokens per second]
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    pub max_step_ms: Option<MaxStep>,
+    /// Profile to predict steps of several texts with, if the plan was made from one [default: the
+    /// one beside the model]
+    #[arg(long, value_name = "FILE", help_heading = "Generation")]
+    pub routing: Option<PathBuf>,
+    /// Draft up to N tokens per text and step from what followed the same words earlier in the text,
+    /// where that pays by measured times and hits; the answers stay the same
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(0..=8),
+        help_heading = "Generation"
+    )]
+    pub draft: usize,
     /// Most tokens per answer for requests that do not say; -1 is no limit [default: 16 for
     /// completions, no limit for chats]
     #[arg(
@@ -130,15 +149,6 @@ pub struct BatchArgs {
     pub format: JsonArgs,
 }
 
-/// Texts at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Parallel {
-    /// As many as the memory allows.
-    Auto,
-    /// This many.
-    Count(u32),
-}
-
 impl BatchArgs {
     /// Returns the model and the requests. With `-m`, the only argument is the requests.
     fn files(&self) -> Result<(&Path, &Path)> {
@@ -147,39 +157,6 @@ impl BatchArgs {
             (None, Some(model), Some(input)) => Ok((model, input)),
             (Some(model), Some(input), None) => Ok((model, input)),
             _ => bail!("no requests given, expected IN.jsonl"),
-        }
-    }
-}
-
-impl FromStr for Parallel {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "auto" {
-            return Ok(Parallel::Auto);
-        }
-        let count = text.parse().ok().filter(|n| (1..=MAX_TEXTS).contains(n));
-        let expected = || format!("expected auto, or a number from 1 to {MAX_TEXTS}");
-        count.map(Parallel::Count).ok_or_else(expected)
-    }
-}
-
-impl Parallel {
-    /// Returns what a plan is made for.
-    fn texts(self) -> Texts {
-        match self {
-            Parallel::Auto => Texts::Auto,
-            Parallel::Count(n) => Texts::Count(n),
-        }
-    }
-
-    /// Returns the most texts at once in an engine whose plan is for `planned`. A given plan for one
-    /// text may be for several short ones.
-    fn most(self, planned: u32, is_given: bool) -> usize {
-        match self {
-            Parallel::Count(n) => n as usize,
-            Parallel::Auto if is_given && planned == 1 => TEXTS_OF_ONE,
-            Parallel::Auto => planned as usize,
         }
     }
 }
@@ -207,6 +184,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         .transpose()?;
     let mut input = Input::open(requests)?;
     let prepared = Prepared::open(model, opening)?;
+    sampling::check_biases(&sampling, prepared.spec().n_vocab)?;
     let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let template = match input.has_chats() {
         true => template(&prepared, &tokenizer, given)?,
@@ -229,6 +207,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         };
         return print(args, &summary, 0);
     }
+    let routing = parallel::routing(args.routing.as_deref(), model, &prepared)?;
     let mut session = prepared.load()?;
     args.kept.open(&mut session.engine)?;
     if !args.format.json {
@@ -241,7 +220,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         input: &mut input,
         output: &mut output,
     };
-    let (summary, texts) = answer(args, &mut session, &prompts, files, sampling)?;
+    let (summary, texts) = answer(args, &mut session, &prompts, files, (sampling, &routing))?;
     session.keep()?;
     args.kept.warn(&mut session.engine);
     print(args, &summary, texts)?;
@@ -263,15 +242,18 @@ fn answer(
     session: &mut Session,
     prompts: &Prompts<'_>,
     files: Files<'_>,
-    sampling: SamplerConfig,
+    (sampling, routing): (SamplerConfig, &Routing),
 ) -> Result<(Summary, usize)> {
     let _catching = crate::interrupt::catch_interrupts();
-    let planned = session.engine.plan().sequences;
+    let speeds = Speeds::choose(args, session, routing);
     let progress = Progress::default();
     let options = Options {
         model: &model_name(args.files()?.0),
         sampling,
-        max_texts: args.parallel.most(planned, args.memory.plan.is_some()),
+        max_texts: speeds.texts as usize,
+        max_step: speeds.max_step,
+        max_drafts: args.draft,
+        cost: speeds.cost,
         on_step: &mut |summary| progress.show(summary),
     };
     let batch = Batch::new(
@@ -283,7 +265,13 @@ fn answer(
     );
     let texts = batch.max_texts();
     if !args.format.json {
-        eprintln!("up to {texts} texts at once");
+        eprintln!("{}", speeds.why);
+        if let (Parallel::Auto, Routing::Unknown(Some(note))) = (args.parallel, routing) {
+            eprintln!("note: {note}");
+        }
+        if texts < speeds.texts as usize {
+            eprintln!("the engine has room for {texts}");
+        }
     }
     let done = batch.run();
     progress.bar.finish_and_clear();
@@ -365,6 +353,8 @@ fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
             "prompt_tokens": summary.prompt_tokens,
             "shared_tokens": summary.shared_tokens,
             "generated_tokens": summary.generated_tokens,
+            "drafted_tokens": summary.drafted_tokens,
+            "accepted_tokens": summary.accepted_tokens,
             "seconds": seconds,
             "tokens_per_second": rate,
             "parallel": texts,
@@ -380,6 +370,12 @@ fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
         "{} of {} requests answered in {output}: {} tokens in {seconds:.1} s, {rate:.1} tok/s",
         summary.answered, summary.lines, summary.generated_tokens
     );
+    if summary.drafted_tokens > 0 {
+        eprintln!(
+            "{} of {} drafted tokens were right",
+            summary.accepted_tokens, summary.drafted_tokens
+        );
+    }
     if summary.earlier > 0 {
         eprintln!("{} were answered before", summary.earlier);
     }
@@ -396,20 +392,6 @@ fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
 mod tests {
     use super::*;
     use crate::cmd::{Command, parse_alone};
-
-    #[test]
-    fn texts_at_once_are_read_and_chosen() {
-        let parse = |text: &str| text.parse::<Parallel>();
-        assert_eq!(parse("auto"), Ok(Parallel::Auto));
-        assert_eq!(parse("7"), Ok(Parallel::Count(7)));
-        for bad in ["0", "-1", "1025", "many", ""] {
-            assert!(parse(bad).unwrap_err().contains("from 1 to 1024"), "{bad}");
-        }
-        assert_eq!(Parallel::Auto.most(1, true), TEXTS_OF_ONE);
-        assert_eq!(Parallel::Auto.most(1, false), 1);
-        assert_eq!(Parallel::Auto.most(4, true), 4);
-        assert_eq!(Parallel::Count(2).most(4, true), 2);
-    }
 
     #[test]
     fn the_model_is_an_argument_or_an_option() {

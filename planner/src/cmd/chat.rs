@@ -4,6 +4,7 @@ use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
 use crate::chat::{Chat, Options, Signals};
 use crate::cmd::args::TokenLimit;
+use crate::cmd::args::sampling;
 use crate::cmd::run::{RunArgs, RunOptions};
 use crate::hint::HintExt;
 use crate::prepared::Prepared;
@@ -34,6 +35,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         .map(|path| text::read_file("the chat template", path))
         .transpose()?;
     let prepared = Prepared::open(run.model, run.opening)?;
+    sampling::check_biases(&run.sampling, prepared.spec().n_vocab)?;
     if prepared.context() < 2 {
         let short = || bail!("--context: one token, expected 2 or more in a chat");
         return short().hint("pass a larger --context");

@@ -70,14 +70,17 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
         1 => Vec::new(),
         most => parallel::predictions(&predictor, most),
     };
+    let drafts = break_evens(&predictor);
     if args.format.json {
         let mut value = as_json(&plan, &why);
+        value["drafts"] = drafts.iter().map(Draft::as_json).collect();
         value["sequences"] = json!(plan.sequences);
         value["parallel"] = parallel::as_json(&steps);
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         print_text(&plan, &why);
         print_steps(&steps);
+        print_drafts(&drafts);
         for note in evidence.notes.iter().chain(&known.notes()) {
             println!("note: {note}");
         }
@@ -176,6 +179,58 @@ fn print_steps(steps: &[StepPrediction]) {
     );
     for row in parallel::table(steps) {
         println!("  {row}");
+    }
+}
+
+/// A step with a draft, as predicted.
+struct Draft {
+    /// Tokens of the step: one that comes anyway, and those of the draft.
+    rows: u32,
+    step: StepPrediction,
+    /// Share of drafted tokens that has to be right; infinity where none suffices.
+    break_even: f64,
+}
+
+impl Draft {
+    fn as_json(&self) -> Value {
+        json!({
+            "rows": self.rows,
+            "predicted_step_s": self.step.seconds,
+            "predicted_distinct_experts": self.step.distinct_experts,
+            "break_even_acceptance": self.break_even.is_finite().then_some(self.break_even),
+        })
+    }
+}
+
+/// Returns what drafts cost and would have to bring; nothing for a plan without rates.
+fn break_evens(predictor: &Predictor<'_>) -> Vec<Draft> {
+    let draft = |rows| {
+        Some(Draft {
+            rows,
+            step: predictor.draft_step(rows)?,
+            break_even: predictor.break_even_acceptance(rows)?,
+        })
+    };
+    [2, 4, 8].into_iter().filter_map(draft).collect()
+}
+
+fn print_drafts(drafts: &[Draft]) {
+    if drafts.is_empty() {
+        return;
+    }
+    println!("Drafts (--draft), checked with the token that comes anyway, pay from:");
+    for draft in drafts {
+        let pays = if draft.break_even.is_finite() {
+            format!("{:.0} % right tokens", draft.break_even * 100.0)
+        } else {
+            "no share of right tokens".to_string()
+        };
+        println!(
+            "  {} tokens per step: {pays}; {:.2} ms, {:.1} distinct experts per layer",
+            draft.rows,
+            draft.step.seconds * 1e3,
+            draft.step.distinct_experts
+        );
     }
 }
 

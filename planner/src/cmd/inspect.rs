@@ -16,7 +16,8 @@ use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::formats::shape::{Architecture, Mix};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::describe;
-use tier_plan_runtime::model::shape::{DenseKind, ModelShape, shape_of};
+use tier_plan_runtime::model::kv::CacheRoom;
+use tier_plan_runtime::model::shape::{CacheShape, DenseKind, ModelShape, shape_of};
 use tier_plan_runtime::units::show_bytes;
 
 /// Options of `tier-plan inspect`.
@@ -173,6 +174,7 @@ fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
         kv(KvType::F16),
         kv(KvType::Q8_0)
     );
+    print_windows(shape);
     if shape.state_bytes() > 0 {
         println!(
             "recurrent state: {}, whatever the length of the context",
@@ -288,6 +290,31 @@ fn print_text(
     }
 }
 
+/// Prints how many layers have a sliding window, and what that saves where the context is as long as
+/// the model was trained for.
+fn print_windows(shape: &ModelShape) {
+    let mut windows: BTreeMap<u64, usize> = BTreeMap::new();
+    for window in shape.caches.iter().filter_map(CacheShape::window) {
+        *windows.entry(window).or_default() += 1;
+    }
+    if windows.is_empty() {
+        return;
+    }
+    let each = windows
+        .iter()
+        .map(|(window, n)| format!("{n} of {} layers see {window} positions", shape.n_layer));
+    let each: Vec<String> = each.collect();
+    let bytes = |room| show_bytes(KvType::F16.cache_bytes(shape, room));
+    let room = CacheRoom::of_one(shape.context).for_model(shape);
+    println!(
+        "sliding windows: {}; the cache of {} tokens takes {} as f16, {} with all positions",
+        each.join(", "),
+        shape.context,
+        bytes(room),
+        bytes(room.whole())
+    );
+}
+
 fn sizes_json(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) -> Value {
     json!({
         "name": shape.id.name,
@@ -298,6 +325,8 @@ fn sizes_json(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) -> Value 
         "kv_bytes_per_token": KvType::F16.token_bytes(shape),
         "kv_q8_0_bytes_per_token": KvType::Q8_0.token_bytes(shape),
         "state_bytes": shape.state_bytes(),
+        "windows": shape.caches.iter().map(CacheShape::window).collect::<Vec<_>>(),
+        "context_bytes": KvType::F16.cache_bytes(shape, CacheRoom::of_one(shape.context).for_model(shape)),
         "n_layer": shape.n_layer,
         "hidden": shape.hidden,
         "n_vocab": shape.n_vocab,

@@ -1,6 +1,7 @@
 //! `tier-plan run`: continues a text, or chats, and prints what that cost.
 
 use super::chat;
+use crate::cmd::args::sampling;
 use crate::cmd::args::{
     ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs,
 };
@@ -197,6 +198,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     let text = prompt_text(args)?;
     let prepared = Prepared::open(options.model, options.opening)?;
+    sampling::check_biases(&options.sampling, prepared.spec().n_vocab)?;
     let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let prompt = prepared.prompt(&tokenizer, &text)?;
     drop(text);

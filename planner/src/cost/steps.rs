@@ -8,14 +8,16 @@
 //! independent ones are drawn. Where those are too few as well, texts are so many that their
 //! expected numbers of experts count, as in [`batch`](super::batch).
 
-use super::FixedTimes;
 use super::batch::{PASS_ROWS, PassStage, Step, Use, dense_step_s, spread};
+use super::{BATCH, FixedTimes, prompt};
 use crate::profile::replay::LayerTrace;
 use crate::profile::{Evidence, Judged, LayerEvidence, drawn};
 use std::borrow::Cow;
+use std::time::Duration;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::schedule::{MIN_CHUNK, RowsTime, StepCost};
 
 /// Fewest tokens of a text's stretch, of a replay that tells anything about slots.
 const MIN_STRETCH: usize = 4;
@@ -25,6 +27,13 @@ const WARM_UP_STEPS: [usize; 2] = [8, 64];
 
 /// Fewest and most steps that are counted.
 const COUNTED_STEPS: [usize; 2] = [32, 256];
+
+/// Least default of the longest step: 20 tokens per second are faster than anyone reads.
+const MIN_MAX_STEP: Duration = Duration::from_millis(50);
+
+/// Texts' own steps that the default of the longest step is as long as: half of the time is then
+/// left to prompts.
+const MAX_STEP_STEPS: f64 = 2.0;
 
 /// A step of several texts, as predicted.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -44,6 +53,15 @@ impl StepPrediction {
     }
 }
 
+/// Which recorded tokens the rows of a step are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tokens {
+    /// Of texts that begin at equal distances.
+    Apart,
+    /// Of one text, one after the other.
+    InARow,
+}
+
 /// A plan with what its predictions are made from.
 #[derive(Debug, Clone, Copy)]
 pub struct Predictor<'a> {
@@ -60,6 +78,28 @@ pub struct Predictor<'a> {
 impl Predictor<'_> {
     /// Predicts a step of `texts` texts; `None` for a plan without measured or declared rates.
     pub fn step(&self, texts: u32) -> Option<StepPrediction> {
+        self.step_of(texts, Tokens::Apart)
+    }
+
+    /// Predicts a step of one text with `rows` tokens of it: the next one, and a draft of those after
+    /// it. They follow each other in the recorded text, so they share experts as such tokens do. The
+    /// KV cache is charged once per row, which is an upper limit.
+    pub fn draft_step(&self, rows: u32) -> Option<StepPrediction> {
+        self.step_of(rows, Tokens::InARow)
+    }
+
+    /// Returns the share of drafted tokens that has to be right for a step of `rows` tokens of one
+    /// text to bring as many tokens per second as steps of one: the `a` at which
+    /// `1 + a + … + a^(rows − 1) = draft_step(rows) / step(1)`. Above 1, no draft of that length pays;
+    /// it is infinite then.
+    ///
+    /// Returns `None` for a plan without measured or declared rates.
+    pub fn break_even_acceptance(&self, rows: u32) -> Option<f64> {
+        let ratio = self.draft_step(rows)?.seconds / self.step(1)?.seconds;
+        Some(break_even(rows, ratio))
+    }
+
+    fn step_of(&self, texts: u32, tokens: Tokens) -> Option<StepPrediction> {
         if self.plan.predicted.decode_tok_s <= 0.0 || texts == 0 {
             return None;
         }
@@ -86,6 +126,7 @@ impl Predictor<'_> {
                 evidence,
                 stage,
                 n_tiers: fixed.tiers.len(),
+                tokens,
             }
             .of(&step)
         });
@@ -104,9 +145,13 @@ impl Predictor<'_> {
     ///
     /// Returns `None` for a plan without measured or declared rates.
     pub fn best_parallel(&self, max_texts: u32, max_gap_s: f64) -> Option<StepPrediction> {
-        let most = max_texts.min(self.plan.sequences).max(1);
+        self.best_of(max_texts.min(self.plan.sequences), max_gap_s)
+    }
+
+    /// Returns the same of at most `most` texts, also where the plan has room for fewer long ones.
+    pub fn best_of(&self, most: u32, max_gap_s: f64) -> Option<StepPrediction> {
         let mut best = self.step(1)?;
-        for texts in counts_up_to(most).skip(1) {
+        for texts in counts_up_to(most.max(1)).skip(1) {
             let step = self.step(texts)?;
             if step.seconds <= max_gap_s && step.tok_s() > best.tok_s() {
                 best = step;
@@ -114,6 +159,64 @@ impl Predictor<'_> {
         }
         Some(best)
     }
+}
+
+impl Predictor<'_> {
+    /// Returns the default of the longest step while prompts are read beside `texts` running texts:
+    /// `max(2 · step(texts), step(texts + 16), 50 ms)`, where 16 rows are the least chunk of a prompt.
+    ///
+    /// Returns `None` for a plan without measured or declared rates.
+    pub fn max_step(&self, texts: u32) -> Option<Duration> {
+        let own = MAX_STEP_STEPS * self.step(texts)?.seconds;
+        let with_chunk = self.step(texts.saturating_add(MIN_CHUNK as u32))?.seconds;
+        Some(duration(own.max(with_chunk)).max(MIN_MAX_STEP))
+    }
+
+    /// Returns the scheduler's estimate before any step is measured: steps of one text and of
+    /// `texts`, and chunks of [`MIN_CHUNK`] and of [`BATCH`] rows. A small chunk costs as much as
+    /// that many texts more.
+    ///
+    /// Returns `None` for a plan without measured or declared rates.
+    pub fn step_cost(&self, texts: u32) -> Option<StepCost> {
+        let many = texts.max(2);
+        let seconds = |texts: u32| Some(self.step(texts)?.seconds);
+        let chunk = seconds(many.saturating_add(MIN_CHUNK as u32))? - seconds(many)?;
+        let point = |rows: u32, seconds| RowsTime {
+            rows: rows as usize,
+            time: duration(seconds),
+        };
+        let whole = prompt::batch_s(self.plan, self.shape, self.evidence);
+        Some(StepCost::predicted(
+            [point(1, seconds(1)?), point(many, seconds(many)?)],
+            [point(MIN_CHUNK as u32, chunk), point(BATCH, whole)],
+        ))
+    }
+}
+
+fn duration(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::MAX)
+}
+
+/// Returns the `a` from 0 with `1 + a + … + a^(rows − 1) = ratio`; infinity if it is more than 1.
+fn break_even(rows: u32, ratio: f64) -> f64 {
+    if ratio <= 1.0 {
+        return 0.0;
+    }
+    if ratio > f64::from(rows) {
+        return f64::INFINITY;
+    }
+    let tokens = |a: f64| (1..rows).fold(1.0, |sum, _| 1.0 + a * sum);
+    let (mut low, mut high) = (0.0, 1.0);
+    // The sum grows with `a`; 50 halvings leave nothing of the interval.
+    for _ in 0..50 {
+        let middle = (low + high) / 2.0;
+        if tokens(middle) < ratio {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    high
 }
 
 /// Returns the numbers of texts that are tried: each about a fifth more than the one before, and
@@ -144,6 +247,7 @@ struct LayerSteps<'a> {
     evidence: &'a LayerEvidence,
     stage: PassStage,
     n_tiers: usize,
+    tokens: Tokens,
 }
 
 impl LayerSteps<'_> {
@@ -182,7 +286,10 @@ impl LayerSteps<'_> {
         let mut slots = Slots::new(self.layer, trace.n_expert(), self.n_tiers);
         let (mut seconds, mut distinct, mut passes) = (0.0, 0, 0);
         for at in 0..warm_up + counted {
-            let token = |text: usize| (text * n_tokens / texts + at) % n_tokens;
+            let token = |row: usize| match self.tokens {
+                Tokens::Apart => (row * n_tokens / texts + at) % n_tokens,
+                Tokens::InARow => (at * texts + row) % n_tokens,
+            };
             let rows: Vec<&[u16]> = (0..texts)
                 .map(|text| &trace.decoded()[token(text) * used..][..used])
                 .collect();

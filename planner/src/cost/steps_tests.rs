@@ -267,6 +267,107 @@ fn the_most_tokens_within_a_gap_are_found() {
 }
 
 #[test]
+fn the_longest_step_and_the_first_estimate_follow_the_prediction() {
+    let model = demo();
+    let shape = model.shape();
+    let evidence = Evidence::uniform(shape).unwrap();
+    let plan = plan(shape, &evidence, &slow_machine());
+    let predictor = Predictor {
+        plan: &plan,
+        shape,
+        evidence: &evidence,
+        at: plan.predicted.at,
+    };
+    let step = |texts| predictor.step(texts).unwrap().seconds;
+    for texts in [1, 4, 8] {
+        let longest = predictor.max_step(texts).unwrap();
+        let expected = (2.0 * step(texts)).max(step(texts + 16)).max(0.05);
+        assert!((longest.as_secs_f64() - expected).abs() < 1e-6);
+        let cost = predictor.step_cost(texts).unwrap();
+        let close = |rows, seconds: f64| {
+            let found = cost.predict(rows, 0).as_secs_f64();
+            assert!(
+                (found / seconds - 1.0).abs() < 0.01,
+                "{rows}: {found} {seconds}"
+            );
+        };
+        close(1, step(1));
+        close(texts.max(2) as usize, step(texts.max(2)));
+        // The least chunk is within the longest step, and a whole batch of a prompt takes longer.
+        let rows = cost.prompt_rows_within(texts as usize, longest);
+        assert!((MIN_CHUNK..BATCH as usize).contains(&rows), "{rows}");
+    }
+    let mut unknown = plan.clone();
+    unknown.predicted = Default::default();
+    let predictor = Predictor {
+        plan: &unknown,
+        ..predictor
+    };
+    assert_eq!(predictor.max_step(4), None);
+    assert!(predictor.step_cost(4).is_none());
+}
+
+#[test]
+fn drafts_break_even_where_their_step_costs_what_they_bring() {
+    assert_eq!(break_even(2, 1.0), 0.0);
+    assert!((break_even(2, 1.3) - 0.3).abs() < 1e-9);
+    // 1 + 1/2 + 1/4 + 1/8
+    assert!((break_even(4, 1.875) - 0.5).abs() < 1e-9);
+    assert!((break_even(8, 8.0) - 1.0).abs() < 1e-9);
+    assert_eq!(break_even(2, 2.1), f64::INFINITY);
+    let model = demo();
+    let shape = model.shape();
+    let evidence = Evidence::uniform(shape).unwrap();
+    let plan = plan(shape, &evidence, &slow_machine());
+    let predictor = Predictor {
+        plan: &plan,
+        shape,
+        evidence: &evidence,
+        at: plan.predicted.at,
+    };
+    // Tokens that have nothing in common are texts of their own.
+    let (row, apart) = (predictor.draft_step(4).unwrap(), predictor.step(4).unwrap());
+    assert!((row.seconds / apart.seconds - 1.0).abs() < 0.05);
+    assert_eq!(predictor.draft_step(1), predictor.step(1));
+    for rows in [2, 4, 8] {
+        let a = predictor.break_even_acceptance(rows).unwrap();
+        let brought = (1..rows).fold(1.0, |sum, _| 1.0 + a * sum);
+        let cost = predictor.draft_step(rows).unwrap().seconds / predictor.step(1).unwrap().seconds;
+        assert!((brought / cost - 1.0).abs() < 1e-6, "{rows}: {a}");
+    }
+}
+
+#[test]
+fn tokens_in_a_row_share_the_experts_that_they_share_in_the_record() {
+    let model = demo();
+    let shape = model.shape();
+    let experts = shape.experts[0];
+    let (n_used, n_expert) = (experts.n_used as usize, experts.n_expert as usize);
+    // Four tokens in a row choose the same experts, and no others do at the same time.
+    let token = |t: usize| {
+        let first = (t / 4 + t / 128) * n_used;
+        (0..n_used).map(move |i| ((first + i) % n_expert) as u16)
+    };
+    let trace: Vec<u16> = (0..512).flat_map(token).collect();
+    let decoded = Decoded {
+        experts: vec![vec![trace]; shape.experts.len()],
+        step_s: 0.0,
+        declared_s: 0.0,
+    };
+    let evidence = evidence(shape, &decoded, 1);
+    let plan = plan(shape, &evidence, &slow_machine());
+    let predictor = Predictor {
+        plan: &plan,
+        shape,
+        evidence: &evidence,
+        at: plan.predicted.at,
+    };
+    let distinct = |step: StepPrediction| step.distinct_experts / n_used as f64;
+    assert!((distinct(predictor.draft_step(4).unwrap()) - 1.0).abs() < 1e-9);
+    assert!(distinct(predictor.step(4).unwrap()) > 1.5);
+}
+
+#[test]
 fn counts_reach_the_most() {
     let counts: Vec<u32> = counts_up_to(9).collect();
     assert_eq!(counts, [1, 2, 3, 4, 5, 6, 7, 8, 9]);

@@ -247,6 +247,7 @@ fn placement(
         context: 1024,
         sequences: 1,
         checkpoints: 0,
+        window_chunk: None,
         kv_tier: TierIdx::FIRST,
         kv_type: KvType::F16,
         staging_tier: TierIdx::new(fast - 1),

@@ -16,7 +16,7 @@ use tier_plan_runtime::formats::placement::{
 };
 use tier_plan_runtime::gpu::fully_on_gpu;
 use tier_plan_runtime::model::kv::PAGE;
-use tier_plan_runtime::model::shape::{DenseKind, ExpertShape, ModelShape};
+use tier_plan_runtime::model::shape::{CacheShape, DenseKind, ExpertShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
 /// Relative difference of times that is rounding.
@@ -211,6 +211,7 @@ impl Tally<'_> {
             let texts = u128::from(plan.sequences);
             let page = if texts > 1 { u128::from(PAGE) } else { 1 };
             let positions = u128::from(plan.context).div_ceil(page) * page * texts;
+            let positions = window_positions(plan, tier, cache, positions);
             let states = texts + u128::from(plan.checkpoints);
             let mut bytes = u128::from(cache.state_bytes) * states;
             for rows in &cache.rows {
@@ -393,6 +394,25 @@ fn with_fixed_times(plan: &Placement, shape: &ModelShape) -> Placement {
         (tier.latency_us, tier.accelerator.layer_us) = (0.0, None);
     }
     plan
+}
+
+/// Returns the positions that a layer holds, of the `all` positions of the planned texts: where no
+/// token sees more than a window, and pages of the windows, a batch, and the checkpoints are fewer.
+fn window_positions(plan: &Placement, tier: TierIdx, cache: &CacheShape, all: u128) -> u128 {
+    let widest = cache.rows.iter().map(|rows| rows.window).max().flatten();
+    let no_window = cache.rows.iter().any(|rows| rows.window.is_none());
+    let on_gpu = plan.tiers[tier].tier.is_gpu();
+    let (Some(window), Some(chunk), false) = (widest, plan.window_chunk, no_window || on_gpu)
+    else {
+        return all;
+    };
+    let page = u128::from(PAGE);
+    let pages = u128::from(window).div_ceil(page);
+    let least = (pages + 2) * u128::from(plan.sequences) + u128::from(chunk).div_ceil(page);
+    if least >= all.div_ceil(page) {
+        return all;
+    }
+    (least + (pages + 1) * u128::from(plan.checkpoints)) * page
 }
 
 /// Returns the seconds of a decoded token's attention to the KV caches.

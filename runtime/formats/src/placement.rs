@@ -306,8 +306,12 @@ pub struct Placement {
     pub context: u32,
     /// Texts at once that the KV cache is planned for.
     pub sequences: u32,
-    /// Recurrent states that are kept beside those of the texts, for going back to.
+    /// Recurrent states and pages of windows that are kept beside those of the texts, for going
+    /// back to.
     pub checkpoints: u32,
+    /// Tokens of a batch whose rows layers with a sliding window hold beside the windows; none where
+    /// such layers hold all positions, as in plans of versions before 7.
+    pub window_chunk: Option<u32>,
     /// Tier of the KV cache and recurrent state. Layers whose attention is on a real GPU have
     /// theirs there instead, so `kv_tier` is a real GPU only where real GPUs have all attention.
     pub kv_tier: TierIdx,
@@ -344,7 +348,7 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<Placement, FormatError> {
 /// use std::path::Path;
 /// use tier_plan_formats::placement;
 ///
-/// let path = Path::new("../../tests/data/formats/placement.v6.toml");
+/// let path = Path::new("../../tests/data/formats/placement.v7.toml");
 /// let plan = placement::read(path)?;
 /// assert!(plan.tiers.iter().all(|tier| tier.used_bytes() <= tier.budget_bytes));
 /// assert_eq!(placement::decode(plan.encode().as_bytes(), path)?, plan);
@@ -411,6 +415,17 @@ impl Placement {
             context: self.context,
             sequences: self.sequences,
             checkpoints: self.checkpoints,
+            window_chunk: self.window_chunk,
+        }
+    }
+
+    /// Returns what a layer's KV cache on a tier has room for. On a GPU it has all positions of a
+    /// text, whatever its window.
+    pub fn room_on(&self, tier: TierIdx) -> CacheRoom {
+        let room = self.room();
+        match self.tiers.get(tier) {
+            Some(t) if t.tier.is_gpu() => room.whole(),
+            _ => room,
         }
     }
 
@@ -423,7 +438,7 @@ impl Placement {
             .zip(self.cache_tiers(shape.caches.len()))
         {
             if let Some(sum) = bytes.get_mut(tier) {
-                *sum = sum.saturating_add(cache.bytes(self.kv_type, self.room()));
+                *sum = sum.saturating_add(cache.bytes(self.kv_type, self.room_on(tier)));
             }
         }
         bytes

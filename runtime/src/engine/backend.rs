@@ -6,14 +6,14 @@
 
 use super::batch::Batch;
 use super::cpu::Cpu;
-use super::sequences::Cache;
+use super::sequences::{Cache, WHOLE};
 use crate::error::RunError;
 use crate::gpu::Gpus;
 use crate::layers::cpu_context::CpuContext;
 use crate::layers::index::Layer;
 use crate::layers::places::Place;
 use std::ops::Range;
-use tier_plan_formats::model::spec::{Ffn, ModelSpec};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec};
 use tier_plan_kernels::threads::ThreadPool;
 use tier_plan_kernels::{Activations, Kernels};
 
@@ -42,8 +42,8 @@ pub(crate) trait LayerBackend {
         routed_here: bool,
     ) -> Result<(), RunError>;
 
-    /// Adds the sums of the routed experts, `stage.buffers.out`.
-    fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError>;
+    /// Adds the sums of a layer's routed experts, `stage.buffers.out`.
+    fn add_experts(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
 
     /// Writes the logits of the batch's rows that want them, `[wanted rows, n_vocab]`.
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError>;
@@ -74,7 +74,7 @@ impl Stage<'_> {
     /// The position of the first row in its text.
     pub(crate) fn past(&self) -> usize {
         self.batch
-            .segments(&self.rows)
+            .segments(&self.rows, WHOLE)
             .next()
             .map_or(0, |segment| segment.past)
     }
@@ -109,6 +109,9 @@ pub(crate) struct Buffers {
     pub(crate) acts: Activations,
     /// `[batch, hidden]`: what a stage adds to the hidden state.
     pub(crate) out: Vec<f32>,
+    /// `[batch, hidden]`: what the shared expert made, in layers that finish it together with the
+    /// routed ones; empty in models without such layers.
+    pub(crate) shared: Vec<f32>,
     /// `[batch, hidden]`: what the routed experts read.
     pub(crate) expert_acts: Activations,
     /// `[batch, n_used]`: the experts that the router chose.
@@ -130,6 +133,11 @@ impl Buffers {
             normed: vec![0.0; micro_batch * spec.hidden],
             acts: Activations::new(micro_batch, spec.hidden),
             out: vec![0.0; batch * spec.hidden],
+            shared: if spec.layers.iter().any(LayerSpec::sums_experts_apart) {
+                vec![0.0; batch * spec.hidden]
+            } else {
+                Vec::new()
+            },
             expert_acts: Activations::new(batch, spec.hidden),
             experts: vec![0; batch * n_used],
             weights: vec![0.0; batch * n_used],
@@ -258,11 +266,12 @@ impl Backends {
     pub(crate) fn add_experts(
         &mut self,
         spec: &ModelSpec,
+        layer: Layer<'_>,
         place: Place,
         on: TextRows<'_>,
     ) -> Result<(), RunError> {
         let (processors, mut stage) = self.stage(spec, 0..on.batch.len(), on);
-        processors.on(place).add_experts(&mut stage)
+        processors.on(place).add_experts(&mut stage, layer)
     }
 
     /// Returns whether the router of a layer is where the hidden state is.

@@ -56,7 +56,8 @@ pub(crate) struct Span {
     pub(crate) rows: Range<usize>,
     /// Tokens of the text before these.
     pub(crate) past: usize,
-    pages: Vec<PageIdx>,
+    /// The pages of the text, by kind of layers.
+    pages: Vec<Vec<PageIdx>>,
     state: StateIdx,
     /// Rows that checkpoints follow, with the recurrent states that those go to.
     checkpoints: Vec<(usize, StateIdx)>,
@@ -153,7 +154,7 @@ impl Batch {
                 checkpoints: checkpoints.collect(),
                 rows,
                 past,
-                pages: sequence.pages().to_vec(),
+                pages: sequence.pages().map(<[PageIdx]>::to_vec).collect(),
                 state: sequence.state(),
             });
         }
@@ -172,15 +173,19 @@ impl Batch {
             .map(move |first| first..n.min(first + size))
     }
 
-    /// Returns some rows by text, counted from the first of them.
-    pub(crate) fn segments(&self, rows: &Range<usize>) -> impl Iterator<Item = Segment<'_>> {
+    /// Returns some rows by text, counted from the first of them, for layers of a kind.
+    pub(crate) fn segments(
+        &self,
+        rows: &Range<usize>,
+        kind: usize,
+    ) -> impl Iterator<Item = Segment<'_>> {
         let rows = rows.clone();
         self.spans.iter().filter_map(move |span| {
             let part = span.rows.start.max(rows.start)..span.rows.end.min(rows.end);
             (!part.is_empty()).then(|| Segment {
                 rows: part.start - rows.start..part.end - rows.start,
                 past: span.past + part.start - span.rows.start,
-                pages: &span.pages,
+                pages: &span.pages[kind],
                 state: span.state,
                 checkpoints: span.checkpoints_in(&part, rows.start),
             })

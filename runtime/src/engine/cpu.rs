@@ -1,6 +1,7 @@
 //! The stages of a pass on the CPU.
 
 use super::backend::{LayerBackend, Stage};
+use super::residual::{TokenRows, finish_block, norm_in_place, scale_rows};
 use crate::error::RunError;
 use crate::layers::cpu_context::{CpuContext, add_bias, norm_rows};
 use crate::layers::index::Layer;
@@ -8,7 +9,10 @@ use crate::layers::mixer::{MixerInput, MixerScratch, Segment, mix};
 use crate::layers::router::Router;
 use crate::layers::weights::DenseWeights;
 use crate::moe::ffn::{FfnScratch, dense_ffn, shared_expert};
-use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec};
+use std::ops::Range;
+use tier_plan_formats::model::spec::{
+    Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec, RouterInput, TensorId,
+};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, needs_quants};
@@ -29,6 +33,7 @@ pub(crate) struct Cpu {
     mixer: MixerScratch,
     /// Also the buffers of the routed experts.
     pub(crate) ffn: FfnScratch,
+    token_rows: TokenRows,
 }
 
 impl Cpu {
@@ -69,6 +74,7 @@ impl Cpu {
             predicted_weights: Vec::new(),
             mixer,
             ffn: FfnScratch::new(micro_batch, spec.hidden, ffn, n_used),
+            token_rows: TokenRows::new(spec, batch, micro_batch),
         }
     }
 
@@ -85,6 +91,9 @@ impl Cpu {
         for (token, row) in tokens.iter().zip(self.x.chunks_exact_mut(spec.hidden)) {
             if let Some(bytes) = table.row(*token as usize) {
                 dequantize_row(table.ty(), bytes, row);
+            }
+            if spec.embedding_scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= spec.embedding_scale);
             }
         }
     }
@@ -109,8 +118,76 @@ impl Cpu {
         let chosen = experts
             .chunks_exact_mut(moe.n_used)
             .zip(weights.chunks_exact_mut(moe.n_used));
+        let scale = self.weights.opt_vector(moe.expert_scale);
         for (row, (experts, weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
             self.router.route(moe, row, bias, experts, weights);
+            if let Some(scale) = scale {
+                let of = |expert: &u16| scale[usize::from(*expert)];
+                weights
+                    .iter_mut()
+                    .zip(experts)
+                    .for_each(|(w, e)| *w *= of(e));
+            }
+        }
+    }
+
+    /// Leaves rows of the hidden state under a norm in the stage's buffers, as matrices take them.
+    fn norm(&self, stage: &mut Stage<'_>, norm: TensorId, quantize: bool) {
+        let (cpu, n, spec) = (stage.cpu, stage.rows.len(), stage.spec);
+        let x = &self.x[stage.values()];
+        let buffers = &mut *stage.buffers;
+        let normed = &mut buffers.normed[..x.len()];
+        norm_rows(cpu, x, self.weights.vector(norm), spec.norm_eps, normed);
+        buffers
+            .acts
+            .fill_shared(cpu.pool, cpu.kernels, n, spec.hidden, normed, quantize);
+    }
+
+    /// Leaves what a layer's router reads in the stage's buffers. Where that is the layer's normed
+    /// rows, experts of a single token read them too, so they are quantized whatever the router's
+    /// type.
+    fn router_rows(&self, stage: &mut Stage<'_>, layer: &LayerSpec, moe: &MoeSpec) {
+        let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
+        let quantize = hidden.is_multiple_of(32);
+        let RouterInput::Own(weights) = moe.router_input else {
+            return self.norm(stage, layer.ffn_norm, quantize);
+        };
+        let (x, eps) = (&self.x[stage.values()], stage.spec.norm_eps);
+        let (weights, factor) = (self.weights.vector(weights), 1.0 / (hidden as f32).sqrt());
+        let buffers = &mut *stage.buffers;
+        let normed = &mut buffers.normed[..x.len()];
+        cpu.pool.for_each_slice(normed, hidden, |row, normed| {
+            normed.copy_from_slice(&x[row * hidden..][..hidden]);
+            norm_in_place(cpu, &[], eps, normed);
+            normed
+                .iter_mut()
+                .zip(weights)
+                .for_each(|(x, w)| *x = *x * factor * w);
+        });
+        buffers
+            .acts
+            .fill_shared(cpu.pool, cpu.kernels, n, hidden, normed, quantize);
+    }
+
+    /// Adds what follows a layer's blocks to rows of the batch.
+    fn end_layer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) {
+        let residual = &layer.spec.residual;
+        if residual.ends_plain() {
+            return;
+        }
+        let (cpu, spec, hidden) = (stage.cpu, stage.spec, stage.spec.hidden);
+        let buffers = &mut *stage.buffers;
+        let mut first = stage.rows.start;
+        while first < stage.rows.end {
+            let rows: Range<usize> = first..stage.rows.end.min(first + buffers.micro_batch);
+            first = rows.end;
+            let x = &mut self.x[rows.start * hidden..rows.end * hidden];
+            if let Some(input) = &residual.layer_input {
+                let (of, out) = ((spec, layer.index.get()), &mut buffers.out[..x.len()]);
+                self.token_rows
+                    .add(cpu, &self.weights, of, input, rows, x, out);
+            }
+            scale_rows(&self.weights, residual.output_scale, x);
         }
     }
 }
@@ -118,14 +195,23 @@ impl Cpu {
 impl LayerBackend for Cpu {
     fn embed(&mut self, stage: &mut Stage<'_>, tokens: &[u32]) -> Result<(), RunError> {
         self.embed_rows(stage.spec, tokens);
+        let x = &self.x[..tokens.len() * stage.spec.hidden];
+        self.token_rows
+            .fill(stage.cpu, &self.weights, stage.spec, tokens, x);
         Ok(())
     }
 
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, n) = (stage.cpu, stage.rows.len());
         let x = &mut self.x[stage.values()];
-        let segments: Vec<Segment<'_>> = stage.batch.segments(&stage.rows).collect();
         let (cache, buffers, index) = (&mut *stage.cache, &mut *stage.buffers, layer.index.get());
+        // A layer without keys and values of its own reads those of another, by its pages.
+        let owner = match &layer.spec.mixer {
+            Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
+            _ => index,
+        };
+        let segments = stage.batch.segments(&stage.rows, cache.kinds[owner]);
+        let segments: Vec<Segment<'_>> = segments.collect();
         let positions = segments.iter().map(Segment::range);
         cache.rotations.prepare(positions);
         let normed = &mut buffers.normed[..x.len()];
@@ -147,11 +233,13 @@ impl LayerBackend for Cpu {
         let input = MixerInput {
             x: buffers.acts.view(),
             segments: &segments,
+            first_row: stage.rows.start,
             rope: cache.rotations.of(index),
+            indexer_rope: cache.rotations.of_indexer(index),
             norm_eps: stage.spec.norm_eps,
         };
         let out = &mut buffers.out[..x.len()];
-        let cache = &mut cache.layers[index];
+        let cache = &mut cache.layers[owner];
         mix(
             cpu,
             &self.weights,
@@ -161,6 +249,10 @@ impl LayerBackend for Cpu {
             &mut self.mixer,
             out,
         );
+        let (residual, eps) = (&layer.spec.residual, stage.spec.norm_eps);
+        let norm = self.weights.opt_vector(residual.mixer_norm);
+        let hidden = stage.spec.hidden;
+        finish_block(cpu, norm, eps, residual.mixer_scale, hidden, out);
         cpu.kernels.add(x, out);
         Ok(())
     }
@@ -200,7 +292,18 @@ impl LayerBackend for Cpu {
             &mut self.ffn,
             out,
         );
+        let (residual, spec) = (&layer.spec.residual, stage.spec);
+        let norm = self.weights.opt_vector(residual.ffn_norm);
+        finish_block(
+            cpu,
+            norm,
+            spec.norm_eps,
+            residual.ffn_scale,
+            spec.hidden,
+            out,
+        );
         cpu.kernels.add(x, out);
+        self.end_layer(stage, layer);
         Ok(())
     }
 
@@ -208,33 +311,19 @@ impl LayerBackend for Cpu {
         let Ffn::Moe(moe) = &layer.spec.ffn else {
             return Ok(());
         };
-        let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
-        let x = &self.x[stage.values()];
         let choices = stage.rows.start * moe.n_used..stage.rows.end * moe.n_used;
+        self.router_rows(stage, layer.spec, moe);
         let buffers = &mut *stage.buffers;
-        let normed = &mut buffers.normed[..x.len()];
-        norm_rows(
-            cpu,
-            x,
-            self.weights.vector(layer.spec.ffn_norm),
-            stage.spec.norm_eps,
-            normed,
-        );
-        // Quantized whatever the router's type: the experts of a single token read the same
-        // activations.
-        buffers.acts.fill_shared(
-            cpu.pool,
-            cpu.kernels,
-            n,
-            hidden,
-            normed,
-            hidden.is_multiple_of(32),
-        );
         let (experts, weights) = (
             &mut buffers.experts[choices.clone()],
             &mut buffers.weights[choices],
         );
-        self.choose(cpu, moe, buffers.acts.view(), experts, weights);
+        self.choose(stage.cpu, moe, buffers.acts.view(), experts, weights);
+        if moe.input_norm.is_some() || moe.router_input != RouterInput::Normed {
+            let quantize = stage.spec.hidden.is_multiple_of(32);
+            let norm = moe.input_norm.unwrap_or(layer.spec.ffn_norm);
+            self.norm(stage, norm, quantize);
+        }
         Ok(())
     }
 
@@ -244,11 +333,18 @@ impl LayerBackend for Cpu {
         layer: Layer<'_>,
         _: bool,
     ) -> Result<(), RunError> {
-        let Some(shared) = layer.spec.moe().and_then(|moe| moe.shared.as_ref()) else {
+        let Some(moe) = layer.spec.moe() else {
             return Ok(());
         };
-        let cpu = stage.cpu;
-        let x = &mut self.x[stage.values()];
+        let Some(shared) = &moe.shared else {
+            return Ok(());
+        };
+        let (cpu, values) = (stage.cpu, stage.values());
+        if moe.input_norm.is_some() {
+            let quantize = stage.spec.hidden.is_multiple_of(32);
+            self.norm(stage, layer.spec.ffn_norm, quantize);
+        }
+        let x = &mut self.x[values.clone()];
         let buffers = &mut *stage.buffers;
         // What it reads is what the router has left, wherever that ran.
         let (normed, out) = (&buffers.normed[..x.len()], &mut buffers.out[..x.len()]);
@@ -261,16 +357,34 @@ impl LayerBackend for Cpu {
             &mut self.ffn,
             out,
         );
-        cpu.kernels.add(x, out);
+        if layer.spec.sums_experts_apart() {
+            let (norm, spec) = (self.weights.opt_vector(shared.norm), stage.spec);
+            finish_block(cpu, norm, spec.norm_eps, 1.0, spec.hidden, out);
+            buffers.shared[values].copy_from_slice(out);
+        } else {
+            cpu.kernels.add(x, out);
+        }
         Ok(())
     }
 
-    fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError> {
-        let values = stage.values();
-        stage
-            .cpu
-            .kernels
-            .add(&mut self.x[values.clone()], &stage.buffers.out[values]);
+    fn add_experts(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
+        let (cpu, spec, values) = (stage.cpu, stage.spec, stage.values());
+        let out = &mut stage.buffers.out[values.clone()];
+        if let Some(moe) = layer.spec.moe()
+            && layer.spec.sums_experts_apart()
+        {
+            let (hidden, eps, residual) = (spec.hidden, spec.norm_eps, &layer.spec.residual);
+            let norm = self.weights.opt_vector(moe.output_norm);
+            finish_block(cpu, norm, eps, 1.0, hidden, out);
+            if moe.shared.is_some() {
+                cpu.kernels.add(out, &stage.buffers.shared[values.clone()]);
+            }
+            finish_block(cpu, None, eps, moe.sum_scale, hidden, out);
+            let norm = self.weights.opt_vector(residual.ffn_norm);
+            finish_block(cpu, norm, eps, residual.ffn_scale, hidden, out);
+        }
+        cpu.kernels.add(&mut self.x[values], out);
+        self.end_layer(stage, layer);
         Ok(())
     }
 
@@ -299,6 +413,16 @@ impl LayerBackend for Cpu {
                 cpu.kernels,
                 &[MatJob::new(output, buffers.acts.view(), logits)],
             );
+            let head = &spec.head;
+            add_bias(logits, self.weights.opt_vector(head.bias));
+            if head.scale != 1.0 {
+                logits.iter_mut().for_each(|z| *z *= head.scale);
+            }
+            if let Some(cap) = head.softcap {
+                cpu.pool.for_each_slice(logits, spec.n_vocab, |_, row| {
+                    row.iter_mut().for_each(|z| *z = cap * (*z / cap).tanh());
+                });
+            }
         }
         Ok(())
     }
@@ -312,26 +436,14 @@ impl LayerBackend for Cpu {
         let Ffn::Moe(moe) = &layer.spec.ffn else {
             return Ok(());
         };
-        let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
-        let x = &self.x[stage.values()];
-        let buffers = &mut *stage.buffers;
+        let (cpu, n) = (stage.cpu, stage.rows.len());
         // The buffers of normed rows are free: routed experts have copies, and the shared expert is
         // done.
-        let normed = &mut buffers.normed[..x.len()];
-        norm_rows(
-            cpu,
-            x,
-            self.weights.vector(layer.spec.ffn_norm),
-            stage.spec.norm_eps,
-            normed,
-        );
-        buffers
-            .acts
-            .fill(cpu.kernels, n, hidden, normed, hidden.is_multiple_of(32));
+        self.router_rows(stage, layer.spec, moe);
         experts.resize(n * moe.n_used, 0);
         let mut weights = std::mem::take(&mut self.predicted_weights);
         weights.resize(n * moe.n_used, 0.0);
-        self.choose(cpu, moe, buffers.acts.view(), experts, &mut weights);
+        self.choose(cpu, moe, stage.buffers.acts.view(), experts, &mut weights);
         self.predicted_weights = weights;
         Ok(())
     }

@@ -9,17 +9,20 @@
 use std::time::Duration;
 
 /// Tokens per draft at most.
-pub(crate) const MAX_DRAFT: usize = 8;
+pub const MAX_DRAFT: usize = 8;
 
 /// Tokens at the end of a text that are looked for earlier in it.
 const GRAM: std::ops::RangeInclusive<usize> = 2..=4;
+
+/// Share of drafted tokens that are taken to be right before any is checked.
+const PRIOR_HITS: f64 = 0.6;
 
 /// Steps after which half of what was measured is forgotten.
 const MEMORY: f64 = 48.0;
 
 /// Returns what followed the text's last tokens where they stood before, up to `most` tokens. The
 /// longest match counts, of several the last.
-pub(crate) fn look_up(text: &[u32], most: usize) -> &[u32] {
+pub fn look_up(text: &[u32], most: usize) -> &[u32] {
     if most == 0 {
         return &[];
     }
@@ -61,13 +64,45 @@ impl Fading {
     }
 }
 
+/// How often drafts were right, by place.
+#[derive(Debug, Clone, Default)]
+pub struct Acceptance {
+    /// Whether the token was right, where those before it were.
+    hits: [Fading; MAX_DRAFT],
+}
+
+impl Acceptance {
+    /// Counts a draft of `drafted` tokens, of which the first `right` were right.
+    pub fn count(&mut self, drafted: usize, right: usize) {
+        if drafted > 0 {
+            self.hits.iter_mut().for_each(Fading::fade);
+        }
+        for (place, hits) in self.hits[..drafted.min(right + 1).min(MAX_DRAFT)]
+            .iter_mut()
+            .enumerate()
+        {
+            hits.add(if place < right { 1.0 } else { 0.0 });
+        }
+    }
+
+    /// Returns the tokens that a draft of each length brings beyond the one that comes anyway: `Σ aⱼ`,
+    /// where `aⱼ` is the share of drafts whose first `j` tokens are right.
+    pub fn expected(&self) -> impl Iterator<Item = f64> + '_ {
+        let (mut chain, mut sum) = (1.0, 0.0);
+        self.hits.iter().map(move |hits| {
+            chain *= hits.mean(PRIOR_HITS);
+            sum += chain;
+            sum
+        })
+    }
+}
+
 /// What drafts have cost and brought so far.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Payoff {
     /// By tokens of the draft: seconds of a step.
     times: [Fading; MAX_DRAFT + 1],
-    /// By place in the draft: whether the token was right, where those before it were.
-    hits: [Fading; MAX_DRAFT],
+    hits: Acceptance,
 }
 
 impl Payoff {
@@ -75,12 +110,7 @@ impl Payoff {
     pub(crate) fn count(&mut self, drafted: usize, right: usize, time: Duration) {
         self.times.iter_mut().for_each(Fading::fade);
         self.times[drafted].add(time.as_secs_f64());
-        if drafted > 0 {
-            self.hits.iter_mut().for_each(Fading::fade);
-        }
-        for place in 0..drafted.min(right + 1) {
-            self.hits[place].add(if place < right { 1.0 } else { 0.0 });
-        }
+        self.hits.count(drafted, right);
     }
 
     /// Returns the seconds of a step with a draft of `n` tokens. Until it is measured, a token of a
@@ -102,11 +132,9 @@ impl Payoff {
             // There is nothing to compare with yet.
             return 0;
         }
-        let (mut best, mut most, mut expected, mut chain) = (0, 1.0 / self.step_s(0), 1.0, 1.0);
-        for n in 1..=available.min(MAX_DRAFT) {
-            chain *= self.hits[n - 1].mean(0.6);
-            expected += chain;
-            let rate = expected / self.step_s(n);
+        let (mut best, mut most) = (0, 1.0 / self.step_s(0));
+        for (n, more) in (1..=available).zip(self.hits.expected()) {
+            let rate = (1.0 + more) / self.step_s(n);
             if rate > most {
                 (best, most) = (n, rate);
             }
@@ -132,6 +160,22 @@ mod tests {
         for none in [&[][..], &[1], &[1, 1], &[1, 2, 3, 4, 5]] {
             assert!(look_up(none, 8).is_empty(), "{none:?}");
         }
+    }
+
+    #[test]
+    fn expected_tokens_follow_the_hits() {
+        let mut hits = Acceptance::default();
+        let prior: Vec<f64> = hits.expected().take(2).collect();
+        assert!((prior[0] - 0.6).abs() < 1e-9 && (prior[1] - 0.96).abs() < 1e-9);
+        (0..400).for_each(|_| hits.count(3, 1));
+        let learned: Vec<f64> = hits.expected().collect();
+        assert_eq!(learned.len(), MAX_DRAFT);
+        // The first is right, the second is not.
+        assert!(
+            learned[0] > 0.98 && learned[1] - learned[0] < 0.02,
+            "{learned:?}"
+        );
+        hits.count(usize::MAX, usize::MAX - 1);
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl LayerBackend for Gpu {
             .run(stage.rows.clone(), input)?)
     }
 
-    fn add_experts(&mut self, stage: &mut Stage<'_>) -> Result<(), RunError> {
+    fn add_experts(&mut self, stage: &mut Stage<'_>, _: Layer<'_>) -> Result<(), RunError> {
         Ok(self.add(&stage.buffers.out[stage.values()])?)
     }
 

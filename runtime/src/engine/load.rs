@@ -78,7 +78,7 @@ impl Engine {
         )?;
         let mut pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
         pool.give_up_when(options.cancel.flag());
-        let (batch, micro_batch) = batches(options, plan.room().positions());
+        let (batch, micro_batch) = batches(options, plan.room());
         let streams = Streams::new(&StreamSetup {
             spec,
             shape,

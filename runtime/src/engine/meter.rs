@@ -4,6 +4,7 @@
 //! Counting and pacing belong together, as both need the bytes that a stage reads from each tier.
 
 use super::batch::{Batch, Phase};
+use super::sequences::WHOLE;
 use crate::cancel::Cancel;
 use crate::experts::counters::{Counters, PrefetchCount};
 use crate::experts::store::Step;
@@ -48,7 +49,7 @@ impl DenseTraffic {
     /// Returns the bytes of KV cache and recurrent states that rows of a batch move.
     fn cache_bytes(&self, batch: &Batch, rows: &Range<usize>) -> u64 {
         batch
-            .segments(rows)
+            .segments(rows, WHOLE)
             .map(|text| {
                 let tokens = text.rows.len();
                 self.cache.bytes((text.past + tokens) as u64, tokens as u64)

@@ -5,10 +5,13 @@
 //! has the dense stages on the CPU and on GPUs, `experts` the routed experts, `meter` the clocks,
 //! counters and pacing, `sequences` the states of the texts, `texts` what programs do with them.
 
+mod apart;
+#[cfg(test)]
+mod apart_tests;
 mod backend;
 mod batch;
 mod cpu;
-mod draft;
+pub mod draft;
 mod experts;
 mod fully_on_gpu;
 pub mod generate;
@@ -35,8 +38,11 @@ mod prefixes;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
+mod residual;
 #[cfg(test)]
 mod rewritten_mla_tests;
+#[cfg(test)]
+mod rewritten_sparse_tests;
 #[cfg(test)]
 mod rewritten_tests;
 #[cfg(test)]
@@ -46,7 +52,10 @@ mod sequences;
 mod sequences_tests;
 mod texts;
 mod warm;
+#[cfg(test)]
+mod window_tests;
 
+pub use apart::RowsOutcome;
 pub use batch::{LogitsMode, Routing, Rows};
 pub use sequences::{Pages, SequenceId};
 
@@ -143,10 +152,10 @@ impl Engine {
         self.truncate(self.n_past() - n)
     }
 
-    /// Returns whether a text can go back to any number of tokens, and has the same bits then: all
-    /// of it is computed by the CPU.
-    pub(crate) fn repeats(&self) -> bool {
-        self.sequences.can_rewind()
+    /// Returns whether a text can go back to where it was before the last batch, and has the same
+    /// bits then: all of it is computed by the CPU.
+    pub fn repeats(&self) -> bool {
+        self.sequences.can_take_back()
             && self.experts.store.n_gpus() == 0
             && !self.experts.streams.any()
             && !self.backends.processors.gpus.places.any()
@@ -161,8 +170,9 @@ impl Engine {
     /// # Errors
     /// When a text is unknown or is there twice, its context or the KV cache is full, a token is out
     /// of range, the slow tier fails, logits are not numbers, or the caller canceled. Then all texts
-    /// are as before the step. A text with recurrent states can't go back: after a failed pass, only
-    /// removing or clearing it helps.
+    /// are as before the step. A text with recurrent states can't go back, nor can one with windows
+    /// after the first [batch](Self::batch) of a step: after a failed pass, only removing or clearing
+    /// it helps.
     pub fn step(&mut self, rows: &[Rows<'_>]) -> Result<&[f32], RunError> {
         let past = |rows: &Rows<'_>| (rows.tokens.len(), self.n_past_of(rows.sequence));
         self.step_as(rows, Phase::of_step(rows.iter().map(past)))
@@ -171,12 +181,9 @@ impl Engine {
     /// [`step`](Self::step), counted as `phase`.
     fn step_as(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<&[f32], RunError> {
         let before = self.begin_step(rows)?;
-        let (start, n_vocab) = (Instant::now(), self.model.spec().n_vocab);
-        let n_tokens = rows.iter().map(|rows| rows.tokens.len()).sum();
-        let used = self.spec().moe_layers().next();
-        let used = used.map_or(0, |(_, moe)| moe.n_used);
-        self.output.begin(n_tokens * self.meter.n_moe() * used);
-        let passes = self.pass_all(rows, phase).and_then(|()| {
+        let start = Instant::now();
+        let n_vocab = self.model.spec().n_vocab;
+        let passes = self.compute_step(rows, phase).and_then(|()| {
             match first_not_finite(&self.output.logits, n_vocab) {
                 Some(wanted) => Err(not_a_number(rows, &before, wanted)),
                 None => Ok(()),
@@ -188,41 +195,38 @@ impl Engine {
             }
             return Err(error);
         }
+        self.end_step(rows, phase, start);
+        Ok(&self.output.logits)
+    }
+
+    /// Takes a step's tokens through the network. Its texts have their pages, and are neither
+    /// committed nor undone.
+    fn compute_step(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<(), RunError> {
+        let used = self.spec().moe_layers().next();
+        let used = used.map_or(0, |(_, moe)| moe.n_used);
+        self.output
+            .begin(n_tokens(rows) * self.meter.n_moe() * used);
+        self.pass_all(rows, phase)
+    }
+
+    /// Commits the texts of a step, which began at `start`, and counts it.
+    fn end_step(&mut self, rows: &[Rows<'_>], phase: Phase, start: Instant) {
         for rows in rows {
             self.sequences.commit(rows.sequence);
+            if phase == Phase::Prompt && rows.tokens.len() > 1 {
+                self.sequences.mark_prompt(rows.sequence);
+            }
         }
-        self.meter.finish_step(start, phase, n_tokens);
+        self.meter.finish_step(start, phase, n_tokens(rows));
         self.meter
             .count_prefetched(self.experts.store.take_prefetch_count());
-        Ok(&self.output.logits)
     }
 
     /// Checks a step, and gives its texts the pages for it. Returns the tokens that each has before.
     fn begin_step(&mut self, rows: &[Rows<'_>]) -> Result<Vec<usize>, RunError> {
-        let n_vocab = self.model.spec().n_vocab;
-        let mut before = Vec::with_capacity(rows.len());
-        for (
-            i,
-            Rows {
-                sequence, tokens, ..
-            },
-        ) in rows.iter().enumerate()
-        {
-            if rows[..i].iter().any(|other| other.sequence == *sequence) {
-                return Err(RunError::TwiceInStep);
-            }
-            if let Some(token) = tokens.iter().find(|t| **t as usize >= n_vocab) {
-                return Err(RunError::Token {
-                    token: *token,
-                    n_vocab,
-                });
-            }
-            before.push(self.sequences.get(*sequence)?.n_past());
-        }
-        // What was left early before concerns no one now.
-        self.backends.pool.take_gave_up();
-        // A file that was cut short must not be looked at where it is mapped.
-        self.experts.store.check_files()?;
+        let checked = (0..rows.len()).map(|i| self.check_rows(&rows[..i], &rows[i]));
+        let before = checked.collect::<Result<Vec<usize>, RunError>>()?;
+        self.check_before_step()?;
         for (
             n,
             Rows {
@@ -240,10 +244,37 @@ impl Engine {
         Ok(before)
     }
 
+    /// Checks a text's tokens in a step after those of `others`. Returns the tokens that it has
+    /// before.
+    fn check_rows(&self, others: &[Rows<'_>], rows: &Rows<'_>) -> Result<usize, RunError> {
+        let n_vocab = self.model.spec().n_vocab;
+        if others.iter().any(|other| other.sequence == rows.sequence) {
+            return Err(RunError::TwiceInStep);
+        }
+        if let Some(token) = rows.tokens.iter().find(|t| **t as usize >= n_vocab) {
+            return Err(RunError::Token {
+                token: *token,
+                n_vocab,
+            });
+        }
+        Ok(self.sequences.get(rows.sequence)?.n_past())
+    }
+
+    /// Checks what no text of a step is to blame for.
+    fn check_before_step(&mut self) -> Result<(), RunError> {
+        // What was left early before concerns no one now.
+        self.backends.pool.take_gave_up();
+        // A file that was cut short must not be looked at where it is mapped.
+        Ok(self.experts.store.check_files()?)
+    }
+
     /// Takes a step's tokens through all layers, a batch at a time.
     fn pass_all(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<(), RunError> {
         let mut done = 0;
         for cuts in split(rows, self.batch) {
+            let parts = cuts.iter();
+            let parts = parts.map(|(entry, part)| (rows[*entry].sequence, part.len()));
+            self.sequences.reserve_windows(parts)?;
             let batch = Batch::new(rows, &cuts, done, phase, &self.sequences)?;
             done += batch.len();
             let result = self.pass(&batch);
@@ -315,7 +346,7 @@ impl Engine {
                 return Err(RunError::Canceled);
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
-            backends.add_experts(spec, place, on.lend())?;
+            backends.add_experts(spec, layer, place, on.lend())?;
             output.record(moe, meter.n_moe(), batch, &backends.buffers);
             meter.finish_experts(clock, moe.index, batch.phase, &step);
         }
@@ -399,6 +430,10 @@ impl Engine {
     pub fn routing(&self) -> &Routing {
         &self.output.routing
     }
+}
+
+fn n_tokens(rows: &[Rows<'_>]) -> usize {
+    rows.iter().map(|rows| rows.tokens.len()).sum()
 }
 
 /// Returns the error of a step whose wanted row of this number has logits that are not numbers.

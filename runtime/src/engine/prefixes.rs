@@ -5,7 +5,8 @@
 //! were reached with its last token. Where memory is wanted, the leaf goes that was used least
 //! recently; so does the state.
 
-use crate::layers::pages::{PAGE, PageIdx, PagePool, Pool, StateIdx};
+use super::sequences::States;
+use crate::layers::pages::{PAGE, PageIdx, PagePool, StateIdx};
 use std::collections::HashMap;
 
 type NodeIdx = usize;
@@ -114,7 +115,7 @@ impl Prefixes {
         tokens: &[u32],
         pages: &[PageIdx],
         states: &[(usize, StateIdx)],
-        pools: (&mut PagePool, &mut Pool),
+        pools: (&mut PagePool, &mut States),
     ) {
         self.clock += 1;
         let (mut at, mut done) = (None, 0);
@@ -192,7 +193,7 @@ impl Prefixes {
 
     /// Gives up a page that no text uses, of the leaf that was used least recently. Returns whether
     /// there was one.
-    pub(crate) fn give_up_page(&mut self, pages: &mut PagePool, states: &mut Pool) -> bool {
+    pub(crate) fn give_up_page(&mut self, pages: &mut PagePool, states: &mut States) -> bool {
         let idle =
             |(_, node): &(NodeIdx, &Node)| node.children.is_empty() && !self.is_used(node, pages);
         let oldest = self
@@ -207,7 +208,7 @@ impl Prefixes {
     }
 
     /// Gives up the states that were used least recently. Returns whether there were any.
-    pub(crate) fn give_up_state(&mut self, states: &mut Pool) -> bool {
+    pub(crate) fn give_up_state(&mut self, states: &mut States) -> bool {
         let idle =
             |(_, node): &(NodeIdx, &Node)| node.state.is_some_and(|state| !states.is_shared(state));
         let oldest = self
@@ -223,7 +224,7 @@ impl Prefixes {
         true
     }
 
-    fn remove(&mut self, index: NodeIdx, pages: &mut PagePool, states: &mut Pool) {
+    fn remove(&mut self, index: NodeIdx, pages: &mut PagePool, states: &mut States) {
         let Some(node) = self.nodes[index].take() else {
             return;
         };
@@ -253,7 +254,7 @@ mod tests {
     /// Pools, and a tree over them.
     struct Kept {
         pages: PagePool,
-        states: Pool,
+        states: States,
         prefixes: Prefixes,
     }
 
@@ -261,7 +262,7 @@ mod tests {
         fn new() -> Self {
             Self {
                 pages: PagePool::new(8 * PAGE),
-                states: Pool::new(4),
+                states: States::new(4, &[]),
                 prefixes: Prefixes::default(),
             }
         }

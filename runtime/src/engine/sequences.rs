@@ -1,20 +1,27 @@
 //! The texts of an engine: their tokens, their pages of keys and values, and their recurrent states.
 //!
 //! A text with recurrent states can't go back by itself. So copies of them are made while it grows,
-//! as many as the plan has room for: checkpoints, which it can go back to.
+//! as many as the plan has room for: checkpoints, which it can go back to. The same holds for layers
+//! with a sliding window, where a text has gone on further than its pages reach.
 
+mod back;
 mod kept;
+mod windows;
+
+pub(crate) use windows::{States, WindowPages};
 
 use super::kept_files::KeptFiles;
 use super::prefixes::{Found, Prefixes};
 use crate::error::{LoadError, RunError};
 use crate::layers::mixer::LayerCache;
-use crate::layers::pages::{PAGE, PageIdx, PagePool, Pool, StateIdx, pages_for};
+use crate::layers::pages::{PAGE, PageIdx, PagePool, StateIdx, pages_for};
 use crate::layers::places::Places;
 use crate::layers::rope::Rotations;
 use crate::layers::weights::DenseWeights;
 use crate::tiers::arena::ArenaError;
 use crate::tiers::nodes;
+use tier_plan_formats::model::kv::CacheRoom;
+use tier_plan_formats::model::shape::cache_shape;
 use tier_plan_formats::model::spec::ModelSpec;
 use tier_plan_formats::placement::Placement;
 
@@ -48,7 +55,26 @@ pub struct Pages {
 pub(crate) struct Cache {
     /// By layer.
     pub(crate) layers: Vec<LayerCache>,
+    /// By layer: which of a text's lists of pages is the layer's.
+    pub(crate) kinds: Vec<usize>,
     pub(crate) rotations: Rotations,
+}
+
+/// The kind of layers that hold all positions of a text.
+pub(crate) const WHOLE: usize = 0;
+
+impl Cache {
+    /// Returns the layers of a kind.
+    fn of_kind(&self, kind: usize) -> impl Iterator<Item = &LayerCache> {
+        let layers = self.layers.iter().zip(&self.kinds);
+        layers.filter_map(move |(layer, of)| (*of == kind).then_some(layer))
+    }
+
+    /// Returns the layers of a kind, to change them.
+    fn of_kind_mut(&mut self, kind: usize) -> impl Iterator<Item = &mut LayerCache> {
+        let layers = self.layers.iter_mut().zip(&self.kinds);
+        layers.filter_map(move |(layer, of)| (*of == kind).then_some(layer))
+    }
 }
 
 /// One text.
@@ -58,10 +84,14 @@ pub(crate) struct Sequence {
     tokens: Vec<u32>,
     /// Pages of the tokens, and perhaps of some more.
     pages: Vec<PageIdx>,
+    /// By kind of window: pages of the last tokens.
+    windows: Vec<WindowPages>,
     /// Which of each layer's recurrent states is the text's.
     state: StateIdx,
     /// Recurrent states that the text can go back to, by the number of tokens, ascending.
     checkpoints: Vec<(usize, StateIdx)>,
+    /// Which of them was made where a prompt ended.
+    prompt_end: Option<usize>,
     /// The same, for those that the step at hand makes.
     coming: Vec<(usize, StateIdx)>,
     /// Whether a pass failed halfway in states that can't go back.
@@ -69,8 +99,10 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn pages(&self) -> &[PageIdx] {
-        &self.pages
+    /// Returns the pages by position, by kind of layers.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = &[PageIdx]> {
+        let windows = self.windows.iter().map(WindowPages::by_position);
+        std::iter::once(&self.pages[..]).chain(windows)
     }
 
     pub(crate) fn state(&self) -> StateIdx {
@@ -99,7 +131,7 @@ pub(crate) struct Sequences {
     pub(crate) cache: Cache,
     slots: Vec<Slot>,
     pages: PagePool,
-    states: Pool,
+    states: States,
     prefixes: Prefixes,
     /// Where kept beginnings go too.
     files: Option<KeptFiles>,
@@ -109,9 +141,9 @@ pub(crate) struct Sequences {
     most_texts: usize,
     /// Tokens between checkpoints, where there are any.
     spacing: Option<usize>,
-    /// Whether texts can go back to any number of tokens.
-    can_rewind: bool,
-    /// Whether a layer has recurrent states.
+    /// Whether a layer has recurrent states, which can't go back.
+    is_recurrent: bool,
+    /// Whether texts have states and checkpoints that this engine keeps.
     has_states: bool,
     /// Whether a layer's cache is in a GPU's memory, which holds one text.
     on_gpu: bool,
@@ -131,11 +163,18 @@ impl Sequences {
     ) -> Result<Self, LoadError> {
         let (context, room) = (plan.context as usize, plan.room());
         let (positions, n_states) = (room.positions() as usize, room.states() as usize);
-        let placed = spec.layers.iter().zip(&places.layers);
+        let (kinds, windows) = kinds(spec, room, places);
+        let placed = spec.layers.iter().zip(&places.layers).zip(&kinds);
         let layers: Vec<LayerCache> = placed
-            .map(|(layer, place)| match place.mixer {
-                Some(_) => LayerCache::on_gpu(&layer.mixer, plan.kv_type, context),
-                None => LayerCache::new(&layer.mixer, plan.kv_type, positions, n_states),
+            .map(|((layer, place), kind)| {
+                let positions = match kind {
+                    &WHOLE => positions,
+                    kind => windows[kind - 1].1,
+                };
+                match place.mixer {
+                    Some(_) => LayerCache::on_gpu(&layer.mixer, plan.kv_type, context),
+                    None => LayerCache::new(&layer.mixer, plan.kv_type, positions, n_states),
+                }
             })
             .collect();
         for (cache, tier) in layers.iter().zip(plan.cache_tiers(spec.layers.len())) {
@@ -146,24 +185,25 @@ impl Sequences {
                 .map_err(|source| ArenaError::refused(&tier.name, &pages, source))?;
         }
         let is_recurrent = |layer: &LayerCache| matches!(layer, LayerCache::Delta(_));
-        let (checkpoints, has_states) =
-            (plan.checkpoints as usize, layers.iter().any(is_recurrent));
+        let has_states = layers.iter().any(is_recurrent) || !windows.is_empty();
+        let checkpoints = plan.checkpoints as usize;
         Ok(Self {
             slots: Vec::new(),
             pages: PagePool::new(positions),
-            states: Pool::new(n_states),
+            states: States::new(if has_states { n_states } else { 0 }, &windows),
             prefixes: Prefixes::default(),
             files: None,
             context,
             most_texts: plan.sequences as usize,
             spacing: (has_states && checkpoints > 0)
                 .then(|| (context / checkpoints).next_multiple_of(PAGE).max(PAGE)),
-            can_rewind: layers.iter().all(LayerCache::can_rewind),
+            is_recurrent: !layers.iter().all(LayerCache::can_rewind),
             has_states,
             on_gpu: places.layers.iter().any(|place| place.mixer.is_some()),
             cache: Cache {
                 layers,
-                rotations: Rotations::new(spec, weights),
+                kinds,
+                rotations: Rotations::new(spec, weights, context),
             },
         })
     }
@@ -173,9 +213,24 @@ impl Sequences {
         self.cache.layers.iter().map(LayerCache::bytes)
     }
 
-    /// Returns whether texts can go back to any number of tokens.
-    pub(crate) fn can_rewind(&self) -> bool {
-        self.can_rewind
+    /// Returns whether texts can go back to where they were before the last batch, at least.
+    pub(crate) fn can_take_back(&self) -> bool {
+        !self.is_recurrent
+    }
+
+    /// Returns whether texts begin, and go back, where checkpoints are.
+    pub(crate) fn needs_checkpoints(&self) -> bool {
+        self.is_recurrent || !self.states.windows.is_empty()
+    }
+
+    /// Returns the windows of the layers that hold no more, in words.
+    pub(crate) fn windows(&self) -> String {
+        self.states.windows.words()
+    }
+
+    /// Returns whether a text can go back to its first `n` tokens without a checkpoint.
+    fn reaches(&self, sequence: &Sequence, n: usize) -> bool {
+        !self.is_recurrent && self.states.windows.reach(&sequence.windows, n)
     }
 
     /// Returns how many tokens a text may have.
@@ -197,6 +252,19 @@ impl Sequences {
 
     fn n_texts(&self) -> usize {
         self.slots.iter().filter(|s| s.sequence.is_some()).count()
+    }
+
+    /// Returns the pages in use by kind of window, and the window of each.
+    #[cfg(test)]
+    pub(crate) fn window_pages_in_use(&self) -> Vec<(usize, usize)> {
+        self.states.windows.in_use()
+    }
+
+    /// Gives up all that is kept.
+    #[cfg(test)]
+    pub(crate) fn forget_kept(&mut self) {
+        let (pages, states) = (&mut self.pages, &mut self.states);
+        while self.prefixes.give_up_page(pages, states) || self.prefixes.give_up_state(states) {}
     }
 
     /// Adds an empty text.
@@ -225,8 +293,10 @@ impl Sequences {
         let sequence = Sequence {
             tokens: Vec::new(),
             pages: Vec::new(),
+            windows: self.states.windows.none(),
             state,
             checkpoints: Vec::new(),
+            prompt_end: None,
             coming: Vec::new(),
             broken: false,
         };
@@ -276,8 +346,8 @@ impl Sequences {
     /// Adds a text with the first `n` tokens of another, whose pages it shares.
     ///
     /// # Errors
-    /// As [`add`](Self::add); when the text is unknown or unusable, has fewer tokens, or has
-    /// recurrent states of another number of tokens and no checkpoint there.
+    /// As [`add`](Self::add); when the text is unknown or unusable, has fewer tokens, or can't go
+    /// back to so many and has no checkpoint there.
     pub(crate) fn fork(&mut self, of: SequenceId, n: usize) -> Result<SequenceId, RunError> {
         let from = self.get(of)?;
         if from.broken {
@@ -292,7 +362,8 @@ impl Sequences {
                 .find(|(at, _)| *at == n)
                 .map(|(_, state)| *state),
         };
-        if n > n_past || n > 0 && !self.can_rewind && state.is_none() {
+        let reaches = n == n_past || self.reaches(from, n);
+        if n > n_past || n > 0 && !reaches && state.is_none() {
             return Err(RunError::CannotRewind { n_past, wanted: n });
         }
         let tokens = from.tokens[..n].to_vec();
@@ -301,15 +372,22 @@ impl Sequences {
             pages: from.pages[..pages_for(n)].to_vec(),
             state: state.filter(|_| self.has_states),
         };
-        self.add_with(&tokens, found, false)
+        let windows = if n > 0 && reaches {
+            let lists = from.windows.clone();
+            self.states.windows.share(&lists, n)
+        } else {
+            self.states.windows.begin_at(found.state.filter(|_| n > 0))
+        };
+        self.add_with(&tokens, found, windows, false)
     }
 
-    /// Adds a text with these tokens, whose pages and states it shares. A state that is `kept` is
-    /// its checkpoint too.
+    /// Adds a text with these tokens, whose pages and states it shares; it is one more user of
+    /// `windows` already. A state that is `kept` is its checkpoint too.
     fn add_with(
         &mut self,
         tokens: &[u32],
         found: Found,
+        windows: Vec<WindowPages>,
         kept: bool,
     ) -> Result<SequenceId, RunError> {
         let Found { n, pages, state } = found;
@@ -321,11 +399,13 @@ impl Sequences {
             Err(error) => {
                 pages.iter().for_each(|page| self.pages.release(*page));
                 state.iter().for_each(|state| self.states.release(*state));
+                self.states.windows.release(windows);
                 return Err(error);
             }
         };
         let sequence = self.get_mut(id)?;
         (sequence.tokens, sequence.pages) = (tokens.to_vec(), pages);
+        sequence.windows = windows;
         let own = sequence.state;
         if let Some(state) = state {
             if kept {
@@ -353,6 +433,7 @@ impl Sequences {
         for page in sequence.pages {
             self.pages.release(page);
         }
+        self.states.windows.release(sequence.windows);
         for (_, state) in sequence.checkpoints.into_iter().chain(sequence.coming) {
             self.states.release(state);
         }
@@ -374,11 +455,7 @@ impl Sequences {
     }
 
     fn get_mut(&mut self, id: SequenceId) -> Result<&mut Sequence, RunError> {
-        self.slots
-            .get_mut(id.index as usize)
-            .filter(|slot| slot.generation == id.generation)
-            .and_then(|slot| slot.sequence.as_mut())
-            .ok_or(RunError::NoText)
+        find(&mut self.slots, id).ok_or(RunError::NoText)
     }
 
     /// Gives a text the pages for `n` more tokens, none of them shared where those tokens go, and
@@ -419,7 +496,7 @@ impl Sequences {
             }
             let shared = std::mem::replace(&mut self.get_mut(id)?.pages[index], taken);
             let len = n_past.saturating_sub(index * PAGE).min(PAGE);
-            for layer in &mut self.cache.layers {
+            for layer in self.cache.of_kind_mut(WHOLE) {
                 layer.copy_page(shared, taken, len);
             }
             self.pages.release(shared);
@@ -448,113 +525,86 @@ impl Sequences {
         Ok(())
     }
 
-    /// Adds tokens that have gone through all layers.
-    pub(crate) fn advance(&mut self, id: SequenceId, tokens: &[u32]) {
-        if let Ok(sequence) = self.get_mut(id) {
-            sequence.tokens.extend_from_slice(tokens);
-        }
-    }
-
-    /// Ends a step: its checkpoints can be gone back to.
-    pub(crate) fn commit(&mut self, id: SequenceId) {
-        if let Ok(Sequence {
-            checkpoints,
-            coming,
-            ..
-        }) = self.get_mut(id)
-        {
-            checkpoints.append(coming);
-        }
-    }
-
-    /// Takes a text back to `n_past` tokens after a pass that failed halfway.
-    pub(crate) fn undo(&mut self, id: SequenceId, n_past: usize) {
-        let can_rewind = self.can_rewind;
-        if let Ok(sequence) = self.get_mut(id) {
-            sequence.broken = !can_rewind;
-            sequence.tokens.truncate(n_past);
-        }
-        self.trim(id);
-    }
-
-    /// Gives back what was reserved for tokens that a text does not have.
-    pub(crate) fn trim(&mut self, id: SequenceId) {
-        let Ok(sequence) = self.get_mut(id) else {
-            return;
-        };
-        let n_past = sequence.n_past();
-        let keep = pages_for(n_past).min(sequence.pages.len());
-        let pages = sequence.pages.split_off(keep);
-        let keep = sequence
-            .checkpoints
-            .partition_point(|(at, _)| *at <= n_past);
-        let checkpoints = sequence.checkpoints.split_off(keep);
-        let coming = std::mem::take(&mut sequence.coming);
-        pages.iter().for_each(|page| self.pages.release(*page));
-        for (_, state) in checkpoints.iter().chain(&coming) {
-            self.states.release(*state);
-        }
-    }
-
-    /// Has a text forget all tokens but the first `n`; does nothing where there are no more.
+    /// Gives texts the pages of windows for the tokens of the batch at hand, and takes back what no
+    /// token to come sees.
     ///
     /// # Errors
-    /// When a layer has a recurrent state, and `n` is neither 0 nor all tokens nor a checkpoint;
-    /// nothing is forgotten then.
-    pub(crate) fn truncate(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
-        let sequence = self.get(id)?;
-        let (n_past, broken) = (sequence.n_past(), sequence.broken);
-        if n > 0 && !broken && n >= n_past {
+    /// When a text is unknown. Pages are as many as the plan's texts want.
+    pub(crate) fn reserve_windows(
+        &mut self,
+        parts: impl Iterator<Item = (SequenceId, usize)>,
+    ) -> Result<(), RunError> {
+        if self.states.windows.is_empty() {
             return Ok(());
         }
-        if self.nearest_checkpoint(sequence, n) == n {
-            self.go_back(id, n)
-        } else if broken {
-            Err(RunError::Broken)
-        } else {
-            Err(RunError::CannotRewind { n_past, wanted: n })
+        for sequence in self.slots.iter_mut().filter_map(|s| s.sequence.as_mut()) {
+            self.states.windows.narrow(&mut sequence.windows);
         }
-    }
-
-    /// Has a text forget tokens until it has `n` or fewer: as many as it can go back to. Returns how
-    /// many are left.
-    ///
-    /// # Errors
-    /// When the text is unknown.
-    pub(crate) fn rewind(&mut self, id: SequenceId, n: usize) -> Result<usize, RunError> {
-        let sequence = self.get(id)?;
-        if !sequence.broken && n >= sequence.n_past() {
-            return Ok(sequence.n_past());
-        }
-        let n = self.nearest_checkpoint(sequence, n);
-        self.go_back(id, n)?;
-        Ok(n)
-    }
-
-    /// Returns the largest number of tokens up to `n` that a text can go back to.
-    fn nearest_checkpoint(&self, sequence: &Sequence, n: usize) -> usize {
-        if self.can_rewind {
-            return n.min(sequence.n_past());
-        }
-        let before = sequence.checkpoints.iter().filter(|(at, _)| *at <= n);
-        before.map(|(at, _)| *at).next_back().unwrap_or(0)
-    }
-
-    /// Goes back to `n` tokens: a checkpoint, or none.
-    fn go_back(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
-        let sequence = self.get_mut(id)?;
-        sequence.tokens.truncate(n);
-        sequence.broken = false;
-        let own = sequence.state;
-        let state = sequence.checkpoints.iter().find(|(at, _)| *at == n);
-        let state = state.map(|(_, state)| *state);
-        for layer in &mut self.cache.layers {
-            match state {
-                Some(state) => layer.copy_state(state, own),
-                None => layer.reset(own),
+        for (id, n) in parts {
+            let past = self.get(id)?.n_past();
+            let mut lists = std::mem::take(&mut self.get_mut(id)?.windows);
+            let copies = self.states.windows.reserve(&mut lists, past, n);
+            self.get_mut(id)?.windows = lists;
+            let copies = copies.ok_or(RunError::NoPages {
+                wanted: pages_for(n),
+                free: 0,
+            })?;
+            for copy in copies {
+                for layer in self.cache.of_kind_mut(copy.kind + 1) {
+                    layer.copy_page(copy.from, copy.to, copy.len);
+                }
             }
         }
-        self.trim(id);
         Ok(())
     }
+
+    /// Adds tokens that have gone through all layers.
+    pub(crate) fn advance(&mut self, id: SequenceId, tokens: &[u32]) {
+        let Some(sequence) = find(&mut self.slots, id) else {
+            return;
+        };
+        let n_before = sequence.n_past();
+        sequence.tokens.extend_from_slice(tokens);
+        let now = n_before + 1..=sequence.n_past();
+        for (at, state) in sequence.coming.iter().filter(|(at, _)| now.contains(at)) {
+            self.states.windows.hold(*state, &sequence.windows, *at);
+        }
+    }
+}
+
+/// Returns a text, if it was not removed.
+fn find(slots: &mut [Slot], id: SequenceId) -> Option<&mut Sequence> {
+    slots
+        .get_mut(id.index as usize)
+        .filter(|slot| slot.generation == id.generation)
+        .and_then(|slot| slot.sequence.as_mut())
+}
+
+/// Returns the kind of each layer, and of kinds after [`WHOLE`] their windows with the positions
+/// that their layers hold.
+fn kinds(spec: &ModelSpec, room: CacheRoom, places: &Places) -> (Vec<usize>, Vec<(usize, usize)>) {
+    let mut windows: Vec<(usize, usize)> = Vec::new();
+    let mut kind = |window: u64, positions: u64| {
+        let of = (window as usize, positions as usize);
+        let known = windows.iter().position(|w| *w == of).unwrap_or_else(|| {
+            windows.push(of);
+            windows.len() - 1
+        });
+        known + 1
+    };
+    let kinds = spec
+        .layers
+        .iter()
+        .zip(&places.layers)
+        .map(|(layer, place)| {
+            let window = cache_shape(&layer.mixer).window();
+            match window.filter(|_| place.mixer.is_none()) {
+                Some(window) => room
+                    .window_positions(window)
+                    .map_or(WHOLE, |positions| kind(window, positions)),
+                None => WHOLE,
+            }
+        });
+    let kinds = kinds.collect();
+    (kinds, windows)
 }

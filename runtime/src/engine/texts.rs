@@ -20,9 +20,16 @@ impl Engine {
     ///
     /// # Errors
     /// As [`add_sequence`](Self::add_sequence); when the text is unknown, has fewer tokens, or has
-    /// recurrent states, and `n` is neither 0 nor all its tokens nor a checkpoint.
+    /// recurrent states or windows that have gone on, and `n` is neither 0 nor all its tokens nor a
+    /// checkpoint.
     pub fn fork(&mut self, of: SequenceId, n: usize) -> Result<SequenceId, RunError> {
         self.sequences.fork(of, n)
+    }
+
+    /// Returns whether a text can be [forked](Self::fork) at any number of its tokens. With recurrent
+    /// states or windows that is possible at checkpoints only.
+    pub fn forks_anywhere(&self) -> bool {
+        !self.sequences.needs_checkpoints()
     }
 
     /// Adds a text that begins with as many of `tokens` as are [kept](Self::keep_sequence): all but
@@ -46,12 +53,20 @@ impl Engine {
     /// # Errors
     /// When the folder can't be made or listed.
     pub fn keep_in(&mut self, folder: &Path, most_bytes: u64) -> Result<(), LoadError> {
-        let depends_on = format!(
+        let mut depends_on = format!(
             "model {} cache {} kernels {} pages of {PAGE}",
             self.shape().id.hash,
             self.plan.kv_type,
             self.backends.kernels.isa().name()
         );
+        let context = self.plan.context as usize;
+        if self.spec().rotates_for_long_contexts(context) {
+            depends_on = format!("{depends_on} for long contexts");
+        }
+        let windows = self.sequences.windows();
+        if !windows.is_empty() {
+            depends_on = format!("{depends_on} windows {windows}");
+        }
         let files = KeptFiles::open(folder, most_bytes, depends_on)?;
         self.sequences.keep_in(files);
         Ok(())
@@ -84,7 +99,8 @@ impl Engine {
     }
 
     /// Has a text forget tokens until it has `n` or fewer, and returns how many it has then. That is
-    /// `n`, unless a layer has recurrent states: then it is the last checkpoint before.
+    /// `n`, unless a layer has recurrent states, or a window that has gone on: then it is the last
+    /// checkpoint before.
     ///
     /// # Errors
     /// When the text was removed.
@@ -138,8 +154,8 @@ impl Engine {
     /// no more.
     ///
     /// # Errors
-    /// When a layer has one recurrent state for all past tokens, and `n` is neither 0 nor all of
-    /// them nor a checkpoint. Nothing is forgotten then.
+    /// When a layer has one recurrent state for all past tokens, or a window that has gone on, and
+    /// `n` is neither 0 nor all tokens nor a checkpoint. Nothing is forgotten then.
     pub fn truncate(&mut self, n: usize) -> Result<(), RunError> {
         self.own
             .map_or(Ok(()), |own| self.sequences.truncate(own, n))

@@ -73,6 +73,6 @@ pub(super) fn buffer_sizes(
     places: &Places,
     tier: TierIdx,
 ) -> BufferSizes {
-    let (batch, rows) = batches(options, plan.room().positions());
+    let (batch, rows) = batches(options, plan.room());
     BufferSizes::new(spec, places, tier, batch, rows, plan.context as usize)
 }

@@ -66,6 +66,14 @@ impl Mixer {
             MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
             MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d)?))),
+            MixerSpec::Kda(_) => Err(CudaError::NotThere {
+                device: loader.device.name().to_string(),
+                part: "Kimi delta attention".into(),
+            }),
+            MixerSpec::ShortConv(_) => Err(CudaError::NotThere {
+                device: loader.device.name().to_string(),
+                part: "a short convolution".into(),
+            }),
         }
     }
 
@@ -129,11 +137,15 @@ impl Gqa {
         rope: Option<usize>,
         cache: CacheSpec,
     ) -> Result<Self, CudaError> {
-        let norms = a.qk_norm.map(|norm| {
+        // What a GPU can't compute is refused when the plan is checked.
+        let norms = a
+            .qk_norm
+            .and_then(|norm| Some((norm.q?, norm.k?, norm.span)));
+        let norms = norms.map(|(q, k, span)| {
             Ok::<_, CudaError>(QkNorm {
-                q: loader.vector(norm.q)?,
-                k: loader.vector(norm.k)?,
-                span: norm.span,
+                q: loader.vector(q)?,
+                k: loader.vector(k)?,
+                span,
             })
         });
         Ok(Self {
@@ -160,7 +172,8 @@ impl Gqa {
             buffers.v.view(),
         );
         let (heads, width) = (n * a.n_head, a.key_dim);
-        let first = if a.gated { buffers.raw.view() } else { q };
+        let gated = a.gated();
+        let first = if gated { buffers.raw.view() } else { q };
         products(
             ops,
             &[(&self.q, first), (&self.k, k), (&self.v, v)],
@@ -168,7 +181,7 @@ impl Gqa {
             x,
             &buffers.quants,
         )?;
-        if a.gated {
+        if gated {
             // Each query head is followed by its gate.
             let split = |from: View<'_>, to: &Buffer| {
                 let to = Strided {
@@ -211,11 +224,14 @@ impl Gqa {
             new_keys: k,
             new_values: v,
             norms: head_norms,
-            turns: self.rope.map(|table| RopeTurns {
-                values: buffers.turns[table].view(),
-                kind: a.rope.kind,
-                half: a.rope.dims / 2,
-            }),
+            turns: self
+                .rope
+                .zip(a.rope.as_ref())
+                .map(|(table, rope)| RopeTurns {
+                    values: buffers.turns[table].view(),
+                    kind: rope.kind,
+                    half: rope.dims / 2,
+                }),
             tokens: n,
             n_head: a.n_head,
             n_head_kv: a.n_head_kv,
@@ -246,14 +262,14 @@ impl Gqa {
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
         // Gated results are quantized after the gate.
-        let quantizes = self.o.takes_quants() && !a.gated && a.value_dim.is_multiple_of(32);
+        let quantizes = self.o.takes_quants() && !gated && a.value_dim.is_multiple_of(32);
         ops.attend(
             &attention,
             &buffers.attend,
             buffers.mixed.view(),
             quantizes.then_some(&mut buffers.inner),
         )?;
-        if a.gated {
+        if gated {
             ops.gate(buffers.mixed.view(), buffers.gate.view(), n * a.o.n_in)?;
         }
         if quantizes {
@@ -447,7 +463,7 @@ impl Mla {
             to_values,
             o: loader.linear(&a.o)?,
             rope,
-            rows: cache.rows(loader.device, 1, a.kv_rank + a.rope.dims)?,
+            rows: cache.rows(loader.device, 1, a.kv_rank + a.shared_dim)?,
             heads: indices(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
             cache,
             spec: a.clone(),
@@ -456,8 +472,8 @@ impl Mla {
 
     fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
         let (a, MixerBatch { n, past, eps }) = (&self.spec, batch);
-        let (rank, pairs) = (a.kv_rank, a.rope.dims / 2);
-        let (width, key_dim) = (rank + a.rope.dims, a.nope_dim + a.rope.dims);
+        let rank = a.kv_rank;
+        let (width, key_dim) = (rank + a.shared_dim, a.nope_dim + a.shared_dim);
         let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
         let (first, to) = self
             .q_down
@@ -483,11 +499,11 @@ impl Mla {
             stride: width,
         };
         ops.rms_norm_of(latents, Some(self.kv_norm.view()), n, rank, eps, latents)?;
-        if let Some(table) = self.rope {
+        if let Some((table, rope)) = self.rope.zip(a.rope.as_ref()) {
             let turns = RopeTurns {
                 values: buffers.turns[table].view(),
-                kind: a.rope.kind,
-                half: pairs,
+                kind: rope.kind,
+                half: rope.dims / 2,
             };
             // The last values of each row are rotated.
             let rotate = |rows: View<'_>, skip: usize, heads: usize, width: usize| {
@@ -546,7 +562,7 @@ impl Mla {
         n: usize,
     ) -> Result<(), CudaError> {
         let a = &self.spec;
-        let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.rope.dims, n * a.n_head);
+        let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.shared_dim, n * a.n_head);
         let (key_dim, width) = (nope + rope, rank + rope);
         let q = buffers.q.view();
         let q = q.floats(first * a.q.n_out..q.words());

@@ -95,7 +95,7 @@ impl Gpus {
             let device = devices.of(tier).filter(|_| places.uses(tier));
             let gpu = device.map(|device| {
                 let sizes = fits::buffer_sizes(spec, plan, options, &places, tier);
-                let rows = batches(options, plan.room().positions()).1;
+                let rows = batches(options, plan.room()).1;
                 let cache = CacheSpec {
                     kv_type: plan.kv_type,
                     context,
@@ -277,12 +277,14 @@ pub(super) fn mixer_alone(
         gate: linear,
         up: linear,
         down: linear,
+        activation: tier_plan_formats::model::spec::Activation::Silu,
     });
     let layer = LayerSpec {
         mixer_norm: norm,
         mixer: mixer.clone(),
         ffn_norm: norm,
         ffn,
+        residual: Default::default(),
     };
     let spec = ModelSpec {
         arch: String::new(),
@@ -291,8 +293,11 @@ pub(super) fn mixer_alone(
         context: 0,
         norm_eps: eps,
         embedding: 0,
+        embedding_scale: 1.0,
+        token_inputs: None,
         output_norm: 0,
         output: 0,
+        head: Default::default(),
         layers: vec![layer],
         scales: Default::default(),
     };
@@ -305,7 +310,7 @@ pub(super) fn mixer_alone(
     };
     let (context, rows) = (x.len() / hidden, batches.iter().copied().max().unwrap());
     let sizes = BufferSizes::new(&spec, &places, TierIdx::FIRST, context, rows, context);
-    let mut rotations = super::layers::rope::Rotations::new(&spec, &weights);
+    let mut rotations = super::layers::rope::Rotations::new(&spec, &weights, context);
     let cache = CacheSpec { kv_type, context };
     let gpu = GpuSpec {
         spec: &spec,

@@ -9,8 +9,11 @@ use crate::error::LoadError;
 use crate::layers::places::Places;
 use tier_plan_cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use tier_plan_formats::gguf::Gguf;
-use tier_plan_formats::model::spec::{Ffn, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec};
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::model::spec::{
+    Activation, Ffn, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec, Linear, Mixer,
+    MlaSpec, ModelSpec, OutputGate, Reach, WindowKind,
+};
+use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
 /// Name of the KV cache in [`LoadError::OnGpu`], which is not a tensor group.
 const KV_CACHE: &str = "kv_cache";
@@ -39,6 +42,23 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
         .get(plan.kv_tier)
         .filter(|t| t.tier.is_gpu())
         .map(|_| plan.kv_tier);
+    for (place, group, why) in [
+        (places.embedding, "embedding", embedding(spec)),
+        (places.head, "head", head(spec)),
+    ] {
+        if let (Some(tier), Some(why)) = (place, why) {
+            // They follow the last layer, or precede the first.
+            let layer = if group == "head" {
+                spec.layers.len()
+            } else {
+                0
+            };
+            return Err(rejected(tier, layer, group, why));
+        }
+    }
+    if let Some((tier, index, why)) = experts(spec, plan).next() {
+        return Err(rejected(tier, index, "experts", why));
+    }
     for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
         if let (None, Some(tier)) = (at.mixer, cache) {
             return Err(rejected(
@@ -60,6 +80,11 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
                 at.mixer.and_then(|_| mixer(gguf, layer)),
             ),
             (at.ffn, ffn_group, at.ffn.and_then(|_| router(gguf, layer))),
+            (
+                at.shared,
+                "shared_expert",
+                at.shared.and_then(|_| blocks(layer)),
+            ),
         ];
         for (place, group, why) in rejections {
             if let (Some(tier), Some(why)) = (place, why) {
@@ -80,7 +105,14 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             )
         })
     };
+    if !layer.residual.mixer_is_plain() {
+        return Some("a norm of or a factor on the result of attention".into());
+    }
     match &layer.mixer {
+        Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
+        Mixer::ShortConv(_) => Some("a short convolution".into()),
+        Mixer::Kda(_) => Some("Kimi delta attention".into()),
+        Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {
             let linears = [&a.q, &a.k, &a.v, &a.o]
                 .into_iter()
@@ -93,7 +125,7 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
                 .chain(a.q_down.as_ref().map(|low| &low.down));
             let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
             linears
-                .or(key(a.kv_rank + a.rope.dims))
+                .or(key(a.kv_rank + a.shared_dim))
                 .or_else(|| misplaced_heads(gguf, a))
         }
         Mixer::Delta(d) => {
@@ -110,8 +142,132 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
     }
 }
 
+/// Returns what of an attention no kernel of a GPU computes.
+fn attention(a: &GqaSpec) -> Option<&'static str> {
+    let norm = a.qk_norm;
+    let options = [
+        (a.softcap.is_some(), "a soft cap on attention scores"),
+        (
+            a.temperature.is_some(),
+            "scores that grow with the position",
+        ),
+        (a.value_norm, "a norm of values"),
+        (a.shared_kv.is_some(), "keys and values of another layer"),
+        (
+            a.window.is_some() && a.window_kind != WindowKind::Sliding,
+            "a chunked window",
+        ),
+        (
+            norm.is_some_and(|norm| norm.after_rope || norm.q.is_none() || norm.k.is_none()),
+            "a norm after rotation or without weights",
+        ),
+        (
+            matches!(a.gate, Some(OutputGate::Separate { .. })),
+            "gates with a matrix of their own",
+        ),
+    ];
+    options
+        .into_iter()
+        .find(|(has, _)| *has)
+        .map(|(_, what)| what)
+}
+
+/// Returns what of a latent attention no kernel of a GPU computes.
+fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
+    let reach = match &a.reach {
+        Reach::All => None,
+        Reach::Window(_) => Some("a window of latent attention"),
+        Reach::Indexed(_) => Some("a lightning indexer"),
+        Reach::Reused { .. } => Some("positions that another layer's indexer chose"),
+    };
+    let options = [
+        (a.rope.is_none(), "latent attention without rotation"),
+        (a.shared_norm.is_some(), "a norm of the shared key part"),
+        (a.sinks.is_some(), "sinks of latent attention"),
+        (a.gate.is_some(), "gates with a matrix of their own"),
+    ];
+    let option = options.into_iter().find(|(has, _)| *has);
+    reach.or(option.map(|(_, what)| what))
+}
+
+/// Returns what of the embedding no kernel of a GPU computes.
+fn embedding(spec: &ModelSpec) -> Option<String> {
+    if spec.token_inputs.is_some() {
+        return Some("inputs of tokens for every layer".into());
+    }
+    (spec.embedding_scale != 1.0).then(|| "a factor on embeddings".into())
+}
+
+/// Returns what of the head no kernel of a GPU computes.
+fn head(spec: &ModelSpec) -> Option<String> {
+    let plain = spec.head == HeadOptions::default();
+    (!plain).then(|| "a bias, a factor or a soft cap on logits".into())
+}
+
+/// Returns the tiers whose GPUs have experts of a kind that none of their kernels computes, with
+/// layer and reason.
+fn experts<'a>(
+    spec: &'a ModelSpec,
+    plan: &'a Placement,
+) -> impl Iterator<Item = (TierIdx, usize, String)> + 'a {
+    spec.moe_layers()
+        .zip(&plan.layers)
+        .filter_map(|((index, moe), placed)| {
+            let why = activation(moe.activation).or(moe
+                .weigh_input
+                .then(|| "weights on what experts read".into()))?;
+            let pinned = placed.pinned.iter().filter(|pins| !pins.experts.is_empty());
+            let tiers = pinned
+                .map(|pins| pins.tier)
+                .chain((placed.slots > 0).then_some(placed.slot_tier));
+            let on_gpu = |tier: &TierIdx| plan.tiers.get(*tier).is_some_and(PlanTier::uses_gpu);
+            Some((tiers.into_iter().find(on_gpu)?, index, why))
+        })
+}
+
+/// Returns why no kernel of a GPU computes an activation, if so.
+fn activation(activation: Activation) -> Option<String> {
+    match activation {
+        Activation::Silu | Activation::ClampedSwiglu { .. } => None,
+        Activation::Gelu => Some("GELU".into()),
+        Activation::LimitedSilu { .. } => Some("SiLU with a limit".into()),
+        Activation::Situ { .. } => Some("SiTU".into()),
+    }
+}
+
+/// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
+fn blocks(layer: &LayerSpec) -> Option<String> {
+    let residual = &layer.residual;
+    if !residual.ffn_is_plain() || !residual.ends_plain() {
+        return Some("a norm of or a factor on the result of the feed-forward block".into());
+    }
+    match &layer.ffn {
+        Ffn::Dense(ffn) => dense_activation(ffn),
+        Ffn::Moe(moe) if !moe.is_plain() => {
+            Some("norms of, factors on, or a router apart from the experts".into())
+        }
+        Ffn::Moe(moe) => {
+            let gating = (moe.gating == Gating::SigmoidChosen)
+                .then(|| "sigmoid weights of experts chosen by their logits".into());
+            let shared = moe.shared.as_ref();
+            gating
+                .or(activation(moe.activation))
+                .or(shared.and_then(|shared| dense_activation(&shared.ffn)))
+        }
+    }
+}
+
+/// Returns why no kernel of a GPU computes a dense block's activation, if so. They have
+/// [`Activation::Silu`] only.
+fn dense_activation(ffn: &GatedFfn) -> Option<String> {
+    (ffn.activation != Activation::Silu).then(|| format!("{:?} in a dense block", ffn.activation))
+}
+
 /// Returns why a layer's router or dense block can't run on a GPU, if so.
 fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
+    if let Some(why) = blocks(layer) {
+        return Some(why);
+    }
     match &layer.ffn {
         Ffn::Dense(ffn) => [&ffn.gate, &ffn.up, &ffn.down]
             .into_iter()

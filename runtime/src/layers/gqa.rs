@@ -5,9 +5,11 @@ use super::kv_rows::KeyValues;
 use super::mixer::{MixerInput, Segment};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
-use tier_plan_formats::model::spec::{GqaSpec, NormSpan};
+use tier_plan_formats::model::spec::{
+    GateFunction, GqaSpec, NormSpan, OutputGate, QkNorm, TensorId,
+};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
-use tier_plan_kernels::{Activations, needs_quants};
+use tier_plan_kernels::{ActView, Activations, needs_quants};
 
 /// Buffers of a GQA mixer.
 #[derive(Default)]
@@ -16,7 +18,8 @@ pub(super) struct GqaScratch {
     k: Vec<f32>,
     v: Vec<f32>,
     mixed: Vec<f32>,
-    /// `e^-g` of the output gate `g`, `[tokens, n_head * key_dim]`.
+    /// Of the output gates, `[tokens, gate_width]`: `e^-g` of gates `g` that come with queries, the
+    /// factors of others.
     gate: Vec<f32>,
     norm: Vec<f32>,
     parts: AttentionParts,
@@ -36,10 +39,9 @@ impl GqaScratch {
         grow(&mut self.k, rows * spec.k.n_out);
         grow(&mut self.v, rows * spec.v.n_out);
         grow(&mut self.mixed, rows * spec.o.n_in);
-        if spec.gated {
-            grow(&mut self.gate, rows * spec.o.n_in);
-        }
-        grow(&mut self.norm, spec.q.n_out.max(spec.k.n_out));
+        grow(&mut self.gate, rows * gate_width(spec));
+        let widest = spec.q.n_out.max(spec.k.n_out).max(spec.v.n_out);
+        grow(&mut self.norm, widest);
         if self.acts_width < spec.o.n_in {
             self.acts_width = spec.o.n_in;
             self.acts = Some(Activations::new(rows, spec.o.n_in));
@@ -48,7 +50,7 @@ impl GqaScratch {
 }
 
 /// Computes `out = o(attention(q x, k x, v x))`, and stores the tokens' keys and values in the
-/// cache.
+/// cache: the layer's own, or that of the layer whose keys and values it shares.
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -58,63 +60,19 @@ pub(super) fn run(
     s: &mut GqaScratch,
     out: &mut [f32],
 ) {
-    let &MixerInput {
-        x,
-        segments,
-        rope,
-        norm_eps: eps,
-    } = input;
-    let n = x.rows();
-    let q = &mut s.q[..n * spec.q.n_out];
-    let k = &mut s.k[..n * spec.k.n_out];
-    let v = &mut s.v[..n * spec.v.n_out];
-    let jobs = [
-        MatJob::new(weights.linear(&spec.q), x, q),
-        MatJob::new(weights.linear(&spec.k), x, k),
-        MatJob::new(weights.linear(&spec.v), x, v),
-    ];
-    matmul_all(c.pool, c.kernels, &jobs);
-    add_bias(q, weights.bias(&spec.q));
-    add_bias(k, weights.bias(&spec.k));
-    add_bias(v, weights.bias(&spec.v));
-    let gate: &mut [f32] = if spec.gated {
-        &mut s.gate[..n * spec.o.n_in]
-    } else {
-        &mut []
-    };
-    take_gates(q, gate, spec.q.n_out, spec.key_dim);
-    gate.iter_mut().for_each(|g| *g = -*g);
-    c.kernels.exp(gate);
-    let by_text = segments
-        .iter()
-        .flat_map(|segment| segment.positions().map(|at| (segment.pages, at)));
-    for (pages, (t, position)) in by_text {
-        let q = &mut q[t * spec.q.n_out..][..spec.n_head * spec.key_dim];
-        let k = &mut k[t * spec.k.n_out..][..spec.k.n_out];
-        if let Some(norm) = spec.qk_norm {
-            norm_heads(c, q, weights.vector(norm.q), eps, norm.span, &mut s.norm);
-            norm_heads(c, k, weights.vector(norm.k), eps, norm.span, &mut s.norm);
-        }
-        if let Some(rope) = rope {
-            rope.apply(q, spec.key_dim, t);
-            rope.apply(k, spec.key_dim, t);
-        }
-        cache.keys.store(c.kernels, pages, position, k);
-        let v = &v[t * spec.v.n_out..][..spec.v.n_out];
-        cache.values.store(c.kernels, pages, position, v);
-    }
-    let (q, gate) = (&*q, &*gate);
+    let n = input.x.rows();
+    project(c, weights, spec, input.x, s);
+    place_heads(c, weights, spec, input, cache, s);
+    let q = &s.q[..n * spec.q.n_out];
+    let gate = &s.gate[..n * gate_width(spec)];
     let mixed = &mut s.mixed[..n * spec.o.n_in];
-    for segment in segments {
-        let rows = segment.rows.start * spec.o.n_in..segment.rows.end * spec.o.n_in;
-        let gate = if spec.gated {
-            &gate[rows.clone()]
-        } else {
-            gate
-        };
+    for segment in input.segments {
+        let rows = &segment.rows;
+        let gate = &gate[rows.start * gate_width(spec)..rows.end * gate_width(spec)];
         let sinks = weights.opt_vector(spec.sinks);
         attend_segment(c, spec, segment, q, cache, &mut s.parts);
-        gather(c, spec, &s.parts, sinks, gate, &mut mixed[rows]);
+        let mixed = &mut mixed[rows.start * spec.o.n_in..rows.end * spec.o.n_in];
+        gather(c, spec, &s.parts, sinks, gate, mixed);
     }
     let Some(acts) = &mut s.acts else {
         unreachable!("reserved at load")
@@ -133,6 +91,126 @@ pub(super) fn run(
         &[MatJob::new(weights.linear(&spec.o), acts.view(), out)],
     );
     add_bias(out, weights.bias(&spec.o));
+}
+
+/// Computes queries, keys, values and gates. Gates that come with queries become `e^-g`, others
+/// the factors on the result.
+fn project(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &GqaSpec,
+    x: ActView<'_>,
+    s: &mut GqaScratch,
+) {
+    let n = x.rows();
+    let q = &mut s.q[..n * spec.q.n_out];
+    let gate = &mut s.gate[..n * gate_width(spec)];
+    let (mut k, mut v): (&mut [f32], &mut [f32]) = (&mut [], &mut []);
+    let mut jobs = vec![MatJob::new(weights.linear(&spec.q), x, q)];
+    if spec.shared_kv.is_none() {
+        (k, v) = (&mut s.k[..n * spec.k.n_out], &mut s.v[..n * spec.v.n_out]);
+        jobs.push(MatJob::new(weights.linear(&spec.k), x, k));
+        if !spec.keys_are_values() {
+            jobs.push(MatJob::new(weights.linear(&spec.v), x, v));
+        }
+    }
+    if let Some(OutputGate::Separate { linear, .. }) = &spec.gate {
+        jobs.push(MatJob::new(weights.linear(linear), x, gate));
+    }
+    matmul_all(c.pool, c.kernels, &jobs);
+    drop(jobs);
+    add_bias(q, weights.bias(&spec.q));
+    if spec.shared_kv.is_none() {
+        add_bias(k, weights.bias(&spec.k));
+        if spec.keys_are_values() {
+            v.copy_from_slice(k);
+        } else {
+            add_bias(v, weights.bias(&spec.v));
+        }
+    }
+    match &spec.gate {
+        None => {}
+        Some(OutputGate::WithQueries) => {
+            take_gates(q, gate, spec.q.n_out, spec.key_dim);
+            gate.iter_mut().for_each(|g| *g = -*g);
+            c.kernels.exp(gate);
+        }
+        Some(OutputGate::Separate { linear, function }) => {
+            add_bias(gate, weights.bias(linear));
+            match function {
+                GateFunction::Sigmoid => {
+                    gate.iter_mut().for_each(|g| *g = 1.0 / (1.0 + (-*g).exp()));
+                }
+                GateFunction::Softplus => gate.iter_mut().for_each(|g| *g = softplus(*g)),
+            }
+        }
+    }
+}
+
+/// Normalizes and rotates queries and keys, and stores keys and values in the cache.
+fn place_heads(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &GqaSpec,
+    input: &MixerInput<'_>,
+    cache: &mut KeyValues,
+    s: &mut GqaScratch,
+) {
+    let eps = input.norm_eps;
+    let (before, after) = match spec.qk_norm {
+        Some(norm) if norm.after_rope => (None, Some(norm)),
+        norm => (norm, None),
+    };
+    let weights_of = |id| weights.opt_vector(id).unwrap_or(&[]);
+    let by_text = input
+        .segments
+        .iter()
+        .flat_map(|segment| segment.positions().map(|at| (segment.pages, at)));
+    for (pages, (t, position)) in by_text {
+        let mut place = |row: &mut [f32], of: fn(&QkNorm) -> Option<TensorId>| {
+            let mut normalize = |norm: Option<QkNorm>, row: &mut [f32]| {
+                if let Some(norm) = norm {
+                    let width = match norm.span {
+                        NormSpan::Head => spec.key_dim,
+                        NormSpan::Full => row.len(),
+                    };
+                    norm_heads(c, row, weights_of(of(&norm)), width, eps, &mut s.norm);
+                }
+            };
+            normalize(before, row);
+            if let Some(rope) = input.rope {
+                rope.apply(row, spec.key_dim, t);
+            }
+            normalize(after, row);
+        };
+        let q = &mut s.q[t * spec.q.n_out..][..spec.n_head * spec.key_dim];
+        place(q, |norm| norm.q);
+        if spec.shared_kv.is_some() {
+            continue;
+        }
+        let k = &mut s.k[t * spec.k.n_out..][..spec.k.n_out];
+        place(k, |norm| norm.k);
+        cache.keys.store(c.kernels, pages, position, k);
+        let v = &mut s.v[t * spec.v.n_out..][..spec.v.n_out];
+        if spec.value_norm {
+            norm_heads(c, v, &[], spec.value_dim, eps, &mut s.norm);
+        }
+        cache.values.store(c.kernels, pages, position, v);
+    }
+}
+
+/// Returns the gates per token.
+fn gate_width(spec: &GqaSpec) -> usize {
+    match &spec.gate {
+        None => 0,
+        Some(OutputGate::WithQueries) => spec.o.n_in,
+        Some(OutputGate::Separate { linear, .. }) => linear.n_out,
+    }
+}
+
+/// Returns `ln(1 + eˣ)`, which is `x` to the last bit where `eˣ` could overflow.
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
 /// Computes the attention of the rows of one text into `parts`; `q` has those of the batch.
@@ -154,19 +232,25 @@ fn attend_segment(
         tokens: segment.rows.len(),
         past: segment.past,
         window: spec.window,
+        window_kind: spec.window_kind,
+        softcap: spec.softcap,
     };
     let query = |head: usize, t: usize, to: &mut [f32]| {
         let row = segment.rows.start + t;
         let query = &q[row * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
+        let growth = spec
+            .temperature
+            .map_or(1.0, |t| t.at(segment.past + row - segment.rows.start));
+        let factor = spec.scale * growth;
         to.iter_mut()
             .zip(query)
-            .for_each(|(to, q)| *to = spec.scale * q);
+            .for_each(|(to, q)| *to = factor * q);
     };
     attend(c, &attention, query, parts);
 }
 
-/// Writes what the heads of some rows have found, `[rows, n_head * value_dim]`, each divided by
-/// one plus its value of `gate` where there are gates.
+/// Writes what the heads of some rows have found, `[rows, n_head * value_dim]`, each value under
+/// its gate where there are gates.
 fn gather(
     c: CpuContext<'_>,
     spec: &GqaSpec,
@@ -183,9 +267,21 @@ fn gather(
                 let head = kv_head * group + g;
                 parts.result(c.kernels, head, t, sinks.map(|s| s[head]), mixed);
             }
-            if spec.gated {
-                let gate = &gate[item * mixed.len()..][..mixed.len()];
-                mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
+            match &spec.gate {
+                None => {}
+                Some(OutputGate::WithQueries) => {
+                    let gate = &gate[item * mixed.len()..][..mixed.len()];
+                    mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
+                }
+                Some(OutputGate::Separate { linear, .. }) => {
+                    // As many gates as heads, or as values.
+                    let values = spec.o.n_in / linear.n_out;
+                    let n = mixed.len() / values;
+                    let gates = &gate[item * n..][..n];
+                    for (mixed, gate) in mixed.chunks_exact_mut(values).zip(gates) {
+                        mixed.iter_mut().for_each(|m| *m *= gate);
+                    }
+                }
             }
         });
 }
@@ -208,18 +304,15 @@ fn take_gates(q: &mut [f32], gate: &mut [f32], width: usize, key_dim: usize) {
     }
 }
 
+/// Normalizes every `width` values of a row; without weights where there are none.
 fn norm_heads(
     c: CpuContext<'_>,
     row: &mut [f32],
     weight: &[f32],
+    width: usize,
     eps: f32,
-    span: NormSpan,
     scratch: &mut [f32],
 ) {
-    let width = match span {
-        NormSpan::Head => weight.len(),
-        NormSpan::Full => row.len(),
-    };
     for head in row.chunks_exact_mut(width) {
         let scratch = &mut scratch[..width];
         scratch.copy_from_slice(head);

@@ -1,15 +1,18 @@
-//! Mixers, which mix tokens: attention or a delta net. Each kind has one file, with its state of
+//! Mixers, which mix tokens: attention, a delta net or a short convolution. Each kind has one file, with its state of
 //! past tokens, its buffers and its computation.
 
 use super::cpu_context::CpuContext;
 use super::delta::{DeltaScratch, DeltaState};
 use super::gqa::GqaScratch;
-use super::kv_rows::{KeyValues, RowStore};
+use super::indexer::Chosen;
+use super::kda::KdaScratch;
+use super::kv_rows::{KeyValues, LatentRows, RowStore};
 use super::mla::MlaScratch;
 use super::pages::{PageIdx, StateIdx};
 use super::rope::RopeTable;
+use super::short_conv::ShortConvScratch;
 use super::weights::DenseWeights;
-use super::{delta, gqa, mla};
+use super::{delta, gqa, kda, mla, short_conv};
 use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
@@ -20,8 +23,7 @@ use tier_plan_kernels::ActView;
 /// What one layer's mixer keeps of all texts: KV cache or recurrent states.
 pub(crate) enum LayerCache {
     Gqa(KeyValues),
-    /// Rows of latents, each with its rotated key part: all heads read the same rows.
-    Mla(RowStore),
+    Mla(LatentRows),
     /// One state per text, then those of checkpoints.
     Delta(Vec<DeltaState>),
     /// The cache is in a GPU's memory.
@@ -39,17 +41,31 @@ impl LayerCache {
     pub(crate) fn new(mixer: &Mixer, kv_type: KvType, positions: usize, n_states: usize) -> Self {
         match mixer {
             Mixer::Gqa(a) => {
-                let rows = |width| RowStore::new(kv_type, a.n_head_kv, positions, width);
+                // A layer that shares another's keys and values has none of its own.
+                let n_head = if a.shared_kv.is_some() {
+                    0
+                } else {
+                    a.n_head_kv
+                };
+                let rows = |width| RowStore::new(kv_type, n_head, positions, width);
                 Self::Gqa(KeyValues {
                     keys: rows(a.key_dim),
                     values: rows(a.value_dim),
                 })
             }
             Mixer::Mla(a) => {
-                let width = a.kv_rank + a.rope.dims;
-                Self::Mla(RowStore::new(kv_type, 1, positions, width))
+                let rows = |width| RowStore::new(kv_type, 1, positions, width);
+                Self::Mla(LatentRows {
+                    latents: rows(a.kv_rank + a.shared_dim),
+                    index_keys: a.reach.indexer().map(|indexer| rows(indexer.key_dim)),
+                })
             }
+            Mixer::Kda(k) => Self::Delta((0..n_states).map(|_| kda::new_state(k)).collect()),
             Mixer::Delta(d) => Self::Delta((0..n_states).map(|_| DeltaState::new(d)).collect()),
+            Mixer::ShortConv(c) => {
+                let state = |_| DeltaState::of_inputs(c.state_values());
+                Self::Delta((0..n_states).map(state).collect())
+            }
         }
     }
 
@@ -62,7 +78,7 @@ impl LayerCache {
             .saturating_add(mixer.state_bytes());
         Self::OnGpu {
             bytes,
-            rewinds: !matches!(mixer, Mixer::Delta(_)),
+            rewinds: mixer.state_bytes() == 0,
         }
     }
 
@@ -183,6 +199,10 @@ pub(crate) struct MixerScratch {
     gqa: GqaScratch,
     mla: MlaScratch,
     delta: DeltaScratch,
+    short_conv: ShortConvScratch,
+    kda: KdaScratch,
+    /// What the last indexer chose for the rows of the batch.
+    chosen: Chosen,
 }
 
 impl MixerScratch {
@@ -192,6 +212,8 @@ impl MixerScratch {
             Mixer::Gqa(a) => self.gqa.reserve(rows, a),
             Mixer::Mla(a) => self.mla.reserve(rows, a),
             Mixer::Delta(d) => self.delta.reserve(rows, d),
+            Mixer::ShortConv(c) => self.short_conv.reserve(rows, c),
+            Mixer::Kda(k) => self.kda.reserve(rows, k),
         }
     }
 }
@@ -259,8 +281,12 @@ pub(crate) struct MixerInput<'a> {
     pub x: ActView<'a>,
     /// All rows, by text.
     pub segments: &'a [Segment<'a>],
+    /// Index in the batch of the first row.
+    pub first_row: usize,
     /// Rotations prepared for the rows' positions, where the mixer rotates.
     pub rope: Option<&'a RopeTable>,
+    /// Those of the mixer's indexer, where that rotates.
+    pub indexer_rope: Option<&'a RopeTable>,
     /// Epsilon of norms inside the mixer.
     pub norm_eps: f32,
 }
@@ -280,10 +306,25 @@ pub(crate) fn mix(
             gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
         }
         (Mixer::Mla(spec), LayerCache::Mla(cache)) => {
-            mla::run(c, weights, spec, input, cache, &mut scratch.mla, out);
+            let MixerScratch { mla, chosen, .. } = scratch;
+            mla::run(c, weights, spec, input, cache, (mla, chosen), out);
         }
         (Mixer::Delta(spec), LayerCache::Delta(states)) => {
             delta::run(c, weights, spec, input, states, &mut scratch.delta, out);
+        }
+        (Mixer::Kda(spec), LayerCache::Delta(states)) => {
+            kda::run(c, weights, spec, input, states, &mut scratch.kda, out);
+        }
+        (Mixer::ShortConv(spec), LayerCache::Delta(states)) => {
+            short_conv::run(
+                c,
+                weights,
+                spec,
+                input,
+                states,
+                &mut scratch.short_conv,
+                out,
+            );
         }
         _ => unreachable!("a layer's cache is made for its mixer"),
     }

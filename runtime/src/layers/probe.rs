@@ -96,6 +96,8 @@ impl AttentionProbe {
             tokens,
             past: context - tokens,
             window: None,
+            window_kind: Default::default(),
+            softcap: None,
         };
         let queries = &self.queries;
         let query = |head: usize, token: usize, to: &mut [f32]| {

@@ -87,20 +87,25 @@ impl RopeTable {
 
 /// Returns the different ways in which layers rotate, and by layer its index among them.
 pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
-    let mut tables: Vec<&RopeSpec> = Vec::new();
-    let mut by_layer = Vec::with_capacity(spec.layers.len());
-    for layer in &spec.layers {
-        by_layer.push(layer.mixer.rope().map(|rope| {
-            tables
-                .iter()
-                .position(|table| *table == rope)
-                .unwrap_or_else(|| {
-                    tables.push(rope);
-                    tables.len() - 1
-                })
-        }));
-    }
+    let mut tables = Vec::new();
+    let ropes = spec.layers.iter().map(|layer| layer.mixer.rope());
+    let by_layer = number(ropes, &mut tables);
     (tables, by_layer)
+}
+
+/// Numbers ropes, equal ones alike; adds those that `tables` lacks.
+fn number<'a>(
+    ropes: impl Iterator<Item = Option<&'a RopeSpec>>,
+    tables: &mut Vec<&'a RopeSpec>,
+) -> Vec<Option<usize>> {
+    let mut number = |rope| {
+        let found = tables.iter().position(|table| *table == rope);
+        found.unwrap_or_else(|| {
+            tables.push(rope);
+            tables.len() - 1
+        })
+    };
+    ropes.map(|rope| rope.map(&mut number)).collect()
 }
 
 /// The rotations of all layers.
@@ -109,15 +114,22 @@ pub(crate) struct Rotations {
     pub(crate) tables: Vec<RopeTable>,
     /// By layer: index into `tables`.
     pub(crate) of_layer: Vec<Option<usize>>,
+    /// By layer: index into `tables` for the layer's indexer.
+    of_indexer: Vec<Option<usize>>,
 }
 
 impl Rotations {
-    pub(crate) fn new(spec: &ModelSpec, weights: &DenseWeights) -> Self {
-        let (tables, of_layer) = tables(spec);
-        let table = |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.freq_factors));
+    /// Makes the tables of a model for contexts of up to `context` tokens.
+    pub(crate) fn new(spec: &ModelSpec, weights: &DenseWeights, context: usize) -> Self {
+        let (mut tables, of_layer) = tables(spec);
+        let ropes = spec.layers.iter().map(|layer| layer.mixer.indexer_rope());
+        let of_indexer = number(ropes, &mut tables);
+        let table =
+            |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.factors_for(context)));
         Self {
             tables: tables.iter().map(table).collect(),
             of_layer,
+            of_indexer,
         }
     }
 
@@ -131,6 +143,11 @@ impl Rotations {
     /// Returns the table of a layer that rotates.
     pub(crate) fn of(&self, layer: usize) -> Option<&RopeTable> {
         self.of_layer[layer].map(|table| &self.tables[table])
+    }
+
+    /// Returns the table of a layer's indexer that rotates.
+    pub(crate) fn of_indexer(&self, layer: usize) -> Option<&RopeTable> {
+        self.of_indexer[layer].map(|table| &self.tables[table])
     }
 }
 
@@ -163,6 +180,7 @@ fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
             original_context,
             beta_fast,
             beta_slow,
+            ext,
         } => {
             // The pair whose wavelength makes `rotations` turns over the original context.
             let pair_of = |rotations: f32| {
@@ -173,7 +191,7 @@ fn frequencies(spec: &RopeSpec, factors: Option<&[f32]>) -> Vec<f32> {
             let high = pair_of(beta_slow).ceil().min(spec.dims as f32 - 1.0);
             let scaled = plain.enumerate().map(|(i, f)| {
                 let ramp = ((i as f32 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
-                let kept = 1.0 - ramp;
+                let kept = (1.0 - ramp) * ext;
                 f / factor * (1.0 - kept) + f * kept
             });
             scaled.collect()
@@ -193,6 +211,7 @@ mod tests {
             scaling,
             magnitude: 1.0,
             freq_factors: None,
+            long_factors: None,
             sections: None,
         }
     }
@@ -263,6 +282,7 @@ mod tests {
             original_context: 4096.0,
             beta_fast: 32.0,
             beta_slow: 1.0,
+            ext: 1.0,
         };
         let plain = frequencies(&spec(RopeKind::Adjacent, 64, RopeScaling::None), None);
         let yarn = frequencies(&spec(RopeKind::Adjacent, 64, scaling), None);

@@ -40,7 +40,9 @@ impl Router {
             Gating::SqrtSoftplus => self
                 .probs
                 .extend(logits.iter().map(|l| softplus(*l).sqrt())),
-            Gating::SoftmaxChosen => self.probs.extend_from_slice(logits),
+            Gating::SoftmaxChosen | Gating::SigmoidChosen => {
+                self.probs.extend_from_slice(logits);
+            }
         }
         self.scores.clear();
         self.scores.extend_from_slice(&self.probs);
@@ -59,6 +61,11 @@ impl Router {
             weights.iter_mut().for_each(|w| *w = (*w - max).exp());
             let sum: f32 = weights.iter().sum();
             weights.iter_mut().for_each(|w| *w /= sum);
+        }
+        if moe.gating == Gating::SigmoidChosen {
+            weights
+                .iter_mut()
+                .for_each(|w| *w = 1.0 / (1.0 + (-*w).exp()));
         }
         if moe.normalize {
             let sum = weights.iter().sum::<f32>().max(MIN_SUM);
@@ -129,7 +136,7 @@ fn top(scores: &[f32], chosen: &mut [u16]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tier_plan_formats::model::spec::{Activation, ExpertLinear, GateUp, Linear};
+    use tier_plan_formats::model::spec::{Activation, ExpertLinear, GateUp, Linear, RouterInput};
 
     fn moe(n_expert: usize, n_used: usize) -> MoeSpec {
         let one = ExpertLinear {
@@ -146,6 +153,12 @@ mod tests {
                 n_in: 1,
                 first_row: 0,
             },
+            router_input: RouterInput::Normed,
+            input_norm: None,
+            output_norm: None,
+            weigh_input: false,
+            expert_scale: None,
+            sum_scale: 1.0,
             selection_bias: None,
             gating: Gating::Softmax,
             n_expert,
@@ -210,6 +223,21 @@ mod tests {
         assert_eq!(experts, [1, 3]);
         assert!((weights[0] + weights[1] - 1.0).abs() < 1e-6);
         assert!((weights[0] / weights[1] - 1f32.exp()).abs() < 1e-5);
+    }
+
+    #[test]
+    fn the_sigmoid_of_a_chosen_logit_is_the_weight() {
+        let spec = MoeSpec {
+            gating: Gating::SigmoidChosen,
+            normalize: false,
+            ..moe(4, 2)
+        };
+        // The sigmoids of the first two are equal in 32 bits, the logits are not.
+        let (experts, weights) = route(&spec, &[40.0, 50.0, 0.5, -1.0], None);
+        assert_eq!((experts, weights), (vec![1, 0], vec![1.0, 1.0]));
+        let (experts, weights) = route(&spec, &[0.0, -1.0, -2.0, -3.0], None);
+        assert_eq!((experts, weights[0]), (vec![0, 1], 0.5));
+        assert!((weights[1] - 1.0 / (1.0 + 1f32.exp())).abs() < 1e-6);
     }
 
     #[test]

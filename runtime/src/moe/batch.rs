@@ -2,7 +2,7 @@
 //! order.
 
 use super::MoeRun;
-use super::ffn::{FfnScratch, activate_shared};
+use super::ffn::{FfnScratch, activate_shared, result_weight, weigh};
 use super::gpu::{Flush, GpuBatch, StoreStep};
 use super::offload::StreamedExperts;
 use super::routing::{Batch, TokensByExpert};
@@ -216,7 +216,7 @@ impl BatchRun<'_, '_> {
             let results = expert_on_cpu(*cpu, &view, layer.spec, *x, tokens, scratch);
             for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
                 cpu.kernels.axpy(
-                    *weight,
+                    result_weight(layer.spec, *weight),
                     result,
                     &mut out[token * hidden..(token + 1) * hidden],
                 );
@@ -253,6 +253,10 @@ fn expert_on_cpu<'s>(
         MatJob::new(view.up.weights, acts, up),
     ];
     matmul_all(cpu.pool, cpu.kernels, &jobs);
+    drop(jobs);
+    if moe.weigh_input {
+        weigh(gate, up, width, tokens.iter().map(|(_, weight)| *weight));
+    }
     view.gate.add_bias(gate, &mut s.bias);
     view.up.add_bias(up, &mut s.bias);
     activate_shared(cpu, moe.activation, width, gate, up);

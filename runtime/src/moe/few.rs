@@ -5,7 +5,7 @@
 //! expert.
 
 use super::MoeRun;
-use super::ffn::activate_shared;
+use super::ffn::{activate_shared, result_weight, weigh};
 use super::routing::TokensByExpert;
 use crate::error::RunError;
 use crate::experts::store::Step;
@@ -36,7 +36,8 @@ fn sum(run: &mut MoeRun<'_>, tokens: &TokensByExpert, experts: &[u32]) {
     for expert in experts {
         let first = tokens.first_of(*expert as usize);
         for (i, (token, weight)) in tokens.of(*expert as usize).iter().enumerate() {
-            terms[token * n_used + n_terms[*token]] = (first + i, *weight);
+            let weight = result_weight(run.layer.spec, *weight);
+            terms[token * n_used + n_terms[*token]] = (first + i, weight);
             n_terms[*token] += 1;
         }
     }
@@ -127,6 +128,10 @@ impl FewRun<'_, '_> {
         matmul_all(cpu.pool, cpu.kernels, &jobs);
         drop(jobs);
         let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
+        if layer.spec.weigh_input {
+            let tokens = ready.iter().flat_map(|at| users(*at));
+            weigh(gate, up, width, tokens.map(|(_, weight)| *weight));
+        }
         let mut first = 0;
         for (_, n, (view, _)) in &views {
             let rows = first * width..(first + n) * width;

@@ -3,7 +3,7 @@
 
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
-use tier_plan_formats::model::spec::{Activation, GatedFfn, SharedSpec};
+use tier_plan_formats::model::spec::{Activation, GatedFfn, MoeSpec, SharedSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{ActView, Activations, Kernels, needs_quants};
 
@@ -41,7 +41,7 @@ impl FfnScratch {
     }
 }
 
-/// Computes `out = down(silu(gate x) · up x)` for all rows of `x`.
+/// Computes `out = down(act(gate x) · up x)` for all rows of `x`.
 pub(crate) fn dense_ffn(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -60,7 +60,7 @@ pub(crate) fn dense_ffn(
     matmul_all(c.pool, c.kernels, &jobs);
     add_bias(gate, weights.bias(&ffn.gate));
     add_bias(up, weights.bias(&ffn.up));
-    activate_shared(c, Activation::Silu, width, gate, up);
+    activate_shared(c, ffn.activation, width, gate, up);
     s.inner.fill_shared(
         c.pool,
         c.kernels,
@@ -98,10 +98,33 @@ pub(crate) fn shared_expert(
     }
 }
 
+/// Multiplies the rows of both first products by the weights of their experts: as products are
+/// linear, this is what inputs times the weights would give.
+pub(super) fn weigh(
+    gate: &mut [f32],
+    up: &mut [f32],
+    width: usize,
+    weights: impl Iterator<Item = f32>,
+) {
+    let rows = gate.chunks_exact_mut(width).zip(up.chunks_exact_mut(width));
+    for ((gate, up), weight) in rows.zip(weights) {
+        gate.iter_mut().for_each(|x| *x *= weight);
+        up.iter_mut().for_each(|x| *x *= weight);
+    }
+}
+
+/// Returns the factor on an expert's result.
+pub(super) fn result_weight(moe: &MoeSpec, weight: f32) -> f32 {
+    if moe.weigh_input { 1.0 } else { weight }
+}
+
 /// Multiplies the activated `gate` by `up`, in place.
 pub(super) fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32], up: &[f32]) {
     match activation {
         Activation::Silu => kernels.silu_mul(gate, up),
+        Activation::Gelu => kernels.gelu_mul(gate, up),
+        Activation::LimitedSilu { limit } => kernels.limited_silu_mul(gate, up, limit),
+        Activation::Situ { beta, linear } => kernels.situ_mul(gate, up, beta, linear),
         Activation::ClampedSwiglu { alpha, limit } => {
             kernels.clamped_swiglu(gate, up, alpha, limit)
         }

@@ -1,7 +1,7 @@
 //! The routed experts of a single token: those that are resident compute while the others are read.
 
 use super::MoeRun;
-use super::ffn::activate;
+use super::ffn::{activate, result_weight, weigh};
 use crate::error::RunError;
 use crate::experts::store::Step;
 use tier_plan_kernels::needs_quants;
@@ -24,9 +24,8 @@ pub(super) fn run(run: MoeRun<'_>) -> Result<Step, RunError> {
     order.sort_unstable_by_key(|at| used[*at]);
     for at in order {
         let result = &run.scratch.results[at * hidden..][..hidden];
-        run.cpu
-            .kernels
-            .axpy(run.routing.weights[at], result, run.out);
+        let weight = result_weight(run.layer.spec, run.routing.weights[at]);
+        run.cpu.kernels.axpy(weight, result, run.out);
     }
     Ok(step)
 }
@@ -120,6 +119,7 @@ impl TokenRun<'_> {
             scratch: s,
             out,
             computed,
+            routing,
             ..
         } = &mut self.run;
         let (cpu, x, n) = (*cpu, *x, ready.len());
@@ -139,6 +139,11 @@ impl TokenRun<'_> {
         }
         matmul_all(cpu.pool, cpu.kernels, &jobs);
         drop(jobs);
+        if layer.spec.weigh_input {
+            let weights = ready.iter().map(|at| routing.weights[*at]);
+            let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
+            weigh(gate, up, width, weights);
+        }
         let rows = s
             .gate
             .chunks_exact_mut(width)

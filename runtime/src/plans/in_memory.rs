@@ -53,6 +53,7 @@ pub fn in_memory_with(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -> P
         context: room.context,
         sequences: room.sequences,
         checkpoints: room.checkpoints,
+        window_chunk: room.for_model(shape).window_chunk,
         kv_tier: TierIdx::FIRST,
         kv_type,
         staging_tier: TierIdx::FIRST,

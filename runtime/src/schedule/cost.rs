@@ -19,11 +19,21 @@ const MAX_ROWS: i128 = 1 << 20;
 /// Weight of a new measurement; of an old one 15/16 are left each time.
 const WEIGHT: i128 = 1 << 16;
 
+/// Predicted time of a number of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowsTime {
+    /// Rows.
+    pub rows: usize,
+    /// Their time.
+    pub time: Duration,
+}
+
 /// Estimate of the time of steps.
 #[derive(Debug, Clone)]
 pub struct StepCost {
     decode: Line,
     prompt: Line,
+    is_predicted: bool,
 }
 
 impl Default for StepCost {
@@ -31,11 +41,22 @@ impl Default for StepCost {
         Self {
             decode: PRIOR_DECODE,
             prompt: PRIOR_PROMPT,
+            is_predicted: false,
         }
     }
 }
 
 impl StepCost {
+    /// Creates an estimate from predictions: two steps of decoding rows, and what two chunks of a
+    /// prompt add to a step. Measured steps correct it.
+    pub fn predicted(decode: [RowsTime; 2], prompt: [RowsTime; 2]) -> Self {
+        Self {
+            decode: Line::through(decode),
+            prompt: Line::through(prompt),
+            is_predicted: true,
+        }
+    }
+
     /// Returns the predicted time of a step.
     pub fn predict(&self, decode_rows: usize, prompt_rows: usize) -> Duration {
         let mut nanos = self.decode.at(rows(decode_rows));
@@ -43,6 +64,11 @@ impl StepCost {
             nanos += self.prompt.at(rows(prompt_rows));
         }
         duration(nanos)
+    }
+
+    /// Whether steps without prompts were measured or predicted.
+    pub fn knows_decoding(&self) -> bool {
+        self.is_predicted || self.decode.is_measured()
     }
 
     /// Returns the most prompt rows with which a step stays within a time.
@@ -67,6 +93,9 @@ impl StepCost {
         let rest = took - self.decode.at(decode);
         if self.decode.is_measured() {
             self.prompt.learn(rows(prompt_rows), rest.max(0));
+        } else if self.is_predicted {
+            // Predicted steps are good enough to tell what is left to the prompts.
+            self.prompt.learn(rows(prompt_rows), rest.max(took / 2));
         } else {
             // The estimate of decoding may be more than the whole step took, so this says no more
             // than how fast the machine is.
@@ -97,6 +126,18 @@ impl Line {
             nanos: 0,
             rows_squared: 0,
             rows_nanos: 0,
+        }
+    }
+
+    /// Returns the line through two points, neither part of which is negative.
+    fn through([a, b]: [RowsTime; 2]) -> Self {
+        let (from, to) = if a.rows <= b.rows { (a, b) } else { (b, a) };
+        let (low, high) = (nanos(from.time), nanos(to.time));
+        let apart = (rows(to.rows) - rows(from.rows)).max(1);
+        let per_row = ((high - low) / apart).max(0);
+        match low - per_row * rows(from.rows) {
+            fixed @ 0.. => Self::new(fixed, per_row),
+            _ => Self::new(0, high / rows(to.rows).max(1)),
         }
     }
 

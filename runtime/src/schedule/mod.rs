@@ -19,7 +19,9 @@
 //!    another that has no room yet.
 //! 4. A text is admitted when there are pages for its prompt, for the rest of the prompts that were
 //!    admitted before, and one more for each text that will grow.
-//! 5. If pages run out, the last admitted text in that order gives up its pages. It comes back
+//! 5. A text that begins like an admitted one waits while that one computes what they share, see
+//!    [`Scheduler::set_shared`]. Later texts may be admitted meanwhile.
+//! 6. If pages run out, the last admitted text in that order gives up its pages. It comes back
 //!    before any other text is admitted. The first text is never preempted, so there is always
 //!    progress.
 //!
@@ -51,7 +53,7 @@ mod scheduler;
 mod tests;
 mod text;
 
-pub use cost::StepCost;
+pub use cost::{RowsTime, StepCost};
 pub use scheduler::Scheduler;
 
 use std::ops::Range;

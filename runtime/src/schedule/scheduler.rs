@@ -17,6 +17,8 @@ pub struct Scheduler {
     waiting: Queue,
     /// The place of each text in one of the three.
     ranks: HashMap<TextId, Rank>,
+    /// What texts without pages share with others, per text.
+    shared: HashMap<TextId, Vec<Shared>>,
     cost: StepCost,
     /// Rows of the step that is being computed.
     in_flight: Vec<TextRows>,
@@ -25,6 +27,13 @@ pub struct Scheduler {
     /// Steps in a row that had no room for a prompt that waited.
     skipped: u32,
     submitted: u64,
+}
+
+/// Tokens that a text begins with as another does.
+#[derive(Debug, Clone, Copy)]
+struct Shared {
+    with: TextId,
+    n_tokens: usize,
 }
 
 /// What is left of a step while it is planned.
@@ -41,6 +50,15 @@ impl Scheduler {
     /// Creates a scheduler without texts.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Creates a scheduler without texts whose estimate of the time of steps was predicted, so that
+    /// the first steps are within [`Limits::max_step`], too.
+    pub fn with_cost(cost: StepCost) -> Self {
+        Self {
+            cost,
+            ..Self::default()
+        }
     }
 
     /// Adds a text.
@@ -90,7 +108,40 @@ impl Scheduler {
         text.cached
     }
 
-    /// Returns the texts without pages, in the order in which they will be admitted.
+    /// Says that a text begins with the first `n_tokens` of another, which it can share once they are
+    /// computed. While the other is admitted and computes them, the text is not, so that no step
+    /// computes them twice. It holds until one of the two is finished; a text may share with several.
+    /// Whatever the other has meanwhile, [`set_cached`](Self::set_cached) says what is shared.
+    pub fn set_shared(&mut self, id: TextId, with: TextId, n_tokens: usize) {
+        let known = |id: &TextId| self.ranks.contains_key(id);
+        if id != with && n_tokens > 0 && known(&id) && known(&with) {
+            let shared = self.shared.entry(id).or_default();
+            shared.push(Shared { with, n_tokens });
+        }
+    }
+
+    /// Says how many draft rows an admitted text has a use for in the steps to come, at most
+    /// [`Limits::max_drafts`] of which it gets.
+    pub fn set_drafts(&mut self, id: TextId, n: usize) {
+        if let Some(text) = self.admitted_mut(id) {
+            text.drafts = n;
+        }
+    }
+
+    /// Returns the number of running texts.
+    pub fn n_running(&self) -> usize {
+        self.admitted.values().filter(|t| t.is_running()).count()
+    }
+
+    /// Whether a text without pages waits for another that computes what both begin with.
+    pub fn is_held(&self, id: TextId) -> bool {
+        let rank = self.ranks.get(&id);
+        let text = rank.and_then(|rank| self.preempted.get(rank).or(self.waiting.get(rank)));
+        text.is_some_and(|text| self.holds(text))
+    }
+
+    /// Returns the texts without pages, in the order in which they will be admitted. Those that are
+    /// [held](Self::is_held) may come later.
     pub fn upcoming(&self) -> impl Iterator<Item = TextId> {
         let texts = self.preempted.values().chain(self.waiting.values());
         texts.map(|text| text.id)
@@ -135,6 +186,11 @@ impl Scheduler {
         for queue in [&mut self.admitted, &mut self.preempted, &mut self.waiting] {
             queue.remove(&rank);
         }
+        self.shared.remove(&id);
+        self.shared.retain(|_, with| {
+            with.retain(|shared| shared.with != id);
+            !with.is_empty()
+        });
         true
     }
 
@@ -272,7 +328,8 @@ impl Scheduler {
             let in_time = |drafts: &usize| {
                 *drafts == 0 || self.cost.predict(rows + drafts, 0) <= limits.max_step
             };
-            let most = limits.max_drafts.min(text.left - 1).min(room.rows);
+            let most = limits.max_drafts.min(text.drafts);
+            let most = most.min(text.left - 1).min(room.rows);
             let drafts = (0..=most).rev().find(|drafts| {
                 in_time(drafts) && text.growth(1 + drafts) - text.growth(1) <= room.pages
             });
@@ -338,7 +395,8 @@ impl Scheduler {
         if self.admitted.len() >= most {
             return None;
         }
-        let (rank, text) = self.head()?;
+        let mut upcoming = self.preempted.iter().chain(&self.waiting);
+        let (rank, text) = upcoming.find(|(_, text)| !self.holds(text))?;
         if self.missing_for(text, room.free) > 0 {
             return None;
         }
@@ -348,6 +406,16 @@ impl Scheduler {
         text.done = text.cached;
         self.admitted.insert(rank, text);
         Some(rank)
+    }
+
+    /// Whether an admitted text is computing more of what a text begins with than is shared already.
+    fn holds(&self, text: &Text) -> bool {
+        let shared = self.shared.get(&text.id);
+        shared.into_iter().flatten().any(|shared| {
+            let with = self.ranks.get(&shared.with);
+            let with = with.and_then(|rank| self.admitted.get(rank));
+            shared.n_tokens > text.cached && with.is_some_and(|with| with.done < shared.n_tokens)
+        })
     }
 
     /// Returns the pages that are missing before a text can be admitted.

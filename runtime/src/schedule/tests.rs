@@ -1,3 +1,4 @@
+mod cost;
 mod simulation;
 
 use super::*;
@@ -99,6 +100,8 @@ proptest! {
         let together = |job: &Job| Job {
             request: Request { arrival: Duration::ZERO, ..job.request },
             cancel_at: None,
+            // A text that waits for what it shares is overtaken.
+            shares: None,
             ..*job
         };
         let jobs: Vec<Job> = jobs.iter().map(together).collect();
@@ -253,6 +256,126 @@ fn pages_that_only_one_text_holds_are_named() {
 }
 
 #[test]
+fn what_texts_share_is_computed_once_though_they_come_together() {
+    let mut all = jobs((0..4).map(|i| job(i, 300, 5)));
+    for job in &mut all[1..3] {
+        job.shares = Some(0);
+    }
+    let limits = Limits {
+        max_step: Duration::from_secs(9),
+        ..limits(1024, 9)
+    };
+    let mut simulation = Simulation::new(all, 99, limits);
+    simulation.step();
+    // The last shares nothing, and overtakes the two.
+    assert_eq!(simulation.took[0].2, 600);
+    assert!(simulation.scheduler.upcoming().eq([TextId(1), TextId(2)]));
+    simulation.run();
+    simulation.check_tokens();
+    let prompts: usize = simulation.took.iter().map(|took| took.2).sum();
+    // Half a prompt is offered: 150 tokens.
+    assert_eq!(prompts, 600 + 2 * 150);
+}
+
+#[test]
+fn a_text_waits_only_while_the_other_computes_what_they_share() {
+    let mut scheduler = Scheduler::new();
+    let pages = Pages { free: 9, total: 9 };
+    let request = |id, prompt| Request {
+        id: TextId(id),
+        prompt,
+        max_new: 9,
+        ..Request::default()
+    };
+    (0..2).for_each(|id| scheduler.submit(request(id, 200), pages).unwrap());
+    scheduler.set_shared(TextId(1), TextId(0), 128);
+    scheduler.set_shared(TextId(0), TextId(1), 128);
+    scheduler.set_shared(TextId(7), TextId(0), 128);
+    assert!(!scheduler.is_held(TextId(1)), "nothing is computed yet");
+    let limits = limits(100, 9);
+    let rows = |scheduler: &mut Scheduler| -> Vec<(u64, usize, usize)> {
+        let plan = scheduler.next_step(pages, &limits);
+        let rows = plan.rows.iter();
+        rows.map(|r| (r.id.0, r.from, r.n_tokens)).collect()
+    };
+    assert_eq!(rows(&mut scheduler), [(0, 0, 100)]);
+    scheduler.finished(Duration::from_millis(9), &[]);
+    assert!(scheduler.is_held(TextId(1)));
+    // As much is offered as it is to wait for.
+    scheduler.set_cached(TextId(1), 128);
+    assert!(!scheduler.is_held(TextId(1)));
+    scheduler.set_cached(TextId(1), 64);
+    assert!(scheduler.is_held(TextId(1)));
+    // The other one goes, and with it the reason to wait.
+    assert!(scheduler.cancel(TextId(0)));
+    assert!(!scheduler.is_held(TextId(1)));
+    assert_eq!(rows(&mut scheduler), [(1, 64, 100)]);
+}
+
+#[test]
+fn a_predicted_estimate_keeps_the_first_steps_within_the_time() {
+    let point = |rows, micros| RowsTime {
+        rows,
+        time: Duration::from_micros(micros),
+    };
+    // As the simulated engine is.
+    let cost = StepCost::predicted(
+        [point(1, 21_000), point(9, 29_000)],
+        [point(16, 8_000), point(512, 256_000)],
+    );
+    assert_eq!(cost.predict(4, 100), Duration::from_millis(74));
+    for max_step in [40, 100] {
+        let mut all = jobs((0..4).map(|i| job(i, 20, 400)));
+        let mut long = job(4, 5000, 3);
+        long.request.arrival = Duration::from_millis(1);
+        all.push(long);
+        let max_step = Duration::from_millis(max_step);
+        let limits = Limits {
+            max_step,
+            ..limits(512, 9)
+        };
+        let mut simulation = Simulation::new(all, 200, limits);
+        simulation.scheduler = Scheduler::with_cost(cost.clone());
+        simulation.run();
+        simulation.check_tokens();
+        let gaps = simulation.seen[..4].iter().flat_map(|seen| &seen.gaps);
+        let longest = gaps.max().unwrap();
+        assert!(*longest <= max_step, "{longest:?}");
+        // The prompt takes what time there is.
+        let mixed = simulation.took.iter().filter(|took| took.1 > 0);
+        assert!(mixed.clone().any(|took| took.0 * 10 > max_step * 9));
+    }
+    // Points in any order, equal ones, and falling ones give no time below zero.
+    for points in [
+        [point(8, 10), point(1, 3)],
+        [point(4, 7), point(4, 9)],
+        [point(1, 900), point(100, 1)],
+        [point(0, 0), point(0, 0)],
+        [point(10, 10), point(20, 1000)],
+    ] {
+        let cost = StepCost::predicted(points, points);
+        assert!(cost.predict(1, 0) <= cost.predict(9, 9), "{points:?}");
+    }
+}
+
+#[test]
+fn texts_have_no_more_drafts_than_they_want() {
+    let mut simulation = Simulation::new(jobs((0..3).map(|i| job(i, 9, 30))), 9, limits(64, 9));
+    simulation.limits.max_drafts = 4;
+    simulation.step();
+    assert_eq!(simulation.scheduler.n_running(), 3);
+    simulation.scheduler.set_drafts(TextId(0), 0);
+    simulation.scheduler.set_drafts(TextId(1), 2);
+    let pages = simulation.cache.pages();
+    let plan = simulation.scheduler.next_step(pages, &simulation.limits);
+    let drafts: Vec<usize> = plan.rows.iter().map(|row| row.drafts).collect();
+    assert_eq!(drafts, [0, 2, 4]);
+    simulation.scheduler.abandoned();
+    simulation.run();
+    simulation.check_tokens();
+}
+
+#[test]
 fn what_can_never_fit_is_refused() {
     let mut scheduler = Scheduler::new();
     let pages = Pages { free: 0, total: 2 };
@@ -313,54 +436,4 @@ fn a_step_that_failed_is_planned_again() {
         }],
     );
     assert!(scheduler.is_empty() && !scheduler.cancel(TextId(0)));
-}
-
-/// Returns an estimate that has seen steps of these rows, at 7 ms, 3 ms per decoding row, and 4 ms
-/// with 0.25 ms per row for prompts.
-fn learned(steps: &[(usize, usize)]) -> StepCost {
-    let mut cost = StepCost::default();
-    for (decode, prompt) in steps {
-        let mut micros = 7000 + 3000 * decode;
-        if *prompt > 0 {
-            micros += 4000 + 250 * prompt;
-        }
-        cost.learn(*decode, *prompt, Duration::from_micros(micros as u64));
-    }
-    cost
-}
-
-#[test]
-fn times_are_learned_from_steps() {
-    let mixed: Vec<_> = (0..60)
-        .flat_map(|i| [(1 + i % 7, i * 31 % 400), (1 + i % 5, 0)])
-        .collect();
-    let cost = learned(&mixed);
-    for (decode, prompt, micros) in [(1, 0, 10_000), (8, 0, 31_000), (4, 100, 48_000)] {
-        let found = cost.predict(decode, prompt).as_micros();
-        assert!(
-            found.abs_diff(micros) * 20 < micros,
-            "{found} is not {micros}"
-        );
-    }
-    let rows = cost.prompt_rows_within(4, Duration::from_millis(48));
-    assert!((92..=108).contains(&rows), "{rows}");
-    assert_eq!(cost.prompt_rows_within(4, Duration::from_millis(19)), 0);
-}
-
-#[test]
-fn steps_of_one_size_give_a_sane_estimate() {
-    let cost = learned(&[(4, 64); 40]);
-    let found = cost.predict(4, 64).as_micros();
-    assert!(found.abs_diff(39_000) < 4000, "{found}");
-    // Whatever is measured, no row is free of charge below zero.
-    let mut cost = StepCost::default();
-    for (rows, ms) in [(1, 100), (100, 1), (1, 100), (100, 1)] {
-        cost.learn(rows, 0, Duration::from_millis(ms));
-    }
-    assert!(cost.predict(100, 0) >= cost.predict(1, 0));
-    for rows in [0, usize::MAX] {
-        cost.learn(rows, rows, Duration::MAX);
-        cost.learn(rows, rows, Duration::ZERO);
-    }
-    assert!(cost.predict(usize::MAX, usize::MAX) < Duration::MAX);
 }

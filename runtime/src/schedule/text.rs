@@ -38,6 +38,8 @@ pub(super) struct Text {
     pub cached: usize,
     /// Tokens that may still be generated, at least 1.
     pub left: usize,
+    /// Most draft rows that the text has a use for.
+    pub drafts: usize,
 }
 
 /// Texts in their order, first ones first.
@@ -51,6 +53,7 @@ impl Text {
             done: 0,
             cached: request.cached.min(request.prompt - 1),
             left: request.max_new,
+            drafts: usize::MAX,
         }
     }
 

@@ -16,7 +16,7 @@ pub use kv::KvArgs;
 pub use memory::{BudgetArgs, MemoryArgs, StoreArgs, VerifyArgs};
 pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
-pub use value::{Seed, TokenLimit, context as context_value};
+pub use value::{MaxStep, Seed, TokenLimit, context as context_value};
 
 use crate::opening::{Opening, Texts, check_threads};
 use anyhow::{Result, ensure};

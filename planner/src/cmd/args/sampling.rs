@@ -3,7 +3,7 @@
 use super::value::{self, RecentTokens, Seed};
 use anyhow::{Result, bail};
 use clap::Args;
-use tier_plan_runtime::sampler::SamplerConfig;
+use tier_plan_runtime::sampler::{LogitBias, SamplerConfig};
 
 /// How tokens are drawn.
 #[derive(Debug, Args)]
@@ -54,6 +54,26 @@ pub struct SamplingArgs {
     /// Number of recent tokens that the repeat penalty applies to; 0 is none, -1 the whole context
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = RecentTokens(64))]
     pub repeat_last_n: RecentTokens,
+    /// Presence penalty: lower the logits of tokens that were generated before by X, once
+    #[arg(
+        long,
+        value_name = "X",
+        allow_negative_numbers = true,
+        default_value_t = 0.0
+    )]
+    pub presence_penalty: f32,
+    /// Frequency penalty: lower the logit of a token by X for each time that it was generated
+    #[arg(
+        long,
+        value_name = "X",
+        allow_negative_numbers = true,
+        default_value_t = 0.0
+    )]
+    pub frequency_penalty: f32,
+    /// Raise or lower the logit of a token: its id, a sign, and the bias, such as 15043-1.5; repeat
+    /// the option for more tokens
+    #[arg(long, value_name = "ID±BIAS", value_parser = value::logit_bias)]
+    pub logit_bias: Vec<LogitBias>,
     /// Seed of the random numbers; -1 draws a new one per run
     #[arg(
         short,
@@ -79,14 +99,32 @@ impl SamplingArgs {
             min_p: self.min_p,
             repeat_penalty: self.repeat_penalty,
             repeat_last_n: self.repeat_last_n.0,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
             seed: self.seed.number(),
-            ..SamplerConfig::default()
         };
         check(&config)?;
         if self.seed == Seed::Random {
             eprintln!("seed: {}", config.seed);
         }
         Ok(config)
+    }
+}
+
+/// Checks that biases are for tokens of a model with `n_vocab` tokens.
+///
+/// # Errors
+/// The first token past the vocabulary.
+pub fn check_biases(config: &SamplerConfig, n_vocab: usize) -> Result<()> {
+    let past = |bias: &&LogitBias| bias.token as usize >= n_vocab;
+    match config.logit_bias.iter().find(past) {
+        Some(bias) => bail!(
+            "--logit-bias: token {}, expected one of the model's: 0 to {}",
+            bias.token,
+            n_vocab.saturating_sub(1)
+        ),
+        None => Ok(()),
     }
 }
 

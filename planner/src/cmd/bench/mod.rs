@@ -1,18 +1,20 @@
 //! `tier-plan bench`: prompt and decode speed, repeated.
 
+mod joining;
 mod parallel;
 mod single;
 
 use crate::cmd::args::{
-    ComputeArgs, JsonArgs, KvArgs, MemoryArgs, ModelArgs, StoreArgs, at_least_one,
+    ComputeArgs, JsonArgs, KvArgs, MaxStep, MemoryArgs, ModelArgs, StoreArgs, at_least_one,
 };
 use crate::hint::HintExt;
 use crate::opening::{Opening, Texts};
-use crate::parallel::check_texts;
+use crate::parallel::{check_texts, routing};
 use crate::prepared::Prepared;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use tier_plan_runtime::formats::safely;
 
 /// Options of `tier-plan bench`.
@@ -58,7 +60,8 @@ pub struct BenchArgs {
         help_heading = "Generation"
     )]
     pub repeat: u32,
-    /// Measure steps of so many texts at once, one number after another, such as 1,2,4,8
+    /// Measure steps of so many texts at once, one number after another, such as 1,2,4,8; `auto` is
+    /// the number that `batch` takes
     #[arg(
         long,
         visible_alias = "np",
@@ -66,7 +69,11 @@ pub struct BenchArgs {
         value_delimiter = ',',
         help_heading = "Generation"
     )]
-    pub parallel: Vec<u32>,
+    pub parallel: Vec<Count>,
+    /// Measure also the time between two tokens while the prompt of the last text is read, within
+    /// steps of so many milliseconds, or `auto` for what the predicted steps suggest
+    #[arg(long, value_name = "N", help_heading = "Generation")]
+    pub max_step_ms: Option<MaxStep>,
     /// Profile to predict steps of several texts with, if the plan was made from one [default: the
     /// one beside the model]
     #[arg(long, value_name = "FILE", help_heading = "Generation")]
@@ -91,6 +98,36 @@ pub struct BenchArgs {
     pub format: JsonArgs,
 }
 
+/// A number of texts at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Count {
+    /// This many.
+    Texts(u32),
+    /// As many as have the most predicted tokens per second.
+    Auto,
+}
+
+impl Count {
+    fn texts(self) -> Option<u32> {
+        match self {
+            Count::Texts(n) => Some(n),
+            Count::Auto => None,
+        }
+    }
+}
+
+impl FromStr for Count {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "auto" {
+            return Ok(Count::Auto);
+        }
+        let expected = |_| "expected auto, or numbers of texts".to_string();
+        text.parse().map(Count::Texts).map_err(expected)
+    }
+}
+
 /// Checked options of a benchmark.
 struct BenchOptions<'a> {
     model: &'a Path,
@@ -98,7 +135,7 @@ struct BenchOptions<'a> {
     /// Context that one repetition takes.
     context: u32,
     /// Numbers of texts at once, ascending; none to measure one text alone.
-    texts: Vec<u32>,
+    texts: Vec<Count>,
 }
 
 impl<'a> BenchOptions<'a> {
@@ -115,12 +152,18 @@ impl<'a> BenchOptions<'a> {
         let mut texts = args.parallel.clone();
         texts.sort_unstable();
         texts.dedup();
-        for &n in &texts {
-            check_texts("--parallel", n, context)?;
+        for count in &texts {
+            if let Some(n) = count.texts() {
+                check_texts("--parallel", n, context)?;
+            }
         }
         ensure!(
             args.routing.is_none() || !texts.is_empty() && args.memory.plan.is_some(),
             "--routing: no steps of several texts to predict, expected --plan and --parallel too"
+        );
+        ensure!(
+            args.max_step_ms.is_none() || !texts.is_empty(),
+            "--max-step-ms: no steps of several texts to measure, expected --parallel too"
         );
         if let Some(path) = &args.record {
             ensure!(
@@ -133,7 +176,11 @@ impl<'a> BenchOptions<'a> {
             crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?;
         let opening = Opening {
             context: opening.plan.is_none().then_some(context),
-            texts: texts.last().map_or(Texts::One, |n| Texts::Count(*n)),
+            texts: match texts.iter().filter_map(|count| count.texts()).max() {
+                Some(most) => Texts::Count(most),
+                None if texts.is_empty() => Texts::One,
+                None => Texts::Auto,
+            },
             ..opening
         };
         Ok(Self {
@@ -165,8 +212,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if options.texts.is_empty() {
         return single::run(args, &mut prepared.load()?);
     }
-    let evidence = parallel::evidence(args, options.model, &prepared)?;
-    parallel::run(args, &options.texts, &mut prepared.load()?, evidence)
+    let routing = routing(args.routing.as_deref(), options.model, &prepared)?;
+    parallel::run(args, &options.texts, &mut prepared.load()?, routing)
 }
 
 fn greedy(logits: &[f32]) -> u32 {

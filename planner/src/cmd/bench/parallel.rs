@@ -1,77 +1,24 @@
 //! Several texts at once: speed of all and of each, and the gap between two tokens of a text,
 //! beside what was predicted.
 
-use super::{BenchArgs, greedy, median, prompt};
+use super::joining::{self, Joining};
+use super::{BenchArgs, Count, greedy, median, prompt};
+use crate::cmd::args::MaxStep;
 use crate::cost::steps::{Predictor, StepPrediction};
-use crate::hint::HintExt;
-use crate::prepared::Prepared;
+use crate::parallel::{Routing, choose};
 use crate::printable::printable;
-use crate::profile::Evidence;
 use crate::session::Session;
 use crate::{host, progress};
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Instant, SystemTime};
 use tier_plan_runtime::engine::generate::{Generated, Stop};
 use tier_plan_runtime::engine::measure::{Circumstances, record};
 use tier_plan_runtime::engine::{Rows, SequenceId};
-use tier_plan_runtime::formats::profile;
 use tier_plan_runtime::formats::record::{ParallelPrediction, ParallelRecord};
-use tier_plan_runtime::model::shape::shape_of;
 use tier_plan_runtime::units::show_utc;
 use tier_plan_runtime::{Engine, LogitsMode, RunError};
-
-/// How the experts are used, for predictions; or why nothing is predicted.
-pub(super) enum Routing {
-    Known(Evidence),
-    /// A sentence for the user, if there is anything to say.
-    Unknown(Option<String>),
-}
-
-/// Returns how experts are used: as in the profile that the plan was made from, or evenly for a
-/// plan that was made without one.
-///
-/// # Errors
-/// When the profile that was asked for cannot be read, or is not the plan's.
-pub(super) fn evidence(args: &BenchArgs, model: &Path, prepared: &Prepared<'_>) -> Result<Routing> {
-    let plan = prepared.plan();
-    if let (Some(path), None) = (&args.routing, &plan.profile) {
-        return Err(anyhow!(
-            "--routing: {}, expected none, as the plan was made without a profile",
-            path.display()
-        ))
-        .hint("leave --routing out");
-    }
-    if plan.predicted.decode_tok_s <= 0.0 {
-        return Ok(Routing::Unknown(None));
-    }
-    let shape = shape_of(prepared.gguf(), prepared.spec());
-    let Some(wanted) = &plan.profile else {
-        return Ok(Routing::Known(Evidence::uniform(&shape)?));
-    };
-    let (path, asked) = match &args.routing {
-        Some(path) => (path.clone(), true),
-        None => (model.with_extension("profile"), false),
-    };
-    let found = match profile::read(&path) {
-        Ok(profile) => Some(profile),
-        Err(error) if asked => return Err(error.into()),
-        Err(_) => None,
-    };
-    match found.filter(|profile| profile.id.hash == wanted.hash) {
-        Some(profile) => Ok(Routing::Known(Evidence::new(&shape, Some(&profile))?)),
-        None if asked => Err(anyhow!(
-            "--routing: {}, expected {wanted}, which the plan was made from",
-            path.display()
-        ))
-        .hint("pass the profile that the plan was made from"),
-        None => Ok(Routing::Unknown(Some(format!(
-            "nothing predicted for several texts: the plan was made from {wanted}, expected at --routing or at {}",
-            path.display()
-        )))),
-    }
-}
 
 /// What one repetition measured.
 struct Sample {
@@ -175,14 +122,16 @@ fn repeat(engine: &mut Engine, texts: u32, n_prompt: u32, n_gen: u32) -> Result<
 /// When a pass fails, or a file cannot be written.
 pub(super) fn run(
     args: &BenchArgs,
-    counts: &[u32],
+    counts: &[Count],
     session: &mut Session,
     routing: Routing,
 ) -> Result<()> {
+    let (counts, mut notes) = resolve(args, counts, session, &routing);
+    let mut joined = Vec::new();
     let mut measured = Vec::with_capacity(counts.len());
     let repetitions = counts.len() as u64 * (u64::from(args.repeat) + 1);
     let bar = progress::count("measuring", repetitions);
-    for &texts in counts {
+    for &texts in &counts {
         let mut samples = Vec::new();
         // The first repetition is the warm-up.
         for repetition in 0..=args.repeat {
@@ -194,23 +143,72 @@ pub(super) fn run(
         }
         let predicted = predict(args, session, &routing, texts);
         measured.push(summary(args, texts, &samples, predicted));
+        if let Some(step) = args.max_step_ms
+            && texts > 1
+        {
+            let predictor = predictor(args, session, &routing);
+            let longest = step.time(predictor.as_ref(), texts - 1);
+            let cost = predictor.and_then(|p| p.step_cost(texts - 1));
+            joined.push(joining::measure(
+                &mut session.engine,
+                args,
+                texts,
+                (longest, cost),
+            )?);
+        }
     }
     bar.finish_and_clear();
     session.keep()?;
     if let Some(path) = &args.record {
         write_record(session, &measured, path)?;
     }
-    let note = match routing {
-        Routing::Unknown(why) => why,
-        Routing::Known(_) => None,
-    };
+    if let Routing::Unknown(Some(why)) = routing {
+        notes.push(why);
+    }
     if args.format.json {
-        let value = as_json(args, session, &measured, note);
+        let mut value = as_json(args, session, &measured, &notes);
+        value["joining"] = joined.iter().map(Joining::as_json).collect();
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
-        print(session, &measured, note);
+        print(session, &measured);
+        joined.iter().for_each(|joining| println!("{joining}"));
+        notes.iter().for_each(|note| println!("note: {note}"));
     }
     Ok(())
+}
+
+/// Returns the numbers of texts to measure, ascending, and how one of them was chosen.
+fn resolve(
+    args: &BenchArgs,
+    counts: &[Count],
+    session: &Session,
+    routing: &Routing,
+) -> (Vec<u32>, Vec<String>) {
+    let room = session.engine.plan().sequences;
+    let asked = args.max_step_ms.and_then(MaxStep::asked);
+    let mut why = Vec::new();
+    let number = |count: &Count| match count {
+        Count::Texts(n) => *n,
+        Count::Auto => {
+            let chosen = choose(predictor(args, session, routing).as_ref(), room, asked);
+            why.push(chosen.why);
+            chosen.texts
+        }
+    };
+    let mut counts: Vec<u32> = counts.iter().map(number).collect();
+    counts.sort_unstable();
+    counts.dedup();
+    (counts, why)
+}
+
+/// Returns what steps in the middle of the decoded tokens are predicted with.
+fn predictor<'a>(
+    args: &BenchArgs,
+    session: &'a Session,
+    routing: &'a Routing,
+) -> Option<Predictor<'a>> {
+    let at = args.n_prompt.max(1) + args.n_gen.div_ceil(2);
+    routing.predictor(session.engine.plan(), session.engine.shape(), at)
 }
 
 /// Predicts a step for the middle of the decoded tokens.
@@ -220,16 +218,7 @@ fn predict(
     routing: &Routing,
     texts: u32,
 ) -> Option<StepPrediction> {
-    let Routing::Known(evidence) = routing else {
-        return None;
-    };
-    let engine = &session.engine;
-    let predictor = Predictor {
-        plan: engine.plan(),
-        shape: engine.shape(),
-        evidence,
-        at: args.n_prompt.max(1) + args.n_gen.div_ceil(2),
-    };
+    let predictor = predictor(args, session, routing)?;
     predictor.step(texts).filter(|_| args.n_gen > 0)
 }
 
@@ -259,7 +248,7 @@ fn summary(
 }
 
 /// Returns the least value that at least `share` of the values do not exceed, 0 of none.
-fn percentile(values: &[f64], share: f64) -> f64 {
+pub(super) fn percentile(values: &[f64], share: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let rank = (share * sorted.len() as f64).ceil() as usize;
@@ -293,7 +282,7 @@ fn as_json(
     args: &BenchArgs,
     session: &Session,
     measured: &[ParallelRecord],
-    note: Option<String>,
+    notes: &[String],
 ) -> Value {
     let plan = session.engine.plan();
     let row = |m: &ParallelRecord| {
@@ -320,11 +309,11 @@ fn as_json(
         "prompt_tokens": args.n_prompt,
         "decode_tokens": args.n_gen,
         "parallel": measured.iter().map(row).collect::<Vec<_>>(),
-        "note": note,
+        "note": notes.last(),
     })
 }
 
-fn print(session: &Session, measured: &[ParallelRecord], note: Option<String>) {
+fn print(session: &Session, measured: &[ParallelRecord]) {
     let plan = session.engine.plan();
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     println!(
@@ -368,9 +357,6 @@ fn print(session: &Session, measured: &[ParallelRecord], note: Option<String>) {
     println!(
         "experts: distinct ones per layer and step; gap: between two tokens of a text; predicted: decode tok/s"
     );
-    if let Some(note) = note {
-        println!("note: {note}");
-    }
 }
 
 #[cfg(test)]

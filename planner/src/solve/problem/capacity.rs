@@ -64,8 +64,10 @@ pub struct Capacity {
 /// A layer's KV cache, or its recurrent state.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct LayerCache {
-    /// Bytes of the planned context.
+    /// Bytes of the planned context in memory of the host.
     pub bytes: u64,
+    /// Bytes on a GPU, where a layer with a window holds all positions.
+    pub gpu_bytes: u64,
     /// Seconds of a decoded token with the cache there.
     pub seconds: PerTier<f64>,
     /// Real GPUs that may have the layer's attention, and with it the cache.
@@ -151,15 +153,22 @@ impl Capacity {
         bytes[tier.get()] = group.bytes;
         if let Some((cache, cache_tier)) = self.moving_cache(group, tier) {
             let sum = &mut bytes[cache_tier.get()];
-            *sum = sum.saturating_add(cache.bytes);
+            let held = if self.tiers[cache_tier].is_gpu() {
+                cache.gpu_bytes
+            } else {
+                cache.bytes
+            };
+            *sum = sum.saturating_add(held);
         }
         bytes
     }
 
-    /// Returns the bytes of the KV cache that move with attention.
+    /// Returns the bytes of the KV cache that move with attention, wherever they take most.
     pub fn moving_cache_bytes(&self) -> u64 {
         let moving = self.caches.iter().filter(|c| !c.gpus.is_empty());
-        moving.fold(0, |sum, cache| sum.saturating_add(cache.bytes))
+        moving.fold(0, |sum, cache| {
+            sum.saturating_add(cache.bytes.max(cache.gpu_bytes))
+        })
     }
 
     /// Returns the seconds of a decoded token's attention to the cache that is set aside.
@@ -355,9 +364,10 @@ impl Capacity {
                 attention_s(cache, kv_type, tier, gflops, position)
             };
             let bytes = cache.bytes(kv_type, problem.room());
+            let gpu_bytes = cache.bytes(kv_type, problem.room().whole());
             let may_have = |t: &TierIdx| {
                 let fits =
-                    |g: &DenseShape| g.bytes.saturating_add(bytes) <= self.left_bytes[t.get()];
+                    |g: &DenseShape| g.bytes.saturating_add(gpu_bytes) <= self.left_bytes[t.get()];
                 let allowed = |g: &DenseShape| constraints.allows_attention(g.layer, *t);
                 let is_gpu = self.tiers[*t].is_gpu() && problem.sequences == 1;
                 is_gpu && group.is_some_and(|g| fits(g) && allowed(g))
@@ -369,6 +379,7 @@ impl Capacity {
             let seconds = self.tiers.enumerate().map(seconds).collect();
             self.caches.push(LayerCache {
                 bytes,
+                gpu_bytes,
                 seconds,
                 gpus,
             });

@@ -38,7 +38,7 @@ impl Instance<'_> {
             .capacity
             .caches
             .iter()
-            .map(|c| c.bytes)
+            .map(|c| c.bytes.max(c.gpu_bytes))
             .max()
             .unwrap_or(0);
         experts

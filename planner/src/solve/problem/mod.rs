@@ -45,10 +45,10 @@ pub struct Problem<'a> {
 impl Problem<'_> {
     /// Returns what the KV cache has room for.
     pub fn room(&self) -> CacheRoom {
-        CacheRoom {
-            context: self.context,
+        let room = CacheRoom {
             sequences: self.sequences,
-            checkpoints: 0,
-        }
+            ..CacheRoom::of_one(self.context)
+        };
+        room.for_model(self.shape)
     }
 }

@@ -267,6 +267,53 @@ fn recurrent_state_goes_with_its_layer() -> Result<()> {
 }
 
 #[test]
+fn windows_save_memory_on_the_host_only() -> Result<()> {
+    let mut shape = model();
+    for layer in [1, 2] {
+        shape.caches[layer].rows[0].window = Some(128);
+    }
+    let mut machine = machine(three_tiers());
+    machine.tiers.iter_mut().for_each(|t| t.emulated = false);
+    let evidence = Evidence::uniform(&shape)?;
+    let plan = |sequences, forbid: &[&str]| -> Result<Placement> {
+        let text: Vec<String> = forbid.iter().map(ToString::to_string).collect();
+        let problem = Problem {
+            shape: &shape,
+            profile: None,
+            machine: &machine,
+            budgets: vec![100_000_000, 200_000_000, 1 << 40],
+            context: 10_000,
+            sequences,
+            kv_type: KvType::F16,
+        };
+        let options = Options {
+            constraints: Constraints::parse(&[], &text, &shape, &machine)?,
+            ..options()
+        };
+        let plan = solve(&problem, &options)?.plan;
+        let wrong = verify::verify(&plan, &shape, &evidence);
+        assert_eq!(wrong, Vec::<String>::new());
+        let mut spoilt = plan.clone();
+        spoilt.window_chunk = Some(64);
+        let wrong = verify::verify(&spoilt, &shape, &evidence);
+        assert_eq!(wrong.is_empty(), attention(&plan).1 == [0; 4]);
+        Ok(plan)
+    };
+    let kv = |plan: &Placement| [0, 1].map(|t| plan.tiers[TierIdx::new(t)].bytes.kv);
+    // A position takes 1000 bytes in a layer.
+    let all = plan(1, &[])?;
+    assert_eq!(kv(&all), [40_000_000, 0]);
+    let window = (4 + 32 + 4 * 3) * 64 * 1000;
+    assert_eq!(kv(&plan(1, &["vram:attention:1"])?), [30_000_000, window]);
+    let windows = 2 * (4 * 4 + 32 + 16 * 3) * 64 * 1000;
+    let whole = 2 * 4 * 157 * 64 * 1000;
+    let texts = plan(4, &[])?;
+    assert_eq!(kv(&texts), [0, windows + whole]);
+    assert_eq!((texts.window_chunk, texts.checkpoints), (Some(2048), 16));
+    Ok(())
+}
+
+#[test]
 fn planted_mistakes_about_the_kv_cache_are_found() -> Result<()> {
     let shape = model();
     let evidence = Evidence::uniform(&shape)?;

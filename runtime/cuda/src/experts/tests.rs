@@ -43,6 +43,7 @@ fn plain(
         Activation::ClampedSwiglu { alpha, limit } => {
             Kernels::SCALAR.clamped_swiglu(&mut gate, &up, alpha, limit)
         }
+        other => unreachable!("no kernel of a GPU has {other:?}"),
     }
     product(kind.down, &bytes[2], &biases[2], &gate, biased)
 }

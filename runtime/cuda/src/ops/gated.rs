@@ -117,6 +117,7 @@ impl Ops {
         let (clamped, alpha, limit) = match g.activation {
             Activation::Silu => (0, 0.0, 0.0),
             Activation::ClampedSwiglu { alpha, limit } => (1, alpha, limit),
+            other => return Err(self.unsupported(format!("activation {other:?}"))),
         };
         let [q, scale, sums] = Quants::fill_or_null(quants, jobs, n_rows);
         let [x, x_scale, x_sums] = g.x.args(ty, jobs.div_ceil(jobs_per_x), n_cols);

@@ -271,6 +271,7 @@ impl Ops {
             Gating::Sigmoid => 1,
             Gating::SqrtSoftplus => 2,
             Gating::SoftmaxChosen => 3,
+            other => return Err(self.unsupported(format!("gating {other:?}"))),
         };
         let args = [
             logits.arg(),
@@ -315,6 +316,7 @@ impl Ops {
                 let args = [gate.arg(), up.arg(), alpha, limit, int(n), q, scale, sums];
                 self.launch("clamped_swiglu", grid, THREADS, &args)
             }
+            other => Err(self.unsupported(format!("activation {other:?}"))),
         }
     }
 

@@ -2,8 +2,9 @@
 
 use super::source::Source;
 use super::spec::{
-    Activation, GateUp, Gating, GqaSpec, Groups, LayerSpec, Linear, Mixer, ModelSpec, MoeSpec,
-    NormSpan, QkNorm, RopeKind, SharedSpec,
+    Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, Groups, HeadOptions, LayerSpec, Linear,
+    Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm, Residual, RopeKind, RopeSpec, RouterInput,
+    SharedSpec, WindowKind,
 };
 use super::{ModelError, Scales};
 
@@ -17,6 +18,14 @@ pub(super) struct Common {
 }
 
 impl Common {
+    /// Describes every layer, first to last.
+    pub(super) fn layers(
+        &self,
+        describe: impl FnMut(usize) -> Result<LayerSpec, ModelError>,
+    ) -> Result<Vec<LayerSpec>, ModelError> {
+        (0..self.n_layer).map(describe).collect()
+    }
+
     pub(super) fn read(s: &Source<'_>) -> Result<Self, ModelError> {
         let n_block = s.dim("block_count")?;
         if n_block > 4096 {
@@ -49,6 +58,16 @@ impl Common {
         s: &Source<'_>,
         layers: Vec<LayerSpec>,
     ) -> Result<ModelSpec, ModelError> {
+        self.model_under(s, layers, "output_norm.weight")
+    }
+
+    /// Does what [`model`](Self::model) does, with a last norm of this name.
+    pub(super) fn model_under(
+        self,
+        s: &Source<'_>,
+        layers: Vec<LayerSpec>,
+        last_norm: &str,
+    ) -> Result<ModelSpec, ModelError> {
         let (embedding, n_vocab) = s.embedding(self.hidden)?;
         Ok(ModelSpec {
             arch: s.arch().to_string(),
@@ -57,14 +76,55 @@ impl Common {
             context: self.context,
             norm_eps: self.norm_eps,
             embedding,
-            output_norm: s.vector("output_norm.weight", self.hidden)?,
+            embedding_scale: 1.0,
+            token_inputs: None,
+            output_norm: s.vector(last_norm, self.hidden)?,
             output: s
                 .opt_tensor("output.weight", &[self.hidden, n_vocab])?
                 .unwrap_or(embedding),
+            head: HeadOptions::default(),
             layers,
             scales: Scales::default(),
         })
     }
+}
+
+/// Makes a layer of a mixer and a feed-forward block with the usual norms, `attn_norm` and
+/// `ffn_norm`.
+pub(super) fn layer_of(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    mixer: Mixer,
+    ffn: Ffn,
+) -> Result<LayerSpec, ModelError> {
+    Ok(LayerSpec {
+        mixer_norm: s.vector(&format!("blk.{layer}.attn_norm.weight"), hidden)?,
+        mixer,
+        ffn_norm: s.vector(&format!("blk.{layer}.ffn_norm.weight"), hidden)?,
+        ffn,
+        residual: Residual::default(),
+    })
+}
+
+/// Describes the dense block of a layer, as wide as `feed_forward_length` says for it.
+pub(super) fn dense(s: &Source<'_>, layer: usize, common: &Common) -> Result<GatedFfn, ModelError> {
+    let width = s.dim_of_layer("feed_forward_length", layer, common.n_layer)?;
+    s.gated_ffn(layer, common.hidden, width)
+}
+
+/// Returns the inner width of a layer's routed experts, for which the file must have a key.
+pub(super) fn expert_width(
+    s: &Source<'_>,
+    layer: usize,
+    common: &Common,
+) -> Result<usize, ModelError> {
+    s.dim_of_layer("expert_feed_forward_length", layer, common.n_layer)
+}
+
+/// Returns whether a layer has routed experts, as its tensors say.
+pub(super) fn is_routed(s: &Source<'_>, layer: usize) -> bool {
+    s.has_tensor(&format!("blk.{layer}.ffn_gate_inp.weight"))
 }
 
 /// Describes grouped-query attention; see [`gqa_spec`].
@@ -89,23 +149,53 @@ pub(super) fn gqa_spec(
     rope_kind: RopeKind,
     qk_norm: Option<NormSpan>,
 ) -> Result<GqaSpec, ModelError> {
-    let Heads { n_head, n_head_kv } = heads;
+    let dims = HeadDims::read(s, hidden, heads)?;
+    let rope = s.rope(rope_kind, dims.key)?;
+    gqa_of(s, layer, hidden, (heads, dims), Some(rope), qk_norm)
+}
+
+/// Widths of one head's key and value.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HeadDims {
+    pub key: usize,
+    pub value: usize,
+}
+
+impl HeadDims {
+    /// Reads the widths. Without keys for them, they are the share of the first block's heads.
+    pub(super) fn read(s: &Source<'_>, hidden: usize, heads: Heads) -> Result<Self, ModelError> {
+        let share = hidden / heads.first.max(1);
+        let dims = Self {
+            key: s.opt_dim("attention.key_length")?.unwrap_or(share),
+            value: s.opt_dim("attention.value_length")?.unwrap_or(share),
+        };
+        if dims.key == 0 || dims.value == 0 {
+            return Err(s.bad(
+                "attention.head_count",
+                format!("{} heads leave no width of {hidden} to each", heads.first),
+            ));
+        }
+        Ok(dims)
+    }
+}
+
+/// Describes grouped-query attention with heads of these widths; as [`gqa_spec`] otherwise.
+pub(super) fn gqa_of(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    (heads, dims): (Heads, HeadDims),
+    rope: Option<RopeSpec>,
+    qk_norm: Option<NormSpan>,
+) -> Result<GqaSpec, ModelError> {
+    let Heads {
+        n_head, n_head_kv, ..
+    } = heads;
     if !n_head.is_multiple_of(n_head_kv) {
         let what = format!("{n_head_kv} does not divide the {n_head} query heads");
         return Err(s.bad("attention.head_count_kv", what));
     }
-    let key_dim = s
-        .opt_dim("attention.key_length")?
-        .unwrap_or(hidden / n_head);
-    let value_dim = s
-        .opt_dim("attention.value_length")?
-        .unwrap_or(hidden / n_head);
-    if key_dim == 0 || value_dim == 0 {
-        return Err(s.bad(
-            "attention.head_count",
-            format!("{n_head} heads leave no width of {hidden} to each"),
-        ));
-    }
+    let (key_dim, value_dim) = (dims.key, dims.value);
     let p = format!("blk.{layer}");
     let qk_norm = match qk_norm {
         None => None,
@@ -116,9 +206,10 @@ pub(super) fn gqa_spec(
             };
             let q = s.vector(&format!("{p}.attn_q_norm.weight"), q_len)?;
             Some(QkNorm {
-                q,
-                k: s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?,
+                q: Some(q),
+                k: Some(s.vector(&format!("{p}.attn_k_norm.weight"), k_len)?),
                 span,
+                after_rope: false,
             })
         }
     };
@@ -136,15 +227,20 @@ pub(super) fn gqa_spec(
         key_dim,
         value_dim,
         scale: scale.unwrap_or(1.0 / (key_dim as f32).sqrt()),
-        rope: s.rope(rope_kind, key_dim)?,
+        softcap: None,
+        temperature: None,
+        rope,
         qk_norm,
-        gated: false,
+        value_norm: false,
+        gate: None,
         q,
         k,
         v,
         o: s.linear(&format!("{p}.attn_output"), n_head * value_dim, hidden)?,
+        shared_kv: None,
         sinks: None,
         window: None,
+        window_kind: WindowKind::Sliding,
     })
 }
 
@@ -193,6 +289,8 @@ pub(super) fn qkv(
 /// The heads of one layer's attention.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Heads {
+    /// Query heads of the first block.
+    pub first: usize,
     /// Number of query heads.
     pub n_head: usize,
     /// Key and value heads.
@@ -207,10 +305,13 @@ pub(super) fn heads(s: &Source<'_>, n_layer: usize) -> Result<Vec<Heads>, ModelE
     } else {
         q.clone()
     };
-    Ok(q.into_iter()
-        .zip(kv)
-        .map(|(n_head, n_head_kv)| Heads { n_head, n_head_kv })
-        .collect())
+    let first = q.first().copied().unwrap_or(1);
+    let heads = |(n_head, n_head_kv)| Heads {
+        first,
+        n_head,
+        n_head_kv,
+    };
+    Ok(q.into_iter().zip(kv).map(heads).collect())
 }
 
 /// A property of an architecture's routing: the same in every file, or a key of the file.
@@ -238,6 +339,7 @@ pub(super) struct MoeOptions {
 }
 
 /// A shared expert's size and kind.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Shared {
     /// Inner width of the shared expert.
     pub ffn: usize,
@@ -246,6 +348,25 @@ pub(super) struct Shared {
 }
 
 impl MoeOptions {
+    /// Returns the options of routers that are described by keys: gating as `gating` without one,
+    /// weights not normalized and not scaled.
+    pub(super) fn keyed(expert_ffn: usize, gating: Gating) -> Self {
+        Self {
+            expert_ffn,
+            gating: Setting::Default(gating),
+            normalize: Setting::Default(false),
+            scale: Setting::Default(1.0),
+            activation: Activation::Silu,
+            shared: None,
+        }
+    }
+
+    /// Adds an ungated shared expert of this inner width; none where it is 0.
+    pub(super) fn with_shared(mut self, ffn: usize) -> Self {
+        self.shared = (ffn > 0).then_some(Shared { ffn, gated: false });
+        self
+    }
+
     /// Returns the options of softmax over all experts, without scale or shared experts.
     pub(super) fn softmax(expert_ffn: usize, normalize: bool) -> Self {
         Self {
@@ -274,15 +395,17 @@ pub(super) fn moe(
             format!("{n_expert}; expected at most 65535"),
         ));
     }
-    let used = s.dim_per_layer("expert_used_count", layer + 1)?;
-    let n_used = used[layer];
+    let used = s.counts_per_layer("expert_used_count", layer + 1)?;
+    let n_used = s.in_bounds("expert_used_count", used[layer] as usize, n_expert)?;
     if n_used > n_expert {
         return Err(s.bad(
             "expert_used_count",
             format!("{n_used} of {n_expert} experts"),
         ));
     }
-    if let Some(other) = used.iter().find(|n| **n != n_used) {
+    // Layers without routed experts may have 0.
+    let differs = |n: &&u32| **n != 0 && **n as usize != n_used;
+    if let Some(other) = used.iter().find(differs) {
         let what = format!(
             "{other} and {n_used} experts in different layers; supported: the same in every layer"
         );
@@ -302,7 +425,16 @@ pub(super) fn moe(
     };
     Ok(MoeSpec {
         router: s.linear(&format!("{p}.ffn_gate_inp"), hidden, n_expert)?,
-        selection_bias: s.opt_vector(&format!("{p}.exp_probs_b.bias"), n_expert)?,
+        router_input: RouterInput::Normed,
+        input_norm: None,
+        output_norm: None,
+        weigh_input: false,
+        expert_scale: None,
+        sum_scale: 1.0,
+        selection_bias: match s.opt_vector(&format!("{p}.exp_probs_b.bias"), n_expert)? {
+            None => s.opt_vector(&format!("{p}.exp_probs_b"), n_expert)?,
+            bias => bias,
+        },
         gating: gating(s, &options.gating)?,
         n_expert,
         n_used,
@@ -384,6 +516,7 @@ fn shared_expert(
     Ok(SharedSpec {
         ffn: s.named_ffn(layer, "_shexp", hidden, shared.ffn)?,
         gate,
+        norm: None,
     })
 }
 

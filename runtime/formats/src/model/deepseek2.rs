@@ -1,12 +1,14 @@
-//! `deepseek2`: DeepSeek V2 and V3, Kimi K2 and their relatives. Latent attention, leading dense
+//! `deepseek2` and `mistral4`: DeepSeek V2 and V3, Kimi K2, Mistral 4 and their relatives. Latent attention, leading dense
 //! layers, then routed and shared experts.
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
+use super::mla::{MlaSizes, Queries, kv_up, mla_spec};
+use super::options::yarn_magnitude;
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, RopeKind,
-    RopeScaling, RopeSpec, Temperature,
+    Activation, Ffn, Gating, LayerSpec, Mixer, MlaSpec, ModelSpec, Residual, RopeKind, RopeScaling,
+    RopeSpec, Temperature,
 };
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
@@ -34,6 +36,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let layers = (0..n_layer)
         .map(|i| {
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: mla.mixer(s, i, hidden, heads[i].n_head)?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,
@@ -130,65 +133,26 @@ impl Mla {
         n_head: usize,
     ) -> Result<Mixer, ModelError> {
         let p = format!("blk.{layer}");
-        let q_out = n_head * self.key_dim;
         // Small models of the family have one query matrix, and a rank in the metadata that means
         // nothing.
-        let (q_down, q) = if s.has_tensor(&format!("{p}.attn_q.weight")) {
-            (None, s.linear(&format!("{p}.attn_q"), hidden, q_out)?)
+        let queries = if s.has_tensor(&format!("{p}.attn_q.weight")) {
+            Queries::Plain
         } else {
-            let rank = s.dim("attention.q_lora_rank")?;
-            let down = s.linear(&format!("{p}.attn_q_a"), hidden, rank)?;
-            let norm = s.vector(&format!("{p}.attn_q_a_norm.weight"), rank)?;
-            (
-                Some(LowRank { down, norm }),
-                s.linear(&format!("{p}.attn_q_b"), rank, q_out)?,
-            )
+            Queries::LowRank(s.dim("attention.q_lora_rank")?)
         };
-        Ok(Mixer::Mla(MlaSpec {
+        let sizes = MlaSizes {
             n_head,
-            nope_dim: self.key_dim - self.rope.dims,
+            key_dim: self.key_dim,
             value_dim: self.value_dim,
             kv_rank: self.kv_rank,
+            shared_dim: self.rope.dims,
+        };
+        Ok(Mixer::Mla(MlaSpec {
             scale: self.scale,
             temperature: self.temperature,
-            rope: self.rope.clone(),
-            q_down,
-            q,
-            kv_down: s.linear(
-                &format!("{p}.attn_kv_a_mqa"),
-                hidden,
-                self.kv_rank + self.rope.dims,
-            )?,
-            kv_norm: s.vector(&format!("{p}.attn_kv_a_norm.weight"), self.kv_rank)?,
-            kv_up: self.kv_up(s, &p, n_head)?,
-            o: s.linear(&format!("{p}.attn_output"), n_head * self.value_dim, hidden)?,
+            kv_up: kv_up(s, &p, sizes, self.converted)?,
+            ..mla_spec(s, layer, hidden, sizes, Some(self.rope.clone()), queries)?
         }))
-    }
-
-    fn kv_up(&self, s: &Source<'_>, p: &str, n_head: usize) -> Result<KvUp, ModelError> {
-        let (k, v, fused) = (
-            format!("{p}.attn_k_b.weight"),
-            format!("{p}.attn_v_b.weight"),
-            format!("{p}.attn_kv_b.weight"),
-        );
-        let nope_dim = self.key_dim - self.rope.dims;
-        // Some files have both forms.
-        let split = if self.converted {
-            s.has_tensor(&k) || !s.has_tensor(&fused)
-        } else {
-            !s.has_tensor(&fused)
-        };
-        if split {
-            Ok(KvUp::Split {
-                k: s.tensor(&k, &[nope_dim, self.kv_rank, n_head])?,
-                v: s.tensor(&v, &[self.kv_rank, self.value_dim, n_head])?,
-            })
-        } else {
-            Ok(KvUp::Fused(s.tensor(
-                &fused,
-                &[self.kv_rank, n_head * (nope_dim + self.value_dim)],
-            )?))
-        }
     }
 }
 
@@ -200,6 +164,10 @@ impl Mla {
 fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, ModelError> {
     let name = "rope.scaling.yarn_log_multiplier";
     let multiplier = s.f32_or(name, 0.0)?;
+    if s.arch() == "mistral4" {
+        let factor = scaled_magnitude(s, multiplier, rope)?;
+        return Ok(factor * factor / (key_dim as f32).sqrt());
+    }
     let sharpness = match rope.scaling {
         RopeScaling::None => rope.magnitude,
         // Written for YaRN, but the reference engine has no such condition.
@@ -224,6 +192,40 @@ fn scale(s: &Source<'_>, key_dim: usize, rope: &mut RopeSpec) -> Result<f32, Mod
     }
 }
 
+/// Sets the magnitude of what rotates in `mistral4`, and returns the root of the factor on its
+/// scores: `1 + 0.1 · ln(factor)`, by which the magnitude is greater and which the multiplier `m`
+/// divides again by `1 + m · ln(factor)`. The bounds of YaRN's ramp are not read.
+fn scaled_magnitude(
+    s: &Source<'_>,
+    multiplier: f32,
+    rope: &mut RopeSpec,
+) -> Result<f32, ModelError> {
+    let factor = match &mut rope.scaling {
+        RopeScaling::None => return Ok(1.0),
+        RopeScaling::Linear(factor) => return Ok(yarn_magnitude(*factor, 1.0)),
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            ..
+        } => {
+            (*beta_fast, *beta_slow) = (32.0, 1.0);
+            *factor
+        }
+    };
+    if multiplier != 0.0 {
+        rope.magnitude /= 1.0 + multiplier * factor.max(1.0).ln();
+    }
+    if !rope.magnitude.is_finite() {
+        let what = format!(
+            "{multiplier} makes the rotation's magnitude {}",
+            rope.magnitude
+        );
+        return Err(s.bad("rope.scaling.yarn_log_multiplier", what));
+    }
+    Ok(yarn_magnitude(factor, 1.0))
+}
+
 fn temperature(s: &Source<'_>) -> Result<Option<Temperature>, ModelError> {
     let scale = s.f32_or("attention.temperature_scale", 0.0)?;
     if scale == 0.0 {
@@ -232,5 +234,6 @@ fn temperature(s: &Source<'_>) -> Result<Option<Temperature>, ModelError> {
     Ok(Some(Temperature {
         scale,
         length: s.dim("attention.temperature_length")?,
+        offset: 0,
     }))
 }

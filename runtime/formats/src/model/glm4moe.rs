@@ -7,7 +7,7 @@ use super::blocks::{
     Common, MoeOptions, Setting, Shared, expert_widths, gqa, heads, moe, shared_by_count,
 };
 use super::source::Source;
-use super::spec::{Activation, Ffn, Gating, LayerSpec, ModelSpec, NormSpan, RopeKind};
+use super::spec::{Activation, Ffn, Gating, LayerSpec, ModelSpec, NormSpan, Residual, RopeKind};
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(s)?;
@@ -38,6 +38,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 Ffn::Moe(moe(s, i, hidden, &options)?)
             };
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: gqa(
                     s,

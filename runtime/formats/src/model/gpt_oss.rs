@@ -4,7 +4,7 @@
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, expert_widths, gqa_spec, heads, moe};
 use super::source::Source;
-use super::spec::{Activation, Ffn, Gating, LayerSpec, Mixer, ModelSpec, RopeKind};
+use super::spec::{Activation, Ffn, Gating, LayerSpec, Mixer, ModelSpec, Residual, RopeKind};
 
 /// Of the layers in a row this many long, all but the last have a window.
 const WINDOW_PERIOD: u32 = 2;
@@ -29,7 +29,9 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 Some(s.vector(&format!("blk.{i}.attn_sinks.weight"), attention.n_head)?);
             if windowed[i] {
                 attention.window = Some(window);
-                attention.rope.base = s.rope_base("rope.freq_base_swa", attention.rope.base)?;
+                if let Some(rope) = &mut attention.rope {
+                    rope.base = s.rope_base("rope.freq_base_swa", rope.base)?;
+                }
             }
             let options = MoeOptions {
                 expert_ffn: widths[i],
@@ -40,6 +42,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 shared: None,
             };
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: Mixer::Gqa(attention),
                 ffn_norm: s.vector(&format!("blk.{i}.post_attention_norm.weight"), hidden)?,

@@ -24,6 +24,14 @@ pub enum KvType {
 /// Positions per page of the KV cache.
 pub const PAGE: u32 = 64;
 
+/// Tokens of a batch, of all texts together, that layers with a sliding window have room for beside
+/// the windows of the texts.
+pub const WINDOW_CHUNK: u32 = 2048;
+
+/// Checkpoints per text of a model whose texts can't go back otherwise, where they are of the pages
+/// of windows only and so cost little.
+const WINDOW_CHECKPOINTS_PER_TEXT: u32 = 4;
+
 /// What a KV cache has room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheRoom {
@@ -31,8 +39,11 @@ pub struct CacheRoom {
     pub context: u32,
     /// Texts at once.
     pub sequences: u32,
-    /// Recurrent states beside those of the texts, which texts can go back to.
+    /// Recurrent states and pages of windows beside those of the texts, which texts can go back to.
     pub checkpoints: u32,
+    /// Tokens of a batch, of all texts together, whose rows layers with a sliding window hold beside
+    /// the windows. `None` where such layers hold all positions of a text.
+    pub window_chunk: Option<u32>,
 }
 
 impl CacheRoom {
@@ -42,7 +53,66 @@ impl CacheRoom {
             context,
             sequences: 1,
             checkpoints: 0,
+            window_chunk: Some(WINDOW_CHUNK),
         }
+    }
+
+    /// Returns this room as plans for a model say it: windows count only where they save memory, and
+    /// have checkpoints then.
+    #[must_use]
+    pub fn for_model(self, shape: &ModelShape) -> Self {
+        let windows = shape.caches.iter().filter_map(CacheShape::window);
+        let least = windows.filter_map(|window| self.least_window_pages(window));
+        let wanted = self.sequences.saturating_mul(WINDOW_CHECKPOINTS_PER_TEXT);
+        let Some(free) = least.map(|pages| pages.checkpoints).min() else {
+            return self.whole();
+        };
+        // A recurrent state is larger, so how many there are is decided elsewhere.
+        let more = if shape.state_bytes() > 0 { 0 } else { wanted };
+        let more = more.min(u32::try_from(free).unwrap_or(u32::MAX));
+        Self {
+            checkpoints: self.checkpoints.max(more),
+            ..self
+        }
+    }
+
+    /// Returns the room where layers with a window hold all positions, as on a GPU.
+    #[must_use]
+    pub fn whole(self) -> Self {
+        Self {
+            window_chunk: None,
+            ..self
+        }
+    }
+
+    /// Returns the positions that a layer holds in which a token sees `window` positions at most,
+    /// its own included. `None` where it holds all of them: then windows take no less.
+    ///
+    /// With `w = ⌈window / 64⌉`, a text has `w + 2` pages, the texts share `⌈chunk / 64⌉` more for
+    /// the tokens of a batch, and a checkpoint has `w + 1`. The `c` tokens of a text in a batch see
+    /// `window - 1 + c` positions, which touch at most one page more than whole pages would.
+    pub fn window_positions(self, window: u64) -> Option<u64> {
+        let pages = self.least_window_pages(window)?;
+        let checkpoints = pages.per_checkpoint.saturating_mul(self.checkpoints.into());
+        let all = pages.least.saturating_add(checkpoints);
+        Some(all.saturating_mul(PAGE.into()))
+    }
+
+    /// Returns the pages of a window, where they are fewer than those of all positions.
+    fn least_window_pages(self, window: u64) -> Option<WindowPages> {
+        let (page, window) = (u64::from(PAGE), window.div_ceil(u64::from(PAGE)));
+        let chunk = u64::from(self.window_chunk?).div_ceil(page);
+        let texts = window
+            .saturating_add(2)
+            .saturating_mul(self.sequences.into());
+        let least = texts.saturating_add(chunk);
+        let left = self.positions().div_ceil(page).checked_sub(least)?;
+        let per_checkpoint = window.saturating_add(1);
+        (left > 0).then_some(WindowPages {
+            least,
+            per_checkpoint,
+            checkpoints: left / per_checkpoint,
+        })
     }
 
     /// Returns the recurrent states of a layer that has some.
@@ -60,6 +130,16 @@ impl CacheRoom {
                 .saturating_mul(u64::from(n)),
         }
     }
+}
+
+/// Pages of a layer with a window.
+#[derive(Debug, Clone, Copy)]
+struct WindowPages {
+    /// Pages of the texts and a batch.
+    least: u64,
+    per_checkpoint: u64,
+    /// Checkpoints with which the layer holds no more than all positions.
+    checkpoints: u64,
 }
 
 impl fmt::Display for CacheRoom {
@@ -88,6 +168,9 @@ pub struct KvRows {
     pub queries: u64,
     /// Positions that a token looks back at, its own included; all of them when `None`.
     pub window: Option<u64>,
+    /// Positions that a token reads at most, wherever they are, as an indexer chose them; all that
+    /// it looks back at when `None`.
+    pub chosen: Option<u64>,
 }
 
 impl KvRows {
@@ -97,7 +180,17 @@ impl KvRows {
         let reach = self.window.map_or(u64::MAX, |window| {
             window.saturating_add(tokens.saturating_sub(1))
         });
-        self.per_token.saturating_mul(positions.min(reach))
+        let chosen = self
+            .chosen
+            .map_or(u64::MAX, |chosen| chosen.saturating_mul(tokens));
+        self.per_token
+            .saturating_mul(positions.min(reach).min(chosen))
+    }
+
+    /// Returns the positions that a token reads at most.
+    fn most(&self) -> u64 {
+        let most = |positions: Option<u64>| positions.unwrap_or(u64::MAX);
+        most(self.window).min(most(self.chosen))
     }
 }
 
@@ -105,7 +198,7 @@ impl KvRows {
     /// Returns the multiply-accumulates of a token with the rows of `positions` positions, its own
     /// included.
     pub fn token_macs(&self, positions: u64) -> f64 {
-        let seen = positions.min(self.window.unwrap_or(u64::MAX)) as f64;
+        let seen = positions.min(self.most()) as f64;
         seen * (self
             .width
             .saturating_mul(self.per_token)
@@ -115,10 +208,7 @@ impl KvRows {
     /// Returns the multiply-accumulates of a prompt's first `tokens` tokens with the rows of the
     /// tokens before each and its own.
     pub fn prompt_macs(&self, tokens: u64) -> f64 {
-        let (n, window) = (
-            tokens as f64,
-            self.window.unwrap_or(u64::MAX).min(tokens) as f64,
-        );
+        let (n, window) = (tokens as f64, self.most().min(tokens) as f64);
         let pairs = window * (window + 1.0) / 2.0 + (n - window) * window;
         pairs
             * (self
@@ -179,12 +269,39 @@ impl CacheShape {
             .fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
     }
 
+    /// Returns the positions that a token sees at most, its own included; `None` where it sees all
+    /// before it, or no rows are kept.
+    pub fn window(&self) -> Option<u64> {
+        let mut widest = None;
+        for rows in &self.rows {
+            widest = widest.max(Some(rows.window?));
+        }
+        widest
+    }
+
+    /// Returns the positions that the layer holds for some texts.
+    pub fn positions(&self, room: CacheRoom) -> u64 {
+        self.window()
+            .and_then(|window| room.window_positions(window))
+            .unwrap_or(room.positions())
+    }
+
     /// Returns the layer's bytes of KV cache and recurrent states for some texts.
     pub fn bytes(&self, kv_type: KvType, room: CacheRoom) -> u64 {
         let states = self.state_bytes.saturating_mul(room.states());
         self.token_bytes(kv_type)
-            .saturating_mul(room.positions())
+            .saturating_mul(self.positions(room))
             .saturating_add(states)
+    }
+
+    /// Returns what a checkpoint adds to [`bytes`](Self::bytes).
+    pub fn checkpoint_bytes(&self, kv_type: KvType, room: CacheRoom) -> u64 {
+        let more = CacheRoom {
+            checkpoints: room.checkpoints.saturating_add(1),
+            ..room
+        };
+        self.bytes(kv_type, more)
+            .saturating_sub(self.bytes(kv_type, room))
     }
 
     /// Returns the bytes that a pass of `tokens` tokens moves, the last of which is at position
@@ -222,6 +339,7 @@ impl FromStr for KvType {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source_id::SourceId;
 
     #[test]
     fn names_are_read_back() {
@@ -250,9 +368,9 @@ mod tests {
     #[test]
     fn several_texts_have_whole_pages_each() {
         let room = |context, sequences| CacheRoom {
-            context,
-            sequences,
             checkpoints: 3,
+            sequences,
+            ..CacheRoom::of_one(context)
         };
         let positions = |context, sequences| room(context, sequences).positions();
         assert_eq!(
@@ -269,6 +387,7 @@ mod tests {
                 per_token: 2,
                 queries: 1,
                 window: None,
+                chosen: None,
             }],
             state_bytes: 1000,
         };
@@ -280,12 +399,13 @@ mod tests {
     }
 
     #[test]
-    fn windows_end_what_is_read_but_not_what_is_held() {
+    fn windows_end_what_is_read() {
         let all = KvRows {
             width: 8,
             per_token: 3,
             queries: 2,
             window: None,
+            chosen: None,
         };
         let near = KvRows {
             window: Some(10),
@@ -319,5 +439,103 @@ mod tests {
             [12, 30, 51, 36]
         );
         assert_eq!(near.read(u64::MAX, u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn chosen_rows_end_what_a_token_reads_wherever_they_are() {
+        let chosen = KvRows {
+            width: 8,
+            per_token: 3,
+            queries: 2,
+            window: None,
+            chosen: Some(10),
+        };
+        // Eight tokens may choose other positions each.
+        assert_eq!(
+            [
+                chosen.read(4, 1),
+                chosen.read(40, 1),
+                chosen.read(40, 8),
+                chosen.read(400, 8)
+            ],
+            [12, 30, 120, 240]
+        );
+        assert_eq!(
+            (chosen.token_macs(12), chosen.prompt_macs(12)),
+            (10.0 * 48.0, 75.0 * 48.0)
+        );
+        assert_eq!(chosen.read(u64::MAX, u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn layers_with_windows_hold_the_windows_and_a_batch() {
+        let rows = |window| CacheShape {
+            rows: vec![KvRows {
+                width: 8,
+                per_token: 2,
+                queries: 1,
+                window,
+                chosen: None,
+            }],
+            state_bytes: 0,
+        };
+        let room = |context, sequences, checkpoints| CacheRoom {
+            sequences,
+            checkpoints,
+            ..CacheRoom::of_one(context)
+        };
+        let held = |window, room| rows(window).positions(room) / 64;
+        // Two pages of the window and two more, 32 of a batch, three of each checkpoint.
+        assert_eq!(held(Some(128), room(131_072, 1, 0)), 4 + 32);
+        assert_eq!(held(Some(129), room(131_072, 1, 0)), 5 + 32);
+        assert_eq!(held(Some(128), room(131_072, 16, 10)), 16 * 4 + 32 + 10 * 3);
+        assert_eq!(held(Some(1), room(131_072, 2, 1)), 2 * 3 + 32 + 2);
+        assert_eq!(held(None, room(131_072, 2, 1)), 2 * 2048);
+        // What saves nothing is not done.
+        assert_eq!(held(Some(128), room(36 * 64, 1, 9)), 36);
+        assert_eq!(held(Some(128), room(36 * 64 + 1, 1, 9)), 36 + 27);
+        assert_eq!(rows(Some(128)).positions(room(100, 1, 0)), 100);
+        assert_eq!(held(Some(u64::MAX), room(131_072, 1, 0)), 2048);
+        assert_eq!(held(Some(128), room(131_072, 1, 0).whole()), 2048);
+        let most = room(u32::MAX, 1, u32::MAX);
+        assert_eq!(
+            held(Some(1 << 31), most),
+            (1 << 25) + 34 + ((1 << 25) + 1) * u64::from(u32::MAX)
+        );
+        let bytes = |n| rows(Some(128)).bytes(KvType::F16, room(131_072, 1, n));
+        let one = rows(Some(128)).checkpoint_bytes(KvType::F16, room(131_072, 1, 5));
+        assert_eq!((bytes(1) - bytes(0), one), (3 * 64 * 32, 3 * 64 * 32));
+        // Checkpoints come where they leave something of what is saved.
+        let shape = ModelShape {
+            id: SourceId {
+                name: String::new(),
+                hash: String::new(),
+            },
+            arch: String::new(),
+            n_layer: 3,
+            hidden: 0,
+            n_vocab: 0,
+            context: 0,
+            caches: vec![rows(Some(128)), rows(None), rows(Some(1024))],
+            dense: Vec::new(),
+            experts: Vec::new(),
+        };
+        let checkpoints = |context, sequences| {
+            let room = room(context, sequences, 0).for_model(&shape);
+            (room.window_chunk, room.checkpoints)
+        };
+        assert_eq!(checkpoints(131_072, 3), (Some(WINDOW_CHUNK), 12));
+        assert_eq!(
+            checkpoints((18 + 32 + 3 * 17) * 64, 1),
+            (Some(WINDOW_CHUNK), 3)
+        );
+        assert_eq!(checkpoints((4 + 32 + 7) * 64, 1), (Some(WINDOW_CHUNK), 2));
+        assert_eq!(checkpoints((4 + 32) * 64, 1), (None, 0));
+        // A layer whose rows differ holds what the widest needs.
+        let mut both = rows(Some(5));
+        both.rows.extend(rows(Some(9)).rows);
+        assert_eq!(both.window(), Some(9));
+        both.rows.extend(rows(None).rows);
+        assert_eq!(both.window(), None);
     }
 }

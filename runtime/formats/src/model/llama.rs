@@ -4,7 +4,7 @@
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, gqa, heads, moe};
 use super::source::Source;
-use super::spec::{Ffn, LayerSpec, ModelSpec, RopeKind};
+use super::spec::{Ffn, LayerSpec, ModelSpec, Residual, RopeKind};
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(s)?;
@@ -15,6 +15,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let layers = (0..common.n_layer)
         .map(|i| {
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: gqa(s, i, hidden, heads[i], RopeKind::Adjacent, None)?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,

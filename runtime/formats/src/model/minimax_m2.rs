@@ -4,7 +4,7 @@
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, expert_widths, gqa, heads, moe};
 use super::source::Source;
-use super::spec::{Activation, Ffn, Gating, LayerSpec, ModelSpec, NormSpan, RopeKind};
+use super::spec::{Activation, Ffn, Gating, LayerSpec, ModelSpec, NormSpan, Residual, RopeKind};
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(s)?;
@@ -27,6 +27,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 shared: None,
             };
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: gqa(
                     s,

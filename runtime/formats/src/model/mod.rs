@@ -3,24 +3,53 @@
 //! One file per architecture turns metadata and tensor names into a [`spec::ModelSpec`]. The engine
 //! runs specs and knows no architecture by name.
 
+mod afmoe;
 mod arch;
+mod bailingmoe2;
+mod bailingmoe3;
 mod blocks;
 mod deepseek2;
+mod deepseek32;
+mod dots1;
+mod dots3note;
+mod ernie4_5;
+mod exaone_moe;
+mod ffn_layers;
+mod gemma3;
+mod gemma4;
 mod glm4moe;
 mod gpt_oss;
+mod granitemoe;
+mod grok;
+mod hunyuan_moe;
+mod hy_v3;
+mod kda;
+mod kimi;
 pub mod kv;
+mod laguna;
+mod lfm2moe;
 mod llama;
+mod llama4;
+mod mimo2;
 mod minimax_m2;
+mod mistral3;
+mod mla;
 mod not_a_model;
 mod olmoe;
 mod opened;
+mod options;
+mod phi3;
+mod qwen2;
 mod qwen2moe;
 mod qwen3;
 mod qwen3next;
+mod qwen3vl;
 mod scales;
 pub mod shape;
+mod smollm3;
 mod source;
 pub mod spec;
+mod step35;
 
 pub use arch::{SUPPORTED, describe};
 pub use not_a_model::NotAModel;

@@ -4,7 +4,7 @@
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Shared, expert_widths, gqa, heads, moe};
 use super::source::Source;
-use super::spec::{Ffn, LayerSpec, ModelSpec, RopeKind};
+use super::spec::{Ffn, LayerSpec, ModelSpec, Residual, RopeKind};
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(s)?;
@@ -23,6 +23,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 ..MoeOptions::softmax(widths[i], false)
             };
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: gqa(s, i, hidden, heads[i], RopeKind::Halves, None)?,
                 ffn_norm: s.vector(&format!("blk.{i}.ffn_norm.weight"), hidden)?,

@@ -4,7 +4,7 @@
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, gqa, heads, moe};
 use super::source::Source;
-use super::spec::{Ffn, LayerSpec, ModelSpec, NormSpan, RopeKind};
+use super::spec::{Ffn, LayerSpec, ModelSpec, NormSpan, Residual, RopeKind};
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let common = Common::read(s)?;
@@ -20,6 +20,7 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let layers = (0..common.n_layer)
         .map(|i| {
             Ok(LayerSpec {
+                residual: Residual::default(),
                 mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
                 mixer: gqa(
                     s,

@@ -1,16 +1,17 @@
-//! `qwen3next` and `qwen35moe`: most layers are gated delta nets, the others attention with an
-//! output gate; routed experts and a gated shared one in every layer.
+//! `qwen3next`, `qwen35moe` and `qwen35`: most layers are gated delta nets, the others attention with
+//! an output gate; routed experts and a gated shared one in every layer, or dense blocks in the
+//! third.
 //!
-//! The second differs in how key heads are shared among value heads, in the matrices of the delta
+//! The second and third differ from the first in how key heads are shared among value heads, in the matrices of the delta
 //! net's rates, and in positions that have sections for images.
 
 use super::ModelError;
-use super::blocks::{Common, MoeOptions, Shared, expert_widths, moe, qkv};
+use super::blocks::{Common, MoeOptions, Shared, dense, expert_widths, moe, qkv};
 use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
     DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec,
-    NormSpan, QkNorm, RopeKind,
+    NormSpan, OutputGate, QkNorm, Residual, RopeKind, WindowKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 
@@ -26,6 +27,19 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
     let (hidden, n_layer) = (common.hidden, common.n_layer);
     let recurrent = recurrent_layers(s, n_layer)?;
     let heads = Heads::read(s, n_layer)?;
+    if s.arch() == "qwen35" {
+        let layers = common.layers(|i| {
+            layer(
+                s,
+                i,
+                &common,
+                &heads,
+                recurrent[i],
+                Ffn::Dense(dense(s, i, &common)?),
+            )
+        })?;
+        return common.model(s, layers);
+    }
     let widths = expert_widths(s, n_layer)?;
     let shared = shared_widths(s, n_layer)?;
     let layers = (0..n_layer)
@@ -38,19 +52,33 @@ pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
                 shared,
                 ..MoeOptions::softmax(widths[i], true)
             };
-            Ok(LayerSpec {
-                mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
-                mixer: if recurrent[i] {
-                    Mixer::Delta(delta(s, i, hidden)?)
-                } else {
-                    Mixer::Gqa(gated_attention(s, i, hidden, &heads)?)
-                },
-                ffn_norm: s.vector(&format!("blk.{i}.post_attention_norm.weight"), hidden)?,
-                ffn: Ffn::Moe(moe(s, i, hidden, &options)?),
-            })
+            let ffn = Ffn::Moe(moe(s, i, hidden, &options)?);
+            layer(s, i, &common, &heads, recurrent[i], ffn)
         })
         .collect::<Result<_, ModelError>>()?;
     common.model(s, layers)
+}
+
+fn layer(
+    s: &Source<'_>,
+    i: usize,
+    common: &Common,
+    heads: &Heads,
+    recurrent: bool,
+    ffn: Ffn,
+) -> Result<LayerSpec, ModelError> {
+    let hidden = common.hidden;
+    Ok(LayerSpec {
+        residual: Residual::default(),
+        mixer_norm: s.vector(&format!("blk.{i}.attn_norm.weight"), hidden)?,
+        mixer: if recurrent {
+            Mixer::Delta(delta(s, i, hidden)?)
+        } else {
+            Mixer::Gqa(gated_attention(s, i, hidden, heads)?)
+        },
+        ffn_norm: s.vector(&format!("blk.{i}.post_attention_norm.weight"), hidden)?,
+        ffn,
+    })
 }
 
 /// Reads by layer whether it is a delta net.
@@ -134,19 +162,25 @@ fn gated_attention(
         key_dim: dim,
         value_dim,
         scale,
-        rope,
+        softcap: None,
+        temperature: None,
+        rope: Some(rope),
         qk_norm: Some(QkNorm {
-            q: q_norm,
-            k: k_norm,
+            q: Some(q_norm),
+            k: Some(k_norm),
             span: NormSpan::Head,
+            after_rope: false,
         }),
-        gated: true,
+        value_norm: false,
+        gate: Some(OutputGate::WithQueries),
         q,
         k,
         v,
         o: s.linear(&format!("{p}.attn_output"), n_head * dim, hidden)?,
+        shared_kv: None,
         sinks: None,
         window: None,
+        window_kind: WindowKind::Sliding,
     })
 }
 

@@ -1,7 +1,7 @@
 //! The sizes of a model without its weights: all that a planner needs.
 
 use super::kv::KvRows;
-use super::spec::{CacheRows, Mixer, ModelSpec};
+use super::spec::{CacheRows, Mixer, ModelSpec, Reach};
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
 use crate::source_id::SourceId;
@@ -142,14 +142,14 @@ pub fn shape_of_file(path: &Path) -> Result<ModelShape, ModelError> {
 pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
     let tensors = gguf.tensors();
     let bytes = |ids: &[usize]| ids.iter().map(|id| tensors[*id].n_bytes).sum::<u64>();
-    let embedding_row = tensors[spec.embedding].n_bytes / spec.n_vocab as u64;
     let dense = spec
         .dense_groups()
         .iter()
         .map(|group| {
             let bytes = bytes(&group.tensors);
             let token_bytes = if group.kind == DenseKind::Embedding {
-                embedding_row
+                // Each tensor has a row per token of the vocabulary.
+                bytes / spec.n_vocab as u64
             } else {
                 bytes
             };
@@ -200,18 +200,19 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
 }
 
 /// Returns the KV cache rows and recurrent state of a layer with this mixer.
-fn cache_shape(mixer: &Mixer) -> CacheShape {
+pub fn cache_shape(mixer: &Mixer) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(mixer) {
         *found
-            .entry((rows.width, rows.window, rows.queries))
+            .entry((rows.width, rows.window, rows.queries, rows.chosen))
             .or_insert(0) += rows.per_token;
     }
-    let rows = |((width, window, queries), per_token)| KvRows {
+    let rows = |((width, window, queries, chosen), per_token)| KvRows {
         width,
         per_token,
         queries,
         window,
+        chosen,
     };
     CacheShape {
         rows: found.into_iter().map(rows).collect(),
@@ -223,18 +224,29 @@ fn cache_shape(mixer: &Mixer) -> CacheShape {
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
     let window = match mixer {
         Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
-        Mixer::Mla(_) | Mixer::Delta(_) => None,
+        Mixer::Mla(attention) => attention.reach.window().map(|window| window as u64),
+        Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => None,
     };
     let queries = match mixer {
         Mixer::Gqa(attention) => attention.n_head as u64 / (attention.n_head_kv as u64).max(1),
         Mixer::Mla(attention) => 2 * attention.n_head as u64,
-        Mixer::Delta(_) => 0,
+        Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => 0,
+    };
+    let reach = match mixer {
+        Mixer::Mla(attention) => Some(&attention.reach),
+        _ => None,
     };
     let rows = |CacheRows { n, width }| KvRows {
         width: width as u64,
         per_token: n as u64,
         queries,
         window,
+        chosen: reach.and_then(|reach| Some(reach.top_k()? as u64)),
     };
-    mixer.cache_rows().into_iter().map(rows).collect()
+    let mut found: Vec<KvRows> = mixer.cache_rows().into_iter().map(rows).collect();
+    if let (Some(indexer), [_, keys]) = (reach.and_then(Reach::indexer), &mut found[..]) {
+        // Every token is compared with the keys of all.
+        (keys.queries, keys.chosen) = (indexer.n_head as u64, None);
+    }
+    found
 }

@@ -1,7 +1,9 @@
 //! Reads an architecture's keys and tensors out of a GGUF file, with every shape checked.
 
 use super::ModelError;
-use super::spec::{ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId};
+use super::spec::{
+    Activation, ExpertLinear, GatedFfn, Linear, RopeKind, RopeScaling, RopeSpec, TensorId,
+};
 use crate::gguf::{ArrayValue, Gguf, Value};
 use std::collections::HashMap;
 use tier_plan_kernels::quant::TensorType;
@@ -57,6 +59,68 @@ impl<'a> Source<'a> {
             .transpose()
     }
 
+    /// Reads a count that the file must have, and that may be 0.
+    pub(super) fn count(&self, name: &str) -> Result<u32, ModelError> {
+        Ok(self.gguf.u32(&self.key(name))?)
+    }
+
+    /// Reads numbers, if the key is there.
+    pub(super) fn opt_numbers(&self, name: &str) -> Result<Option<Vec<f32>>, ModelError> {
+        Ok(self.gguf.opt_number_array(&self.key(name))?)
+    }
+
+    /// Reads finite numbers that are given once or per layer, if the key is there.
+    pub(super) fn opt_numbers_per_layer(
+        &self,
+        name: &str,
+        n_layer: usize,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
+        let numbers = match self.gguf.get(&self.key(name)) {
+            None => return Ok(None),
+            Some(Value::Array(_)) => self.opt_numbers(name)?.unwrap_or_default(),
+            Some(_) => vec![self.f32_or(name, 0.0)?; n_layer],
+        };
+        if numbers.len() < n_layer {
+            let what = format!(
+                "{} values; expected one for each of {n_layer} layers",
+                numbers.len()
+            );
+            return Err(self.bad(name, what));
+        }
+        match numbers[..n_layer].iter().find(|x| !x.is_finite()) {
+            Some(x) => Err(self.bad(name, format!("{x} is not a finite number"))),
+            None => Ok(Some(numbers[..n_layer].to_vec())),
+        }
+    }
+
+    /// Reads a count from 0 to `max` that the file must have.
+    pub(super) fn count_up_to(&self, name: &str, max: usize) -> Result<usize, ModelError> {
+        match self.count(name)? as usize {
+            0 => Ok(0),
+            n => self.in_bounds(name, n, max),
+        }
+    }
+
+    /// Reads a finite number that the file must have.
+    pub(super) fn required_f32(&self, name: &str) -> Result<f32, ModelError> {
+        self.gguf.f32(&self.key(name))?;
+        self.f32_or(name, 0.0)
+    }
+
+    /// Returns the width of `expert_shared_count` shared experts of `one` as one block; 0 without
+    /// any. The file must have the count.
+    pub(super) fn shared_width(&self, one: usize) -> Result<usize, ModelError> {
+        let name = "expert_shared_count";
+        let width = (self.count(name)? as usize).saturating_mul(one);
+        if width > MAX_DIM as usize {
+            return Err(self.bad(
+                name,
+                format!("{width} values in all; expected up to {MAX_DIM}"),
+            ));
+        }
+        Ok(width)
+    }
+
     /// Reads a count, 0 where it is absent.
     pub(super) fn opt_count(&self, name: &str) -> Result<u32, ModelError> {
         Ok(self.gguf.opt_u32(&self.key(name))?.unwrap_or(0))
@@ -75,6 +139,42 @@ impl<'a> Source<'a> {
             .collect()
     }
 
+    /// Reads a layer's dimension, which is given once or per layer; others may be 0.
+    pub(super) fn dim_of_layer(
+        &self,
+        name: &str,
+        layer: usize,
+        n_layer: usize,
+    ) -> Result<usize, ModelError> {
+        let value = self.counts_per_layer(name, n_layer)?[layer];
+        self.check_dim(name, value)
+    }
+
+    /// Reads finite numbers that are given once or per layer.
+    pub(super) fn numbers_per_layer(
+        &self,
+        name: &str,
+        n_layer: usize,
+        default: f32,
+    ) -> Result<Vec<f32>, ModelError> {
+        let key = self.key(name);
+        let mut numbers = match self.gguf.get(&key) {
+            Some(Value::Array(_)) => self.gguf.opt_number_array(&key)?.unwrap_or_default(),
+            _ => vec![self.f32_or(name, default)?; n_layer],
+        };
+        numbers.truncate(n_layer);
+        if numbers.len() < n_layer || numbers.iter().any(|x| !x.is_finite()) {
+            let what = format!("expected a finite number for each of {n_layer} layers");
+            return Err(self.bad(name, what));
+        }
+        Ok(numbers)
+    }
+
+    /// Returns whether a key has an array.
+    pub(super) fn is_array(&self, name: &str) -> bool {
+        matches!(self.gguf.get(&self.key(name)), Some(Value::Array(_)))
+    }
+
     /// Reads a count that is given once or per layer, and may be 0.
     pub(super) fn counts_per_layer(
         &self,
@@ -82,6 +182,14 @@ impl<'a> Source<'a> {
         n_layer: usize,
     ) -> Result<Vec<u32>, ModelError> {
         Ok(self.gguf.u32_per_layer(&self.key(name), n_layer as u32)?)
+    }
+
+    /// Reads booleans that the file must have: one per layer, or one for all.
+    pub(super) fn flags(&self, name: &str, n_layer: usize) -> Result<Vec<bool>, ModelError> {
+        match self.opt_flags(name, n_layer)? {
+            Some(flags) => Ok(flags),
+            None => Err(self.bad(name, "is missing; expected one flag per layer")),
+        }
     }
 
     /// Reads booleans: one per layer (or more, of trailing prediction blocks too), or one for all.
@@ -232,6 +340,22 @@ impl<'a> Source<'a> {
         Ok(id)
     }
 
+    /// Finds floating-point parameters of the first of some shapes (fastest axis first) that fits.
+    /// All have the same values in the same order.
+    pub(super) fn parameters_of(
+        &self,
+        name: &str,
+        shapes: &[&[usize]],
+    ) -> Result<TensorId, ModelError> {
+        let mut found = self.parameters(name, shapes[0]);
+        for dims in &shapes[1..] {
+            if let Err(ModelError::Shape { .. }) = found {
+                found = self.parameters(name, dims);
+            }
+        }
+        found
+    }
+
     pub(super) fn opt_vector(
         &self,
         name: &str,
@@ -292,6 +416,12 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// Returns the rows of a tensor, if the file has it.
+    pub(super) fn rows_of(&self, name: &str) -> Option<u64> {
+        let id = *self.index.get(name)?;
+        self.gguf.tensors()[id].dims.get(1).copied()
+    }
+
     /// Whether the file has a tensor of this name.
     pub(super) fn has_tensor(&self, name: &str) -> bool {
         self.index.contains_key(name)
@@ -319,6 +449,7 @@ impl<'a> Source<'a> {
             gate: self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?,
             up: self.linear(&format!("blk.{layer}.ffn_up{suffix}"), hidden, ffn)?,
             down: self.linear(&format!("blk.{layer}.ffn_down{suffix}"), ffn, hidden)?,
+            activation: Activation::Silu,
         })
     }
 
@@ -341,13 +472,44 @@ impl<'a> Source<'a> {
         Ok((self.tensor(name, &[hidden, n_vocab])?, n_vocab))
     }
 
-    /// Reads the rotary embedding of a head of `head_dim` values.
-    pub(super) fn rope(&self, kind: RopeKind, head_dim: usize) -> Result<RopeSpec, ModelError> {
-        let dims = self.opt_dim("rope.dimension_count")?.unwrap_or(head_dim);
+    /// Reads how many of a head's `head_dim` values rotate, `default` without a key.
+    pub(super) fn rope_dims(
+        &self,
+        name: &str,
+        default: usize,
+        head_dim: usize,
+    ) -> Result<usize, ModelError> {
+        let dims = self.opt_dim(name)?.unwrap_or(default);
         if dims > head_dim || !dims.is_multiple_of(2) {
             let what = format!("{dims}; expected an even number up to the head's {head_dim}");
-            return Err(self.bad("rope.dimension_count", what));
+            return Err(self.bad(name, what));
         }
+        Ok(dims)
+    }
+
+    /// Reads the sections of rotating pairs, which the file must have.
+    pub(super) fn sections(&self) -> Result<[u32; 4], ModelError> {
+        let name = "rope.dimension_sections";
+        self.opt_sections(name)?
+            .ok_or_else(|| self.bad(name, "is missing; expected up to four counts"))
+    }
+
+    /// Reads the rotary embedding of a head of `head_dim` values.
+    pub(super) fn rope(&self, kind: RopeKind, head_dim: usize) -> Result<RopeSpec, ModelError> {
+        let rope = self.rope_without_factors(kind, head_dim)?;
+        Ok(RopeSpec {
+            freq_factors: self.opt_vector("rope_freqs.weight", rope.dims / 2)?,
+            ..rope
+        })
+    }
+
+    /// Reads the rotary embedding of a head of `head_dim` values, without divisors of frequencies.
+    pub(super) fn rope_without_factors(
+        &self,
+        kind: RopeKind,
+        head_dim: usize,
+    ) -> Result<RopeSpec, ModelError> {
+        let dims = self.rope_dims("rope.dimension_count", head_dim, head_dim)?;
         let base = self.rope_base("rope.freq_base", 10_000.0)?;
         let scaling = self.rope_scaling()?;
         // YaRN's own factor, which makes attention over more tokens as sharp as over the original
@@ -362,7 +524,8 @@ impl<'a> Source<'a> {
             base,
             scaling,
             magnitude: self.f32_or("rope.scaling.attn_factor", 1.0)? * sharpened,
-            freq_factors: self.opt_vector("rope_freqs.weight", dims / 2)?,
+            freq_factors: None,
+            long_factors: None,
             sections: None,
         })
     }
@@ -452,6 +615,7 @@ impl<'a> Source<'a> {
                 },
                 beta_fast: self.f32_or("rope.scaling.yarn_beta_fast", 32.0)?,
                 beta_slow: self.f32_or("rope.scaling.yarn_beta_slow", 1.0)?,
+                ext: 1.0,
             }),
             other => Err(self.bad(
                 name,

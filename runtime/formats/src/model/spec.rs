@@ -6,13 +6,21 @@
 
 mod attention;
 mod delta;
+mod indexer;
+mod kda;
+mod residual;
+mod short_conv;
 mod tensors;
 
 pub use attention::{
-    CacheRows, GqaSpec, KvUp, LowRank, MlaSpec, NormSpan, QkNorm, RopeKind, RopeScaling, RopeSpec,
-    Temperature,
+    CacheRows, GateFunction, GqaSpec, KvUp, LongFactors, LowRank, MlaSpec, NormSpan, OutputGate,
+    QkNorm, RopeKind, RopeScaling, RopeSpec, Temperature, WindowKind,
 };
 pub use delta::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
+pub use indexer::{IndexerSpec, Reach};
+pub use kda::{DecayGate, KdaSpec, Projection};
+pub use residual::{HeadOptions, LayerInput, Residual, TokenInputs};
+pub use short_conv::ShortConvSpec;
 pub use tensors::{DenseGroup, Tensors};
 
 use super::Scales;
@@ -35,17 +43,23 @@ pub struct ModelSpec {
     pub norm_eps: f32,
     /// `[n_vocab, hidden]`.
     pub embedding: TensorId,
+    /// Factor on embeddings.
+    pub embedding_scale: f32,
+    /// Inputs that a token has for every layer.
+    pub token_inputs: Option<TokenInputs>,
     /// `[hidden]`.
     pub output_norm: TensorId,
     /// `[n_vocab, hidden]`; the embedding itself when tied.
     pub output: TensorId,
+    /// What the head does beside the product.
+    pub head: HeadOptions,
     /// The layers, first to last.
     pub layers: Vec<LayerSpec>,
     /// Factors on products with matrices.
     pub scales: Scales,
 }
 
-/// One layer: `x += mixer(norm(x)); x += ffn(norm(x))`.
+/// One layer: `x += mixer(norm(x)); x += ffn(norm(x))`, and what [`Residual`] says.
 #[derive(Debug, Clone)]
 pub struct LayerSpec {
     /// Norm before the mixer, `[hidden]`.
@@ -56,6 +70,8 @@ pub struct LayerSpec {
     pub ffn_norm: TensorId,
     /// The feed-forward block.
     pub ffn: Ffn,
+    /// What becomes of the blocks' results before they are added, and what follows them.
+    pub residual: Residual,
 }
 
 /// A layer's way of mixing tokens.
@@ -67,6 +83,10 @@ pub enum Mixer {
     Mla(MlaSpec),
     /// A recurrence with a state of fixed size: the gated delta net.
     Delta(DeltaSpec),
+    /// A gated convolution over the last tokens.
+    ShortConv(ShortConvSpec),
+    /// A recurrence with a state of fixed size whose channels decay each by itself.
+    Kda(KdaSpec),
 }
 
 /// A matrix and its optional bias.
@@ -88,7 +108,7 @@ pub struct Linear {
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant, reason = "there is one per layer")]
 pub enum Ffn {
-    /// `down(silu(gate x) · up x)`.
+    /// `down(act(gate x) · up x)`.
     Dense(GatedFfn),
     /// Routed experts, and possibly shared ones.
     Moe(MoeSpec),
@@ -103,6 +123,8 @@ pub struct GatedFfn {
     pub up: Linear,
     /// `[hidden, ffn]`.
     pub down: Linear,
+    /// What stands between the first two products and the last.
+    pub activation: Activation,
 }
 
 /// How router logits become probabilities.
@@ -116,6 +138,8 @@ pub enum Gating {
     SoftmaxChosen,
     /// Square root of the softplus of each, then choose.
     SqrtSoftplus,
+    /// Choose by logit, then sigmoid of each chosen.
+    SigmoidChosen,
 }
 
 /// What stands between an expert's first two products and its last.
@@ -123,6 +147,21 @@ pub enum Gating {
 pub enum Activation {
     /// `silu(gate) · up`.
     Silu,
+    /// `gelu(gate) · up`, with the tanh form of GELU (arXiv 1606.08415).
+    Gelu,
+    /// `min(silu(gate), limit) · u`, where `u` is up within ±`limit`.
+    LimitedSilu {
+        /// Bound on both factors.
+        limit: f32,
+    },
+    /// `beta · tanh(gate / beta) · sigmoid(gate) · u`, where `u` is `linear · tanh(up / linear)`, or
+    /// up itself where `linear` is 0 (Kimi K3).
+    Situ {
+        /// Bound on the gate.
+        beta: f32,
+        /// Bound on up, or 0.
+        linear: f32,
+    },
     /// `g · sigmoid(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` = up within ±`limit`.
     ClampedSwiglu {
         /// Steepness of the sigmoid.
@@ -166,6 +205,18 @@ pub struct SharedSpec {
     pub ffn: GatedFfn,
     /// The sigmoid of this vector's product with the input is a factor on the result, `[hidden]`.
     pub gate: Option<TensorId>,
+    /// Norm of the result, `[hidden]`.
+    pub norm: Option<TensorId>,
+}
+
+/// What a layer's router reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RouterInput {
+    /// The normed rows that the shared expert reads too.
+    Normed,
+    /// The hidden state under a norm without weights, divided by `sqrt(hidden)`, times these
+    /// weights, `[hidden]`.
+    Own(TensorId),
 }
 
 /// Equal groups of a layer's experts, of which a token's router keeps the best.
@@ -182,6 +233,19 @@ pub struct Groups {
 pub struct MoeSpec {
     /// `[n_expert, hidden]`.
     pub router: Linear,
+    /// What the router reads.
+    pub router_input: RouterInput,
+    /// Norm of the hidden state that the routed experts read, `[hidden]`: that of the layer unless
+    /// they have their own.
+    pub input_norm: Option<TensorId>,
+    /// Norm of the routed experts' sum, `[hidden]`.
+    pub output_norm: Option<TensorId>,
+    /// Whether an expert's weight multiplies what it reads instead of what it returns.
+    pub weigh_input: bool,
+    /// Factor on each expert's result, `[n_expert]`.
+    pub expert_scale: Option<TensorId>,
+    /// Factor on the sum of the routed experts and the shared one.
+    pub sum_scale: f32,
     /// Added to the probabilities for the choice only, `[n_expert]`.
     pub selection_bias: Option<TensorId>,
     /// How router logits become probabilities.
@@ -208,6 +272,20 @@ pub struct MoeSpec {
     pub shared: Option<SharedSpec>,
 }
 
+impl MoeSpec {
+    /// Returns whether the routed experts and the shared one read the rows that the router reads,
+    /// and are added as they are.
+    pub fn is_plain(&self) -> bool {
+        self.router_input == RouterInput::Normed
+            && self.input_norm.is_none()
+            && self.output_norm.is_none()
+            && !self.weigh_input
+            && self.expert_scale.is_none()
+            && self.sum_scale == 1.0
+            && self.shared.is_none_or(|shared| shared.norm.is_none())
+    }
+}
+
 impl LayerSpec {
     /// Returns the routed experts, if the layer has any.
     pub fn moe(&self) -> Option<&MoeSpec> {
@@ -216,12 +294,27 @@ impl LayerSpec {
             Ffn::Dense(_) => None,
         }
     }
+
+    /// Returns whether the routed experts and the shared one are added up before they are added to
+    /// the hidden state, since something is done to their sum.
+    pub fn sums_experts_apart(&self) -> bool {
+        let plain = |moe: &MoeSpec| moe.is_plain() && self.residual.ffn_is_plain();
+        self.moe().is_some_and(|moe| !plain(moe))
+    }
 }
 
 impl ModelSpec {
     /// Whether the head is the embedding.
     pub fn tied(&self) -> bool {
         self.output == self.embedding
+    }
+
+    /// Returns whether any layer rotates otherwise in a context of this many tokens than in a short
+    /// one.
+    pub fn rotates_for_long_contexts(&self, context: usize) -> bool {
+        let ropes = self.layers.iter().filter_map(|layer| layer.mixer.rope());
+        let mut long = ropes.filter_map(|rope| rope.long_factors);
+        long.any(|long| context > long.original_context)
     }
 
     /// Returns the layers with routed experts, ascending, each with its number.

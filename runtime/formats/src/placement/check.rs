@@ -31,6 +31,9 @@ pub(super) fn check(plan: &Placement) -> Result<(), Violation> {
             max: MAX_STAGING_EXPERTS,
         });
     }
+    if plan.window_chunk == Some(0) {
+        return Err(Violation::WindowChunk);
+    }
     check_dense(plan)?;
     check_cache(plan)?;
     check_layers(plan)?;

@@ -11,6 +11,7 @@ const V4: &str = include_str!("../../../../tests/data/formats/placement.v4.toml"
 const V5: &str = include_str!("../../../../tests/data/formats/placement.v5.toml");
 
 const V6: &str = include_str!("../../../../tests/data/formats/placement.v6.toml");
+const V7: &str = include_str!("../../../../tests/data/formats/placement.v7.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
@@ -78,6 +79,7 @@ fn versions_mean_what_they_meant() {
         context: 1024,
         sequences: 1,
         checkpoints: 0,
+        window_chunk: None,
         kv_tier: vram,
         kv_type: KvType::F16,
         staging_tier: dram,
@@ -208,6 +210,25 @@ fn a_plan_may_be_for_several_texts() {
         error.contains("sequences and checkpoints are keys of version 6; write `version = 6`"),
         "{error}"
     );
+}
+
+#[test]
+fn a_plan_may_keep_the_windows_of_layers_only() {
+    let plan = load(V7).unwrap();
+    assert_eq!(plan.window_chunk, Some(512));
+    assert_eq!(plan.encode(), V7, "a plan with a key of version 7 says so");
+    let whole = Placement {
+        window_chunk: None,
+        ..plan
+    };
+    assert_eq!(whole.encode(), V6);
+    let error = load(&V7.replacen("version = 7", "version = 6", 1)).unwrap_err();
+    assert!(
+        error.contains("window_chunk is a key of version 7; write `version = 7`"),
+        "{error}"
+    );
+    let error = load(&V7.replacen("window_chunk = 512", "window_chunk = 0", 1)).unwrap_err();
+    assert!(error.contains("window_chunk is 0"), "{error}");
 }
 
 #[test]
@@ -370,8 +391,8 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "version = 1",
-            "version = 7",
-            "placement plan version 7, but this program reads up to version 6; update tier-plan",
+            "version = 8",
+            "placement plan version 8, but this program reads up to version 7; update tier-plan",
         ),
         (
             "context = 1024",

@@ -20,7 +20,7 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
         return vec![Violation::NoTiers];
     }
     let mut violations = Vec::new();
-    texts(plan, &mut violations);
+    texts(plan, shape, &mut violations);
     tiers(plan, &mut violations);
     dense_groups(plan, shape, &mut violations);
     if plan.layers.len() == shape.experts.len() {
@@ -37,12 +37,21 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
 }
 
 /// Checks how many texts the KV cache is for.
-fn texts(plan: &Placement, violations: &mut Vec<Violation>) {
+fn texts(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
     let positions = plan.room().positions();
     if plan.sequences == 0 || positions > u64::from(u32::MAX) {
         violations.push(Violation::Sequences {
             sequences: plan.sequences,
             context: plan.context,
+        });
+    }
+    let too_many = |held: u64| held > u64::from(u32::MAX) && held > positions;
+    let mut held = shape.caches.iter().map(|c| c.positions(plan.room()));
+    if plan.window_chunk == Some(0) {
+        violations.push(Violation::WindowChunk);
+    } else if held.any(too_many) {
+        violations.push(Violation::Checkpoints {
+            checkpoints: plan.checkpoints,
         });
     }
 }

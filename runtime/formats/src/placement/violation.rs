@@ -48,6 +48,15 @@ pub enum Violation {
          {sequences} texts of {context} tokens"
     )]
     Sequences { sequences: u32, context: u32 },
+    #[error(
+        "window_chunk is 0, expected 1 or more tokens; leave it out if layers with windows hold all positions"
+    )]
+    WindowChunk,
+    #[error(
+        "checkpoints is {checkpoints}, but with them a layer with a window would hold more than the 4294967295 positions \
+         of a KV cache; plan fewer"
+    )]
+    Checkpoints { checkpoints: u32 },
     #[error("staging holds {found} experts, but {max} is the most")]
     StagingTooLarge { found: u32, max: u32 },
     #[error("the {kind} group has no layer")]

@@ -1,4 +1,4 @@
-//! The text of versions 1 to 6 of a plan, read through wire structs for safety; [`super::write`]
+//! The text of versions 1 to 7 of a plan, read through wire structs for safety; [`super::write`]
 //! writes it.
 
 use super::{
@@ -50,6 +50,11 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             "sequences and checkpoints are keys of version 6; write `version = 6`, or leave them out".into(),
         );
     }
+    if wire.window_chunk.is_some() && wire.version < 7 {
+        return Err(
+            "window_chunk is a key of version 7; write `version = 7`, or leave it out".into(),
+        );
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
@@ -69,6 +74,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         context: wire.context,
         sequences: wire.sequences.unwrap_or(1),
         checkpoints: wire.checkpoints.unwrap_or(0),
+        window_chunk: wire.window_chunk,
         kv_tier: names.find(&wire.kv_tier, "kv_tier")?,
         kv_type,
         staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
@@ -295,6 +301,7 @@ struct Wire {
     context: u32,
     sequences: Option<u32>,
     checkpoints: Option<u32>,
+    window_chunk: Option<u32>,
     kv_tier: String,
     kv_type: Option<String>,
     staging: WireStaging,

@@ -28,6 +28,9 @@ pub(super) fn encode(plan: &Placement) -> String {
     if plan.checkpoints != 0 {
         out.field("checkpoints", plan.checkpoints);
     }
+    if let Some(tokens) = plan.window_chunk {
+        out.field("window_chunk", tokens);
+    }
     out.field("kv_tier", quote(name(plan.kv_tier)));
     out.field("kv_type", quote(plan.kv_type.name()));
     let staging = quote(name(plan.staging_tier));
@@ -240,6 +243,7 @@ fn version(plan: &Placement) -> u64 {
         } else {
             6
         }])
+        .chain(plan.window_chunk.map(|_| 7))
         .fold(2, u64::max)
 }
 

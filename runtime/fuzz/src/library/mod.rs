@@ -1,6 +1,7 @@
 //! Files and texts that the library reads.
 
 pub mod gguf;
+pub mod kept;
 pub mod machine;
 pub mod model;
 pub mod pack;
@@ -18,6 +19,7 @@ pub type Check = fn(&[u8]);
 /// Every target with its name.
 pub const TARGETS: &[(&str, Check)] = &[
     ("gguf", gguf::check),
+    ("kept", kept::check),
     ("machine", machine::check),
     ("model", model::check),
     ("pack", pack::check),

@@ -140,6 +140,7 @@ fn activated(activation: Activation, gate: Expected, up: Expected) -> Expected {
             let g = g.min(limit);
             (g / (1.0 + (-alpha * g).exp()), u.clamp(-limit, limit) + 1.0)
         }
+        other => unreachable!("no kernel of a GPU has {other:?}"),
     };
     // Neither curve is steeper than 1.2.
     let allowed = 1.2 * gate.allowed * (right.abs() + up.allowed) + up.allowed * left.abs();

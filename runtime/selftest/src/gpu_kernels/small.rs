@@ -7,7 +7,7 @@ use tier_plan_cuda::ops::{AddNorm, Quants, RopeTurns, RouterSpec, Strided};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{
     Activation, ExpertLinear, GateUp, Gating, Groups, Linear, MoeSpec, RopeKind, RopeScaling,
-    RopeSpec,
+    RopeSpec, RouterInput,
 };
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::random::Random;
@@ -144,6 +144,7 @@ fn rope(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         original_context: 4096.0,
         beta_fast: 32.0,
         beta_slow: 1.0,
+        ext: 1.0,
     };
     for kind in [RopeKind::Adjacent, RopeKind::Halves] {
         for (dims, head_dim, scaling) in [
@@ -159,6 +160,7 @@ fn rope(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
                 scaling,
                 magnitude,
                 freq_factors: None,
+                long_factors: None,
                 sections: None,
             };
             let mut table = RopeTable::new(&spec, None);
@@ -198,6 +200,7 @@ fn activated(ops: &Ops, random: &mut Random, activation: Activation) -> Result<O
         Activation::ClampedSwiglu { alpha, limit } => {
             Kernels::SCALAR.clamped_swiglu(&mut gate, &up[..999], alpha, limit);
         }
+        other => unreachable!("no kernel of a GPU has {other:?}"),
     }
     gate.extend(last);
     let mut outcome = Outcome::default();
@@ -441,6 +444,12 @@ fn spec(r: &RouterSpec) -> MoeSpec {
             n_in: 1,
             first_row: 0,
         },
+        router_input: RouterInput::Normed,
+        input_norm: None,
+        output_norm: None,
+        weigh_input: false,
+        expert_scale: None,
+        sum_scale: 1.0,
         selection_bias: None,
         gating: r.gating,
         n_expert: r.n_expert,

@@ -2,9 +2,8 @@
 
 use super::super::kept_files::{Kept, KeptFiles};
 use super::super::prefixes::Found;
-use super::{Sequence, SequenceId, Sequences};
+use super::{Cache, Sequence, SequenceId, Sequences, States, WHOLE, find};
 use crate::error::RunError;
-use crate::layers::mixer::LayerCache;
 use crate::layers::pages::{PAGE, StateIdx};
 
 impl Sequences {
@@ -19,10 +18,12 @@ impl Sequences {
             Found::default()
         } else {
             self.load_kept(tokens, most);
-            self.prefixes.find(tokens, most, !self.can_rewind)
+            let needs_checkpoints = self.needs_checkpoints();
+            self.prefixes.find(tokens, most, needs_checkpoints)
         };
         let n = found.n;
-        Ok((self.add_with(&tokens[..n], found, true)?, n))
+        let windows = self.states.windows.begin_at(found.state);
+        Ok((self.add_with(&tokens[..n], found, windows, true)?, n))
     }
 
     /// Keeps what a text has so far for later texts that begin with it.
@@ -41,7 +42,8 @@ impl Sequences {
             for layer in &mut self.cache.layers {
                 layer.copy_state(state, copy);
             }
-            if let Ok(sequence) = self.get_mut(id) {
+            if let Some(sequence) = find(&mut self.slots, id) {
+                self.states.windows.hold(copy, &sequence.windows, n_past);
                 sequence.checkpoints.push((n_past, copy));
             }
         }
@@ -54,7 +56,7 @@ impl Sequences {
                 (&mut self.pages, &mut self.states),
             );
             if let Some(files) = &mut self.files {
-                save_kept(files, sequence, &self.cache.layers);
+                save_kept(files, sequence, &self.cache, &self.states);
             }
         }
     }
@@ -83,41 +85,35 @@ impl Sequences {
             .last()
             .unwrap_or(first);
         let mut state_at = None;
-        if !self.can_rewind {
+        if self.needs_checkpoints() {
             let has_state = |n: &usize| files.has(Kept::State, &tokens[..n * PAGE]);
             state_at = (1..=end).rev().find(has_state);
             end = state_at.unwrap_or(first);
         }
-        let (page_bytes, state_bytes) = self.saved_bytes();
+        let page_bytes = self.page_bytes(WHOLE);
         let mut pages = known.pages[..first.min(known.pages.len())].to_vec();
         // They must not be given up for the new ones.
         pages.iter().for_each(|page| self.pages.share(*page));
-        while pages.len() < end {
-            let prefix = &tokens[..(pages.len() + 1) * PAGE];
-            let Some(page) = self.take_page(PAGE) else {
-                break;
-            };
-            let read = |files: &mut KeptFiles| files.read(Kept::Page, prefix, page_bytes);
-            let Some(bytes) = self.files.as_mut().and_then(read) else {
-                self.pages.release(page);
-                break;
-            };
-            let layers = self.cache.layers.iter_mut();
-            layers.fold(&bytes[..], |bytes, layer| layer.load_page(page, bytes));
-            pages.push(page);
+        let mut files = self.files.take();
+        if let Some(files) = &mut files {
+            let beginnings = (pages.len()..end).map(|page| &tokens[..(page + 1) * PAGE]);
+            files.read_each(Kept::Page, beginnings, page_bytes, |bytes| {
+                let Some(page) = self.take_page(PAGE) else {
+                    return false;
+                };
+                let layers = self.cache.of_kind_mut(WHOLE);
+                layers.fold(&bytes[..], |bytes, layer| layer.load_page(page, bytes));
+                pages.push(page);
+                true
+            });
         }
+        self.files = files;
         let mut states = Vec::new();
         if let Some(at) = state_at.filter(|at| *at <= pages.len())
             && let Some(state) = self.take_checkpoint()
         {
-            let prefix = &tokens[..at * PAGE];
-            let read = |files: &mut KeptFiles| files.read(Kept::State, prefix, state_bytes);
-            match self.files.as_mut().and_then(read) {
-                Some(bytes) => {
-                    let layers = self.cache.layers.iter_mut();
-                    layers.fold(&bytes[..], |bytes, layer| layer.load_state(state, bytes));
-                    states.push((at * PAGE, state));
-                }
+            match self.load_state(state, &tokens[..at * PAGE]) {
+                Some(()) => states.push((at * PAGE, state)),
                 None => self.states.release(state),
             }
         }
@@ -130,15 +126,35 @@ impl Sequences {
             .for_each(|(_, state)| self.states.release(*state));
     }
 
-    /// Returns the bytes of a full page of all layers, and of their recurrent states.
-    fn saved_bytes(&self) -> (usize, usize) {
-        let layers = self.cache.layers.iter().map(LayerCache::saved_bytes);
-        layers.fold((0, 0), |sum, layer| (sum.0 + layer.0, sum.1 + layer.1))
+    /// Reads the recurrent states after some tokens, and the pages of windows there, if they are in a
+    /// file.
+    fn load_state(&mut self, state: StateIdx, tokens: &[u32]) -> Option<()> {
+        let held = self.states.windows.held_pages(tokens.len()).enumerate();
+        let held = held.map(|(kind, pages)| pages * self.page_bytes(kind + 1));
+        let states = self.cache.layers.iter().map(|layer| layer.saved_bytes().1);
+        let len = states.chain(held).sum();
+        let bytes = self.files.as_mut()?.read(Kept::State, tokens, len)?;
+        let pages = self.states.windows.hold_new(state, tokens.len())?;
+        let layers = self.cache.layers.iter_mut();
+        let mut bytes = layers.fold(&bytes[..], |bytes, layer| layer.load_state(state, bytes));
+        for (kind, pages) in pages.iter().enumerate() {
+            for page in pages {
+                let layers = self.cache.of_kind_mut(kind + 1);
+                bytes = layers.fold(bytes, |bytes, layer| layer.load_page(*page, bytes));
+            }
+        }
+        Some(())
+    }
+
+    /// Returns the bytes of a full page of all layers of a kind.
+    fn page_bytes(&self, kind: usize) -> usize {
+        let layers = self.cache.of_kind(kind);
+        layers.map(|layer| layer.saved_bytes().0).sum()
     }
 }
 
-/// Writes a text's full pages, and the states between them, to files.
-fn save_kept(files: &mut KeptFiles, sequence: &Sequence, layers: &[LayerCache]) {
+/// Writes a text's full pages, and the states and windows between them, to files.
+fn save_kept(files: &mut KeptFiles, sequence: &Sequence, cache: &Cache, states: &States) {
     for (index, page) in sequence.pages.iter().enumerate() {
         let end = (index + 1) * PAGE;
         if end > sequence.n_past() {
@@ -147,17 +163,21 @@ fn save_kept(files: &mut KeptFiles, sequence: &Sequence, layers: &[LayerCache]) 
         let tokens = &sequence.tokens[..end];
         files.write(Kept::Page, tokens, || {
             let mut bytes = Vec::new();
-            layers
-                .iter()
-                .for_each(|layer| layer.save_page(*page, &mut bytes));
+            let layers = cache.of_kind(WHOLE);
+            layers.for_each(|layer| layer.save_page(*page, &mut bytes));
             bytes
         });
         if let Some((_, state)) = sequence.checkpoints.iter().find(|(at, _)| *at == end) {
             files.write(Kept::State, tokens, || {
                 let mut bytes = Vec::new();
-                layers
-                    .iter()
-                    .for_each(|layer| layer.save_state(*state, &mut bytes));
+                let layers = cache.layers.iter();
+                layers.for_each(|layer| layer.save_state(*state, &mut bytes));
+                for (kind, pages) in states.windows.held(*state).enumerate() {
+                    for page in pages {
+                        let layers = cache.of_kind(kind + 1);
+                        layers.for_each(|layer| layer.save_page(*page, &mut bytes));
+                    }
+                }
                 bytes
             });
         }

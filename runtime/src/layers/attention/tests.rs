@@ -140,6 +140,8 @@ impl Layer {
                 tokens,
                 past,
                 window: self.window,
+                window_kind: Default::default(),
+                softcap: None,
             };
             let query = |head: usize, token: usize, to: &mut [f32]| {
                 to.copy_from_slice(
@@ -285,6 +287,8 @@ fn every_query_has_one_place() {
                 tokens,
                 past,
                 window: None,
+                window_kind: Default::default(),
+                softcap: None,
             };
             let blocks = Blocks::new(&a, threads);
             let mut count = std::collections::HashMap::new();
@@ -352,6 +356,8 @@ fn what_is_no_number_is_not_hidden() {
         tokens: 6,
         past: 0,
         window: None,
+        window_kind: Default::default(),
+        softcap: None,
     };
     let mut parts = AttentionParts::default();
     attend(c, &a, |_, _, to| to.fill(1.0), &mut parts);

@@ -201,6 +201,11 @@ impl Simulation {
         {
             let pages = self.cache.pages();
             self.scheduler.submit(job.request, pages).unwrap();
+            if let Some(with) = job.shares {
+                let with = self.jobs[with].request.id;
+                let shared = self.shared_pages(job.request.id) * PAGE;
+                self.scheduler.set_shared(job.request.id, with, shared);
+            }
             self.submitted += 1;
         }
     }
@@ -229,6 +234,14 @@ impl Simulation {
         }
     }
 
+    /// Returns the whole pages that a text and its donor begin with alike.
+    fn shared_pages(&self, id: TextId) -> usize {
+        let job = self.jobs[id.0 as usize];
+        let prompt = |job: &Job| job.request.prompt;
+        let donor = job.shares.map_or(0, |donor| prompt(&self.jobs[donor]));
+        (prompt(&job) / 2).min(donor) / PAGE
+    }
+
     fn donor(&self, id: TextId) -> Option<TextId> {
         let donor = self.jobs[self.jobs[id.0 as usize].shares?].request.id;
         self.cache.sequences.contains_key(&donor).then_some(donor)
@@ -247,6 +260,12 @@ impl Simulation {
         for row in &plan.rows {
             if !self.cache.sequences.contains_key(&row.id) {
                 let donor = self.donor(row.id);
+                let computed = donor.map_or(usize::MAX, |id| self.cache.sequences[&id].positions);
+                let shared = self.shared_pages(row.id) * PAGE;
+                assert!(
+                    row.from.max(computed) >= shared,
+                    "what two texts share is computed twice"
+                );
                 self.cache.fork(donor, row.id, row.from);
                 let seen = &mut self.seen[row.id.0 as usize];
                 seen.first_step.get_or_insert(self.now);

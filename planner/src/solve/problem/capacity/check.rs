@@ -115,7 +115,7 @@ impl Capacity {
                 "the attention of layer {layer} can only be on '{name}' by --fix and --forbid, and with it the \
                  layer's keys and values, which they want elsewhere; take one of them back"
             );
-            let bytes = cache.map_or(0, |c| c.bytes(problem.kv_type, problem.room()));
+            let bytes = cache.map_or(0, |c| c.bytes(problem.kv_type, problem.room().whole()));
             let needed = bytes.saturating_add(group.bytes);
             let left = self.left_bytes[gpu.get()];
             bail!(
@@ -148,7 +148,9 @@ impl Capacity {
         let to_u64 = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let show = |bytes: u128| show_bytes(to_u64(bytes));
         let may_stay_in_file = |kind| kind == DenseKind::Embedding && !self.in_place;
-        let moving = u128::from(self.moving_cache_bytes());
+        // What a layer with a window takes least is on the host.
+        let moving = self.caches.iter().filter(|c| !c.gpus.is_empty());
+        let moving: u128 = moving.map(|c| u128::from(c.bytes)).sum();
         let in_memory = shape.dense.iter().filter(|d| !may_stay_in_file(d.kind));
         let computing: u128 = in_memory.map(|d| u128::from(d.bytes)).sum();
         let computing = computing + moving;

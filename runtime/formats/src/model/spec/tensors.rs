@@ -1,8 +1,8 @@
 //! Which tensors each part of a network reads, and the groups in which they are placed.
 
 use super::{
-    ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Linear, LowRank, Mixer, ModelSpec, MoeSpec, QkNorm,
-    SharedSpec, TensorId,
+    ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, LayerSpec, Linear, LowRank, Mixer, ModelSpec,
+    MoeSpec, QkNorm, RouterInput, SharedSpec, TensorId,
 };
 use crate::model::shape::DenseKind;
 use std::collections::HashSet;
@@ -39,6 +39,12 @@ impl Tensors {
         }
     }
 
+    fn and(mut self, other: Self) -> Self {
+        self.matrices.extend(other.matrices);
+        self.vectors.extend(other.vectors);
+        self
+    }
+
     fn all(self) -> Vec<TensorId> {
         let mut all = self.matrices;
         all.extend(self.vectors);
@@ -52,27 +58,41 @@ impl Mixer {
         let mut tensors = Tensors::default();
         match self {
             Mixer::Gqa(a) => {
-                tensors.linears([&a.q, &a.k, &a.v, &a.o]);
+                tensors.linears(a.linears());
                 if let Some(QkNorm { q, k, .. }) = a.qk_norm {
-                    tensors.vectors.extend([q, k]);
+                    tensors.vectors.extend(q);
+                    tensors.vectors.extend(k.filter(|_| a.shared_kv.is_none()));
                 }
                 tensors.vectors.extend(a.sinks);
             }
             Mixer::Mla(a) => {
-                if let Some(LowRank { down, norm }) = &a.q_down {
-                    tensors.linears([down]);
-                    tensors.vectors.push(*norm);
-                }
-                tensors.linears([&a.q, &a.kv_down, &a.o]);
+                tensors.linears(a.linears());
                 match a.kv_up {
                     KvUp::Split { k, v } => tensors.matrices.extend([k, v]),
                     KvUp::Fused(kv) => tensors.matrices.push(kv),
                 }
+                tensors
+                    .vectors
+                    .extend(a.q_down.map(|LowRank { norm, .. }| norm));
                 tensors.vectors.push(a.kv_norm);
+                tensors.vectors.extend(a.shared_norm);
+                tensors.vectors.extend(a.sinks);
+                if let Some(indexer) = a.reach.indexer() {
+                    let norm = [indexer.k_norm, indexer.k_norm_bias];
+                    tensors.vectors.extend(norm);
+                }
             }
             Mixer::Delta(d) => {
                 tensors.linears(d.linears());
                 tensors.vectors.extend([d.conv, d.dt_bias, d.decay, d.norm]);
+            }
+            Mixer::Kda(k) => {
+                tensors.linears(k.linears());
+                tensors.vectors.extend(k.vectors());
+            }
+            Mixer::ShortConv(c) => {
+                tensors.linears([&c.input, &c.out]);
+                tensors.vectors.push(c.conv);
             }
         }
         tensors
@@ -91,6 +111,7 @@ impl SharedSpec {
     fn tensors(&self) -> Tensors {
         let mut tensors = self.ffn.tensors();
         tensors.vectors.extend(self.gate);
+        tensors.vectors.extend(self.norm);
         tensors
     }
 }
@@ -117,6 +138,33 @@ impl MoeSpec {
         let mut tensors = Tensors::default();
         tensors.linears([&self.router]);
         tensors.vectors.extend(self.selection_bias);
+        if let RouterInput::Own(weights) = self.router_input {
+            tensors.vectors.push(weights);
+        }
+        let others = [self.input_norm, self.output_norm, self.expert_scale];
+        tensors.vectors.extend(others.into_iter().flatten());
+        tensors
+    }
+}
+
+impl LayerSpec {
+    /// Returns what the layer's attention group reads: its mixer and the norm after it.
+    fn mixer_tensors(&self) -> Tensors {
+        let mut tensors = self.mixer.tensors();
+        tensors.vectors.extend(self.residual.mixer_norm);
+        tensors
+    }
+
+    /// Returns what follows the feed-forward block, which belongs to the block's group.
+    fn end_tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        let residual = &self.residual;
+        if let Some(input) = &residual.layer_input {
+            tensors.linears([&input.gate, &input.proj]);
+            tensors.vectors.push(input.norm);
+        }
+        tensors.vectors.extend(residual.ffn_norm);
+        tensors.vectors.extend(residual.output_scale);
         tensors
     }
 }
@@ -126,11 +174,15 @@ impl ModelSpec {
     /// in one group.
     pub fn dense_groups(&self) -> Vec<DenseGroup> {
         let mut groups = Vec::new();
+        let mut by_token: Vec<TensorId> = self.token_inputs.iter().map(|own| own.table).collect();
         if !self.tied() {
+            by_token.insert(0, self.embedding);
+        }
+        if !by_token.is_empty() {
             groups.push(DenseGroup {
                 kind: DenseKind::Embedding,
                 layer: None,
-                tensors: vec![self.embedding],
+                tensors: by_token,
             });
         }
         let mut shared_factors = Vec::new();
@@ -146,27 +198,38 @@ impl ModelSpec {
             add(
                 DenseKind::Attention,
                 Some(layer.mixer_norm),
-                layer.mixer.tensors(),
+                layer.mixer_tensors(),
             );
+            let end = layer.end_tensors();
             match &layer.ffn {
-                Ffn::Dense(ffn) => add(DenseKind::DenseFfn, Some(layer.ffn_norm), ffn.tensors()),
+                Ffn::Dense(ffn) => {
+                    let tensors = ffn.tensors().and(end);
+                    add(DenseKind::DenseFfn, Some(layer.ffn_norm), tensors);
+                }
                 Ffn::Moe(moe) => {
-                    add(
-                        DenseKind::Router,
-                        Some(layer.ffn_norm),
-                        moe.router_tensors(),
-                    );
+                    let tensors = moe.router_tensors().and(end);
+                    add(DenseKind::Router, Some(layer.ffn_norm), tensors);
                     if let Some(shared) = &moe.shared {
                         add(DenseKind::SharedExpert, None, shared.tensors());
                     }
                 }
             }
-            shared_factors.extend(layer.mixer.rope().and_then(|r| r.freq_factors));
+            if let Some(rope) = layer.mixer.rope() {
+                shared_factors.extend(rope.freq_factors);
+                shared_factors.extend(rope.long_factors.map(|long| long.factors));
+            }
         }
         shared_factors.sort_unstable();
         shared_factors.dedup();
         let mut head = vec![self.output_norm, self.output];
         head.extend(shared_factors);
+        head.extend(self.head.bias);
+        head.extend(self.token_inputs.iter().flat_map(|own| {
+            let mut tensors = Tensors::default();
+            tensors.linears([&own.proj]);
+            tensors.vectors.push(own.norm);
+            tensors.all()
+        }));
         groups.push(DenseGroup {
             kind: DenseKind::Head,
             layer: None,
@@ -179,8 +242,14 @@ impl ModelSpec {
     /// of parameters.
     pub fn matrices(&self) -> HashSet<TensorId> {
         let mut ids = HashSet::from([self.embedding, self.output]);
+        ids.extend(
+            self.token_inputs
+                .iter()
+                .flat_map(|own| [own.table, own.proj.weight]),
+        );
         for layer in &self.layers {
             ids.extend(layer.mixer.tensors().matrices);
+            ids.extend(layer.end_tensors().matrices);
             match &layer.ffn {
                 Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
                 Ffn::Moe(moe) => {

@@ -242,6 +242,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                         context,
                         sequences: 1,
                         checkpoints: 0,
+                        window_chunk: (context % 2 == 1).then_some(context),
                         kv_tier: memory[kv.index(memory.len())],
                         kv_type,
                         staging_tier: memory[staging.index(memory.len())],
