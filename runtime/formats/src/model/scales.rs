@@ -8,7 +8,7 @@
 use super::ModelError;
 use super::spec::{ModelSpec, TensorId};
 use crate::gguf::{Gguf, TensorInfo};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
 
 const SUFFIX: &str = ".scale";
@@ -50,10 +50,15 @@ impl Scales {
     /// When a factor has another shape than its matrix asks for, is not a floating-point tensor, or
     /// is not finite.
     pub(super) fn read(gguf: &Gguf, spec: &ModelSpec) -> Result<Self, ModelError> {
-        let found: HashMap<&str, &TensorInfo> = gguf
-            .tensors()
-            .iter()
-            .filter_map(|t| Some((t.name.strip_suffix(SUFFIX)?, t)))
+        // Some architectures read such a tensor themselves.
+        let own: HashSet<TensorId> = spec
+            .moe_layers()
+            .filter_map(|(_, moe)| moe.expert_scale)
+            .collect();
+        let tensors = gguf.tensors().iter().enumerate();
+        let found: HashMap<&str, &TensorInfo> = tensors
+            .filter(|(id, _)| !own.contains(id))
+            .filter_map(|(_, t)| Some((t.name.strip_suffix(SUFFIX)?, t)))
             .collect();
         let mut scales = Scales::default();
         if found.is_empty() {
