@@ -5,6 +5,7 @@ use super::backend::{Backends, TextRows};
 use super::batch::Batch;
 use super::predictor::RouterPredictor;
 use crate::error::RunError;
+use crate::experts::prefetch::Foresight;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::rows::GpuRows;
 use crate::layers::cpu_context::CpuContext;
@@ -105,7 +106,12 @@ impl Experts {
         let Some(moe) = next.moe.filter(|_| backends.can_predict(next, place)) else {
             return Ok(());
         };
-        let wanted = self.store.wants_prediction(!batch.single);
+        let is_exact = next.chooses_by_token();
+        let wanted = if is_exact {
+            self.store.can_prefetch()
+        } else {
+            self.store.wants_prediction(!batch.single)
+        };
         let scored = batch.single && self.scores_predictions;
         if !wanted && !scored {
             return Ok(());
@@ -118,8 +124,11 @@ impl Experts {
         backends.predict(spec, next, rows, on, self.predictor.begin())?;
         if wanted {
             let predicted = self.predictor.predicted(moe.spec.n_used, moe.spec.n_expert);
-            self.store
-                .predict(moe.index.get(), predicted, !batch.single);
+            let from = match is_exact {
+                true => Foresight::Exact,
+                false => Foresight::of_router(!batch.single),
+            };
+            self.store.predict(moe.index.get(), predicted, from);
         }
         Ok(())
     }

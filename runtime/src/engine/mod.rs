@@ -43,6 +43,8 @@ mod rows;
 #[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
+mod rewritten_sparse_tests;
+#[cfg(test)]
 mod rewritten_tests;
 #[cfg(test)]
 mod scaled_tests;
@@ -319,6 +321,10 @@ impl Engine {
         meter.begin_pass(batch);
         let mut place = backends.embed(spec, on.lend())?;
         let mut layers = layers(spec).peekable();
+        if let Some(first) = layers.peek().filter(|first| first.chooses_by_token()) {
+            experts.prefetch(spec, *first, on.lend(), place, backends)?;
+            experts.store.prefetch_first();
+        }
         while let Some(layer) = layers.next() {
             let start = Instant::now();
             backends.begin_layer();

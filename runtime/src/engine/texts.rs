@@ -59,6 +59,10 @@ impl Engine {
             self.plan.kv_type,
             self.backends.kernels.isa().name()
         );
+        let context = self.plan.context as usize;
+        if self.spec().rotates_for_long_contexts(context) {
+            depends_on = format!("{depends_on} for long contexts");
+        }
         let windows = self.sequences.windows();
         if !windows.is_empty() {
             depends_on = format!("{depends_on} windows {windows}");

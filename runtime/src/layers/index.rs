@@ -37,6 +37,14 @@ pub(crate) struct Layer<'a> {
     pub(crate) moe: Option<MoeLayer<'a>>,
 }
 
+impl Layer<'_> {
+    /// Returns whether tokens alone choose the layer's experts, which are then known before any
+    /// layer is computed.
+    pub(crate) fn chooses_by_token(&self) -> bool {
+        self.moe.is_some_and(|moe| moe.spec.by_token.is_some())
+    }
+}
+
 /// The routed experts of a layer.
 #[derive(Clone, Copy)]
 pub(crate) struct MoeLayer<'a> {

@@ -203,6 +203,24 @@ pub(crate) struct KeyValues {
     pub(super) values: RowStore,
 }
 
+/// The KV cache of one layer with latent attention.
+pub(crate) struct LatentRows {
+    /// Rows of latents, each with its shared key part: all heads read the same rows.
+    pub(super) latents: RowStore,
+    /// Keys of the layer's indexer, if it has one.
+    pub(super) index_keys: Option<RowStore>,
+}
+
+impl LatentRows {
+    pub(super) fn stores(&self) -> impl Iterator<Item = &RowStore> {
+        std::iter::once(&self.latents).chain(&self.index_keys)
+    }
+
+    pub(super) fn stores_mut(&mut self) -> impl Iterator<Item = &mut RowStore> {
+        std::iter::once(&mut self.latents).chain(&mut self.index_keys)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,7 +6,9 @@ use super::compressed::{CompressedCache, CompressedScratch, CompressedStores};
 use super::cpu_context::CpuContext;
 use super::delta::DeltaScratch;
 use super::gqa::{GqaCache, GqaScratch};
-use super::kv_rows::{KeyValues, RowStore};
+use super::indexer::Chosen;
+use super::kda::KdaScratch;
+use super::kv_rows::{KeyValues, LatentRows, RowStore};
 use super::mamba::MambaScratch;
 use super::mla::MlaScratch;
 use super::pages::{PageIdx, StateIdx};
@@ -14,7 +16,7 @@ use super::recurrent::{RecurrentState, copy_state};
 use super::rope::RopeTable;
 use super::short_conv::ShortConvScratch;
 use super::weights::DenseWeights;
-use super::{compressed, delta, gqa, mamba, mla, short_conv};
+use super::{compressed, delta, gqa, kda, mamba, mla, short_conv};
 use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
@@ -27,8 +29,7 @@ pub(crate) enum LayerCache {
     Gqa(KeyValues),
     /// Keys and values, and the keys of the index that chooses among them.
     Indexed(IndexedCache),
-    /// Rows of latents, each with its rotated key part: all heads read the same rows.
-    Mla(RowStore),
+    Mla(LatentRows),
     /// One state per text, then those of checkpoints.
     Delta(Vec<RecurrentState>),
     /// Rows of near tokens and of compressed far ones, and the rows of open blocks.
@@ -77,10 +78,14 @@ impl LayerCache {
                 }
             }
             Mixer::Mla(a) => {
-                let width = a.kv_rank + a.rope.dims;
-                Self::Mla(RowStore::new(kv_type, 1, positions, width))
+                let rows = |width| RowStore::new(kv_type, 1, positions, width);
+                Self::Mla(LatentRows {
+                    latents: rows(a.kv_rank + a.shared_dim),
+                    index_keys: a.reach.indexer().map(|indexer| rows(indexer.key_dim)),
+                })
             }
             Mixer::Delta(d) => Self::Delta(states(&|| delta::new_state(d, ngram))),
+            Mixer::Kda(k) => Self::Delta(states(&|| kda::new_state(k, ngram))),
             Mixer::ShortConv(c) => {
                 Self::Delta(states(&|| RecurrentState::new(c.state_values(), 0, ngram)))
             }
@@ -111,7 +116,7 @@ impl LayerCache {
         match self {
             Self::Gqa(kv) => vec![&kv.keys, &kv.values],
             Self::Indexed(cache) => vec![&cache.kv.keys, &cache.kv.values, &cache.index],
-            Self::Mla(rows) => vec![rows],
+            Self::Mla(rows) => rows.stores().collect(),
             Self::Compressed(cache) => cache.stores.all(),
             Self::Delta(_) | Self::Nothing | Self::OnGpu { .. } => Vec::new(),
         }
@@ -123,7 +128,7 @@ impl LayerCache {
             Self::Indexed(IndexedCache { kv, index }) => {
                 vec![&mut kv.keys, &mut kv.values, index]
             }
-            Self::Mla(rows) => vec![rows],
+            Self::Mla(rows) => rows.stores_mut().collect(),
             Self::Compressed(cache) => cache.stores.all_mut(),
             Self::Delta(_) | Self::Nothing | Self::OnGpu { .. } => Vec::new(),
         }
@@ -243,6 +248,9 @@ pub(crate) struct MixerScratch {
     mla: MlaScratch,
     delta: DeltaScratch,
     short_conv: ShortConvScratch,
+    kda: KdaScratch,
+    /// What the last indexer chose for the rows of the batch.
+    chosen: Chosen,
     mamba: MambaScratch,
     compressed: CompressedScratch,
 }
@@ -255,6 +263,7 @@ impl MixerScratch {
             Mixer::Mla(a) => self.mla.reserve(rows, a),
             Mixer::Delta(d) => self.delta.reserve(rows, d),
             Mixer::ShortConv(c) => self.short_conv.reserve(rows, c),
+            Mixer::Kda(k) => self.kda.reserve(rows, k),
             Mixer::Mamba(m) => self.mamba.reserve(rows, m),
             Mixer::Compressed(a) => self.compressed.reserve(rows, a),
             Mixer::None => {}
@@ -325,8 +334,12 @@ pub(crate) struct MixerInput<'a> {
     pub x: ActView<'a>,
     /// All rows, by text.
     pub segments: &'a [Segment<'a>],
+    /// Index in the batch of the first row.
+    pub first_row: usize,
     /// Rotations prepared for the rows' positions, where the mixer rotates.
     pub rope: Option<&'a RopeTable>,
+    /// Those of the mixer's indexer, where that rotates.
+    pub indexer_rope: Option<&'a RopeTable>,
     /// Epsilon of norms inside the mixer.
     pub norm_eps: f32,
 }
@@ -352,10 +365,14 @@ pub(crate) fn mix(
             gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
         }
         (Mixer::Mla(spec), LayerCache::Mla(cache)) => {
-            mla::run(c, weights, spec, input, cache, &mut scratch.mla, out);
+            let MixerScratch { mla, chosen, .. } = scratch;
+            mla::run(c, weights, spec, input, cache, (mla, chosen), out);
         }
         (Mixer::Delta(spec), LayerCache::Delta(states)) => {
             delta::run(c, weights, spec, input, states, &mut scratch.delta, out);
+        }
+        (Mixer::Kda(spec), LayerCache::Delta(states)) => {
+            kda::run(c, weights, spec, input, states, &mut scratch.kda, out);
         }
         (Mixer::ShortConv(spec), LayerCache::Delta(states)) => {
             short_conv::run(

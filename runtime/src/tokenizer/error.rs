@@ -12,7 +12,7 @@ pub enum TokenizerError {
     NoTokenizer,
     /// The kind of vocabulary is unknown.
     #[error(
-        "tokenizer.ggml.model is '{found}', but only gpt2, llama and none are known: give token ids instead of text"
+        "tokenizer.ggml.model is '{found}', but only gpt2, gemma4, llama and none are known: give token ids instead of text"
     )]
     UnknownModel {
         /// The name in the file.

@@ -16,7 +16,46 @@ pub(super) struct Family {
     pub ignore_merges: bool,
     /// Whether a text starts with the BOS token where the file doesn't say.
     pub add_bos: bool,
+    /// How tokens spell text.
+    pub spelling: Spelling,
 }
+
+/// How the tokens of a family spell text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Spelling {
+    /// Each byte as one printable character.
+    Bytes,
+    /// As it is, with `▁` for spaces; bytes of other characters as `<0x0A>`.
+    Characters {
+        /// Whether a run of line ends that is a token as a whole is taken before any merges.
+        whole_line_ends: bool,
+    },
+}
+
+/// Runs of numbers in threes from the right, each group apart.
+pub(super) const NUMBERS_IN_THREES: &str = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))";
+/// Runs of digits that end a word, in threes from the right, each group apart.
+pub(super) const DIGITS_IN_THREES: &str = r"\d{1,3}(?=(?:\d{3})*\b)";
+/// Cuts digits before threes from the right.
+pub(super) const BEFORE_THREES: &str = r"(?=(\d{3})+(?!\d))";
+/// Runs of white space in pieces of powers of two, the last character left to the word behind.
+pub(super) const HALVING_SPACES: &str = concat!(
+    r"|\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)",
+    r"|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}"
+);
+/// As `LLAMA3`, with other runs of white space.
+const JAIS_2: &str = concat!(
+    r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
+    r"|\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)|\s{8}(?!\S)",
+    r"|\s{4}(?!\S)|\s{1,2}(?!\S)|\s{1}"
+);
+/// Chinese, Japanese, Thai, Lao, Khmer, Burmese and Korean.
+const AFMOE_SCRIPTS: &str = concat!(
+    r"[\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{F900}-\x{FAFF}\x{3040}-\x{309F}\x{30A0}-\x{30FF}",
+    r"\x{FF65}-\x{FF9F}\x{2F00}-\x{2FDF}\x{0E40}-\x{0E7F}\x{0E80}-\x{0EFF}\x{1780}-\x{17FF}",
+    r"\x{1000}-\x{109F}\x{AA60}-\x{AA7F}\x{A9E0}-\x{A9FF}\x{AC00}-\x{D7AF}\x{1100}-\x{11FF}]+"
+);
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = concat!(
@@ -127,6 +166,19 @@ const fn plain(
         patterns,
         ignore_merges: false,
         add_bos: false,
+        spelling: Spelling::Bytes,
+    }
+}
+
+/// A family whose tokens are spelled as they are, and whose texts are cut at line ends only.
+const fn spelled(
+    name: &'static str,
+    aliases: &'static [&'static str],
+    whole_line_ends: bool,
+) -> Family {
+    Family {
+        spelling: Spelling::Characters { whole_line_ends },
+        ..plain(name, aliases, &[r"[^\n]+|[\n]+"])
     }
 }
 
@@ -189,6 +241,7 @@ pub(super) const FAMILIES: &[Family] = &[
         patterns: &[LLAMA3],
         ignore_merges: true,
         add_bos: true,
+        spelling: Spelling::Bytes,
     },
     plain("dbrx", &["smaug-bpe", "chatglm-bpe"], &[LLAMA3]),
     Family {
@@ -197,6 +250,7 @@ pub(super) const FAMILIES: &[Family] = &[
         patterns: &[LLAMA3],
         ignore_merges: true,
         add_bos: false,
+        spelling: Spelling::Bytes,
     },
     plain(
         "qwen2",
@@ -224,6 +278,7 @@ pub(super) const FAMILIES: &[Family] = &[
         patterns: &[TEKKEN],
         ignore_merges: true,
         add_bos: true,
+        spelling: Spelling::Bytes,
     },
     plain(
         "deepseek-llm",
@@ -263,6 +318,7 @@ pub(super) const FAMILIES: &[Family] = &[
         patterns: &[r"\p{N}{1,3}", MINICPM5],
         ignore_merges: true,
         add_bos: false,
+        spelling: Spelling::Bytes,
     },
     Family {
         name: "youtu",
@@ -270,6 +326,7 @@ pub(super) const FAMILIES: &[Family] = &[
         patterns: &[YOUTU_SCRIPTS, YOUTU],
         ignore_merges: true,
         add_bos: false,
+        spelling: Spelling::Bytes,
     },
     Family {
         name: "granite-embed-multi-97m",
@@ -277,6 +334,7 @@ pub(super) const FAMILIES: &[Family] = &[
         patterns: &[GPT_4O],
         ignore_merges: true,
         add_bos: false,
+        spelling: Spelling::Bytes,
     },
     Family {
         name: "chameleon",
@@ -291,6 +349,7 @@ pub(super) const FAMILIES: &[Family] = &[
         ],
         ignore_merges: false,
         add_bos: true,
+        spelling: Spelling::Bytes,
     },
     plain(
         "falcon",
@@ -312,6 +371,16 @@ pub(super) const FAMILIES: &[Family] = &[
             r"\p{N}",
         ],
     ),
+    plain(
+        "afmoe",
+        &[],
+        &[NUMBERS_IN_THREES, AFMOE_SCRIPTS, DEEPSEEK_V3],
+    ),
+    spelled("gemma4", &["granite-embed-multi-311m"], true),
+    spelled("sarvam-moe", &[], false),
+    plain("jais-2", &[], &[JAIS_2]),
+    plain("tiny_aya", &["cohere2moe"], &[DIGITS_IN_THREES, GPT_4O]),
+    plain("superbpe", &[], &[r"\p{N}+", BEFORE_THREES]),
 ];
 
 /// Returns the family that a file's `tokenizer.ggml.pre` names.

@@ -1,8 +1,8 @@
 //! Tokenizers: text to token ids and back, by the vocabulary in a model file.
 //!
-//! Two kinds of vocabulary are known. `gpt2` is byte-level BPE, whose pairs merge in the order they
-//! were learned, with a split pattern that `tokenizer.ggml.pre` names. `llama` is SentencePiece
-//! scores with a byte fallback. Special tokens and BOS follow llama.cpp, so that both engines see
+//! Three kinds of vocabulary are known. `gpt2` is byte-level BPE, whose pairs merge in the order they
+//! were learned, with a split pattern that `tokenizer.ggml.pre` names. `gemma4` merges pairs of
+//! characters, with a byte fallback. `llama` is SentencePiece scores with a byte fallback. Special tokens and BOS follow llama.cpp, so that both engines see
 //! the same prompt.
 //!
 //! This module takes plain arrays ([`TokenizerSource`]) and knows nothing of files or of models.
@@ -27,6 +27,7 @@ pub use special::TokenKind;
 pub use stream::TokenStream;
 pub use thought::ThoughtMark;
 
+use families::Spelling;
 use pairs::BytePairs;
 use scores::ScoreMerges;
 use special::{Fragment, Parse, Specials};
@@ -34,7 +35,7 @@ use special::{Fragment, Parse, Specials};
 /// A vocabulary as a model file has it; the names are those of the `tokenizer.ggml.*` keys.
 #[derive(Debug, Clone, Default)]
 pub struct TokenizerSource {
-    /// `model`: `gpt2`, `llama`, or `none` for a model without a vocabulary.
+    /// `model`: `gpt2`, `gemma4`, `llama`, or `none` for a model without a vocabulary.
     pub model: String,
     /// `pre`: the name of the split pattern.
     pub pre: Option<String>,
@@ -97,6 +98,8 @@ pub struct Tokenizer {
     eos: Option<u32>,
     add_bos: bool,
     space_prefix: bool,
+    /// Whether pairs are merged in texts whose spaces are written [`scores::SPACE`].
+    escapes_spaces: bool,
     pre: Option<&'static str>,
     warning: Option<String>,
 }
@@ -127,7 +130,7 @@ impl Tokenizer {
         } = source;
         let n = tokens.len();
         let scored = match model.as_str() {
-            "gpt2" => false,
+            "gpt2" | "gemma4" => false,
             "llama" => true,
             "none" | "no_vocab" => return Ok(Self::empty()),
             _ => return Err(TokenizerError::UnknownModel { found: model }),
@@ -159,7 +162,12 @@ impl Tokenizer {
             });
             None
         } else {
-            let named = source.pre.as_deref().filter(|name| !name.is_empty());
+            // This kind of vocabulary has one way of splitting, whatever its files name.
+            let named = if model == "gemma4" {
+                Some("gemma4")
+            } else {
+                source.pre.as_deref().filter(|name| !name.is_empty())
+            };
             let name = pre.or(named).unwrap_or_else(|| {
                 warning = Some(format!(
                     "the file does not say how text is split (tokenizer.ggml.pre), so the default is used and the \
@@ -203,7 +211,9 @@ impl Tokenizer {
             .filter(|id| (*id as usize) < n)
             .collect();
         let specials = Specials::new(&tokens, &mut kinds, &named_ends);
-        let (pieces, ends) = pieces(&tokens, &kinds, scored);
+        let spelled = family.map(|family| family.spelling);
+        let as_is = scored || matches!(spelled, Some(Spelling::Characters { .. }));
+        let (pieces, ends) = pieces(&tokens, &kinds, as_is);
         // No text may become a control token by merges, so the encoder does not know them.
         let mut tokens = tokens;
         for id in specials.controls() {
@@ -225,6 +235,7 @@ impl Tokenizer {
             eos,
             add_bos,
             space_prefix,
+            escapes_spaces: as_is && !scored,
             pre,
             warning,
         })
@@ -242,6 +253,7 @@ impl Tokenizer {
             eos: None,
             add_bos: false,
             space_prefix: false,
+            escapes_spaces: false,
             pre: None,
             warning: None,
         }
@@ -284,6 +296,10 @@ impl Tokenizer {
                     continue;
                 }
                 (Fragment::Text(""), _) => {}
+                (Fragment::Text(text), Encoder::Pairs(pairs)) if self.escapes_spaces => {
+                    let escaped = text.replace(' ', scores::SPACE.encode_utf8(&mut [0; 4]));
+                    pairs.encode(&escaped, most, ids)?;
+                }
                 (Fragment::Text(text), Encoder::Pairs(pairs)) => pairs.encode(text, most, ids)?,
                 (Fragment::Text(text), Encoder::Scores(scores)) => {
                     let space = if self.space_prefix && after_special {
@@ -402,12 +418,12 @@ impl Tokenizer {
 }
 
 /// Returns the bytes that each token stands for, end to end, and where each ends.
-fn pieces(tokens: &[String], kinds: &[TokenKind], scored: bool) -> (Vec<u8>, Vec<usize>) {
+fn pieces(tokens: &[String], kinds: &[TokenKind], as_is: bool) -> (Vec<u8>, Vec<usize>) {
     let mut pieces = Vec::with_capacity(tokens.iter().map(String::len).sum());
     let mut ends = Vec::with_capacity(tokens.len());
     for (token, kind) in tokens.iter().zip(kinds) {
         match kind {
-            TokenKind::Normal | TokenKind::Unused if scored => {
+            TokenKind::Normal | TokenKind::Unused if as_is => {
                 pieces.extend(token.replace(scores::SPACE, " ").bytes());
             }
             TokenKind::Normal | TokenKind::Unused => spell(token, &mut pieces),

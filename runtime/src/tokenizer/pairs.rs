@@ -1,23 +1,25 @@
-//! Byte-level byte-pair encoding, BPE (`gpt2` vocabularies).
+//! Byte-pair encoding, BPE (`gpt2` and `gemma4` vocabularies).
 //!
-//! The text is cut into words, each word's bytes become tokens, and neighboring tokens are merged
+//! The text is cut into words, each word's bytes or characters become tokens, and neighboring tokens are merged
 //! in the order in which the merges were learned, the leftmost of equals first.
 //!
 //! One word is encoded at a time, so memory depends on the longest word and not on the text.
 
 use super::TokenizerError;
 use super::bytes::{CHARS, byte_of};
-use super::families::Family;
+use super::families::{Family, Spelling};
 use super::split::Splitter;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
-/// A byte-level vocabulary with its merges.
+/// A vocabulary with its merges.
 #[derive(Debug)]
 pub(super) struct BytePairs {
     splitter: Splitter,
     /// By byte: the token for it.
     bytes: Box<[Option<u32>; 256]>,
+    /// By character: the token for it, where text is spelled as it is.
+    characters: Option<HashMap<char, u32>>,
     /// What two neighbors become.
     merges: HashMap<(u32, u32), Merge>,
     /// Tokens by the bytes they spell, where whole words are taken before any merge.
@@ -79,20 +81,37 @@ impl BytePairs {
             }
         }
         let mut bytes = Box::new([None; 256]);
-        for (token, character) in bytes.iter_mut().zip(CHARS) {
-            *token = vocab.get(&*character.encode_utf8(&mut [0; 4])).copied();
-        }
         let merges = learned(&vocab, merges);
-        let whole = family.ignore_merges.then(|| {
-            let spelled = |text: &str| text.chars().map(byte_of).collect::<Option<Vec<u8>>>();
-            let tokens = vocab.iter();
-            tokens
-                .filter_map(|(text, id)| Some((spelled(text)?, *id)))
-                .collect()
-        });
+        let whole;
+        let mut characters = None;
+        match family.spelling {
+            Spelling::Bytes => {
+                for (token, character) in bytes.iter_mut().zip(CHARS) {
+                    *token = vocab.get(&*character.encode_utf8(&mut [0; 4])).copied();
+                }
+                let spelled = |text: &str| text.chars().map(byte_of).collect::<Option<Vec<u8>>>();
+                let tokens = vocab.iter();
+                let all = tokens.filter_map(|(text, id)| Some((spelled(text)?, *id)));
+                whole = family.ignore_merges.then(|| all.collect());
+            }
+            Spelling::Characters { whole_line_ends } => {
+                for (byte, token) in (0u8..=255).zip(bytes.iter_mut()) {
+                    *token = vocab.get(&format!("<0x{byte:02X}>")).copied();
+                }
+                characters = Some(characters_of(&vocab));
+                let ends = vocab
+                    .iter()
+                    .filter(|(text, _)| text.bytes().all(|b| b == b'\n'));
+                whole = whole_line_ends.then(|| {
+                    ends.map(|(text, id)| (text.clone().into_bytes(), *id))
+                        .collect()
+                });
+            }
+        }
         Ok(Self {
             splitter,
             bytes,
+            characters,
             merges,
             whole,
             longest,
@@ -113,33 +132,29 @@ impl BytePairs {
             if least > most {
                 return Err(TokenizerError::TooLong { least, most });
             }
-            self.word(word.as_bytes(), &mut buffers, out)
+            self.word(word, &mut buffers, out)
         })
     }
 
     /// Appends the tokens of one word.
     fn word(
         &self,
-        word: &[u8],
+        word: &str,
         buffers: &mut Buffers,
         out: &mut Vec<u32>,
     ) -> Result<(), TokenizerError> {
-        if let Some(token) = self.whole.as_ref().and_then(|whole| whole.get(word)) {
+        if let Some(token) = self
+            .whole
+            .as_ref()
+            .and_then(|whole| whole.get(word.as_bytes()))
+        {
             out.push(*token);
             return Ok(());
         }
         let Buffers { symbols, queue } = buffers;
         symbols.clear();
         queue.clear();
-        for (i, byte) in (0u32..).zip(word) {
-            let token = self.bytes[*byte as usize];
-            symbols.push(Symbol {
-                token: token.ok_or(TokenizerError::NoByte { byte: *byte })?,
-                prev: i.wrapping_sub(1),
-                next: i + 1,
-                merged: false,
-            });
-        }
+        self.spell(word, symbols)?;
         if let Some(last) = symbols.last_mut() {
             last.next = NONE;
         }
@@ -167,6 +182,37 @@ impl BytePairs {
         Ok(())
     }
 
+    /// Appends the symbols of a word before any merge.
+    fn spell(&self, word: &str, symbols: &mut Vec<Symbol>) -> Result<(), TokenizerError> {
+        let mut push = |token: u32| {
+            let i = symbols.len() as u32;
+            symbols.push(Symbol {
+                token,
+                prev: i.wrapping_sub(1),
+                next: i + 1,
+                merged: false,
+            });
+        };
+        let byte = |byte: u8| self.bytes[byte as usize].ok_or(TokenizerError::NoByte { byte });
+        let Some(characters) = &self.characters else {
+            for b in word.bytes() {
+                push(byte(b)?);
+            }
+            return Ok(());
+        };
+        for c in word.chars() {
+            match characters.get(&c) {
+                Some(token) => push(*token),
+                None => {
+                    for b in c.encode_utf8(&mut [0; 4]).bytes() {
+                        push(byte(b)?);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Returns what the symbol at `left` and its right neighbor merge into.
     fn merge(&self, symbols: &[Symbol], left: u32) -> Option<Merge> {
         let symbol = symbols.get(left as usize)?;
@@ -180,6 +226,18 @@ impl BytePairs {
             queue.push(Reverse(Pair { rank, left, token }));
         }
     }
+}
+
+/// Returns the tokens that are one character.
+fn characters_of(vocab: &HashMap<String, u32>) -> HashMap<char, u32> {
+    let one = |text: &str| {
+        let mut chars = text.chars();
+        chars.next().filter(|_| chars.next().is_none())
+    };
+    vocab
+        .iter()
+        .filter_map(|(text, id)| Some((one(text)?, *id)))
+        .collect()
 }
 
 /// Returns the merges whose three tokens the vocabulary has; of equals the first.
@@ -276,6 +334,27 @@ mod tests {
             TokenizerError::TooLong { least: 10, most: 9 }
         ));
         assert!(ids.is_empty());
+    }
+
+    #[test]
+    fn characters_merge_as_they_are_and_others_fall_back_to_bytes() {
+        let mut tokens: Vec<String> = (0..=255u8).map(|b| format!("<0x{b:02X}>")).collect();
+        let more = ["▁", "a", "é", "▁a", "\n", "\n\n", "▁aé", "\n\n\n"];
+        tokens.extend(more.map(String::from));
+        let merges = ["▁ a", "▁a é", "\n \n"].map(String::from);
+        let of = |name: &str, text: &str| {
+            let pairs = BytePairs::new(family(name).unwrap(), tokens.clone(), &merges).unwrap();
+            let mut ids = Vec::new();
+            pairs.encode(text, usize::MAX, &mut ids).unwrap();
+            ids.iter()
+                .map(|id| tokens[*id as usize].clone())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(of("gemma4", "▁aé▁aü"), ["▁aé", "▁a", "<0xC3>", "<0xBC>"]);
+        // A run of line ends is one token where the vocabulary has it.
+        assert_eq!(of("gemma4", "a\n\n\na"), ["a", "\n\n\n", "a"]);
+        assert_eq!(of("sarvam-moe", "a\n\n\na"), ["a", "\n\n", "\n", "a"]);
+        assert_eq!(of("gemma4", "a\n\n\n\na"), ["a", "\n\n", "\n\n", "a"]);
     }
 
     #[test]

@@ -15,7 +15,7 @@ impl TokenizerSource {
         let model = gguf.opt_str(&key("model"))?.unwrap_or("none").to_string();
         // An empty list is a vocabulary of bytes; without a list something is missing.
         let merges = match model.as_str() {
-            "gpt2" => gguf.str_array(&key("merges"))?.to_vec(),
+            "gpt2" | "gemma4" => gguf.str_array(&key("merges"))?.to_vec(),
             _ => strings("merges")?,
         };
         Ok(Self {

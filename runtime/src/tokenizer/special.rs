@@ -66,6 +66,8 @@ const END_TEXTS: &[&str] = &[
     "[EOT]",
     "[EOS]",
     "[e~[",
+    "<turn|>",
+    "<|tool_response>",
 ];
 
 /// Texts that end a generation because nothing sensible follows them: padding and the borders

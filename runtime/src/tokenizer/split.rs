@@ -14,28 +14,163 @@
 //! hostile input, so that ending is matched as a plain `\s+` (which runs in linear time) and the
 //! last character is given back here.
 
-use super::families::Family;
+use super::families::{BEFORE_THREES, DIGITS_IN_THREES, Family, HALVING_SPACES, NUMBERS_IN_THREES};
+use std::sync::LazyLock;
 use tokenizers::utils::SysRegex;
 
-/// One pattern, compiled.
+/// One pattern, ready to use.
 #[derive(Debug)]
-struct Stage {
+enum Stage {
+    Regex(Regex),
+    Digits(DigitGroups),
+}
+
+impl Stage {
+    fn new(pattern: &str) -> Result<Self, String> {
+        Ok(match DigitGroups::of(pattern) {
+            Some(groups) => Self::Digits(groups),
+            None => Self::Regex(Regex::new(pattern)?),
+        })
+    }
+
+    /// Gives `out` the matches in `piece` and what lies between them, in order and without loss.
+    fn cut<'t, E>(
+        &self,
+        piece: &'t str,
+        out: &mut dyn FnMut(&'t str) -> Result<(), E>,
+    ) -> Result<(), E> {
+        match self {
+            Self::Regex(regex) => regex.cut(piece, out),
+            Self::Digits(groups) => groups.cut(piece, out),
+        }
+    }
+}
+
+/// Patterns that cut runs of digits into threes from the right. Their look-ahead takes time that
+/// grows with the square of a run, so they are computed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DigitGroups {
+    /// Numbers of any kind, each group apart.
+    Numbers,
+    /// Decimal digits that end a word, each group apart.
+    EndingWords,
+    /// Cuts before threes only: digits that are left over stay with what is before them.
+    BeforeThrees,
+}
+
+impl DigitGroups {
+    fn of(pattern: &str) -> Option<Self> {
+        match pattern {
+            NUMBERS_IN_THREES => Some(Self::Numbers),
+            DIGITS_IN_THREES => Some(Self::EndingWords),
+            BEFORE_THREES => Some(Self::BeforeThrees),
+            _ => None,
+        }
+    }
+
+    fn is_digit(self, c: char) -> bool {
+        match self {
+            Self::Numbers => NUMBER.is_match(c),
+            Self::EndingWords | Self::BeforeThrees => DIGIT.is_match(c),
+        }
+    }
+
+    /// Gives `out` the groups of all runs in `piece`, and what lies between.
+    fn cut<'t, E>(
+        self,
+        piece: &'t str,
+        out: &mut dyn FnMut(&'t str) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut done = 0;
+        let mut run: Vec<usize> = Vec::new();
+        let mut chars = piece.char_indices().peekable();
+        while let Some((at, c)) = chars.next() {
+            if !self.is_digit(c) {
+                continue;
+            }
+            run.clear();
+            run.push(at);
+            while let Some((at, _)) = chars.next_if(|(_, c)| self.is_digit(*c)) {
+                run.push(at);
+            }
+            let after = chars.peek();
+            if self == Self::EndingWords && after.is_some_and(|(_, c)| WORD.is_match(*c)) {
+                continue;
+            }
+            let end = after.map_or(piece.len(), |(at, _)| *at);
+            let apart = self != Self::BeforeThrees;
+            let is_cut = |i: &usize| (run.len() - i).is_multiple_of(3) || apart && *i == 0;
+            let last = apart.then_some(end);
+            for cut in (0..run.len()).filter(is_cut).map(|i| run[i]).chain(last) {
+                if cut > done {
+                    out(&piece[done..cut])?;
+                    done = cut;
+                }
+            }
+        }
+        if done < piece.len() {
+            out(&piece[done..])?;
+        }
+        Ok(())
+    }
+}
+
+/// A class of characters, as patterns write it.
+struct Class(LazyLock<Option<SysRegex>>);
+
+impl Class {
+    fn is_match(&self, c: char) -> bool {
+        let mut buffer = [0; 4];
+        let text = c.encode_utf8(&mut buffer);
+        (*self.0)
+            .as_ref()
+            .is_some_and(|regex| regex.find_iter(text).next().is_some())
+    }
+}
+
+static NUMBER: Class = Class(LazyLock::new(|| SysRegex::new(r"\p{N}").ok()));
+static DIGIT: Class = Class(LazyLock::new(|| SysRegex::new(r"\d").ok()));
+static WORD: Class = Class(LazyLock::new(|| SysRegex::new(r"\w").ok()));
+
+/// How a run of white space that no word takes is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Runs {
+    /// Not at all.
+    Whole,
+    /// Its last character is left to the word behind it.
+    GiveBack,
+    /// As `GiveBack`, in pieces of 512, 256, … characters.
+    Halving,
+}
+
+/// Lengths of the pieces of [`Runs::Halving`].
+const HALVES: [usize; 10] = [512, 256, 128, 64, 32, 16, 8, 4, 2, 1];
+
+/// A pattern, compiled.
+#[derive(Debug)]
+struct Regex {
     regex: SysRegex,
-    /// Whether a run of white space gives its last character back to the word behind it.
-    gives_back: bool,
+    runs: Runs,
     /// Whether such a run never ends in a line break, because another branch of the pattern takes
     /// those first.
     breaks_apart: bool,
 }
 
-impl Stage {
+impl Regex {
     fn new(pattern: &str) -> Result<Self, String> {
-        let short = pattern.strip_suffix(r"|\s+(?!\S)|\s+");
+        let endings = [
+            (r"|\s+(?!\S)|\s+", Runs::GiveBack),
+            (HALVING_SPACES, Runs::Halving),
+        ];
+        let known = endings
+            .into_iter()
+            .find_map(|(ending, runs)| Some((pattern.strip_suffix(ending)?, runs)));
+        let short = known.map(|(short, _)| short);
         let source = short.map_or_else(|| pattern.to_string(), |s| format!(r"{s}|\s+"));
         let regex = SysRegex::new(&source).map_err(|e| format!("pattern {source}: {e}"))?;
         Ok(Self {
             regex,
-            gives_back: short.is_some(),
+            runs: known.map_or(Runs::Whole, |(_, runs)| runs),
             breaks_apart: pattern.contains(r"|\s*[\r\n]"),
         })
     }
@@ -79,10 +214,16 @@ impl Stage {
             return 0;
         };
         let is_run = c.is_whitespace() && !(self.breaks_apart && matches!(c, '\r' | '\n'));
-        if self.gives_back && is_run && !at_end && last > 0 {
-            last
-        } else {
-            found.len()
+        match self.runs {
+            Runs::GiveBack if is_run && !at_end && last > 0 => last,
+            Runs::Halving if is_run => {
+                let n = found.chars().count();
+                let free = if at_end { n } else { (n - 1).max(1) };
+                let kept = HALVES.into_iter().find(|half| *half <= free).unwrap_or(1);
+                let end = found.char_indices().nth(kept);
+                end.map_or(found.len(), |(at, _)| at)
+            }
+            _ => found.len(),
         }
     }
 }
@@ -130,7 +271,6 @@ mod tests {
     use super::super::families::{FAMILIES, family};
     use super::*;
     use proptest::prelude::*;
-    use std::sync::LazyLock;
     use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
     use tokenizers::{
         OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior,
@@ -185,6 +325,27 @@ mod tests {
             }
         }
         assert!(family("qwen3").is_none());
+    }
+
+    #[test]
+    fn digits_are_grouped_from_the_right() {
+        assert_eq!(cut("afmoe", "a12345 b"), ["a", "12", "345", " b"]);
+        assert_eq!(cut("tiny_aya", "1234567"), ["1", "234", "567"]);
+        // Within a word they are not, so the words' own pattern cuts them from the left.
+        assert_eq!(cut("tiny_aya", "1234abc"), ["123", "4", "abc"]);
+        assert_eq!(
+            cut("superbpe", "to 1234567 of 12"),
+            ["to ", "1", "234", "567", " of ", "12"]
+        );
+    }
+
+    #[test]
+    fn white_space_is_halved() {
+        let spaces = " ".repeat(15);
+        let found = cut("jais-2", &format!("a{spaces}b"));
+        let lengths: Vec<usize> = found.iter().map(String::len).collect();
+        assert_eq!(lengths, [1, 8, 4, 2, 2]);
+        assert_eq!(cut("jais-2", "a   1"), ["a", "  ", " ", "1"]);
     }
 
     #[test]

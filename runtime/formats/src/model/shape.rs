@@ -1,7 +1,9 @@
 //! The sizes of a model without its weights: all that a planner needs.
 
 use super::kv::KvRows;
-use super::spec::{CacheRows, CompressedSpec, GqaSpec, LayerSpec, Mixer, ModelSpec, TensorId};
+use super::spec::{
+    CacheRows, CompressedSpec, GqaSpec, LayerSpec, MlaSpec, Mixer, ModelSpec, TensorId,
+};
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
 use crate::source_id::SourceId;
@@ -215,14 +217,15 @@ pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(&layer.mixer) {
         *found
-            .entry((rows.width, rows.window, rows.queries))
+            .entry((rows.width, rows.window, rows.queries, rows.chosen))
             .or_insert(0) += rows.per_token;
     }
-    let rows = |((width, window, queries), per_token)| KvRows {
+    let rows = |((width, window, queries, chosen), per_token)| KvRows {
         width,
         per_token,
         queries,
         window,
+        chosen,
     };
     CacheShape {
         rows: found.into_iter().map(rows).collect(),
@@ -232,42 +235,85 @@ pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
 
 /// Returns the rows that one token adds to the KV cache of a layer with this mixer.
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
-    let rows = |rows: CacheRows, queries: usize, window: Option<usize>| KvRows {
-        width: rows.width as u64,
-        per_token: rows.n as u64,
-        queries: queries as u64,
-        window: window.map(|window| window as u64),
-    };
     let found = mixer.cache_rows().into_iter().enumerate();
-    match mixer {
-        Mixer::Gqa(a) => found
-            .map(|(i, found)| rows(found, gqa_queries(a, i), a.window))
-            .collect(),
-        Mixer::Mla(a) => found
-            .map(|(_, found)| rows(found, 2 * a.n_head, None))
-            .collect(),
-        Mixer::Compressed(a) => found
-            .map(|(i, found)| rows(found, compressed_queries(a, i), None))
-            .collect(),
-        Mixer::Delta(_) | Mixer::ShortConv(_) | Mixer::Mamba(_) | Mixer::None => Vec::new(),
-    }
+    let rows = |(kind, CacheRows { n, width }): (usize, CacheRows)| {
+        let reads = match mixer {
+            Mixer::Gqa(a) => gqa_reads(a, kind),
+            Mixer::Mla(a) => mla_reads(a, kind),
+            Mixer::Compressed(a) => compressed_reads(a, kind),
+            Mixer::Delta(_)
+            | Mixer::Kda(_)
+            | Mixer::ShortConv(_)
+            | Mixer::Mamba(_)
+            | Mixer::None => Reads::default(),
+        };
+        KvRows {
+            width: width as u64,
+            per_token: n as u64,
+            queries: reads.queries as u64,
+            window: reads.window.map(|window| window as u64),
+            chosen: reads.chosen.map(|chosen| chosen as u64),
+        }
+    };
+    found.map(rows).collect()
 }
 
-/// Returns the dot products per row of a kind: keys and values, then the keys of an index.
-fn gqa_queries(a: &GqaSpec, kind: usize) -> usize {
+/// How a token reads rows of one kind.
+#[derive(Default)]
+struct Reads {
+    /// Dot products per row.
+    queries: usize,
+    /// Positions that it looks back at.
+    window: Option<usize>,
+    /// Positions that an indexer chooses for it.
+    chosen: Option<usize>,
+}
+
+/// Returns how keys and values are read, and as the third kind the keys of an index: a token is
+/// compared with those of all.
+fn gqa_reads(a: &GqaSpec, kind: usize) -> Reads {
     match &a.index {
-        Some(index) if kind == 2 => index.n_head,
-        _ => a.n_head / a.n_head_kv.max(1),
+        Some(index) if kind == 2 => Reads {
+            queries: index.n_head,
+            ..Reads::default()
+        },
+        index => Reads {
+            queries: a.n_head / a.n_head_kv.max(1),
+            window: a.window,
+            chosen: index.map(|index| index.most_rows()),
+        },
     }
 }
 
-/// Returns the dot products per row of a kind: vectors of tokens, then compressed ones and the keys
-/// of their index, of which a block's tokens share one.
-fn compressed_queries(a: &CompressedSpec, kind: usize) -> usize {
+/// Returns how latents are read, and as the second kind the keys of an indexer: a token is compared
+/// with those of all.
+fn mla_reads(a: &MlaSpec, kind: usize) -> Reads {
+    match a.reach.indexer() {
+        Some(indexer) if kind == 1 => Reads {
+            queries: indexer.n_head,
+            ..Reads::default()
+        },
+        _ => Reads {
+            queries: 2 * a.n_head,
+            window: a.reach.window(),
+            chosen: a.reach.top_k(),
+        },
+    }
+}
+
+/// Returns how vectors of tokens are read, then compressed ones and the keys of their index, of which
+/// a block's tokens share one. The latest vectors are read only, but the rows of all are there.
+fn compressed_reads(a: &CompressedSpec, kind: usize) -> Reads {
     let ratio = a.far.map_or(1, |far| far.compressor.ratio);
-    match a.far.and_then(|far| far.index) {
-        _ if kind == 0 => 2 * a.n_head,
-        Some(index) if kind == 2 => index.n_head.div_ceil(ratio),
-        _ => (2 * a.n_head).div_ceil(ratio),
+    let index = a.far.and_then(|far| far.index);
+    let (queries, chosen) = match (kind, index) {
+        (0, _) => (2 * a.n_head, Some(a.window)),
+        (2, Some(index)) => (index.n_head.div_ceil(ratio), None),
+        (_, index) => ((2 * a.n_head).div_ceil(ratio), index.map(|index| index.kept)),
+    };
+    Reads {
+        queries,
+        window: None,
+        chosen,
     }
 }

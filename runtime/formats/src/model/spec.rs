@@ -8,6 +8,8 @@ mod attention;
 mod block_index;
 mod compressed;
 mod delta;
+mod indexer;
+mod kda;
 mod mamba;
 mod ngram;
 mod residual;
@@ -22,6 +24,8 @@ pub use attention::{
 pub use block_index::{BlockIndex, BlockScore};
 pub use compressed::{CompressedIndex, CompressedSpec, Compressor, FarKeys};
 pub use delta::{DeltaGate, DeltaInput, DeltaRates, DeltaSpec, KeySharing};
+pub use indexer::{IndexerSpec, Reach};
+pub use kda::{DecayGate, KdaSpec, Projection};
 pub use mamba::MambaSpec;
 pub use ngram::{NgramBlock, NgramHead, NgramTable};
 pub use residual::{HeadOptions, LayerInput, Residual, TokenInputs};
@@ -97,6 +101,8 @@ pub enum Mixer {
     Delta(DeltaSpec),
     /// A gated convolution over the last tokens.
     ShortConv(ShortConvSpec),
+    /// A recurrence with a state of fixed size whose channels decay each by itself.
+    Kda(KdaSpec),
     /// A recurrence with a state of fixed size: Mamba-2.
     Mamba(MambaSpec),
     /// Attention to near tokens and to compressed far ones.
@@ -178,6 +184,14 @@ pub enum Activation {
     LimitedSilu {
         /// Bound on both factors.
         limit: f32,
+    },
+    /// `beta · tanh(gate / beta) · sigmoid(gate) · u`, where `u` is `linear · tanh(up / linear)`, or
+    /// up itself where `linear` is 0 (Kimi K3).
+    Situ {
+        /// Bound on the gate.
+        beta: f32,
+        /// Bound on up, or 0.
+        linear: f32,
     },
     /// `g · sigmoid(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` = up within ±`limit`.
     ClampedSwiglu {
@@ -385,6 +399,14 @@ impl ModelSpec {
     /// Whether the head is the embedding.
     pub fn tied(&self) -> bool {
         self.output == self.embedding
+    }
+
+    /// Returns whether any layer rotates otherwise in a context of this many tokens than in a short
+    /// one.
+    pub fn rotates_for_long_contexts(&self, context: usize) -> bool {
+        let ropes = self.layers.iter().filter_map(|layer| layer.mixer.rope());
+        let mut long = ropes.filter_map(|rope| rope.long_factors);
+        long.any(|long| context > long.original_context)
     }
 
     /// Returns the layers with routed experts, ascending, each with its number.
