@@ -40,6 +40,8 @@ mod prefixes;
 mod prompt_gpu_tests;
 mod residual;
 #[cfg(test)]
+mod rewritten_gqa_tests;
+#[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_tests;
