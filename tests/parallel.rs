@@ -184,7 +184,7 @@ fn the_number_of_texts_and_the_longest_step_follow_the_prediction() {
     assert!(chosen.contains("; a step that reads prompts beside them takes up to"));
     // No step of several is as short as asked for.
     let alone = batch(&["--plan", "placement.toml", "--max-step-ms", "1"]);
-    assert!(alone.contains("1 texts at once of up to 4"), "{alone}");
+    assert!(alone.contains("1 text at once of up to 4"), "{alone}");
     assert!(alone.contains("up to 1 ms"), "{alone}");
     let asked = batch(&["--plan", "placement.toml", "--parallel", "2"]);
     assert!(

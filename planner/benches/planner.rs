@@ -44,7 +44,8 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
                     width: 576,
                     per_token: 1,
                     queries: 128,
-                    window: None
+                    window: None,
+                    chosen: None,
                 }],
                 state_bytes: 0
             };

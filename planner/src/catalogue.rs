@@ -23,6 +23,18 @@ const MODELS: &[(&str, &str)] = &[
         include_str!("../../profiles/models/deepseek-v3.toml"),
     ),
     (
+        "deepseek-v4-flash",
+        include_str!("../../profiles/models/deepseek-v4-flash.toml"),
+    ),
+    (
+        "deepseek-v4.1-flash",
+        include_str!("../../profiles/models/deepseek-v4.1-flash.toml"),
+    ),
+    (
+        "gemma-4-26b-a4b",
+        include_str!("../../profiles/models/gemma-4-26b-a4b.toml"),
+    ),
+    (
         "glm-4.5",
         include_str!("../../profiles/models/glm-4.5.toml"),
     ),
@@ -39,6 +51,10 @@ const MODELS: &[(&str, &str)] = &[
         include_str!("../../profiles/models/glm-5.2.toml"),
     ),
     (
+        "glm-5.3-flash",
+        include_str!("../../profiles/models/glm-5.3-flash.toml"),
+    ),
+    (
         "gpt-oss-120b",
         include_str!("../../profiles/models/gpt-oss-120b.toml"),
     ),
@@ -46,6 +62,7 @@ const MODELS: &[(&str, &str)] = &[
         "gpt-oss-20b",
         include_str!("../../profiles/models/gpt-oss-20b.toml"),
     ),
+    ("hy3", include_str!("../../profiles/models/hy3.toml")),
     (
         "kimi-k2",
         include_str!("../../profiles/models/kimi-k2.toml"),
@@ -55,8 +72,32 @@ const MODELS: &[(&str, &str)] = &[
         include_str!("../../profiles/models/kimi-k2.5.toml"),
     ),
     (
+        "kimi-k3",
+        include_str!("../../profiles/models/kimi-k3.toml"),
+    ),
+    (
+        "ling-1t",
+        include_str!("../../profiles/models/ling-1t.toml"),
+    ),
+    (
+        "ling-flash-2.0",
+        include_str!("../../profiles/models/ling-flash-2.0.toml"),
+    ),
+    (
         "llama-3.1-405b",
         include_str!("../../profiles/models/llama-3.1-405b.toml"),
+    ),
+    (
+        "mimo-v2-flash",
+        include_str!("../../profiles/models/mimo-v2-flash.toml"),
+    ),
+    (
+        "minimax-m2",
+        include_str!("../../profiles/models/minimax-m2.toml"),
+    ),
+    (
+        "minimax-m3",
+        include_str!("../../profiles/models/minimax-m3.toml"),
     ),
     (
         "mixtral-8x22b",
@@ -71,12 +112,28 @@ const MODELS: &[(&str, &str)] = &[
         include_str!("../../profiles/models/moe-10t.toml"),
     ),
     (
+        "nemotron-3-nano-30b",
+        include_str!("../../profiles/models/nemotron-3-nano-30b.toml"),
+    ),
+    (
+        "nemotron-3-super-120b",
+        include_str!("../../profiles/models/nemotron-3-super-120b.toml"),
+    ),
+    (
         "qwen3-235b-a22b",
         include_str!("../../profiles/models/qwen3-235b-a22b.toml"),
     ),
     (
         "qwen3-30b-a3b",
         include_str!("../../profiles/models/qwen3-30b-a3b.toml"),
+    ),
+    (
+        "qwen3.8-flash-next",
+        include_str!("../../profiles/models/qwen3.8-flash-next.toml"),
+    ),
+    (
+        "step-3.5-flash",
+        include_str!("../../profiles/models/step-3.5-flash.toml"),
     ),
 ];
 
@@ -115,8 +172,16 @@ const MACHINES: &[(&str, &str)] = &[
         include_str!("../../profiles/machines/desktop-4090-ddr5-nvme.toml"),
     ),
     (
+        "desktop-5070-ddr5",
+        include_str!("../../profiles/machines/desktop-5070-ddr5.toml"),
+    ),
+    (
         "desktop-5090-gen5",
         include_str!("../../profiles/machines/desktop-5090-gen5.toml"),
+    ),
+    (
+        "epyc-7443p-3090",
+        include_str!("../../profiles/machines/epyc-7443p-3090.toml"),
     ),
     (
         "epyc-9965",
@@ -129,6 +194,14 @@ const MACHINES: &[(&str, &str)] = &[
     (
         "vm-2core-avx512",
         include_str!("../../profiles/machines/vm-2core-avx512.toml"),
+    ),
+    (
+        "xeon-6248x2-ada",
+        include_str!("../../profiles/machines/xeon-6248x2-ada.toml"),
+    ),
+    (
+        "xeon-6252n-x4-3090",
+        include_str!("../../profiles/machines/xeon-6252n-x4-3090.toml"),
     ),
     (
         "xeon-8480x2-4090",

@@ -130,9 +130,10 @@ fn of_load(error: &LoadError) -> Option<String> {
         LoadError::OnGpu { tier, group, .. } => Some(format!(
             "solve again with --forbid {tier}:{group}, or with --vram 0"
         )),
-        LoadError::FactorOnGpu { .. } => {
-            Some("solve again with --vram 0 to leave the GPU out".to_string())
-        }
+        LoadError::FactorOnGpu { .. } => Some(
+            "solve again with --vram 0 to leave the GPU out, or with --forbid for that group"
+                .to_string(),
+        ),
         LoadError::GpuFull { tier, .. } => Some(format!(
             "solve again with a smaller --budget {tier}=SIZE, or free some of the GPU's memory"
         )),

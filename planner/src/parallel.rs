@@ -97,13 +97,18 @@ pub struct Chosen {
 /// Chooses how many texts go together, of the `room` that memory has: those with the most predicted
 /// tokens per second within a step of `longest`. Without a prediction that is all of them.
 pub fn choose(predictor: Option<&Predictor<'_>>, room: u32, longest: Option<Duration>) -> Chosen {
+    let at_once = |n: u32| match n {
+        1 => "1 text at once".to_string(),
+        n => format!("{n} texts at once"),
+    };
     let gap_s = longest.map_or(f64::INFINITY, |longest| longest.as_secs_f64());
     let best = predictor.and_then(|p| Some((p.best_of(room, gap_s)?, p.step(1)?)));
     let Some((best, alone)) = best else {
         return Chosen {
             texts: room,
             why: format!(
-                "{room} texts at once, as many as there is room for; the plan predicts no speed"
+                "{}, as many as there is room for; the plan predicts no speed",
+                at_once(room)
             ),
         };
     };
@@ -114,9 +119,9 @@ pub fn choose(predictor: Option<&Predictor<'_>>, room: u32, longest: Option<Dura
     Chosen {
         texts: best.texts,
         why: format!(
-            "{} texts at once of up to {room} that there is room for: the most predicted tokens per second{bound}, \
+            "{} of up to {room} that there is room for: the most predicted tokens per second{bound}, \
              {:.2} tok/s with {:.1} ms between two tokens of a text; one alone has {:.2}",
-            best.texts,
+            at_once(best.texts),
             best.tok_s(),
             best.seconds * 1e3,
             alone.tok_s()
@@ -216,6 +221,18 @@ mod tests {
         // 67108863 pages of 64 positions.
         assert!(error(67_108_864, 10).contains("expected at most 67108863"));
         assert!(error(u32::MAX, u32::MAX).contains("expected at most"));
+    }
+
+    #[test]
+    fn without_a_prediction_all_texts_that_fit_go_together() {
+        for (room, words) in [
+            (1, "1 text at once, as many"),
+            (16, "16 texts at once, as many"),
+        ] {
+            let chosen = choose(None, room, Some(Duration::ZERO));
+            assert_eq!(chosen.texts, room);
+            assert!(chosen.why.starts_with(words), "{}", chosen.why);
+        }
     }
 
     #[test]

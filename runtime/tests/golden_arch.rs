@@ -368,38 +368,43 @@ fn keys_and_values_in_fewer_bits_stay_close() {
 #[test]
 fn long_contexts_depend_neither_on_threads_nor_on_batches() {
     for name in ["qwen3-dense", "gpt-oss", "deepseek-v3"] {
-        let fixture = golden(name);
-        let shape = shape_of_file(&fixture.path).unwrap();
-        let n_vocab = fixture.n_vocab as u32;
-        let tokens: Vec<u32> = (0..600u32)
-            .map(|i| i.wrapping_mul(2_654_435_761) % n_vocab)
-            .collect();
-        for kv_type in KvType::ALL {
-            let plan = all_in_memory(&shape, 610, kv_type);
-            let logits = |threads: usize, batch: usize| -> Vec<u32> {
-                let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
-                let options = LoadOptions {
-                    threads: Some(threads),
-                    batch: Some(batch),
-                    ..LoadOptions::default()
-                };
-                let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-                let mut logits = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
-                for token in [3, 1, 4] {
-                    logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last).unwrap());
-                }
-                assert!(logits.iter().all(|l| l.is_finite()));
-                logits.into_iter().map(f32::to_bits).collect()
+        long_context_is_stable(&golden(name));
+    }
+}
+
+/// Demands the same bits of a long text from any number of threads and batches of any size.
+pub(crate) fn long_context_is_stable(fixture: &Golden) {
+    let name = fixture.path.display();
+    let shape = shape_of_file(&fixture.path).unwrap();
+    let n_vocab = fixture.n_vocab as u32;
+    let tokens: Vec<u32> = (0..600u32)
+        .map(|i| i.wrapping_mul(2_654_435_761) % n_vocab)
+        .collect();
+    for kv_type in KvType::ALL {
+        let plan = all_in_memory(&shape, 610, kv_type);
+        let logits = |threads: usize, batch: usize| -> Vec<u32> {
+            let gguf = Arc::new(Gguf::open(&fixture.path).unwrap());
+            let options = LoadOptions {
+                threads: Some(threads),
+                batch: Some(batch),
+                ..LoadOptions::default()
             };
-            let expected = logits(1, 512);
-            // A last batch of one token, and one of two micro-batches, too.
-            for (threads, batch) in [(3, 512), (2, 64), (5, 100), (2, 599), (3, 2048)] {
-                let same = logits(threads, batch) == expected;
-                assert!(
-                    same,
-                    "{name}, {kv_type}: {threads} threads, batches of {batch}"
-                );
+            let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
+            let mut logits = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
+            for token in [3, 1, 4] {
+                logits.extend_from_slice(engine.forward(&[token], LogitsMode::Last).unwrap());
             }
+            assert!(logits.iter().all(|l| l.is_finite()));
+            logits.into_iter().map(f32::to_bits).collect()
+        };
+        let expected = logits(1, 512);
+        // A last batch of one token, and one of two micro-batches, too.
+        for (threads, batch) in [(3, 512), (2, 64), (5, 100), (2, 599), (3, 2048)] {
+            let same = logits(threads, batch) == expected;
+            assert!(
+                same,
+                "{name}, {kv_type}: {threads} threads, batches of {batch}"
+            );
         }
     }
 }

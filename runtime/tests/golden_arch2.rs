@@ -1,7 +1,9 @@
 //! The second group of architectures against golden values (`tests/data/arch2/README.md`), and under
 //! plans that must not change a bit.
 
-use super::golden_arch::{BOUND, Spread, context, engine, run, three_tiers};
+use super::golden_arch::{
+    BOUND, Spread, context, engine, long_context_is_stable, run, three_tiers,
+};
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::gguf::Gguf;
@@ -82,6 +84,13 @@ fn the_plan_does_not_change_a_bit() {
                 plan.name
             );
         }
+    }
+}
+
+#[test]
+fn long_contexts_depend_neither_on_threads_nor_on_batches() {
+    for name in ["glm-dsa", "dots3note", "kimi-linear"] {
+        long_context_is_stable(&golden(name));
     }
 }
 

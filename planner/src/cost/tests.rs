@@ -334,6 +334,7 @@ mod whole {
                 per_token: 10,
                 queries: 4,
                 window,
+                chosen: None,
             }]
         };
         known.sizes.caches = vec![

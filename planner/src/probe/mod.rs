@@ -62,7 +62,7 @@ const DEFAULT_DRAM_BYTES: u64 = 16 << 30;
 const MAX_TRUSTED_SPREAD: f64 = 0.15;
 
 /// Formats that most files use.
-const COMMON_FORMATS: [TensorType; 12] = [
+const COMMON_FORMATS: [TensorType; 14] = [
     TensorType::Q2_K,
     TensorType::Q3_K,
     TensorType::Q4_0,
@@ -73,6 +73,8 @@ const COMMON_FORMATS: [TensorType; 12] = [
     TensorType::IQ3_XXS,
     TensorType::IQ4_XS,
     TensorType::MXFP4,
+    TensorType::NVFP4,
+    TensorType::Q2_0,
     TensorType::BF16,
     TensorType::F32,
 ];

@@ -121,6 +121,7 @@ fn cache(width: u64) -> CacheShape {
             per_token: 1,
             queries: 1,
             window: None,
+            chosen: None,
         }],
         state_bytes: 0,
     }

@@ -92,6 +92,7 @@ fn points() -> Vec<Point> {
                 per_token: 1,
                 queries: 128,
                 window: None,
+                chosen: None,
             },
         ),
     );
@@ -112,6 +113,7 @@ fn points() -> Vec<Point> {
                 per_token: 2 * 2,
                 queries: 16,
                 window: None,
+                chosen: None,
             },
         ),
     );

@@ -98,6 +98,9 @@ pub struct GivenRows {
     pub queries: u32,
     /// Positions that a token looks back at, its own included; all of them when `None`.
     pub window: Option<u32>,
+    /// Positions that a token reads at most, wherever they are, as an indexer chooses them; all that
+    /// it looks back at when `None`.
+    pub chosen: Option<u32>,
 }
 
 /// How a layer attends.
@@ -331,6 +334,7 @@ impl Architecture {
                     per_token: per_head * u64::from(kv_heads),
                     queries: u64::from(heads / kv_heads),
                     window: window.filter(|_| !full).map(u64::from),
+                    chosen: None,
                 };
                 let rows = match head.cmp(&value) {
                     Ordering::Equal => vec![rows(head, 2)],
@@ -351,6 +355,7 @@ impl Architecture {
                     per_token: 1,
                     queries: 2 * u64::from(heads),
                     window: None,
+                    chosen: None,
                 };
                 (vec![rows], 0)
             }
@@ -393,6 +398,7 @@ fn given_rows(rows: &GivenRows) -> KvRows {
         per_token: rows.per_token.into(),
         queries: rows.queries.into(),
         window: rows.window.map(u64::from),
+        chosen: rows.chosen.map(u64::from),
     }
 }
 

@@ -10,6 +10,8 @@
 //! state[i, c] = decay * state[i, c] + key[i] * change[c]
 //! out[c] = sum over i of query[i] * state[i, c]
 //! ```
+//!
+//! Kimi delta attention (arXiv 2510.26692) has a decay per key channel, `decay[i]`, in its place.
 
 use super::Kernels;
 use super::ops::{exp, fma};
@@ -45,6 +47,21 @@ pub struct DeltaStep<'a> {
     pub beta: f32,
 }
 
+/// One token's update of some columns of a head's state whose rows decay each by itself.
+#[derive(Debug, Clone, Copy)]
+pub struct ChannelDeltaStep<'a> {
+    /// Query, `[head_dim]`.
+    pub query: &'a [f32],
+    /// Key, `[head_dim]`.
+    pub key: &'a [f32],
+    /// Value at those columns, `[columns]`.
+    pub value: &'a [f32],
+    /// Factor on each row of the old state, `[head_dim]`.
+    pub decay: &'a [f32],
+    /// Strength of the update.
+    pub beta: f32,
+}
+
 impl Kernels {
     /// Computes `state' = decay * state + beta * key (value - decay * key^T state)^T`, then
     /// `out = query^T state'`.
@@ -71,6 +88,41 @@ impl Kernels {
             "size of a delta state"
         );
         dispatch!(self, delta_step(state: &mut [f32], step: &DeltaStep<'_>, out: &mut [f32]))
+    }
+
+    /// Computes `old = diag(decay) state`, `state' = old + beta * key (value - key^T old)^T`, then
+    /// `out = query^T state'`.
+    ///
+    /// `state` is `[head_dim, columns]` and `out` is `[columns]`; columns don't depend on each
+    /// other.
+    ///
+    /// # Panics
+    /// When the lengths don't fit, or there are more columns than [`delta_columns`] can return.
+    #[inline]
+    pub fn channel_delta_step(
+        self,
+        state: &mut [f32],
+        step: &ChannelDeltaStep<'_>,
+        out: &mut [f32],
+    ) {
+        let columns = out.len();
+        assert!(
+            (1..=MAX_COLUMNS).contains(&columns) && step.value.len() == columns,
+            "columns of a delta step"
+        );
+        assert!(
+            step.query.len() == step.key.len() && step.decay.len() == step.key.len(),
+            "widths of query, key and decay"
+        );
+        assert_eq!(
+            state.len(),
+            step.key.len() * columns,
+            "size of a delta state"
+        );
+        dispatch!(
+            self,
+            channel_delta_step(state: &mut [f32], step: &ChannelDeltaStep<'_>, out: &mut [f32])
+        )
     }
 
     /// Computes `out[c] = silu(sum over j of weight[c, j] * rows[j][c])`; `rows` are consecutive
@@ -122,6 +174,47 @@ fn columns<const FUSED: bool>(n: usize, state: &mut [f32], step: &DeltaStep<'_>,
     for ((row, k), q) in state.chunks_exact_mut(n).zip(step.key).zip(step.query) {
         for c in 0..n {
             row[c] = fma::<FUSED>(*k, change[c], step.decay * row[c]);
+            sums[c] = fma::<FUSED>(*q, row[c], sums[c]);
+        }
+    }
+    out.copy_from_slice(&sums[..n]);
+}
+
+#[inline(always)]
+fn channel_delta_step<const FUSED: bool>(
+    state: &mut [f32],
+    step: &ChannelDeltaStep<'_>,
+    out: &mut [f32],
+) {
+    match out.len() {
+        32 => channel_columns::<FUSED>(32, state, step, out),
+        16 => channel_columns::<FUSED>(16, state, step, out),
+        n => channel_columns::<FUSED>(n, state, step, out),
+    }
+}
+
+#[inline(always)]
+fn channel_columns<const FUSED: bool>(
+    n: usize,
+    state: &mut [f32],
+    step: &ChannelDeltaStep<'_>,
+    out: &mut [f32],
+) {
+    let mut change = [0.0f32; MAX_COLUMNS];
+    for ((row, k), decay) in state.chunks_exact(n).zip(step.key).zip(step.decay) {
+        let k = k * decay;
+        for c in 0..n {
+            change[c] = fma::<FUSED>(k, row[c], change[c]);
+        }
+    }
+    for (change, v) in change.iter_mut().zip(step.value) {
+        *change = step.beta * (v - *change);
+    }
+    let mut sums = [0.0f32; MAX_COLUMNS];
+    let inputs = step.key.iter().zip(step.query).zip(step.decay);
+    for (row, ((k, q), decay)) in state.chunks_exact_mut(n).zip(inputs) {
+        for c in 0..n {
+            row[c] = fma::<FUSED>(*k, change[c], decay * row[c]);
             sums[c] = fma::<FUSED>(*q, row[c], sums[c]);
         }
     }
@@ -210,6 +303,46 @@ mod tests {
                 kernels.delta_step(&mut state, &step, &mut out);
                 for c in 0..columns {
                     let at = |i: usize| f64::from(decay) * f64::from(old[i * columns + c]);
+                    let seen: f64 = (0..dim).map(|i| f64::from(k[i]) * at(i)).sum();
+                    let change = f64::from(beta) * (f64::from(v[c]) - seen);
+                    let mut sum = 0.0;
+                    for i in 0..dim {
+                        let new = at(i) + f64::from(k[i]) * change;
+                        assert!(
+                            (f64::from(state[i * columns + c]) - new).abs() < 1e-5,
+                            "{kernels:?} {dim} {i} {c}"
+                        );
+                        sum += f64::from(q[i]) * new;
+                    }
+                    assert!(
+                        (f64::from(out[c]) - sum).abs() < 1e-5,
+                        "{kernels:?} {dim} {c}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_with_a_decay_per_channel_is_the_formula_on_every_instruction_set() {
+        for kernels in Kernels::available() {
+            for (dim, columns) in [(128, 32), (16, 16), (7, 7), (5, 1), (40, 20)] {
+                let (q, k, v) = (numbers(dim, 1), numbers(dim, 2), numbers(columns, 3));
+                let old = numbers(dim * columns, 4);
+                let decay: Vec<f32> = numbers(dim, 5).iter().map(|x| x + 0.5).collect();
+                let beta = 0.6;
+                let mut state = old.clone();
+                let mut out = vec![f32::NAN; columns];
+                let step = ChannelDeltaStep {
+                    query: &q,
+                    key: &k,
+                    value: &v,
+                    decay: &decay,
+                    beta,
+                };
+                kernels.channel_delta_step(&mut state, &step, &mut out);
+                for c in 0..columns {
+                    let at = |i: usize| f64::from(decay[i]) * f64::from(old[i * columns + c]);
                     let seen: f64 = (0..dim).map(|i| f64::from(k[i]) * at(i)).sum();
                     let change = f64::from(beta) * (f64::from(v[c]) - seen);
                     let mut sum = 0.0;

@@ -83,6 +83,17 @@ impl Kernels {
         dispatch!(self, limited_silu_mul(gate: &mut [f32], up: &[f32], limit: f32))
     }
 
+    /// Computes `gate = beta * tanh(gate / beta) * sigmoid(gate) * u`, where `u` is
+    /// `linear * tanh(up / linear)`, or up itself where `linear` is 0.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    #[inline]
+    pub fn situ_mul(self, gate: &mut [f32], up: &[f32], beta: f32, linear: f32) {
+        assert_eq!(gate.len(), up.len(), "lengths of gate and up");
+        dispatch!(self, situ_mul(gate: &mut [f32], up: &[f32], beta: f32, linear: f32))
+    }
+
     /// Computes the clamped SwiGLU of gpt-oss: `gate = g / (1 + exp(-alpha * g)) * (u + 1)`. There
     /// `g` is gate, at most `limit`, and `u` is up, clamped to `-limit..=limit`.
     ///
@@ -284,6 +295,33 @@ fn limited_silu_mul<const FUSED: bool>(gate: &mut [f32], up: &[f32], limit: f32)
         let up = if below < -limit { -limit } else { below };
         *g = gated * up;
     }
+}
+
+#[inline(always)]
+fn situ_mul<const FUSED: bool>(gate: &mut [f32], up: &[f32], beta: f32, linear: f32) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        let bounded = beta * tanh::<FUSED>(*g / beta);
+        let up = if linear > 0.0 {
+            linear * tanh::<FUSED>(*u / linear)
+        } else {
+            *u
+        };
+        *g = bounded / (1.0 + exp::<FUSED>(-*g)) * up;
+    }
+}
+
+/// Returns the hyperbolic tangent: near 0 the first terms of its series, which have no difference of
+/// near numbers, and elsewhere `(1 - t) / (1 + t)` with `t = e^(-2|x|)`.
+#[inline(always)]
+pub(super) fn tanh<const FUSED: bool>(x: f32) -> f32 {
+    let square = x * x;
+    let mut series = -1382.0 / 155_925.0;
+    for term in [62.0 / 2835.0, -17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0] {
+        series = fma::<FUSED>(series, square, term);
+    }
+    let t = exp::<FUSED>(-2.0 * x.abs());
+    let far = ((1.0 - t) / (1.0 + t)).copysign(x);
+    if x.abs() < 0.3 { series * x } else { far }
 }
 
 #[inline(always)]

@@ -495,6 +495,22 @@ fn small_operations_match_plain_arithmetic() {
                 let want = g / (1.0 + (-f64::from(alpha) * g).exp()) * (u + 1.0);
                 close(gate[i], want, want.abs(), "clamped_swiglu");
             }
+
+            for (beta, linear) in [(1.5, 2.0), (4.0, 0.0), (25.0, 30.0)] {
+                let mut gate = before.clone();
+                k.situ_mul(&mut gate, &b, beta, linear);
+                for i in 0..n {
+                    let bounded =
+                        |x: f32, by: f32| f64::from(by) * (f64::from(x) / f64::from(by)).tanh();
+                    let g = bounded(before[i], beta) / (1.0 + (-f64::from(before[i])).exp());
+                    let u = if linear > 0.0 {
+                        bounded(b[i], linear)
+                    } else {
+                        f64::from(b[i])
+                    };
+                    close(gate[i], g * u, (g * u).abs(), "situ_mul");
+                }
+            }
         }
     }
 }

@@ -225,9 +225,9 @@ impl ThreadPool {
     /// Cuts `data` into slices of `len` values, the last possibly shorter, and runs
     /// `work(index, slice)` on each.
     #[inline]
-    pub fn for_each_slice<F: Fn(usize, &mut [f32]) + Sync>(
+    pub fn for_each_slice<T: Send, F: Fn(usize, &mut [T]) + Sync>(
         &self,
-        data: &mut [f32],
+        data: &mut [T],
         len: usize,
         work: F,
     ) {

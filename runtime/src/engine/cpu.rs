@@ -233,7 +233,9 @@ impl LayerBackend for Cpu {
         let input = MixerInput {
             x: buffers.acts.view(),
             segments: &segments,
+            first_row: stage.rows.start,
             rope: cache.rotations.of(index),
+            indexer_rope: cache.rotations.of_indexer(index),
             norm_eps: stage.spec.norm_eps,
         };
         let out = &mut buffers.out[..x.len()];

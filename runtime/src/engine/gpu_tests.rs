@@ -24,7 +24,7 @@ pub(crate) fn data(name: &str) -> PathBuf {
 }
 
 /// Everything in main memory but for every second expert, which a GPU has.
-fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
+pub(crate) fn half_on_gpu(shape: &ModelShape, context: u32) -> Placement {
     let mut plan = all_in_memory(shape, context, KvType::F32);
     let mut vram = plan.tiers[TierIdx::new(0)].clone();
     vram.tier.name = "vram".into();

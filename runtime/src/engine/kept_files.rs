@@ -7,9 +7,12 @@
 //! checksum proves its values. Programs that share a folder write the same files.
 
 use crate::error::LoadError;
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
 use std::time::SystemTime;
 use tier_plan_formats::safely;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
@@ -20,6 +23,12 @@ const FORMAT: &str = "tier-plan kept text 1";
 /// Share of the folder that stays when there is too much in it, in percent. What is removed at once
 /// is not removed again and again.
 const KEPT_PERCENT: u64 = 90;
+
+/// Bytes of files that are read at once, ahead of the one that is wanted next.
+const AHEAD_BYTES: usize = 32 << 20;
+
+/// Files that are read at once at most: enough for a drive's full rate.
+const MAX_AHEAD: usize = 8;
 
 /// What a file holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,13 +116,59 @@ impl KeptFiles {
     pub(crate) fn read(&mut self, kept: Kept, tokens: &[u32], len: usize) -> Option<Vec<u8>> {
         let head = self.head(kept, tokens);
         let path = self.path(kept, &head);
-        match read_whole(&path, &head, len) {
+        let found = read_whole(&path, &head, len);
+        self.judge(&path, found)
+    }
+
+    /// Reads the `len` bytes that follow from each of some beginnings, several files at once, and
+    /// hands them to `take` in order: up to the first that is not there and whole, or that is not
+    /// taken.
+    pub(crate) fn read_each<'t>(
+        &mut self,
+        kept: Kept,
+        beginnings: impl Iterator<Item = &'t [u32]>,
+        len: usize,
+        mut take: impl FnMut(Vec<u8>) -> bool,
+    ) {
+        let at_once = (AHEAD_BYTES / len.max(1)).clamp(1, MAX_AHEAD);
+        thread::scope(|scope| {
+            let (mut reads, mut next) = (VecDeque::new(), beginnings);
+            loop {
+                while reads.len() < at_once
+                    && let Some(tokens) = next.next()
+                {
+                    let head = self.head(kept, tokens);
+                    let file = Arc::new((self.path(kept, &head), head));
+                    let of = file.clone();
+                    let read = move || read_whole(&of.0, &of.1, len);
+                    // Without a thread, it is read when it is wanted.
+                    let read = thread::Builder::new().spawn_scoped(scope, read).ok();
+                    reads.push_back((file, read));
+                }
+                let Some((file, read)) = reads.pop_front() else {
+                    break;
+                };
+                let (path, head) = &*file;
+                let found = match read {
+                    Some(read) => read.join().unwrap_or(Ok(None)),
+                    None => read_whole(path, head, len),
+                };
+                if !self.judge(path, found).is_some_and(&mut take) {
+                    break;
+                }
+            }
+        });
+    }
+
+    /// Returns the values that were found in a file. One that can't be used goes, and is noted.
+    fn judge(&mut self, path: &Path, found: io::Result<Option<Vec<u8>>>) -> Option<Vec<u8>> {
+        match found {
             Ok(values) => values,
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
-                self.note(&path, "is not used", &error);
+                self.note(path, "is not used", &error);
                 // It would be found damaged again.
-                let _ = fs::remove_file(&path);
+                let _ = fs::remove_file(path);
                 None
             }
         }
@@ -301,6 +356,44 @@ mod tests {
         fs::rename(other, &path).unwrap();
         assert_eq!(files.read(Kept::Page, &[1], 50), None);
         assert!(files.take_notes().is_empty());
+    }
+
+    #[test]
+    fn many_files_are_read_in_order_up_to_the_first_that_is_bad() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut files = open(folder.path(), 1 << 20);
+        let tokens: Vec<u32> = (0..40).collect();
+        for n in 1..=40 {
+            files.write(Kept::Page, &tokens[..n], || vec![n as u8; 70]);
+        }
+        let read = |files: &mut KeptFiles, most: usize| {
+            let mut found = Vec::new();
+            let beginnings = (1..=50).map(|n: usize| &tokens[..n.min(40)]);
+            files.read_each(Kept::Page, beginnings.take(40), 70, |bytes| {
+                assert!(bytes.len() == 70 && bytes.iter().all(|b| *b == bytes[0]));
+                found.push(usize::from(bytes[0]));
+                found.len() < most
+            });
+            found
+        };
+        let up_to = |n: usize| (1..=n).collect::<Vec<_>>();
+        assert_eq!(read(&mut files, 99), up_to(40));
+        assert_eq!(read(&mut files, 11), up_to(11));
+        let head = files.head(Kept::Page, &tokens[..30]);
+        let path = files.path(Kept::Page, &head);
+        fs::write(&path, b"short").unwrap();
+        assert_eq!(read(&mut files, 99), up_to(29));
+        assert!(files.take_notes().len() == 1 && !path.exists());
+        assert_eq!(read(&mut files, 99), up_to(29), "it is missing now");
+        assert!(files.take_notes().is_empty());
+        assert!(files.has(Kept::Page, &tokens[..31]));
+        files.read_each(
+            Kept::State,
+            [&tokens[..1]].into_iter(),
+            70,
+            |_| unreachable!(),
+        );
+        files.read_each(Kept::Page, std::iter::empty(), 0, |_| unreachable!());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Factors beside matrices: a file that has them must give the same bits as one whose weights were
 //! multiplied, where the factors are powers of two.
 
+use super::gpu_tests::half_on_gpu;
 use super::rewritten_mla_tests::fused;
 use super::rewritten_tests::{error, fixture, logits};
 use crate::engine::Engine;
@@ -14,8 +15,8 @@ use tier_plan_formats::gguf::testing::{Writer, WriterTensor};
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::shape::shape_of;
-use tier_plan_formats::placement::TierIdx;
+use tier_plan_formats::model::shape::{DenseKind, shape_of};
+use tier_plan_formats::placement::{Placement, TierIdx};
 use tier_plan_kernels::quant::TensorType;
 
 /// Whether a tensor is a matrix, or a stack of experts' matrices, that may have a factor.
@@ -124,7 +125,10 @@ fn a_matrix_of_integers_is_refused_by_name() {
     tensor.type_id = TensorType::I16 as u32;
     file.tensors.push(tensor);
     let message = error(&file);
-    assert!(message.contains(name) && message.contains("is I16"), "{message}");
+    assert!(
+        message.contains(name) && message.contains("is I16"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -133,15 +137,43 @@ fn a_plan_with_a_gpu_is_refused() {
     std::fs::write(file.path(), with_factors(&fixture("qwen2moe")).finish()).unwrap();
     let gguf = Arc::new(Gguf::open(file.path()).unwrap());
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
-    let mut plan = all_in_memory(&shape, 8, KvType::F32);
-    plan.tiers[TierIdx::FIRST].tier.kind = TierKind::Vram;
     let options = LoadOptions {
         threads: Some(1),
         ..LoadOptions::default()
     };
-    let refused = Engine::load(gguf, &plan, &options, &mut |_, _| {}).map(|_| ());
-    match refused.unwrap_err() {
-        LoadError::FactorOnGpu { tensor, .. } => assert!(tensor.ends_with(".weight"), "{tensor}"),
-        other => panic!("{other}"),
+    // Experts on the GPU, then one layer's attention, then the head.
+    let mut attention = all_in_memory(&shape, 8, KvType::F32);
+    add_gpu(&mut attention);
+    let mut head = attention.clone();
+    for (plan, kind) in [
+        (&mut attention, DenseKind::Attention),
+        (&mut head, DenseKind::Head),
+    ] {
+        let mut dense = plan.dense.iter_mut();
+        dense.find(|d| d.kind == kind).unwrap().tier = TierIdx::FIRST;
+        plan.fill_sums(&shape);
     }
+    for (plan, tensor) in [
+        (half_on_gpu(&shape, 8), "blk.0.ffn_gate_exps.weight"),
+        (attention, "blk.0.attn_q.weight"),
+        (head, "output.weight"),
+    ] {
+        let loaded = Engine::load(Arc::clone(&gguf), &plan, &options, &mut |_, _| {});
+        match loaded.map(|_| ()).unwrap_err() {
+            LoadError::FactorOnGpu { tensor: found, .. } => assert_eq!(found, tensor),
+            other => panic!("{tensor}: {other}"),
+        }
+    }
+}
+
+/// Puts a GPU before the tiers of a plan, which uses nothing of it yet.
+fn add_gpu(plan: &mut Placement) {
+    let mut vram = plan.tiers[TierIdx::FIRST].clone();
+    vram.tier.name = "vram".into();
+    vram.tier.kind = TierKind::Vram;
+    plan.tiers = [vram].into_iter().chain(plan.tiers.clone()).collect();
+    let memory = TierIdx::new(1);
+    (plan.kv_tier, plan.staging_tier) = (memory, memory);
+    plan.dense.iter_mut().for_each(|d| d.tier = memory);
+    plan.layers.iter_mut().for_each(|l| l.slot_tier = memory);
 }

@@ -34,7 +34,7 @@ impl Fixture {
     fn of(folder: &str, name: &str) -> Self {
         let gguf = Arc::new(Gguf::open(&data(&format!("{folder}/{name}.gguf"))).unwrap());
         let spec = describe(&gguf).unwrap();
-        let recurrent = |mixer: &Mixer| matches!(mixer, Mixer::Delta(_) | Mixer::ShortConv(_));
+        let recurrent = |mixer: &Mixer| mixer.state_bytes() > 0;
         Self {
             shape: shape_of(&gguf, &spec),
             rewinds: !spec.layers.iter().any(|layer| recurrent(&layer.mixer)),

@@ -36,6 +36,19 @@ impl Fixture {
         let key = |name: &str| format!("gpt-oss.attention.sliding_window{name}");
         writer.set(&key(""), Value::U32(window));
         writer.set(&key("_pattern"), Value::U32(period));
+        Self::of(&writer, window)
+    }
+
+    /// Makes a model of latent attention in which two layers have the window, and one an indexer.
+    fn latent(window: u32) -> Self {
+        let gguf = Gguf::open(&data("arch2/dots3note.gguf")).unwrap();
+        let mut writer = Writer::from_gguf(&gguf);
+        let key = "dots3note.attention.sliding_window";
+        writer.set(key, Value::U32(window));
+        Self::of(&writer, window)
+    }
+
+    fn of(writer: &Writer, window: u32) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), writer.finish()).unwrap();
         let gguf = Arc::new(Gguf::open(file.path()).unwrap());
@@ -195,8 +208,9 @@ impl Company<'_> {
 
 #[test]
 fn a_text_has_the_same_bits_where_layers_hold_their_windows_only() {
-    for (window, period) in [(5, 2), (8, 0), (21, 3), (64, 2)] {
-        let fixture = Fixture::new(window, period);
+    let heads = [(5, 2), (8, 0), (21, 3), (64, 2)];
+    let fixtures = heads.map(|(window, period)| Fixture::new(window, period));
+    for fixture in fixtures.into_iter().chain([Fixture::latent(21)]) {
         for kv_type in [KvType::F16, KvType::Q8_0] {
             let alone = [0, 1].map(|t| fixture.alone(&text(t), kv_type));
             let batches = prop_oneof![Just(7usize), Just(64), Just(512)];
@@ -231,7 +245,7 @@ fn a_text_has_the_same_bits_where_layers_hold_their_windows_only() {
                 prop_assert_eq!(company.engine.pages(), all, "no page is lost");
                 company.engine.sequences.forget_kept();
                 let used = company.engine.sequences.window_pages_in_use();
-                prop_assert_eq!(used, vec![(window as usize, 0)]);
+                prop_assert_eq!(used, vec![(fixture.window, 0)]);
             });
         }
     }

@@ -139,14 +139,14 @@ impl BufferSizes {
                 let low = a.q_down.map_or(0, |low| low.down.n_out);
                 let part = part_tokens(a).min(rows);
                 // One head more, as views of the rotated values begin at an offset.
-                self.q = self.q.max(rows * a.q.n_out + a.nope_dim + a.rope.dims);
+                self.q = self.q.max(rows * a.q.n_out + a.nope_dim + a.shared_dim);
                 self.k = self.k.max(rows * a.kv_down.n_out + a.kv_down.n_out);
                 self.mixed = self.mixed.max(rows * a.o.n_in);
                 self.low = self.low.max(rows * low);
                 self.inner = self.inner.max(low).max(a.o.n_in);
                 self.nope = self.nope.max(part * a.n_head * a.nope_dim);
                 self.latents = self.latents.max(part * a.n_head * a.kv_rank);
-                self.raw = self.raw.max(part * a.n_head * (a.kv_rank + a.rope.dims));
+                self.raw = self.raw.max(part * a.n_head * (a.kv_rank + a.shared_dim));
                 // In a part, each head of a token is a row.
                 self.inner = self
                     .inner
@@ -172,7 +172,7 @@ impl BufferSizes {
                 return;
             }
             // Refused when the plan is checked.
-            Mixer::ShortConv(_) => return,
+            Mixer::Kda(_) | Mixer::ShortConv(_) => return,
         };
         self.attend = self.attend.max(wanted);
         self.attend_width = self.attend_width.min(width);

@@ -66,6 +66,10 @@ impl Mixer {
             MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
             MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d)?))),
+            MixerSpec::Kda(_) => Err(CudaError::NotThere {
+                device: loader.device.name().to_string(),
+                part: "Kimi delta attention".into(),
+            }),
             MixerSpec::ShortConv(_) => Err(CudaError::NotThere {
                 device: loader.device.name().to_string(),
                 part: "a short convolution".into(),
@@ -459,7 +463,7 @@ impl Mla {
             to_values,
             o: loader.linear(&a.o)?,
             rope,
-            rows: cache.rows(loader.device, 1, a.kv_rank + a.rope.dims)?,
+            rows: cache.rows(loader.device, 1, a.kv_rank + a.shared_dim)?,
             heads: indices(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
             cache,
             spec: a.clone(),
@@ -468,8 +472,8 @@ impl Mla {
 
     fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
         let (a, MixerBatch { n, past, eps }) = (&self.spec, batch);
-        let (rank, pairs) = (a.kv_rank, a.rope.dims / 2);
-        let (width, key_dim) = (rank + a.rope.dims, a.nope_dim + a.rope.dims);
+        let rank = a.kv_rank;
+        let (width, key_dim) = (rank + a.shared_dim, a.nope_dim + a.shared_dim);
         let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
         let (first, to) = self
             .q_down
@@ -495,11 +499,11 @@ impl Mla {
             stride: width,
         };
         ops.rms_norm_of(latents, Some(self.kv_norm.view()), n, rank, eps, latents)?;
-        if let Some(table) = self.rope {
+        if let Some((table, rope)) = self.rope.zip(a.rope.as_ref()) {
             let turns = RopeTurns {
                 values: buffers.turns[table].view(),
-                kind: a.rope.kind,
-                half: pairs,
+                kind: rope.kind,
+                half: rope.dims / 2,
             };
             // The last values of each row are rotated.
             let rotate = |rows: View<'_>, skip: usize, heads: usize, width: usize| {
@@ -558,7 +562,7 @@ impl Mla {
         n: usize,
     ) -> Result<(), CudaError> {
         let a = &self.spec;
-        let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.rope.dims, n * a.n_head);
+        let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.shared_dim, n * a.n_head);
         let (key_dim, width) = (nope + rope, rank + rope);
         let q = buffers.q.view();
         let q = q.floats(first * a.q.n_out..q.words());

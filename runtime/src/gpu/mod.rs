@@ -11,6 +11,7 @@
 mod buffers;
 mod delta;
 pub mod devices;
+pub(crate) mod factors;
 pub(crate) mod fits;
 mod full;
 mod matrix;

@@ -4,13 +4,14 @@
 //! expert or dense block, the head, and the embedding. The hidden state is copied to where the next
 //! part runs.
 
+use super::factors;
 use crate::error::LoadError;
 use crate::layers::places::Places;
 use tier_plan_cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::spec::{
     Activation, Ffn, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec, Linear, Mixer,
-    MlaSpec, ModelSpec, OutputGate, WindowKind,
+    MlaSpec, ModelSpec, OutputGate, Reach, WindowKind,
 };
 use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
@@ -22,16 +23,8 @@ const KV_CACHE: &str = "kv_cache";
 /// # Errors
 /// Names the part, the tier, and the reason.
 pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(), LoadError> {
-    if let Some(id) = spec.scales.first()
-        && let Some(tier) = plan.tiers.iter().find(|tier| tier.uses_gpu())
-    {
-        return Err(LoadError::FactorOnGpu {
-            plan: plan.name.clone(),
-            tier: tier.tier.name.clone(),
-            tensor: gguf.tensors()[id].name.clone(),
-        });
-    }
     let places = Places::new(plan, spec.layers.len());
+    factors::check(gguf, spec, plan, &places)?;
     let rejected =
         |tier: TierIdx, layer: usize, group: &'static str, why: String| LoadError::OnGpu {
             plan: plan.name.clone(),
@@ -118,6 +111,8 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
     match &layer.mixer {
         Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
         Mixer::ShortConv(_) => Some("a short convolution".into()),
+        Mixer::Kda(_) => Some("Kimi delta attention".into()),
+        Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {
             let linears = [&a.q, &a.k, &a.v, &a.o]
                 .into_iter()
@@ -130,7 +125,7 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
                 .chain(a.q_down.as_ref().map(|low| &low.down));
             let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
             linears
-                .or(key(a.kv_rank + a.rope.dims))
+                .or(key(a.kv_rank + a.shared_dim))
                 .or_else(|| misplaced_heads(gguf, a))
         }
         Mixer::Delta(d) => {
@@ -177,6 +172,24 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
         .map(|(_, what)| what)
 }
 
+/// Returns what of a latent attention no kernel of a GPU computes.
+fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
+    let reach = match &a.reach {
+        Reach::All => None,
+        Reach::Window(_) => Some("a window of latent attention"),
+        Reach::Indexed(_) => Some("a lightning indexer"),
+        Reach::Reused { .. } => Some("positions that another layer's indexer chose"),
+    };
+    let options = [
+        (a.rope.is_none(), "latent attention without rotation"),
+        (a.shared_norm.is_some(), "a norm of the shared key part"),
+        (a.sinks.is_some(), "sinks of latent attention"),
+        (a.gate.is_some(), "gates with a matrix of their own"),
+    ];
+    let option = options.into_iter().find(|(has, _)| *has);
+    reach.or(option.map(|(_, what)| what))
+}
+
 /// Returns what of the embedding no kernel of a GPU computes.
 fn embedding(spec: &ModelSpec) -> Option<String> {
     if spec.token_inputs.is_some() {
@@ -218,6 +231,7 @@ fn activation(activation: Activation) -> Option<String> {
         Activation::Silu | Activation::ClampedSwiglu { .. } => None,
         Activation::Gelu => Some("GELU".into()),
         Activation::LimitedSilu { .. } => Some("SiLU with a limit".into()),
+        Activation::Situ { .. } => Some("SiTU".into()),
     }
 }
 

@@ -209,6 +209,6 @@ impl Workspace {
 fn temperature(spec: &ModelSpec) -> Option<Temperature> {
     spec.layers.iter().find_map(|layer| match &layer.mixer {
         Mixer::Mla(a) => a.temperature,
-        Mixer::Gqa(_) | Mixer::Delta(_) | Mixer::ShortConv(_) => None,
+        _ => None,
     })
 }

@@ -207,23 +207,23 @@ impl Job {
 /// The softmax of one query over some positions (online softmax): the largest score, the sum of the
 /// exponentials below it, and the rows mixed by them, not yet divided by the sum. Over no position:
 /// minus infinity, 0 and zeros.
-struct PartialSoftmax<'a> {
-    largest: &'a mut f32,
-    sum: &'a mut f32,
-    mixed: &'a mut [f32],
+pub(super) struct PartialSoftmax<'a> {
+    pub largest: &'a mut f32,
+    pub sum: &'a mut f32,
+    pub mixed: &'a mut [f32],
 }
 
 /// A [`PartialSoftmax`] to read.
 #[derive(Clone, Copy)]
-struct PartialSoftmaxRef<'a> {
-    largest: f32,
-    sum: f32,
-    mixed: &'a [f32],
+pub(super) struct PartialSoftmaxRef<'a> {
+    pub largest: f32,
+    pub sum: f32,
+    pub mixed: &'a [f32],
 }
 
 impl PartialSoftmax<'_> {
     /// Merges the softmax over later positions.
-    fn merge(&mut self, kernels: Kernels, later: PartialSoftmaxRef<'_>) {
+    pub(super) fn merge(&mut self, kernels: Kernels, later: PartialSoftmaxRef<'_>) {
         if later.sum == 0.0 {
             return;
         }
@@ -241,19 +241,33 @@ impl PartialSoftmax<'_> {
         *self.sum = a * *self.sum + b * later.sum;
         *self.largest = largest;
     }
+
+    /// Returns the factor on what is mixed, with an attention sink where there is one: a score
+    /// beside those of the positions, which takes its share of the weights and has no value.
+    pub(super) fn factor(&self, sink: Option<f32>) -> f32 {
+        let (largest, sum) = (*self.largest, *self.sum);
+        match sink {
+            Some(sink) => {
+                let most = largest.max(sink);
+                let a = (largest - most).exp();
+                a / (a * sum + (sink - most).exp())
+            }
+            None => 1.0 / sum,
+        }
+    }
 }
 
 /// What a block finds in one chunk or in several: `[queries, value_width]`, then `[queries]`
 /// largest scores, then `[queries]` sums.
-struct Part<'a> {
-    mixed: &'a mut [f32],
-    largest: &'a mut [f32],
-    sums: &'a mut [f32],
+pub(super) struct Part<'a> {
+    pub mixed: &'a mut [f32],
+    pub largest: &'a mut [f32],
+    pub sums: &'a mut [f32],
     width: usize,
 }
 
 impl<'a> Part<'a> {
-    fn new(part: &'a mut [f32], queries: usize, width: usize) -> Self {
+    pub(super) fn new(part: &'a mut [f32], queries: usize, width: usize) -> Self {
         let (mixed, rest) = part.split_at_mut(queries * width);
         let (largest, rest) = rest.split_at_mut(queries);
         Self {
@@ -265,13 +279,13 @@ impl<'a> Part<'a> {
     }
 
     /// Sets the part to that of no position.
-    fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.mixed.fill(0.0);
         self.largest.fill(f32::NEG_INFINITY);
         self.sums.fill(0.0);
     }
 
-    fn query_mut(&mut self, query: usize) -> PartialSoftmax<'_> {
+    pub(super) fn query_mut(&mut self, query: usize) -> PartialSoftmax<'_> {
         let mixed = &mut self.mixed[query * self.width..][..self.width];
         PartialSoftmax {
             largest: &mut self.largest[query],
@@ -280,7 +294,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    fn query(&self, query: usize) -> PartialSoftmaxRef<'_> {
+    pub(super) fn query(&self, query: usize) -> PartialSoftmaxRef<'_> {
         let mixed = &self.mixed[query * self.width..][..self.width];
         PartialSoftmaxRef {
             largest: self.largest[query],
@@ -299,10 +313,7 @@ pub(super) struct AttentionParts {
 }
 
 impl AttentionParts {
-    /// Writes the result of one query, `[value_width]`.
-    ///
-    /// `sink` is an attention sink: a score beside those of the positions, which takes its share of
-    /// the weights and has no value.
+    /// Writes the result of one query, `[value_width]`, with its head's attention sink, if any.
     pub(super) fn result(
         &self,
         kernels: Kernels,
@@ -318,7 +329,7 @@ impl AttentionParts {
         let mut merged = PartialSoftmax {
             largest: &mut largest,
             sum: &mut sum,
-            mixed: out,
+            mixed: &mut *out,
         };
         for part in self.data[first * blocks.part_len()..]
             .chunks_exact(blocks.part_len())
@@ -336,14 +347,7 @@ impl AttentionParts {
                 },
             );
         }
-        let factor = match sink {
-            Some(sink) => {
-                let most = largest.max(sink);
-                let a = (largest - most).exp();
-                a / (a * sum + (sink - most).exp())
-            }
-            None => 1.0 / sum,
-        };
+        let factor = merged.factor(sink);
         out.iter_mut().for_each(|v| *v *= factor);
     }
 }

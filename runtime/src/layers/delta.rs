@@ -26,17 +26,25 @@ thread_local! {
 pub(crate) struct DeltaState {
     /// `[heads, conv_taps - 1, head_dim]`: the convolution's inputs of the last tokens, the newest
     /// last.
-    inputs: Vec<f32>,
+    pub(super) inputs: Vec<f32>,
     /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one
     /// job.
-    matrices: Vec<f32>,
+    pub(super) matrices: Vec<f32>,
 }
 
 impl DeltaState {
     pub(super) fn new(spec: &DeltaSpec) -> Self {
+        Self::of_sizes(
+            (spec.conv_taps - 1) * spec.channels(),
+            spec.n_value_head * spec.head_dim * spec.head_dim,
+        )
+    }
+
+    /// Makes a state without tokens of this many inputs of convolutions and values of matrices.
+    pub(super) fn of_sizes(inputs: usize, matrices: usize) -> Self {
         Self {
-            inputs: vec![0.0; (spec.conv_taps - 1) * spec.channels()],
-            matrices: vec![0.0; spec.n_value_head * spec.head_dim * spec.head_dim],
+            inputs: vec![0.0; inputs],
+            matrices: vec![0.0; matrices],
         }
     }
 
@@ -341,12 +349,11 @@ fn rates(
 }
 
 /// Returns `ln(1 + eˣ)`, which is `x` to the last bit where `eˣ` could overflow.
-fn softplus(x: f32) -> f32 {
+pub(super) fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
-/// Convolves all heads of the rows of one text, and scales queries and keys to length 1. Queries are also divided by the
-/// root of the width.
+/// Convolves all heads of the rows of one text, and scales queries and keys to length 1.
 fn convolve(
     c: CpuContext<'_>,
     weight: &[f32],
@@ -357,23 +364,72 @@ fn convolve(
     s: &mut DeltaScratch,
 ) {
     let layout = Layout::new(spec);
-    let (dim, taps, n_key) = (spec.head_dim, spec.conv_taps, spec.n_key_head);
-    let (n_heads, width, keep) = (
-        2 * n_key + spec.n_value_head,
-        layout.projected_width(),
-        taps - 1,
-    );
-    let n = rows.len();
+    let (n_key, width) = (spec.n_key_head, layout.projected_width());
+    let heads = ConvHeads {
+        n_query: n_key,
+        n_key,
+        n_value: spec.n_value_head,
+        dim: spec.head_dim,
+        taps: spec.conv_taps,
+        eps,
+    };
+    let (len, per_head) = (heads.len() * heads.dim, heads.dim * heads.taps);
     let projected = &s.projected[rows.start * width..];
-    c.pool.for_each_pair(
-        n_heads,
-        &mut s.heads[rows.start * n_heads * dim..rows.end * n_heads * dim],
+    convolve_heads(
+        c,
+        heads,
+        |head| &weight[head * per_head..][..per_head],
+        |head, t| &projected[t * width + layout.head(head)..][..heads.dim],
         past,
-        |head, rows, past| {
-            let column = layout.head(head);
-            let input = |t: usize| &projected[t * width + column..][..dim];
-            let weight = &weight[head * dim * taps..][..dim * taps];
-            let scale = if head < n_key {
+        &mut s.heads[rows.start * len..rows.end * len],
+    );
+}
+
+/// Heads that are convolved: queries, then keys, then values.
+#[derive(Clone, Copy)]
+pub(super) struct ConvHeads {
+    pub n_query: usize,
+    pub n_key: usize,
+    pub n_value: usize,
+    /// Width of a head.
+    pub dim: usize,
+    /// Tokens that the convolution sees, its own included.
+    pub taps: usize,
+    /// Added to the squared length of queries and keys.
+    pub eps: f32,
+}
+
+impl ConvHeads {
+    pub(super) fn len(&self) -> usize {
+        self.n_query + self.n_key + self.n_value
+    }
+}
+
+/// Convolves heads of consecutive tokens, and scales queries and keys to length 1. Queries are also
+/// divided by the root of the width.
+///
+/// `weight` returns a head's weights, `[dim, taps]`, and `input` its inputs at a token. `past` has
+/// the inputs of the tokens before, `[heads, taps - 1, dim]`; `out` is `[heads, tokens, dim]`.
+pub(super) fn convolve_heads<'a>(
+    c: CpuContext<'_>,
+    heads: ConvHeads,
+    weight: impl Fn(usize) -> &'a [f32] + Sync,
+    input: impl Fn(usize, usize) -> &'a [f32] + Sync,
+    past: &mut [f32],
+    out: &mut [f32],
+) {
+    let ConvHeads {
+        n_query,
+        dim,
+        taps,
+        eps,
+        ..
+    } = heads;
+    let (n_normed, keep) = (n_query + heads.n_key, taps - 1);
+    c.pool
+        .for_each_pair(heads.len(), out, past, |head, rows, past| {
+            let (weight, n) = (weight(head), rows.len() / dim);
+            let scale = if head < n_query {
                 1.0 / (dim as f32).sqrt()
             } else {
                 1.0
@@ -385,11 +441,11 @@ fn convolve(
                     *seen = if at < keep {
                         &past[at * dim..][..dim]
                     } else {
-                        input(at - keep)
+                        input(head, at - keep)
                     };
                 }
                 c.kernels.conv_silu(&seen[..taps], weight, row);
-                if head < 2 * n_key {
+                if head < n_normed {
                     let squares = c.kernels.dot(row, row) + eps;
                     let factor = scale / squares.max(f32::MIN_POSITIVE).sqrt();
                     row.iter_mut().for_each(|v| *v *= factor);
@@ -398,10 +454,9 @@ fn convolve(
             let new = n.min(keep);
             past.copy_within(new * dim.., 0);
             for i in keep - new..keep {
-                past[i * dim..][..dim].copy_from_slice(input(n + i - keep));
+                past[i * dim..][..dim].copy_from_slice(input(head, n + i - keep));
             }
-        },
-    );
+        });
 }
 
 /// Takes the matrices of one text through its rows, and reads them with each row's query.

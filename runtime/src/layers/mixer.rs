@@ -4,13 +4,15 @@
 use super::cpu_context::CpuContext;
 use super::delta::{DeltaScratch, DeltaState};
 use super::gqa::GqaScratch;
-use super::kv_rows::{KeyValues, RowStore};
+use super::indexer::Chosen;
+use super::kda::KdaScratch;
+use super::kv_rows::{KeyValues, LatentRows, RowStore};
 use super::mla::MlaScratch;
 use super::pages::{PageIdx, StateIdx};
 use super::rope::RopeTable;
 use super::short_conv::ShortConvScratch;
 use super::weights::DenseWeights;
-use super::{delta, gqa, mla, short_conv};
+use super::{delta, gqa, kda, mla, short_conv};
 use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
@@ -21,8 +23,7 @@ use tier_plan_kernels::ActView;
 /// What one layer's mixer keeps of all texts: KV cache or recurrent states.
 pub(crate) enum LayerCache {
     Gqa(KeyValues),
-    /// Rows of latents, each with its rotated key part: all heads read the same rows.
-    Mla(RowStore),
+    Mla(LatentRows),
     /// One state per text, then those of checkpoints.
     Delta(Vec<DeltaState>),
     /// The cache is in a GPU's memory.
@@ -53,9 +54,13 @@ impl LayerCache {
                 })
             }
             Mixer::Mla(a) => {
-                let width = a.kv_rank + a.rope.dims;
-                Self::Mla(RowStore::new(kv_type, 1, positions, width))
+                let rows = |width| RowStore::new(kv_type, 1, positions, width);
+                Self::Mla(LatentRows {
+                    latents: rows(a.kv_rank + a.shared_dim),
+                    index_keys: a.reach.indexer().map(|indexer| rows(indexer.key_dim)),
+                })
             }
+            Mixer::Kda(k) => Self::Delta((0..n_states).map(|_| kda::new_state(k)).collect()),
             Mixer::Delta(d) => Self::Delta((0..n_states).map(|_| DeltaState::new(d)).collect()),
             Mixer::ShortConv(c) => {
                 let state = |_| DeltaState::of_inputs(c.state_values());
@@ -73,7 +78,7 @@ impl LayerCache {
             .saturating_add(mixer.state_bytes());
         Self::OnGpu {
             bytes,
-            rewinds: !matches!(mixer, Mixer::Delta(_) | Mixer::ShortConv(_)),
+            rewinds: mixer.state_bytes() == 0,
         }
     }
 
@@ -195,6 +200,9 @@ pub(crate) struct MixerScratch {
     mla: MlaScratch,
     delta: DeltaScratch,
     short_conv: ShortConvScratch,
+    kda: KdaScratch,
+    /// What the last indexer chose for the rows of the batch.
+    chosen: Chosen,
 }
 
 impl MixerScratch {
@@ -205,6 +213,7 @@ impl MixerScratch {
             Mixer::Mla(a) => self.mla.reserve(rows, a),
             Mixer::Delta(d) => self.delta.reserve(rows, d),
             Mixer::ShortConv(c) => self.short_conv.reserve(rows, c),
+            Mixer::Kda(k) => self.kda.reserve(rows, k),
         }
     }
 }
@@ -272,8 +281,12 @@ pub(crate) struct MixerInput<'a> {
     pub x: ActView<'a>,
     /// All rows, by text.
     pub segments: &'a [Segment<'a>],
+    /// Index in the batch of the first row.
+    pub first_row: usize,
     /// Rotations prepared for the rows' positions, where the mixer rotates.
     pub rope: Option<&'a RopeTable>,
+    /// Those of the mixer's indexer, where that rotates.
+    pub indexer_rope: Option<&'a RopeTable>,
     /// Epsilon of norms inside the mixer.
     pub norm_eps: f32,
 }
@@ -293,10 +306,14 @@ pub(crate) fn mix(
             gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
         }
         (Mixer::Mla(spec), LayerCache::Mla(cache)) => {
-            mla::run(c, weights, spec, input, cache, &mut scratch.mla, out);
+            let MixerScratch { mla, chosen, .. } = scratch;
+            mla::run(c, weights, spec, input, cache, (mla, chosen), out);
         }
         (Mixer::Delta(spec), LayerCache::Delta(states)) => {
             delta::run(c, weights, spec, input, states, &mut scratch.delta, out);
+        }
+        (Mixer::Kda(spec), LayerCache::Delta(states)) => {
+            kda::run(c, weights, spec, input, states, &mut scratch.kda, out);
         }
         (Mixer::ShortConv(spec), LayerCache::Delta(states)) => {
             short_conv::run(

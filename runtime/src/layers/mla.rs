@@ -5,12 +5,18 @@
 //! and what they gather is taken back.
 
 use super::attention::{Attention, AttentionParts, attend};
-use super::kv_rows::RowStore;
-use super::mixer::{MixerInput, Segment};
+use super::delta::softplus;
+use super::indexer::{self, Chosen, IndexerScratch};
+use super::kv_rows::{LatentRows, RowStore};
+use super::mixer::MixerInput;
+use super::sparse::{SparseAttention, SparseParts, attend_chosen};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::cell::RefCell;
-use tier_plan_formats::model::spec::{KvUp, LowRank, MlaSpec};
+use std::ops::Range;
+use tier_plan_formats::model::spec::{
+    GateFunction, KvUp, Linear, LowRank, MlaSpec, OutputGate, WindowKind,
+};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, Activations, Weights, needs_quants};
@@ -31,12 +37,15 @@ pub(super) struct MlaScratch {
     q_low: Vec<f32>,
     /// `[tokens, q_rank]`: `q_low` after its norm.
     q_normed: Vec<f32>,
-    /// `[tokens, n_head, nope_dim + rope dims]`.
+    /// `[tokens, n_head, nope_dim + shared_dim]`.
     q: Vec<f32>,
-    /// `[tokens, kv_rank + rope dims]`.
+    /// `[tokens, kv_rank + shared_dim]`.
     kv: Vec<f32>,
-    /// One row for the cache, `[kv_rank + rope dims]`.
+    /// One row for the cache, `[kv_rank + shared_dim]`.
     row: Vec<f32>,
+    /// Gates on the result, `[tokens, n_head or n_head * value_dim]`.
+    gate: Vec<f32>,
+    indexer: IndexerScratch,
     /// `[n_head, tokens of a part, nope_dim]`.
     nope: Vec<f32>,
     /// `[n_head, tokens of a part, kv_rank]`.
@@ -44,6 +53,7 @@ pub(super) struct MlaScratch {
     /// `[n_head, tokens of a part, value_dim]`.
     values: Vec<f32>,
     parts: AttentionParts,
+    sparse_parts: SparseParts,
     /// `[tokens, n_head, value_dim]`.
     mixed: Vec<f32>,
     /// Activations of rows that are tokens.
@@ -74,6 +84,13 @@ impl MlaScratch {
         grow(&mut self.q, rows * spec.q.n_out);
         grow(&mut self.kv, rows * spec.kv_down.n_out);
         grow(&mut self.row, spec.kv_down.n_out);
+        grow(
+            &mut self.gate,
+            rows * gate(spec).map_or(0, |(g, _)| g.n_out),
+        );
+        if let Some(spec) = spec.reach.indexer() {
+            self.indexer.reserve(rows, spec);
+        }
         grow(&mut self.nope, heads * spec.nope_dim);
         grow(&mut self.latents, heads * spec.kv_rank);
         grow(&mut self.values, heads * spec.value_dim);
@@ -101,26 +118,37 @@ impl MlaScratch {
     }
 }
 
-/// Computes `out = o(attention(x))`, and stores the tokens' latents in the cache.
+/// Computes `out = o(attention(x))`, and stores the tokens' latents in the cache. A layer's indexer
+/// leaves its choices for later layers in the [`Chosen`].
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
     input: &MixerInput<'_>,
-    cache: &mut RowStore,
-    s: &mut MlaScratch,
+    cache: &mut LatentRows,
+    (s, chosen): (&mut MlaScratch, &mut Chosen),
     out: &mut [f32],
 ) {
     let n = input.x.rows();
     project(c, weights, spec, input, s);
-    store_latents(c, weights, spec, input, cache, s);
+    if let (Some(spec), Some(keys)) = (spec.reach.indexer(), &mut cache.index_keys) {
+        let input = (input, s.acts.view());
+        indexer::choose(c, weights, spec, input, keys, &mut s.indexer, chosen);
+    }
+    let latents = &mut cache.latents;
+    store_latents(c, weights, spec, input, latents, s);
     let mut first = 0;
     while first < n {
         let last = (first + part_tokens(spec)).min(n);
-        attend_part(c, weights, spec, input.segments, first..last, cache, s);
+        attend_part(c, weights, spec, input, first..last, latents, (s, chosen));
         first = last;
     }
-    let mixed = &s.mixed[..n * spec.o.n_in];
+    let mixed = &mut s.mixed[..n * spec.o.n_in];
+    if let Some((linear, function)) = gate(spec) {
+        let gate = &mut s.gate[..n * linear.n_out];
+        let width = mixed.len() / gate.len();
+        multiply_gates(c, function, gate, mixed, width);
+    }
     s.acts.fill_shared(
         c.pool,
         c.kernels,
@@ -137,7 +165,36 @@ pub(super) fn run(
     add_bias(out, weights.bias(&spec.o));
 }
 
-/// Projects to queries, rotated, in `q`, and to latents and shared key parts in `kv`.
+/// Returns the matrix of the gates, and what makes factors of them.
+fn gate(spec: &MlaSpec) -> Option<(&Linear, GateFunction)> {
+    match &spec.gate {
+        Some(OutputGate::Separate { linear, function }) => Some((linear, *function)),
+        Some(OutputGate::WithQueries) | None => None,
+    }
+}
+
+/// Multiplies every `width` values of `mixed` by one gate.
+fn multiply_gates(
+    c: CpuContext<'_>,
+    function: GateFunction,
+    gate: &mut [f32],
+    mixed: &mut [f32],
+    width: usize,
+) {
+    match function {
+        GateFunction::Sigmoid => {
+            gate.iter_mut().for_each(|g| *g = -*g);
+            c.kernels.exp(gate);
+            gate.iter_mut().for_each(|g| *g = 1.0 / (1.0 + *g));
+        }
+        GateFunction::Softplus => gate.iter_mut().for_each(|g| *g = softplus(*g)),
+    }
+    for (mixed, gate) in mixed.chunks_exact_mut(width).zip(gate) {
+        mixed.iter_mut().for_each(|m| *m *= *gate);
+    }
+}
+
+/// Projects to queries, rotated, in `q`, to latents and shared key parts in `kv`, and to gates.
 fn project(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -154,34 +211,31 @@ fn project(
     let n = x.rows();
     let q = &mut s.q[..n * spec.q.n_out];
     let kv = &mut s.kv[..n * spec.kv_down.n_out];
+    let gate = gate(spec).map(|(linear, _)| (linear, &mut s.gate[..n * linear.n_out]));
+    let mut jobs = vec![MatJob::new(weights.linear(&spec.kv_down), x, kv)];
+    if let Some((linear, gate)) = gate {
+        jobs.push(MatJob::new(weights.linear(linear), x, gate));
+    }
     match &spec.q_down {
         None => {
-            let jobs = [
-                MatJob::new(weights.linear(&spec.q), x, q),
-                MatJob::new(weights.linear(&spec.kv_down), x, kv),
-            ];
+            jobs.push(MatJob::new(weights.linear(&spec.q), x, q));
             matmul_all(c.pool, c.kernels, &jobs);
+            drop(jobs);
         }
         Some(LowRank { down: q_down, norm }) => {
             let rank = q_down.n_out;
             let (low, normed) = (&mut s.q_low[..n * rank], &mut s.q_normed[..n * rank]);
-            let jobs = [
-                MatJob::new(weights.linear(q_down), x, low),
-                MatJob::new(weights.linear(&spec.kv_down), x, kv),
-            ];
+            jobs.push(MatJob::new(weights.linear(q_down), x, low));
             matmul_all(c.pool, c.kernels, &jobs);
+            drop(jobs);
             add_bias(low, weights.bias(q_down));
             for (low, normed) in low.chunks_exact(rank).zip(normed.chunks_exact_mut(rank)) {
                 c.kernels.rms_norm(low, weights.vector(*norm), eps, normed);
             }
-            s.acts.fill_shared(
-                c.pool,
-                c.kernels,
-                n,
-                rank,
-                normed,
-                needs_quants(weights.ty(spec.q.weight)),
-            );
+            let mut readers = std::iter::once(&spec.q).chain(spec.reach.indexer().map(|i| &i.q));
+            let quantize = readers.any(|l| needs_quants(weights.ty(l.weight)));
+            s.acts
+                .fill_shared(c.pool, c.kernels, n, rank, normed, quantize);
             matmul_all(
                 c.pool,
                 c.kernels,
@@ -189,18 +243,23 @@ fn project(
             );
         }
     }
-    add_bias(q, weights.bias(&spec.q));
+    add_bias(&mut s.q[..n * spec.q.n_out], weights.bias(&spec.q));
+    let kv = &mut s.kv[..n * spec.kv_down.n_out];
     add_bias(kv, weights.bias(&spec.kv_down));
+    if let Some((linear, _)) = self::gate(spec) {
+        add_bias(&mut s.gate[..n * linear.n_out], weights.bias(linear));
+    }
     if let Some(rope) = rope {
+        let q = &mut s.q[..n * spec.q.n_out];
         c.pool.for_each_slice(q, spec.q.n_out, |token, row| {
-            for head in row.chunks_exact_mut(spec.nope_dim + spec.rope.dims) {
-                rope.apply(&mut head[spec.nope_dim..], spec.rope.dims, token);
+            for head in row.chunks_exact_mut(spec.nope_dim + spec.shared_dim) {
+                rope.apply(&mut head[spec.nope_dim..], spec.shared_dim, token);
             }
         });
     }
 }
 
-/// Normalizes latents, rotates key parts, and stores both in the cache.
+/// Normalizes latents, normalizes and rotates key parts, and stores both in the cache.
 fn store_latents(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -224,9 +283,16 @@ fn store_latents(
             input.norm_eps,
             latent,
         );
-        key.copy_from_slice(&kv[spec.kv_rank..]);
+        match spec.shared_norm {
+            Some(norm) => {
+                let norm = weights.vector(norm);
+                c.kernels
+                    .rms_norm(&kv[spec.kv_rank..], norm, input.norm_eps, key);
+            }
+            None => key.copy_from_slice(&kv[spec.kv_rank..]),
+        }
         if let Some(rope) = input.rope {
-            rope.apply(key, spec.rope.dims, token);
+            rope.apply(key, spec.shared_dim, token);
         }
         cache.store(c.kernels, pages, position, row);
     }
@@ -237,14 +303,15 @@ fn attend_part(
     c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &MlaSpec,
-    segments: &[Segment<'_>],
-    tokens: std::ops::Range<usize>,
+    input: &MixerInput<'_>,
+    tokens: Range<usize>,
     cache: &RowStore,
-    s: &mut MlaScratch,
+    (s, chosen): (&mut MlaScratch, &Chosen),
 ) {
     let n = tokens.len();
-    let (rank, nope_dim, rope_dims) = (spec.kv_rank, spec.nope_dim, spec.rope.dims);
-    let key_dim = nope_dim + rope_dims;
+    let (rank, nope_dim) = (spec.kv_rank, spec.nope_dim);
+    let key_dim = nope_dim + spec.shared_dim;
+    let sinks = weights.opt_vector(spec.sinks);
     let q = &s.q[tokens.start * spec.q.n_out..tokens.end * spec.q.n_out];
     let query = |head: usize, token: usize| &q[(token * spec.n_head + head) * key_dim..][..key_dim];
     let latents = &mut s.latents[..spec.n_head * n * rank];
@@ -288,12 +355,16 @@ fn attend_part(
             });
         }
     }
-    for segment in segments {
+    for segment in input.segments {
         let rows = segment.rows.start.max(tokens.start)..segment.rows.end.min(tokens.end);
         if rows.is_empty() {
             continue;
         }
         let past = segment.past + rows.start - segment.rows.start;
+        // Those that see no more positions than they may choose attend to all.
+        let n_dense = spec.reach.top_k().map_or(rows.len(), |top_k| {
+            top_k.saturating_sub(past).min(rows.len())
+        });
         // All heads read the same rows: one head of keys, whose values are the latents at their
         // beginning.
         let attention = Attention {
@@ -303,10 +374,10 @@ fn attend_part(
             value_width: rank,
             n_head_kv: 1,
             group: spec.n_head,
-            tokens: rows.len(),
+            tokens: n_dense,
             past,
-            window: None,
-            window_kind: Default::default(),
+            window: spec.reach.window(),
+            window_kind: WindowKind::Sliding,
             softcap: None,
         };
         let first = rows.start - tokens.start;
@@ -318,12 +389,33 @@ fn attend_part(
                 .chain(&query(head, first + t)[nope_dim..]);
             to.iter_mut().zip(row).for_each(|(to, q)| *to = scale * q);
         };
-        attend(c, &attention, query_row, &mut s.parts);
-        let parts = &s.parts;
+        if n_dense > 0 {
+            attend(c, &attention, query_row, &mut s.parts);
+        }
+        if n_dense < rows.len() {
+            let of_batch = input.first_row + rows.start + n_dense..input.first_row + rows.end;
+            let attention = SparseAttention {
+                rows: cache,
+                pages: segment.pages,
+                value_width: rank,
+                n_head: spec.n_head,
+                chosen: chosen.of(of_batch),
+                top_k: spec.reach.top_k().unwrap_or(1),
+            };
+            let query_row =
+                |head: usize, t: usize, to: &mut [f32]| query_row(head, n_dense + t, to);
+            attend_chosen(c, &attention, query_row, &mut s.sparse_parts);
+        }
+        let (dense, sparse) = (&s.parts, &s.sparse_parts);
         c.pool.for_each_slice(latents, rank, |i, latent| {
             let (head, token) = (i / n, i % n);
-            if (first..first + rows.len()).contains(&token) {
-                parts.result(c.kernels, head, token - first, None, latent);
+            let sink = sinks.map(|sinks| sinks[head]);
+            match token.checked_sub(first) {
+                Some(t) if t < n_dense => dense.result(c.kernels, head, t, sink, latent),
+                Some(t) if t < rows.len() => {
+                    sparse.result(c.kernels, (head, t - n_dense), sink, latent);
+                }
+                _ => {}
             }
         });
     }

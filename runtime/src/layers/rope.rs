@@ -87,20 +87,25 @@ impl RopeTable {
 
 /// Returns the different ways in which layers rotate, and by layer its index among them.
 pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
-    let mut tables: Vec<&RopeSpec> = Vec::new();
-    let mut by_layer = Vec::with_capacity(spec.layers.len());
-    for layer in &spec.layers {
-        by_layer.push(layer.mixer.rope().map(|rope| {
-            tables
-                .iter()
-                .position(|table| *table == rope)
-                .unwrap_or_else(|| {
-                    tables.push(rope);
-                    tables.len() - 1
-                })
-        }));
-    }
+    let mut tables = Vec::new();
+    let ropes = spec.layers.iter().map(|layer| layer.mixer.rope());
+    let by_layer = number(ropes, &mut tables);
     (tables, by_layer)
+}
+
+/// Numbers ropes, equal ones alike; adds those that `tables` lacks.
+fn number<'a>(
+    ropes: impl Iterator<Item = Option<&'a RopeSpec>>,
+    tables: &mut Vec<&'a RopeSpec>,
+) -> Vec<Option<usize>> {
+    let mut number = |rope| {
+        let found = tables.iter().position(|table| *table == rope);
+        found.unwrap_or_else(|| {
+            tables.push(rope);
+            tables.len() - 1
+        })
+    };
+    ropes.map(|rope| rope.map(&mut number)).collect()
 }
 
 /// The rotations of all layers.
@@ -109,17 +114,22 @@ pub(crate) struct Rotations {
     pub(crate) tables: Vec<RopeTable>,
     /// By layer: index into `tables`.
     pub(crate) of_layer: Vec<Option<usize>>,
+    /// By layer: index into `tables` for the layer's indexer.
+    of_indexer: Vec<Option<usize>>,
 }
 
 impl Rotations {
     /// Makes the tables of a model for contexts of up to `context` tokens.
     pub(crate) fn new(spec: &ModelSpec, weights: &DenseWeights, context: usize) -> Self {
-        let (tables, of_layer) = tables(spec);
+        let (mut tables, of_layer) = tables(spec);
+        let ropes = spec.layers.iter().map(|layer| layer.mixer.indexer_rope());
+        let of_indexer = number(ropes, &mut tables);
         let table =
             |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.factors_for(context)));
         Self {
             tables: tables.iter().map(table).collect(),
             of_layer,
+            of_indexer,
         }
     }
 
@@ -133,6 +143,11 @@ impl Rotations {
     /// Returns the table of a layer that rotates.
     pub(crate) fn of(&self, layer: usize) -> Option<&RopeTable> {
         self.of_layer[layer].map(|table| &self.tables[table])
+    }
+
+    /// Returns the table of a layer's indexer that rotates.
+    pub(crate) fn of_indexer(&self, layer: usize) -> Option<&RopeTable> {
+        self.of_indexer[layer].map(|table| &self.tables[table])
     }
 }
 

@@ -124,6 +124,7 @@ pub(super) fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32
         Activation::Silu => kernels.silu_mul(gate, up),
         Activation::Gelu => kernels.gelu_mul(gate, up),
         Activation::LimitedSilu { limit } => kernels.limited_silu_mul(gate, up, limit),
+        Activation::Situ { beta, linear } => kernels.situ_mul(gate, up, beta, linear),
         Activation::ClampedSwiglu { alpha, limit } => {
             kernels.clamped_swiglu(gate, up, alpha, limit)
         }

@@ -10,6 +10,7 @@ use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::GPU_RESERVE_BYTES;
 use crate::gpu::devices::Devices;
+use crate::gpu::factors;
 use crate::layers::places::Places;
 use crate::options::{LoadOptions, StreamRates};
 use crate::tiers::pace::StageBytes;
@@ -223,7 +224,8 @@ impl StreamSetup<'_> {
                 .filter(|p| self.devices.of(p.tier).is_some())
                 .map(|p| p.experts.len())
                 .sum();
-            if self.places.layers[index].ffn != Some(tier) || on_gpus >= moe.n_expert {
+            let stays = on_gpus >= moe.n_expert || factors::of_experts(self.spec, moe);
+            if self.places.layers[index].ffn != Some(tier) || stays {
                 continue;
             }
             layers.push(moe_index);

@@ -15,7 +15,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
-use tier_plan_formats::model::spec::{Ffn, ModelSpec, MoeSpec};
+use tier_plan_formats::model::spec::{Ffn, Mixer, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 use tier_plan_formats::units::show_bytes;
 
@@ -164,6 +164,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
             }
         }
     }
+    let choices = chosen_bytes(spec, room, batch);
     let (hidden, ffn, n_expert, n_used) = (
         spec.hidden as u64,
         ffn as u64,
@@ -184,6 +185,26 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
     kept.saturating_mul(batch as u64)
         .saturating_add(micro)
         .saturating_add(once)
+        .saturating_add(choices)
+}
+
+/// Returns the bytes of ratings and choices of lightning indexers in a pass of `batch` tokens. Texts
+/// that are not longer than a token's choice have none.
+fn chosen_bytes(spec: &ModelSpec, room: CacheRoom, batch: usize) -> u64 {
+    let top_k = |mixer: &Mixer| match mixer {
+        Mixer::Mla(a) => a.reach.top_k(),
+        _ => None,
+    };
+    let layers = spec.layers.iter();
+    let most = layers.filter_map(|layer| top_k(&layer.mixer)).max();
+    let most = most.map_or(u64::MAX, |most| most as u64);
+    if most >= u64::from(room.context) {
+        return 0;
+    }
+    // Each thread ranks the positions of one token; of several threads, most wait for memory.
+    most.saturating_mul(4 * batch as u64)
+        .saturating_add(crate::layers::indexer::RATING_BYTES)
+        .saturating_add(u64::from(room.context).saturating_mul(64))
 }
 
 /// Returns the bytes of one expert's buffer in each layer with routed experts, `[n_moe_layers]`,

@@ -93,6 +93,9 @@ impl StepCost {
         let rest = took - self.decode.at(decode);
         if self.decode.is_measured() {
             self.prompt.learn(rows(prompt_rows), rest.max(0));
+        } else if self.is_predicted {
+            // Predicted steps are good enough to tell what is left to the prompts.
+            self.prompt.learn(rows(prompt_rows), rest.max(took / 2));
         } else {
             // The estimate of decoding may be more than the whole step took, so this says no more
             // than how fast the machine is.

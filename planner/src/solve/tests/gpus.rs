@@ -272,7 +272,7 @@ fn windows_save_memory_on_the_host_only() -> Result<()> {
     for layer in [1, 2] {
         shape.caches[layer].rows[0].window = Some(128);
     }
-    let mut machine = machine(three_tiers().to_vec());
+    let mut machine = machine(three_tiers());
     machine.tiers.iter_mut().for_each(|t| t.emulated = false);
     let evidence = Evidence::uniform(&shape)?;
     let plan = |sequences, forbid: &[&str]| -> Result<Placement> {

@@ -3,10 +3,10 @@
 use super::source::Source;
 use super::spec::ModelSpec;
 use super::{
-    ModelError, NotAModel, Scales, afmoe, bailingmoe2, deepseek2, dots1, ernie4_5, exaone_moe,
-    gemma3, gemma4, glm4moe, gpt_oss, granitemoe, grok, hunyuan_moe, hy_v3, laguna, lfm2moe, llama,
-    llama4, mimo2, minimax_m2, mistral3, olmoe, phi3, qwen2, qwen2moe, qwen3, qwen3next, qwen3vl,
-    smollm3, step35,
+    ModelError, NotAModel, Scales, afmoe, bailingmoe2, bailingmoe3, deepseek2, deepseek32, dots1,
+    dots3note, ernie4_5, exaone_moe, gemma3, gemma4, glm4moe, gpt_oss, granitemoe, grok,
+    hunyuan_moe, hy_v3, kimi, laguna, lfm2moe, llama, llama4, mimo2, minimax_m2, mistral3, olmoe,
+    phi3, qwen2, qwen2moe, qwen3, qwen3next, qwen3vl, smollm3, step35,
 };
 use crate::gguf::Gguf;
 
@@ -15,19 +15,24 @@ type Describe = fn(&Source<'_>) -> Result<ModelSpec, ModelError>;
 const ARCHITECTURES: &[(&str, Describe)] = &[
     ("afmoe", afmoe::describe),
     ("bailingmoe2", bailingmoe2::describe),
+    ("bailingmoe3", bailingmoe3::describe),
     ("deepseek", dots1::describe),
     ("deepseek2", deepseek2::describe),
+    ("deepseek32", deepseek32::describe),
     ("dots1", dots1::describe),
+    ("dots3note", dots3note::describe),
     ("ernie4_5-moe", ernie4_5::describe),
     ("exaone-moe", exaone_moe::describe),
     ("gemma3", gemma3::describe),
     ("gemma4", gemma4::describe),
+    ("glm-dsa", deepseek32::describe),
     ("glm4moe", glm4moe::describe),
     ("gpt-oss", gpt_oss::describe),
     ("granitemoe", granitemoe::describe),
     ("grok", grok::describe),
     ("hunyuan-moe", hunyuan_moe::describe),
     ("hy_v3", hy_v3::describe),
+    ("kimi-linear", kimi::describe),
     ("laguna", laguna::describe),
     ("lfm2moe", lfm2moe::describe),
     ("llama", llama::describe),

@@ -3,11 +3,12 @@
 
 use super::ModelError;
 use super::blocks::{Common, MoeOptions, Setting, Shared, heads, moe};
+use super::mla::{MlaSizes, Queries, kv_up, mla_spec};
 use super::options::yarn_magnitude;
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, Gating, KvUp, LayerSpec, LowRank, Mixer, MlaSpec, ModelSpec, Residual,
-    RopeKind, RopeScaling, RopeSpec, Temperature,
+    Activation, Ffn, Gating, LayerSpec, Mixer, MlaSpec, ModelSpec, Residual, RopeKind, RopeScaling,
+    RopeSpec, Temperature,
 };
 
 pub(super) fn describe(s: &Source<'_>) -> Result<ModelSpec, ModelError> {
@@ -132,65 +133,26 @@ impl Mla {
         n_head: usize,
     ) -> Result<Mixer, ModelError> {
         let p = format!("blk.{layer}");
-        let q_out = n_head * self.key_dim;
         // Small models of the family have one query matrix, and a rank in the metadata that means
         // nothing.
-        let (q_down, q) = if s.has_tensor(&format!("{p}.attn_q.weight")) {
-            (None, s.linear(&format!("{p}.attn_q"), hidden, q_out)?)
+        let queries = if s.has_tensor(&format!("{p}.attn_q.weight")) {
+            Queries::Plain
         } else {
-            let rank = s.dim("attention.q_lora_rank")?;
-            let down = s.linear(&format!("{p}.attn_q_a"), hidden, rank)?;
-            let norm = s.vector(&format!("{p}.attn_q_a_norm.weight"), rank)?;
-            (
-                Some(LowRank { down, norm }),
-                s.linear(&format!("{p}.attn_q_b"), rank, q_out)?,
-            )
+            Queries::LowRank(s.dim("attention.q_lora_rank")?)
         };
-        Ok(Mixer::Mla(MlaSpec {
+        let sizes = MlaSizes {
             n_head,
-            nope_dim: self.key_dim - self.rope.dims,
+            key_dim: self.key_dim,
             value_dim: self.value_dim,
             kv_rank: self.kv_rank,
+            shared_dim: self.rope.dims,
+        };
+        Ok(Mixer::Mla(MlaSpec {
             scale: self.scale,
             temperature: self.temperature,
-            rope: self.rope.clone(),
-            q_down,
-            q,
-            kv_down: s.linear(
-                &format!("{p}.attn_kv_a_mqa"),
-                hidden,
-                self.kv_rank + self.rope.dims,
-            )?,
-            kv_norm: s.vector(&format!("{p}.attn_kv_a_norm.weight"), self.kv_rank)?,
-            kv_up: self.kv_up(s, &p, n_head)?,
-            o: s.linear(&format!("{p}.attn_output"), n_head * self.value_dim, hidden)?,
+            kv_up: kv_up(s, &p, sizes, self.converted)?,
+            ..mla_spec(s, layer, hidden, sizes, Some(self.rope.clone()), queries)?
         }))
-    }
-
-    fn kv_up(&self, s: &Source<'_>, p: &str, n_head: usize) -> Result<KvUp, ModelError> {
-        let (k, v, fused) = (
-            format!("{p}.attn_k_b.weight"),
-            format!("{p}.attn_v_b.weight"),
-            format!("{p}.attn_kv_b.weight"),
-        );
-        let nope_dim = self.key_dim - self.rope.dims;
-        // Some files have both forms.
-        let split = if self.converted {
-            s.has_tensor(&k) || !s.has_tensor(&fused)
-        } else {
-            !s.has_tensor(&fused)
-        };
-        if split {
-            Ok(KvUp::Split {
-                k: s.tensor(&k, &[nope_dim, self.kv_rank, n_head])?,
-                v: s.tensor(&v, &[self.kv_rank, self.value_dim, n_head])?,
-            })
-        } else {
-            Ok(KvUp::Fused(s.tensor(
-                &fused,
-                &[self.kv_rank, n_head * (nope_dim + self.value_dim)],
-            )?))
-        }
     }
 }
 

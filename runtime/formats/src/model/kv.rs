@@ -168,6 +168,9 @@ pub struct KvRows {
     pub queries: u64,
     /// Positions that a token looks back at, its own included; all of them when `None`.
     pub window: Option<u64>,
+    /// Positions that a token reads at most, wherever they are, as an indexer chose them; all that
+    /// it looks back at when `None`.
+    pub chosen: Option<u64>,
 }
 
 impl KvRows {
@@ -177,7 +180,17 @@ impl KvRows {
         let reach = self.window.map_or(u64::MAX, |window| {
             window.saturating_add(tokens.saturating_sub(1))
         });
-        self.per_token.saturating_mul(positions.min(reach))
+        let chosen = self
+            .chosen
+            .map_or(u64::MAX, |chosen| chosen.saturating_mul(tokens));
+        self.per_token
+            .saturating_mul(positions.min(reach).min(chosen))
+    }
+
+    /// Returns the positions that a token reads at most.
+    fn most(&self) -> u64 {
+        let most = |positions: Option<u64>| positions.unwrap_or(u64::MAX);
+        most(self.window).min(most(self.chosen))
     }
 }
 
@@ -185,7 +198,7 @@ impl KvRows {
     /// Returns the multiply-accumulates of a token with the rows of `positions` positions, its own
     /// included.
     pub fn token_macs(&self, positions: u64) -> f64 {
-        let seen = positions.min(self.window.unwrap_or(u64::MAX)) as f64;
+        let seen = positions.min(self.most()) as f64;
         seen * (self
             .width
             .saturating_mul(self.per_token)
@@ -195,10 +208,7 @@ impl KvRows {
     /// Returns the multiply-accumulates of a prompt's first `tokens` tokens with the rows of the
     /// tokens before each and its own.
     pub fn prompt_macs(&self, tokens: u64) -> f64 {
-        let (n, window) = (
-            tokens as f64,
-            self.window.unwrap_or(u64::MAX).min(tokens) as f64,
-        );
+        let (n, window) = (tokens as f64, self.most().min(tokens) as f64);
         let pairs = window * (window + 1.0) / 2.0 + (n - window) * window;
         pairs
             * (self
@@ -377,6 +387,7 @@ mod tests {
                 per_token: 2,
                 queries: 1,
                 window: None,
+                chosen: None,
             }],
             state_bytes: 1000,
         };
@@ -394,6 +405,7 @@ mod tests {
             per_token: 3,
             queries: 2,
             window: None,
+            chosen: None,
         };
         let near = KvRows {
             window: Some(10),
@@ -430,6 +442,32 @@ mod tests {
     }
 
     #[test]
+    fn chosen_rows_end_what_a_token_reads_wherever_they_are() {
+        let chosen = KvRows {
+            width: 8,
+            per_token: 3,
+            queries: 2,
+            window: None,
+            chosen: Some(10),
+        };
+        // Eight tokens may choose other positions each.
+        assert_eq!(
+            [
+                chosen.read(4, 1),
+                chosen.read(40, 1),
+                chosen.read(40, 8),
+                chosen.read(400, 8)
+            ],
+            [12, 30, 120, 240]
+        );
+        assert_eq!(
+            (chosen.token_macs(12), chosen.prompt_macs(12)),
+            (10.0 * 48.0, 75.0 * 48.0)
+        );
+        assert_eq!(chosen.read(u64::MAX, u64::MAX), u64::MAX);
+    }
+
+    #[test]
     fn layers_with_windows_hold_the_windows_and_a_batch() {
         let rows = |window| CacheShape {
             rows: vec![KvRows {
@@ -437,6 +475,7 @@ mod tests {
                 per_token: 2,
                 queries: 1,
                 window,
+                chosen: None,
             }],
             state_bytes: 0,
         };

@@ -8,7 +8,7 @@
 use super::ModelError;
 use super::spec::{ModelSpec, TensorId};
 use crate::gguf::{Gguf, TensorInfo};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
 
 const SUFFIX: &str = ".scale";
@@ -34,9 +34,14 @@ impl Scales {
         self.by_matrix.get(&id).map(Vec::as_slice)
     }
 
-    /// Returns a matrix that has a factor other than 1: the first in the file.
-    pub fn first(&self) -> Option<TensorId> {
-        self.by_matrix.keys().copied().min()
+    /// Whether a matrix, or a slice of a stacked one, has a factor other than 1.
+    pub fn has(&self, id: TensorId) -> bool {
+        self.by_matrix.contains_key(&id)
+    }
+
+    /// Whether no matrix has a factor other than 1.
+    pub fn is_empty(&self) -> bool {
+        self.by_matrix.is_empty()
     }
 
     /// Reads the factors of the matrices of a network.
@@ -45,10 +50,15 @@ impl Scales {
     /// When a factor has another shape than its matrix asks for, is not a floating-point tensor, or
     /// is not finite.
     pub(super) fn read(gguf: &Gguf, spec: &ModelSpec) -> Result<Self, ModelError> {
-        let found: HashMap<&str, &TensorInfo> = gguf
-            .tensors()
-            .iter()
-            .filter_map(|t| Some((t.name.strip_suffix(SUFFIX)?, t)))
+        // Some architectures read such a tensor themselves.
+        let own: HashSet<TensorId> = spec
+            .moe_layers()
+            .filter_map(|(_, moe)| moe.expert_scale)
+            .collect();
+        let tensors = gguf.tensors().iter().enumerate();
+        let found: HashMap<&str, &TensorInfo> = tensors
+            .filter(|(id, _)| !own.contains(id))
+            .filter_map(|(_, t)| Some((t.name.strip_suffix(SUFFIX)?, t)))
             .collect();
         let mut scales = Scales::default();
         if found.is_empty() {
@@ -74,7 +84,10 @@ impl Scales {
         }
         for (_, moe) in spec.moe_layers() {
             for linear in moe.expert_linears() {
-                add(linear.weight, moe.n_expert)?;
+                // Where an expert's factor is a parameter of the network, its router applies it.
+                if moe.expert_scale.is_none() || linear.weight != moe.down.weight {
+                    add(linear.weight, moe.n_expert)?;
+                }
             }
         }
         Ok(scales)

@@ -1,7 +1,7 @@
 //! The sizes of a model without its weights: all that a planner needs.
 
 use super::kv::KvRows;
-use super::spec::{CacheRows, Mixer, ModelSpec};
+use super::spec::{CacheRows, Mixer, ModelSpec, Reach};
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
 use crate::source_id::SourceId;
@@ -204,14 +204,15 @@ pub fn cache_shape(mixer: &Mixer) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(mixer) {
         *found
-            .entry((rows.width, rows.window, rows.queries))
+            .entry((rows.width, rows.window, rows.queries, rows.chosen))
             .or_insert(0) += rows.per_token;
     }
-    let rows = |((width, window, queries), per_token)| KvRows {
+    let rows = |((width, window, queries, chosen), per_token)| KvRows {
         width,
         per_token,
         queries,
         window,
+        chosen,
     };
     CacheShape {
         rows: found.into_iter().map(rows).collect(),
@@ -223,18 +224,29 @@ pub fn cache_shape(mixer: &Mixer) -> CacheShape {
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
     let window = match mixer {
         Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
-        Mixer::Mla(_) | Mixer::Delta(_) | Mixer::ShortConv(_) => None,
+        Mixer::Mla(attention) => attention.reach.window().map(|window| window as u64),
+        Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => None,
     };
     let queries = match mixer {
         Mixer::Gqa(attention) => attention.n_head as u64 / (attention.n_head_kv as u64).max(1),
         Mixer::Mla(attention) => 2 * attention.n_head as u64,
-        Mixer::Delta(_) | Mixer::ShortConv(_) => 0,
+        Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => 0,
+    };
+    let reach = match mixer {
+        Mixer::Mla(attention) => Some(&attention.reach),
+        _ => None,
     };
     let rows = |CacheRows { n, width }| KvRows {
         width: width as u64,
         per_token: n as u64,
         queries,
         window,
+        chosen: reach.and_then(|reach| Some(reach.top_k()? as u64)),
     };
-    mixer.cache_rows().into_iter().map(rows).collect()
+    let mut found: Vec<KvRows> = mixer.cache_rows().into_iter().map(rows).collect();
+    if let (Some(indexer), [_, keys]) = (reach.and_then(Reach::indexer), &mut found[..]) {
+        // Every token is compared with the keys of all.
+        (keys.queries, keys.chosen) = (indexer.n_head as u64, None);
+    }
+    found
 }

@@ -59,9 +59,38 @@ impl<'a> Source<'a> {
             .transpose()
     }
 
-    /// Reads a count that the file must have.
+    /// Reads a count that the file must have, and that may be 0.
     pub(super) fn count(&self, name: &str) -> Result<u32, ModelError> {
         Ok(self.gguf.u32(&self.key(name))?)
+    }
+
+    /// Reads numbers, if the key is there.
+    pub(super) fn opt_numbers(&self, name: &str) -> Result<Option<Vec<f32>>, ModelError> {
+        Ok(self.gguf.opt_number_array(&self.key(name))?)
+    }
+
+    /// Reads finite numbers that are given once or per layer, if the key is there.
+    pub(super) fn opt_numbers_per_layer(
+        &self,
+        name: &str,
+        n_layer: usize,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
+        let numbers = match self.gguf.get(&self.key(name)) {
+            None => return Ok(None),
+            Some(Value::Array(_)) => self.opt_numbers(name)?.unwrap_or_default(),
+            Some(_) => vec![self.f32_or(name, 0.0)?; n_layer],
+        };
+        if numbers.len() < n_layer {
+            let what = format!(
+                "{} values; expected one for each of {n_layer} layers",
+                numbers.len()
+            );
+            return Err(self.bad(name, what));
+        }
+        match numbers[..n_layer].iter().find(|x| !x.is_finite()) {
+            Some(x) => Err(self.bad(name, format!("{x} is not a finite number"))),
+            None => Ok(Some(numbers[..n_layer].to_vec())),
+        }
     }
 
     /// Reads a count from 0 to `max` that the file must have.
@@ -309,6 +338,22 @@ impl<'a> Source<'a> {
         let id = self.tensor(name, dims)?;
         self.check_float(id)?;
         Ok(id)
+    }
+
+    /// Finds floating-point parameters of the first of some shapes (fastest axis first) that fits.
+    /// All have the same values in the same order.
+    pub(super) fn parameters_of(
+        &self,
+        name: &str,
+        shapes: &[&[usize]],
+    ) -> Result<TensorId, ModelError> {
+        let mut found = self.parameters(name, shapes[0]);
+        for dims in &shapes[1..] {
+            if let Err(ModelError::Shape { .. }) = found {
+                found = self.parameters(name, dims);
+            }
+        }
+        found
     }
 
     pub(super) fn opt_vector(

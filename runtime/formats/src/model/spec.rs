@@ -6,6 +6,8 @@
 
 mod attention;
 mod delta;
+mod indexer;
+mod kda;
 mod residual;
 mod short_conv;
 mod tensors;
@@ -15,6 +17,8 @@ pub use attention::{
     QkNorm, RopeKind, RopeScaling, RopeSpec, Temperature, WindowKind,
 };
 pub use delta::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
+pub use indexer::{IndexerSpec, Reach};
+pub use kda::{DecayGate, KdaSpec, Projection};
 pub use residual::{HeadOptions, LayerInput, Residual, TokenInputs};
 pub use short_conv::ShortConvSpec;
 pub use tensors::{DenseGroup, Tensors};
@@ -81,6 +85,8 @@ pub enum Mixer {
     Delta(DeltaSpec),
     /// A gated convolution over the last tokens.
     ShortConv(ShortConvSpec),
+    /// A recurrence with a state of fixed size whose channels decay each by itself.
+    Kda(KdaSpec),
 }
 
 /// A matrix and its optional bias.
@@ -147,6 +153,14 @@ pub enum Activation {
     LimitedSilu {
         /// Bound on both factors.
         limit: f32,
+    },
+    /// `beta · tanh(gate / beta) · sigmoid(gate) · u`, where `u` is `linear · tanh(up / linear)`, or
+    /// up itself where `linear` is 0 (Kimi K3).
+    Situ {
+        /// Bound on the gate.
+        beta: f32,
+        /// Bound on up, or 0.
+        linear: f32,
     },
     /// `g · sigmoid(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` = up within ±`limit`.
     ClampedSwiglu {

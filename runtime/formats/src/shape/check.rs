@@ -146,6 +146,9 @@ fn check_given(parameters: u64, rows: &[GivenRows], state_bytes: u64) -> Result<
         if row.window == Some(0) {
             return Err("rows.window is 0; leave it out if all positions are seen".into());
         }
+        if row.chosen == Some(0) {
+            return Err("rows.chosen is 0; leave it out if all positions are read".into());
+        }
     }
     Ok(())
 }

@@ -24,6 +24,11 @@ pub enum Mix {
     IQ2_XXS,
     IQ1_M,
     MXFP4,
+    NVFP4,
+    Q2_0,
+    TQ2_0,
+    TQ1_0,
+    Q1_0,
 }
 
 /// What a matrix is for.
@@ -69,21 +74,26 @@ impl Place {
 
 impl Mix {
     /// Every mix, from the largest to the smallest.
-    pub const ALL: [Mix; 14] = [
+    pub const ALL: [Mix; 19] = [
         Mix::BF16,
         Mix::F16,
         Mix::Q8_0,
         Mix::Q6_K,
         Mix::Q5_K_M,
         Mix::Q4_K_M,
+        Mix::NVFP4,
         Mix::Q4_K_S,
         Mix::MXFP4,
         Mix::IQ4_XS,
         Mix::Q3_K_M,
         Mix::IQ3_XXS,
         Mix::Q2_K,
+        Mix::Q2_0,
         Mix::IQ2_XXS,
+        Mix::TQ2_0,
         Mix::IQ1_M,
+        Mix::TQ1_0,
+        Mix::Q1_0,
     ];
 
     /// Its name on the command line, `q4_k_m`.
@@ -103,6 +113,11 @@ impl Mix {
             Mix::IQ2_XXS => "iq2_xxs",
             Mix::IQ1_M => "iq1_m",
             Mix::MXFP4 => "mxfp4",
+            Mix::NVFP4 => "nvfp4",
+            Mix::Q2_0 => "q2_0",
+            Mix::TQ2_0 => "tq2_0",
+            Mix::TQ1_0 => "tq1_0",
+            Mix::Q1_0 => "q1_0",
         }
     }
 
@@ -122,7 +137,7 @@ impl Mix {
             return wanted;
         }
         let smaller = match wanted {
-            Q2_K | Q3_K => Q4_0,
+            Q2_K | Q3_K | TQ1_0 | TQ2_0 | Q1_0 | Q2_0 | NVFP4 => Q4_0,
             Q4_K => Q5_0,
             Q5_K => Q5_1,
             Q6_K => Q8_0,
@@ -138,7 +153,7 @@ impl Mix {
             Mix::F16 => F16,
             Mix::BF16 => BF16,
             // What is no expert; the experts have the type that the mix is named after.
-            Mix::Q8_0 | Mix::MXFP4 => Q8_0,
+            Mix::Q8_0 | Mix::MXFP4 | Mix::NVFP4 => Q8_0,
             Mix::Q6_K => Q6_K,
             Mix::Q5_K_M => Q5_K,
             Mix::Q4_K_M | Mix::Q4_K_S => Q4_K,
@@ -148,6 +163,10 @@ impl Mix {
             Mix::IQ3_XXS => IQ3_XXS,
             Mix::IQ2_XXS => IQ2_XXS,
             Mix::IQ1_M => IQ1_M,
+            Mix::Q2_0 => Q2_0,
+            Mix::TQ2_0 => TQ2_0,
+            Mix::TQ1_0 => TQ1_0,
+            Mix::Q1_0 => Q1_0,
         }
     }
 
@@ -163,6 +182,7 @@ impl Mix {
                 }
             }
             Role::ExpertGate | Role::ExpertUp | Role::ExpertDown if self == Mix::MXFP4 => MXFP4,
+            Role::ExpertGate | Role::ExpertUp | Role::ExpertDown if self == Mix::NVFP4 => NVFP4,
             Role::FfnGate | Role::FfnUp | Role::ExpertGate | Role::ExpertUp => base,
             _ if matches!(base, F16 | BF16 | Q8_0) => base,
             Role::Output => self.output(),
@@ -170,8 +190,11 @@ impl Mix {
             Role::Embedding => match self {
                 Mix::IQ2_XXS | Mix::IQ1_M => Q2_K,
                 Mix::IQ3_XXS => IQ3_S,
+                Mix::Q2_0 | Mix::TQ1_0 | Mix::TQ2_0 => Q4_K,
                 _ => base,
             },
+            // Mixes of one or two bits without grids have one type everywhere else.
+            _ if matches!(base, Q1_0 | Q2_0 | TQ1_0 | TQ2_0) => base,
             Role::FfnDown | Role::ExpertDown => self.down(place),
             // Mixtral's few attention matrices weigh nothing beside its experts.
             Role::Key | Role::Value if place.n_expert == 8 && !self.is_tiny() => Q8_0,

@@ -13,6 +13,7 @@ fn version_3_means_what_it_meant() {
         per_token,
         queries,
         window,
+        chosen: None,
     };
     let caches = |at: usize| (sizes.caches[at].rows.clone(), sizes.caches[at].state_bytes);
     // Keys and values of different widths, ascending.

@@ -145,20 +145,35 @@ fn parameters_of_the_models_that_ship() {
     let known = [
         ("deepseek-r1", "671.0", "37.6"),
         ("deepseek-v3", "671.0", "37.6"),
+        ("deepseek-v4-flash", "284.3", "13.8"),
+        ("deepseek-v4.1-flash", "747.7", "16.0"),
+        ("gemma-4-26b-a4b", "25.2", "3.8"),
         ("glm-4.5", "352.8", "33.6"),
         ("glm-4.5-air", "106.9", "13.4"),
         ("glm-4.6", "352.8", "33.6"),
         ("glm-5.2", "743.2", "41.1"),
+        ("glm-5.3-flash", "320.9", "17.9"),
         ("gpt-oss-120b", "116.8", "5.7"),
         ("gpt-oss-20b", "20.9", "4.2"),
+        ("hy3", "295.0", "20.7"),
         ("kimi-k2", "1026.4", "32.9"),
         ("kimi-k2.5", "1026.4", "32.9"),
+        ("kimi-k3", "2767.2", "93.1"),
+        ("ling-1t", "999.7", "51.1"),
+        ("ling-flash-2.0", "102.9", "6.2"),
         ("llama-3.1-405b", "405.9", "405.9"),
+        ("mimo-v2-flash", "308.8", "15.4"),
+        ("minimax-m2", "228.7", "11.0"),
+        ("minimax-m3", "426.0", "25.7"),
         ("mixtral-8x22b", "140.6", "39.2"),
         ("mixtral-8x7b", "46.7", "12.9"),
         ("moe-10t", "10169", "64"),
+        ("nemotron-3-nano-30b", "31.6", "3.6"),
+        ("nemotron-3-super-120b", "120.7", "12.8"),
         ("qwen3-235b-a22b", "235.1", "22.2"),
         ("qwen3-30b-a3b", "30.5", "3.35"),
+        ("qwen3.8-flash-next", "175.9", "6.3"),
+        ("step-3.5-flash", "196.9", "12.0"),
     ];
     let models = models();
     assert_eq!(
@@ -295,15 +310,24 @@ fn mixes_have_names_and_fall_in_size() {
     }
     assert_eq!(Mix::from_name("q4"), None);
     for model in models() {
-        // A dense model has no experts for MXFP4 to be about.
-        let mixes = Mix::ALL
+        // A dense model has no experts for MXFP4 to be about. The mixes that have one type nearly
+        // everywhere are as large as that.
+        let is_graded = |mix: &&Mix| match mix {
+            Mix::NVFP4 | Mix::Q2_0 | Mix::TQ2_0 | Mix::TQ1_0 | Mix::Q1_0 => false,
+            Mix::MXFP4 => model.experts.is_some(),
+            _ => true,
+        };
+        let bytes: Vec<u64> = Mix::ALL
             .iter()
-            .filter(|mix| model.experts.is_some() || **mix != Mix::MXFP4);
-        let bytes: Vec<u64> = mixes
+            .filter(is_graded)
             .map(|mix| model.model_shape(*mix).weight_bytes())
             .collect();
-        // Rows of gpt-oss are no whole number of large blocks, so its small mixes are all alike.
-        if model.arch != "gpt-oss" {
+        // Rows of some are no whole number of large blocks, so that their small mixes are alike, and
+        // a table counts as an embedding, whose types differ less.
+        let widths = |e: &Experts| [e.ffn, e.hidden].iter().all(|w| w.is_multiple_of(128));
+        let is_whole =
+            model.hidden.is_multiple_of(256) && model.experts.as_ref().is_none_or(widths);
+        if is_whole && model.table.is_none() {
             assert!(
                 bytes[1..].windows(2).all(|w| w[0] > w[1]),
                 "{}: {bytes:?}",
@@ -315,6 +339,41 @@ fn mixes_have_names_and_fall_in_size() {
             .map(|mix| model.model_shape(*mix).id.hash)
             .collect();
         assert_eq!(ids.len(), Mix::ALL.len());
+    }
+}
+
+#[test]
+fn mixes_of_one_type_have_it_in_all_but_the_vocabulary() {
+    use DenseKind::{Attention, Embedding, Head};
+    let model = model("kimi-k2");
+    let (values, vocabulary) = (3 * 7168 * 2048u64, 163_840 * 7168u64);
+    // Bits per 16 values of experts, of the embedding, and of the head.
+    for (mix, experts, embedding, head) in [
+        (Mix::NVFP4, 72, 136, 136),
+        (Mix::Q2_0, 36, 72, 105),
+        (Mix::TQ2_0, 33, 72, 105),
+        (Mix::TQ1_0, 27, 72, 105),
+        (Mix::Q1_0, 18, 18, 105),
+    ] {
+        let sizes = model.model_shape(mix);
+        let of = |kind: DenseKind| sizes.dense.iter().find(|d| d.kind == kind).unwrap().bytes;
+        let name = mix.name();
+        assert!(
+            sizes
+                .experts
+                .iter()
+                .all(|e| e.expert_bytes == values * experts / 128),
+            "{name}"
+        );
+        assert_eq!(of(Embedding), vocabulary * embedding / 128, "{name}");
+        assert_eq!(of(Head), 4 * 7168 + vocabulary * head / 128, "{name}");
+        let attention = model.model_shape(Mix::F16);
+        let attention = attention
+            .dense
+            .iter()
+            .find(|d| d.kind == Attention)
+            .unwrap();
+        assert!(of(Attention) < attention.bytes * 9 / 16, "{name}");
     }
 }
 

@@ -127,6 +127,7 @@ struct WireRows {
     every: u32,
     queries: u32,
     window: Option<u32>,
+    chosen: Option<u32>,
 }
 
 fn one() -> u32 {
@@ -325,6 +326,7 @@ impl WireAttention {
                         every: r.every,
                         queries: r.queries,
                         window: r.window,
+                        chosen: r.chosen,
                     })
                     .collect(),
                 state_bytes,

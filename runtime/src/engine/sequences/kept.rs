@@ -94,20 +94,20 @@ impl Sequences {
         let mut pages = known.pages[..first.min(known.pages.len())].to_vec();
         // They must not be given up for the new ones.
         pages.iter().for_each(|page| self.pages.share(*page));
-        while pages.len() < end {
-            let prefix = &tokens[..(pages.len() + 1) * PAGE];
-            let Some(page) = self.take_page(PAGE) else {
-                break;
-            };
-            let read = |files: &mut KeptFiles| files.read(Kept::Page, prefix, page_bytes);
-            let Some(bytes) = self.files.as_mut().and_then(read) else {
-                self.pages.release(page);
-                break;
-            };
-            let layers = self.cache.of_kind_mut(WHOLE);
-            layers.fold(&bytes[..], |bytes, layer| layer.load_page(page, bytes));
-            pages.push(page);
+        let mut files = self.files.take();
+        if let Some(files) = &mut files {
+            let beginnings = (pages.len()..end).map(|page| &tokens[..(page + 1) * PAGE]);
+            files.read_each(Kept::Page, beginnings, page_bytes, |bytes| {
+                let Some(page) = self.take_page(PAGE) else {
+                    return false;
+                };
+                let layers = self.cache.of_kind_mut(WHOLE);
+                layers.fold(&bytes[..], |bytes, layer| layer.load_page(page, bytes));
+                pages.push(page);
+                true
+            });
         }
+        self.files = files;
         let mut states = Vec::new();
         if let Some(at) = state_at.filter(|at| *at <= pages.len())
             && let Some(state) = self.take_checkpoint()

@@ -316,7 +316,9 @@ impl Layer {
                     state: 0,
                     checkpoints: Vec::new(),
                 }],
+                first_row: 0,
                 rope: None,
+                indexer_rope: None,
                 norm_eps: EPS,
             };
             run(

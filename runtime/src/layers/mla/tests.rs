@@ -1,5 +1,6 @@
 use super::*;
 use crate::gpu::mixer_alone;
+use crate::layers::mixer::Segment;
 use crate::layers::pages::mixed_pages;
 use crate::layers::rope::RopeTable;
 use crate::layers::weights::WeightStorage;
@@ -9,7 +10,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::{
-    Linear, LowRank, Mixer, RopeKind, RopeScaling, RopeSpec, Temperature,
+    Linear, LowRank, Mixer, Reach, RopeKind, RopeScaling, RopeSpec, Temperature,
 };
 use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Kernels;
@@ -187,7 +188,8 @@ fn layer(case: Case) -> Layer {
         kv_rank: RANK,
         scale: SCALE,
         temperature: Some(TEMPERATURE),
-        rope: RopeSpec {
+        shared_dim: ROPE,
+        rope: Some(RopeSpec {
             kind: RopeKind::Adjacent,
             dims: ROPE,
             base: 100.0,
@@ -196,7 +198,7 @@ fn layer(case: Case) -> Layer {
             freq_factors: None,
             long_factors: None,
             sections: None,
-        },
+        }),
         q_down: case.low_rank_queries.then(|| LowRank {
             down: linear("q_down", HIDDEN, Q_RANK),
             norm: id("q_norm"),
@@ -204,6 +206,10 @@ fn layer(case: Case) -> Layer {
         q: linear("q", q_in, N_HEAD * key_dim),
         kv_down: linear("kv_down", HIDDEN, RANK + ROPE),
         kv_norm: id("kv_norm"),
+        shared_norm: None,
+        reach: Reach::All,
+        sinks: None,
+        gate: None,
         kv_up: if case.fused {
             KvUp::Fused(id("kv_up"))
         } else {
@@ -243,11 +249,15 @@ fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec
         pool: &pool,
         kernels: Kernels::best(),
     };
-    let mut cache = RowStore::new(kv_type, 1, x.len() / HIDDEN, RANK + ROPE);
+    let mut cache = LatentRows {
+        latents: RowStore::new(kv_type, 1, x.len() / HIDDEN, RANK + ROPE),
+        index_keys: None,
+    };
     let pages = mixed_pages(x.len() / HIDDEN);
     let mut scratch = MlaScratch::default();
     scratch.reserve(batches.iter().copied().max().unwrap(), &layer.spec);
-    let mut rope = RopeTable::new(&layer.spec.rope, None);
+    let mut rope = RopeTable::new(layer.spec.rope.as_ref().unwrap(), None);
+    let mut chosen = Chosen::default();
     let mut acts = Activations::default();
     let mut out = vec![f32::NAN; x.len()];
     let mut past = 0;
@@ -264,7 +274,9 @@ fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec
                 state: 0,
                 checkpoints: Vec::new(),
             }],
+            first_row: 0,
             rope: Some(&rope),
+            indexer_rope: None,
             norm_eps: EPS,
         };
         run(
@@ -273,7 +285,7 @@ fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec
             &layer.spec,
             &input,
             &mut cache,
-            &mut scratch,
+            (&mut scratch, &mut chosen),
             &mut out[range],
         );
         past += n;

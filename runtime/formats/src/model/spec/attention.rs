@@ -1,6 +1,6 @@
 //! Attention and rotary position embedding as data.
 
-use super::{Linear, Mixer, TensorId};
+use super::{Linear, Mixer, Reach, TensorId};
 
 /// What a query or key norm spans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,9 +135,10 @@ impl GqaSpec {
 pub struct MlaSpec {
     /// Number of query heads.
     pub n_head: usize,
-    /// Values of a query or key head that do not rotate, the first ones; `rope.dims` rotated ones
-    /// follow.
+    /// Values of a query or key head before the part that all key heads share.
     pub nope_dim: usize,
+    /// Values of the shared key part, and of the last part of every query head.
+    pub shared_dim: usize,
     /// Width of a value head.
     pub value_dim: usize,
     /// Width of the latent.
@@ -146,18 +147,27 @@ pub struct MlaSpec {
     pub scale: f32,
     /// Growth of the scores with the position.
     pub temperature: Option<Temperature>,
-    /// Rotary position embedding of the last part of every query head and of the shared key part.
-    pub rope: RopeSpec,
+    /// Rotary position embedding of the last part of every query head and of the shared key part,
+    /// of `shared_dim` values; layers without it know no positions.
+    pub rope: Option<RopeSpec>,
     /// The first half of a low-rank query projection, where queries are compressed.
     pub q_down: Option<LowRank>,
-    /// `[n_head * (nope_dim + rope.dims), q_rank or hidden]`.
+    /// `[n_head * (nope_dim + shared_dim), q_rank or hidden]`.
     pub q: Linear,
-    /// To the latent and the shared key part, `[kv_rank + rope.dims, hidden]`.
+    /// To the latent and the shared key part, `[kv_rank + shared_dim, hidden]`.
     pub kv_down: Linear,
     /// Norm of the latent, `[kv_rank]`.
     pub kv_norm: TensorId,
+    /// Norm of the shared key part before it rotates, `[shared_dim]`.
+    pub shared_norm: Option<TensorId>,
     /// From the latent to each head's keys and values.
     pub kv_up: KvUp,
+    /// Which positions a token attends to.
+    pub reach: Reach,
+    /// A score of each head that takes part in the softmax and has no value, `[n_head]`.
+    pub sinks: Option<TensorId>,
+    /// Gates on the result, from a matrix of their own.
+    pub gate: Option<OutputGate>,
     /// `[hidden, n_head * value_dim]`.
     pub o: Linear,
 }
@@ -287,18 +297,41 @@ pub struct CacheRows {
     pub width: usize,
 }
 
+impl MlaSpec {
+    /// Returns its matrices, apart from [`kv_up`](Self::kv_up).
+    pub fn linears(&self) -> Vec<&Linear> {
+        let mut linears: Vec<&Linear> = self.q_down.iter().map(|low| &low.down).collect();
+        linears.extend([&self.q, &self.kv_down, &self.o]);
+        if let Some(OutputGate::Separate { linear, .. }) = &self.gate {
+            linears.push(linear);
+        }
+        if let Some(indexer) = self.reach.indexer() {
+            linears.extend(indexer.linears());
+        }
+        linears
+    }
+}
+
 impl Mixer {
     /// Returns the rotary embedding, if the mixer has one.
     pub fn rope(&self) -> Option<&RopeSpec> {
         match self {
             Mixer::Gqa(a) => a.rope.as_ref(),
-            Mixer::Mla(a) => Some(&a.rope),
-            Mixer::Delta(_) | Mixer::ShortConv(_) => None,
+            Mixer::Mla(a) => a.rope.as_ref(),
+            Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => None,
+        }
+    }
+
+    /// Returns the rotary embedding of the layer's indexer, if it has one.
+    pub fn indexer_rope(&self) -> Option<&RopeSpec> {
+        match self {
+            Mixer::Mla(a) => a.reach.indexer()?.rope.as_ref(),
+            _ => None,
         }
     }
 
     /// Returns the rows that one token adds to the layer's KV cache: keys and values of each head,
-    /// or one latent with its rotated key part.
+    /// or one latent with its shared key part, and the key of the layer's indexer.
     pub fn cache_rows(&self) -> Vec<CacheRows> {
         match self {
             Mixer::Gqa(a) if a.shared_kv.is_some() => Vec::new(),
@@ -308,11 +341,11 @@ impl Mixer {
                     width,
                 })
                 .to_vec(),
-            Mixer::Mla(a) => vec![CacheRows {
-                n: 1,
-                width: a.kv_rank + a.rope.dims,
-            }],
-            Mixer::Delta(_) | Mixer::ShortConv(_) => Vec::new(),
+            Mixer::Mla(a) => std::iter::once(a.kv_rank + a.shared_dim)
+                .chain(a.reach.indexer().map(|indexer| indexer.key_dim))
+                .map(|width| CacheRows { n: 1, width })
+                .collect(),
+            Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => Vec::new(),
         }
     }
 
@@ -321,6 +354,7 @@ impl Mixer {
         let values = match self {
             Mixer::Gqa(_) | Mixer::Mla(_) => 0,
             Mixer::Delta(d) => d.state_values(),
+            Mixer::Kda(k) => k.state_values(),
             Mixer::ShortConv(c) => c.state_values(),
         };
         values as u64 * size_of::<f32>() as u64

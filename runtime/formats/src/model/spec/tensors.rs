@@ -66,20 +66,29 @@ impl Mixer {
                 tensors.vectors.extend(a.sinks);
             }
             Mixer::Mla(a) => {
-                if let Some(LowRank { down, norm }) = &a.q_down {
-                    tensors.linears([down]);
-                    tensors.vectors.push(*norm);
-                }
-                tensors.linears([&a.q, &a.kv_down, &a.o]);
+                tensors.linears(a.linears());
                 match a.kv_up {
                     KvUp::Split { k, v } => tensors.matrices.extend([k, v]),
                     KvUp::Fused(kv) => tensors.matrices.push(kv),
                 }
+                tensors
+                    .vectors
+                    .extend(a.q_down.map(|LowRank { norm, .. }| norm));
                 tensors.vectors.push(a.kv_norm);
+                tensors.vectors.extend(a.shared_norm);
+                tensors.vectors.extend(a.sinks);
+                if let Some(indexer) = a.reach.indexer() {
+                    let norm = [indexer.k_norm, indexer.k_norm_bias];
+                    tensors.vectors.extend(norm);
+                }
             }
             Mixer::Delta(d) => {
                 tensors.linears(d.linears());
                 tensors.vectors.extend([d.conv, d.dt_bias, d.decay, d.norm]);
+            }
+            Mixer::Kda(k) => {
+                tensors.linears(k.linears());
+                tensors.vectors.extend(k.vectors());
             }
             Mixer::ShortConv(c) => {
                 tensors.linears([&c.input, &c.out]);
