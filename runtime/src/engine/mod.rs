@@ -41,6 +41,8 @@ mod prompt_gpu_tests;
 mod residual;
 mod rows;
 #[cfg(test)]
+mod rewritten_gqa_tests;
+#[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_sparse_tests;

@@ -25,7 +25,7 @@ pub(super) fn fixture(name: &str) -> Writer {
 }
 
 /// Writes the file and opens it; it is removed with the first of the two.
-fn open(writer: &Writer) -> (tempfile::NamedTempFile, Arc<Gguf>) {
+pub(super) fn open(writer: &Writer) -> (tempfile::NamedTempFile, Arc<Gguf>) {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), writer.finish()).unwrap();
     let gguf = Gguf::open(file.path()).unwrap();
@@ -442,7 +442,7 @@ const KEYS: [&str; 25] = [
 ];
 
 /// A value for a key, or its removal.
-fn change() -> impl Strategy<Value = Option<Value>> {
+pub(super) fn change() -> impl Strategy<Value = Option<Value>> {
     let number = prop_oneof![
         0u32..10,
         Just(16),
