@@ -154,7 +154,10 @@ impl Cpu {
         if let Some(table) = self.weights.opt_vector(moe.by_token) {
             for (token, experts) in tokens.iter().zip(experts.chunks_exact_mut(moe.n_used)) {
                 let row = &table[*token as usize * moe.n_used..];
-                experts.iter_mut().zip(row).for_each(|(e, of)| *e = *of as u16);
+                experts
+                    .iter_mut()
+                    .zip(row)
+                    .for_each(|(e, of)| *e = *of as u16);
             }
         }
     }
@@ -256,9 +259,7 @@ impl LayerBackend for Cpu {
             Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
             _ => index,
         };
-        let segments = stage
-            .batch
-            .segments(&stage.rows, stage.cache.kinds[owner]);
+        let segments = stage.batch.segments(&stage.rows, stage.cache.kinds[owner]);
         let segments: Vec<Segment<'_>> = segments.collect();
         let residual = &layer.spec.residual;
         self.add_ngrams(stage, layer, &segments);

@@ -39,7 +39,6 @@ mod prefixes;
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
 mod residual;
-mod rows;
 #[cfg(test)]
 mod rewritten_gqa_tests;
 #[cfg(test)]
@@ -47,7 +46,10 @@ mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_sparse_tests;
 #[cfg(test)]
+mod rewritten_streams_tests;
+#[cfg(test)]
 mod rewritten_tests;
+mod rows;
 #[cfg(test)]
 mod scaled_tests;
 mod sequences;

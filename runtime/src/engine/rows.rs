@@ -49,7 +49,9 @@ impl Cpu {
         let rows = stage.residual();
         let buffers = &mut *stage.buffers;
         let normed = &mut buffers.normed[..n * spec.hidden];
-        let norm = self.weights.opt_vector(has_norm(&input).then_some(input.norm));
+        let norm = self
+            .weights
+            .opt_vector(has_norm(&input).then_some(input.norm));
         match (&input.connection, &spec.streams) {
             (Some(connection), Some(_)) => {
                 let StreamRows { scratch, back, .. } = &mut self.streams;
@@ -211,5 +213,6 @@ fn has_norm(input: &BlockInput) -> bool {
 /// Cuts rows into parts of up to `size`.
 fn parts(rows: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
     let end = rows.end;
-    rows.step_by(size).map(move |first| first..end.min(first + size))
+    rows.step_by(size)
+        .map(move |first| first..end.min(first + size))
 }

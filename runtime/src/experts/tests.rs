@@ -1,11 +1,11 @@
 //! The store against the file: in whatever order experts are accessed, and whichever reads fail, an
 //! expert that can compute has the bytes of the file.
 
-use super::prefetch::Foresight;
 use super::checksums::Checksums;
 use super::checksums::compute_checksums;
 use super::ids::{ExpertId, SlotId};
 use super::layer::{LayerExperts, Layout};
+use super::prefetch::Foresight;
 use super::step::ExpertState;
 use super::store::*;
 use super::view::{ExpertView, ViewLinear};

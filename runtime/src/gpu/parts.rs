@@ -121,9 +121,7 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         Mixer::Mamba(_) => Some("Mamba-2".into()),
         Mixer::Compressed(_) => Some("compressed attention".into()),
         Mixer::None => None,
-        Mixer::Delta(d) if d.gate != DeltaGate::Silu => {
-            Some("sigmoid gates of a delta net".into())
-        }
+        Mixer::Delta(d) if d.gate != DeltaGate::Silu => Some("sigmoid gates of a delta net".into()),
         Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
         Mixer::ShortConv(_) => Some("a short convolution".into()),
         Mixer::Kda(_) => Some("Kimi delta attention".into()),

@@ -199,7 +199,9 @@ mod tests {
         const WIDTH: usize = 8;
         let mut random = Random(3);
         let mut values = |n: usize| -> Vec<f32> {
-            (0..n).map(|_| random.below(200) as f32 / 100.0 - 1.0).collect()
+            (0..n)
+                .map(|_| random.below(200) as f32 / 100.0 - 1.0)
+                .collect()
         };
         let (rows, queries) = (values(40 * WIDTH), values(3 * 4 * WIDTH));
         let row = |i: usize| &rows[i * WIDTH..][..WIDTH];
@@ -240,7 +242,8 @@ mod tests {
                 let found = run(1);
                 assert_eq!(found, run(3), "bits don't depend on threads");
                 for (i, found) in found.chunks_exact(WIDTH).enumerate() {
-                    let rows: Vec<&[f32]> = seen[i / 4].iter().cloned().flatten().map(row).collect();
+                    let rows: Vec<&[f32]> =
+                        seen[i / 4].iter().cloned().flatten().map(row).collect();
                     let query = &queries[i * WIDTH..][..WIDTH];
                     let expected = expected(query, &rows, sinks.map(|s| s[i % 4]));
                     for (found, expected) in found.iter().zip(expected) {

@@ -81,12 +81,7 @@ impl IndexScratch {
 
 impl Index<'_> {
     /// Computes queries and keys of all rows, and stores the keys.
-    pub(super) fn store(
-        &self,
-        input: &MixerInput<'_>,
-        cache: &mut RowStore,
-        s: &mut IndexScratch,
-    ) {
+    pub(super) fn store(&self, input: &MixerInput<'_>, cache: &mut RowStore, s: &mut IndexScratch) {
         let (spec, n) = (self.spec, input.x.rows());
         let (q, k) = (&mut s.q[..n * spec.q.n_out], &mut s.k[..n * spec.k.n_out]);
         let jobs = [
@@ -158,7 +153,9 @@ impl Index<'_> {
     fn normalize(&self, norm: &[f32], head: &mut [f32]) {
         let squares = self.c.kernels.dot(head, head);
         let factor = 1.0 / (squares / head.len() as f32 + self.norm_eps).sqrt();
-        head.iter_mut().zip(norm).for_each(|(v, w)| *v *= factor * w);
+        head.iter_mut()
+            .zip(norm)
+            .for_each(|(v, w)| *v *= factor * w);
     }
 
     /// Returns how many choices a token makes: one per KV head, or one.
@@ -197,12 +194,14 @@ impl Index<'_> {
             let tokens = first..(first + step).min(n);
             s.scores.resize(tokens.len() * chunks * sets * CHUNK, 0.0);
             let (q, scores) = (&s.q, &mut s.scores[..]);
-            self.c.pool.for_each_slice(scores, sets * CHUNK, |item, scores| {
-                let (token, chunk) = (tokens.start + item / chunks, item % chunks);
-                let row = segment.rows.start + token;
-                let query = &q[row * self.spec.q.n_out..][..self.spec.q.n_out];
-                self.score(segment, token, chunk, (query, cache), scores);
-            });
+            self.c
+                .pool
+                .for_each_slice(scores, sets * CHUNK, |item, scores| {
+                    let (token, chunk) = (tokens.start + item / chunks, item % chunks);
+                    let row = segment.rows.start + token;
+                    let query = &q[row * self.spec.q.n_out..][..self.spec.q.n_out];
+                    self.score(segment, token, chunk, (query, cache), scores);
+                });
             self.pick(segment, tokens, chunks, s);
         }
     }
@@ -257,7 +256,13 @@ impl Index<'_> {
     }
 
     /// Has some tokens of a text choose by their scores.
-    fn pick(&self, segment: &Segment<'_>, tokens: Range<usize>, chunks: usize, s: &mut IndexScratch) {
+    fn pick(
+        &self,
+        segment: &Segment<'_>,
+        tokens: Range<usize>,
+        chunks: usize,
+        s: &mut IndexScratch,
+    ) {
         let (sets, kept) = (self.sets(), self.spec.kept);
         let scores = &s.scores[..];
         LOCAL.with_borrow_mut(|local| {
@@ -320,7 +325,6 @@ impl IndexScratch {
         &self.chosen
     }
 }
-
 
 /// Cuts positions where pages begin.
 pub(super) fn by_page(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {

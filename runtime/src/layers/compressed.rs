@@ -257,12 +257,7 @@ impl Layer<'_> {
     }
 
     /// Stores the vectors of a text's rows, and of the blocks that they complete.
-    fn store(
-        &self,
-        segment: &Segment<'_>,
-        cache: &mut CompressedCache,
-        s: &mut CompressedScratch,
-    ) {
+    fn store(&self, segment: &Segment<'_>, cache: &mut CompressedCache, s: &mut CompressedScratch) {
         let CompressedCache { stores, states } = cache;
         let dim = self.spec.key_dim;
         let mut checkpoints = segment.checkpoints.iter().peekable();
@@ -302,15 +297,25 @@ impl Layer<'_> {
         let first = last + 1 - ratio;
         let row = |position: usize, column: usize| {
             let slot = position % compressor.past() * 2 * width;
-            (&open[slot + column..][..dim], &open[slot + width + column..][..dim])
+            (
+                &open[slot + column..][..dim],
+                &open[slot + width + column..][..dim],
+            )
         };
-        let before = if compressor.overlap { first.min(ratio) } else { 0 };
+        let before = if compressor.overlap {
+            first.min(ratio)
+        } else {
+            0
+        };
         let own = (first..=last).map(|position| row(position, width - dim));
         let members = (first - before..first).map(|position| row(position, 0));
         let members: Vec<(&[f32], &[f32])> = members.chain(own).collect();
         let mut largest = vec![f32::NEG_INFINITY; dim];
         for (_, gate) in &members {
-            largest.iter_mut().zip(*gate).for_each(|(l, g)| *l = l.max(*g));
+            largest
+                .iter_mut()
+                .zip(*gate)
+                .for_each(|(l, g)| *l = l.max(*g));
         }
         let (mut vector, mut sums) = (vec![0.0; dim], vec![0.0; dim]);
         for (value, gate) in &members {
@@ -414,7 +419,11 @@ impl Layer<'_> {
             let x = s.grouped_acts.view().rows_range(group * n..(group + 1) * n);
             MatJob::new(rows, x, out)
         };
-        let jobs: Vec<_> = low.chunks_exact_mut(n * rank).enumerate().map(job).collect();
+        let jobs: Vec<_> = low
+            .chunks_exact_mut(n * rank)
+            .enumerate()
+            .map(job)
+            .collect();
         matmul_all(c.pool, c.kernels, &jobs);
         drop(jobs);
         let mixed = &mut s.mixed[..n * spec.o.n_in];

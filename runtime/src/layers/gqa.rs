@@ -73,7 +73,10 @@ pub(super) fn run(
     out: &mut [f32],
 ) {
     let n = input.x.rows();
-    let GqaCache { kv: cache, index: index_keys } = cache;
+    let GqaCache {
+        kv: cache,
+        index: index_keys,
+    } = cache;
     project(c, weights, spec, input.x, s);
     place_heads(c, weights, spec, input, cache, s);
     let index = spec.index.as_ref().zip(index_keys).map(|(spec, keys)| {
@@ -305,8 +308,9 @@ fn gather(
 /// Puts what the heads of some rows have found, `[rows, n_head * value_dim]`, under its gates.
 fn open_gates(c: CpuContext<'_>, spec: &GqaSpec, gate: &[f32], mixed: &mut [f32]) {
     let width = spec.n_head / spec.n_head_kv * spec.value_dim;
-    c.pool
-        .for_each_slice(mixed, width, |item, mixed| open_gate(spec, gate, item, mixed));
+    c.pool.for_each_slice(mixed, width, |item, mixed| {
+        open_gate(spec, gate, item, mixed)
+    });
 }
 
 /// Puts the values of a token's KV head, the `item`th of all, under their gates.

@@ -12,8 +12,8 @@
 
 use super::cpu_context::{CpuContext, add_bias};
 use super::delta::{ConvHeads, convolve_heads, softplus};
-use super::recurrent::{RecurrentState, copy_mixer_state};
 use super::mixer::MixerInput;
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use super::weights::DenseWeights;
 use std::cell::RefCell;
 use std::ops::Range;

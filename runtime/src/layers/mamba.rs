@@ -215,7 +215,10 @@ fn gate(c: CpuContext<'_>, p: &Parameters<'_>, rows: Range<usize>, s: &mut Mamba
     let (spec, width, n) = (p.spec, p.spec.input.n_out, rows.len());
     let (dim, inner) = (spec.head_dim, spec.inner());
     let (group_width, heads) = (inner / spec.n_group, spec.n_head / spec.n_group);
-    let (read, projected) = (&s.read[rows.start * inner..], &s.projected[rows.start * width..]);
+    let (read, projected) = (
+        &s.read[rows.start * inner..],
+        &s.projected[rows.start * width..],
+    );
     let mixed = &mut s.mixed[rows.start * inner..rows.end * inner];
     c.pool.for_each_slice(mixed, group_width, |item, mixed| {
         let (t, group) = (item / spec.n_group, item % spec.n_group);
@@ -230,6 +233,12 @@ fn gate(c: CpuContext<'_>, p: &Parameters<'_>, rows: Range<usize>, s: &mut Mamba
         let squares = c.kernels.dot(mixed, mixed);
         let factor = 1.0 / (squares / group_width as f32 + p.norm_eps).sqrt();
         let norm = &p.norm[group * group_width..][..group_width];
-        mixed.iter_mut().zip(norm).for_each(|(v, w)| *v *= factor * w);
+        mixed
+            .iter_mut()
+            .zip(norm)
+            .for_each(|(v, w)| *v *= factor * w);
     });
 }
+
+#[cfg(test)]
+mod tests;

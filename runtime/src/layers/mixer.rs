@@ -202,7 +202,10 @@ impl LayerCache {
     /// Returns the bytes of a full page, and of a recurrent state.
     pub(crate) fn saved_bytes(&self) -> (usize, usize) {
         let page = self.stores().into_iter().map(RowStore::page_bytes).sum();
-        (page, self.states().first().map_or(0, |s| s.bytes() as usize))
+        (
+            page,
+            self.states().first().map_or(0, |s| s.bytes() as usize),
+        )
     }
 
     /// Appends a full page to `out`.

@@ -78,12 +78,7 @@ impl RopeTable {
         self.turn::<false>(row, head_dim, &rotations);
     }
 
-    fn turn<const BACK: bool>(
-        &self,
-        row: &mut [f32],
-        head_dim: usize,
-        rotations: &[(f32, f32)],
-    ) {
+    fn turn<const BACK: bool>(&self, row: &mut [f32], head_dim: usize, rotations: &[(f32, f32)]) {
         let half = self.spec.dims / 2;
         let signed = |sin: f32| if BACK { -sin } else { sin };
         for head in row.chunks_exact_mut(head_dim) {

@@ -93,13 +93,7 @@ impl<'a> Streams<'a> {
     }
 
     /// Writes the hidden state that the head reads, `[rows, hidden]`, before the output norm.
-    pub(crate) fn end(
-        &self,
-        end: &StreamsEnd,
-        x: &[f32],
-        s: &mut StreamsScratch,
-        out: &mut [f32],
-    ) {
+    pub(crate) fn end(&self, end: &StreamsEnd, x: &[f32], s: &mut StreamsScratch, out: &mut [f32]) {
         match end {
             StreamsEnd::Gated(gated) => self.read_gated(gated, x, s, out),
             StreamsEnd::LowRank(low) => self.read_low_rank(low, x, s, out),

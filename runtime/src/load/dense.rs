@@ -135,7 +135,10 @@ mod tests {
         for wrong in [[0.0, 6.0], [-1.0, 2.0], [4.0, 4.0], [f32::NAN, 1.0]] {
             let table = [&[0.0, 1.0], &wrong[..]].concat();
             let said = check(&table).unwrap_err().to_string();
-            assert!(said.starts_with("t: experts [") && said.contains("of token 1"), "{said}");
+            assert!(
+                said.starts_with("t: experts [") && said.contains("of token 1"),
+                "{said}"
+            );
         }
     }
 }

@@ -69,8 +69,13 @@ fn attention(
     hidden: usize,
     ratio: usize,
 ) -> Result<CompressedSpec, ModelError> {
-    let (n_head, key_dim) = (s.dim("attention.head_count")?, s.dim("attention.key_length")?);
-    if s.opt_dim("attention.value_length")?.is_some_and(|dim| dim != key_dim) {
+    let (n_head, key_dim) = (
+        s.dim("attention.head_count")?,
+        s.dim("attention.key_length")?,
+    );
+    if s.opt_dim("attention.value_length")?
+        .is_some_and(|dim| dim != key_dim)
+    {
         let what = format!("keys are values, so expected attention.key_length {key_dim}");
         return Err(s.bad("attention.value_length", what));
     }

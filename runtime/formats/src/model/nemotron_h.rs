@@ -202,7 +202,10 @@ fn experts(
 /// Finds the matrices to and from the space of latent experts, where a file has them.
 fn latent(s: &Source<'_>, prefix: &str, hidden: usize) -> Result<Option<Latent>, ModelError> {
     let names = ["down", "up"].map(|name| format!("{prefix}.ffn_latent_{name}"));
-    if !names.iter().any(|name| s.has_tensor(&format!("{name}.weight"))) {
+    if !names
+        .iter()
+        .any(|name| s.has_tensor(&format!("{name}.weight")))
+    {
         return Ok(None);
     }
     let width = s.dim("moe_latent_size")?;

@@ -10,8 +10,8 @@ use super::blocks::{Common, MoeOptions, Shared, dense, expert_widths, moe, qkv};
 use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
-    DeltaGate, DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec,
-    NormSpan, OutputGate, QkNorm, Residual, RopeKind, WindowKind,
+    DeltaGate, DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer,
+    ModelSpec, NormSpan, OutputGate, QkNorm, Residual, RopeKind, WindowKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 

@@ -2,7 +2,7 @@
 
 use super::kv::KvRows;
 use super::spec::{
-    CacheRows, CompressedSpec, GqaSpec, LayerSpec, MlaSpec, Mixer, ModelSpec, TensorId,
+    CacheRows, CompressedSpec, GqaSpec, LayerSpec, Mixer, MlaSpec, ModelSpec, TensorId,
 };
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
@@ -309,7 +309,10 @@ fn compressed_reads(a: &CompressedSpec, kind: usize) -> Reads {
     let (queries, chosen) = match (kind, index) {
         (0, _) => (2 * a.n_head, Some(a.window)),
         (2, Some(index)) => (index.n_head.div_ceil(ratio), None),
-        (_, index) => ((2 * a.n_head).div_ceil(ratio), index.map(|index| index.kept)),
+        (_, index) => (
+            (2 * a.n_head).div_ceil(ratio),
+            index.map(|index| index.kept),
+        ),
     };
     Reads {
         queries,

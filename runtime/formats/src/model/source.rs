@@ -523,7 +523,10 @@ impl<'a> Source<'a> {
 
     /// Reads numbers of layers; none where the key is absent.
     pub(super) fn layer_numbers(&self, name: &str) -> Result<Vec<u32>, ModelError> {
-        Ok(self.gguf.opt_u32_array(&self.key(name))?.unwrap_or_default())
+        Ok(self
+            .gguf
+            .opt_u32_array(&self.key(name))?
+            .unwrap_or_default())
     }
 
     /// Reads an integer of 32 bits.

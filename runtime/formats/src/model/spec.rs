@@ -332,7 +332,8 @@ impl GatedFfn {
 impl MoeSpec {
     /// Returns the width of what a routed expert reads and returns.
     pub fn expert_width(&self) -> usize {
-        self.latent.map_or(self.router.n_in, |latent| latent.down.n_out)
+        self.latent
+            .map_or(self.router.n_in, |latent| latent.down.n_out)
     }
 
     /// Returns whether the routed experts and the shared one read the rows that the router reads,

@@ -1,6 +1,6 @@
 //! The choice of blocks of keys that a token attends to, as data.
 
-use super::{Linear, Tensors, TensorId};
+use super::{Linear, TensorId, Tensors};
 
 /// A block-sparse indexer beside grouped-query attention: queries and keys of its own choose the
 /// blocks of neighboring tokens that a token attends to. Both are normalized per head and rotated

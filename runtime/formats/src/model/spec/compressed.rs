@@ -1,6 +1,6 @@
 //! Attention to near tokens and to compressed far ones, as data.
 
-use super::{Linear, LowRank, RopeSpec, Tensors, TensorId};
+use super::{Linear, LowRank, RopeSpec, TensorId, Tensors};
 
 /// Attention of DeepSeek-V4: one vector per token is the key and the value of all heads. A token
 /// attends to the vectors of the last `window` tokens and, in layers with a compressor, to one
@@ -140,7 +140,9 @@ impl CompressedSpec {
         let mut tensors = Tensors::default();
         let own = [&self.q_down.down, &self.q, &self.kv, &self.o_down, &self.o];
         tensors.linears(own);
-        tensors.vectors.extend([self.q_down.norm, self.kv_norm, self.sinks]);
+        tensors
+            .vectors
+            .extend([self.q_down.norm, self.kv_norm, self.sinks]);
         for compressor in self.compressors() {
             let Tensors { matrices, vectors } = compressor.tensors();
             tensors.matrices.extend(matrices);

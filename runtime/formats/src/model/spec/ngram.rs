@@ -1,6 +1,6 @@
 //! Tables of n-grams as data: rows that a token and those just before it name.
 
-use super::{Linear, Tensors, TensorId};
+use super::{Linear, TensorId, Tensors};
 
 /// A table with rows for n-grams of 2 to `n` tokens. A token has `heads_per_order` rows for each
 /// length. They depend on the tokens alone, so an engine knows them before it computes anything.

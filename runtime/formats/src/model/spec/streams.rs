@@ -1,6 +1,6 @@
 //! Hyper-connections as data: a residual of several streams, of which every block reads a mixture.
 
-use super::{Linear, Tensors, TensorId};
+use super::{Linear, TensorId, Tensors};
 
 /// A residual of several streams (hyper-connections, arXiv 2409.19606). All begin as the token's
 /// embedding. Every block reads one vector from them and writes its result back to all.

@@ -1,8 +1,8 @@
 //! Which tensors each part of a network reads, and the groups in which they are placed.
 
 use super::{
-    Connection, ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Latent, LayerSpec, Linear, LowRank, Mixer, ModelSpec,
-    MoeSpec, QkNorm, RouterInput, SharedSpec, TensorId,
+    Connection, ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Latent, LayerSpec, Linear, LowRank,
+    Mixer, ModelSpec, MoeSpec, QkNorm, RouterInput, SharedSpec, TensorId,
 };
 use crate::model::shape::DenseKind;
 use std::collections::HashSet;
@@ -98,7 +98,9 @@ impl Mixer {
             Mixer::Mamba(m) => {
                 tensors.linears([&m.input, &m.out]);
                 let vectors = [m.conv, m.dt_bias, m.decay, m.skip, m.norm];
-                tensors.vectors.extend(vectors.into_iter().chain(m.conv_bias));
+                tensors
+                    .vectors
+                    .extend(vectors.into_iter().chain(m.conv_bias));
             }
             Mixer::Compressed(a) => tensors = a.tensors(),
             Mixer::None => {}
@@ -217,7 +219,8 @@ impl ModelSpec {
             };
             // The norm of a low-rank connection is among its tensors.
             let connections = layer.residual.connections;
-            let norm = |of: Option<Connection>, id| of.is_none_or(|c| c.has_block_norm()).then_some(id);
+            let norm =
+                |of: Option<Connection>, id| of.is_none_or(|c| c.has_block_norm()).then_some(id);
             let mixer_norm = norm(connections.map(|c| c.mixer), layer.mixer_norm);
             let ffn_norm = norm(connections.map(|c| c.ffn), layer.ffn_norm);
             if layer.has_mixer() {
