@@ -102,6 +102,7 @@ fn of_layer(layer: &LayerSpec) -> Vec<Option<String>> {
         Mixer::Gqa(attention) => of_attention(attention),
         Mixer::Mla(_) => vec![Some("latent attention".into())],
         Mixer::Delta(_) => vec![Some("gated delta nets".into())],
+        Mixer::Kda(_) => vec![Some("Kimi delta attention".into())],
         Mixer::ShortConv(conv) => {
             vec![Some(format!("convolutions over {} tokens", conv.taps))]
         }
