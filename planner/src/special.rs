@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use tier_plan_runtime::model::spec::{
-    Activation, CompressedSpec, Ffn, GqaSpec, LayerSpec, Mixer, ModelSpec, OutputGate, RouterInput, WindowKind,
+    Activation, CompressedSpec, Ffn, GqaSpec, LayerSpec, Mixer, ModelSpec, OutputGate, RouterInput,
+    WindowKind,
 };
 
 /// Families by architecture, as their makers call them.
@@ -173,7 +174,10 @@ fn of_attention(a: &GqaSpec) -> Vec<Option<String>> {
     let gates = matches!(a.gate, Some(OutputGate::Separate { .. }));
     let softcap = a.softcap.map(|cap| format!("scores capped at {cap}"));
     let index = a.index.map(|index| {
-        format!("the {} best of blocks of {} tokens", index.kept, index.block)
+        format!(
+            "the {} best of blocks of {} tokens",
+            index.kept, index.block
+        )
     });
     vec![
         index,
