@@ -333,6 +333,8 @@ fn contradictions_are_named() {
         writer.set(&format!("{name}.{key}"), value);
         error(&writer)
     };
+    let said = with("glm4moe", "expert_shared_count", Value::U32(0));
+    assert!(said.contains("_shexp.weight: is a shared expert"), "{said}");
     let cases = [
         ("glm4moe", "expert_gating_func", Value::U32(9)),
         ("glm4moe", "expert_used_count", Value::U32(9)),

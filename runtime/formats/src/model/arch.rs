@@ -83,11 +83,29 @@ pub fn describe(gguf: &Gguf) -> Result<ModelSpec, ModelError> {
         Some((_, describe)) => {
             let mut spec = describe(&Source::new(gguf, arch))?;
             check_types(gguf, &spec)?;
+            check_shared(gguf, &spec)?;
             spec.scales = Scales::read(gguf, &spec)?;
             Ok(spec)
         }
         None => Err(ModelError::Architecture {
             found: arch.to_string(),
+        }),
+    }
+}
+
+/// Refuses a file with shared experts that its metadata do not speak of: without them, the network
+/// would be another one.
+fn check_shared(gguf: &Gguf, spec: &ModelSpec) -> Result<(), ModelError> {
+    let without = spec.moe_layers().filter(|(_, moe)| moe.shared.is_none());
+    let tensor = |(layer, _)| gguf.tensor(&format!("blk.{layer}.ffn_down_shexp.weight"));
+    match without.filter_map(tensor).next() {
+        None => Ok(()),
+        Some(tensor) => Err(ModelError::Metadata {
+            key: tensor.name.clone(),
+            what: format!(
+                "is a shared expert, but the metadata of architecture '{}' name none; convert the model again",
+                spec.arch
+            ),
         }),
     }
 }

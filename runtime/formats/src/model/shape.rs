@@ -194,7 +194,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         hidden: spec.hidden as u32,
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
-        caches: spec.layers.iter().map(|l| cache_shape(l)).collect(),
+        caches: spec.layers.iter().map(cache_shape).collect(),
         dense,
         experts,
     }
