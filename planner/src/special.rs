@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use tier_plan_runtime::model::spec::{
-    Activation, CompressedSpec, Ffn, GqaSpec, LayerSpec, Mixer, ModelSpec, OutputGate, RouterInput,
-    WindowKind,
+    Activation, CompressedSpec, Ffn, GqaSpec, LayerSpec, Mixer, MlaSpec, ModelSpec, OutputGate,
+    Reach, RouterInput, WindowKind,
 };
 
 /// Families by architecture, as their makers call them.
-const FAMILIES: [(&str, &str); 44] = [
+const FAMILIES: [(&str, &str); 46] = [
     ("afmoe", "Trinity"),
     ("bailingmoe2", "Ling 2.0 and Ring"),
     ("bailingmoe3", "Ling 3.0"),
@@ -28,6 +28,8 @@ const FAMILIES: [(&str, &str); 44] = [
     ("grok", "Grok"),
     ("hunyuan-moe", "Hunyuan A13B"),
     ("hy_v3", "Hunyuan 3"),
+    ("hy_v4", "Hy4"),
+    ("kimi-k3", "Kimi K3"),
     ("kimi-linear", "Kimi Linear"),
     ("laguna", "Laguna"),
     ("lfm2moe", "LFM2 MoE"),
@@ -101,13 +103,12 @@ pub fn special(spec: &ModelSpec) -> Vec<String> {
 fn of_layer(layer: &LayerSpec) -> Vec<Option<String>> {
     let mut said = match &layer.mixer {
         Mixer::Gqa(attention) => of_attention(attention),
-        Mixer::Mla(_) => vec![Some("latent attention".into())],
+        Mixer::Mla(attention) => of_latent_attention(attention),
         Mixer::Delta(_) => vec![Some("gated delta nets".into())],
         Mixer::Kda(_) => vec![Some("Kimi delta attention".into())],
         Mixer::ShortConv(conv) => {
             vec![Some(format!("convolutions over {} tokens", conv.taps))]
         }
-        Mixer::Kda(_) => vec![Some("Kimi delta attention".into())],
         Mixer::Mamba(_) => vec![Some("Mamba-2".into())],
         Mixer::Compressed(attention) => of_compressed(attention),
         Mixer::None => vec![Some("no mixer".into())],
@@ -128,6 +129,7 @@ fn of_layer(layer: &LayerSpec) -> Vec<Option<String>> {
         Activation::Gelu => Some("GELU".into()),
         Activation::SquaredRelu => Some("squared ReLU without gates".into()),
         Activation::LimitedSilu { .. } => Some("limited activations".into()),
+        Activation::Situ { .. } => Some("SiTU".into()),
         _ => None,
     });
     let moe = layer.moe();
@@ -194,6 +196,28 @@ fn of_attention(a: &GqaSpec) -> Vec<Option<String>> {
     ]
 }
 
+fn of_latent_attention(a: &MlaSpec) -> Vec<Option<String>> {
+    let when = |is: bool, what: &str| is.then(|| what.to_string());
+    let reach = match &a.reach {
+        Reach::All => None,
+        Reach::Window(n) => Some(format!("a sliding window of {n} tokens")),
+        Reach::Indexed(indexer) => Some(format!(
+            "a lightning indexer that chooses {} tokens",
+            indexer.top_k
+        )),
+        Reach::Reused { .. } => Some("tokens that an earlier layer's indexer chose".into()),
+    };
+    vec![
+        Some("latent attention".into()),
+        reach,
+        None,
+        None,
+        when(a.sinks.is_some(), "attention sinks"),
+        when(a.rope.is_none(), "no rotation"),
+        when(a.gate.is_some(), "gates on attention"),
+    ]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,6 +248,14 @@ mod tests {
                 "GELU",
                 "routers with an input of their own in 2 of 6 layers",
                 "logits capped at 2",
+            ]
+        );
+        assert_eq!(
+            of("arch2/glm-dsa"),
+            [
+                "latent attention",
+                "a lightning indexer that chooses 12 tokens in 2 of 3 layers",
+                "tokens that an earlier layer's indexer chose in 1 of 3 layers",
             ]
         );
         let conv = of("arch2/lfm2moe");

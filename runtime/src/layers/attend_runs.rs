@@ -223,7 +223,7 @@ mod tests {
                     };
                     let mut out = vec![f32::NAN; 3 * 4 * WIDTH];
                     let all = StoredRows::F32(&rows);
-                    let runs = |token: usize, _: usize, to: &mut Vec<Run<'_>>| {
+                    let runs = |token: usize, _: usize, to: &mut Vec<_>| {
                         let ranges = seen[token].iter();
                         to.extend(ranges.map(|range| {
                             let rows = all.range(range.clone(), WIDTH);

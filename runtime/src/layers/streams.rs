@@ -6,7 +6,8 @@ use super::cpu_context::{CpuContext, add_bias};
 use super::weights::DenseWeights;
 use std::cell::RefCell;
 use tier_plan_formats::model::spec::{
-    Connection, GatedConnection, Linear, LowRankConnection, ModelSpec, Sinkhorn, StreamsEnd,
+    BankConnection, Connection, GatedConnection, Linear, LowRankConnection, ModelSpec, Sinkhorn,
+    StreamsEnd,
 };
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{ActView, Activations, needs_quants};
@@ -40,6 +41,8 @@ pub(crate) struct WriteBack {
     /// `[batch, streams, streams]`: what a stream (first) gives to another; empty where all stay as
     /// they are.
     mix: Vec<f32>,
+    /// How a bank takes them, where the streams are one.
+    bank: Option<BankConnection>,
 }
 
 /// The streams of a model, and what computes with them.
@@ -83,6 +86,12 @@ impl<'a> Streams<'a> {
                     self.keep_gated(gated, &s.gates, first, back);
                 }
             }
+            Connection::Bank(bank) => {
+                self.read_bank(bank, x, out);
+                if let Some((back, _)) = back {
+                    back.bank = Some(*bank);
+                }
+            }
             Connection::LowRank(low) => {
                 self.read_low_rank(low, x, s, out);
                 if let (Some((back, first)), Some(_)) = (back, low.inject) {
@@ -97,6 +106,7 @@ impl<'a> Streams<'a> {
         match end {
             StreamsEnd::Gated(gated) => self.read_gated(gated, x, s, out),
             StreamsEnd::LowRank(low) => self.read_low_rank(low, x, s, out),
+            StreamsEnd::Bank(bank) => self.read_bank(bank, x, out),
             StreamsEnd::Mean => {
                 let (n, hidden) = (self.n, self.hidden);
                 let mean = |row: usize, out: &mut [f32]| {
@@ -116,6 +126,9 @@ impl<'a> Streams<'a> {
     pub(crate) fn write(&self, back: &WriteBack, first: usize, result: &[f32], x: &mut [f32]) {
         let (n, kernels) = (self.n, self.cpu.kernels);
         let hidden = self.hidden;
+        if let Some(bank) = back.bank {
+            return self.write_bank(bank, result, x);
+        }
         self.cpu.pool.for_each_slice(x, n * hidden, |row, streams| {
             let result = &result[row * hidden..][..hidden];
             let post = &back.post[(first + row) * n..][..n];
@@ -170,6 +183,50 @@ impl<'a> Streams<'a> {
             let pre = &gates[row * n_gates..][..n];
             for (pre, stream) in pre.iter().zip(x[row * width..].chunks_exact(hidden)) {
                 kernels.axpy(*pre, stream, out);
+            }
+        });
+    }
+
+    /// Reads the hidden state and the bank, each by its share in a softmax.
+    fn read_bank(&self, bank: &BankConnection, x: &[f32], out: &mut [f32]) {
+        let (n, hidden, kernels) = (self.n, self.hidden, self.cpu.kernels);
+        let score = self.weights.vector(bank.score);
+        self.cpu.pool.for_each_slice(out, hidden, |row, out| {
+            let streams = &x[row * n * hidden..][..n * hidden];
+            let (current, banked) = streams.split_at(hidden);
+            if bank.n_bank == 0 {
+                return out.copy_from_slice(current);
+            }
+            let sources = || {
+                let banked = banked.chunks_exact(hidden).take(bank.n_bank);
+                banked.chain([current])
+            };
+            OLD.with_borrow_mut(|shares| {
+                shares.clear();
+                shares.extend(sources().map(|source| {
+                    let mean = kernels.dot(source, source) / hidden as f32;
+                    kernels.dot(score, source) / (mean + self.norm_eps).sqrt()
+                }));
+                let (_, sum) = kernels.exp_minus_max(shares);
+                out.fill(0.0);
+                for (share, source) in shares.iter().zip(sources()) {
+                    kernels.axpy(share / sum, source, out);
+                }
+            });
+        });
+    }
+
+    /// Adds results to the hidden state, or has them take its place, which joins the bank then.
+    fn write_bank(&self, bank: BankConnection, result: &[f32], x: &mut [f32]) {
+        let (n, hidden, kernels) = (self.n, self.hidden, self.cpu.kernels);
+        self.cpu.pool.for_each_slice(x, n * hidden, |row, streams| {
+            let result = &result[row * hidden..][..hidden];
+            let (current, banked) = streams.split_at_mut(hidden);
+            if bank.banks {
+                banked[bank.n_bank * hidden..][..hidden].copy_from_slice(current);
+                current.copy_from_slice(result);
+            } else {
+                kernels.add(current, result);
             }
         });
     }

@@ -5,9 +5,9 @@ use super::spec::ModelSpec;
 use super::{
     ModelError, NotAModel, Scales, afmoe, bailingmoe2, bailingmoe3, deepseek2, deepseek4,
     deepseek32, dots1, dots3note, ernie4_5, exaone_moe, gemma3, gemma4, glm4moe, gpt_oss,
-    granitemoe, grok, hunyuan_moe, hy_v3, kimi, laguna, lfm2moe, llama, llama4, mimo2, minimax_m2,
-    minimax_m3, mistral3, nemotron_h, olmoe, phi3, qwen2, qwen2moe, qwen3, qwen3next, qwen3vl,
-    qwen4exp, smollm3, step35,
+    granitemoe, grok, hunyuan_moe, hy_v3, hy_v4, kimi, kimi_k3, laguna, lfm2moe, llama, llama4,
+    mimo2, minimax_m2, minimax_m3, mistral3, nemotron_h, olmoe, phi3, qwen2, qwen2moe, qwen3,
+    qwen3next, qwen3vl, qwen4exp, smollm3, step35,
 };
 use crate::gguf::Gguf;
 
@@ -34,6 +34,8 @@ const ARCHITECTURES: &[(&str, Describe)] = &[
     ("grok", grok::describe),
     ("hunyuan-moe", hunyuan_moe::describe),
     ("hy_v3", hy_v3::describe),
+    ("hy_v4", hy_v4::describe),
+    ("kimi-k3", kimi_k3::describe),
     ("kimi-linear", kimi::describe),
     ("laguna", laguna::describe),
     ("lfm2moe", lfm2moe::describe),

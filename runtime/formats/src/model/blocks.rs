@@ -2,8 +2,8 @@
 
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, Groups, HeadOptions, LayerSpec, Linear,
-    Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm, Residual, RopeKind, RopeSpec, RouterInput,
+    Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, Groups, HeadOptions, Latent, LayerSpec,
+    Linear, Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm, Residual, RopeKind, RopeSpec, RouterInput,
     SharedSpec, TensorId, WindowKind,
 };
 use super::{ModelError, Scales};
@@ -407,6 +407,17 @@ pub(super) fn moe(
     hidden: usize,
     options: &MoeOptions,
 ) -> Result<MoeSpec, ModelError> {
+    latent_moe(s, layer, hidden, None, options)
+}
+
+/// Describes the routed experts of a layer, in a space of their own where there is one; see [`moe`].
+pub(super) fn latent_moe(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    latent: Option<Latent>,
+    options: &MoeOptions,
+) -> Result<MoeSpec, ModelError> {
     let n_expert = s.dim("expert_count")?;
     if n_expert > 65_535 {
         return Err(s.bad(
@@ -434,12 +445,13 @@ pub(super) fn moe(
     let p = format!("blk.{layer}");
     let stacked =
         |name: &str, n_in, n_out| s.expert_linear(&format!("{p}.{name}"), n_in, n_out, n_expert);
+    let space = latent.map_or(hidden, |latent| latent.down.n_out);
     let gate_up = if s.has_tensor(&format!("{p}.ffn_gate_up_exps.weight")) {
-        GateUp::Fused(stacked("ffn_gate_up_exps", hidden, 2 * width)?)
+        GateUp::Fused(stacked("ffn_gate_up_exps", space, 2 * width)?)
     } else {
         GateUp::Split {
-            gate: stacked("ffn_gate_exps", hidden, width)?,
-            up: stacked("ffn_up_exps", hidden, width)?,
+            gate: stacked("ffn_gate_exps", space, width)?,
+            up: stacked("ffn_up_exps", space, width)?,
         }
     };
     Ok(MoeSpec {
@@ -455,7 +467,7 @@ pub(super) fn moe(
             bias => bias,
         },
         by_token: None,
-        latent: None,
+        latent,
         gating: gating(s, &options.gating)?,
         n_expert,
         n_used,
@@ -473,7 +485,7 @@ pub(super) fn moe(
         expert_ffn: width,
         activation: options.activation,
         gate_up,
-        down: stacked("ffn_down_exps", width, hidden)?,
+        down: stacked("ffn_down_exps", width, space)?,
         shared: options
             .shared
             .as_ref()

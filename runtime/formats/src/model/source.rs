@@ -112,30 +112,6 @@ impl<'a> Source<'a> {
         Ok(self.gguf.opt_number_array(&self.key(name))?)
     }
 
-    /// Reads finite numbers that are given once or per layer, if the key is there.
-    pub(super) fn opt_numbers_per_layer(
-        &self,
-        name: &str,
-        n_layer: usize,
-    ) -> Result<Option<Vec<f32>>, ModelError> {
-        let numbers = match self.gguf.get(&self.key(name)) {
-            None => return Ok(None),
-            Some(Value::Array(_)) => self.opt_numbers(name)?.unwrap_or_default(),
-            Some(_) => vec![self.f32_or(name, 0.0)?; n_layer],
-        };
-        if numbers.len() < n_layer {
-            let what = format!(
-                "{} values; expected one for each of {n_layer} layers",
-                numbers.len()
-            );
-            return Err(self.bad(name, what));
-        }
-        match numbers[..n_layer].iter().find(|x| !x.is_finite()) {
-            Some(x) => Err(self.bad(name, format!("{x} is not a finite number"))),
-            None => Ok(Some(numbers[..n_layer].to_vec())),
-        }
-    }
-
     /// Reads a count from 0 to `max` that the file must have.
     pub(super) fn count_up_to(&self, name: &str, max: usize) -> Result<usize, ModelError> {
         match self.count(name)? as usize {

@@ -31,7 +31,8 @@ pub use ngram::{NgramBlock, NgramHead, NgramTable};
 pub use residual::{HeadOptions, LayerInput, Residual, TokenInputs};
 pub use short_conv::ShortConvSpec;
 pub use streams::{
-    Connection, Connections, GatedConnection, LowRankConnection, Sinkhorn, StreamsEnd, StreamsSpec,
+    BankConnection, Connection, Connections, GatedConnection, LowRankConnection, Sinkhorn,
+    StreamsEnd, StreamsSpec,
 };
 pub use tensors::{DenseGroup, Tensors};
 

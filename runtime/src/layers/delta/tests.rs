@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::spec::{KeySharing, Linear, Mixer, TensorId};
+use tier_plan_formats::model::spec::{DeltaGate, KeySharing, Linear, Mixer, TensorId};
 use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::quant::TensorType;
@@ -280,6 +280,7 @@ impl Layer {
             dt_bias,
             decay,
             norm,
+            gate: DeltaGate::Silu,
             out,
         };
         Self { spec, weights }

@@ -21,6 +21,8 @@ pub enum StreamsEnd {
     Gated(GatedConnection),
     /// The mixture that a block reads, without a norm after it.
     LowRank(LowRankConnection),
+    /// The mixture that a block reads; the output norm follows.
+    Bank(BankConnection),
 }
 
 /// How a block reads the streams `R[j]`, and how it writes its result `f` back.
@@ -30,6 +32,25 @@ pub enum Connection {
     Gated(GatedConnection),
     /// Weights for every value of every stream.
     LowRank(LowRankConnection),
+    /// Weights for earlier hidden states.
+    Bank(BankConnection),
+}
+
+/// Attention over earlier hidden states (Kimi K3). The first stream is the hidden state, and each of
+/// the others is one that an earlier layer has put there: a bank of `n_bank` so far.
+///
+/// - The block reads `Σ_j p_j R[j]` over the bank and the hidden state, where `p` is the softmax of
+///   `score · rms(R[j])`, whose norm has no weights.
+/// - Its result is added to the hidden state; or, where it `banks`, the hidden state joins the bank
+///   and the result takes its place.
+#[derive(Debug, Clone, Copy)]
+pub struct BankConnection {
+    /// `[hidden]`.
+    pub score: TensorId,
+    /// Hidden states that are in the bank.
+    pub n_bank: usize,
+    /// Whether the hidden state joins them.
+    pub banks: bool,
 }
 
 /// Weights for whole streams, from all of them together (manifold-constrained hyper-connections,
@@ -113,18 +134,27 @@ impl LowRankConnection {
     }
 }
 
+impl BankConnection {
+    fn tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        tensors.vectors.push(self.score);
+        tensors
+    }
+}
+
 impl Connection {
     /// Returns the tensors that it reads.
     pub fn tensors(&self) -> Tensors {
         match self {
             Connection::Gated(gated) => gated.tensors(),
             Connection::LowRank(low) => low.tensors(),
+            Connection::Bank(bank) => bank.tensors(),
         }
     }
 
     /// Returns whether the block has a norm of its own after what it reads.
     pub fn has_block_norm(&self) -> bool {
-        matches!(self, Connection::Gated(_))
+        !matches!(self, Connection::LowRank(_))
     }
 }
 
@@ -135,6 +165,7 @@ impl StreamsEnd {
             StreamsEnd::Mean => Tensors::default(),
             StreamsEnd::Gated(gated) => gated.tensors(),
             StreamsEnd::LowRank(low) => low.tensors(),
+            StreamsEnd::Bank(bank) => bank.tensors(),
         }
     }
 
