@@ -105,10 +105,10 @@ fn of_layer(layer: &LayerSpec) -> Vec<Option<String>> {
         Mixer::Gqa(attention) => of_attention(attention),
         Mixer::Mla(attention) => of_latent_attention(attention),
         Mixer::Delta(_) => vec![Some("gated delta nets".into())],
+        Mixer::Kda(_) => vec![Some("Kimi delta attention".into())],
         Mixer::ShortConv(conv) => {
             vec![Some(format!("convolutions over {} tokens", conv.taps))]
         }
-        Mixer::Kda(_) => vec![Some("Kimi delta attention".into())],
         Mixer::Mamba(_) => vec![Some("Mamba-2".into())],
         Mixer::Compressed(attention) => of_compressed(attention),
         Mixer::None => vec![Some("no mixer".into())],

@@ -1,7 +1,7 @@
 //! The stages of a pass on the CPU.
 
 use super::backend::{LayerBackend, Stage};
-use super::residual::{TokenRows, finish_block, norm_in_place, scale_rows};
+use super::residual::{LayerRows, TokenRows, finish_block, norm_in_place, scale_rows};
 use super::rows::{BlockInput, LatentRows, StreamRows};
 use crate::error::RunError;
 use crate::layers::cpu_context::{CpuContext, add_bias};
@@ -232,9 +232,14 @@ impl Cpu {
             first = rows.end;
             let x = &mut self.x[rows.start * hidden..rows.end * hidden];
             if let Some(input) = &residual.layer_input {
-                let (of, out) = ((spec, layer.index.get()), &mut buffers.out[..x.len()]);
-                self.token_rows
-                    .add(cpu, &self.weights, of, input, rows, x, out);
+                let out = &mut buffers.out[..x.len()];
+                let rows = LayerRows {
+                    rows,
+                    x: &mut *x,
+                    out,
+                };
+                let of = (spec, layer.index.get());
+                self.token_rows.add(cpu, &self.weights, of, input, rows);
             }
             scale_rows(&self.weights, residual.output_scale, x);
         }

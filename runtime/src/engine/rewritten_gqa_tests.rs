@@ -175,7 +175,7 @@ fn windows_may_be_a_period_or_a_list() {
 fn numbers_of_layers_may_be_one_or_a_list() {
     let plain = fixture("step35");
     let n = blocks(&plain, "step35") as usize;
-    let mut bits = |value: Value| {
+    let bits = |value: Value| {
         let mut writer = plain.clone();
         writer.set("step35.swiglu_clamp_exp", value);
         logits(&writer)

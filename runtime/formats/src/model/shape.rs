@@ -194,7 +194,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         hidden: spec.hidden as u32,
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
-        caches: spec.layers.iter().map(cache_shape).collect(),
+        caches: cache_shapes(spec),
         dense,
         experts,
     }
@@ -210,6 +210,25 @@ fn rows_read(spec: &ModelSpec, id: TensorId) -> Option<u64> {
     }
     let ngrams = spec.ngrams.as_ref().filter(|ngrams| ngrams.table == id);
     ngrams.map(|ngrams| ngrams.n_heads() as u64)
+}
+
+/// Returns the KV cache rows and recurrent state of every layer. Layers that share the rows of
+/// another hold none; their dot products count where the rows are.
+fn cache_shapes(spec: &ModelSpec) -> Vec<CacheShape> {
+    let own = spec.layers.iter().map(cache_shape);
+    let mut caches: Vec<CacheShape> = own.collect();
+    for layer in &spec.layers {
+        if let Mixer::Gqa(attention) = &layer.mixer
+            && let Some(owner) = attention.shared_kv
+        {
+            let queries = attention.n_head as u64 / (attention.n_head_kv as u64).max(1);
+            caches[owner]
+                .rows
+                .iter_mut()
+                .for_each(|rows| rows.queries += queries);
+        }
+    }
+    caches
 }
 
 /// Returns the KV cache rows and recurrent state of a layer.
