@@ -49,7 +49,7 @@ const SEEDS: [Option<u64>; 3] = [None, Some(1), Some(2)];
 
 /// Memory that may come after the first tenth: what an allocator keeps in fragments, and huge pages that the system
 /// makes of what lies beside memory in use.
-const GROWTH: u64 = 16 << 20;
+const GROWTH: u64 = 24 << 20;
 
 /// What is asked for: a prompt, and how its text is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -475,8 +475,11 @@ fn random_clients_neither_fail_nor_lose_a_page_nor_grow() {
     } = soak.counts;
     assert!(texts > CLIENTS, "{texts} texts");
     if time >= Duration::from_secs(60) {
-        let each = [canceled, forked, preempted, shared_tokens];
+        let each = [canceled, forked, shared_tokens];
         assert!(each.iter().all(|n| *n > 0), "{each:?}");
+        // With recurrent states there are no more texts than there are pages for.
+        let is_short = soak.max_texts > ROOM as usize;
+        assert!(preempted > 0 || !is_short, "no text is preempted");
     }
     soak.check_alone(&mut load(&gguf, true));
 }

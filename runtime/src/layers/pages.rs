@@ -1,7 +1,8 @@
 //! Pages of the KV cache, and recurrent states: which are free, and how many users each has.
 //!
-//! A page holds [`PAGE`] consecutive positions of one text, in every layer that attends. A text
-//! lists its pages in the order of its positions. Texts with a common beginning share pages; a
+//! A page holds [`PAGE`] consecutive positions of one text, in every layer that attends to all
+//! positions; layers with a window may have pages of their own. A text lists its pages in the order
+//! of its positions. Texts with a common beginning share pages; a
 //! shared page is copied before a text adds tokens to it.
 
 use std::cmp::Reverse;

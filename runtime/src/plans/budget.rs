@@ -15,7 +15,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
-use tier_plan_formats::model::spec::{Ffn, Mixer, ModelSpec, MoeSpec};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 use tier_plan_formats::units::show_bytes;
 
@@ -154,14 +154,15 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
                 .saturating_mul(8 + WITH_QUANTS),
         );
         match &layer.ffn {
-            Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
+            Ffn::Dense(f) => ffn = ffn.max(f.up.n_out),
             Ffn::Moe(m) => {
                 ffn = ffn
                     .max(m.expert_ffn)
-                    .max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
+                    .max(m.shared.map_or(0, |shared| shared.ffn.up.n_out));
                 n_expert = n_expert.max(m.n_expert);
                 n_used = n_used.max(m.n_used);
             }
+            Ffn::None => {}
         }
     }
     let choices = chosen_bytes(spec, room, batch);
@@ -172,9 +173,17 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
         n_used as u64,
     );
     // The router's choices are stored a second time in the lists of each expert's tokens.
-    let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
-    let row =
-        hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
+    // Inputs of tokens exist for all layers, and as results of a product.
+    let inputs = spec.token_inputs.map_or(0, |own| own.proj.n_out as u64);
+    let apart = spec.layers.iter().any(LayerSpec::sums_experts_apart);
+    let shared = if apart { 4 * hidden } else { 0 };
+    let kept =
+        hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16) + shared + inputs.saturating_mul(4);
+    let row = hidden * (3 * 4 + 3 * WITH_QUANTS)
+        + ffn * (2 * 4 + WITH_QUANTS)
+        + n_expert * 4
+        + mixer
+        + inputs.saturating_mul(4 + WITH_QUANTS);
     // Logits with the sampler's copies, per further text its logits and its sampler's buffer, and
     // attention scores of one query on each thread.
     let further = u64::from(room.sequences.saturating_sub(1));

@@ -84,7 +84,10 @@ impl Scales {
         }
         for (_, moe) in spec.moe_layers() {
             for linear in moe.expert_linears() {
-                add(linear.weight, moe.n_expert)?;
+                // Where an expert's factor is a parameter of the network, its router applies it.
+                if moe.expert_scale.is_none() || linear.weight != moe.down.weight {
+                    add(linear.weight, moe.n_expert)?;
+                }
             }
         }
         Ok(scales)
