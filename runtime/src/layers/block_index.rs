@@ -188,6 +188,9 @@ impl Index<'_> {
             chosen.clear();
             chosen.extend(0..self.visible(segment.past + i / sets) as u32);
         }
+        if n_all == n {
+            return;
+        }
         let chunks = self.visible(segment.past + n - 1).div_ceil(CHUNK);
         let step = (MAX_SCORES / (chunks * sets * CHUNK)).max(1);
         for first in (n_all..n).step_by(step) {

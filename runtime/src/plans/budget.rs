@@ -14,7 +14,7 @@ use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
-use tier_plan_formats::model::shape::ModelShape;
+use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 use tier_plan_formats::units::show_bytes;
@@ -184,6 +184,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
         + n_expert * 4
         + mixer
         + inputs.saturating_mul(4 + WITH_QUANTS);
+    let (kept_streams, row_streams) = stream_bytes(spec, WITH_QUANTS);
+    let (kept, row) = (kept + kept_streams, row + row_streams);
     // Logits with the sampler's copies, per further text its logits and its sampler's buffer, and
     // attention scores of one query on each thread.
     let further = u64::from(room.sequences.saturating_sub(1));
@@ -195,6 +197,17 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
         .saturating_add(micro)
         .saturating_add(once)
         .saturating_add(choices)
+}
+
+/// Returns the bytes per token that several residual streams take between layers, and within one:
+/// normed streams with their 8-bit forms of `with_quants` bytes, gates, and what n-grams add.
+fn stream_bytes(spec: &ModelSpec, with_quants: u64) -> (u64, u64) {
+    if spec.streams.is_none() {
+        return (0, 0);
+    }
+    let (hidden, all) = (spec.hidden as u64, spec.residual_width() as u64);
+    let ngrams = if spec.ngrams.is_some() { 3 * 4 * all } else { 0 };
+    (4 * all + 4 * hidden, all * (2 * 4 + with_quants) + ngrams)
 }
 
 /// Returns the bytes of ratings and choices of lightning indexers in a pass of `batch` tokens. Texts
@@ -240,7 +253,10 @@ pub fn within(
     let mut fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
-    let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+    // A table of n-grams is too large for memory, and a token reads a few rows of it.
+    let in_file = |kind: DenseKind| kind == DenseKind::Embedding && spec.ngrams.is_some();
+    let dense = shape.dense.iter().filter(|d| !in_file(d.kind));
+    let dense: u64 = dense.map(|d| d.bytes).sum();
     let used = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);
     let most = shape.experts.iter().map(|e| e.n_expert).max().unwrap_or(0);
     let experts = u64::from(used).saturating_mul(largest);
@@ -284,6 +300,10 @@ pub fn within(
         .collect();
     let slots = spread(&rooms, &limits, left);
     let mut plan = two_tiers(shape, room, kv_type, budget - fixed.outside_bytes(budget));
+    let home = plan.home_tier();
+    for group in plan.dense.iter_mut().filter(|d| in_file(d.kind)) {
+        group.tier = home;
+    }
     for (layer, slots) in plan.layers.iter_mut().zip(&slots) {
         layer.slots = *slots;
     }
