@@ -137,7 +137,6 @@ impl TokenRows {
         let product = |linear, acts: ActView<'_>, out: &mut [f32]| {
             let jobs = [MatJob::new(weights.linear(linear), acts, out)];
             matmul_all(cpu.pool, cpu.kernels, &jobs);
-            drop(jobs);
             add_bias(out, weights.bias(linear));
         };
         let q = quantize(input.gate.weight);

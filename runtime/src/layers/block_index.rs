@@ -89,7 +89,6 @@ impl Index<'_> {
             MatJob::new(self.weights.linear(&spec.k), input.x, k),
         ];
         matmul_all(self.c.pool, self.c.kernels, &jobs);
-        drop(jobs);
         add_bias(q, self.weights.bias(&spec.q));
         add_bias(k, self.weights.bias(&spec.k));
         let norm = self.weights.vector(spec.q_norm);

@@ -121,7 +121,6 @@ impl Ngrams {
             MatJob::new(weights.linear(&block.value), acts.view(), &mut self.values),
         ];
         matmul_all(cpu.pool, cpu.kernels, &jobs);
-        drop(jobs);
         add_bias(&mut self.keys, weights.bias(&block.key));
         add_bias(&mut self.values, weights.bias(&block.value));
     }

@@ -254,7 +254,6 @@ fn expert_on_cpu<'s>(
     ];
     let jobs = if view.is_gated { &both[..] } else { &both[..1] };
     matmul_all(cpu.pool, cpu.kernels, jobs);
-    drop(both);
     if moe.weigh_input {
         weigh(gate, up, width, tokens.iter().map(|(_, weight)| *weight));
     }
