@@ -354,7 +354,6 @@ fn gpus_refuse_by_name_what_they_do_not_compute() {
         ("gemma4", "inputs of tokens for every layer"),
         ("grok", "a factor on embeddings"),
         ("granitemoe", "a factor on embeddings"),
-        ("qwen2", "a bias, a factor or a soft cap on logits"),
         ("llama4", "weights on what experts read"),
         ("step35", "SiLU with a limit"),
         ("mimo2", "a norm of or a factor on the result of attention"),

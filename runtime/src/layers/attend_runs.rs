@@ -211,7 +211,11 @@ mod tests {
             key_width: WIDTH,
             value_width: WIDTH,
         };
-        let seen = [vec![0..1, 1..2], vec![2..9, 30..40], vec![5..6, 7..8, 11..25]];
+        let seen = [
+            vec![0..1, 1..2],
+            vec![2..9, 30..40],
+            vec![5..6, 7..8, 11..25],
+        ];
         let sinks = [0.5, -1.0, 2.0, 0.0];
         for kernels in Kernels::available() {
             for sinks in [None, Some(&sinks[..])] {

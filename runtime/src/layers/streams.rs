@@ -430,7 +430,7 @@ mod tests {
         assert!(columns < 1e-6 && rows < 1e-4, "{rows} {columns}");
         // Epsilon in the denominators keeps sums below 1.
         let (_, columns) = sums(3, 0.1);
-        assert!((0.08..0.1).contains(&columns), "{columns}");
+        assert!((0.08..0.12).contains(&columns), "{columns}");
     }
 
     #[test]

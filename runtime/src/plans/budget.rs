@@ -206,7 +206,11 @@ fn stream_bytes(spec: &ModelSpec, with_quants: u64) -> (u64, u64) {
         return (0, 0);
     }
     let (hidden, all) = (spec.hidden as u64, spec.residual_width() as u64);
-    let ngrams = if spec.ngrams.is_some() { 3 * 4 * all } else { 0 };
+    let ngrams = if spec.ngrams.is_some() {
+        3 * 4 * all
+    } else {
+        0
+    };
     (4 * all + 4 * hidden, all * (2 * 4 + with_quants) + ngrams)
 }
 

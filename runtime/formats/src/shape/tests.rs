@@ -324,7 +324,7 @@ fn mixes_have_names_and_fall_in_size() {
             .collect();
         // Rows of some are no whole number of large blocks, so that their small mixes are alike, and
         // a table counts as an embedding, whose types differ less.
-        let widths = |e: &Experts| [e.ffn, e.hidden].iter().all(|w| w.is_multiple_of(128));
+        let widths = |e: &Experts| [e.ffn, e.hidden].iter().all(|w| w.is_multiple_of(256));
         let is_whole =
             model.hidden.is_multiple_of(256) && model.experts.as_ref().is_none_or(widths);
         if is_whole && model.table.is_none() {
