@@ -216,7 +216,7 @@ impl Tally<'_> {
             let mut bytes = u128::from(cache.state_bytes) * states;
             for rows in &cache.rows {
                 let row_bytes = u128::from(plan.kv_type.row_bytes(rows.width));
-                bytes += row_bytes * u128::from(rows.per_token) * positions;
+                bytes += row_bytes * u128::from(rows.per_token) * held(positions, rows.every);
             }
             let name = format!("key and value cache of layer {layer}");
             let apart = plan
@@ -396,6 +396,13 @@ fn with_fixed_times(plan: &Placement, shape: &ModelShape) -> Placement {
     plan
 }
 
+/// Returns the rows of so many positions, of which `every` share one: in every page, as many as blocks
+/// may end there.
+fn held(positions: u128, every: u64) -> u128 {
+    let (page, every) = (u128::from(PAGE), u128::from(every));
+    positions / page * page.div_ceil(every) + (positions % page).div_ceil(every)
+}
+
 /// Returns the positions that a layer holds, of the `all` positions of the planned texts: where no
 /// token sees more than a window, and pages of the windows, a batch, and the checkpoints are fewer.
 fn window_positions(plan: &Placement, tier: TierIdx, cache: &CacheShape, all: u128) -> u128 {
@@ -425,7 +432,8 @@ fn caches_s(plan: &Placement, shape: &ModelShape) -> f64 {
     for (layer, cache) in shape.caches.iter().enumerate() {
         let (mut bytes, mut values) = (2.0 * cache.state_bytes as f64, 0.0);
         for rows in &cache.rows {
-            let seen = rows.per_token * rows.window.unwrap_or(u64::MAX).min(position.into());
+            let seen = rows.window.unwrap_or(u64::MAX).min(position.into());
+            let seen = rows.per_token * seen.div_ceil(rows.every);
             bytes += (plan.kv_type.row_bytes(rows.width) * seen) as f64;
             values += (rows.width * rows.queries * seen) as f64;
         }

@@ -90,6 +90,7 @@ fn points() -> Vec<Point> {
             KvRows {
                 width: 576,
                 per_token: 1,
+                every: 1,
                 queries: 128,
                 window: None,
                 chosen: None,
@@ -111,6 +112,7 @@ fn points() -> Vec<Point> {
             KvRows {
                 width: 256,
                 per_token: 2 * 2,
+                every: 1,
                 queries: 16,
                 window: None,
                 chosen: None,
