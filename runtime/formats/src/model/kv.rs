@@ -503,6 +503,41 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_blocks_are_shared_by_their_positions() {
+        let blocks = |every| KvRows {
+            width: 8,
+            per_token: 2,
+            every,
+            queries: 3,
+            window: None,
+            chosen: None,
+        };
+        let held = |every| [0, 1, 64, 65, 192].map(|n| blocks(every).held(n));
+        assert_eq!(held(1), [0, 2, 128, 130, 384]);
+        assert_eq!(held(4), [0, 2, 32, 34, 96]);
+        // 22 blocks of three may end in a page, and one longer than a page in every page.
+        assert_eq!(held(3), [0, 2, 44, 46, 132]);
+        assert_eq!(held(128), [0, 2, 2, 4, 6]);
+        assert_eq!(blocks(4).held(u64::MAX), u64::MAX);
+        let read = |n| (blocks(4).read(n, 1), blocks(4).token_macs(n));
+        assert_eq!([read(4), read(40)], [(2, 48.0), (20, 480.0)]);
+        let chosen = KvRows {
+            chosen: Some(8),
+            ..blocks(4)
+        };
+        assert_eq!((chosen.read(40, 1), chosen.token_macs(40)), (4, 96.0));
+        assert_eq!(chosen.prompt_macs(9), (36.0 + 8.0) * 12.0);
+        let cache = CacheShape {
+            rows: vec![blocks(4)],
+            state_bytes: 100,
+        };
+        assert_eq!(cache.token_bytes(KvType::F32), 16);
+        assert_eq!(cache.token_bytes(KvType::Q8_0), 5);
+        let room = CacheRoom::of_one(65);
+        assert_eq!(cache.bytes(KvType::F32, room), 34 * 32 + 100);
+    }
+
+    #[test]
     fn layers_with_windows_hold_the_windows_and_a_batch() {
         let rows = |window| CacheShape {
             rows: vec![KvRows {
