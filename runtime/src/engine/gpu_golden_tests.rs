@@ -1,0 +1,121 @@
+//! The second group of architectures with all parts that a GPU takes on an emulated one, against
+//! golden values. What it doesn't take is refused by name, and stays on the CPU.
+
+use crate::engine::gpu_tests::{Experts, load, open, plan};
+use crate::engine::{Engine, LogitsMode};
+use crate::error::LoadError;
+use crate::options::LoadOptions;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use tier_plan_cuda::{Device, shim};
+use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::{DenseKind, ModelShape};
+use tier_plan_formats::placement::Placement;
+use tier_plan_testing::{Golden, models};
+
+/// A model with thousands of tokens, for chunks of attention.
+const LONG: &str = "llama4-long";
+
+/// The largest error of logits. Sums of a GPU have another order than those of the CPU, and the
+/// golden values a third one.
+const BOUND: f64 = 1e-5;
+
+/// What of a model a plan leaves on the CPU.
+#[derive(Default)]
+struct Left {
+    /// Tensor groups, with the layer of those that have one.
+    groups: BTreeSet<(&'static str, Option<u32>)>,
+    /// Each refusal, without its layer.
+    reasons: BTreeSet<(&'static str, String)>,
+}
+
+impl Left {
+    fn has(&self, group: &'static str, layer: Option<u32>) -> bool {
+        self.groups.contains(&(group, layer))
+    }
+
+    fn plan(&self, shape: &ModelShape, context: u32) -> Placement {
+        let on_gpu = |kind: DenseKind, layer| !self.has(key(kind), layer);
+        let experts = if self.has("experts", None) {
+            Experts::Memory
+        } else {
+            Experts::Gpu
+        };
+        let cache = !self.has("kv_cache", None);
+        plan(shape, (context, KvType::F32), on_gpu, cache, experts)
+    }
+
+    /// Notes what a plan was refused for.
+    fn add(&mut self, refusal: LoadError) {
+        let LoadError::OnGpu {
+            group, layer, why, ..
+        } = refusal
+        else {
+            panic!("{refusal}");
+        };
+        let of_layer = !matches!(group, "embedding" | "head" | "experts" | "kv_cache");
+        let layer = of_layer.then_some(layer as u32);
+        // An embedding that is the head too lies where that does.
+        let is_new = self.groups.insert((group, layer)) || self.groups.insert(("head", None));
+        assert!(is_new, "refused again: {why}");
+        self.reasons.insert((group, why));
+    }
+}
+
+/// Returns how a refusal names a tensor group.
+fn key(kind: DenseKind) -> &'static str {
+    match kind {
+        DenseKind::Embedding => "embedding",
+        DenseKind::Attention => "attention",
+        DenseKind::Router => "router",
+        DenseKind::SharedExpert => "shared_expert",
+        DenseKind::DenseFfn => "dense_ffn",
+        DenseKind::Head => "head",
+    }
+}
+
+/// Moves to the CPU what the GPU refuses, until it refuses nothing.
+fn as_much_as_it_takes(gguf: &Arc<Gguf>, shape: &ModelShape, context: u32) -> (Placement, Left) {
+    let mut left = Left::default();
+    loop {
+        let plan = left.plan(shape, context);
+        let give = |_: usize| Ok(shim::shared() as Arc<dyn Device>);
+        let options = LoadOptions::default();
+        match Engine::load_on(
+            Arc::clone(gguf),
+            &plan,
+            &options,
+            Some(&give),
+            &mut |_, _| {},
+        ) {
+            Ok(_) => return (plan, left),
+            Err(refusal) => left.add(refusal),
+        }
+    }
+}
+
+#[test]
+fn what_a_gpu_takes_of_each_model_gives_its_golden_values() {
+    let mut wrong = Vec::new();
+    let mut refused: BTreeMap<String, BTreeSet<(&str, String)>> = BTreeMap::new();
+    for name in models("arch2").iter().filter(|name| *name != LONG) {
+        let golden = Golden::read(&format!("arch2/{name}"));
+        let (gguf, shape) = open(&format!("arch2/{name}.gguf"));
+        let n_tokens = golden.tokens.len() + golden.greedy.len();
+        let (plan, left) = as_much_as_it_takes(&gguf, &shape, n_tokens as u32);
+        let mut engine = load(&gguf, &plan, 13);
+        let logits = engine.forward(&golden.tokens, LogitsMode::All).unwrap();
+        let error = golden.nmse(logits);
+        let bytes = engine.resident_bytes().as_slice()[0];
+        println!(
+            "{name}: {error:.1e}, {bytes} bytes on the GPU, left {:?}",
+            left.reasons
+        );
+        if error > BOUND || error.is_nan() {
+            wrong.push(name.clone());
+        }
+        refused.insert(name.clone(), left.reasons);
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+}
