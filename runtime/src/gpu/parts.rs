@@ -238,14 +238,14 @@ fn experts<'a>(
         .filter_map(|((index, moe), placed)| {
             let options = [
                 (moe.weigh_input, "weights on what experts read"),
-                (moe.latent.is_some(), "latent experts"),
                 (
                     matches!(moe.gate_up, GateUp::Up(_)),
                     "experts without a gate",
                 ),
             ];
             let option = options.into_iter().find(|(has, _)| *has);
-            let why = activation(moe.activation).or(option.map(|(_, what)| what.into()))?;
+            let option = option.map(|(_, what)| what.to_string());
+            let why = option.or(activation(moe.activation))?;
             let pinned = placed.pinned.iter().filter(|pins| !pins.experts.is_empty());
             let tiers = pinned
                 .map(|pins| pins.tier)
