@@ -47,6 +47,8 @@ mod rewritten_gqa_tests;
 #[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
+mod rewritten_pooled_tests;
+#[cfg(test)]
 mod rewritten_sparse_tests;
 #[cfg(test)]
 mod rewritten_streams_tests;

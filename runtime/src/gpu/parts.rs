@@ -192,7 +192,7 @@ fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
         Reach::All => None,
         Reach::Window(_) => Some("a window of latent attention"),
         Reach::Indexed(_) => Some("a lightning indexer"),
-        Reach::Reused { .. } => Some("positions that another layer's indexer chose"),
+        Reach::Reused(_) => Some("positions that another layer's indexer chose"),
     };
     let options = [
         (a.rope.is_none(), "latent attention without rotation"),
