@@ -20,6 +20,9 @@ mod gpu_backend;
 mod gpu_delta_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
+mod gpu_golden_tests;
+#[cfg(test)]
+#[allow(unsafe_code)]
 mod gpu_slot_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]

@@ -10,8 +10,8 @@ use crate::layers::places::Places;
 use tier_plan_cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::spec::{
-    Activation, DeltaGate, Ffn, GateUp, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec,
-    Linear, Mixer, MlaSpec, ModelSpec, OutputGate, Reach, WindowKind,
+    Activation, DeltaGate, Ffn, GateUp, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec, Linear,
+    Mixer, MlaSpec, ModelSpec, OutputGate, Reach, WindowKind,
 };
 use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
@@ -238,14 +238,14 @@ fn experts<'a>(
         .filter_map(|((index, moe), placed)| {
             let options = [
                 (moe.weigh_input, "weights on what experts read"),
-                (moe.latent.is_some(), "latent experts"),
                 (
                     matches!(moe.gate_up, GateUp::Up(_)),
                     "experts without a gate",
                 ),
             ];
             let option = options.into_iter().find(|(has, _)| *has);
-            let why = activation(moe.activation).or(option.map(|(_, what)| what.into()))?;
+            let option = option.map(|(_, what)| what.to_string());
+            let why = option.or(activation(moe.activation))?;
             let pinned = placed.pinned.iter().filter(|pins| !pins.experts.is_empty());
             let tiers = pinned
                 .map(|pins| pins.tier)
@@ -257,14 +257,7 @@ fn experts<'a>(
 
 /// Returns why no kernel of a GPU computes an activation, if so.
 fn activation(activation: Activation) -> Option<String> {
-    match activation {
-        Activation::Silu | Activation::ClampedSwiglu { .. } => None,
-        Activation::Gelu => Some("GELU".into()),
-        Activation::SquaredRelu => Some("squared ReLU".into()),
-        Activation::ClampedSilu { .. } => Some("SiLU of a clamped gate".into()),
-        Activation::LimitedSilu { .. } => Some("SiLU with a limit".into()),
-        Activation::Situ { .. } => Some("SiTU".into()),
-    }
+    (activation == Activation::SquaredRelu).then(|| "squared ReLU".into())
 }
 
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
@@ -278,7 +271,7 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
     }
     match &layer.ffn {
         Ffn::None => None,
-        Ffn::Dense(ffn) => dense_activation(ffn),
+        Ffn::Dense(ffn) => activation(ffn.activation),
         Ffn::Moe(moe) if !moe.is_plain() => {
             Some("norms of, factors on, or a router apart from the experts".into())
         }
@@ -289,15 +282,9 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
             let shared = moe.shared.as_ref();
             gating
                 .or(activation(moe.activation))
-                .or(shared.and_then(|shared| dense_activation(&shared.ffn)))
+                .or(shared.and_then(|shared| activation(shared.ffn.activation)))
         }
     }
-}
-
-/// Returns why no kernel of a GPU computes a dense block's activation, if so. They have
-/// [`Activation::Silu`] only.
-fn dense_activation(ffn: &GatedFfn) -> Option<String> {
-    (ffn.activation != Activation::Silu).then(|| format!("{:?} in a dense block", ffn.activation))
 }
 
 /// Returns why a layer's router or dense block can't run on a GPU, if so.
