@@ -165,7 +165,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
             Ffn::None => {}
         }
     }
-    let choices = chosen_bytes(spec, room, batch);
+    let choices = chosen_bytes(spec, room, batch).saturating_add(window_bytes(spec));
     let (hidden, ffn, n_expert, n_used) = (
         spec.hidden as u64,
         ffn as u64,
@@ -212,6 +212,15 @@ fn stream_bytes(spec: &ModelSpec, with_quants: u64) -> (u64, u64) {
         0
     };
     (4 * all + 4 * hidden, all * (2 * 4 + with_quants) + ngrams)
+}
+
+/// Returns the bytes of a window's vectors before a batch, beside those of its tokens.
+fn window_bytes(spec: &ModelSpec) -> u64 {
+    let values = |layer: &LayerSpec| match &layer.mixer {
+        Mixer::Compressed(a) => a.window_values() as u64,
+        _ => 0,
+    };
+    4 * spec.layers.iter().map(values).max().unwrap_or(0)
 }
 
 /// Returns the bytes of ratings and choices of lightning indexers in a pass of `batch` tokens. Texts
