@@ -20,6 +20,7 @@ mod gemma3;
 mod gemma4;
 mod glm4moe;
 mod gpt_oss;
+pub mod gpu;
 mod granitemoe;
 mod grok;
 mod hunyuan_moe;
