@@ -47,6 +47,7 @@ fn lumps(
         n_used,
         expert_bytes,
         expert_macs: 2 * expert_bytes,
+        by_token: false,
     };
     let sizes = ModelShape {
         id: SourceId {
@@ -62,10 +63,12 @@ fn lumps(
             .map(|l| CacheShape {
                 rows: if l % every == 0 { vec![kv] } else { Vec::new() },
                 state_bytes: 0,
+                more_readers: 0,
             })
             .collect(),
         dense: (0..layers).map(dense).collect(),
         experts: (0..layers).map(expert).collect(),
+        cpu_only: Vec::new(),
     };
     Known {
         longest_context: sizes.context.into(),

@@ -361,7 +361,7 @@ impl Engine {
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
             backends.add_experts(spec, layer, place, on.lend())?;
             output.record(moe, choices, batch, &backends.buffers);
-            meter.finish_experts(clock, moe.index, batch.phase, &step);
+            meter.finish_experts(clock, moe.index, batch, &step);
         }
         let start = Instant::now();
         backends.head(spec, place, on.lend(), &mut output.logits)?;
