@@ -43,6 +43,7 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
                 rows: vec![KvRows {
                     width: 576,
                     per_token: 1,
+                    every: 1,
                     queries: 128,
                     window: None,
                     chosen: None,

@@ -265,6 +265,17 @@ mod tests {
                 "tokens that an earlier layer's indexer chose in 1 of 3 layers",
             ]
         );
+        assert_eq!(
+            of("arch2/glm5-next"),
+            [
+                "4 residual streams",
+                "Kimi delta attention in 2 of 4 layers",
+                "latent attention in 2 of 4 layers",
+                "a lightning indexer that chooses 3 blocks of 4 tokens in 1 of 4 layers",
+                "tokens that an earlier layer's indexer chose in 1 of 4 layers",
+                "no rotation in 2 of 4 layers",
+            ]
+        );
         let conv = of("arch2/lfm2moe");
         assert!(conv[0].starts_with("convolutions over "), "{conv:?}");
     }

@@ -333,6 +333,7 @@ mod whole {
             vec![KvRows {
                 width: 64,
                 per_token: 10,
+                every: 1,
                 queries: 4,
                 window,
                 chosen: None,

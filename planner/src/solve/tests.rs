@@ -121,6 +121,7 @@ fn cache(width: u64) -> CacheShape {
         rows: vec![KvRows {
             width,
             per_token: 1,
+            every: 1,
             queries: 1,
             window: None,
             chosen: None,

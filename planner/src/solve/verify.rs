@@ -253,7 +253,7 @@ impl Tally<'_> {
             let mut bytes = u128::from(cache.state_bytes) * states;
             for rows in &cache.rows {
                 let row_bytes = u128::from(plan.kv_type.row_bytes(rows.width));
-                bytes += row_bytes * u128::from(rows.per_token) * positions;
+                bytes += row_bytes * u128::from(rows.per_token) * held(positions, rows.every);
             }
             let name = format!("key and value cache of layer {layer}");
             let apart = plan
@@ -437,6 +437,13 @@ fn with_fixed_times(plan: &Placement, shape: &ModelShape) -> Placement {
     plan
 }
 
+/// Returns the rows of so many positions, of which `every` share one: in every page, as many as blocks
+/// may end there.
+fn held(positions: u128, every: u64) -> u128 {
+    let (page, every) = (u128::from(PAGE), u128::from(every));
+    positions / page * page.div_ceil(every) + (positions % page).div_ceil(every)
+}
+
 /// Returns the positions that a layer holds, of the `all` positions of the planned texts: where no
 /// token sees more than a window, and pages of the windows, a batch, and the checkpoints are fewer.
 fn window_positions(plan: &Placement, tier: TierIdx, cache: &CacheShape, all: u128) -> u128 {
@@ -468,7 +475,7 @@ fn caches_s(plan: &Placement, shape: &ModelShape) -> f64 {
         for rows in &cache.rows {
             let most = |limit: Option<u64>| limit.unwrap_or(u64::MAX);
             let reach = most(rows.window).min(most(rows.chosen));
-            let seen = rows.per_token * reach.min(position.into());
+            let seen = reach.min(position.into()).div_ceil(rows.every) * rows.per_token;
             let readers = cache.more_readers + 1;
             bytes += (plan.kv_type.row_bytes(rows.width) * seen * readers) as f64;
             values += (rows.width * rows.queries * seen) as f64;

@@ -93,6 +93,7 @@ fn points() -> Vec<Point> {
             KvRows {
                 width: 576,
                 per_token: 1,
+                every: 1,
                 queries: 128,
                 window: None,
                 chosen: None,
@@ -114,6 +115,7 @@ fn points() -> Vec<Point> {
             KvRows {
                 width: 256,
                 per_token: 2 * 2,
+                every: 1,
                 queries: 16,
                 window: None,
                 chosen: None,

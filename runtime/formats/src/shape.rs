@@ -339,6 +339,7 @@ impl Architecture {
                 let rows = |width: u32, per_head: u64| KvRows {
                     width: width.into(),
                     per_token: per_head * u64::from(kv_heads),
+                    every: 1,
                     queries: u64::from(heads / kv_heads),
                     window: window.filter(|_| !full).map(u64::from),
                     chosen: None,
@@ -360,6 +361,7 @@ impl Architecture {
                 let rows = KvRows {
                     width,
                     per_token: 1,
+                    every: 1,
                     queries: 2 * u64::from(heads),
                     window: None,
                     chosen: None,
@@ -406,12 +408,11 @@ impl Experts {
     }
 }
 
-/// Returns rows of the cache as rows that every token adds: of those that several tokens share, a
-/// part of the width each.
 fn given_rows(rows: &GivenRows) -> KvRows {
     KvRows {
-        width: rows.width.div_ceil(rows.every).into(),
+        width: rows.width.into(),
         per_token: rows.per_token.into(),
+        every: rows.every.into(),
         queries: rows.queries.into(),
         window: rows.window.map(u64::from),
         chosen: rows.chosen.map(u64::from),

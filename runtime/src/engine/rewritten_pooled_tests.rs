@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::gguf::{ArrayValue, Gguf, Value};
 use tier_plan_formats::model::describe;
-use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::shape_of;
 use tier_plan_formats::model::spec::{Mixer, Reach, Selection};
 use tier_plan_testing::data;
@@ -197,6 +197,64 @@ fn defaults_are_those_of_the_reference() {
         tail: true,
     };
     assert!(matches!(reach(&fixture(), 3), Reach::Reused(chosen) if chosen == twelve));
+}
+
+#[test]
+fn blocks_have_one_key_and_open_ones_are_state() {
+    let caches = |writer: &Writer| {
+        let (_file, gguf) = open(writer);
+        shape_of(&gguf, &describe(&gguf).unwrap()).caches
+    };
+    for (block, top_k, tail, chosen) in [(4, 12, true, 15), (3, 10, false, 9)] {
+        let found = caches(&selecting(block, top_k, tail));
+        let latents = KvRows {
+            width: 32,
+            per_token: 1,
+            every: 1,
+            queries: 2 * 4,
+            window: None,
+            chosen: Some(chosen),
+        };
+        let keys = KvRows {
+            every: block.into(),
+            queries: 8,
+            chosen: None,
+            ..latents
+        };
+        let mut rows = vec![latents, keys];
+        rows.sort_unstable();
+        let mut of_layer = found[1].rows.clone();
+        of_layer.sort_unstable();
+        assert_eq!(of_layer, rows);
+        assert_eq!(found[1].state_bytes, u64::from(4 * 2 * 32 * block));
+        // The layer that shares the choice has latents alone.
+        assert_eq!(
+            (&found[3].rows[..], found[3].state_bytes),
+            (&[latents][..], 0)
+        );
+    }
+    // Vectors of tokens are no rows: their window is state, with the rows of open blocks.
+    let deepseek4 = Gguf::open(&data("arch2/deepseek4.gguf")).unwrap();
+    let spec = describe(&deepseek4).unwrap();
+    let caches = shape_of(&deepseek4, &spec).caches;
+    for (cache, layer) in caches.iter().zip(&spec.layers) {
+        let Mixer::Compressed(attention) = &layer.mixer else {
+            panic!("{:?}", layer.mixer);
+        };
+        let open: usize = attention
+            .compressors()
+            .map(|c| c.past() * 2 * c.kv.n_out)
+            .sum();
+        let window = attention.window * attention.key_dim;
+        assert_eq!(cache.state_bytes, 4 * (window + open) as u64);
+        let every: Vec<u64> = cache.rows.iter().map(|rows| rows.every).collect();
+        let expected: &[u64] = match &attention.far {
+            None => &[],
+            Some(far) if far.index.is_some() => &[4, 4],
+            Some(_) => &[128],
+        };
+        assert_eq!(every, expected);
+    }
 }
 
 #[test]

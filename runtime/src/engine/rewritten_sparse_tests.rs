@@ -163,6 +163,7 @@ fn layers_share_what_the_last_indexer_chose() {
     let rows = |width, queries, chosen| KvRows {
         width,
         per_token: 1,
+        every: 1,
         queries,
         window: None,
         chosen,

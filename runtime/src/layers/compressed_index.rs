@@ -89,8 +89,7 @@ impl IndexScratch {
         &self.chosen
     }
 
-    /// Chooses the blocks of every token of a text's rows. Block keys lie at the last positions of
-    /// blocks.
+    /// Chooses the blocks of every token of a text's rows.
     pub(super) fn choose(
         &mut self,
         c: CpuContext<'_>,
@@ -124,8 +123,7 @@ impl IndexScratch {
                     dots.resize(shape.n_head, 0.0);
                     let blocks = chunk * CHUNK..visible(token);
                     for (block, score) in blocks.zip(scores) {
-                        let last = (block + 1) * ratio - 1;
-                        let key = keys.rows(segment.pages, 0, last..last + 1);
+                        let key = keys.block(segment.pages, block);
                         c.kernels.row_dots(query, key, shape.key_dim, dots, 1);
                         let terms = dots.iter().zip(weights);
                         *score = terms.map(|(dot, w)| w * dot.max(0.0)).sum();

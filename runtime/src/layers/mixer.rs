@@ -80,9 +80,13 @@ impl LayerCache {
             Mixer::Mla(a) => {
                 let rows = |width| RowStore::new(kv_type, 1, positions, width);
                 let open = a.reach.indexer().map_or(0, IndexerSpec::state_values);
+                let index = |indexer: &IndexerSpec| {
+                    let block = indexer.selection.block;
+                    RowStore::of_blocks(kv_type, positions, indexer.key_dim, block)
+                };
                 Self::Mla(LatentRows {
                     latents: rows(a.kv_rank + a.shared_dim),
-                    index_keys: a.reach.indexer().map(|indexer| rows(indexer.key_dim)),
+                    index_keys: a.reach.indexer().map(index),
                     open: if open > 0 {
                         states(&|| RecurrentState::new(open, 0, ngram))
                     } else {
@@ -106,11 +110,16 @@ impl LayerCache {
 
     /// Makes the stand-in of a cache in a GPU's memory, for one text of up to `context` tokens.
     pub(crate) fn on_gpu(layer: &LayerSpec, kv_type: KvType, context: usize) -> Self {
-        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
-        let token: u64 = mixer_rows(&layer.mixer).iter().map(bytes).sum();
-        let bytes = token
-            .saturating_mul(context as u64)
-            .saturating_add(layer.state_bytes());
+        let rows = mixer_rows(&layer.mixer);
+        let bytes = |rows: &KvRows| {
+            kv_type
+                .row_bytes(rows.width)
+                .saturating_mul(rows.held(context as u64))
+        };
+        let bytes = rows
+            .iter()
+            .map(bytes)
+            .fold(layer.state_bytes(), u64::saturating_add);
         Self::OnGpu {
             bytes,
             rewinds: layer.state_bytes() == 0,
@@ -162,7 +171,7 @@ impl LayerCache {
     /// Returns whether it has recurrent states of its own.
     pub(crate) fn is_recurrent(&self) -> bool {
         matches!(self, Self::Delta(_))
-            || matches!(self, Self::Compressed(cache) if cache.has_states())
+            || matches!(self, Self::Compressed(_))
             || matches!(self, Self::Mla(rows) if !rows.open.is_empty())
     }
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! k_t    = layer_norm(K x_t)                    g_t = G x_t + ape[t mod P]
-//! key_b  = sum over the block of softmax(g) · k   stored in the cache, at the block's last position
+//! key_b  = sum over the block of softmax(g) · k   stored in the cache, one row per block
 //! q_i    = Q_i c                                per head i, from the compressed queries c
 //! w      = scale · W x
 //! rating(t, b) = sum over i of w_i(t) · max(0, q_i(t) · key_b)
@@ -50,7 +50,7 @@ impl PooledScratch {
 
 /// What an indexer keeps of all texts.
 pub(super) struct PooledKeys<'a> {
-    /// Keys of blocks, each at the last position of its block.
+    /// Keys of blocks.
     pub keys: &'a mut RowStore,
     /// Per text, then of checkpoints: keys and gates of open blocks, `[block, 2, key_dim]`.
     pub open: &'a mut [RecurrentState],
@@ -163,7 +163,7 @@ fn store(
                 .map(|row| row.split_at(dim))
                 .collect();
             let key = pool(&members, dim);
-            keys.store(c.kernels, segment.pages, position, &key);
+            keys.store_block(c.kernels, segment.pages, position / block, &key);
         }
         if let Some((_, to)) = checkpoints.next_if(|(end, _)| *end == row + 1) {
             copy_mixer_state(states, segment.state, *to);

@@ -272,12 +272,19 @@ pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(&layer.mixer) {
         *found
-            .entry((rows.width, rows.window, rows.queries, rows.chosen))
+            .entry((
+                rows.width,
+                rows.window,
+                rows.queries,
+                rows.chosen,
+                rows.every,
+            ))
             .or_insert(0) += rows.per_token;
     }
-    let rows = |((width, window, queries, chosen), per_token)| KvRows {
+    let rows = |((width, window, queries, chosen, every), per_token)| KvRows {
         width,
         per_token,
+        every,
         queries,
         window,
         chosen,
@@ -292,7 +299,7 @@ pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
 /// Returns the rows that one token adds to the KV cache of a layer with this mixer.
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
     let found = mixer.cache_rows().into_iter().enumerate();
-    let rows = |(kind, CacheRows { n, width }): (usize, CacheRows)| {
+    let rows = |(kind, CacheRows { n, width, every }): (usize, CacheRows)| {
         let reads = match mixer {
             Mixer::Gqa(a) => gqa_reads(a, kind),
             Mixer::Mla(a) => mla_reads(a, kind),
@@ -306,6 +313,7 @@ pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
         KvRows {
             width: width as u64,
             per_token: n as u64,
+            every: every as u64,
             queries: reads.queries as u64,
             window: reads.window.map(|window| window as u64),
             chosen: reads.chosen.map(|chosen| chosen as u64),
@@ -342,11 +350,11 @@ fn gqa_reads(a: &GqaSpec, kind: usize) -> Reads {
 }
 
 /// Returns how latents are read, and as the second kind the keys of an indexer: a token is compared
-/// with those of all, of which a block's tokens may share one.
+/// with those of all.
 fn mla_reads(a: &MlaSpec, kind: usize) -> Reads {
     match a.reach.indexer() {
         Some(indexer) if kind == 1 => Reads {
-            queries: indexer.n_head.div_ceil(indexer.selection.block),
+            queries: indexer.n_head,
             ..Reads::default()
         },
         _ => Reads {
@@ -357,17 +365,15 @@ fn mla_reads(a: &MlaSpec, kind: usize) -> Reads {
     }
 }
 
-/// Returns how vectors of tokens are read, then compressed ones and the keys of their index, of which
-/// a block's tokens share one. The latest vectors are read only, but the rows of all are there.
+/// Returns how compressed vectors are read, and as the second kind the keys of their index. The
+/// vectors of the window are recurrent state.
 fn compressed_reads(a: &CompressedSpec, kind: usize) -> Reads {
     let ratio = a.far.map_or(1, |far| far.compressor.ratio);
-    let index = a.far.and_then(|far| far.index);
-    let (queries, chosen) = match (kind, index) {
-        (0, _) => (2 * a.n_head, Some(a.window)),
-        (2, Some(index)) => (index.n_head.div_ceil(ratio), None),
+    let (queries, chosen) = match (kind, a.far.and_then(|far| far.index)) {
+        (1, Some(index)) => (index.n_head, None),
         (_, index) => (
-            (2 * a.n_head).div_ceil(ratio),
-            index.map(|index| index.kept),
+            2 * a.n_head,
+            index.map(|index| index.kept.saturating_mul(ratio)),
         ),
     };
     Reads {

@@ -13,6 +13,7 @@ fn version_3_means_what_it_meant() {
     let rows = |width, per_token, queries, window| KvRows {
         width,
         per_token,
+        every: 1,
         queries,
         window,
         chosen: None,
@@ -24,11 +25,12 @@ fn version_3_means_what_it_meant() {
         (vec![rows(16, 2, 2, None), rows(24, 2, 2, None)], 0)
     );
     assert_eq!(caches(1), (vec![rows(32, 2, 4, Some(8))], 0));
-    // A row of 30 per four tokens takes no less than eight values per token.
-    assert_eq!(
-        caches(2),
-        (vec![rows(32, 1, 4, Some(16)), rows(8, 1, 8, None)], 4096)
-    );
+    // A row of 30 that four tokens share.
+    let shared = KvRows {
+        every: 4,
+        ..rows(30, 1, 8, None)
+    };
+    assert_eq!(caches(2), (vec![rows(32, 1, 4, Some(16)), shared], 4096));
     assert_eq!(
         (caches(0), caches(1), caches(2)),
         (caches(3), caches(4), caches(5))

@@ -110,7 +110,7 @@ fn chosen(layer: &Layer, x: &[f32], low: &[f32], batches: &[usize], moved: bool)
         kernels: Kernels::best(),
     };
     let (spec, pages) = (&layer.spec, mixed_pages(TOKENS));
-    let mut keys = RowStore::new(KvType::F32, 1, TOKENS, DIM);
+    let mut keys = RowStore::of_blocks(KvType::F32, TOKENS, DIM, spec.selection.block);
     let mut open = vec![RecurrentState::new(spec.state_values(), 0, 0); 2];
     let (mut scratch, mut chosen) = (PooledScratch::default(), Chosen::default());
     scratch.reserve(batches.iter().copied().max().unwrap(), spec);
