@@ -7,7 +7,6 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::gpu::check_parts;
 use tier_plan_runtime::model::gpu::{CpuOnly, CpuReason, Part};
 use tier_plan_runtime::model::{describe, shape::shape_of};
-use tier_plan_testing::data;
 
 const DRAM: usize = 0;
 const DRIVE: usize = 1;
@@ -143,9 +142,10 @@ fn with_gpu() -> (Machine, [u64; 3]) {
 #[test]
 fn no_part_is_planned_for_a_gpu_that_refuses_it() -> Result<()> {
     let (machine, budgets) = with_gpu();
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data");
     let (mut n, mut n_refused) = (0, 0);
     for folder in ["arch", "arch2"] {
-        for file in std::fs::read_dir(data(folder))? {
+        for file in std::fs::read_dir(data.join(folder))? {
             let path = file?.path();
             if path.extension().is_none_or(|e| e != "gguf") {
                 continue;
