@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tier_plan_cuda::Device;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::shape_of;
 use tier_plan_formats::model::spec::Mixer;
 use tier_plan_testing::nmse;
 

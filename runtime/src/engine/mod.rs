@@ -20,6 +20,9 @@ mod gpu_backend;
 mod gpu_delta_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
+mod gpu_golden_tests;
+#[cfg(test)]
+#[allow(unsafe_code)]
 mod gpu_slot_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
@@ -43,6 +46,8 @@ mod residual;
 mod rewritten_gqa_tests;
 #[cfg(test)]
 mod rewritten_mla_tests;
+#[cfg(test)]
+mod rewritten_pooled_tests;
 #[cfg(test)]
 mod rewritten_sparse_tests;
 #[cfg(test)]

@@ -6,10 +6,11 @@
 
 use super::attend_runs::{Run, RunShape, attend_runs};
 use super::block_index::by_page;
-use super::compressed_index::{IndexQueries, IndexScratch};
+use super::compressed_index::{IndexQueries, IndexScratch, IndexShape};
 use super::cpu_context::{CpuContext, add_bias};
 use super::kv_rows::RowStore;
 use super::mixer::{MixerInput, Segment};
+use super::pooling::{Member, pool};
 use super::recurrent::{RecurrentState, copy_mixer_state};
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
@@ -184,7 +185,7 @@ impl Layer<'_> {
         let q = &mut s.q[..n * spec.q.n_out];
         let mut products = vec![(&spec.q, q)];
         if let Some(index) = &index {
-            let IndexQueries { q, head_weights } = s.index.queries(n, index);
+            let IndexQueries { q, head_weights } = s.index.queries(n, IndexShape::of(index));
             products.push((&index.q, q));
             self.products(x, vec![(&index.weights, head_weights)]);
         }
@@ -220,7 +221,7 @@ impl Layer<'_> {
         });
         if let Some(index) = spec.far.and_then(|far| far.index) {
             let dim = index.key_dim;
-            let IndexQueries { q, head_weights } = s.index.queries(n, &index);
+            let IndexQueries { q, head_weights } = s.index.queries(n, IndexShape::of(&index));
             c.pool.for_each_slice(q, index.q.n_out, |t, row| {
                 row.chunks_exact_mut(dim)
                     .for_each(|head| self.rotate(head, t));
@@ -309,24 +310,8 @@ impl Layer<'_> {
         };
         let own = (first..=last).map(|position| row(position, width - dim));
         let members = (first - before..first).map(|position| row(position, 0));
-        let members: Vec<(&[f32], &[f32])> = members.chain(own).collect();
-        let mut largest = vec![f32::NEG_INFINITY; dim];
-        for (_, gate) in &members {
-            largest
-                .iter_mut()
-                .zip(*gate)
-                .for_each(|(l, g)| *l = l.max(*g));
-        }
-        let (mut vector, mut sums) = (vec![0.0; dim], vec![0.0; dim]);
-        for (value, gate) in &members {
-            let weights = gate.iter().zip(&largest).map(|(g, l)| (g - l).exp());
-            let sums = vector.iter_mut().zip(&mut sums);
-            for (((vector, sum), value), weight) in sums.zip(*value).zip(weights) {
-                *vector += weight * value;
-                *sum += weight;
-            }
-        }
-        vector.iter_mut().zip(&sums).for_each(|(v, sum)| *v /= sum);
+        let members: Vec<Member<'_>> = members.chain(own).collect();
+        let mut vector = pool(&members, dim);
         self.normalize(self.weights.vector(compressor.norm), &mut vector);
         if let Some(rope) = self.rope {
             let dims = self.spec.rope.dims;
@@ -345,7 +330,7 @@ impl Layer<'_> {
         let (spec, dim) = (self.spec, self.spec.key_dim);
         let index = spec.far.and_then(|far| far.index);
         if let (Some(index), Some(keys)) = (&index, &stores.index) {
-            s.index.choose(self.c, index, segment, keys);
+            s.index.choose(self.c, IndexShape::of(index), segment, keys);
         }
         let ratio = spec.far.map_or(1, |far| far.compressor.ratio);
         let chosen = s.index.chosen();

@@ -1,6 +1,7 @@
 //! The KV cache of a layer: rows of keys, values or latents, one per past token, in pages.
 
 use super::pages::{PAGE, PageIdx, pages_for};
+use super::recurrent::RecurrentState;
 use crate::tiers::nodes::Pages;
 use half::f16;
 use std::ops::Range;
@@ -207,8 +208,12 @@ pub(crate) struct KeyValues {
 pub(crate) struct LatentRows {
     /// Rows of latents, each with its shared key part: all heads read the same rows.
     pub(super) latents: RowStore,
-    /// Keys of the layer's indexer, if it has one.
+    /// Keys of the layer's indexer, if it has one; those of blocks are at the last positions of the
+    /// blocks.
     pub(super) index_keys: Option<RowStore>,
+    /// Per text, then of checkpoints: keys and gates of a block that is not complete. Empty where an
+    /// indexer rates positions by themselves.
+    pub(super) open: Vec<RecurrentState>,
 }
 
 impl LatentRows {

@@ -2,11 +2,11 @@
 //! past tokens, its buffers and its computation.
 
 use super::block_index::IndexedCache;
+use super::chosen::Chosen;
 use super::compressed::{CompressedCache, CompressedScratch, CompressedStores};
 use super::cpu_context::CpuContext;
 use super::delta::DeltaScratch;
 use super::gqa::{GqaCache, GqaScratch};
-use super::indexer::Chosen;
 use super::kda::KdaScratch;
 use super::kv_rows::{KeyValues, LatentRows, RowStore};
 use super::mamba::MambaScratch;
@@ -21,7 +21,7 @@ use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::mixer_rows;
-use tier_plan_formats::model::spec::{LayerSpec, Mixer, ModelSpec};
+use tier_plan_formats::model::spec::{IndexerSpec, LayerSpec, Mixer, ModelSpec};
 use tier_plan_kernels::ActView;
 
 /// What one layer keeps of all texts: KV cache, recurrent states, or both.
@@ -79,9 +79,15 @@ impl LayerCache {
             }
             Mixer::Mla(a) => {
                 let rows = |width| RowStore::new(kv_type, 1, positions, width);
+                let open = a.reach.indexer().map_or(0, IndexerSpec::state_values);
                 Self::Mla(LatentRows {
                     latents: rows(a.kv_rank + a.shared_dim),
                     index_keys: a.reach.indexer().map(|indexer| rows(indexer.key_dim)),
+                    open: if open > 0 {
+                        states(&|| RecurrentState::new(open, 0, ngram))
+                    } else {
+                        Vec::new()
+                    },
                 })
             }
             Mixer::Delta(d) => Self::Delta(states(&|| delta::new_state(d, ngram))),
@@ -139,6 +145,7 @@ impl LayerCache {
         match self {
             Self::Delta(states) => states,
             Self::Compressed(cache) => &cache.states,
+            Self::Mla(rows) => &rows.open,
             _ => &[],
         }
     }
@@ -147,6 +154,7 @@ impl LayerCache {
         match self {
             Self::Delta(states) => states,
             Self::Compressed(cache) => &mut cache.states,
+            Self::Mla(rows) => &mut rows.open,
             _ => &mut [],
         }
     }
@@ -155,6 +163,7 @@ impl LayerCache {
     pub(crate) fn is_recurrent(&self) -> bool {
         matches!(self, Self::Delta(_))
             || matches!(self, Self::Compressed(cache) if cache.has_states())
+            || matches!(self, Self::Mla(rows) if !rows.open.is_empty())
     }
 
     /// Returns the bytes of the cache.

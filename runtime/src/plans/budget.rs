@@ -15,7 +15,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
-use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec, Selection};
 use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 use tier_plan_formats::units::show_bytes;
 
@@ -217,16 +217,21 @@ fn stream_bytes(spec: &ModelSpec, with_quants: u64) -> (u64, u64) {
 /// Returns the bytes of ratings and choices of lightning indexers in a pass of `batch` tokens. Texts
 /// that are not longer than a token's choice have none.
 fn chosen_bytes(spec: &ModelSpec, room: CacheRoom, batch: usize) -> u64 {
-    let top_k = |mixer: &Mixer| match mixer {
-        Mixer::Mla(a) => a.reach.top_k(),
+    let selection = |layer: &LayerSpec| match &layer.mixer {
+        Mixer::Mla(a) => a.reach.selection(),
         _ => None,
     };
-    let layers = spec.layers.iter();
-    let most = layers.filter_map(|layer| top_k(&layer.mixer)).max();
-    let most = most.map_or(u64::MAX, |most| most as u64);
-    if most >= u64::from(room.context) {
+    let chooses = |chosen: &Selection| (chosen.n_dense() as u64) < u64::from(room.context);
+    let selections = spec.layers.iter().filter_map(selection).filter(chooses);
+    // Positions of a token, and the blocks that they are of.
+    let values = |chosen: Selection| {
+        let most = |n: usize| (n as u64).min(room.context.into());
+        let blocks = if chosen.block > 1 { chosen.blocks } else { 0 };
+        most(chosen.most()) + most(blocks)
+    };
+    let Some(most) = selections.map(values).max() else {
         return 0;
-    }
+    };
     // Each thread ranks the positions of one token; of several threads, most wait for memory.
     most.saturating_mul(4 * batch as u64)
         .saturating_add(crate::layers::indexer::RATING_BYTES)

@@ -281,7 +281,7 @@ fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
         Reach::All => None,
         Reach::Window(_) => Some("a window of latent attention"),
         Reach::Indexed(_) => Some("a lightning indexer"),
-        Reach::Reused { .. } => Some("positions that another layer's indexer chose"),
+        Reach::Reused(_) => Some("positions that another layer's indexer chose"),
     };
     let options = [
         (a.rope.is_none(), "latent attention without rotation"),
@@ -320,26 +320,19 @@ fn head(spec: &ModelSpec) -> Option<String> {
 fn experts(moe: &MoeSpec) -> Option<String> {
     let options = [
         (moe.weigh_input, "weights on what experts read"),
-        (moe.latent.is_some(), "latent experts"),
         (
             matches!(moe.gate_up, GateUp::Up(_)),
             "experts without a gate",
         ),
     ];
     let option = options.into_iter().find(|(has, _)| *has);
-    activation(moe.activation).or(option.map(|(_, what)| what.into()))
+    let option = option.map(|(_, what)| what.to_string());
+    option.or(activation(moe.activation))
 }
 
 /// Returns why no kernel of a GPU computes an activation, if so.
 fn activation(activation: Activation) -> Option<String> {
-    match activation {
-        Activation::Silu | Activation::ClampedSwiglu { .. } => None,
-        Activation::Gelu => Some("GELU".into()),
-        Activation::SquaredRelu => Some("squared ReLU".into()),
-        Activation::ClampedSilu { .. } => Some("SiLU of a clamped gate".into()),
-        Activation::LimitedSilu { .. } => Some("SiLU with a limit".into()),
-        Activation::Situ { .. } => Some("SiTU".into()),
-    }
+    (activation == Activation::SquaredRelu).then(|| "squared ReLU".into())
 }
 
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
@@ -353,7 +346,7 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
     }
     match &layer.ffn {
         Ffn::None => None,
-        Ffn::Dense(ffn) => dense_activation(ffn),
+        Ffn::Dense(ffn) => activation(ffn.activation),
         Ffn::Moe(moe) if !moe.is_plain() => {
             Some("norms of, factors on, or a router apart from the experts".into())
         }
@@ -364,15 +357,9 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
             let shared = moe.shared.as_ref();
             gating
                 .or(activation(moe.activation))
-                .or(shared.and_then(|shared| dense_activation(&shared.ffn)))
+                .or(shared.and_then(|shared| activation(shared.ffn.activation)))
         }
     }
-}
-
-/// Returns why no kernel of a GPU computes a dense block's activation, if so. They have
-/// [`Activation::Silu`] only.
-fn dense_activation(ffn: &GatedFfn) -> Option<String> {
-    (ffn.activation != Activation::Silu).then(|| format!("{:?} in a dense block", ffn.activation))
 }
 
 /// Returns why a layer's router or dense block can't run on a GPU, if so.

@@ -19,6 +19,7 @@ mod ffn_layers;
 mod gemma3;
 mod gemma4;
 mod glm4moe;
+mod glm5_next;
 mod gpt_oss;
 pub mod gpu;
 mod granitemoe;

@@ -342,17 +342,17 @@ fn gqa_reads(a: &GqaSpec, kind: usize) -> Reads {
 }
 
 /// Returns how latents are read, and as the second kind the keys of an indexer: a token is compared
-/// with those of all.
+/// with those of all, of which a block's tokens may share one.
 fn mla_reads(a: &MlaSpec, kind: usize) -> Reads {
     match a.reach.indexer() {
         Some(indexer) if kind == 1 => Reads {
-            queries: indexer.n_head,
+            queries: indexer.n_head.div_ceil(indexer.selection.block),
             ..Reads::default()
         },
         _ => Reads {
             queries: 2 * a.n_head,
             window: a.reach.window(),
-            chosen: a.reach.top_k(),
+            chosen: a.reach.selection().map(|chosen| chosen.most()),
         },
     }
 }

@@ -24,7 +24,6 @@ const FFN_NORM: &str = "a norm of or a factor on the result of the feed-forward 
 const OWN_ROUTER: &str = "norms of, factors on, or a router apart from the experts";
 const INDEXER: &str = "a lightning indexer";
 const GATES: &str = "gates with a matrix of their own";
-const LIMITED_SILU: &str = "SiLU with a limit";
 const POSITION: &str = "scores that grow with the position";
 
 /// Parts that no GPU can run for one reason.
@@ -38,15 +37,9 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&[MIXER], MIXER_NORM),
             (&BLOCKS, FFN_NORM),
         ],
-        "bailingmoe3" => &[
-            (&[MIXER], "Kimi delta attention"),
-            (&[ROUTER, SHARED, DENSE_FFN, EXPERTS], LIMITED_SILU),
-        ],
+        "bailingmoe3" | "kimi-linear" => &[(&[MIXER], "Kimi delta attention")],
         "deepseek32" | "dots3note" | "glm-dsa" => &[(&[MIXER], INDEXER)],
-        "deepseek4" | "hy_v4" => &[
-            (&ALL_DENSE, STREAMS),
-            (&[EXPERTS], "SiLU of a clamped gate"),
-        ],
+        "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
         "gemma3" => &[
             (&[EMBEDDING], EMBEDDING_FACTOR),
             (&[MIXER], MIXER_NORM),
@@ -57,7 +50,6 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&[TABLE], "inputs of tokens for every layer"),
             (&[MIXER], MIXER_NORM),
             (&BLOCKS, FFN_NORM),
-            (&[EXPERTS], "GELU"),
         ],
         "granitemoe" => &[
             (&[EMBEDDING], EMBEDDING_FACTOR),
@@ -69,12 +61,9 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&[MIXER], MIXER_NORM),
             (&BLOCKS, FFN_NORM),
             (&[HEAD], "a bias, a factor or a soft cap on logits"),
-            (&[EXPERTS], "GELU"),
         ],
         "hunyuan-moe" => &[(&[MIXER], "a norm after rotation or without weights")],
-        "kimi-k3" => &[(&ALL_DENSE, STREAMS), (&[EXPERTS], "SiTU")],
-        "kimi-linear" => &[(&[MIXER], "Kimi delta attention")],
-        "laguna" => &[(&[MIXER], GATES)],
+        "laguna" | "step35" => &[(&[MIXER], GATES)],
         "lfm2moe" => &[(&[MIXER], "a short convolution")],
         "llama4" => &[
             (&[MIXER], POSITION),
@@ -82,21 +71,14 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&[EXPERTS], "weights on what experts read"),
         ],
         "mimo2" => &[(&[MIXER], MIXER_NORM)],
-        "minimax-m3" => &[
-            (&[MIXER], "block-sparse attention"),
-            (&BLOCKS, "clamped SwiGLU in a dense block"),
-        ],
+        "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
         "mistral3" => &[(&[MIXER], POSITION)],
         "nemotron_h_moe" => &[
             (&[MIXER], "Mamba-2"),
             (&[ROUTER, SHARED], OWN_ROUTER),
-            (&[EXPERTS], "squared ReLU"),
+            (&[EXPERTS], "experts without a gate"),
         ],
         "qwen4exp" => &[(&ALL_DENSE, STREAMS), (&[TABLE], "a table of n-grams")],
-        "step35" => &[
-            (&[MIXER], GATES),
-            (&[ROUTER, SHARED, DENSE_FFN, EXPERTS], LIMITED_SILU),
-        ],
         _ => &[],
     }
 }

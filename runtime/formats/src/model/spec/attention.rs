@@ -1,6 +1,6 @@
 //! Attention and rotary position embedding as data.
 
-use super::{BlockIndex, Compressor, Linear, Mixer, Reach, TensorId};
+use super::{BlockIndex, Compressor, IndexerSpec, Linear, Mixer, Reach, TensorId};
 
 /// What a query or key norm spans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -362,7 +362,8 @@ impl Mixer {
     /// Returns the bytes of recurrent state, which don't depend on the length of the context.
     pub fn state_bytes(&self) -> u64 {
         let values = match self {
-            Mixer::Gqa(_) | Mixer::Mla(_) | Mixer::None => 0,
+            Mixer::Gqa(_) | Mixer::None => 0,
+            Mixer::Mla(a) => a.reach.indexer().map_or(0, IndexerSpec::state_values),
             Mixer::Mamba(m) => m.state_values(),
             Mixer::Compressed(a) => a.state_values(),
             Mixer::Delta(d) => d.state_values(),

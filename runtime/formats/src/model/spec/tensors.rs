@@ -79,8 +79,7 @@ impl Mixer {
                 tensors.vectors.extend(a.shared_norm);
                 tensors.vectors.extend(a.sinks);
                 if let Some(indexer) = a.reach.indexer() {
-                    let norm = [indexer.k_norm, indexer.k_norm_bias];
-                    tensors.vectors.extend(norm);
+                    tensors.vectors.extend(indexer.vectors());
                 }
             }
             Mixer::Delta(d) => {
