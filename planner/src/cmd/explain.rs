@@ -273,6 +273,7 @@ fn same(a: &LayerReason, b: &LayerReason) -> bool {
     let near = |a: f64, b: f64| (a - b).abs() < 5e-4;
     (&a.pinned, a.slots, a.policy, a.expert_bytes, a.longest)
         == (&b.pinned, b.slots, b.policy, b.expert_bytes, b.longest)
+        && a.by_token == b.by_token
         && near(a.pin_hits, b.pin_hits)
         && near(a.slot_hits, b.slot_hits)
 }
@@ -313,8 +314,13 @@ fn sentence(plan: &Placement, of: &LayerReason, layers: &[u32]) -> String {
         (Some(_), Some(_)) => "; pins are no better than others here".to_string(),
         _ => String::new(),
     };
+    let chosen = if of.by_token {
+        ", chosen by the token"
+    } else {
+        ""
+    };
     format!(
-        "{}: {}; pins serve {:.1} % of choices, slots {:.1} %; {:.3} ms, longest {longest}{border}",
+        "{}{chosen}: {}; pins serve {:.1} % of choices, slots {:.1} %; {:.3} ms, longest {longest}{border}",
         numbers(layers),
         parts.join(", "),
         of.pin_hits.max(0.0) * 100.0,
@@ -385,6 +391,7 @@ fn as_json(plan: &Placement, why: &Explanation) -> Value {
         })).collect::<Vec<_>>(),
         "layers": why.layers.iter().map(|l| json!({
             "layer": l.layer,
+            "by_token": l.by_token,
             "expert_bytes": l.expert_bytes,
             "pinned": l.pinned.enumerate().filter(|(_, n)| **n > 0)
                 .map(|(t, n)| (name(t).to_string(), json!(n))).collect::<serde_json::Map<_, _>>(),

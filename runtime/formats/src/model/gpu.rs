@@ -34,6 +34,9 @@ pub const MAX_DELTA_HEAD: usize = 256;
 /// What no part of a model on a GPU can read or write.
 const SEVERAL_STREAMS: &str = "several streams of the residual (hyper-connections)";
 
+/// What no router on a GPU does.
+const BY_TOKEN: &str = "experts chosen by tokens";
+
 /// A part of a model that is placed by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
@@ -347,7 +350,7 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
         Ffn::Moe(moe) if !moe.is_plain() => {
             Some("norms of, factors on, or a router apart from the experts".into())
         }
-        Ffn::Moe(moe) if moe.by_token.is_some() => Some("experts chosen by tokens".into()),
+        Ffn::Moe(moe) if moe.by_token.is_some() => Some(BY_TOKEN.into()),
         Ffn::Moe(moe) => {
             let gating = (moe.gating == Gating::SigmoidChosen)
                 .then(|| "sigmoid weights of experts chosen by their logits".into());
