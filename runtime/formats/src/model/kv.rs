@@ -533,6 +533,7 @@ mod tests {
         assert_eq!((chosen.read(40, 1), chosen.token_macs(40)), (4, 96.0));
         assert_eq!(chosen.prompt_macs(9), (36.0 + 8.0) * 12.0);
         let cache = CacheShape {
+            more_readers: 0,
             rows: vec![blocks(4)],
             state_bytes: 100,
         };
