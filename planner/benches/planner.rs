@@ -48,7 +48,8 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
                     window: None,
                     chosen: None,
                 }],
-                state_bytes: 0
+                state_bytes: 0,
+                more_readers: 0
             };
             61
         ],
@@ -60,8 +61,10 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
                 n_used,
                 expert_bytes: 25 * MB,
                 expert_macs: 44 * MB,
+                by_token: false,
             })
             .collect(),
+        cpu_only: Vec::new(),
     }
 }
 

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use tier_plan_cuda::{Device, shim};
 use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::model::gpu::Part;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::placement::Placement;
@@ -53,7 +54,7 @@ impl Left {
     }
 
     fn plan(&self, shape: &ModelShape, context: u32) -> Placement {
-        let on_gpu = |kind: DenseKind, layer| !self.has(key(kind), layer);
+        let on_gpu = |kind: DenseKind, layer| !self.has(Part::Dense(kind).name(), layer);
         let experts = if self.has("experts", None) {
             Experts::Memory
         } else {
@@ -71,24 +72,13 @@ impl Left {
         else {
             panic!("{refusal}");
         };
-        let of_layer = !matches!(group, "embedding" | "head" | "experts" | "kv_cache");
+        let of_layer = !matches!(
+            group,
+            "embedding" | "token_table" | "head" | "experts" | "kv_cache"
+        );
         let layer = of_layer.then_some(layer as u32);
-        // An embedding that is the head too lies where that does.
-        let is_new = self.groups.insert((group, layer)) || self.groups.insert(("head", None));
-        assert!(is_new, "refused again: {why}");
+        assert!(self.groups.insert((group, layer)), "refused again: {why}");
         self.reasons.insert((group, why));
-    }
-}
-
-/// Returns how a refusal names a tensor group.
-fn key(kind: DenseKind) -> &'static str {
-    match kind {
-        DenseKind::Embedding => "embedding",
-        DenseKind::Attention => "attention",
-        DenseKind::Router => "router",
-        DenseKind::SharedExpert => "shared_expert",
-        DenseKind::DenseFfn => "dense_ffn",
-        DenseKind::Head => "head",
     }
 }
 

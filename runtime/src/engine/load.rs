@@ -54,6 +54,7 @@ impl Engine {
         let kernels = Kernels::from_env()?;
         let model = Model::from_gguf(gguf)?;
         let (spec, shape) = (model.spec(), model.shape());
+        let plan = &plan.clone().with_tables_of(shape);
         let Loaded {
             weights,
             experts: mut store,

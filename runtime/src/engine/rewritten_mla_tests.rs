@@ -271,7 +271,8 @@ fn every_tensor_is_placed_once_and_a_token_caches_its_latent() {
             vec![
                 CacheShape {
                     rows,
-                    state_bytes: 0
+                    state_bytes: 0,
+                    more_readers: 0
                 };
                 3
             ]

@@ -21,7 +21,7 @@ use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::mixer_rows;
-use tier_plan_formats::model::spec::{IndexerSpec, LayerSpec, Mixer};
+use tier_plan_formats::model::spec::{IndexerSpec, LayerSpec, Mixer, ModelSpec};
 use tier_plan_kernels::ActView;
 
 /// What one layer keeps of all texts: KV cache, recurrent states, or both.
@@ -299,8 +299,13 @@ pub(crate) struct CacheReads {
 }
 
 impl CacheReads {
-    pub(crate) fn new(layer: &LayerSpec, kv_type: KvType) -> Self {
-        let rows = mixer_rows(&layer.mixer)
+    /// Makes those of a layer, which may read the rows that another one holds.
+    pub(crate) fn new(spec: &ModelSpec, layer: &LayerSpec, kv_type: KvType) -> Self {
+        let owner = match &layer.mixer {
+            Mixer::Gqa(attention) => attention.shared_kv.and_then(|owner| spec.layers.get(owner)),
+            _ => None,
+        };
+        let rows = mixer_rows(&owner.unwrap_or(layer).mixer)
             .into_iter()
             .map(|rows| (rows, kv_type.row_bytes(rows.width)))
             .collect();

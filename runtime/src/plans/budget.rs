@@ -272,7 +272,7 @@ pub fn within(
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
     // A table of n-grams is too large for memory, and a token reads a few rows of it.
-    let in_file = |kind: DenseKind| kind == DenseKind::Embedding && spec.ngrams.is_some();
+    let in_file = |kind: DenseKind| kind == DenseKind::TokenTable && spec.ngrams.is_some();
     let dense = shape.dense.iter().filter(|d| !in_file(d.kind));
     let dense: u64 = dense.map(|d| d.bytes).sum();
     let used = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);

@@ -3,7 +3,7 @@
 
 use super::products::row_bytes;
 use super::{Input, MATVEC_ROWS, Matrices, MatrixTable, Quants, blocks, few, int, null_or};
-use crate::device::{Arg, View};
+use crate::device::View;
 use crate::{CudaError, Ops, source};
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::quant::TensorType;

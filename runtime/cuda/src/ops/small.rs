@@ -6,10 +6,10 @@ use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{Activation, Gating, Groups, MoeSpec};
 
 /// Most experts of a layer; the router kernel has the same constant.
-pub const MAX_EXPERTS: usize = 1024;
+pub use tier_plan_formats::model::gpu::MAX_EXPERTS;
 
 /// Most groups of experts; the router kernel has the same constant.
-pub const MAX_GROUPS: usize = 128;
+pub use tier_plan_formats::model::gpu::MAX_GROUPS;
 
 /// Rows of floats at a constant distance.
 #[derive(Clone, Copy)]

@@ -337,7 +337,8 @@ impl CacheShape {
     }
 
     /// Returns the bytes that a pass of `tokens` tokens moves, the last of which is at position
-    /// `positions`: cached rows are read once, recurrent state is read and written back.
+    /// `positions`: cached rows are read once per layer that reads them, recurrent state is read and
+    /// written back.
     pub fn moved_bytes(&self, kv_type: KvType, positions: u64, tokens: u64) -> u64 {
         let bytes = |rows: &KvRows| {
             kv_type
@@ -345,9 +346,12 @@ impl CacheShape {
                 .saturating_mul(rows.read(positions, tokens))
         };
         let state = self.state_bytes.saturating_mul(2);
-        self.rows
+        let once = self
+            .rows
             .iter()
-            .fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
+            .fold(0, |sum: u64, rows| sum.saturating_add(bytes(rows)));
+        once.saturating_mul(self.more_readers.saturating_add(1))
+            .saturating_add(state)
     }
 }
 
@@ -423,6 +427,7 @@ mod tests {
                 chosen: None,
             }],
             state_bytes: 1000,
+            more_readers: 0,
         };
         let bytes = |context, sequences| cache.bytes(KvType::F16, room(context, sequences));
         assert_eq!(
@@ -528,6 +533,7 @@ mod tests {
         assert_eq!((chosen.read(40, 1), chosen.token_macs(40)), (4, 96.0));
         assert_eq!(chosen.prompt_macs(9), (36.0 + 8.0) * 12.0);
         let cache = CacheShape {
+            more_readers: 0,
             rows: vec![blocks(4)],
             state_bytes: 100,
         };
@@ -549,6 +555,7 @@ mod tests {
                 chosen: None,
             }],
             state_bytes: 0,
+            more_readers: 0,
         };
         let room = |context, sequences, checkpoints| CacheRoom {
             sequences,
@@ -590,6 +597,7 @@ mod tests {
             caches: vec![rows(Some(128)), rows(None), rows(Some(1024))],
             dense: Vec::new(),
             experts: Vec::new(),
+            cpu_only: Vec::new(),
         };
         let checkpoints = |context, sequences| {
             let room = room(context, sequences, 0).for_model(&shape);

@@ -21,6 +21,7 @@ mod gemma4;
 mod glm4moe;
 mod glm5_next;
 mod gpt_oss;
+pub mod gpu;
 mod granitemoe;
 mod grok;
 mod hunyuan_moe;

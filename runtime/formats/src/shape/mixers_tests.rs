@@ -73,19 +73,20 @@ fn version_3_means_what_it_meant() {
     let embedding = sizes.dense[0];
     assert_eq!(
         (embedding.kind, embedding.bytes, embedding.token_bytes),
-        (
-            DenseKind::Embedding,
-            2 * (96 * 64 + 1000 * 32),
-            2 * (64 + 3 * 32)
-        )
+        (DenseKind::Embedding, 2 * 96 * 64, 2 * 64)
     );
-    // Tied, the table is the embedding's group.
+    let table = sizes.dense[1];
+    assert_eq!(
+        (table.kind, table.bytes, table.token_bytes),
+        (DenseKind::TokenTable, 2 * 1000 * 32, 2 * 3 * 32)
+    );
+    // Tied, there is a table and no embedding.
     let tied = MIXED.replace("vocab = 96", "vocab = 96\ntied = true");
     let tied = decode(tied.as_bytes(), Path::new("t.toml")).unwrap();
     let group = tied.model_shape(Mix::F16).dense[0];
     assert_eq!(
         (group.kind, group.bytes, group.token_bytes),
-        (DenseKind::Embedding, 2 * 1000 * 32, 2 * 3 * 32)
+        (DenseKind::TokenTable, 2 * 1000 * 32, 2 * 3 * 32)
     );
     let (all, without) = (shape.parameters(), MIXED.split("[table]").next().unwrap());
     let without = decode(without.as_bytes(), Path::new("t.toml"))
@@ -191,5 +192,38 @@ fn mixes_of_one_type_have_it_in_all_but_the_vocabulary() {
             .find(|d| d.kind == Attention)
             .unwrap();
         assert!(of(Attention) < attention.bytes * 9 / 16, "{name}");
+    }
+}
+
+#[test]
+fn version_4_says_which_experts_the_token_chooses() {
+    let text = include_str!("../../../../tests/data/formats/shape.v4.toml");
+    let read = |text: &str| decode(text.as_bytes(), Path::new("shape.v4.toml"));
+    let sizes = read(text).unwrap().model_shape(Mix::F16);
+    let by_token: Vec<bool> = sizes.experts.iter().map(|e| e.by_token).collect();
+    assert_eq!(
+        by_token,
+        [true, true, false],
+        "layers 1, 3 and 4 have experts"
+    );
+    let mixed = decode(MIXED.as_bytes(), Path::new("shape.v3.toml")).unwrap();
+    let mixed = mixed.model_shape(Mix::F16);
+    assert!(mixed.experts.iter().all(|e| !e.by_token));
+    assert_eq!(mixed.dense, sizes.dense);
+    for (from, to, said) in [
+        (
+            "version = 4",
+            "version = 3",
+            "experts.by_token is a key of version 4",
+        ),
+        (
+            "\"1,3\"",
+            "\"2-3\"",
+            "experts.by_token names layer 2, which has no routed experts",
+        ),
+        ("\"1,3\"", "\"x\"", "experts.by_token: "),
+    ] {
+        let error = read(&text.replacen(from, to, 1)).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
     }
 }
