@@ -106,7 +106,7 @@ pub struct SolveArgs {
     pub target_tok_s: Option<f64>,
     /// Fix a tensor group to a tier, such as vram:attention or vram:experts:3-5:0-15; repeatable
     ///
-    /// GROUP is attention, router, shared_expert, dense_ffn, embedding, head, cache, or experts.
+    /// GROUP is attention, router, shared_expert, dense_ffn, embedding, token_table, head, cache, or experts.
     /// `experts` may be left out before numbers: `vram:3-5:0-15`. Experts fixed to the last tier
     /// are never pinned.
     #[arg(

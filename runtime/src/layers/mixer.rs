@@ -420,3 +420,38 @@ pub(crate) fn mix(
         _ => unreachable!("a layer's cache is made for its mixer"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tier_plan_formats::gguf::Gguf;
+    use tier_plan_formats::model::describe;
+    use tier_plan_formats::model::shape::shape_of;
+    use tier_plan_testing::data;
+
+    /// What the engine charges layer by layer is what the sizes of the model say, where layers read
+    /// the rows of others too.
+    #[test]
+    fn cache_reads_are_those_of_the_shape() {
+        for (file, sharing) in [
+            ("arch2/gemma4", 3),
+            ("arch2/gemma3", 0),
+            ("arch/gpt-oss", 0),
+        ] {
+            let gguf = Gguf::open(&data(&format!("{file}.gguf"))).unwrap();
+            let spec = describe(&gguf).unwrap();
+            let caches = shape_of(&gguf, &spec).caches;
+            let readers: u64 = caches.iter().map(|cache| cache.more_readers).sum();
+            assert_eq!(readers, sharing, "{file}");
+            for (positions, tokens) in [(5, 1), (100, 1), (100, 7)] {
+                let reads = spec.layers.iter();
+                let reads = reads.map(|layer| CacheReads::new(&spec, layer, KvType::F16));
+                let read: u64 = reads.map(|reads| reads.bytes(positions, tokens)).sum();
+                let moved = caches.iter();
+                let moved = moved.map(|cache| cache.moved_bytes(KvType::F16, positions, tokens));
+                assert_eq!(read, moved.sum::<u64>(), "{file}, {positions}");
+                assert!(read > 0);
+            }
+        }
+    }
+}
