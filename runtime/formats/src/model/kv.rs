@@ -523,7 +523,7 @@ mod tests {
         // 22 blocks of three may end in a page, and one longer than a page in every page.
         assert_eq!(held(3), [0, 2, 44, 46, 132]);
         assert_eq!(held(128), [0, 2, 2, 4, 6]);
-        assert_eq!(blocks(4).held(u64::MAX), u64::MAX);
+        assert_eq!(blocks(1).held(u64::MAX), u64::MAX);
         let read = |n| (blocks(4).read(n, 1), blocks(4).token_macs(n));
         assert_eq!([read(4), read(40)], [(2, 48.0), (20, 480.0)]);
         let chosen = KvRows {

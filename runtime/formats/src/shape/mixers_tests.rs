@@ -3,6 +3,7 @@
 
 use super::tests::model;
 use super::*;
+use crate::model::gpu::Part;
 
 const MIXED: &str = include_str!("../../../../tests/data/formats/shape.v3.toml");
 
