@@ -8,6 +8,7 @@ use crate::context::warn_beyond;
 use crate::cost::steps::{Predictor, StepPrediction};
 use crate::json::{path_json, tier_json};
 use crate::parallel::{self, check_texts};
+use crate::print::digits;
 use crate::printable::printable;
 use crate::profile::Evidence;
 use crate::profile::stats::{Skew, skews};
@@ -404,7 +405,7 @@ fn print_text(solved: &Solution, skews: &[Skew], steps: &[StepPrediction]) {
         println!(
             "  {}{label}: {} GB/s, budget {}",
             printable(&tier.tier.name),
-            tier.tier.read_gbps,
+            digits(tier.tier.read_gbps),
             show_bytes(tier.budget_bytes)
         );
     }
