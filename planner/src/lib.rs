@@ -27,7 +27,6 @@ pub mod opening;
 pub mod parallel;
 pub mod perplexity;
 pub mod prepared;
-pub mod printable;
 pub mod probe;
 pub mod profile;
 pub mod progress;
@@ -41,3 +40,5 @@ pub mod text;
 pub mod trial;
 pub mod verify;
 pub mod whatif;
+
+pub use tier_plan_runtime::printable;
