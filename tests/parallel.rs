@@ -123,8 +123,9 @@ fn texts_are_planned_measured_and_charted() {
     assert!(distinct[1] > 4.0 && distinct[1] <= 8.0 && distinct[2] <= 16.0);
     let predicted = numbers(&measured, "predicted_decode_tok_s");
     for (rate, predicted) in rates.iter().zip(predicted) {
-        // Emulated tiers never run ahead of their declared time by more than the text explains.
-        assert!(*rate < 1.5 * predicted, "{measured:#}");
+        // Emulated tiers never run ahead of their declared time by more than the text explains: eight
+        // tokens per text, under a plan that a second's search found.
+        assert!(*rate < 2.0 * predicted, "{measured:#}");
     }
 
     let compared = run_in(folder, &["compare", "bench.record.json", "-o", "report"]);

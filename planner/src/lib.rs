@@ -35,6 +35,7 @@ pub mod screen;
 pub mod selftest;
 pub mod session;
 pub mod solve;
+pub mod special;
 pub mod store;
 pub mod text;
 pub mod trial;

@@ -77,14 +77,14 @@ fn models_that_this_program_does_not_run() {
     let at = places(&bytes, name)[0] + name.len();
     let n_dims = bytes[at] as usize;
     let ty = at + 4 + 8 * n_dims;
-    bytes[ty..ty + 4].copy_from_slice(&35u32.to_le_bytes());
-    p.write("ternary.gguf", &bytes);
+    bytes[ty..ty + 4].copy_from_slice(&139u32.to_le_bytes());
+    p.write("foreign.gguf", &bytes);
     p.refused(
-        &["bench", "ternary.gguf"],
+        &["bench", "foreign.gguf"],
         &[
-            "ternary.gguf",
+            "foreign.gguf",
             "blk.0.attn_q.weight",
-            "TQ2_0",
+            "IQ4_K of ik_llama.cpp",
             "Q4_K",
             "choose another",
         ],

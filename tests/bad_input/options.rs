@@ -74,7 +74,6 @@ fn options_out_of_range() {
         &["--presence-penalty", "3"],
         &["--presence-penalty: 3", "-2 to 2"],
     );
-    run(&["--logit-bias", "7"], &["--logit-bias", "15043-1.5"]);
     run(
         &["--logit-bias", "7+101"],
         &["--logit-bias: 101", "-100 to 100"],

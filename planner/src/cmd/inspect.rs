@@ -4,6 +4,7 @@ use crate::catalogue::{self, Named};
 use crate::cmd::args::{JsonArgs, ModelArgs};
 use crate::opening::naming;
 use crate::printable::printable;
+use crate::special;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
@@ -103,10 +104,11 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         sum.bytes += tensor.n_bytes;
     }
     let groups = groups(&shape);
+    let special = special::special(&spec);
     if args.output.json {
-        print_json(args, &gguf, &shape, &types, &groups)
+        print_json(args, &gguf, &shape, &types, &groups, &special)
     } else {
-        print_text(args, &gguf, &shape, &types, &groups);
+        print_text(args, &gguf, &shape, &types, &groups, &special);
         Ok(())
     }
 }
@@ -250,6 +252,7 @@ fn print_text(
     shape: &ModelShape,
     types: &BTreeMap<&str, TypeSum>,
     groups: &[(&'static str, u64, u64)],
+    special: &[String],
 ) {
     println!(
         "{} ({}, {} in {} part(s))",
@@ -258,6 +261,12 @@ fn print_text(
         show_bytes(gguf.file_bytes()),
         gguf.n_parts()
     );
+    if let Some(family) = special::family(&shape.arch) {
+        println!("family: {family}");
+    }
+    for what in special {
+        println!("special: {what}");
+    }
     print_sizes(shape, groups);
     let total = shape.weight_bytes();
     println!();
@@ -346,8 +355,11 @@ fn print_json(
     shape: &ModelShape,
     types: &BTreeMap<&str, TypeSum>,
     groups: &[(&'static str, u64, u64)],
+    special: &[String],
 ) -> Result<()> {
     let mut value = sizes_json(shape, groups);
+    value["family"] = json!(special::family(&shape.arch));
+    value["special"] = json!(special);
     value["parts"] = json!(gguf.n_parts());
     value["file_bytes"] = json!(gguf.file_bytes());
     value["types"] = types

@@ -277,7 +277,7 @@ fn silu_mul<const FUSED: bool>(gate: &mut [f32], up: &[f32]) {
 #[inline(always)]
 fn gelu_mul<const FUSED: bool>(gate: &mut [f32], up: &[f32]) {
     // As `1 + tanh(z) = 2 / (1 + e^(-2z))`, these are twice the factors in the formula.
-    const LINEAR: f32 = 1.595_769_1;
+    const LINEAR: f32 = 1.595_769;
     const CUBIC: f32 = LINEAR * 0.044_715;
     for (g, u) in gate.iter_mut().zip(up) {
         let z = *g * fma::<FUSED>(CUBIC * *g, *g, LINEAR);

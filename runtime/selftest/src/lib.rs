@@ -93,7 +93,9 @@ impl SelftestError {
     pub fn is_unsupported(&self) -> bool {
         matches!(
             self,
-            SelftestError::Load(LoadError::OnGpu { .. } | LoadError::GpuFull { .. })
+            SelftestError::Load(
+                LoadError::OnGpu { .. } | LoadError::FactorOnGpu { .. } | LoadError::GpuFull { .. }
+            )
         )
     }
 }

@@ -79,6 +79,12 @@ impl Stage<'_> {
             .map_or(0, |segment| segment.past)
     }
 
+    /// The values of the rows in the hidden state, `[batch, residual width]`.
+    pub(crate) fn residual(&self) -> Range<usize> {
+        let width = self.spec.residual_width();
+        self.rows.start * width..self.rows.end * width
+    }
+
     /// The values of the rows in a buffer that is `[batch, hidden]`.
     pub(crate) fn values(&self) -> Range<usize> {
         self.rows.start * self.spec.hidden..self.rows.end * self.spec.hidden
@@ -114,6 +120,10 @@ pub(crate) struct Buffers {
     pub(crate) shared: Vec<f32>,
     /// `[batch, hidden]`: what the routed experts read.
     pub(crate) expert_acts: Activations,
+    /// `[micro-batch, latent]`: what latent experts read of the rows at hand.
+    pub(crate) latent_acts: Activations,
+    /// `[batch, latent]`: sums of latent experts; empty in models without them.
+    pub(crate) latent: Vec<f32>,
     /// `[batch, n_used]`: the experts that the router chose.
     pub(crate) experts: Vec<u16>,
     /// `[batch, n_used]`.
@@ -129,6 +139,8 @@ impl Buffers {
             .map(|(_, moe)| moe.n_used)
             .max()
             .unwrap_or(1);
+        let latents = spec.moe_layers().filter_map(|(_, moe)| moe.latent);
+        let latent = latents.map(|latent| latent.down.n_out).max().unwrap_or(0);
         Self {
             normed: vec![0.0; micro_batch * spec.hidden],
             acts: Activations::new(micro_batch, spec.hidden),
@@ -139,6 +151,8 @@ impl Buffers {
                 Vec::new()
             },
             expert_acts: Activations::new(batch, spec.hidden),
+            latent_acts: Activations::default(),
+            latent: vec![0.0; batch * latent],
             experts: vec![0; batch * n_used],
             weights: vec![0.0; batch * n_used],
             micro_batch,
@@ -165,7 +179,7 @@ impl Processors {
         if from == to {
             return Ok(());
         }
-        let x = &mut self.cpu.x[stage.values()];
+        let x = &mut self.cpu.x[stage.residual()];
         if let Some(from) = from {
             self.gpus.of(from).take(stage.rows.clone(), x)?;
         }
@@ -239,17 +253,24 @@ impl Backends {
         let (processors, mut stage) = self.stage(spec, rows, on);
         let places = processors.gpus.places.layers[layer.index.get()];
         processors.transfer(&stage, place, places.mixer)?;
-        processors.on(places.mixer).mixer(&mut stage, layer)?;
+        if layer.spec.has_mixer() {
+            processors.on(places.mixer).mixer(&mut stage, layer)?;
+        }
         processors.transfer(&stage, places.mixer, places.ffn)?;
-        let Ffn::Moe(moe) = &layer.spec.ffn else {
-            processors.on(places.ffn).dense_ffn(&mut stage, layer)?;
-            return Ok(places.ffn);
+        let moe = match &layer.spec.ffn {
+            Ffn::Moe(moe) => moe,
+            Ffn::Dense(_) => {
+                processors.on(places.ffn).dense_ffn(&mut stage, layer)?;
+                return Ok(places.ffn);
+            }
+            Ffn::None => return Ok(places.ffn),
         };
         processors.on(places.ffn).route(&mut stage, layer)?;
-        stage
-            .buffers
-            .expert_acts
-            .append(stage.buffers.acts.view(), floats);
+        let acts = match moe.latent {
+            Some(_) => &stage.buffers.latent_acts,
+            None => &stage.buffers.acts,
+        };
+        stage.buffers.expert_acts.append(acts.view(), floats);
         if moe.shared.is_none() {
             return Ok(places.ffn);
         }

@@ -7,6 +7,7 @@ use crate::layers::index::MoeLayer;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::{PageIdx, StateIdx};
 use std::ops::Range;
+use tier_plan_formats::model::spec::ModelSpec;
 
 /// The tokens whose logits a pass computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +57,8 @@ pub(crate) struct Span {
     pub(crate) rows: Range<usize>,
     /// Tokens of the text before these.
     pub(crate) past: usize,
+    /// The last tokens before these, as many as n-grams reach back.
+    before: Vec<u32>,
     /// The pages of the text, by kind of layers.
     pages: Vec<Vec<PageIdx>>,
     state: StateIdx,
@@ -64,6 +67,11 @@ pub(crate) struct Span {
 }
 
 impl Span {
+    /// Returns the last tokens before these, as many as n-grams reach back.
+    pub(crate) fn before(&self) -> &[u32] {
+        &self.before
+    }
+
     /// Returns the checkpoints of some of the rows, counted from `first`.
     fn checkpoints_in(&self, part: &Range<usize>, first: usize) -> Vec<(usize, StateIdx)> {
         let here = |(end, _): &&(usize, StateIdx)| part.start < *end && *end <= part.end;
@@ -154,6 +162,7 @@ impl Batch {
                 checkpoints: checkpoints.collect(),
                 rows,
                 past,
+                before: sequence.last_tokens(sequences.history()).to_vec(),
                 pages: sequence.pages().map(<[PageIdx]>::to_vec).collect(),
                 state: sequence.state(),
             });
@@ -196,10 +205,32 @@ impl Batch {
 /// The experts that the routers chose for the tokens of a step.
 #[derive(Debug, Clone, Default)]
 pub struct Routing {
-    /// `[token, MoE layer, n_used]`, in the router's order.
+    /// `[token, MoE layer, n_used]`, in the router's order; `n_used` may differ between layers.
     pub experts: Vec<u16>,
     /// `[token, MoE layer, n_used]`.
     pub weights: Vec<f32>,
+}
+
+/// Where the experts of each layer are among those of a token.
+pub(crate) struct Choices {
+    /// By MoE layer: its first one.
+    first: Vec<usize>,
+    /// Experts of all layers.
+    pub(crate) per_token: usize,
+}
+
+impl Choices {
+    pub(crate) fn new(spec: &ModelSpec) -> Self {
+        let mut per_token = 0;
+        let first = spec.moe_layers().map(|(_, moe)| {
+            per_token += moe.n_used;
+            per_token - moe.n_used
+        });
+        Self {
+            first: first.collect(),
+            per_token,
+        }
+    }
 }
 
 /// What a step returns.
@@ -224,16 +255,14 @@ impl Output {
     pub(crate) fn record(
         &mut self,
         moe: MoeLayer<'_>,
-        n_moe: usize,
+        choices: &Choices,
         batch: &Batch,
         buffers: &Buffers,
     ) {
         let used = moe.spec.n_used;
         for t in 0..batch.len() {
-            let (from, to) = (
-                t * used,
-                ((batch.offset + t) * n_moe + moe.index.get()) * used,
-            );
+            let from = t * used;
+            let to = (batch.offset + t) * choices.per_token + choices.first[moe.index.get()];
             self.routing.experts[to..to + used]
                 .copy_from_slice(&buffers.experts[from..from + used]);
             self.routing.weights[to..to + used]

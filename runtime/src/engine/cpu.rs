@@ -1,11 +1,13 @@
 //! The stages of a pass on the CPU.
 
 use super::backend::{LayerBackend, Stage};
-use super::residual::{TokenRows, finish_block, norm_in_place, scale_rows};
+use super::residual::{LayerRows, TokenRows, finish_block, norm_in_place, scale_rows};
+use super::rows::{BlockInput, LatentRows, StreamRows};
 use crate::error::RunError;
-use crate::layers::cpu_context::{CpuContext, add_bias, norm_rows};
+use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::index::Layer;
 use crate::layers::mixer::{MixerInput, MixerScratch, Segment, mix};
+use crate::layers::ngram::Ngrams;
 use crate::layers::router::Router;
 use crate::layers::weights::DenseWeights;
 use crate::moe::ffn::{FfnScratch, dense_ffn, shared_expert};
@@ -20,7 +22,7 @@ use tier_plan_kernels::{ActView, needs_quants};
 /// The parts of a model that the CPU computes, and its buffers for them.
 pub(crate) struct Cpu {
     pub(crate) weights: DenseWeights,
-    /// `[batch, hidden]`: the hidden state. Rows on their way from one GPU to another pass through
+    /// `[batch, residual width]`: the hidden state. Rows on their way from one GPU to another pass through
     /// it too.
     pub(crate) x: Vec<f32>,
     /// By layer: whether a matrix of the mixer takes quantized activations.
@@ -34,6 +36,9 @@ pub(crate) struct Cpu {
     /// Also the buffers of the routed experts.
     pub(crate) ffn: FfnScratch,
     token_rows: TokenRows,
+    pub(super) streams: StreamRows,
+    pub(super) latent: LatentRows,
+    pub(super) ngrams: Ngrams,
 }
 
 impl Cpu {
@@ -46,18 +51,20 @@ impl Cpu {
         micro_batch: usize,
     ) -> Self {
         let mut mixer = MixerScratch::default();
-        let (mut ffn, mut n_expert, mut n_used) = (0, 0, 1);
+        let (mut ffn, mut n_expert, mut n_used, mut widest) = (0, 0, 1, spec.hidden);
         for layer in &spec.layers {
             mixer.reserve(micro_batch, &layer.mixer);
             match &layer.ffn {
-                Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
+                Ffn::Dense(f) => ffn = ffn.max(f.up.n_out),
                 Ffn::Moe(m) => {
                     ffn = ffn
                         .max(m.expert_ffn)
-                        .max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
+                        .max(m.shared.map_or(0, |shared| shared.ffn.up.n_out));
+                    widest = widest.max(m.expert_width());
                     n_expert = n_expert.max(m.n_expert);
                     n_used = n_used.max(m.n_used);
                 }
+                Ffn::None => {}
             }
         }
         let quants = |layer: &LayerSpec| {
@@ -68,13 +75,16 @@ impl Cpu {
         Self {
             mixer_quants: spec.layers.iter().map(quants).collect(),
             weights,
-            x: vec![0.0; batch * spec.hidden],
+            x: vec![0.0; batch * spec.residual_width()],
             router_logits: vec![0.0; micro_batch * n_expert],
             router: Router::default(),
             predicted_weights: Vec::new(),
             mixer,
-            ffn: FfnScratch::new(micro_batch, spec.hidden, ffn, n_used),
+            ffn: FfnScratch::new(micro_batch, widest, ffn, n_used),
             token_rows: TokenRows::new(spec, batch, micro_batch),
+            streams: StreamRows::default(),
+            latent: LatentRows::default(),
+            ngrams: Ngrams::default(),
         }
     }
 
@@ -88,7 +98,9 @@ impl Cpu {
         let table = self
             .weights
             .matrix(spec.embedding, spec.n_vocab, spec.hidden);
-        for (token, row) in tokens.iter().zip(self.x.chunks_exact_mut(spec.hidden)) {
+        let width = spec.residual_width();
+        for (token, row) in tokens.iter().zip(self.x.chunks_exact_mut(width)) {
+            let row = &mut row[..spec.hidden];
             if let Some(bytes) = table.row(*token as usize) {
                 dequantize_row(table.ty(), bytes, row);
             }
@@ -98,15 +110,17 @@ impl Cpu {
         }
     }
 
-    /// Writes the experts that the router chooses for rows, `[rows, n_used]`, and their weights.
+    /// Writes the experts that the router chooses for rows of these tokens, `[rows, n_used]`, and
+    /// their weights.
     fn choose(
         &mut self,
         cpu: CpuContext<'_>,
         moe: &MoeSpec,
-        acts: ActView<'_>,
+        (acts, tokens): (ActView<'_>, &[u32]),
         experts: &mut [u16],
         weights: &mut [f32],
     ) {
+        self.choose_by_token(moe, tokens, experts);
         let logits = &mut self.router_logits[..acts.rows() * moe.n_expert];
         matmul_all(
             cpu.pool,
@@ -120,7 +134,11 @@ impl Cpu {
             .zip(weights.chunks_exact_mut(moe.n_used));
         let scale = self.weights.opt_vector(moe.expert_scale);
         for (row, (experts, weights)) in logits.chunks_exact(moe.n_expert).zip(chosen) {
-            self.router.route(moe, row, bias, experts, weights);
+            if moe.by_token.is_some() {
+                self.router.weigh_chosen(moe, row, experts, weights);
+            } else {
+                self.router.route(moe, row, bias, experts, weights);
+            }
             if let Some(scale) = scale {
                 let of = |expert: &u16| scale[usize::from(*expert)];
                 weights
@@ -131,26 +149,50 @@ impl Cpu {
         }
     }
 
+    /// Writes the experts of tokens that choose them alone, `[tokens, n_used]`.
+    fn choose_by_token(&self, moe: &MoeSpec, tokens: &[u32], experts: &mut [u16]) {
+        if let Some(table) = self.weights.opt_vector(moe.by_token) {
+            for (token, experts) in tokens.iter().zip(experts.chunks_exact_mut(moe.n_used)) {
+                let row = &table[*token as usize * moe.n_used..];
+                experts
+                    .iter_mut()
+                    .zip(row)
+                    .for_each(|(e, of)| *e = *of as u16);
+            }
+        }
+    }
+
     /// Leaves rows of the hidden state under a norm in the stage's buffers, as matrices take them.
-    fn norm(&self, stage: &mut Stage<'_>, norm: TensorId, quantize: bool) {
-        let (cpu, n, spec) = (stage.cpu, stage.rows.len(), stage.spec);
-        let x = &self.x[stage.values()];
-        let buffers = &mut *stage.buffers;
-        let normed = &mut buffers.normed[..x.len()];
-        norm_rows(cpu, x, self.weights.vector(norm), spec.norm_eps, normed);
-        buffers
-            .acts
-            .fill_shared(cpu.pool, cpu.kernels, n, spec.hidden, normed, quantize);
+    fn norm(&mut self, stage: &mut Stage<'_>, norm: TensorId, quantize: bool) {
+        let input = BlockInput {
+            connection: None,
+            norm,
+            quantize,
+            writes: false,
+        };
+        self.read_block(stage, input);
     }
 
     /// Leaves what a layer's router reads in the stage's buffers. Where that is the layer's normed
     /// rows, experts of a single token read them too, so they are quantized whatever the router's
     /// type.
-    fn router_rows(&self, stage: &mut Stage<'_>, layer: &LayerSpec, moe: &MoeSpec) {
+    fn router_rows(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: &LayerSpec,
+        moe: &MoeSpec,
+        writes: bool,
+    ) {
         let (cpu, n, hidden) = (stage.cpu, stage.rows.len(), stage.spec.hidden);
         let quantize = hidden.is_multiple_of(32);
         let RouterInput::Own(weights) = moe.router_input else {
-            return self.norm(stage, layer.ffn_norm, quantize);
+            let input = BlockInput {
+                connection: layer.residual.connections.map(|c| c.ffn),
+                norm: layer.ffn_norm,
+                quantize,
+                writes,
+            };
+            return self.read_block(stage, input);
         };
         let (x, eps) = (&self.x[stage.values()], stage.spec.norm_eps);
         let (weights, factor) = (self.weights.vector(weights), 1.0 / (hidden as f32).sqrt());
@@ -169,6 +211,13 @@ impl Cpu {
             .fill_shared(cpu.pool, cpu.kernels, n, hidden, normed, quantize);
     }
 
+    /// Adds the first values of `buffers.out`, a block's results, to the stage's rows.
+    fn write_out(&mut self, stage: &mut Stage<'_>, n_values: usize) {
+        let out = std::mem::take(&mut stage.buffers.out);
+        self.write_block(stage, &out[..n_values]);
+        stage.buffers.out = out;
+    }
+
     /// Adds what follows a layer's blocks to rows of the batch.
     fn end_layer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) {
         let residual = &layer.spec.residual;
@@ -183,9 +232,14 @@ impl Cpu {
             first = rows.end;
             let x = &mut self.x[rows.start * hidden..rows.end * hidden];
             if let Some(input) = &residual.layer_input {
-                let (of, out) = ((spec, layer.index.get()), &mut buffers.out[..x.len()]);
-                self.token_rows
-                    .add(cpu, &self.weights, of, input, rows, x, out);
+                let out = &mut buffers.out[..x.len()];
+                let rows = LayerRows {
+                    rows,
+                    x: &mut *x,
+                    out,
+                };
+                let of = (spec, layer.index.get());
+                self.token_rows.add(cpu, &self.weights, of, input, rows);
             }
             scale_rows(&self.weights, residual.output_scale, x);
         }
@@ -195,6 +249,8 @@ impl Cpu {
 impl LayerBackend for Cpu {
     fn embed(&mut self, stage: &mut Stage<'_>, tokens: &[u32]) -> Result<(), RunError> {
         self.embed_rows(stage.spec, tokens);
+        self.spread(stage.spec, tokens.len());
+        self.name_ngrams(stage);
         let x = &self.x[..tokens.len() * stage.spec.hidden];
         self.token_rows
             .fill(stage.cpu, &self.weights, stage.spec, tokens, x);
@@ -202,34 +258,26 @@ impl LayerBackend for Cpu {
     }
 
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        let (cpu, n) = (stage.cpu, stage.rows.len());
-        let x = &mut self.x[stage.values()];
-        let (cache, buffers, index) = (&mut *stage.cache, &mut *stage.buffers, layer.index.get());
+        let (cpu, values, index) = (stage.cpu, stage.values(), layer.index.get());
         // A layer without keys and values of its own reads those of another, by its pages.
         let owner = match &layer.spec.mixer {
             Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
             _ => index,
         };
-        let segments = stage.batch.segments(&stage.rows, cache.kinds[owner]);
+        let segments = stage.batch.segments(&stage.rows, stage.cache.kinds[owner]);
         let segments: Vec<Segment<'_>> = segments.collect();
+        let residual = &layer.spec.residual;
+        self.add_ngrams(stage, layer, &segments);
+        let input = BlockInput {
+            connection: residual.connections.map(|c| c.mixer),
+            norm: layer.spec.mixer_norm,
+            quantize: self.mixer_quants[index],
+            writes: true,
+        };
+        self.read_block(stage, input);
+        let (cache, buffers) = (&mut *stage.cache, &mut *stage.buffers);
         let positions = segments.iter().map(Segment::range);
         cache.rotations.prepare(positions);
-        let normed = &mut buffers.normed[..x.len()];
-        norm_rows(
-            cpu,
-            x,
-            self.weights.vector(layer.spec.mixer_norm),
-            stage.spec.norm_eps,
-            normed,
-        );
-        buffers.acts.fill_shared(
-            cpu.pool,
-            cpu.kernels,
-            n,
-            stage.spec.hidden,
-            normed,
-            self.mixer_quants[index],
-        );
         let input = MixerInput {
             x: buffers.acts.view(),
             segments: &segments,
@@ -238,7 +286,7 @@ impl LayerBackend for Cpu {
             indexer_rope: cache.rotations.of_indexer(index),
             norm_eps: stage.spec.norm_eps,
         };
-        let out = &mut buffers.out[..x.len()];
+        let out = &mut buffers.out[..values.len()];
         let cache = &mut cache.layers[owner];
         mix(
             cpu,
@@ -249,11 +297,10 @@ impl LayerBackend for Cpu {
             &mut self.mixer,
             out,
         );
-        let (residual, eps) = (&layer.spec.residual, stage.spec.norm_eps);
+        let (eps, hidden) = (stage.spec.norm_eps, stage.spec.hidden);
         let norm = self.weights.opt_vector(residual.mixer_norm);
-        let hidden = stage.spec.hidden;
         finish_block(cpu, norm, eps, residual.mixer_scale, hidden, out);
-        cpu.kernels.add(x, out);
+        self.write_out(stage, values.len());
         Ok(())
     }
 
@@ -261,29 +308,17 @@ impl LayerBackend for Cpu {
         let Ffn::Dense(ffn) = &layer.spec.ffn else {
             return Ok(());
         };
-        let (cpu, n) = (stage.cpu, stage.rows.len());
-        let x = &mut self.x[stage.values()];
+        let (cpu, n_values) = (stage.cpu, stage.values().len());
+        let mut readers = ffn.gate.iter().chain([&ffn.up]);
+        let input = BlockInput {
+            connection: layer.spec.residual.connections.map(|c| c.ffn),
+            norm: layer.spec.ffn_norm,
+            quantize: readers.any(|l| needs_quants(self.weights.ty(l.weight))),
+            writes: true,
+        };
+        self.read_block(stage, input);
         let buffers = &mut *stage.buffers;
-        let normed = &mut buffers.normed[..x.len()];
-        norm_rows(
-            cpu,
-            x,
-            self.weights.vector(layer.spec.ffn_norm),
-            stage.spec.norm_eps,
-            normed,
-        );
-        let quantize = [&ffn.gate, &ffn.up]
-            .iter()
-            .any(|l| needs_quants(self.weights.ty(l.weight)));
-        buffers.acts.fill_shared(
-            cpu.pool,
-            cpu.kernels,
-            n,
-            stage.spec.hidden,
-            normed,
-            quantize,
-        );
-        let out = &mut buffers.out[..x.len()];
+        let out = &mut buffers.out[..n_values];
         dense_ffn(
             cpu,
             &self.weights,
@@ -302,7 +337,7 @@ impl LayerBackend for Cpu {
             spec.hidden,
             out,
         );
-        cpu.kernels.add(x, out);
+        self.write_out(stage, n_values);
         self.end_layer(stage, layer);
         Ok(())
     }
@@ -312,13 +347,17 @@ impl LayerBackend for Cpu {
             return Ok(());
         };
         let choices = stage.rows.start * moe.n_used..stage.rows.end * moe.n_used;
-        self.router_rows(stage, layer.spec, moe);
+        self.router_rows(stage, layer.spec, moe, true);
         let buffers = &mut *stage.buffers;
         let (experts, weights) = (
             &mut buffers.experts[choices.clone()],
             &mut buffers.weights[choices],
         );
-        self.choose(stage.cpu, moe, buffers.acts.view(), experts, weights);
+        let rows = (buffers.acts.view(), &stage.batch.tokens[stage.rows.clone()]);
+        self.choose(stage.cpu, moe, rows, experts, weights);
+        if let Some(latent) = &moe.latent {
+            self.enter_latent(stage, latent);
+        }
         if moe.input_norm.is_some() || moe.router_input != RouterInput::Normed {
             let quantize = stage.spec.hidden.is_multiple_of(32);
             let norm = moe.input_norm.unwrap_or(layer.spec.ffn_norm);
@@ -344,10 +383,9 @@ impl LayerBackend for Cpu {
             let quantize = stage.spec.hidden.is_multiple_of(32);
             self.norm(stage, layer.spec.ffn_norm, quantize);
         }
-        let x = &mut self.x[values.clone()];
-        let buffers = &mut *stage.buffers;
+        let (buffers, n) = (&mut *stage.buffers, values.len());
         // What it reads is what the router has left, wherever that ran.
-        let (normed, out) = (&buffers.normed[..x.len()], &mut buffers.out[..x.len()]);
+        let (normed, out) = (&buffers.normed[..n], &mut buffers.out[..n]);
         shared_expert(
             cpu,
             &self.weights,
@@ -362,13 +400,16 @@ impl LayerBackend for Cpu {
             finish_block(cpu, norm, spec.norm_eps, 1.0, spec.hidden, out);
             buffers.shared[values].copy_from_slice(out);
         } else {
-            cpu.kernels.add(x, out);
+            cpu.kernels.add(&mut self.x[values], out);
         }
         Ok(())
     }
 
     fn add_experts(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, spec, values) = (stage.cpu, stage.spec, stage.values());
+        if let Some(latent) = layer.spec.moe().and_then(|moe| moe.latent.as_ref()) {
+            self.leave_latent(stage, latent);
+        }
         let out = &mut stage.buffers.out[values.clone()];
         if let Some(moe) = layer.spec.moe()
             && layer.spec.sums_experts_apart()
@@ -383,23 +424,20 @@ impl LayerBackend for Cpu {
             let norm = self.weights.opt_vector(residual.ffn_norm);
             finish_block(cpu, norm, eps, residual.ffn_scale, hidden, out);
         }
-        cpu.kernels.add(&mut self.x[values], out);
+        self.write_out(stage, values.len());
         self.end_layer(stage, layer);
         Ok(())
     }
 
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError> {
-        let (cpu, spec, buffers) = (stage.cpu, stage.spec, &mut *stage.buffers);
-        let output = self.weights.matrix(spec.output, spec.n_vocab, spec.hidden);
+        let (cpu, spec, micro_batch) = (stage.cpu, stage.spec, stage.buffers.micro_batch);
         let quantize = needs_quants(self.weights.ty(spec.output));
-        let norm = self.weights.vector(spec.output_norm);
-        let parts = stage.batch.logits.chunks(buffers.micro_batch);
-        for (rows, logits) in parts.zip(logits.chunks_mut(buffers.micro_batch * spec.n_vocab)) {
-            let normed = &mut buffers.normed[..rows.len() * spec.hidden];
-            cpu.pool.for_each_slice(normed, spec.hidden, |i, normed| {
-                let x = &self.x[rows[i] * spec.hidden..][..spec.hidden];
-                cpu.kernels.rms_norm(x, norm, spec.norm_eps, normed);
-            });
+        let parts = stage.batch.logits.chunks(micro_batch);
+        for (rows, logits) in parts.zip(logits.chunks_mut(micro_batch * spec.n_vocab)) {
+            self.read_end(stage, rows);
+            let output = self.weights.matrix(spec.output, spec.n_vocab, spec.hidden);
+            let buffers = &mut *stage.buffers;
+            let normed = &buffers.normed[..rows.len() * spec.hidden];
             buffers.acts.fill_shared(
                 cpu.pool,
                 cpu.kernels,
@@ -437,13 +475,19 @@ impl LayerBackend for Cpu {
             return Ok(());
         };
         let (cpu, n) = (stage.cpu, stage.rows.len());
+        experts.resize(n * moe.n_used, 0);
+        let tokens = &stage.batch.tokens[stage.rows.clone()];
+        if moe.by_token.is_some() {
+            self.choose_by_token(moe, tokens, experts);
+            return Ok(());
+        }
         // The buffers of normed rows are free: routed experts have copies, and the shared expert is
         // done.
-        self.router_rows(stage, layer.spec, moe);
-        experts.resize(n * moe.n_used, 0);
+        self.router_rows(stage, layer.spec, moe, false);
         let mut weights = std::mem::take(&mut self.predicted_weights);
         weights.resize(n * moe.n_used, 0.0);
-        self.choose(cpu, moe, stage.buffers.acts.view(), experts, &mut weights);
+        let rows = (stage.buffers.acts.view(), tokens);
+        self.choose(cpu, moe, rows, experts, &mut weights);
         self.predicted_weights = weights;
         Ok(())
     }

@@ -5,6 +5,7 @@ use super::backend::{Backends, TextRows};
 use super::batch::Batch;
 use super::predictor::RouterPredictor;
 use crate::error::RunError;
+use crate::experts::prefetch::Foresight;
 use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::rows::GpuRows;
 use crate::layers::cpu_context::CpuContext;
@@ -48,9 +49,13 @@ impl Experts {
             buffers,
             ..
         } = backends;
-        let (n_used, hidden) = (layer.spec.n_used, layer.spec.router.n_in);
+        let (n_used, hidden) = (layer.spec.n_used, layer.spec.expert_width());
         let choices = batch.len() * n_used;
         computed.clear();
+        let out = match layer.spec.latent {
+            Some(_) => &mut buffers.latent,
+            None => &mut buffers.out,
+        };
         let run = MoeRun {
             cpu: CpuContext {
                 pool,
@@ -67,7 +72,7 @@ impl Experts {
             scratch: &mut processors.cpu.ffn,
             gpu_rows: &mut self.gpu_rows,
             streams: &mut self.streams,
-            out: &mut buffers.out[..batch.len() * hidden],
+            out: &mut out[..batch.len() * hidden],
             computed,
         };
         if batch.single {
@@ -101,7 +106,12 @@ impl Experts {
         let Some(moe) = next.moe.filter(|_| backends.can_predict(next, place)) else {
             return Ok(());
         };
-        let wanted = self.store.wants_prediction(!batch.single);
+        let is_exact = next.chooses_by_token();
+        let wanted = if is_exact {
+            self.store.can_prefetch()
+        } else {
+            self.store.wants_prediction(!batch.single)
+        };
         let scored = batch.single && self.scores_predictions;
         if !wanted && !scored {
             return Ok(());
@@ -114,8 +124,11 @@ impl Experts {
         backends.predict(spec, next, rows, on, self.predictor.begin())?;
         if wanted {
             let predicted = self.predictor.predicted(moe.spec.n_used, moe.spec.n_expert);
-            self.store
-                .predict(moe.index.get(), predicted, !batch.single);
+            let from = match is_exact {
+                true => Foresight::Exact,
+                false => Foresight::of_router(!batch.single),
+            };
+            self.store.predict(moe.index.get(), predicted, from);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::backend::{Backends, Buffers, Processors};
-use super::batch::Output;
+use super::batch::{Choices, Output};
 use super::cpu::Cpu;
 use super::experts::Experts;
 use super::meter::Meter;
@@ -96,7 +96,7 @@ impl Engine {
             Ffn::Moe(moe) => moe
                 .expert_linears()
                 .any(|l| !needs_quants(weights.ty(l.weight))),
-            Ffn::Dense(_) => false,
+            Ffn::Dense(_) | Ffn::None => false,
         };
         let expert_floats = spec.layers.iter().map(floats).collect();
         let gpu_rows = if store.n_gpus() > 0 {
@@ -128,6 +128,7 @@ impl Engine {
             sequences,
             own: None,
             output: Output::default(),
+            choices: Choices::new(model.spec()),
             memory,
             batch,
             fully_on_gpu,

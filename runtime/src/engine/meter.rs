@@ -93,7 +93,7 @@ impl Meter {
             .zip(plan.cache_tiers(spec.layers.len()));
         let dense = dense.map(|((layer, weights), cache_tier)| DenseTraffic {
             weights,
-            cache: CacheReads::new(&layer.mixer, plan.kv_type),
+            cache: CacheReads::new(layer, plan.kv_type),
             cache_tier,
         });
         let head_tier = tier_of(DenseKind::Head, None).unwrap_or(TierIdx::FIRST);
@@ -103,7 +103,14 @@ impl Meter {
             .filter(|d| d.kind == DenseKind::Head)
             .map(|d| d.token_bytes)
             .sum();
+        // The embedding's rows, and those of other tables that tokens name.
+        let read = |kind| {
+            let groups = shape.dense.iter().filter(move |d| d.kind == kind);
+            groups.map(|d| d.token_bytes).sum::<u64>()
+        };
         let table = &model.gguf().tensors()[spec.embedding];
+        let row_bytes = table.n_bytes / spec.n_vocab as u64;
+        let tied_bytes = if spec.tied() { row_bytes } else { 0 };
         Self {
             counters: Counters::new(tiers.len(), plan.layers.len()),
             cancel: cancel.clone(),
@@ -117,7 +124,7 @@ impl Meter {
             // The head of a tied model is the embedding.
             embedding: TierBytes {
                 tier: tier_of(DenseKind::Embedding, None).unwrap_or(head_tier),
-                bytes: table.n_bytes / spec.n_vocab as u64,
+                bytes: read(DenseKind::Embedding) + tied_bytes,
             },
             head: TierBytes {
                 tier: head_tier,
@@ -136,11 +143,6 @@ impl Meter {
     /// Starts counting at zero.
     pub(crate) fn reset(&mut self) {
         self.counters = Counters::new(self.outside.by_tier().len(), self.counters.layers.len());
-    }
-
-    /// Layers with routed experts.
-    pub(crate) fn n_moe(&self) -> usize {
-        self.counters.layers.len()
     }
 
     /// Counts the rows of the embedding that a batch reads.

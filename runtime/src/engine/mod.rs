@@ -40,11 +40,16 @@ mod prefixes;
 mod prompt_gpu_tests;
 mod residual;
 #[cfg(test)]
+mod rewritten_gqa_tests;
+#[cfg(test)]
 mod rewritten_mla_tests;
 #[cfg(test)]
 mod rewritten_sparse_tests;
 #[cfg(test)]
+mod rewritten_streams_tests;
+#[cfg(test)]
 mod rewritten_tests;
+mod rows;
 #[cfg(test)]
 mod scaled_tests;
 mod sequences;
@@ -65,7 +70,7 @@ use crate::experts::counters::Counters;
 use crate::layers::index::layers;
 use crate::load::MemoryUse;
 use backend::{Backends, TextRows};
-use batch::{Batch, Output, Phase, split};
+use batch::{Batch, Choices, Output, Phase, split};
 use experts::Experts;
 use meter::Meter;
 use sequences::Sequences;
@@ -107,6 +112,7 @@ pub struct Engine {
     own: Option<SequenceId>,
     meter: Meter,
     output: Output,
+    choices: Choices,
     memory: MemoryUse,
     /// Tokens of a step that go through a layer together.
     batch: usize,
@@ -202,10 +208,7 @@ impl Engine {
     /// Takes a step's tokens through the network. Its texts have their pages, and are neither
     /// committed nor undone.
     fn compute_step(&mut self, rows: &[Rows<'_>], phase: Phase) -> Result<(), RunError> {
-        let used = self.spec().moe_layers().next();
-        let used = used.map_or(0, |(_, moe)| moe.n_used);
-        self.output
-            .begin(n_tokens(rows) * self.meter.n_moe() * used);
+        self.output.begin(n_tokens(rows) * self.choices.per_token);
         self.pass_all(rows, phase)
     }
 
@@ -310,6 +313,7 @@ impl Engine {
             sequences,
             meter,
             output,
+            choices,
             cancel,
             ..
         } = self;
@@ -321,6 +325,10 @@ impl Engine {
         meter.begin_pass(batch);
         let mut place = backends.embed(spec, on.lend())?;
         let mut layers = layers(spec).peekable();
+        if let Some(first) = layers.peek().filter(|first| first.chooses_by_token()) {
+            experts.prefetch(spec, *first, on.lend(), place, backends)?;
+            experts.store.prefetch_first();
+        }
         while let Some(layer) = layers.next() {
             let start = Instant::now();
             backends.begin_layer();
@@ -347,7 +355,7 @@ impl Engine {
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
             backends.add_experts(spec, layer, place, on.lend())?;
-            output.record(moe, meter.n_moe(), batch, &backends.buffers);
+            output.record(moe, choices, batch, &backends.buffers);
             meter.finish_experts(clock, moe.index, batch.phase, &step);
         }
         let start = Instant::now();

@@ -45,6 +45,15 @@ pub(super) fn norm_in_place(cpu: CpuContext<'_>, weight: &[f32], eps: f32, row: 
     }
 }
 
+/// Some rows of a batch in a layer.
+pub(super) struct LayerRows<'a> {
+    pub(super) rows: Range<usize>,
+    /// Their hidden state, `[rows, hidden]`.
+    pub(super) x: &'a mut [f32],
+    /// Scratch, `[rows, hidden]`.
+    pub(super) out: &'a mut [f32],
+}
+
 /// Inputs that a batch's tokens have for every layer, and the buffers for them.
 #[derive(Default)]
 pub(super) struct TokenRows {
@@ -104,18 +113,16 @@ impl TokenRows {
         }
     }
 
-    /// Adds what tokens contribute to a layer to their rows `x`, `[rows, hidden]`, of the batch.
-    #[allow(clippy::too_many_arguments, reason = "a stage's parts are apart")]
+    /// Adds what tokens contribute to a layer to their rows of the batch.
     pub(super) fn add(
         &mut self,
         cpu: CpuContext<'_>,
         weights: &DenseWeights,
         (spec, layer): (&ModelSpec, usize),
         input: &LayerInput,
-        rows: Range<usize>,
-        x: &mut [f32],
-        out: &mut [f32],
+        rows: LayerRows<'_>,
     ) {
+        let LayerRows { rows, x, out } = rows;
         let Some(own) = &spec.token_inputs else {
             return;
         };
@@ -130,7 +137,6 @@ impl TokenRows {
         let product = |linear, acts: ActView<'_>, out: &mut [f32]| {
             let jobs = [MatJob::new(weights.linear(linear), acts, out)];
             matmul_all(cpu.pool, cpu.kernels, &jobs);
-            drop(jobs);
             add_bias(out, weights.bias(linear));
         };
         let q = quantize(input.gate.weight);

@@ -310,7 +310,7 @@ fn contradictions_are_told() {
         "{said}"
     );
     let said = error(with(fixture(), "attention.kv_lora_rank", Value::U32(32)));
-    assert!(said.contains("attn_kv_a_mqa"), "{said}");
+    assert!(said.contains("attn_k"), "{said}");
     let said = error(with(
         fixture(),
         "attention.value_length_mla",

@@ -221,6 +221,17 @@ fn contradictions_are_named() {
             flags(&[false, true, true]),
         ),
         ("dots3note", "rope.freq_base_swa", Value::F32(0.0)),
+        ("kimi-k3", "activation.situ_beta", Value::F32(0.0)),
+        ("kimi-k3", "expert_latent_length", Value::U32(u32::MAX)),
+        ("kimi-k3", "kda.gate_lower_bound", Value::F32(0.0)),
+        ("hy_v4", "hyper_connection.count", Value::U32(1)),
+        ("hy_v4", "attention.indexer.key_length", Value::U32(8)),
+        (
+            "hy_v4",
+            "attention.indexer.types",
+            flags(&[false, true, true]),
+        ),
+        ("hy_v4", "expert_gating_func", Value::U32(0)),
     ];
     for (name, key, value) in cases {
         let mut file = fixture(name);
@@ -244,6 +255,10 @@ fn missing_keys_and_tensors_are_named() {
         ("dots3note", "attention.sliding_window_pattern"),
         ("dots3note", "attention.indexer.types"),
         ("dots3note", "attention.kv_lora_rank_swa"),
+        ("kimi-k3", "attn_res.block_size"),
+        ("kimi-k3", "activation.situ_linear_beta"),
+        ("hy_v4", "attention.indexer.types"),
+        ("hy_v4", "hyper_connection.magnitude"),
     ] {
         let mut file = fixture(name);
         file.unset(&format!("{name}.{key}"));
@@ -260,6 +275,11 @@ fn missing_keys_and_tensors_are_named() {
         ("bailingmoe3", "blk.1.attn_gate.weight"),
         ("bailingmoe3", "blk.0.ssm_dt.bias"),
         ("dots3note", "blk.0.attn_k_norm.weight"),
+        ("kimi-k3", "blk.1.ffn_res_score.weight"),
+        ("kimi-k3", "blk.1.ffn_routed_up.weight"),
+        ("kimi-k3", "output_res_score.weight"),
+        ("hy_v4", "blk.1.attn_sinks.weight"),
+        ("hy_v4", "blk.0.hc_ffn_base.weight"),
     ] {
         let mut file = fixture(name);
         file.take(tensor).unwrap();
@@ -268,6 +288,34 @@ fn missing_keys_and_tensors_are_named() {
             ModelError::MissingTensor { name: found, .. } => assert_eq!(found, tensor),
             other => panic!("{tensor}: {other}"),
         }
+    }
+}
+
+#[test]
+fn optional_parts_of_kimi_k3_change_logits() {
+    let expected = logits(&fixture("kimi-k3"));
+    let without = |change: &dyn Fn(&mut Writer)| {
+        let mut file = fixture("kimi-k3");
+        change(&mut file);
+        logits(&file)
+    };
+    let changes: [&dyn Fn(&mut Writer); 4] = [
+        &|file| drop(file.take("blk.2.attn_gate.weight").unwrap()),
+        &|file| drop(file.take("blk.1.ffn_routed_norm.weight").unwrap()),
+        &|file| file.set("kimi-k3.attn_res.block_size", Value::U32(0)),
+        &|file| file.set("kimi-k3.activation.situ_linear_beta", Value::F32(0.0)),
+    ];
+    for (i, change) in changes.into_iter().enumerate() {
+        let found = without(change);
+        assert!(
+            found != expected && found.iter().all(|x| x.is_finite()),
+            "{i}"
+        );
+    }
+    // Every layer banks, and a bank that only the first layer fills.
+    for block in [1, 4, 1000] {
+        let key = "kimi-k3.attn_res.block_size";
+        assert!(without(&|file| file.set(key, Value::U32(block))) != expected);
     }
 }
 
@@ -291,15 +339,17 @@ fn limits_are_optional_and_one_may_stand_for_all() {
     assert!(logits(&once) == logits(&each));
 }
 
-const NAMES: [&str; 5] = [
+const NAMES: [&str; 7] = [
     "glm-dsa",
     "deepseek32",
     "kimi-linear",
+    "kimi-k3",
     "bailingmoe3",
     "dots3note",
+    "hy_v4",
 ];
 
-const KEYS: [&str; 30] = [
+const KEYS: [&str; 35] = [
     "block_count",
     "nextn_predict_layers",
     "embedding_length",
@@ -329,6 +379,11 @@ const KEYS: [&str; 30] = [
     "kda.safe_gate",
     "swiglu_clamp_exp",
     "expert_shared_count",
+    "expert_latent_length",
+    "attn_res.block_size",
+    "activation.situ_beta",
+    "hyper_connection.count",
+    "hyper_connection.magnitude",
     "leading_dense_block_count",
 ];
 

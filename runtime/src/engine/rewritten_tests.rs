@@ -25,7 +25,7 @@ pub(super) fn fixture(name: &str) -> Writer {
 }
 
 /// Writes the file and opens it; it is removed with the first of the two.
-fn open(writer: &Writer) -> (tempfile::NamedTempFile, Arc<Gguf>) {
+pub(super) fn open(writer: &Writer) -> (tempfile::NamedTempFile, Arc<Gguf>) {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), writer.finish()).unwrap();
     let gguf = Gguf::open(file.path()).unwrap();
@@ -333,6 +333,8 @@ fn contradictions_are_named() {
         writer.set(&format!("{name}.{key}"), value);
         error(&writer)
     };
+    let said = with("glm4moe", "expert_shared_count", Value::U32(0));
+    assert!(said.contains("_shexp.weight: is a shared expert"), "{said}");
     let cases = [
         ("glm4moe", "expert_gating_func", Value::U32(9)),
         ("glm4moe", "expert_used_count", Value::U32(9)),
@@ -442,7 +444,7 @@ const KEYS: [&str; 25] = [
 ];
 
 /// A value for a key, or its removal.
-fn change() -> impl Strategy<Value = Option<Value>> {
+pub(super) fn change() -> impl Strategy<Value = Option<Value>> {
     let number = prop_oneof![
         0u32..10,
         Just(16),

@@ -113,6 +113,11 @@ impl Sequence {
         self.tokens.len()
     }
 
+    /// Returns up to `n` of the text's last tokens.
+    pub(crate) fn last_tokens(&self, n: usize) -> &[u32] {
+        &self.tokens[self.tokens.len().saturating_sub(n)..]
+    }
+
     /// Returns the checkpoints that the step at hand makes, by the number of tokens.
     pub(crate) fn coming_checkpoints(&self) -> &[(usize, StateIdx)] {
         &self.coming
@@ -135,6 +140,8 @@ pub(crate) struct Sequences {
     prefixes: Prefixes,
     /// Where kept beginnings go too.
     files: Option<KeptFiles>,
+    /// Past tokens that the next one's n-grams reach back to.
+    history: usize,
     /// Tokens that a text may have.
     context: usize,
     /// Texts that there are recurrent states for.
@@ -172,8 +179,8 @@ impl Sequences {
                     kind => windows[kind - 1].1,
                 };
                 match place.mixer {
-                    Some(_) => LayerCache::on_gpu(&layer.mixer, plan.kv_type, context),
-                    None => LayerCache::new(&layer.mixer, plan.kv_type, positions, n_states),
+                    Some(_) => LayerCache::on_gpu(layer, plan.kv_type, context),
+                    None => LayerCache::new(layer, plan.kv_type, positions, n_states),
                 }
             })
             .collect();
@@ -184,8 +191,7 @@ impl Sequences {
                 .move_to(&pages)
                 .map_err(|source| ArenaError::refused(&tier.name, &pages, source))?;
         }
-        let is_recurrent = |layer: &LayerCache| matches!(layer, LayerCache::Delta(_));
-        let has_states = layers.iter().any(is_recurrent) || !windows.is_empty();
+        let has_states = layers.iter().any(LayerCache::is_recurrent) || !windows.is_empty();
         let checkpoints = plan.checkpoints as usize;
         Ok(Self {
             slots: Vec::new(),
@@ -193,6 +199,7 @@ impl Sequences {
             states: States::new(if has_states { n_states } else { 0 }, &windows),
             prefixes: Prefixes::default(),
             files: None,
+            history: spec.ngrams.as_ref().map_or(0, |table| table.n - 1),
             context,
             most_texts: plan.sequences as usize,
             spacing: (has_states && checkpoints > 0)
@@ -211,6 +218,11 @@ impl Sequences {
     /// Returns the bytes of every layer's cache.
     pub(crate) fn bytes(&self) -> impl Iterator<Item = u64> + '_ {
         self.cache.layers.iter().map(LayerCache::bytes)
+    }
+
+    /// Returns how many past tokens the next one's n-grams reach back to.
+    pub(crate) fn history(&self) -> usize {
+        self.history
     }
 
     /// Returns whether texts can go back to where they were before the last batch, at least.
@@ -597,7 +609,7 @@ fn kinds(spec: &ModelSpec, room: CacheRoom, places: &Places) -> (Vec<usize>, Vec
         .iter()
         .zip(&places.layers)
         .map(|(layer, place)| {
-            let window = cache_shape(&layer.mixer).window();
+            let window = cache_shape(layer).window();
             match window.filter(|_| place.mixer.is_none()) {
                 Some(window) => room
                     .window_positions(window)

@@ -10,7 +10,7 @@ use crate::tiers::file::{Extent, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::Scales;
-use tier_plan_formats::model::spec::{ExpertLinear, MoeSpec, TensorId};
+use tier_plan_formats::model::spec::{ExpertLinear, GateUp, MoeSpec, TensorId};
 use tier_plan_formats::placement::{SlotPolicy, TierIdx};
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
@@ -81,6 +81,8 @@ pub(crate) struct LayerExperts {
     /// Gate, up, and down; or gate and up fused, and down.
     matrices: Vec<Matrix>,
     expert_ffn: usize,
+    /// Whether experts have gates.
+    is_gated: bool,
     expert_bytes: usize,
     /// Bytes of a buffer with room for whole pages.
     paged_bytes: usize,
@@ -149,6 +151,7 @@ impl LayerExperts {
             parts,
             matrices,
             expert_ffn: moe.expert_ffn,
+            is_gated: !matches!(moe.gate_up, GateUp::Up(_)),
             backings,
             copy: None,
             cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
@@ -408,9 +411,17 @@ impl LayerExperts {
                 }),
             }
         };
+        let is_gated = self.is_gated;
         match self.matrices.as_slice() {
             [gate, up, down] => ExpertView {
+                is_gated,
                 gate: linear(gate),
+                up: linear(up),
+                down: linear(down),
+            },
+            [up, down] if !is_gated => ExpertView {
+                is_gated,
+                gate: linear(up),
                 up: linear(up),
                 down: linear(down),
             },
@@ -418,6 +429,7 @@ impl LayerExperts {
                 let fused = linear(gate_up);
                 let n = self.expert_ffn;
                 ExpertView {
+                    is_gated,
                     gate: fused.rows(0, n),
                     up: fused.rows(n, n),
                     down: linear(down),

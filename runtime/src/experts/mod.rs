@@ -18,7 +18,7 @@ mod gpu;
 mod ids;
 pub(crate) mod layer;
 pub mod pack;
-mod prefetch;
+pub(crate) mod prefetch;
 mod step;
 pub(crate) mod store;
 #[cfg(test)]

@@ -7,6 +7,9 @@
 //!
 //! Predictions are scored whether they are read or not. While fewer than half of the recent ones
 //! were right, nothing is prefetched.
+//!
+//! Where tokens alone choose a layer's experts, the prediction is exact: it is not scored, and as much
+//! of it is read as there is staging for, before any layer is computed.
 
 use super::counters::PrefetchCount;
 use super::ids::{ExpertId, LayerExpert, SlotId, StepPos};
@@ -81,6 +84,24 @@ struct Prefetch {
     state: PrefetchState,
 }
 
+/// What a prediction is made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Foresight {
+    /// What the router would choose for one token.
+    Token,
+    /// What the router would choose for a batch.
+    Batch,
+    /// The tokens themselves, which choose the experts without the router.
+    Exact,
+}
+
+impl Foresight {
+    /// Returns that of a router.
+    pub(crate) fn of_router(is_batch: bool) -> Self {
+        if is_batch { Self::Batch } else { Self::Token }
+    }
+}
+
 /// The experts that a layer's router is predicted to select.
 struct Prediction {
     /// Position of the layer among those with routed experts.
@@ -89,8 +110,8 @@ struct Prediction {
     experts: Vec<u32>,
     /// How many of them are or were being prefetched.
     n_started: usize,
-    is_batch: bool,
-    /// Whether accuracy was sufficient when the prediction was made.
+    from: Foresight,
+    /// Whether it is exact, or accuracy was sufficient when it was made.
     is_read: bool,
 }
 
@@ -175,7 +196,10 @@ impl Prefetcher {
         } else {
             prediction.experts.len()
         };
-        let accuracy = self.accuracy(prediction.is_batch);
+        if prediction.from == Foresight::Exact {
+            return;
+        }
+        let accuracy = self.accuracy(prediction.from == Foresight::Batch);
         for expert in &prediction.experts[..n_scored] {
             accuracy.add(step.experts().contains(expert));
         }
@@ -194,31 +218,48 @@ impl ExpertStore {
         accuracy.is_sufficient() || accuracy.rounds.is_multiple_of(TRY_EVERY)
     }
 
+    /// Whether experts are prefetched at all.
+    pub(crate) fn can_prefetch(&self) -> bool {
+        self.prefetcher.is_enabled
+    }
+
+    /// Starts to read what was predicted for the first step of a pass, before it begins.
+    pub(crate) fn prefetch_first(&mut self) {
+        if self.files.is_some() {
+            self.start_prefetches(None);
+        }
+    }
+
     /// Takes a prediction of the experts that the next step, in `layer`, will use: a token's in the
     /// router's order, a batch's in the order in which they compute.
     pub(crate) fn predict(
         &mut self,
         layer: usize,
         experts: impl Iterator<Item = u32>,
-        is_batch: bool,
+        from: Foresight,
     ) {
         let Some(in_layer) = self.layers.get(layer) else {
             return;
         };
         let is_missing =
             |e: &u32| in_layer.is_pooled(ExpertId::new(*e)) && !in_layer.cache.contains(*e);
-        let most = if is_batch {
-            self.prefetcher.max_per_batch
-        } else {
-            MAX_PREFETCHES_PER_TOKEN
+        let most = match from {
+            Foresight::Token => MAX_PREFETCHES_PER_TOKEN,
+            Foresight::Batch | Foresight::Exact => self.prefetcher.max_per_batch,
         };
         let experts: Vec<u32> = experts.filter(is_missing).take(most).collect();
-        let is_read = self.prefetcher.accuracy(is_batch).is_sufficient();
+        let is_read = match from {
+            Foresight::Exact => true,
+            from => self
+                .prefetcher
+                .accuracy(from == Foresight::Batch)
+                .is_sufficient(),
+        };
         let prediction = Prediction {
             layer,
             experts,
             n_started: 0,
-            is_batch,
+            from,
             is_read,
         };
         self.prefetcher.due = self.prefetcher.prediction.replace(prediction);
@@ -240,13 +281,13 @@ impl ExpertStore {
         if self.files.is_none() || step.next_read < step.states.len() {
             return;
         }
-        self.start_prefetches(step);
+        self.start_prefetches(Some(step.layer));
         self.start_warmup_reads();
     }
 
-    fn start_prefetches(&mut self, step: &Step) {
+    fn start_prefetches(&mut self, under_way: Option<usize>) {
         while self.staging.len() > RESERVED_STAGING_BUFFERS
-            && let Some(target) = self.next_target(step)
+            && let Some(target) = self.next_target(under_way)
             && let Some(buffer) = self.take_staging(target.layer)
         {
             let key = self.prefetcher.next_key;
@@ -260,11 +301,11 @@ impl ExpertStore {
         }
     }
 
-    /// Takes the next expert to prefetch from the latest prediction, unless that is of the step's
-    /// own layer.
-    fn next_target(&mut self, step: &Step) -> Option<LayerExpert> {
+    /// Takes the next expert to prefetch from the latest prediction, unless that is of the layer
+    /// whose step is under way.
+    fn next_target(&mut self, under_way: Option<usize>) -> Option<LayerExpert> {
         let prediction = self.prefetcher.prediction.as_mut()?;
-        if !prediction.is_read || prediction.layer == step.layer {
+        if !prediction.is_read || Some(prediction.layer) == under_way {
             return None;
         }
         let expert = ExpertId::new(*prediction.experts.get(prediction.n_started)?);

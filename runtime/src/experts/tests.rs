@@ -5,6 +5,7 @@ use super::checksums::Checksums;
 use super::checksums::compute_checksums;
 use super::ids::{ExpertId, SlotId};
 use super::layer::{LayerExperts, Layout};
+use super::prefetch::Foresight;
 use super::step::ExpertState;
 use super::store::*;
 use super::view::{ExpertView, ViewLinear};
@@ -331,7 +332,8 @@ proptest! {
             let batch = *batch || in_flight(used);
             if let Some(choice) = prediction {
                 predicted |= store.wants_prediction(batch);
-                store.predict(choice.layer, choice.experts.iter().copied(), batch);
+                let experts = choice.experts.iter().copied();
+                store.predict(choice.layer, experts, Foresight::of_router(batch));
             }
             // Every other prediction comes true.
             let used = next.take().filter(|choice| choice.layer == *layer).map_or(used, |choice| &choice.experts);

@@ -10,8 +10,10 @@ use tier_plan_kernels::quant::{TensorType, dequantize_row};
 /// The matrices of one expert.
 #[derive(Clone, Copy)]
 pub(crate) struct ExpertView<'a> {
-    /// `[expert_ffn, hidden]`.
+    /// `[expert_ffn, hidden]`; `up` once more in an expert without a gate.
     pub gate: ViewLinear<'a>,
+    /// Whether there is a gate.
+    pub is_gated: bool,
     /// `[expert_ffn, hidden]`.
     pub up: ViewLinear<'a>,
     /// `[hidden, expert_ffn]`.

@@ -96,7 +96,7 @@ impl BufferSizes {
                 s.mixer(&layer.mixer, context);
             }
             match &layer.ffn {
-                Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.gate.n_out),
+                Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.up.n_out),
                 Ffn::Moe(moe) => {
                     if here(at.ffn) {
                         s.record += 2 * moe.n_used;
@@ -104,10 +104,10 @@ impl BufferSizes {
                             (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
                     }
                     if let Some(shared) = moe.shared.filter(|_| here(at.shared)) {
-                        s.ffn = s.ffn.max(shared.ffn.gate.n_out);
+                        s.ffn = s.ffn.max(shared.ffn.up.n_out);
                     }
                 }
-                Ffn::Dense(_) => {}
+                Ffn::Dense(_) | Ffn::None => {}
             }
         }
         if here(places.head) {
@@ -172,7 +172,8 @@ impl BufferSizes {
                 return;
             }
             // Refused when the plan is checked.
-            Mixer::Kda(_) | Mixer::ShortConv(_) => return,
+            Mixer::Kda(_) | Mixer::ShortConv(_) | Mixer::Mamba(_) => return,
+            Mixer::Compressed(_) | Mixer::None => return,
         };
         self.attend = self.attend.max(wanted);
         self.attend_width = self.attend_width.min(width);

@@ -60,6 +60,7 @@ fn tiers_of(placed: &LayerPlacement) -> impl Iterator<Item = TierIdx> {
 
 fn dense_block(layer: &LayerSpec) -> Vec<TensorId> {
     match &layer.ffn {
+        Ffn::None => Vec::new(),
         Ffn::Dense(ffn) => matrices(ffn),
         Ffn::Moe(_) => Vec::new(),
     }
@@ -71,5 +72,5 @@ fn shared_expert(layer: &LayerSpec) -> Vec<TensorId> {
 }
 
 fn matrices(ffn: &GatedFfn) -> Vec<TensorId> {
-    [ffn.gate, ffn.up, ffn.down].map(|l| l.weight).to_vec()
+    ffn.linears().map(|l| l.weight).collect()
 }

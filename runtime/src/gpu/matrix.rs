@@ -175,7 +175,13 @@ pub(super) struct FfnMatrices {
 
 impl FfnMatrices {
     pub(super) fn new(loader: &GpuLoader<'_>, ffn: &GatedFfn) -> Result<Self, CudaError> {
-        let [gate, up, down] = [&ffn.gate, &ffn.up, &ffn.down].map(|l| loader.linear(l));
+        let Some(gate) = &ffn.gate else {
+            return Err(CudaError::NotThere {
+                device: loader.device.name().to_string(),
+                part: "a feed-forward block without a gate".into(),
+            });
+        };
+        let [gate, up, down] = [gate, &ffn.up, &ffn.down].map(|l| loader.linear(l));
         Ok(Self {
             gate: gate?,
             up: up?,

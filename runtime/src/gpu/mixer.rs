@@ -66,14 +66,11 @@ impl Mixer {
             MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
             MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d)?))),
-            MixerSpec::Kda(_) => Err(CudaError::NotThere {
-                device: loader.device.name().to_string(),
-                part: "Kimi delta attention".into(),
-            }),
-            MixerSpec::ShortConv(_) => Err(CudaError::NotThere {
-                device: loader.device.name().to_string(),
-                part: "a short convolution".into(),
-            }),
+            MixerSpec::Kda(_) => Err(lacks(loader, "Kimi delta attention")),
+            MixerSpec::ShortConv(_) => Err(lacks(loader, "a short convolution")),
+            MixerSpec::Mamba(_) => Err(lacks(loader, "Mamba-2")),
+            MixerSpec::Compressed(_) => Err(lacks(loader, "compressed attention")),
+            MixerSpec::None => Err(lacks(loader, "a layer without a mixer")),
         }
     }
 
@@ -105,6 +102,14 @@ impl Mixer {
             Self::Mla(a) => a.run(ops, buffers, batch),
             Self::Delta(d) => d.run(ops, buffers, batch),
         }
+    }
+}
+
+/// Returns the error of a part that no kernel of a GPU computes.
+fn lacks(loader: &GpuLoader<'_>, part: &str) -> CudaError {
+    CudaError::NotThere {
+        device: loader.device.name().to_string(),
+        part: part.into(),
     }
 }
 

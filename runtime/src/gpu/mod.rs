@@ -274,7 +274,7 @@ pub(super) fn mixer_alone(
         first_row: 0,
     };
     let ffn = Ffn::Dense(GatedFfn {
-        gate: linear,
+        gate: Some(linear),
         up: linear,
         down: linear,
         activation: tier_plan_formats::model::spec::Activation::Silu,
@@ -295,6 +295,8 @@ pub(super) fn mixer_alone(
         embedding: 0,
         embedding_scale: 1.0,
         token_inputs: None,
+        ngrams: None,
+        streams: None,
         output_norm: 0,
         output: 0,
         head: Default::default(),

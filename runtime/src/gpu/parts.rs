@@ -10,10 +10,13 @@ use crate::layers::places::Places;
 use tier_plan_cuda::ops::{MAX_DELTA_HEAD, MAX_EXPERTS, MAX_GROUPS, MAX_KEY};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::spec::{
-    Activation, Ffn, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec, Linear, Mixer,
-    MlaSpec, ModelSpec, OutputGate, Reach, WindowKind,
+    Activation, DeltaGate, Ffn, GateUp, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec,
+    Linear, Mixer, MlaSpec, ModelSpec, OutputGate, Reach, WindowKind,
 };
 use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
+
+/// What no part of a model on a GPU can read or write.
+const SEVERAL_STREAMS: &str = "several streams of the residual (hyper-connections)";
 
 /// Name of the KV cache in [`LoadError::OnGpu`], which is not a tensor group.
 const KV_CACHE: &str = "kv_cache";
@@ -60,7 +63,7 @@ pub(crate) fn check(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Result<(
         return Err(rejected(tier, index, "experts", why));
     }
     for (index, (layer, at)) in spec.layers.iter().zip(&places.layers).enumerate() {
-        if let (None, Some(tier)) = (at.mixer, cache) {
+        if let (None, Some(tier)) = (at.mixer, cache.filter(|_| layer.has_mixer())) {
             return Err(rejected(
                 tier,
                 index,
@@ -108,7 +111,17 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
     if !layer.residual.mixer_is_plain() {
         return Some("a norm of or a factor on the result of attention".into());
     }
+    if layer.residual.connections.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
+    if layer.residual.ngram.is_some() {
+        return Some("n-grams before the mixer".into());
+    }
     match &layer.mixer {
+        Mixer::Mamba(_) => Some("Mamba-2".into()),
+        Mixer::Compressed(_) => Some("compressed attention".into()),
+        Mixer::None => None,
+        Mixer::Delta(d) if d.gate != DeltaGate::Silu => Some("sigmoid gates of a delta net".into()),
         Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
         Mixer::ShortConv(_) => Some("a short convolution".into()),
         Mixer::Kda(_) => Some("Kimi delta attention".into()),
@@ -152,6 +165,7 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
             "scores that grow with the position",
         ),
         (a.value_norm, "a norm of values"),
+        (a.index.is_some(), "block-sparse attention"),
         (a.shared_kv.is_some(), "keys and values of another layer"),
         (
             a.window.is_some() && a.window_kind != WindowKind::Sliding,
@@ -195,11 +209,20 @@ fn embedding(spec: &ModelSpec) -> Option<String> {
     if spec.token_inputs.is_some() {
         return Some("inputs of tokens for every layer".into());
     }
+    if spec.ngrams.is_some() {
+        return Some("a table of n-grams".into());
+    }
+    if spec.streams.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
     (spec.embedding_scale != 1.0).then(|| "a factor on embeddings".into())
 }
 
 /// Returns what of the head no kernel of a GPU computes.
 fn head(spec: &ModelSpec) -> Option<String> {
+    if spec.streams.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
     let plain = spec.head == HeadOptions::default();
     (!plain).then(|| "a bias, a factor or a soft cap on logits".into())
 }
@@ -213,9 +236,16 @@ fn experts<'a>(
     spec.moe_layers()
         .zip(&plan.layers)
         .filter_map(|((index, moe), placed)| {
-            let why = activation(moe.activation).or(moe
-                .weigh_input
-                .then(|| "weights on what experts read".into()))?;
+            let options = [
+                (moe.weigh_input, "weights on what experts read"),
+                (moe.latent.is_some(), "latent experts"),
+                (
+                    matches!(moe.gate_up, GateUp::Up(_)),
+                    "experts without a gate",
+                ),
+            ];
+            let option = options.into_iter().find(|(has, _)| *has);
+            let why = activation(moe.activation).or(option.map(|(_, what)| what.into()))?;
             let pinned = placed.pinned.iter().filter(|pins| !pins.experts.is_empty());
             let tiers = pinned
                 .map(|pins| pins.tier)
@@ -230,6 +260,8 @@ fn activation(activation: Activation) -> Option<String> {
     match activation {
         Activation::Silu | Activation::ClampedSwiglu { .. } => None,
         Activation::Gelu => Some("GELU".into()),
+        Activation::SquaredRelu => Some("squared ReLU".into()),
+        Activation::ClampedSilu { .. } => Some("SiLU of a clamped gate".into()),
         Activation::LimitedSilu { .. } => Some("SiLU with a limit".into()),
         Activation::Situ { .. } => Some("SiTU".into()),
     }
@@ -241,11 +273,16 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
     if !residual.ffn_is_plain() || !residual.ends_plain() {
         return Some("a norm of or a factor on the result of the feed-forward block".into());
     }
+    if residual.connections.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
     match &layer.ffn {
+        Ffn::None => None,
         Ffn::Dense(ffn) => dense_activation(ffn),
         Ffn::Moe(moe) if !moe.is_plain() => {
             Some("norms of, factors on, or a router apart from the experts".into())
         }
+        Ffn::Moe(moe) if moe.by_token.is_some() => Some("experts chosen by tokens".into()),
         Ffn::Moe(moe) => {
             let gating = (moe.gating == Gating::SigmoidChosen)
                 .then(|| "sigmoid weights of experts chosen by their logits".into());
@@ -269,9 +306,8 @@ fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         return Some(why);
     }
     match &layer.ffn {
-        Ffn::Dense(ffn) => [&ffn.gate, &ffn.up, &ffn.down]
-            .into_iter()
-            .find_map(|l| misplaced(gguf, l)),
+        Ffn::None => None,
+        Ffn::Dense(ffn) => ffn.linears().find_map(|l| misplaced(gguf, l)),
         Ffn::Moe(moe) => {
             let groups = moe.groups.map_or(0, |groups| groups.n);
             let too_many = moe.n_expert > MAX_EXPERTS || groups > MAX_GROUPS;

@@ -70,7 +70,7 @@ impl Layer {
                     gate: None,
                 }),
             ),
-            FfnSpec::Dense(_) => (None, None),
+            FfnSpec::Dense(_) | FfnSpec::None => (None, None),
             FfnSpec::Moe(moe) => {
                 let shared = moe.shared.as_ref().filter(|_| here(places.shared));
                 let shared = shared.map(|s| {

@@ -6,14 +6,12 @@
 //! its tokens one by one.
 
 use super::mixer::MixerInput;
-use super::pages::StateIdx;
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
-use crate::tiers::nodes::Pages;
 use std::cell::RefCell;
-use std::cmp::Ordering;
 use std::ops::Range;
-use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
+use tier_plan_formats::model::spec::{DeltaGate, DeltaInput, DeltaRates, DeltaSpec};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{Activations, DeltaStep, MAX_CONV_TAPS, delta_columns, needs_quants};
 
@@ -22,94 +20,15 @@ thread_local! {
     static HEAD: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The recurrent state of a layer, of a size that no number of tokens changes.
-pub(crate) struct DeltaState {
-    /// `[heads, conv_taps - 1, head_dim]`: the convolution's inputs of the last tokens, the newest
-    /// last.
-    pub(super) inputs: Vec<f32>,
-    /// `[n_value_head, head_dim / columns, head_dim, columns]`: a few columns of a matrix are one
-    /// job.
-    pub(super) matrices: Vec<f32>,
-}
-
-impl DeltaState {
-    pub(super) fn new(spec: &DeltaSpec) -> Self {
-        Self::of_sizes(
-            (spec.conv_taps - 1) * spec.channels(),
-            spec.n_value_head * spec.head_dim * spec.head_dim,
-        )
-    }
-
-    /// Makes a state without tokens of this many inputs of convolutions and values of matrices.
-    pub(super) fn of_sizes(inputs: usize, matrices: usize) -> Self {
-        Self {
-            inputs: vec![0.0; inputs],
-            matrices: vec![0.0; matrices],
-        }
-    }
-
-    /// Makes the state of a layer that remembers so many values of a convolution's inputs only.
-    pub(super) fn of_inputs(values: usize) -> Self {
-        Self {
-            inputs: vec![0.0; values],
-            matrices: Vec::new(),
-        }
-    }
-
-    /// Returns the convolution's inputs.
-    pub(super) fn inputs_mut(&mut self) -> &mut [f32] {
-        &mut self.inputs
-    }
-
-    /// Forgets all tokens.
-    pub(super) fn reset(&mut self) {
-        self.inputs.fill(0.0);
-        self.matrices.fill(0.0);
-    }
-
-    /// Takes over the tokens of another state of the same layer.
-    fn copy_from(&mut self, other: &Self) {
-        self.inputs.copy_from_slice(&other.inputs);
-        self.matrices.copy_from_slice(&other.matrices);
-    }
-
-    /// Appends the state to `out`, little-endian.
-    pub(super) fn save(&self, out: &mut Vec<u8>) {
-        let values = self.inputs.iter().chain(&self.matrices);
-        out.extend(values.flat_map(|x| x.to_le_bytes()));
-    }
-
-    /// Takes the state from the beginning of `bytes`. Returns the rest.
-    pub(super) fn load<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
-        let (bytes, rest) = bytes.split_at(self.bytes() as usize);
-        let values = bytes.as_chunks::<4>().0;
-        for (to, from) in self.inputs.iter_mut().chain(&mut self.matrices).zip(values) {
-            *to = f32::from_le_bytes(*from);
-        }
-        rest
-    }
-
-    /// Moves its pages to where `pages` says.
-    pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
-        pages.move_here(&self.inputs)?;
-        pages.move_here(&self.matrices)
-    }
-
-    /// Returns the bytes of the state.
-    pub(super) fn bytes(&self) -> u64 {
-        size_of::<f32>() as u64 * (self.inputs.len() + self.matrices.len()) as u64
-    }
-}
-
-/// Copies one of a layer's states to another.
-pub(super) fn copy_state(states: &mut [DeltaState], from: StateIdx, to: StateIdx) {
-    let (from, to) = (from as usize, to as usize);
-    let (low, high) = states.split_at_mut(from.max(to));
-    match from.cmp(&to) {
-        Ordering::Less => high[0].copy_from(&low[from]),
-        Ordering::Greater => low[to].copy_from(&high[0]),
-        Ordering::Equal => {}
-    }
+/// Makes the state of no token: the convolution's inputs, `[heads, conv_taps - 1, head_dim]`, the
+/// newest last, and the matrices, `[n_value_head, head_dim / columns, head_dim, columns]`: a few
+/// columns of a matrix are one job.
+pub(super) fn new_state(spec: &DeltaSpec, ngram: usize) -> RecurrentState {
+    RecurrentState::new(
+        (spec.conv_taps - 1) * spec.channels(),
+        spec.n_value_head * spec.head_dim * spec.head_dim,
+        ngram,
+    )
 }
 
 /// Buffers of a delta-net mixer, as long as the largest batch of the largest layer.
@@ -237,14 +156,14 @@ impl<'a> Layout<'a> {
     }
 }
 
-/// Computes `out = o(norm(delta(conv(qkv x))) · silu(gate x))`, and takes the state of each text
+/// Computes `out = o(norm(delta(conv(qkv x))) · act(gate x))`, and takes the state of each text
 /// past its tokens.
 pub(super) fn run(
     c: CpuContext<'_>,
     weights: &DenseWeights,
     spec: &DeltaSpec,
     input: &MixerInput<'_>,
-    states: &mut [DeltaState],
+    states: &mut [RecurrentState],
     s: &mut DeltaScratch,
     out: &mut [f32],
 ) {
@@ -267,7 +186,7 @@ pub(super) fn run(
                 gate(c, norm, spec, input.norm_eps, rows, s);
             }
             if let Some(to) = checkpoint {
-                copy_state(states, segment.state, to);
+                copy_mixer_state(states, segment.state, to);
             }
             start = end;
         }
@@ -501,7 +420,8 @@ fn recur(
     );
 }
 
-/// Normalizes each head's result of the rows of one text and multiplies it by the silu of its gate.
+/// Normalizes each head's result of the rows of one text and multiplies it by its gate: the SiLU or
+/// the sigmoid of what the gate's matrix gives.
 fn gate(
     c: CpuContext<'_>,
     norm: &[f32],
@@ -534,7 +454,16 @@ fn gate(
                 to.copy_from_slice(&read[((head * parts + part) * n + t) * columns..][..columns]);
             }
             c.kernels.rms_norm(plain, norm, eps, normed);
-            c.kernels.silu_mul(mixed, normed);
+            match spec.gate {
+                DeltaGate::Silu => c.kernels.silu_mul(mixed, normed),
+                DeltaGate::Sigmoid => {
+                    mixed.iter_mut().for_each(|gate| *gate = -*gate);
+                    c.kernels.exp(mixed);
+                    for (mixed, normed) in mixed.iter_mut().zip(normed) {
+                        *mixed = *normed / (1.0 + *mixed);
+                    }
+                }
+            }
         });
     });
 }

@@ -1,7 +1,9 @@
 //! Grouped-query attention (GQA), causal, over the KV cache.
 
+use super::attend_runs::{Run, RunShape, attend_runs};
 use super::attention::{Attention, AttentionParts, attend};
-use super::kv_rows::KeyValues;
+use super::block_index::{Index, IndexScratch};
+use super::kv_rows::{KeyValues, RowStore};
 use super::mixer::{MixerInput, Segment};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
@@ -22,6 +24,7 @@ pub(super) struct GqaScratch {
     /// factors of others.
     gate: Vec<f32>,
     norm: Vec<f32>,
+    index: IndexScratch,
     parts: AttentionParts,
     acts: Option<Activations>,
     acts_width: usize,
@@ -42,11 +45,20 @@ impl GqaScratch {
         grow(&mut self.gate, rows * gate_width(spec));
         let widest = spec.q.n_out.max(spec.k.n_out).max(spec.v.n_out);
         grow(&mut self.norm, widest);
+        if let Some(index) = &spec.index {
+            self.index.reserve(rows, index);
+        }
         if self.acts_width < spec.o.n_in {
             self.acts_width = spec.o.n_in;
             self.acts = Some(Activations::new(rows, spec.o.n_in));
         }
     }
+}
+
+/// The cache of a layer, and the keys of its index where it has one.
+pub(super) struct GqaCache<'a> {
+    pub kv: &'a mut KeyValues,
+    pub index: Option<&'a mut RowStore>,
 }
 
 /// Computes `out = o(attention(q x, k x, v x))`, and stores the tokens' keys and values in the
@@ -56,13 +68,28 @@ pub(super) fn run(
     weights: &DenseWeights,
     spec: &GqaSpec,
     input: &MixerInput<'_>,
-    cache: &mut KeyValues,
+    cache: GqaCache<'_>,
     s: &mut GqaScratch,
     out: &mut [f32],
 ) {
     let n = input.x.rows();
+    let GqaCache {
+        kv: cache,
+        index: index_keys,
+    } = cache;
     project(c, weights, spec, input.x, s);
     place_heads(c, weights, spec, input, cache, s);
+    let index = spec.index.as_ref().zip(index_keys).map(|(spec, keys)| {
+        let index = Index {
+            c,
+            weights,
+            spec,
+            norm_eps: input.norm_eps,
+            rope: input.rope,
+        };
+        index.store(input, keys, &mut s.index);
+        (index, &*keys)
+    });
     let q = &s.q[..n * spec.q.n_out];
     let gate = &s.gate[..n * gate_width(spec)];
     let mixed = &mut s.mixed[..n * spec.o.n_in];
@@ -70,8 +97,15 @@ pub(super) fn run(
         let rows = &segment.rows;
         let gate = &gate[rows.start * gate_width(spec)..rows.end * gate_width(spec)];
         let sinks = weights.opt_vector(spec.sinks);
-        attend_segment(c, spec, segment, q, cache, &mut s.parts);
         let mixed = &mut mixed[rows.start * spec.o.n_in..rows.end * spec.o.n_in];
+        if let Some((index, keys)) = &index {
+            index.choose(segment, keys, &mut s.index);
+            let chosen = (*index, s.index.chosen());
+            attend_chosen(c, spec, segment, (q, cache), chosen, sinks, mixed);
+            open_gates(c, spec, gate, mixed);
+            continue;
+        }
+        attend_segment(c, spec, segment, q, cache, &mut s.parts);
         gather(c, spec, &s.parts, sinks, gate, mixed);
     }
     let Some(acts) = &mut s.acts else {
@@ -267,23 +301,66 @@ fn gather(
                 let head = kv_head * group + g;
                 parts.result(c.kernels, head, t, sinks.map(|s| s[head]), mixed);
             }
-            match &spec.gate {
-                None => {}
-                Some(OutputGate::WithQueries) => {
-                    let gate = &gate[item * mixed.len()..][..mixed.len()];
-                    mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
-                }
-                Some(OutputGate::Separate { linear, .. }) => {
-                    // As many gates as heads, or as values.
-                    let values = spec.o.n_in / linear.n_out;
-                    let n = mixed.len() / values;
-                    let gates = &gate[item * n..][..n];
-                    for (mixed, gate) in mixed.chunks_exact_mut(values).zip(gates) {
-                        mixed.iter_mut().for_each(|m| *m *= gate);
-                    }
-                }
-            }
+            open_gate(spec, gate, item, mixed);
         });
+}
+
+/// Puts what the heads of some rows have found, `[rows, n_head * value_dim]`, under its gates.
+fn open_gates(c: CpuContext<'_>, spec: &GqaSpec, gate: &[f32], mixed: &mut [f32]) {
+    let width = spec.n_head / spec.n_head_kv * spec.value_dim;
+    c.pool.for_each_slice(mixed, width, |item, mixed| {
+        open_gate(spec, gate, item, mixed)
+    });
+}
+
+/// Puts the values of a token's KV head, the `item`th of all, under their gates.
+fn open_gate(spec: &GqaSpec, gate: &[f32], item: usize, mixed: &mut [f32]) {
+    match &spec.gate {
+        None => {}
+        Some(OutputGate::WithQueries) => {
+            let gate = &gate[item * mixed.len()..][..mixed.len()];
+            mixed.iter_mut().zip(gate).for_each(|(m, g)| *m /= 1.0 + g);
+        }
+        Some(OutputGate::Separate { linear, .. }) => {
+            // As many gates as heads, or as values.
+            let values = spec.o.n_in / linear.n_out;
+            let n = mixed.len() / values;
+            let gates = &gate[item * n..][..n];
+            for (mixed, gate) in mixed.chunks_exact_mut(values).zip(gates) {
+                mixed.iter_mut().for_each(|m| *m *= gate);
+            }
+        }
+    }
+}
+
+/// Computes the attention of the rows of one text to the blocks that they have chosen, `[rows,
+/// n_head * value_dim]`; `q` has the queries of the batch.
+fn attend_chosen<'a>(
+    c: CpuContext<'_>,
+    spec: &GqaSpec,
+    segment: &'a Segment<'a>,
+    (q, cache): (&[f32], &'a KeyValues),
+    (index, chosen): (Index<'_>, &[Vec<u32>]),
+    sinks: Option<&[f32]>,
+    mixed: &mut [f32],
+) {
+    let shape = RunShape {
+        n_head_kv: spec.n_head_kv,
+        group: spec.n_head / spec.n_head_kv,
+        key_width: spec.key_dim,
+        value_width: spec.value_dim,
+    };
+    let runs = |token: usize, kv_head: usize, runs: &mut Vec<Run<'a>>| {
+        index.runs(segment, (token, kv_head), cache, chosen, runs);
+    };
+    let query = |head: usize, t: usize, to: &mut [f32]| {
+        let row = segment.rows.start + t;
+        let query = &q[row * spec.q.n_out + head * spec.key_dim..][..spec.key_dim];
+        to.iter_mut()
+            .zip(query)
+            .for_each(|(to, q)| *to = spec.scale * q);
+    };
+    attend_runs(c, shape, runs, query, sinks, mixed);
 }
 
 /// Splits rows of `width` values into heads, moved together at the rows' beginnings, and the gate

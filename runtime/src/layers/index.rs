@@ -37,6 +37,14 @@ pub(crate) struct Layer<'a> {
     pub(crate) moe: Option<MoeLayer<'a>>,
 }
 
+impl Layer<'_> {
+    /// Returns whether tokens alone choose the layer's experts, which are then known before any
+    /// layer is computed.
+    pub(crate) fn chooses_by_token(&self) -> bool {
+        self.moe.is_some_and(|moe| moe.spec.by_token.is_some())
+    }
+}
+
 /// The routed experts of a layer.
 #[derive(Clone, Copy)]
 pub(crate) struct MoeLayer<'a> {
@@ -49,7 +57,7 @@ pub(crate) fn layers(spec: &ModelSpec) -> impl Iterator<Item = Layer<'_>> + Clon
     let mut n_moe = 0;
     spec.layers.iter().enumerate().map(move |(index, spec)| {
         let moe = match &spec.ffn {
-            Ffn::Dense(_) => None,
+            Ffn::Dense(_) | Ffn::None => None,
             Ffn::Moe(spec) => {
                 n_moe += 1;
                 Some(MoeLayer {

@@ -11,8 +11,9 @@
 //! as its tokens one by one.
 
 use super::cpu_context::{CpuContext, add_bias};
-use super::delta::{ConvHeads, DeltaState, convolve_heads, copy_state, softplus};
+use super::delta::{ConvHeads, convolve_heads, softplus};
 use super::mixer::MixerInput;
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use super::weights::DenseWeights;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -26,9 +27,10 @@ thread_local! {
 }
 
 /// Makes the state of a text without tokens.
-pub(super) fn new_state(spec: &KdaSpec) -> DeltaState {
+pub(super) fn new_state(spec: &KdaSpec, ngram: usize) -> RecurrentState {
     let width = spec.width();
-    DeltaState::of_sizes((spec.conv_taps - 1) * 3 * width, width * spec.head_dim)
+    let inputs = (spec.conv_taps - 1) * 3 * width;
+    RecurrentState::new(inputs, width * spec.head_dim, ngram)
 }
 
 /// The result of a projection of one or two matrices, and what is between them.
@@ -136,7 +138,7 @@ pub(super) fn run(
     weights: &DenseWeights,
     spec: &KdaSpec,
     input: &MixerInput<'_>,
-    states: &mut [DeltaState],
+    states: &mut [RecurrentState],
     s: &mut KdaScratch,
     out: &mut [f32],
 ) {
@@ -158,7 +160,7 @@ pub(super) fn run(
                 gate(c, norm, spec, input.norm_eps, rows, s);
             }
             if let Some(to) = checkpoint {
-                copy_state(states, segment.state, to);
+                copy_mixer_state(states, segment.state, to);
             }
             start = end;
         }

@@ -212,44 +212,12 @@ pub(crate) struct LatentRows {
 }
 
 impl LatentRows {
-    fn stores(&self) -> impl Iterator<Item = &RowStore> {
+    pub(super) fn stores(&self) -> impl Iterator<Item = &RowStore> {
         std::iter::once(&self.latents).chain(&self.index_keys)
     }
 
-    fn stores_mut(&mut self) -> impl Iterator<Item = &mut RowStore> {
+    pub(super) fn stores_mut(&mut self) -> impl Iterator<Item = &mut RowStore> {
         std::iter::once(&mut self.latents).chain(&mut self.index_keys)
-    }
-
-    /// Returns the bytes of all rows.
-    pub(super) fn bytes(&self) -> u64 {
-        self.stores().map(RowStore::bytes).sum()
-    }
-
-    /// Moves the memory to where `pages` says.
-    pub(super) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
-        self.stores().try_for_each(|rows| rows.move_to(pages))
-    }
-
-    /// Copies the first `len` positions of a page to another.
-    pub(super) fn copy_page(&mut self, from: PageIdx, to: PageIdx, len: usize) {
-        self.stores_mut()
-            .for_each(|rows| rows.copy_page(from, to, len));
-    }
-
-    /// Returns the bytes of a full page.
-    pub(super) fn page_bytes(&self) -> usize {
-        self.stores().map(RowStore::page_bytes).sum()
-    }
-
-    /// Appends a full page to `out`.
-    pub(super) fn save_page(&self, page: PageIdx, out: &mut Vec<u8>) {
-        self.stores().for_each(|rows| rows.save_page(page, out));
-    }
-
-    /// Takes a full page from the beginning of `bytes`. Returns the rest.
-    pub(super) fn load_page<'b>(&mut self, page: PageIdx, bytes: &'b [u8]) -> &'b [u8] {
-        self.stores_mut()
-            .fold(bytes, |bytes, rows| rows.load_page(page, bytes))
     }
 }
 

@@ -1,31 +1,41 @@
 //! Mixers, which mix tokens: attention, a delta net or a short convolution. Each kind has one file, with its state of
 //! past tokens, its buffers and its computation.
 
+use super::block_index::IndexedCache;
+use super::compressed::{CompressedCache, CompressedScratch, CompressedStores};
 use super::cpu_context::CpuContext;
-use super::delta::{DeltaScratch, DeltaState};
-use super::gqa::GqaScratch;
+use super::delta::DeltaScratch;
+use super::gqa::{GqaCache, GqaScratch};
 use super::indexer::Chosen;
 use super::kda::KdaScratch;
 use super::kv_rows::{KeyValues, LatentRows, RowStore};
+use super::mamba::MambaScratch;
 use super::mla::MlaScratch;
 use super::pages::{PageIdx, StateIdx};
+use super::recurrent::{RecurrentState, copy_state};
 use super::rope::RopeTable;
 use super::short_conv::ShortConvScratch;
 use super::weights::DenseWeights;
-use super::{delta, gqa, kda, mla, short_conv};
+use super::{compressed, delta, gqa, kda, mamba, mla, short_conv};
 use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::mixer_rows;
-use tier_plan_formats::model::spec::Mixer;
+use tier_plan_formats::model::spec::{LayerSpec, Mixer};
 use tier_plan_kernels::ActView;
 
-/// What one layer's mixer keeps of all texts: KV cache or recurrent states.
+/// What one layer keeps of all texts: KV cache, recurrent states, or both.
 pub(crate) enum LayerCache {
     Gqa(KeyValues),
+    /// Keys and values, and the keys of the index that chooses among them.
+    Indexed(IndexedCache),
     Mla(LatentRows),
     /// One state per text, then those of checkpoints.
-    Delta(Vec<DeltaState>),
+    Delta(Vec<RecurrentState>),
+    /// Rows of near tokens and of compressed far ones, and the rows of open blocks.
+    Compressed(CompressedCache),
+    /// Nothing: the layer does not mix tokens.
+    Nothing,
     /// The cache is in a GPU's memory.
     OnGpu {
         /// Bytes in the GPU's memory.
@@ -38,8 +48,15 @@ pub(crate) enum LayerCache {
 impl LayerCache {
     /// Makes an empty cache for texts with `positions` positions and `n_states` recurrent states in
     /// all.
-    pub(crate) fn new(mixer: &Mixer, kv_type: KvType, positions: usize, n_states: usize) -> Self {
-        match mixer {
+    pub(crate) fn new(
+        layer: &LayerSpec,
+        kv_type: KvType,
+        positions: usize,
+        n_states: usize,
+    ) -> Self {
+        let ngram = layer.ngram_state_values();
+        let states = |state: &dyn Fn() -> RecurrentState| (0..n_states).map(|_| state()).collect();
+        match &layer.mixer {
             Mixer::Gqa(a) => {
                 // A layer that shares another's keys and values has none of its own.
                 let n_head = if a.shared_kv.is_some() {
@@ -48,10 +65,17 @@ impl LayerCache {
                     a.n_head_kv
                 };
                 let rows = |width| RowStore::new(kv_type, n_head, positions, width);
-                Self::Gqa(KeyValues {
+                let kv = KeyValues {
                     keys: rows(a.key_dim),
                     values: rows(a.value_dim),
-                })
+                };
+                match &a.index {
+                    None => Self::Gqa(kv),
+                    Some(index) => Self::Indexed(IndexedCache {
+                        kv,
+                        index: RowStore::new(kv_type, 1, positions, index.key_dim),
+                    }),
+                }
             }
             Mixer::Mla(a) => {
                 let rows = |width| RowStore::new(kv_type, 1, positions, width);
@@ -60,135 +84,162 @@ impl LayerCache {
                     index_keys: a.reach.indexer().map(|indexer| rows(indexer.key_dim)),
                 })
             }
-            Mixer::Kda(k) => Self::Delta((0..n_states).map(|_| kda::new_state(k)).collect()),
-            Mixer::Delta(d) => Self::Delta((0..n_states).map(|_| DeltaState::new(d)).collect()),
+            Mixer::Delta(d) => Self::Delta(states(&|| delta::new_state(d, ngram))),
+            Mixer::Kda(k) => Self::Delta(states(&|| kda::new_state(k, ngram))),
             Mixer::ShortConv(c) => {
-                let state = |_| DeltaState::of_inputs(c.state_values());
-                Self::Delta((0..n_states).map(state).collect())
+                Self::Delta(states(&|| RecurrentState::new(c.state_values(), 0, ngram)))
             }
+            Mixer::Mamba(m) => Self::Delta(states(&|| mamba::new_state(m, ngram))),
+            Mixer::Compressed(a) => Self::Compressed(CompressedCache {
+                stores: CompressedStores::new(a, kv_type, positions),
+                states: states(&|| RecurrentState::new(a.state_values(), 0, ngram)),
+            }),
+            Mixer::None => Self::Nothing,
         }
     }
 
     /// Makes the stand-in of a cache in a GPU's memory, for one text of up to `context` tokens.
-    pub(crate) fn on_gpu(mixer: &Mixer, kv_type: KvType, context: usize) -> Self {
+    pub(crate) fn on_gpu(layer: &LayerSpec, kv_type: KvType, context: usize) -> Self {
         let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
-        let token: u64 = mixer_rows(mixer).iter().map(bytes).sum();
+        let token: u64 = mixer_rows(&layer.mixer).iter().map(bytes).sum();
         let bytes = token
             .saturating_mul(context as u64)
-            .saturating_add(mixer.state_bytes());
+            .saturating_add(layer.state_bytes());
         Self::OnGpu {
             bytes,
-            rewinds: mixer.state_bytes() == 0,
+            rewinds: layer.state_bytes() == 0,
         }
+    }
+
+    /// Returns the stores of rows per token.
+    fn stores(&self) -> Vec<&RowStore> {
+        match self {
+            Self::Gqa(kv) => vec![&kv.keys, &kv.values],
+            Self::Indexed(cache) => vec![&cache.kv.keys, &cache.kv.values, &cache.index],
+            Self::Mla(rows) => rows.stores().collect(),
+            Self::Compressed(cache) => cache.stores.all(),
+            Self::Delta(_) | Self::Nothing | Self::OnGpu { .. } => Vec::new(),
+        }
+    }
+
+    fn stores_mut(&mut self) -> Vec<&mut RowStore> {
+        match self {
+            Self::Gqa(kv) => vec![&mut kv.keys, &mut kv.values],
+            Self::Indexed(IndexedCache { kv, index }) => {
+                vec![&mut kv.keys, &mut kv.values, index]
+            }
+            Self::Mla(rows) => rows.stores_mut().collect(),
+            Self::Compressed(cache) => cache.stores.all_mut(),
+            Self::Delta(_) | Self::Nothing | Self::OnGpu { .. } => Vec::new(),
+        }
+    }
+
+    /// Returns the recurrent states.
+    fn states(&self) -> &[RecurrentState] {
+        match self {
+            Self::Delta(states) => states,
+            Self::Compressed(cache) => &cache.states,
+            _ => &[],
+        }
+    }
+
+    pub(crate) fn states_mut(&mut self) -> &mut [RecurrentState] {
+        match self {
+            Self::Delta(states) => states,
+            Self::Compressed(cache) => &mut cache.states,
+            _ => &mut [],
+        }
+    }
+
+    /// Returns whether it has recurrent states of its own.
+    pub(crate) fn is_recurrent(&self) -> bool {
+        matches!(self, Self::Delta(_))
+            || matches!(self, Self::Compressed(cache) if cache.has_states())
     }
 
     /// Returns the bytes of the cache.
     pub(crate) fn bytes(&self) -> u64 {
-        match self {
-            Self::OnGpu { bytes, .. } => *bytes,
-            Self::Gqa(cache) => cache.keys.bytes() + cache.values.bytes(),
-            Self::Mla(rows) => rows.bytes(),
-            Self::Delta(states) => states.iter().map(DeltaState::bytes).sum(),
+        if let Self::OnGpu { bytes, .. } = self {
+            return *bytes;
         }
+        let rows: u64 = self.stores().into_iter().map(RowStore::bytes).sum();
+        rows + self.states().iter().map(RecurrentState::bytes).sum::<u64>()
     }
 
     /// Moves its memory to where `pages` says.
     pub(crate) fn move_to(&self, pages: &Pages) -> std::io::Result<()> {
-        match self {
-            Self::Gqa(cache) => cache
-                .keys
-                .move_to(pages)
-                .and_then(|()| cache.values.move_to(pages)),
-            Self::Mla(rows) => rows.move_to(pages),
-            Self::Delta(states) => states.iter().try_for_each(|state| state.move_to(pages)),
-            Self::OnGpu { .. } => Ok(()),
-        }
+        let mut stores = self.stores().into_iter();
+        stores.try_for_each(|store| store.move_to(pages))?;
+        self.states()
+            .iter()
+            .try_for_each(|state| state.move_to(pages))
     }
 
     /// Returns whether a text can go back to fewer tokens. Otherwise it can only go back to none.
     pub(crate) fn can_rewind(&self) -> bool {
         match self {
-            Self::Gqa(_) | Self::Mla(_) => true,
-            Self::Delta(_) => false,
             Self::OnGpu { rewinds, .. } => *rewinds,
+            _ => !self.is_recurrent(),
         }
     }
 
-    /// Has a recurrent state forget all tokens.
+    /// Has a recurrent state forget all tokens. Rows are written before they are read, and a GPU
+    /// ignores a recurrent state at position 0.
     pub(crate) fn reset(&mut self, state: StateIdx) {
-        match self {
-            // Rows are written before they are read, and a GPU ignores a recurrent state at
-            // position 0.
-            Self::Gqa(_) | Self::Mla(_) | Self::OnGpu { .. } => {}
-            Self::Delta(states) => states[state as usize].reset(),
+        if let Some(state) = self.states_mut().get_mut(state as usize) {
+            state.reset();
         }
     }
 
     /// Copies a recurrent state to another.
     pub(crate) fn copy_state(&mut self, from: StateIdx, to: StateIdx) {
-        if let Self::Delta(states) = self {
-            delta::copy_state(states, from, to);
+        let states = self.states_mut();
+        if !states.is_empty() {
+            copy_state(states, from, to);
         }
     }
 
     /// Returns the bytes of a full page, and of a recurrent state.
     pub(crate) fn saved_bytes(&self) -> (usize, usize) {
-        match self {
-            Self::Gqa(cache) => (cache.keys.page_bytes() + cache.values.page_bytes(), 0),
-            Self::Mla(rows) => (rows.page_bytes(), 0),
-            Self::Delta(states) => (0, states.first().map_or(0, |s| s.bytes() as usize)),
-            Self::OnGpu { .. } => (0, 0),
-        }
+        let page = self.stores().into_iter().map(RowStore::page_bytes).sum();
+        (
+            page,
+            self.states().first().map_or(0, |s| s.bytes() as usize),
+        )
     }
 
     /// Appends a full page to `out`.
     pub(crate) fn save_page(&self, page: PageIdx, out: &mut Vec<u8>) {
-        match self {
-            Self::Gqa(cache) => {
-                cache.keys.save_page(page, out);
-                cache.values.save_page(page, out);
-            }
-            Self::Mla(rows) => rows.save_page(page, out),
-            Self::Delta(_) | Self::OnGpu { .. } => {}
+        for store in self.stores() {
+            store.save_page(page, out);
         }
     }
 
     /// Takes a full page from the beginning of `bytes`. Returns the rest.
     pub(crate) fn load_page<'b>(&mut self, page: PageIdx, bytes: &'b [u8]) -> &'b [u8] {
-        match self {
-            Self::Gqa(cache) => {
-                let bytes = cache.keys.load_page(page, bytes);
-                cache.values.load_page(page, bytes)
-            }
-            Self::Mla(rows) => rows.load_page(page, bytes),
-            Self::Delta(_) | Self::OnGpu { .. } => bytes,
-        }
+        let stores = self.stores_mut().into_iter();
+        stores.fold(bytes, |bytes, store| store.load_page(page, bytes))
     }
 
     /// Appends a recurrent state to `out`.
     pub(crate) fn save_state(&self, state: StateIdx, out: &mut Vec<u8>) {
-        if let Self::Delta(states) = self {
-            states[state as usize].save(out);
+        if let Some(state) = self.states().get(state as usize) {
+            state.save(out);
         }
     }
 
     /// Takes a recurrent state from the beginning of `bytes`. Returns the rest.
     pub(crate) fn load_state<'b>(&mut self, state: StateIdx, bytes: &'b [u8]) -> &'b [u8] {
-        match self {
-            Self::Delta(states) => states[state as usize].load(bytes),
-            _ => bytes,
+        match self.states_mut().get_mut(state as usize) {
+            Some(state) => state.load(bytes),
+            None => bytes,
         }
     }
 
     /// Copies the first `len` positions of a page to another.
     pub(crate) fn copy_page(&mut self, from: PageIdx, to: PageIdx, len: usize) {
-        match self {
-            Self::Gqa(cache) => {
-                cache.keys.copy_page(from, to, len);
-                cache.values.copy_page(from, to, len);
-            }
-            Self::Mla(rows) => rows.copy_page(from, to, len),
-            Self::Delta(_) | Self::OnGpu { .. } => {}
+        for store in self.stores_mut() {
+            store.copy_page(from, to, len);
         }
     }
 }
@@ -203,6 +254,8 @@ pub(crate) struct MixerScratch {
     kda: KdaScratch,
     /// What the last indexer chose for the rows of the batch.
     chosen: Chosen,
+    mamba: MambaScratch,
+    compressed: CompressedScratch,
 }
 
 impl MixerScratch {
@@ -214,6 +267,9 @@ impl MixerScratch {
             Mixer::Delta(d) => self.delta.reserve(rows, d),
             Mixer::ShortConv(c) => self.short_conv.reserve(rows, c),
             Mixer::Kda(k) => self.kda.reserve(rows, k),
+            Mixer::Mamba(m) => self.mamba.reserve(rows, m),
+            Mixer::Compressed(a) => self.compressed.reserve(rows, a),
+            Mixer::None => {}
         }
     }
 }
@@ -225,14 +281,14 @@ pub(crate) struct CacheReads {
 }
 
 impl CacheReads {
-    pub(crate) fn new(mixer: &Mixer, kv_type: KvType) -> Self {
-        let rows = mixer_rows(mixer)
+    pub(crate) fn new(layer: &LayerSpec, kv_type: KvType) -> Self {
+        let rows = mixer_rows(&layer.mixer)
             .into_iter()
             .map(|rows| (rows, kv_type.row_bytes(rows.width)))
             .collect();
         Self {
             rows,
-            state_bytes: mixer.state_bytes(),
+            state_bytes: layer.state_bytes(),
         }
     }
 
@@ -302,7 +358,13 @@ pub(crate) fn mix(
     out: &mut [f32],
 ) {
     match (mixer, cache) {
-        (Mixer::Gqa(spec), LayerCache::Gqa(cache)) => {
+        (Mixer::Gqa(spec), LayerCache::Gqa(kv)) => {
+            let cache = GqaCache { kv, index: None };
+            gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
+        }
+        (Mixer::Gqa(spec), LayerCache::Indexed(IndexedCache { kv, index })) => {
+            let index = Some(index);
+            let cache = GqaCache { kv, index };
             gqa::run(c, weights, spec, input, cache, &mut scratch.gqa, out);
         }
         (Mixer::Mla(spec), LayerCache::Mla(cache)) => {
@@ -325,6 +387,12 @@ pub(crate) fn mix(
                 &mut scratch.short_conv,
                 out,
             );
+        }
+        (Mixer::Mamba(spec), LayerCache::Delta(states)) => {
+            mamba::run(c, weights, spec, input, states, &mut scratch.mamba, out);
+        }
+        (Mixer::Compressed(spec), LayerCache::Compressed(cache)) => {
+            compressed::run(c, weights, spec, input, cache, &mut scratch.compressed, out);
         }
         _ => unreachable!("a layer's cache is made for its mixer"),
     }

@@ -43,11 +43,9 @@ impl RopeTable {
         self.prepared.extend(positions.clone());
         self.rotations.clear();
         for position in positions.flatten() {
-            let rotation = |f: &f32| {
-                let (sin, cos) = (position as f32 * f).sin_cos();
-                (cos * self.spec.magnitude, sin * self.spec.magnitude)
-            };
-            self.rotations.extend(self.frequencies.iter().map(rotation));
+            let magnitude = self.spec.magnitude;
+            self.rotations
+                .extend(rotations_at(&self.frequencies, magnitude, position));
         }
     }
 
@@ -63,11 +61,31 @@ impl RopeTable {
     pub fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
         let half = self.spec.dims / 2;
         let rotations = &self.rotations[index * half..(index + 1) * half];
+        self.turn::<false>(row, head_dim, rotations);
+    }
+
+    /// Rotates every head back by the angles of the prepared position of this number.
+    pub(crate) fn undo(&self, row: &mut [f32], head_dim: usize, index: usize) {
+        let half = self.spec.dims / 2;
+        let rotations = &self.rotations[index * half..(index + 1) * half];
+        self.turn::<true>(row, head_dim, rotations);
+    }
+
+    /// Rotates every head as at a position, which need not be prepared.
+    pub(crate) fn apply_at(&self, row: &mut [f32], head_dim: usize, position: usize) {
+        let rotations = rotations_at(&self.frequencies, self.spec.magnitude, position);
+        let rotations: Vec<(f32, f32)> = rotations.collect();
+        self.turn::<false>(row, head_dim, &rotations);
+    }
+
+    fn turn<const BACK: bool>(&self, row: &mut [f32], head_dim: usize, rotations: &[(f32, f32)]) {
+        let half = self.spec.dims / 2;
+        let signed = |sin: f32| if BACK { -sin } else { sin };
         for head in row.chunks_exact_mut(head_dim) {
             match self.spec.kind {
                 RopeKind::Adjacent => {
                     for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(rotations) {
-                        let (a, b) = (pair[0], pair[1]);
+                        let (a, b, sin) = (pair[0], pair[1], signed(*sin));
                         pair[0] = a * cos - b * sin;
                         pair[1] = a * sin + b * cos;
                     }
@@ -75,7 +93,7 @@ impl RopeTable {
                 RopeKind::Halves => {
                     let (low, high) = head[..2 * half].split_at_mut(half);
                     for ((x, y), (cos, sin)) in low.iter_mut().zip(high).zip(rotations) {
-                        let (a, b) = (*x, *y);
+                        let (a, b, sin) = (*x, *y, signed(*sin));
                         *x = a * cos - b * sin;
                         *y = a * sin + b * cos;
                     }
@@ -83,6 +101,18 @@ impl RopeTable {
             }
         }
     }
+}
+
+/// Returns cosines and sines of a position, `[dims / 2]`.
+fn rotations_at(
+    frequencies: &[f32],
+    magnitude: f32,
+    position: usize,
+) -> impl Iterator<Item = (f32, f32)> + '_ {
+    frequencies.iter().map(move |f| {
+        let (sin, cos) = (position as f32 * f).sin_cos();
+        (cos * magnitude, sin * magnitude)
+    })
 }
 
 /// Returns the different ways in which layers rotate, and by layer its index among them.

@@ -26,6 +26,33 @@ impl Router {
         experts: &mut [u16],
         weights: &mut [f32],
     ) {
+        self.rate(moe, logits);
+        self.scores.clear();
+        self.scores.extend_from_slice(&self.probs);
+        if let Some(bias) = bias {
+            self.scores.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
+        }
+        if let Some(groups) = moe.groups {
+            self.keep_best_groups(groups);
+        }
+        top(&self.scores, experts);
+        self.weigh(moe, experts, weights);
+    }
+
+    /// Writes the weights that the router gives to experts which something else has chosen.
+    pub fn weigh_chosen(
+        &mut self,
+        moe: &MoeSpec,
+        logits: &[f32],
+        experts: &[u16],
+        weights: &mut [f32],
+    ) {
+        self.rate(moe, logits);
+        self.weigh(moe, experts, weights);
+    }
+
+    /// Turns logits into probabilities, except where the choice comes first.
+    fn rate(&mut self, moe: &MoeSpec, logits: &[f32]) {
         self.probs.clear();
         match moe.gating {
             Gating::Softmax => {
@@ -44,15 +71,9 @@ impl Router {
                 self.probs.extend_from_slice(logits);
             }
         }
-        self.scores.clear();
-        self.scores.extend_from_slice(&self.probs);
-        if let Some(bias) = bias {
-            self.scores.iter_mut().zip(bias).for_each(|(s, b)| *s += b);
-        }
-        if let Some(groups) = moe.groups {
-            self.keep_best_groups(groups);
-        }
-        top(&self.scores, experts);
+    }
+
+    fn weigh(&self, moe: &MoeSpec, experts: &[u16], weights: &mut [f32]) {
         for (weight, expert) in weights.iter_mut().zip(experts.iter()) {
             *weight = self.probs[usize::from(*expert)];
         }
@@ -159,6 +180,8 @@ mod tests {
             weigh_input: false,
             expert_scale: None,
             sum_scale: 1.0,
+            by_token: None,
+            latent: None,
             selection_bias: None,
             gating: Gating::Softmax,
             n_expert,

@@ -5,8 +5,8 @@
 //! A batch gives the same bits as its tokens one by one: a channel's sum runs over its taps in
 //! order, oldest first.
 
-use super::delta::{DeltaState, copy_state};
 use super::mixer::MixerInput;
+use super::recurrent::{RecurrentState, copy_mixer_state};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::ops::Range;
@@ -48,7 +48,7 @@ pub(super) fn run(
     weights: &DenseWeights,
     spec: &ShortConvSpec,
     input: &MixerInput<'_>,
-    states: &mut [DeltaState],
+    states: &mut [RecurrentState],
     s: &mut ShortConvScratch,
     out: &mut [f32],
 ) {
@@ -70,10 +70,10 @@ pub(super) fn run(
             .iter()
             .map(|(end, to)| (*end, Some(*to)));
         for (end, checkpoint) in checkpoints.chain([(segment.rows.end, None)]) {
-            let past = states[segment.state as usize].inputs_mut();
+            let past = &mut states[segment.state as usize].inputs;
             convolve(c, spec, taps, start..end, past, s);
             if let Some(to) = checkpoint {
-                copy_state(states, segment.state, to);
+                copy_mixer_state(states, segment.state, to);
             }
             start = end;
         }

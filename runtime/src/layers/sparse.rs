@@ -240,3 +240,89 @@ fn gather(kernels: Kernels, a: &SparseAttention<'_>, positions: &[u32], tile: &m
         kernels.widen_rows(a.rows.rows(a.pages, 0, at..at + 1), width, to);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layers::pages::mixed_pages;
+    use tier_plan_formats::model::kv::KvType;
+    use tier_plan_kernels::threads::ThreadPool;
+    use tier_plan_testing::Random;
+
+    const WIDTH: usize = 10;
+    const VALUE: usize = 7;
+    const HEADS: usize = 7;
+    const TOP_K: usize = 9;
+
+    /// Attention by the formula, in 64 bits.
+    fn expected(query: &[f32], rows: &[&[f32]], sink: Option<f32>) -> Vec<f64> {
+        let dot = |row: &&[f32]| -> f64 {
+            let products = row.iter().zip(query).map(|(a, b)| f64::from(a * b));
+            products.sum()
+        };
+        let weights: Vec<f64> = rows.iter().map(|row| dot(row).exp()).collect();
+        let sum = weights.iter().sum::<f64>() + sink.map_or(0.0, |s| f64::from(s).exp());
+        let column = |i: usize| {
+            let terms = rows.iter().zip(&weights).map(|(r, w)| w * f64::from(r[i]));
+            terms.sum::<f64>() / sum
+        };
+        (0..VALUE).map(column).collect()
+    }
+
+    #[test]
+    fn tokens_attend_to_what_was_chosen_for_them() {
+        let (mut random, positions) = (Random(4), 30);
+        let rows = random.noise(positions * WIDTH);
+        let queries = random.noise(3 * HEADS * WIDTH);
+        let pages = mixed_pages(positions);
+        let chosen: Vec<u32> = [3, 7, 2]
+            .into_iter()
+            .flat_map(|step| (0..TOP_K as u32).map(move |i| i * 3 + step % 3))
+            .collect();
+        for kernels in Kernels::available() {
+            let mut store = RowStore::new(KvType::F32, 1, positions, WIDTH);
+            for (position, row) in rows.chunks_exact(WIDTH).enumerate() {
+                store.store(kernels, &pages, position, row);
+            }
+            let attention = SparseAttention {
+                rows: &store,
+                pages: &pages,
+                value_width: VALUE,
+                n_head: HEADS,
+                chosen: &chosen,
+                top_k: TOP_K,
+            };
+            let query = |head: usize, token: usize, to: &mut [f32]| {
+                to.copy_from_slice(&queries[(token * HEADS + head) * WIDTH..][..WIDTH]);
+            };
+            let run = |threads: usize, sink: Option<f32>| -> Vec<f32> {
+                let pool = ThreadPool::new(threads);
+                let c = CpuContext {
+                    pool: &pool,
+                    kernels,
+                };
+                let mut parts = SparseParts::default();
+                attend_chosen(c, &attention, query, &mut parts);
+                let mut out = vec![f32::NAN; 3 * HEADS * VALUE];
+                for (i, out) in out.chunks_exact_mut(VALUE).enumerate() {
+                    parts.result(kernels, (i % HEADS, i / HEADS), sink, out);
+                }
+                out
+            };
+            for sink in [None, Some(0.7)] {
+                // One thread takes a list as a whole, several take its chunks apart.
+                let found = run(1, sink);
+                assert_eq!(found, run(4, sink), "{kernels:?}: bits of threads");
+                for (i, found) in found.chunks_exact(VALUE).enumerate() {
+                    let list = &chosen[i / HEADS * TOP_K..][..TOP_K];
+                    let row = |at: &u32| &rows[*at as usize * WIDTH..][..WIDTH];
+                    let rows: Vec<&[f32]> = list.iter().map(row).collect();
+                    let query = &queries[i * WIDTH..][..WIDTH];
+                    for (found, expected) in found.iter().zip(expected(query, &rows, sink)) {
+                        assert!((f64::from(*found) - expected).abs() < 1e-5, "{kernels:?}");
+                    }
+                }
+            }
+        }
+    }
+}

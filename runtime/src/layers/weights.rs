@@ -4,7 +4,7 @@
 use crate::tiers::arena::ArenaSlice;
 use std::sync::Arc;
 use tier_plan_cuda::Buffer;
-use tier_plan_formats::gguf::Gguf;
+use tier_plan_formats::gguf::{Advice, Gguf};
 use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{Linear, TensorId};
 use tier_plan_formats::placement::TierIdx;
@@ -106,6 +106,19 @@ impl DenseWeights {
         Weights::new(tensor.ty, bytes, n_out, n_in)
             .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
             .scaled(self.scales.of_matrix(id))
+    }
+
+    /// Has the system read rows of a matrix that is in place in the mapped file, before they are
+    /// needed. A hint only.
+    pub(crate) fn read_ahead(&self, id: TensorId, rows: &[u64]) {
+        if let Some((_, WeightStorage::Mapped)) = &self.held[id] {
+            let tensor = &self.gguf.tensors()[id];
+            let bytes = tensor.n_bytes / tensor.rows().max(1);
+            for row in rows {
+                self.gguf
+                    .advise(tensor, row * bytes, bytes, Advice::WillNeed);
+            }
+        }
     }
 
     /// Returns the rows of a tensor that are a linear layer's matrix.

@@ -119,7 +119,7 @@ impl BatchRun<'_, '_> {
         let batch = Batch {
             x: run.x,
             users: self.tokens,
-            hidden: run.layer.spec.router.n_in,
+            hidden: run.layer.spec.expert_width(),
         };
         let mut on = StoreStep {
             store: &mut *run.store,
@@ -162,7 +162,7 @@ impl BatchRun<'_, '_> {
         let batch = Batch {
             x: run.x,
             users: self.tokens,
-            hidden: run.layer.spec.router.n_in,
+            hidden: run.layer.spec.expert_width(),
         };
         let mut on = StoreStep {
             store: &mut *run.store,
@@ -177,7 +177,7 @@ impl BatchRun<'_, '_> {
         let batch = Batch {
             x: run.x,
             users: self.tokens,
-            hidden: run.layer.spec.router.n_in,
+            hidden: run.layer.spec.expert_width(),
         };
         let mut on = StoreStep {
             store: &mut *run.store,
@@ -207,7 +207,7 @@ impl BatchRun<'_, '_> {
         } = &mut *self.run;
         let (view, tier) = store.view(&self.step, at);
         computed.add(tier, store.expert_bytes(layer.index.get()));
-        let hidden = layer.spec.router.n_in;
+        let hidden = layer.spec.expert_width();
         for tokens in self
             .tokens
             .of(self.step.experts()[at] as usize)
@@ -240,7 +240,7 @@ fn expert_on_cpu<'s>(
     tokens: &[(usize, f32)],
     s: &'s mut FfnScratch,
 ) -> &'s [f32] {
-    let (n, width, hidden) = (tokens.len(), moe.expert_ffn, moe.router.n_in);
+    let (n, width, hidden) = (tokens.len(), moe.expert_ffn, moe.expert_width());
     let floats = [view.gate.weights.ty(), view.up.weights.ty()]
         .into_iter()
         .any(|ty| !needs_quants(ty));
@@ -248,16 +248,18 @@ fn expert_on_cpu<'s>(
         .gather(x, tokens.iter().map(|(token, _)| *token), floats);
     let acts = s.gathered.view();
     let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
-    let jobs = [
-        MatJob::new(view.gate.weights, acts, gate),
+    let both = [
         MatJob::new(view.up.weights, acts, up),
+        MatJob::new(view.gate.weights, acts, gate),
     ];
-    matmul_all(cpu.pool, cpu.kernels, &jobs);
-    drop(jobs);
+    let jobs = if view.is_gated { &both[..] } else { &both[..1] };
+    matmul_all(cpu.pool, cpu.kernels, jobs);
     if moe.weigh_input {
         weigh(gate, up, width, tokens.iter().map(|(_, weight)| *weight));
     }
-    view.gate.add_bias(gate, &mut s.bias);
+    if view.is_gated {
+        view.gate.add_bias(gate, &mut s.bias);
+    }
     view.up.add_bias(up, &mut s.bias);
     activate_shared(cpu, moe.activation, width, gate, up);
     s.inner.fill_shared(

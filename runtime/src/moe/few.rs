@@ -29,7 +29,7 @@ pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
 
 /// Adds up what the experts made of each token, in ascending order of the experts.
 fn sum(run: &mut MoeRun<'_>, tokens: &TokensByExpert, experts: &[u32]) {
-    let (hidden, n_used) = (run.layer.spec.router.n_in, run.routing.n_used);
+    let (hidden, n_used) = (run.layer.spec.expert_width(), run.routing.n_used);
     // `[tokens, n_used]`: rows of the results, with their weights.
     let mut terms = vec![(0, 0.0); run.routing.experts.len()];
     let mut n_terms = vec![0; run.routing.experts.len() / n_used.max(1)];
@@ -95,7 +95,7 @@ impl FewRun<'_, '_> {
             ..
         } = &mut *self.run;
         let (cpu, x) = (*cpu, *x);
-        let (width, hidden) = (layer.spec.expert_ffn, layer.spec.router.n_in);
+        let (width, hidden) = (layer.spec.expert_ffn, layer.spec.expert_width());
         let experts = self.step.experts();
         let users = |at: usize| self.tokens.of(experts[at] as usize);
         let views: Vec<_> = ready
@@ -121,7 +121,9 @@ impl FewRun<'_, '_> {
             (gate, gates) = gates.split_at_mut(n * width);
             (up, ups) = ups.split_at_mut(n * width);
             let acts = acts.rows_range(first..first + n);
-            jobs.push(MatJob::new(view.gate.weights, acts, gate));
+            if view.is_gated {
+                jobs.push(MatJob::new(view.gate.weights, acts, gate));
+            }
             jobs.push(MatJob::new(view.up.weights, acts, up));
             first += n;
         }
@@ -135,7 +137,9 @@ impl FewRun<'_, '_> {
         let mut first = 0;
         for (_, n, (view, _)) in &views {
             let rows = first * width..(first + n) * width;
-            view.gate.add_bias(&mut gate[rows.clone()], &mut s.bias);
+            if view.is_gated {
+                view.gate.add_bias(&mut gate[rows.clone()], &mut s.bias);
+            }
             view.up.add_bias(&mut up[rows], &mut s.bias);
             first += n;
         }

@@ -41,7 +41,8 @@ impl FfnScratch {
     }
 }
 
-/// Computes `out = down(act(gate x) · up x)` for all rows of `x`.
+/// Computes `out = down(act(gate x) · up x)` for all rows of `x`, or `down(act(up x))` without a
+/// gate.
 pub(crate) fn dense_ffn(
     c: CpuContext<'_>,
     weights: &DenseWeights,
@@ -51,14 +52,17 @@ pub(crate) fn dense_ffn(
     out: &mut [f32],
 ) {
     let rows = x.rows();
-    let width = ffn.gate.n_out;
+    let width = ffn.up.n_out;
     let (gate, up) = (&mut s.gate[..rows * width], &mut s.up[..rows * width]);
-    let jobs = [
-        MatJob::new(weights.linear(&ffn.gate), x, gate),
-        MatJob::new(weights.linear(&ffn.up), x, up),
-    ];
+    let mut jobs = vec![MatJob::new(weights.linear(&ffn.up), x, up)];
+    if let Some(linear) = &ffn.gate {
+        jobs.push(MatJob::new(weights.linear(linear), x, gate));
+    }
     matmul_all(c.pool, c.kernels, &jobs);
-    add_bias(gate, weights.bias(&ffn.gate));
+    drop(jobs);
+    if let Some(linear) = &ffn.gate {
+        add_bias(gate, weights.bias(linear));
+    }
     add_bias(up, weights.bias(&ffn.up));
     activate_shared(c, ffn.activation, width, gate, up);
     s.inner.fill_shared(
@@ -118,10 +122,24 @@ pub(super) fn result_weight(moe: &MoeSpec, weight: f32) -> f32 {
     if moe.weigh_input { 1.0 } else { weight }
 }
 
-/// Multiplies the activated `gate` by `up`, in place.
+/// Multiplies the activated `gate` by `up`, in place; of an activation without a gate, writes `gate`.
 pub(super) fn activate(kernels: Kernels, activation: Activation, gate: &mut [f32], up: &[f32]) {
     match activation {
         Activation::Silu => kernels.silu_mul(gate, up),
+        Activation::SquaredRelu => {
+            for (to, up) in gate.iter_mut().zip(up) {
+                // Compared rather than clamped: a NaN goes through.
+                let positive = if *up < 0.0 { 0.0 } else { *up };
+                *to = positive * positive;
+            }
+        }
+        Activation::ClampedSilu { limit } => {
+            // What is at most the limit has a SiLU below it, so that only the gate's is left.
+            for gate in gate.iter_mut().filter(|gate| **gate > limit) {
+                *gate = limit;
+            }
+            kernels.limited_silu_mul(gate, up, limit);
+        }
         Activation::Gelu => kernels.gelu_mul(gate, up),
         Activation::LimitedSilu { limit } => kernels.limited_silu_mul(gate, up, limit),
         Activation::Situ { beta, linear } => kernels.situ_mul(gate, up, beta, linear),

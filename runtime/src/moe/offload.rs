@@ -265,7 +265,7 @@ struct Cost {
 
 impl Cost {
     fn new(rates: StreamRates, expert_bytes: u64, moe: &MoeSpec, tokens: usize) -> Self {
-        let (hidden, link) = (moe.router.n_in as f64, rates.link_gbps * 1e9);
+        let (hidden, link) = (moe.expert_width() as f64, rates.link_gbps * 1e9);
         Self {
             stream_s: expert_bytes as f64 / link,
             rows_s: 8.0 * hidden * tokens as f64 / link,

@@ -134,7 +134,9 @@ impl TokenRun<'_> {
             .chunks_exact_mut(width)
             .zip(s.up.chunks_exact_mut(width));
         for ((view, _), (gate, up)) in views.iter().zip(rows) {
-            jobs.push(MatJob::new(view.gate.weights, x, gate));
+            if view.is_gated {
+                jobs.push(MatJob::new(view.gate.weights, x, gate));
+            }
             jobs.push(MatJob::new(view.up.weights, x, up));
         }
         matmul_all(cpu.pool, cpu.kernels, &jobs);
@@ -149,7 +151,9 @@ impl TokenRun<'_> {
             .chunks_exact_mut(width)
             .zip(s.up.chunks_exact_mut(width));
         for ((view, _), (gate, up)) in views.iter().zip(rows) {
-            view.gate.add_bias(gate, &mut s.bias);
+            if view.is_gated {
+                view.gate.add_bias(gate, &mut s.bias);
+            }
             view.up.add_bias(up, &mut s.bias);
         }
         activate(

@@ -14,8 +14,8 @@ use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
-use tier_plan_formats::model::shape::ModelShape;
-use tier_plan_formats::model::spec::{Ffn, Mixer, ModelSpec, MoeSpec};
+use tier_plan_formats::model::shape::{DenseKind, ModelShape};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 use tier_plan_formats::units::show_bytes;
 
@@ -154,14 +154,15 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
                 .saturating_mul(8 + WITH_QUANTS),
         );
         match &layer.ffn {
-            Ffn::Dense(f) => ffn = ffn.max(f.gate.n_out),
+            Ffn::Dense(f) => ffn = ffn.max(f.up.n_out),
             Ffn::Moe(m) => {
                 ffn = ffn
                     .max(m.expert_ffn)
-                    .max(m.shared.map_or(0, |shared| shared.ffn.gate.n_out));
+                    .max(m.shared.map_or(0, |shared| shared.ffn.up.n_out));
                 n_expert = n_expert.max(m.n_expert);
                 n_used = n_used.max(m.n_used);
             }
+            Ffn::None => {}
         }
     }
     let choices = chosen_bytes(spec, room, batch);
@@ -172,9 +173,19 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
         n_used as u64,
     );
     // The router's choices are stored a second time in the lists of each expert's tokens.
-    let kept = hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16);
-    let row =
-        hidden * (3 * 4 + 3 * WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS) + n_expert * 4 + mixer;
+    // Inputs of tokens exist for all layers, and as results of a product.
+    let inputs = spec.token_inputs.map_or(0, |own| own.proj.n_out as u64);
+    let apart = spec.layers.iter().any(LayerSpec::sums_experts_apart);
+    let shared = if apart { 4 * hidden } else { 0 };
+    let kept =
+        hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16) + shared + inputs.saturating_mul(4);
+    let row = hidden * (3 * 4 + 3 * WITH_QUANTS)
+        + ffn * (2 * 4 + WITH_QUANTS)
+        + n_expert * 4
+        + mixer
+        + inputs.saturating_mul(4 + WITH_QUANTS);
+    let (kept_streams, row_streams) = stream_bytes(spec, WITH_QUANTS);
+    let (kept, row) = (kept + kept_streams, row + row_streams);
     // Logits with the sampler's copies, per further text its logits and its sampler's buffer, and
     // attention scores of one query on each thread.
     let further = u64::from(room.sequences.saturating_sub(1));
@@ -186,6 +197,21 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
         .saturating_add(micro)
         .saturating_add(once)
         .saturating_add(choices)
+}
+
+/// Returns the bytes per token that several residual streams take between layers, and within one:
+/// normed streams with their 8-bit forms of `with_quants` bytes, gates, and what n-grams add.
+fn stream_bytes(spec: &ModelSpec, with_quants: u64) -> (u64, u64) {
+    if spec.streams.is_none() {
+        return (0, 0);
+    }
+    let (hidden, all) = (spec.hidden as u64, spec.residual_width() as u64);
+    let ngrams = if spec.ngrams.is_some() {
+        3 * 4 * all
+    } else {
+        0
+    };
+    (4 * all + 4 * hidden, all * (2 * 4 + with_quants) + ngrams)
 }
 
 /// Returns the bytes of ratings and choices of lightning indexers in a pass of `batch` tokens. Texts
@@ -231,7 +257,10 @@ pub fn within(
     let mut fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
-    let dense: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+    // A table of n-grams is too large for memory, and a token reads a few rows of it.
+    let in_file = |kind: DenseKind| kind == DenseKind::Embedding && spec.ngrams.is_some();
+    let dense = shape.dense.iter().filter(|d| !in_file(d.kind));
+    let dense: u64 = dense.map(|d| d.bytes).sum();
     let used = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);
     let most = shape.experts.iter().map(|e| e.n_expert).max().unwrap_or(0);
     let experts = u64::from(used).saturating_mul(largest);
@@ -275,6 +304,10 @@ pub fn within(
         .collect();
     let slots = spread(&rooms, &limits, left);
     let mut plan = two_tiers(shape, room, kv_type, budget - fixed.outside_bytes(budget));
+    let home = plan.home_tier();
+    for group in plan.dense.iter_mut().filter(|d| in_file(d.kind)) {
+        group.tier = home;
+    }
     for (layer, slots) in plan.layers.iter_mut().zip(&slots) {
         layer.slots = *slots;
     }

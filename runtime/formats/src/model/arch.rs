@@ -3,10 +3,11 @@
 use super::source::Source;
 use super::spec::ModelSpec;
 use super::{
-    ModelError, NotAModel, Scales, afmoe, bailingmoe2, bailingmoe3, deepseek2, deepseek32, dots1,
-    dots3note, ernie4_5, exaone_moe, gemma3, gemma4, glm4moe, gpt_oss, granitemoe, grok,
-    hunyuan_moe, hy_v3, kimi, laguna, lfm2moe, llama, llama4, mimo2, minimax_m2, mistral3, olmoe,
-    phi3, qwen2, qwen2moe, qwen3, qwen3next, qwen3vl, smollm3, step35,
+    ModelError, NotAModel, Scales, afmoe, bailingmoe2, bailingmoe3, deepseek2, deepseek4,
+    deepseek32, dots1, dots3note, ernie4_5, exaone_moe, gemma3, gemma4, glm4moe, gpt_oss,
+    granitemoe, grok, hunyuan_moe, hy_v3, hy_v4, kimi, kimi_k3, laguna, lfm2moe, llama, llama4,
+    mimo2, minimax_m2, minimax_m3, mistral3, nemotron_h, olmoe, phi3, qwen2, qwen2moe, qwen3,
+    qwen3next, qwen3vl, qwen4exp, smollm3, step35,
 };
 use crate::gguf::Gguf;
 
@@ -19,6 +20,7 @@ const ARCHITECTURES: &[(&str, Describe)] = &[
     ("deepseek", dots1::describe),
     ("deepseek2", deepseek2::describe),
     ("deepseek32", deepseek32::describe),
+    ("deepseek4", deepseek4::describe),
     ("dots1", dots1::describe),
     ("dots3note", dots3note::describe),
     ("ernie4_5-moe", ernie4_5::describe),
@@ -32,6 +34,8 @@ const ARCHITECTURES: &[(&str, Describe)] = &[
     ("grok", grok::describe),
     ("hunyuan-moe", hunyuan_moe::describe),
     ("hy_v3", hy_v3::describe),
+    ("hy_v4", hy_v4::describe),
+    ("kimi-k3", kimi_k3::describe),
     ("kimi-linear", kimi::describe),
     ("laguna", laguna::describe),
     ("lfm2moe", lfm2moe::describe),
@@ -39,8 +43,10 @@ const ARCHITECTURES: &[(&str, Describe)] = &[
     ("llama4", llama4::describe),
     ("mimo2", mimo2::describe),
     ("minimax-m2", minimax_m2::describe),
+    ("minimax-m3", minimax_m3::describe),
     ("mistral3", mistral3::describe),
     ("mistral4", deepseek2::describe),
+    ("nemotron_h_moe", nemotron_h::describe),
     ("olmoe", olmoe::describe),
     ("phi3", phi3::describe),
     ("qwen2", qwen2::describe),
@@ -51,6 +57,7 @@ const ARCHITECTURES: &[(&str, Describe)] = &[
     ("qwen3moe", qwen3::describe),
     ("qwen3next", qwen3next::describe),
     ("qwen3vlmoe", qwen3vl::describe),
+    ("qwen4exp", qwen4exp::describe),
     ("smollm3", smollm3::describe),
     ("step35", step35::describe),
 ];
@@ -76,11 +83,29 @@ pub fn describe(gguf: &Gguf) -> Result<ModelSpec, ModelError> {
         Some((_, describe)) => {
             let mut spec = describe(&Source::new(gguf, arch))?;
             check_types(gguf, &spec)?;
+            check_shared(gguf, &spec)?;
             spec.scales = Scales::read(gguf, &spec)?;
             Ok(spec)
         }
         None => Err(ModelError::Architecture {
             found: arch.to_string(),
+        }),
+    }
+}
+
+/// Refuses a file with shared experts that its metadata do not speak of: without them, the network
+/// would be another one.
+fn check_shared(gguf: &Gguf, spec: &ModelSpec) -> Result<(), ModelError> {
+    let without = spec.moe_layers().filter(|(_, moe)| moe.shared.is_none());
+    let tensor = |(layer, _)| gguf.tensor(&format!("blk.{layer}.ffn_down_shexp.weight"));
+    match without.filter_map(tensor).next() {
+        None => Ok(()),
+        Some(tensor) => Err(ModelError::Metadata {
+            key: tensor.name.clone(),
+            what: format!(
+                "is a shared expert, but the metadata of architecture '{}' name none; convert the model again",
+                spec.arch
+            ),
         }),
     }
 }

@@ -4,7 +4,7 @@
 
 use super::ModelError;
 use super::blocks::{Common, Shared, moe};
-use super::ffn_layers::{FfnLayers, require_gating, require_selection_bias};
+use super::ffn_layers::{FfnLayers, LEAST_LIMIT, require_gating, require_selection_bias};
 use super::kda::{HybridHeads, KdaForm, kda_spec};
 use super::mla::{MlaSizes, Queries, mla_spec, sigmoid_gate};
 use super::source::Source;
@@ -77,12 +77,9 @@ fn rope_kind(s: &Source<'_>) -> Result<RopeKind, ModelError> {
 
 /// Reads by layer the limit of an activation, 0 for none.
 fn limits(s: &Source<'_>, name: &str, n_layer: usize) -> Result<Vec<f32>, ModelError> {
-    let found = s.opt_numbers_per_layer(name, n_layer)?;
+    let found = s.opt_f32_per_layer(name, n_layer)?;
     Ok(found.unwrap_or_else(|| vec![0.0; n_layer]))
 }
-
-/// The least limit that counts as one.
-pub(super) const LEAST_LIMIT: f32 = 1e-6;
 
 fn activation(limit: f32) -> Activation {
     if limit > LEAST_LIMIT {

@@ -2,9 +2,9 @@
 
 use super::source::Source;
 use super::spec::{
-    Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, Groups, HeadOptions, LayerSpec, Linear,
-    Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm, Residual, RopeKind, RopeSpec, RouterInput,
-    SharedSpec, WindowKind,
+    Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, Groups, HeadOptions, Latent, LayerSpec,
+    Linear, Mixer, ModelSpec, MoeSpec, NormSpan, QkNorm, Residual, RopeKind, RopeSpec, RouterInput,
+    SharedSpec, TensorId, WindowKind,
 };
 use super::{ModelError, Scales};
 
@@ -27,6 +27,11 @@ impl Common {
     }
 
     pub(super) fn read(s: &Source<'_>) -> Result<Self, ModelError> {
+        Self::with_norm_eps(s, s.norm_eps()?)
+    }
+
+    /// Reads all sizes but the epsilon of norms.
+    pub(super) fn with_norm_eps(s: &Source<'_>, norm_eps: f32) -> Result<Self, ModelError> {
         let n_block = s.dim("block_count")?;
         if n_block > 4096 {
             return Err(s.bad(
@@ -47,7 +52,7 @@ impl Common {
             n_layer,
             hidden: s.dim("embedding_length")?,
             context: s.dim("context_length")?,
-            norm_eps: s.norm_eps()?,
+            norm_eps,
         })
     }
 
@@ -68,6 +73,17 @@ impl Common {
         layers: Vec<LayerSpec>,
         last_norm: &str,
     ) -> Result<ModelSpec, ModelError> {
+        let output_norm = s.vector(last_norm, self.hidden)?;
+        self.model_ending_in(s, output_norm, layers)
+    }
+
+    /// Wraps layers into a model with this last norm.
+    pub(super) fn model_ending_in(
+        self,
+        s: &Source<'_>,
+        output_norm: TensorId,
+        layers: Vec<LayerSpec>,
+    ) -> Result<ModelSpec, ModelError> {
         let (embedding, n_vocab) = s.embedding(self.hidden)?;
         Ok(ModelSpec {
             arch: s.arch().to_string(),
@@ -78,7 +94,9 @@ impl Common {
             embedding,
             embedding_scale: 1.0,
             token_inputs: None,
-            output_norm: s.vector(last_norm, self.hidden)?,
+            ngrams: None,
+            streams: None,
+            output_norm,
             output: s
                 .opt_tensor("output.weight", &[self.hidden, n_vocab])?
                 .unwrap_or(embedding),
@@ -238,6 +256,7 @@ pub(super) fn gqa_of(
         v,
         o: s.linear(&format!("{p}.attn_output"), n_head * value_dim, hidden)?,
         shared_kv: None,
+        index: None,
         sinks: None,
         window: None,
         window_kind: WindowKind::Sliding,
@@ -388,6 +407,17 @@ pub(super) fn moe(
     hidden: usize,
     options: &MoeOptions,
 ) -> Result<MoeSpec, ModelError> {
+    latent_moe(s, layer, hidden, None, options)
+}
+
+/// Describes the routed experts of a layer, in a space of their own where there is one; see [`moe`].
+pub(super) fn latent_moe(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    latent: Option<Latent>,
+    options: &MoeOptions,
+) -> Result<MoeSpec, ModelError> {
     let n_expert = s.dim("expert_count")?;
     if n_expert > 65_535 {
         return Err(s.bad(
@@ -415,12 +445,13 @@ pub(super) fn moe(
     let p = format!("blk.{layer}");
     let stacked =
         |name: &str, n_in, n_out| s.expert_linear(&format!("{p}.{name}"), n_in, n_out, n_expert);
+    let space = latent.map_or(hidden, |latent| latent.down.n_out);
     let gate_up = if s.has_tensor(&format!("{p}.ffn_gate_up_exps.weight")) {
-        GateUp::Fused(stacked("ffn_gate_up_exps", hidden, 2 * width)?)
+        GateUp::Fused(stacked("ffn_gate_up_exps", space, 2 * width)?)
     } else {
         GateUp::Split {
-            gate: stacked("ffn_gate_exps", hidden, width)?,
-            up: stacked("ffn_up_exps", hidden, width)?,
+            gate: stacked("ffn_gate_exps", space, width)?,
+            up: stacked("ffn_up_exps", space, width)?,
         }
     };
     Ok(MoeSpec {
@@ -435,6 +466,8 @@ pub(super) fn moe(
             None => s.opt_vector(&format!("{p}.exp_probs_b"), n_expert)?,
             bias => bias,
         },
+        by_token: None,
+        latent,
         gating: gating(s, &options.gating)?,
         n_expert,
         n_used,
@@ -452,7 +485,7 @@ pub(super) fn moe(
         expert_ffn: width,
         activation: options.activation,
         gate_up,
-        down: stacked("ffn_down_exps", width, hidden)?,
+        down: stacked("ffn_down_exps", width, space)?,
         shared: options
             .shared
             .as_ref()

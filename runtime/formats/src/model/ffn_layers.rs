@@ -16,6 +16,9 @@ pub(super) struct FfnLayers {
     n_shared: usize,
 }
 
+/// The least limit of an activation that counts as one.
+pub(super) const LEAST_LIMIT: f32 = 1e-6;
+
 /// Bound on the width of the shared experts together, far above any real model.
 const MAX_SHARED_WIDTH: usize = 1 << 24;
 

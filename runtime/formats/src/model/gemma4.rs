@@ -278,6 +278,7 @@ impl Shared<'_> {
             v: q,
             o: s.linear(&format!("{p}.attn_output"), n_head * dims.value, hidden)?,
             shared_kv: None,
+            index: None,
             sinks: None,
             window: None,
             window_kind: WindowKind::Sliding,

@@ -59,7 +59,7 @@ fn fused_ffn(
         ..both
     };
     Ok(GatedFfn {
-        gate: half(0),
+        gate: Some(half(0)),
         up: half(width),
         down: s.linear(&format!("blk.{layer}.ffn_down"), width, hidden)?,
         activation: Activation::Silu,

@@ -10,8 +10,8 @@ use super::blocks::{Common, MoeOptions, Shared, dense, expert_widths, moe, qkv};
 use super::qwen2moe::shared_widths;
 use super::source::Source;
 use super::spec::{
-    DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer, ModelSpec,
-    NormSpan, OutputGate, QkNorm, Residual, RopeKind, WindowKind,
+    DeltaGate, DeltaInput, DeltaRates, DeltaSpec, Ffn, GqaSpec, KeySharing, LayerSpec, Mixer,
+    ModelSpec, NormSpan, OutputGate, QkNorm, Residual, RopeKind, WindowKind,
 };
 use tier_plan_kernels::MAX_CONV_TAPS;
 
@@ -82,7 +82,7 @@ fn layer(
 }
 
 /// Reads by layer whether it is a delta net.
-fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelError> {
+pub(super) fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelError> {
     if let Some(flags) = s.opt_flags("attention.recurrent_layers", n_layer)? {
         return Ok(flags);
     }
@@ -93,13 +93,13 @@ fn recurrent_layers(s: &Source<'_>, n_layer: usize) -> Result<Vec<bool>, ModelEr
 }
 
 /// Heads of the attention layers. Files with a number for each layer may have 0 for the others.
-struct Heads {
+pub(super) struct Heads {
     query: Vec<u32>,
     key_value: Vec<u32>,
 }
 
 impl Heads {
-    fn read(s: &Source<'_>, n_layer: usize) -> Result<Self, ModelError> {
+    pub(super) fn read(s: &Source<'_>, n_layer: usize) -> Result<Self, ModelError> {
         let query = s.counts_per_layer("attention.head_count", n_layer)?;
         let key = "attention.head_count_kv";
         let key_value = if s.has(key) {
@@ -123,7 +123,7 @@ impl Heads {
     }
 }
 
-fn gated_attention(
+pub(super) fn gated_attention(
     s: &Source<'_>,
     layer: usize,
     hidden: usize,
@@ -178,13 +178,14 @@ fn gated_attention(
         v,
         o: s.linear(&format!("{p}.attn_output"), n_head * dim, hidden)?,
         shared_kv: None,
+        index: None,
         sinks: None,
         window: None,
         window_kind: WindowKind::Sliding,
     })
 }
 
-fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, ModelError> {
+pub(super) fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, ModelError> {
     let size = |key, max| s.in_bounds(key, s.dim(key)?, max);
     let head_dim = size("ssm.state_size", MAX_DELTA)?;
     let n_key_head = size("ssm.group_count", MAX_DELTA)?;
@@ -237,6 +238,7 @@ fn delta(s: &Source<'_>, layer: usize, hidden: usize) -> Result<DeltaSpec, Model
         input,
         rates,
         conv: s.parameters(&format!("{p}.ssm_conv1d.weight"), &[conv_taps, channels])?,
+        gate: DeltaGate::Silu,
         dt_bias: s.vector(&format!("{p}.ssm_dt.bias"), n_value_head)?,
         decay: s.vector(&format!("{p}.ssm_a"), n_value_head)?,
         norm: s.vector(&format!("{p}.ssm_norm.weight"), head_dim)?,

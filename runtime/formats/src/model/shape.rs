@@ -1,7 +1,9 @@
 //! The sizes of a model without its weights: all that a planner needs.
 
 use super::kv::KvRows;
-use super::spec::{CacheRows, Mixer, ModelSpec, Reach};
+use super::spec::{
+    CacheRows, CompressedSpec, GqaSpec, LayerSpec, Mixer, MlaSpec, ModelSpec, TensorId,
+};
 use super::{ModelError, describe};
 use crate::gguf::Gguf;
 use crate::source_id::SourceId;
@@ -147,22 +149,18 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         .iter()
         .map(|group| {
             let bytes = bytes(&group.tensors);
-            let token_bytes = if group.kind == DenseKind::Embedding {
-                // Each tensor has a row per token of the vocabulary.
-                bytes / spec.n_vocab as u64
-            } else {
-                bytes
+            let read = |id: &usize| match rows_read(spec, *id) {
+                Some(rows) => tensors[*id].n_bytes / tensors[*id].rows() * rows,
+                None => tensors[*id].n_bytes,
             };
-            let values = group
+            let token_bytes = group.tensors.iter().map(read).sum();
+            let multiplied = |id: &&usize| rows_read(spec, **id).is_none();
+            let macs = group
                 .tensors
                 .iter()
+                .filter(multiplied)
                 .map(|id| tensors[*id].cols().saturating_mul(tensors[*id].rows()))
                 .sum::<u64>();
-            let macs = if group.kind == DenseKind::Embedding {
-                0
-            } else {
-                values
-            };
             DenseShape {
                 kind: group.kind,
                 layer: group.layer,
@@ -183,7 +181,10 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
                 .map(|id| tensors[id].n_bytes)
                 .sum::<u64>()
                 / moe.n_expert as u64,
-            expert_macs: 3 * (spec.hidden as u64) * (moe.expert_ffn as u64),
+            expert_macs: moe
+                .expert_linears()
+                .map(|l| l.n_in as u64 * l.n_out as u64)
+                .sum(),
         })
         .collect();
     ModelShape {
@@ -193,16 +194,47 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         hidden: spec.hidden as u32,
         n_vocab: spec.n_vocab as u32,
         context: spec.context as u32,
-        caches: spec.layers.iter().map(|l| cache_shape(&l.mixer)).collect(),
+        caches: cache_shapes(spec),
         dense,
         experts,
     }
 }
 
-/// Returns the KV cache rows and recurrent state of a layer with this mixer.
-pub fn cache_shape(mixer: &Mixer) -> CacheShape {
+/// Returns the rows that a token reads of a table, or `None` for a tensor that it reads whole.
+fn rows_read(spec: &ModelSpec, id: TensorId) -> Option<u64> {
+    let is_embedding = id == spec.embedding && !spec.tied();
+    let has_inputs = spec.token_inputs.is_some_and(|own| own.table == id);
+    let chooses = spec.moe_layers().any(|(_, moe)| moe.by_token == Some(id));
+    if is_embedding || has_inputs || chooses {
+        return Some(1);
+    }
+    let ngrams = spec.ngrams.as_ref().filter(|ngrams| ngrams.table == id);
+    ngrams.map(|ngrams| ngrams.n_heads() as u64)
+}
+
+/// Returns the KV cache rows and recurrent state of every layer. Layers that share the rows of
+/// another hold none; their dot products count where the rows are.
+fn cache_shapes(spec: &ModelSpec) -> Vec<CacheShape> {
+    let own = spec.layers.iter().map(cache_shape);
+    let mut caches: Vec<CacheShape> = own.collect();
+    for layer in &spec.layers {
+        if let Mixer::Gqa(attention) = &layer.mixer
+            && let Some(owner) = attention.shared_kv
+        {
+            let queries = attention.n_head as u64 / (attention.n_head_kv as u64).max(1);
+            caches[owner]
+                .rows
+                .iter_mut()
+                .for_each(|rows| rows.queries += queries);
+        }
+    }
+    caches
+}
+
+/// Returns the KV cache rows and recurrent state of a layer.
+pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
     let mut found = BTreeMap::new();
-    for rows in mixer_rows(mixer) {
+    for rows in mixer_rows(&layer.mixer) {
         *found
             .entry((rows.width, rows.window, rows.queries, rows.chosen))
             .or_insert(0) += rows.per_token;
@@ -216,37 +248,94 @@ pub fn cache_shape(mixer: &Mixer) -> CacheShape {
     };
     CacheShape {
         rows: found.into_iter().map(rows).collect(),
-        state_bytes: mixer.state_bytes(),
+        state_bytes: layer.state_bytes(),
     }
 }
 
 /// Returns the rows that one token adds to the KV cache of a layer with this mixer.
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
-    let window = match mixer {
-        Mixer::Gqa(attention) => attention.window.map(|window| window as u64),
-        Mixer::Mla(attention) => attention.reach.window().map(|window| window as u64),
-        Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => None,
+    let found = mixer.cache_rows().into_iter().enumerate();
+    let rows = |(kind, CacheRows { n, width }): (usize, CacheRows)| {
+        let reads = match mixer {
+            Mixer::Gqa(a) => gqa_reads(a, kind),
+            Mixer::Mla(a) => mla_reads(a, kind),
+            Mixer::Compressed(a) => compressed_reads(a, kind),
+            Mixer::Delta(_)
+            | Mixer::Kda(_)
+            | Mixer::ShortConv(_)
+            | Mixer::Mamba(_)
+            | Mixer::None => Reads::default(),
+        };
+        KvRows {
+            width: width as u64,
+            per_token: n as u64,
+            queries: reads.queries as u64,
+            window: reads.window.map(|window| window as u64),
+            chosen: reads.chosen.map(|chosen| chosen as u64),
+        }
     };
-    let queries = match mixer {
-        Mixer::Gqa(attention) => attention.n_head as u64 / (attention.n_head_kv as u64).max(1),
-        Mixer::Mla(attention) => 2 * attention.n_head as u64,
-        Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => 0,
-    };
-    let reach = match mixer {
-        Mixer::Mla(attention) => Some(&attention.reach),
-        _ => None,
-    };
-    let rows = |CacheRows { n, width }| KvRows {
-        width: width as u64,
-        per_token: n as u64,
-        queries,
-        window,
-        chosen: reach.and_then(|reach| Some(reach.top_k()? as u64)),
-    };
-    let mut found: Vec<KvRows> = mixer.cache_rows().into_iter().map(rows).collect();
-    if let (Some(indexer), [_, keys]) = (reach.and_then(Reach::indexer), &mut found[..]) {
-        // Every token is compared with the keys of all.
-        (keys.queries, keys.chosen) = (indexer.n_head as u64, None);
+    found.map(rows).collect()
+}
+
+/// How a token reads rows of one kind.
+#[derive(Default)]
+struct Reads {
+    /// Dot products per row.
+    queries: usize,
+    /// Positions that it looks back at.
+    window: Option<usize>,
+    /// Positions that an indexer chooses for it.
+    chosen: Option<usize>,
+}
+
+/// Returns how keys and values are read, and as the third kind the keys of an index: a token is
+/// compared with those of all.
+fn gqa_reads(a: &GqaSpec, kind: usize) -> Reads {
+    match &a.index {
+        Some(index) if kind == 2 => Reads {
+            queries: index.n_head,
+            ..Reads::default()
+        },
+        index => Reads {
+            queries: a.n_head / a.n_head_kv.max(1),
+            window: a.window,
+            chosen: index.map(|index| index.most_rows()),
+        },
     }
-    found
+}
+
+/// Returns how latents are read, and as the second kind the keys of an indexer: a token is compared
+/// with those of all.
+fn mla_reads(a: &MlaSpec, kind: usize) -> Reads {
+    match a.reach.indexer() {
+        Some(indexer) if kind == 1 => Reads {
+            queries: indexer.n_head,
+            ..Reads::default()
+        },
+        _ => Reads {
+            queries: 2 * a.n_head,
+            window: a.reach.window(),
+            chosen: a.reach.top_k(),
+        },
+    }
+}
+
+/// Returns how vectors of tokens are read, then compressed ones and the keys of their index, of which
+/// a block's tokens share one. The latest vectors are read only, but the rows of all are there.
+fn compressed_reads(a: &CompressedSpec, kind: usize) -> Reads {
+    let ratio = a.far.map_or(1, |far| far.compressor.ratio);
+    let index = a.far.and_then(|far| far.index);
+    let (queries, chosen) = match (kind, index) {
+        (0, _) => (2 * a.n_head, Some(a.window)),
+        (2, Some(index)) => (index.n_head.div_ceil(ratio), None),
+        (_, index) => (
+            (2 * a.n_head).div_ceil(ratio),
+            index.map(|index| index.kept),
+        ),
+    };
+    Reads {
+        queries,
+        window: None,
+        chosen,
+    }
 }

@@ -59,6 +59,49 @@ impl<'a> Source<'a> {
             .transpose()
     }
 
+    /// Reads a number of fractions: finite, and not negative.
+    pub(super) fn epsilon(&self, name: &str) -> Result<f32, ModelError> {
+        let value = self.gguf.f32(&self.key(name))?;
+        if value.is_finite() && value >= 0.0 {
+            Ok(value)
+        } else {
+            Err(self.bad(name, format!("{value}; expected a number from 0 on")))
+        }
+    }
+
+    /// Reads an array of `len` integers of 64 bits, or a longer one, of which the first are taken.
+    pub(super) fn u64_array(&self, name: &str, len: usize) -> Result<Vec<u64>, ModelError> {
+        let all: Option<Vec<u64>> = match self.gguf.get(&self.key(name)) {
+            Some(Value::Array(array)) => array.integers(),
+            _ => None,
+        };
+        let Some(mut all) = all.filter(|all| all.len() >= len) else {
+            let what = format!("expected an array of {len} integers from 0 on");
+            return Err(self.bad(name, what));
+        };
+        all.truncate(len);
+        Ok(all)
+    }
+
+    /// Reads numbers that are given once or per layer; `None` where the key is absent.
+    pub(super) fn opt_f32_per_layer(
+        &self,
+        name: &str,
+        n_layer: usize,
+    ) -> Result<Option<Vec<f32>>, ModelError> {
+        let key = self.key(name);
+        let values = match self.gguf.get(&key) {
+            None => return Ok(None),
+            Some(Value::Array(_)) => self.gguf.opt_f32_array(&key)?.unwrap_or_default(),
+            Some(_) => vec![self.gguf.f32(&key)?; n_layer],
+        };
+        if values.len() < n_layer || values.iter().any(|v| !v.is_finite()) {
+            let what = format!("expected a number, or one for each of {n_layer} layers");
+            return Err(self.bad(name, what));
+        }
+        Ok(Some(values[..n_layer].to_vec()))
+    }
+
     /// Reads a count that the file must have, and that may be 0.
     pub(super) fn count(&self, name: &str) -> Result<u32, ModelError> {
         Ok(self.gguf.u32(&self.key(name))?)
@@ -67,30 +110,6 @@ impl<'a> Source<'a> {
     /// Reads numbers, if the key is there.
     pub(super) fn opt_numbers(&self, name: &str) -> Result<Option<Vec<f32>>, ModelError> {
         Ok(self.gguf.opt_number_array(&self.key(name))?)
-    }
-
-    /// Reads finite numbers that are given once or per layer, if the key is there.
-    pub(super) fn opt_numbers_per_layer(
-        &self,
-        name: &str,
-        n_layer: usize,
-    ) -> Result<Option<Vec<f32>>, ModelError> {
-        let numbers = match self.gguf.get(&self.key(name)) {
-            None => return Ok(None),
-            Some(Value::Array(_)) => self.opt_numbers(name)?.unwrap_or_default(),
-            Some(_) => vec![self.f32_or(name, 0.0)?; n_layer],
-        };
-        if numbers.len() < n_layer {
-            let what = format!(
-                "{} values; expected one for each of {n_layer} layers",
-                numbers.len()
-            );
-            return Err(self.bad(name, what));
-        }
-        match numbers[..n_layer].iter().find(|x| !x.is_finite()) {
-            Some(x) => Err(self.bad(name, format!("{x} is not a finite number"))),
-            None => Ok(Some(numbers[..n_layer].to_vec())),
-        }
     }
 
     /// Reads a count from 0 to `max` that the file must have.
@@ -320,12 +339,29 @@ impl<'a> Source<'a> {
         }
     }
 
+    /// Finds a table of whole numbers of this shape (fastest axis first).
+    pub(super) fn numbers(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
+        let id = self.opt_tensor(name, dims)?;
+        let id = id.ok_or_else(|| self.missing(name))?;
+        match self.gguf.tensors()[id].ty {
+            TensorType::I32 => Ok(id),
+            ty => Err(ModelError::Metadata {
+                key: name.to_string(),
+                what: format!("is {ty}; expected I32"),
+            }),
+        }
+    }
+
+    fn missing(&self, name: &str) -> ModelError {
+        ModelError::MissingTensor {
+            name: name.to_string(),
+            arch: self.arch.to_string(),
+        }
+    }
+
     pub(super) fn tensor(&self, name: &str, dims: &[usize]) -> Result<TensorId, ModelError> {
         self.opt_tensor(name, dims)?
-            .ok_or_else(|| ModelError::MissingTensor {
-                name: name.to_string(),
-                arch: self.arch.to_string(),
-            })
+            .ok_or_else(|| self.missing(name))
     }
 
     /// Finds a vector of parameters: `len` floating-point values.
@@ -446,11 +482,40 @@ impl<'a> Source<'a> {
         ffn: usize,
     ) -> Result<GatedFfn, ModelError> {
         Ok(GatedFfn {
-            gate: self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?,
+            gate: Some(self.linear(&format!("blk.{layer}.ffn_gate{suffix}"), hidden, ffn)?),
             up: self.linear(&format!("blk.{layer}.ffn_up{suffix}"), hidden, ffn)?,
             down: self.linear(&format!("blk.{layer}.ffn_down{suffix}"), ffn, hidden)?,
             activation: Activation::Silu,
         })
+    }
+
+    /// Finds a table with rows of `width` values, and returns it with its number of rows.
+    pub(super) fn table(&self, name: &str, width: usize) -> Result<(TensorId, usize), ModelError> {
+        let id = *self.index.get(name).ok_or_else(|| self.missing(name))?;
+        let rows = self.gguf.tensors()[id].dims.get(1).copied().unwrap_or(1);
+        let rows = usize::try_from(rows).unwrap_or(usize::MAX);
+        Ok((self.tensor(name, &[width, rows])?, rows))
+    }
+
+    /// Reads numbers of layers; none where the key is absent.
+    pub(super) fn layer_numbers(&self, name: &str) -> Result<Vec<u32>, ModelError> {
+        Ok(self
+            .gguf
+            .opt_u32_array(&self.key(name))?
+            .unwrap_or_default())
+    }
+
+    /// Reads an integer of 32 bits.
+    pub(super) fn number(&self, name: &str) -> Result<u32, ModelError> {
+        Ok(self.gguf.u32(&self.key(name))?)
+    }
+
+    /// Refuses a file that lacks one of these keys.
+    pub(super) fn require(&self, names: &[&str]) -> Result<(), ModelError> {
+        match names.iter().find(|name| !self.has(name)) {
+            None => Ok(()),
+            Some(name) => Err(self.bad(name, "is missing")),
+        }
     }
 
     /// Finds the embedding, and returns it with the vocabulary size, its number of rows.

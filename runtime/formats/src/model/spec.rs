@@ -5,22 +5,35 @@
 //! them.
 
 mod attention;
+mod block_index;
+mod compressed;
 mod delta;
 mod indexer;
 mod kda;
+mod mamba;
+mod ngram;
 mod residual;
 mod short_conv;
+mod streams;
 mod tensors;
 
 pub use attention::{
     CacheRows, GateFunction, GqaSpec, KvUp, LongFactors, LowRank, MlaSpec, NormSpan, OutputGate,
     QkNorm, RopeKind, RopeScaling, RopeSpec, Temperature, WindowKind,
 };
-pub use delta::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
+pub use block_index::{BlockIndex, BlockScore};
+pub use compressed::{CompressedIndex, CompressedSpec, Compressor, FarKeys};
+pub use delta::{DeltaGate, DeltaInput, DeltaRates, DeltaSpec, KeySharing};
 pub use indexer::{IndexerSpec, Reach};
 pub use kda::{DecayGate, KdaSpec, Projection};
+pub use mamba::MambaSpec;
+pub use ngram::{NgramBlock, NgramHead, NgramTable};
 pub use residual::{HeadOptions, LayerInput, Residual, TokenInputs};
 pub use short_conv::ShortConvSpec;
+pub use streams::{
+    BankConnection, Connection, Connections, GatedConnection, LowRankConnection, Sinkhorn,
+    StreamsEnd, StreamsSpec,
+};
 pub use tensors::{DenseGroup, Tensors};
 
 use super::Scales;
@@ -47,7 +60,11 @@ pub struct ModelSpec {
     pub embedding_scale: f32,
     /// Inputs that a token has for every layer.
     pub token_inputs: Option<TokenInputs>,
-    /// `[hidden]`.
+    /// Rows of a table that a token and those before it name.
+    pub ngrams: Option<NgramTable>,
+    /// The streams of the residual, where there are several.
+    pub streams: Option<StreamsSpec>,
+    /// `[hidden]`, or that of all streams where low-rank connections end them.
     pub output_norm: TensorId,
     /// `[n_vocab, hidden]`; the embedding itself when tied.
     pub output: TensorId,
@@ -62,11 +79,11 @@ pub struct ModelSpec {
 /// One layer: `x += mixer(norm(x)); x += ffn(norm(x))`, and what [`Residual`] says.
 #[derive(Debug, Clone)]
 pub struct LayerSpec {
-    /// Norm before the mixer, `[hidden]`.
+    /// Norm before the mixer, `[hidden]`; of all streams where a low-rank connection reads them.
     pub mixer_norm: TensorId,
     /// The block that mixes tokens.
     pub mixer: Mixer,
-    /// Norm before the feed-forward block, `[hidden]`.
+    /// Norm before the feed-forward block; the mixer's where there is none.
     pub ffn_norm: TensorId,
     /// The feed-forward block.
     pub ffn: Ffn,
@@ -87,6 +104,12 @@ pub enum Mixer {
     ShortConv(ShortConvSpec),
     /// A recurrence with a state of fixed size whose channels decay each by itself.
     Kda(KdaSpec),
+    /// A recurrence with a state of fixed size: Mamba-2.
+    Mamba(MambaSpec),
+    /// Attention to near tokens and to compressed far ones.
+    Compressed(Box<CompressedSpec>),
+    /// None: the layer has a feed-forward block only, and `mixer_norm` is that of the block.
+    None,
 }
 
 /// A matrix and its optional bias.
@@ -112,13 +135,15 @@ pub enum Ffn {
     Dense(GatedFfn),
     /// Routed experts, and possibly shared ones.
     Moe(MoeSpec),
+    /// None: the layer has a mixer only, and `ffn_norm` is that of the mixer.
+    None,
 }
 
-/// A gated feed-forward block.
+/// A feed-forward block, gated in most models.
 #[derive(Debug, Clone, Copy)]
 pub struct GatedFfn {
-    /// `[ffn, hidden]`.
-    pub gate: Linear,
+    /// `[ffn, hidden]`; none in blocks without gates.
+    pub gate: Option<Linear>,
     /// `[ffn, hidden]`.
     pub up: Linear,
     /// `[hidden, ffn]`.
@@ -147,6 +172,13 @@ pub enum Gating {
 pub enum Activation {
     /// `silu(gate) · up`.
     Silu,
+    /// `max(up, 0)²`, without a gate (Primer, arXiv 2109.08668).
+    SquaredRelu,
+    /// `silu(min(gate, limit)) · u`, where `u` is up within ±`limit`.
+    ClampedSilu {
+        /// Bound on both inputs.
+        limit: f32,
+    },
     /// `gelu(gate) · up`, with the tanh form of GELU (arXiv 1606.08415).
     Gelu,
     /// `min(silu(gate), limit) · u`, where `u` is up within ±`limit`.
@@ -196,6 +228,8 @@ pub enum GateUp {
     },
     /// One tensor `[n_expert, 2 * expert_ffn, hidden]`, the gate's rows first.
     Fused(ExpertLinear),
+    /// `[n_expert, expert_ffn, hidden]`, without a gate.
+    Up(ExpertLinear),
 }
 
 /// An expert that every token uses.
@@ -248,6 +282,11 @@ pub struct MoeSpec {
     pub sum_scale: f32,
     /// Added to the probabilities for the choice only, `[n_expert]`.
     pub selection_bias: Option<TensorId>,
+    /// The experts of every token of the vocabulary, `[n_vocab, n_used]`, where the token chooses
+    /// them and not its router. Weights are the router's all the same.
+    pub by_token: Option<TensorId>,
+    /// The smaller space that routed experts compute in.
+    pub latent: Option<Latent>,
     /// How router logits become probabilities.
     pub gating: Gating,
     /// Number of routed experts.
@@ -272,7 +311,32 @@ pub struct MoeSpec {
     pub shared: Option<SharedSpec>,
 }
 
+/// A space of routed experts that is smaller than the hidden state: they read `down x`, and their sum
+/// `s` becomes `up s`, or `up norm(s)`.
+#[derive(Debug, Clone, Copy)]
+pub struct Latent {
+    /// `[latent, hidden]`.
+    pub down: Linear,
+    /// Norm of the experts' sum, `[latent]`.
+    pub norm: Option<TensorId>,
+    /// `[hidden, latent]`.
+    pub up: Linear,
+}
+
+impl GatedFfn {
+    /// Returns its matrices.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.gate.iter().chain([&self.up, &self.down])
+    }
+}
+
 impl MoeSpec {
+    /// Returns the width of what a routed expert reads and returns.
+    pub fn expert_width(&self) -> usize {
+        self.latent
+            .map_or(self.router.n_in, |latent| latent.down.n_out)
+    }
+
     /// Returns whether the routed experts and the shared one read the rows that the router reads,
     /// and are added as they are.
     pub fn is_plain(&self) -> bool {
@@ -282,6 +346,7 @@ impl MoeSpec {
             && !self.weigh_input
             && self.expert_scale.is_none()
             && self.sum_scale == 1.0
+            && self.latent.is_none()
             && self.shared.is_none_or(|shared| shared.norm.is_none())
     }
 }
@@ -291,19 +356,48 @@ impl LayerSpec {
     pub fn moe(&self) -> Option<&MoeSpec> {
         match &self.ffn {
             Ffn::Moe(moe) => Some(moe),
-            Ffn::Dense(_) => None,
+            Ffn::Dense(_) | Ffn::None => None,
         }
+    }
+
+    /// Returns whether the layer mixes tokens.
+    pub fn has_mixer(&self) -> bool {
+        !matches!(self.mixer, Mixer::None)
+    }
+
+    /// Returns whether the layer has a feed-forward block.
+    pub fn has_ffn(&self) -> bool {
+        !matches!(self.ffn, Ffn::None)
+    }
+
+    /// Returns the values that the layer remembers of the n-grams of past tokens.
+    pub fn ngram_state_values(&self) -> usize {
+        let ngram = self.residual.ngram.as_ref();
+        ngram.map_or(0, |block| block.past() * block.channels())
+    }
+
+    /// Returns the bytes of recurrent state, which don't depend on the length of the context.
+    pub fn state_bytes(&self) -> u64 {
+        let ngram = self.ngram_state_values() as u64 * size_of::<f32>() as u64;
+        self.mixer.state_bytes().saturating_add(ngram)
     }
 
     /// Returns whether the routed experts and the shared one are added up before they are added to
     /// the hidden state, since something is done to their sum.
     pub fn sums_experts_apart(&self) -> bool {
-        let plain = |moe: &MoeSpec| moe.is_plain() && self.residual.ffn_is_plain();
+        let residual = &self.residual;
+        let added = residual.ffn_is_plain() && residual.connections.is_none();
+        let plain = |moe: &MoeSpec| moe.is_plain() && added;
         self.moe().is_some_and(|moe| !plain(moe))
     }
 }
 
 impl ModelSpec {
+    /// Returns the values per token of the hidden state between layers: of all streams.
+    pub fn residual_width(&self) -> usize {
+        self.hidden * self.streams.map_or(1, |streams| streams.n)
+    }
+
     /// Whether the head is the embedding.
     pub fn tied(&self) -> bool {
         self.output == self.embedding

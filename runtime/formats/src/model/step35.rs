@@ -80,12 +80,12 @@ fn attention(
 /// divisors are those of a whole head; its first ones count.
 fn half_rope(s: &Source<'_>, key_dim: usize) -> Result<RopeSpec, ModelError> {
     let mut rope = s.rope_without_factors(RopeKind::Halves, key_dim)?;
-    rope.freq_factors = s.opt_vector("rope_freqs.weight", rope.dims / 2)?;
-    rope.dims /= 2;
-    if rope.dims == 0 || !rope.dims.is_multiple_of(2) {
-        let what = format!("{}; expected a multiple of 4", 2 * rope.dims);
+    if !rope.dims.is_multiple_of(4) {
+        let what = format!("{}; expected a multiple of 4", rope.dims);
         return Err(s.bad("rope.dimension_count", what));
     }
+    rope.freq_factors = s.opt_vector("rope_freqs.weight", rope.dims / 2)?;
+    rope.dims /= 2;
     Ok(rope)
 }
 

@@ -1,5 +1,7 @@
-//! Version 3 of model shapes: mixers by layer, and what else differs between layers.
+//! Version 3 of model shapes: mixers by layer, and what else differs between layers; mixes of one
+//! type.
 
+use super::tests::model;
 use super::*;
 
 const MIXED: &str = include_str!("../../../../tests/data/formats/shape.v3.toml");
@@ -153,4 +155,39 @@ fn mixers_by_layer_are_checked() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("layer 0 has no mixer"), "{error}");
+}
+
+#[test]
+fn mixes_of_one_type_have_it_in_all_but_the_vocabulary() {
+    use DenseKind::{Attention, Embedding, Head};
+    let model = model("kimi-k2");
+    let (values, vocabulary) = (3 * 7168 * 2048u64, 163_840 * 7168u64);
+    // Bits per 16 values of experts, of the embedding, and of the head.
+    for (mix, experts, embedding, head) in [
+        (Mix::NVFP4, 72, 136, 136),
+        (Mix::Q2_0, 36, 72, 105),
+        (Mix::TQ2_0, 33, 72, 105),
+        (Mix::TQ1_0, 27, 72, 105),
+        (Mix::Q1_0, 18, 18, 105),
+    ] {
+        let sizes = model.model_shape(mix);
+        let of = |kind: DenseKind| sizes.dense.iter().find(|d| d.kind == kind).unwrap().bytes;
+        let name = mix.name();
+        assert!(
+            sizes
+                .experts
+                .iter()
+                .all(|e| e.expert_bytes == values * experts / 128),
+            "{name}"
+        );
+        assert_eq!(of(Embedding), vocabulary * embedding / 128, "{name}");
+        assert_eq!(of(Head), 4 * 7168 + vocabulary * head / 128, "{name}");
+        let attention = model.model_shape(Mix::F16);
+        let attention = attention
+            .dense
+            .iter()
+            .find(|d| d.kind == Attention)
+            .unwrap();
+        assert!(of(Attention) < attention.bytes * 9 / 16, "{name}");
+    }
 }

@@ -62,8 +62,8 @@ pub(crate) mod types {
 use block::{Codes, Format, GROUP, Plain, f16_to_f32, head};
 use thiserror::Error;
 
-/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for types
-/// without blocks.
+/// Evaluates `$then` with `$F` naming the [`Format`] of the tensor type `$ty`, or `$float` for a
+/// type without blocks.
 macro_rules! with_format {
     ($ty:expr, $F:ident => $then:expr, float => $float:expr) => {
         $crate::quant::with_format!(@arms $ty, $F, $then, $float;

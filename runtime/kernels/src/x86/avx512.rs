@@ -53,7 +53,9 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         TensorType::F16 => panel_fns!(float, F16; 1 2 3 4),
         TensorType::BF16 => panel_fns!(float, Bf16; 1 2 3 4),
         // `Weights` has none of these.
-        TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => &[],
+        TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
+            &[]
+        }
         TensorType::Q4_0 => panel_fns!(quantized, unpack::Q4_0; 1 2 3 4 5 6 7 8),
         TensorType::Q4_1 => panel_fns!(quantized, unpack::Q4_1; 1 2 3 4 5 6 7 8),
         TensorType::Q5_0 => panel_fns!(quantized, unpack::Q5_0; 1 2 3 4 5 6 7 8),

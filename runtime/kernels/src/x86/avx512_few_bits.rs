@@ -75,7 +75,7 @@ unpack!(
     }
 );
 
-/// Returns the first base-3 digit of each byte times a power of 3. A power is given for each 16 bits.
+/// Returns the first base-3 digit of each byte times a power of 3, which is given for each 16 bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn digits(bytes: __m512i, powers: __m512i) -> __m512i {

@@ -462,5 +462,7 @@ fn spec(r: &RouterSpec) -> MoeSpec {
         gate_up: GateUp::Split { gate: one, up: one },
         down: one,
         shared: None,
+        by_token: None,
+        latent: None,
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::spec::{KeySharing, Linear, Mixer, TensorId};
+use tier_plan_formats::model::spec::{DeltaGate, KeySharing, Linear, Mixer, TensorId};
 use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::quant::TensorType;
@@ -280,6 +280,7 @@ impl Layer {
             dt_bias,
             decay,
             norm,
+            gate: DeltaGate::Silu,
             out,
         };
         Self { spec, weights }
@@ -288,7 +289,7 @@ impl Layer {
     /// Runs batches one after another; `x` is `[tokens, HIDDEN]`.
     fn run(
         &self,
-        state: &mut DeltaState,
+        state: &mut RecurrentState,
         x: &[f32],
         batches: &[usize],
         threads: usize,
@@ -388,7 +389,7 @@ fn a_layer_is_its_formulas() {
         };
         for fused in fused {
             let layer = Layer::new(size, &plain, *fused);
-            let found = layer.run(&mut DeltaState::new(&layer.spec), &x, &[11], 2);
+            let found = layer.run(&mut new_state(&layer.spec, 0), &x, &[11], 2);
             let worst = found
                 .iter()
                 .zip(&expected)
@@ -451,10 +452,10 @@ fn a_batch_gives_the_bits_of_its_tokens_one_by_one() {
     for size in SIZES {
         let layer = Layer::new(size, &Plain::new(size), size.sharing == KeySharing::Grouped);
         let x = Numbers(5).take(9 * HIDDEN, 1.0);
-        let mut state = DeltaState::new(&layer.spec);
+        let mut state = new_state(&layer.spec, 0);
         let together = layer.run(&mut state, &x, &[9], 3);
         for batches in [&[1; 9][..], &[2, 7], &[5, 1, 1, 2]] {
-            let mut apart = DeltaState::new(&layer.spec);
+            let mut apart = new_state(&layer.spec, 0);
             assert_eq!(
                 layer.run(&mut apart, &x, batches, 1),
                 together,
@@ -473,7 +474,7 @@ fn a_batch_gives_the_bits_of_its_tokens_one_by_one() {
 fn a_reset_state_knows_nothing_and_its_size_is_the_specs() {
     let layer = Layer::new(SIZES[0], &Plain::new(SIZES[0]), false);
     let x = Numbers(5).take(4 * HIDDEN, 1.0);
-    let mut state = DeltaState::new(&layer.spec);
+    let mut state = new_state(&layer.spec, 0);
     assert_eq!(state.bytes(), 4 * layer.spec.state_values() as u64);
     let first = layer.run(&mut state, &x, &[4], 2);
     assert_ne!(layer.run(&mut state, &x, &[4], 2), first);

@@ -142,7 +142,7 @@ impl Layer {
     /// Runs batches one after another; `x` is `[tokens, HIDDEN]`.
     fn run(
         &self,
-        state: &mut DeltaState,
+        state: &mut RecurrentState,
         x: &[f32],
         batches: &[usize],
         threads: usize,
@@ -299,7 +299,7 @@ fn a_layer_is_the_formulas() {
     let x = Random(8).noise(9 * HIDDEN);
     for case in CASES {
         let layer = Layer::new(case);
-        let mut state = new_state(&layer.spec);
+        let mut state = new_state(&layer.spec, 0);
         let found = layer.run(&mut state, &x, &[5, 1, 3], 2);
         let off = nmse(&found, &layer.reference(case, &x));
         assert!(off < 1e-11, "{case:?}: {off:e}");
@@ -311,10 +311,10 @@ fn batches_and_threads_do_not_change_a_bit() {
     let x = Random(9).noise(11 * HIDDEN);
     for case in CASES {
         let layer = Layer::new(case);
-        let mut state = new_state(&layer.spec);
+        let mut state = new_state(&layer.spec, 0);
         let whole = layer.run(&mut state, &x, &[11], 1);
         for (batches, threads) in [(&[1; 11][..], 1), (&[2, 7, 2], 3)] {
-            let mut other = new_state(&layer.spec);
+            let mut other = new_state(&layer.spec, 0);
             let parts = layer.run(&mut other, &x, batches, threads);
             assert_eq!(parts, whole, "{case:?}");
             assert_eq!(other.inputs, state.inputs, "{case:?}");
@@ -328,6 +328,6 @@ fn the_state_has_the_bytes_that_are_planned() {
     for case in CASES {
         let spec = Layer::new(case).spec;
         let expected = 4 * spec.state_values() as u64;
-        assert_eq!(new_state(&spec).bytes(), expected, "{case:?}");
+        assert_eq!(new_state(&spec, 0).bytes(), expected, "{case:?}");
     }
 }

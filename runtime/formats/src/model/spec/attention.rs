@@ -1,6 +1,6 @@
 //! Attention and rotary position embedding as data.
 
-use super::{Linear, Mixer, Reach, TensorId};
+use super::{BlockIndex, Compressor, Linear, Mixer, Reach, TensorId};
 
 /// What a query or key norm spans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +95,8 @@ pub struct GqaSpec {
     pub o: Linear,
     /// An earlier layer whose keys and values this one attends to instead of computing its own.
     pub shared_kv: Option<usize>,
+    /// Chooses the blocks of keys that a token attends to; all are where `None`.
+    pub index: Option<BlockIndex>,
     /// A score of each head that takes part in the softmax and has no value, `[n_head]`.
     pub sinks: Option<TensorId>,
     /// Positions that a query sees, its own included; all before it when `None`.
@@ -318,7 +320,9 @@ impl Mixer {
         match self {
             Mixer::Gqa(a) => a.rope.as_ref(),
             Mixer::Mla(a) => a.rope.as_ref(),
+            Mixer::Compressed(a) => Some(&a.rope),
             Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => None,
+            Mixer::Mamba(_) | Mixer::None => None,
         }
     }
 
@@ -335,24 +339,32 @@ impl Mixer {
     pub fn cache_rows(&self) -> Vec<CacheRows> {
         match self {
             Mixer::Gqa(a) if a.shared_kv.is_some() => Vec::new(),
-            Mixer::Gqa(a) => [a.key_dim, a.value_dim]
-                .map(|width| CacheRows {
-                    n: a.n_head_kv,
-                    width,
-                })
-                .to_vec(),
+            Mixer::Gqa(a) => {
+                let rows = |n, width| CacheRows { n, width };
+                let heads = [a.key_dim, a.value_dim].map(|width| rows(a.n_head_kv, width));
+                let index = a.index.map(|index| rows(1, index.key_dim));
+                heads.into_iter().chain(index).collect()
+            }
             Mixer::Mla(a) => std::iter::once(a.kv_rank + a.shared_dim)
                 .chain(a.reach.indexer().map(|indexer| indexer.key_dim))
                 .map(|width| CacheRows { n: 1, width })
                 .collect(),
+            Mixer::Compressed(a) => {
+                let far = a.compressors().map(Compressor::width);
+                let widths = std::iter::once(a.key_dim).chain(far);
+                widths.map(|width| CacheRows { n: 1, width }).collect()
+            }
             Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => Vec::new(),
+            Mixer::Mamba(_) | Mixer::None => Vec::new(),
         }
     }
 
     /// Returns the bytes of recurrent state, which don't depend on the length of the context.
     pub fn state_bytes(&self) -> u64 {
         let values = match self {
-            Mixer::Gqa(_) | Mixer::Mla(_) => 0,
+            Mixer::Gqa(_) | Mixer::Mla(_) | Mixer::None => 0,
+            Mixer::Mamba(m) => m.state_values(),
+            Mixer::Compressed(a) => a.state_values(),
             Mixer::Delta(d) => d.state_values(),
             Mixer::Kda(k) => k.state_values(),
             Mixer::ShortConv(c) => c.state_values(),

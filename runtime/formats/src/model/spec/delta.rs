@@ -30,6 +30,8 @@ pub struct DeltaSpec {
     pub dt_bias: TensorId,
     /// Factor in the exponent of the decay, `[n_value_head]`; negative.
     pub decay: TensorId,
+    /// What the output gates become.
+    pub gate: DeltaGate,
     /// Norm of every head's result, `[head_dim]`.
     pub norm: TensorId,
     /// `[hidden, n_value_head * head_dim]`.
@@ -43,6 +45,15 @@ pub enum KeySharing {
     Grouped,
     /// In turn: with two key heads, key head 0 serves 0, 2, 4, …
     Cyclic,
+}
+
+/// What makes a factor on a head's normed result of an output gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeltaGate {
+    /// `g / (1 + e^-g)`.
+    Silu,
+    /// `1 / (1 + e^-g)`.
+    Sigmoid,
 }
 
 /// Where a delta net's heads come from.

@@ -1,7 +1,7 @@
 //! What becomes of a block's result before it is added to the hidden state, and what follows a
 //! layer's blocks, as data.
 
-use super::{Linear, TensorId};
+use super::{Connections, Linear, NgramBlock, TensorId};
 
 /// What a layer does beside `x += mixer(norm(x)); x += ffn(norm(x))`.
 #[derive(Debug, Clone, Copy)]
@@ -18,6 +18,10 @@ pub struct Residual {
     pub layer_input: Option<LayerInput>,
     /// Factor on the hidden state after the layer, `[1]`.
     pub output_scale: Option<TensorId>,
+    /// How the blocks read and write several streams.
+    pub connections: Option<Connections>,
+    /// What the token and those before it add before the mixer.
+    pub ngram: Option<NgramBlock>,
 }
 
 impl Default for Residual {
@@ -29,6 +33,8 @@ impl Default for Residual {
             ffn_scale: 1.0,
             layer_input: None,
             output_scale: None,
+            connections: None,
+            ngram: None,
         }
     }
 }
@@ -51,7 +57,11 @@ impl Residual {
 
     /// Returns whether the layer has none of all this.
     pub fn is_plain(&self) -> bool {
-        self.mixer_is_plain() && self.ffn_is_plain() && self.ends_plain()
+        self.mixer_is_plain()
+            && self.ffn_is_plain()
+            && self.ends_plain()
+            && self.connections.is_none()
+            && self.ngram.is_none()
     }
 }
 

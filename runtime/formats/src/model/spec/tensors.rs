@@ -1,8 +1,8 @@
 //! Which tensors each part of a network reads, and the groups in which they are placed.
 
 use super::{
-    ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, LayerSpec, Linear, LowRank, Mixer, ModelSpec,
-    MoeSpec, QkNorm, RouterInput, SharedSpec, TensorId,
+    Connection, ExpertLinear, Ffn, GateUp, GatedFfn, KvUp, Latent, LayerSpec, Linear, LowRank,
+    Mixer, ModelSpec, MoeSpec, QkNorm, RouterInput, SharedSpec, TensorId,
 };
 use crate::model::shape::DenseKind;
 use std::collections::HashSet;
@@ -28,7 +28,7 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    fn linears<'a>(&mut self, linears: impl IntoIterator<Item = &'a Linear>) {
+    pub(super) fn linears<'a>(&mut self, linears: impl IntoIterator<Item = &'a Linear>) {
         for linear in linears {
             // Matrices that share a tensor name it once.
             if !self.matrices.contains(&linear.weight) {
@@ -64,6 +64,7 @@ impl Mixer {
                     tensors.vectors.extend(k.filter(|_| a.shared_kv.is_none()));
                 }
                 tensors.vectors.extend(a.sinks);
+                tensors = tensors.and(a.index.map(|index| index.tensors()).unwrap_or_default());
             }
             Mixer::Mla(a) => {
                 tensors.linears(a.linears());
@@ -94,6 +95,15 @@ impl Mixer {
                 tensors.linears([&c.input, &c.out]);
                 tensors.vectors.push(c.conv);
             }
+            Mixer::Mamba(m) => {
+                tensors.linears([&m.input, &m.out]);
+                let vectors = [m.conv, m.dt_bias, m.decay, m.skip, m.norm];
+                tensors
+                    .vectors
+                    .extend(vectors.into_iter().chain(m.conv_bias));
+            }
+            Mixer::Compressed(a) => tensors = a.tensors(),
+            Mixer::None => {}
         }
         tensors
     }
@@ -102,7 +112,7 @@ impl Mixer {
 impl GatedFfn {
     fn tensors(&self) -> Tensors {
         let mut tensors = Tensors::default();
-        tensors.linears([&self.gate, &self.up, &self.down]);
+        tensors.linears(self.linears());
         tensors
     }
 }
@@ -122,6 +132,7 @@ impl MoeSpec {
         let (first, second) = match &self.gate_up {
             GateUp::Split { gate, up } => (gate, Some(up)),
             GateUp::Fused(both) => (both, None),
+            GateUp::Up(up) => (up, None),
         };
         std::iter::once(first)
             .chain(second)
@@ -138,6 +149,11 @@ impl MoeSpec {
         let mut tensors = Tensors::default();
         tensors.linears([&self.router]);
         tensors.vectors.extend(self.selection_bias);
+        tensors.vectors.extend(self.by_token);
+        if let Some(Latent { down, norm, up }) = &self.latent {
+            tensors.linears([down, up]);
+            tensors.vectors.extend(*norm);
+        }
         if let RouterInput::Own(weights) = self.router_input {
             tensors.vectors.push(weights);
         }
@@ -151,8 +167,12 @@ impl LayerSpec {
     /// Returns what the layer's attention group reads: its mixer and the norm after it.
     fn mixer_tensors(&self) -> Tensors {
         let mut tensors = self.mixer.tensors();
-        tensors.vectors.extend(self.residual.mixer_norm);
-        tensors
+        let residual = &self.residual;
+        tensors.vectors.extend(residual.mixer_norm);
+        let connection = residual.connections.map(|c| c.mixer.tensors());
+        let ngram = residual.ngram.map(|block| block.tensors());
+        let others = connection.into_iter().chain(ngram);
+        others.fold(tensors, Tensors::and)
     }
 
     /// Returns what follows the feed-forward block, which belongs to the block's group.
@@ -165,7 +185,8 @@ impl LayerSpec {
         }
         tensors.vectors.extend(residual.ffn_norm);
         tensors.vectors.extend(residual.output_scale);
-        tensors
+        let connection = residual.connections.map(|c| c.ffn.tensors());
+        tensors.and(connection.unwrap_or_default())
     }
 }
 
@@ -175,6 +196,7 @@ impl ModelSpec {
     pub fn dense_groups(&self) -> Vec<DenseGroup> {
         let mut groups = Vec::new();
         let mut by_token: Vec<TensorId> = self.token_inputs.iter().map(|own| own.table).collect();
+        by_token.extend(self.ngrams.iter().map(|ngrams| ngrams.table));
         if !self.tied() {
             by_token.insert(0, self.embedding);
         }
@@ -195,24 +217,29 @@ impl ModelSpec {
                     tensors,
                 });
             };
-            add(
-                DenseKind::Attention,
-                Some(layer.mixer_norm),
-                layer.mixer_tensors(),
-            );
+            // The norm of a low-rank connection is among its tensors.
+            let connections = layer.residual.connections;
+            let norm =
+                |of: Option<Connection>, id| of.is_none_or(|c| c.has_block_norm()).then_some(id);
+            let mixer_norm = norm(connections.map(|c| c.mixer), layer.mixer_norm);
+            let ffn_norm = norm(connections.map(|c| c.ffn), layer.ffn_norm);
+            if layer.has_mixer() {
+                add(DenseKind::Attention, mixer_norm, layer.mixer_tensors());
+            }
             let end = layer.end_tensors();
             match &layer.ffn {
                 Ffn::Dense(ffn) => {
                     let tensors = ffn.tensors().and(end);
-                    add(DenseKind::DenseFfn, Some(layer.ffn_norm), tensors);
+                    add(DenseKind::DenseFfn, ffn_norm, tensors);
                 }
                 Ffn::Moe(moe) => {
                     let tensors = moe.router_tensors().and(end);
-                    add(DenseKind::Router, Some(layer.ffn_norm), tensors);
+                    add(DenseKind::Router, ffn_norm, tensors);
                     if let Some(shared) = &moe.shared {
                         add(DenseKind::SharedExpert, None, shared.tensors());
                     }
                 }
+                Ffn::None => {}
             }
             if let Some(rope) = layer.mixer.rope() {
                 shared_factors.extend(rope.freq_factors);
@@ -221,7 +248,11 @@ impl ModelSpec {
         }
         shared_factors.sort_unstable();
         shared_factors.dedup();
-        let mut head = vec![self.output_norm, self.output];
+        let end = self.streams.map(|streams| streams.end);
+        let has_norm = end.is_none_or(|end| end.has_output_norm());
+        let mut head: Vec<TensorId> = has_norm.then_some(self.output_norm).into_iter().collect();
+        head.push(self.output);
+        head.extend(end.into_iter().flat_map(|end| end.tensors().all()));
         head.extend(shared_factors);
         head.extend(self.head.bias);
         head.extend(self.token_inputs.iter().flat_map(|own| {
@@ -247,8 +278,10 @@ impl ModelSpec {
                 .iter()
                 .flat_map(|own| [own.table, own.proj.weight]),
         );
+        ids.extend(self.ngrams.iter().map(|ngrams| ngrams.table));
+        ids.extend(self.streams.iter().flat_map(|s| s.end.tensors().matrices));
         for layer in &self.layers {
-            ids.extend(layer.mixer.tensors().matrices);
+            ids.extend(layer.mixer_tensors().matrices);
             ids.extend(layer.end_tensors().matrices);
             match &layer.ffn {
                 Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
@@ -260,6 +293,7 @@ impl ModelSpec {
                             .flat_map(|shared| shared.tensors().matrices),
                     );
                 }
+                Ffn::None => {}
             }
         }
         ids

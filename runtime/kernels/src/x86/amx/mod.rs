@@ -79,11 +79,9 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
     let kernel: PanelFn = match ty {
         _ if tokens < MIN_TOKENS => return None,
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => return None,
-        TensorType::I8
-        | TensorType::I16
-        | TensorType::I32
-        | TensorType::I64
-        | TensorType::F64 => return None,
+        TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
+            return None;
+        }
         TensorType::Q4_0 => matmul_panel::<unpack::Q4_0>,
         TensorType::Q4_1 => matmul_panel::<unpack::Q4_1>,
         TensorType::Q5_0 => matmul_panel::<unpack::Q5_0>,
