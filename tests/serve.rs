@@ -193,6 +193,9 @@ fn pages_of_strangers_are_refused() {
             .status,
         204
     );
+    let own = format!("http://localhost:{}", server.port);
+    let host = format!("localhost:{}", server.port);
+    assert_eq!(with(&[("Origin", &own), ("Host", &host)]).status, 200);
     assert_eq!(
         server
             .ask("OPTIONS", "/v1/messages", &[("Origin", "null")], b"")
@@ -283,6 +286,51 @@ fn other_endpoints_tell_of_the_model() {
     assert_eq!(server.get("/v1/completions").status, 405);
     let past = server.post("/detokenize", &json!({"tokens": [4_000_000_000u32]}));
     assert_eq!(past.status, 400);
+}
+
+#[test]
+fn what_the_engine_does_can_be_watched() {
+    let server = Served::start(&["--parallel", "2"]);
+    let idle = server.get("/tier-plan/live").ok();
+    assert_eq!(
+        (&idle["steps"], &idle["queue"]["running"]),
+        (&json!(0), &json!(0))
+    );
+    let body = json!({"prompt": long(), "max_tokens": 2000, "temperature": 0, "stream": true, "ignore_eos": true});
+    let mut text = server.open("/v1/completions", &body);
+    text.read_until("data: ");
+    let mut scenes = server.open_with("/tier-plan/live", &[("Accept", "text/event-stream")]);
+    let (first, second) = (scenes.event(), scenes.event());
+    assert!(second["number"].as_u64().unwrap() > first["number"].as_u64().unwrap());
+    for scene in [&first, &second] {
+        assert!(scene["decode_tok_s"].as_f64().unwrap() > 0.0, "{scene}");
+        assert_eq!(scene["queue"]["running"], 1);
+        assert_eq!(scene["texts"][0]["state"], "generating");
+        let count = |name: &str| scene[name].as_u64().unwrap();
+        let n_tokens = count("decode_tokens") + count("prompt_tokens");
+        let layers = scene["layers"].as_array().unwrap();
+        assert!(!layers.is_empty());
+        let tiers = scene["tiers"].as_array().unwrap();
+        let n_of = |tier: &Value| tier["accesses"].as_u64().unwrap();
+        for layer in layers {
+            let n_expert = layer["n_expert"].as_u64().unwrap();
+            for expert in layer["experts"].as_array().unwrap() {
+                assert!(expert[0].as_u64().unwrap() < n_expert && expert[1].as_u64().unwrap() > 0);
+                assert!((expert[2].as_u64().unwrap() as usize) < tiers.len());
+            }
+            let n = |of: &Value| of[1].as_u64().unwrap();
+            let chosen: u64 = layer["experts"].as_array().unwrap().iter().map(n).sum();
+            assert_eq!(chosen, n_tokens * layer["n_used"].as_u64().unwrap());
+        }
+        let all: u64 = tiers.iter().map(n_of).sum();
+        let hits =
+            scene["expert_hits"].as_u64().unwrap() + scene["expert_misses"].as_u64().unwrap();
+        if count("prompt_tokens") == 0 {
+            assert_eq!(all, hits, "{scene}");
+        }
+        assert!(tiers[0]["used_bytes"].as_u64().unwrap() > 0);
+    }
+    drop(text);
 }
 
 #[test]

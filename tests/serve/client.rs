@@ -118,6 +118,11 @@ impl Served {
         String::from_utf8_lossy(&came).into_owned()
     }
 
+    /// Gets an answer that is read as it comes.
+    pub fn open_with(&self, path: &str, headers: &[(&str, &str)]) -> Stream {
+        Stream(BufReader::new(self.write("GET", path, headers, b"")))
+    }
+
     /// Asks for an answer that is read as it comes.
     pub fn open(&self, path: &str, body: &Value) -> Stream {
         Stream(BufReader::new(self.write(
@@ -143,6 +148,17 @@ impl Stream {
         while !line.contains(word) {
             line.clear();
             assert_ne!(self.0.read_line(&mut line).unwrap(), 0, "no {word:?}");
+        }
+    }
+
+    /// Reads the next event, and returns its data.
+    pub fn event(&mut self) -> Value {
+        loop {
+            let mut line = String::new();
+            assert_ne!(self.0.read_line(&mut line).unwrap(), 0, "no event");
+            if let Some(data) = line.strip_prefix("data: ") {
+                return serde_json::from_str(data).unwrap();
+            }
         }
     }
 

@@ -288,8 +288,8 @@ fn answer(
     let mut batcher = Batcher::new(&mut session.engine, tokenizer, options);
     let texts = batcher.max_texts();
     eprintln!("{}", speeds.why);
-    eprintln!("http://{address}: ready, up to {texts} texts at once");
-    let summary = server.work(&mut batcher).context("serving")?;
+    let on_ready = || eprintln!("http://{address}: ready, up to {texts} texts at once");
+    let summary = server.work(&mut batcher, on_ready).context("serving")?;
     eprintln!(
         "{} texts answered, {} left by their clients, {} failed",
         summary.answered, summary.abandoned, summary.failed

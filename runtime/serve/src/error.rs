@@ -70,6 +70,12 @@ impl ApiError {
         }
     }
 
+    /// Returns the error of a question that only the end of a step can answer.
+    pub fn slow_step() -> Self {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        Self::new(status, "step_takes_long", "a step takes long; try again")
+    }
+
     pub fn of(self, protocol: Protocol) -> Self {
         Self { protocol, ..self }
     }

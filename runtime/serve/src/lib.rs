@@ -19,6 +19,7 @@ mod ask;
 mod error;
 mod http;
 mod job;
+mod live;
 mod log;
 mod metrics;
 mod openai;

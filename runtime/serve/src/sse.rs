@@ -47,7 +47,14 @@ pub(crate) fn event(name: &str, value: &Value) -> String {
 pub(crate) fn response(answering: Answering, format: impl Format) -> Response {
     let (sender, receiver) = channel(MAX_WAITING);
     tokio::spawn(pump(answering, format, sender));
-    let mut response = Response::new(Body::new(Pieces(receiver)));
+    let mut response = stream(receiver);
+    crate::ask::mark_logged(&mut response);
+    response
+}
+
+/// Returns a response whose events come through a channel.
+pub(crate) fn stream(events: Receiver<Bytes>) -> Response {
+    let mut response = Response::new(Body::new(Pieces(events)));
     *response.status_mut() = StatusCode::OK;
     let headers = response.headers_mut();
     for (name, value) in [
@@ -58,7 +65,6 @@ pub(crate) fn response(answering: Answering, format: impl Format) -> Response {
     ] {
         headers.insert(name, HeaderValue::from_static(value));
     }
-    crate::ask::mark_logged(&mut response);
     response
 }
 

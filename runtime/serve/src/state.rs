@@ -1,6 +1,7 @@
 //! What connections and the engine's thread share.
 
 use crate::job::Command;
+use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::prompts::{Chats, Prompts};
 use crate::truth::Promise;
@@ -113,6 +114,7 @@ pub(crate) struct State {
     pub cancel: Cancel,
     pub should_stop: Box<dyn Fn() -> bool + Send + Sync>,
     pub metrics: Metrics,
+    pub live: Live,
     pub inbox: Sender<Command>,
     /// Places of texts, none before the model is ready.
     pub places: Arc<Semaphore>,
@@ -140,6 +142,7 @@ impl State {
             cancel: setup.cancel,
             should_stop: setup.should_stop,
             metrics: Metrics::new(),
+            live: Live::new(),
             inbox,
             places: Arc::new(Semaphore::new(0)),
             preparing: Semaphore::new(MAX_PREPARING),

@@ -13,6 +13,8 @@ pub(crate) struct Snapshot {
     slot_hits: u64,
     misses: u64,
     missed_bytes: u64,
+    /// Bytes that prompts read from the last tier.
+    prompt_bytes: u64,
     /// Bytes read while decoding, by tier.
     read_bytes: Vec<u64>,
 }
@@ -28,6 +30,7 @@ impl Snapshot {
             slot_hits: sum(|layer| layer.slot_hits),
             misses: sum(|layer| layer.misses),
             missed_bytes: sum(|layer| layer.missed_bytes),
+            prompt_bytes: counters.prompt_missed_bytes,
             read_bytes: counters.read_bytes.iter().copied().collect(),
         }
     }
@@ -42,6 +45,7 @@ impl Snapshot {
             slot_hits: self.slot_hits.saturating_sub(earlier.slot_hits),
             misses: self.misses.saturating_sub(earlier.misses),
             missed_bytes: self.missed_bytes.saturating_sub(earlier.missed_bytes),
+            prompt_bytes: self.prompt_bytes.saturating_sub(earlier.prompt_bytes),
             read_bytes: bytes
                 .map(|(tier, n)| n.saturating_sub(before(tier)))
                 .collect(),
@@ -54,6 +58,10 @@ impl Snapshot {
 
     pub fn misses(&self) -> u64 {
         self.misses
+    }
+
+    pub fn prompt_bytes(&self) -> u64 {
+        self.prompt_bytes
     }
 
     pub fn read_bytes(&self) -> &[u64] {

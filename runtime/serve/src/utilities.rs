@@ -84,30 +84,28 @@ pub(crate) async fn slots(Shared(state): Shared<Arc<State>>) -> Result<Response,
     let statuses = match tokio::time::timeout(STATUS_TIME, answer).await {
         Ok(Ok(statuses)) => statuses,
         Ok(Err(_)) => return Err(ApiError::stopping()),
-        Err(_) => {
-            let code = "step_takes_long";
-            let status = StatusCode::SERVICE_UNAVAILABLE;
-            return Err(ApiError::new(status, code, "a step takes long; try again"));
-        }
-    };
-    let slot = |status: &TextStatus| {
-        let (name, done) = match status.state {
-            TextState::Waiting => ("waiting", None),
-            TextState::InPrompt { done } => ("prompt", Some(done)),
-            TextState::Running => ("generating", None),
-            TextState::Preempted => ("preempted", None),
-        };
-        json!({
-            "id": status.id.0,
-            "is_processing": matches!(status.state, TextState::Running | TextState::InPrompt { .. }),
-            "state": name,
-            "n_prompt_tokens": status.n_prompt,
-            "n_prompt_done": done,
-            "n_decoded": status.n_new,
-        })
+        Err(_) => return Err(ApiError::slow_step()),
     };
     let list: Vec<Value> = statuses.iter().map(slot).collect();
     Ok(json_response(StatusCode::OK, &Value::from(list)))
+}
+
+/// Returns what a text is doing.
+pub(crate) fn slot(status: &TextStatus) -> Value {
+    let (name, done) = match status.state {
+        TextState::Waiting => ("waiting", None),
+        TextState::InPrompt { done } => ("prompt", Some(done)),
+        TextState::Running => ("generating", None),
+        TextState::Preempted => ("preempted", None),
+    };
+    json!({
+        "id": status.id.0,
+        "is_processing": matches!(status.state, TextState::Running | TextState::InPrompt { .. }),
+        "state": name,
+        "n_prompt_tokens": status.n_prompt,
+        "n_prompt_done": done,
+        "n_decoded": status.n_new,
+    })
 }
 
 /// Answers `/tokenize` as llama.cpp does.

@@ -1,12 +1,13 @@
 //! The thread that owns the engine: takes requests from the queue, and steps.
 
 use crate::job::{Command, Failure, Job, JobEvent, What};
+use crate::live::Recorder;
 use crate::state::State;
-use crate::truth::{Clock, Promise, Snapshot};
+use crate::truth::{Clock, Snapshot};
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
-use tier_plan_runtime::batcher::{Batcher, Event, TextOptions, TextStatus};
+use tier_plan_runtime::batcher::{Batcher, Event, Step, TextOptions, TextStatus};
 use tier_plan_runtime::schedule::{TextId, TextState};
 use tier_plan_runtime::{Engine, RunError};
 use tokio::sync::OwnedSemaphorePermit;
@@ -39,6 +40,7 @@ struct Text {
 struct Worker<'s> {
     state: &'s State,
     texts: HashMap<TextId, Text>,
+    recorder: Recorder,
     summary: Summary,
 }
 
@@ -47,10 +49,9 @@ pub(crate) fn work(state: &State, batcher: &mut Batcher<'_>, inbox: &Receiver<Co
     let mut worker = Worker {
         state,
         texts: HashMap::new(),
+        recorder: Recorder::default(),
         summary: Summary::default(),
     };
-    let promise = Promise::of(batcher.engine());
-    state.ready(batcher.max_texts(), batcher.pages().total, promise);
     loop {
         worker.receive(batcher, inbox);
         if state.is_stopping() && (batcher.is_empty() || state.cancel.is_requested()) {
@@ -60,6 +61,7 @@ pub(crate) fn work(state: &State, batcher: &mut Batcher<'_>, inbox: &Receiver<Co
         worker.step(batcher);
     }
     worker.fail_all(batcher, &Failure::Stopping);
+    state.live.end();
     // What came while the last step ended.
     while let Ok(command) = inbox.try_recv() {
         if let Command::Generate(job) = command {
@@ -149,20 +151,18 @@ impl Worker<'_> {
     /// Takes a step, and sends what came of it.
     fn step(&mut self, batcher: &mut Batcher<'_>) {
         let mut events = Vec::new();
-        let result = batcher.step(&mut |id, event| events.push((id, event)));
-        let now = Instant::now();
-        for (id, event) in events {
-            self.send(batcher.engine(), now, id, event);
+        let mut came = |id, event| events.push((id, Instant::now(), event));
+        let result = batcher.step(&mut came);
+        for (id, at, event) in events {
+            self.send(batcher.engine(), at, id, event);
         }
-        match result {
-            Ok(step) => {
-                self.state.metrics.step(&step);
-            }
-            Err(error) => {
-                let failure = Failure::Engine(error.to_string());
-                self.fail_running(batcher, &failure);
-            }
-        }
+        let step = result.unwrap_or_else(|error| {
+            let failure = Failure::Engine(error.to_string());
+            self.fail_running(batcher, &failure);
+            Step::default()
+        });
+        self.state.metrics.step(&step);
+        self.recorder.count(self.state, batcher, &step);
         let counters = Snapshot::of(batcher.engine().counters());
         let pages = batcher.pages();
         let (running, waiting) = (batcher.n_running(), batcher.n_waiting());

@@ -6,6 +6,10 @@ use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{HeaderMap, StatusCode, header};
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::time::Duration;
+
+/// Time for what is received of a body that is refused.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
 
 /// Receives a whole body.
 ///
@@ -26,6 +30,7 @@ pub(crate) async fn read(
     let said = headers.get(header::CONTENT_LENGTH);
     let said = said.and_then(|n| n.to_str().ok()?.parse::<u64>().ok());
     if said.is_some_and(|n| n > most as u64) {
+        drain(body, most).await;
         return Err(too_large(most));
     }
     let Ok(_turn) = state.reading.acquire().await else {
@@ -51,11 +56,29 @@ async fn collect(mut body: Body, most: usize) -> Result<Vec<u8>, ApiError> {
             continue;
         };
         if data.len() > most - bytes.len() {
+            drop(bytes);
+            drain(body, most).await;
             return Err(too_large(most));
         }
         bytes.extend_from_slice(&data);
     }
     Ok(bytes)
+}
+
+/// Receives some of what is refused and drops it: many clients read the answer only after they have
+/// sent all.
+async fn drain(mut body: Body, most: usize) {
+    let mut left = most;
+    let all = async {
+        while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+            let len = frame.into_data().map_or(0, |data| data.len());
+            match left.checked_sub(len) {
+                Some(rest) => left = rest,
+                None => return,
+            }
+        }
+    };
+    let _ = tokio::time::timeout(DRAIN_TIME, all).await;
 }
 
 fn too_large(most: usize) -> ApiError {

@@ -24,7 +24,7 @@ const ALLOWED_HEADERS: &str =
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta";
 
 /// Paths that are counted by themselves; others are strangers' words.
-const PATHS: [&str; 13] = [
+const PATHS: [&str; 14] = [
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/models",
@@ -37,8 +37,12 @@ const PATHS: [&str; 13] = [
     "/tokenize",
     "/detokenize",
     "/apply-template",
+    crate::live::PATH,
     "/",
 ];
+
+/// Paths that need no key.
+const OPEN_PATHS: [&str; 1] = ["/health"];
 
 /// Lets a request pass if it may, and writes its line.
 pub(crate) async fn guard(
@@ -58,7 +62,7 @@ pub(crate) async fn guard(
         Ok(()) if method == Method::OPTIONS => preflight(),
         Ok(()) => next.run(request).await,
     };
-    if let Some(origin) = origin.filter(|origin| is_known(&state, origin)) {
+    if let Some(origin) = origin.filter(|origin| is_told(&state, origin)) {
         let headers = response.headers_mut();
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         headers.insert(header::VARY, HeaderValue::from_static("Origin"));
@@ -104,7 +108,8 @@ fn check(state: &State, request: &Request) -> Result<(), ApiError> {
         ));
     }
     if let Some(origin) = headers.get(header::ORIGIN)
-        && !is_known(state, origin)
+        && !is_told(state, origin)
+        && !is_own(origin, host(request))
     {
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
@@ -112,7 +117,7 @@ fn check(state: &State, request: &Request) -> Result<(), ApiError> {
             "the Origin header names a page that may not use this server; --cors ORIGIN allows it",
         ));
     }
-    let is_open = request.uri().path() == "/health" || request.method() == Method::OPTIONS;
+    let is_open = OPEN_PATHS.contains(&request.uri().path()) || request.method() == Method::OPTIONS;
     match &security.api_key {
         Some(expected) if !is_open && !has_key(headers, expected) => Err(ApiError::new(
             StatusCode::UNAUTHORIZED,
@@ -155,8 +160,19 @@ fn is_port(port: Option<&str>) -> bool {
     port.is_some_and(|port| port.parse::<u16>().is_ok() && port.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// Whether pages of an origin may use the server.
-fn is_known(state: &State, origin: &HeaderValue) -> bool {
+/// Whether an origin is the server's own: a page of this server, by the name in `Host`.
+fn is_own(origin: &HeaderValue, host: Option<&str>) -> bool {
+    let origin = origin
+        .to_str()
+        .ok()
+        .and_then(|origin| origin.split_once("://"));
+    origin.is_some_and(|(scheme, name)| {
+        matches!(scheme, "http" | "https") && !name.is_empty() && host == Some(name)
+    })
+}
+
+/// Whether pages of an origin may use the server, since an option names it.
+fn is_told(state: &State, origin: &HeaderValue) -> bool {
     let known = &state.config.security.cors;
     known
         .iter()
@@ -208,6 +224,23 @@ mod tests {
             "127.0.0.1:80:80",
         ] {
             assert!(!is_this_machine(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn the_own_origin_is_the_name_in_host() {
+        let own = |origin: &'static str, host| is_own(&HeaderValue::from_static(origin), host);
+        assert!(own("http://localhost:8080", Some("localhost:8080")));
+        assert!(own("https://models.example", Some("models.example")));
+        for (origin, host) in [
+            ("http://localhost:8081", Some("localhost:8080")),
+            ("http://evil.example", Some("localhost:8080")),
+            ("null", Some("null")),
+            ("http://", Some("")),
+            ("file://localhost", Some("localhost")),
+            ("http://localhost", None),
+        ] {
+            assert!(!own(origin, host), "{origin} {host:?}");
         }
     }
 

@@ -7,8 +7,9 @@ mod key;
 use crate::error::ApiError;
 use crate::job::Command;
 use crate::state::{Setup, State};
+use crate::truth::Promise;
 use crate::work::{Summary, work};
-use crate::{anthropic, openai, utilities};
+use crate::{anthropic, live, openai, utilities};
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
@@ -84,11 +85,15 @@ impl Server {
     }
 
     /// Answers requests with a loaded model until a signal asks for an end. Texts at work have a
-    /// while to end then.
+    /// while to end then. Calls `on_ready` once requests are taken.
     ///
     /// # Errors
     /// When the listener fails.
-    pub fn work(self, batcher: &mut Batcher<'_>) -> io::Result<Summary> {
+    pub fn work(self, batcher: &mut Batcher<'_>, on_ready: impl FnOnce()) -> io::Result<Summary> {
+        let promise = Promise::of(batcher.engine());
+        self.state
+            .ready(batcher.max_texts(), batcher.pages().total, promise);
+        on_ready();
         let summary = work(&self.state, batcher, &self.inbox);
         drop(self.inbox);
         // Connections have their answers; they end when those are sent.
@@ -116,6 +121,7 @@ fn router(state: &Arc<State>) -> Router {
         .route("/tokenize", post(utilities::tokenize))
         .route("/detokenize", post(utilities::detokenize))
         .route("/apply-template", post(utilities::apply_template))
+        .merge(live::routes())
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(axum::middleware::from_fn_with_state(
