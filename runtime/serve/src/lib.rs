@@ -23,6 +23,7 @@ mod live;
 mod log;
 mod metrics;
 mod openai;
+mod page;
 pub mod prompts;
 pub mod request;
 mod sse;

@@ -1,0 +1,33 @@
+// Colors of tiers: cool for fast ones, warm for slow ones, the same in bars, map, and lists.
+
+const SHADES = {
+  1: ["blue"],
+  2: ["blue", "amber"],
+  3: ["blue", "green", "amber"],
+  4: ["violet", "blue", "green", "amber"],
+};
+const ALL = ["violet", "blue", "green", "amber", "rose"];
+
+function shade(tier, tiers) {
+  const shades = SHADES[tiers] ?? ALL;
+  return shades[tier] ?? ALL[tier % ALL.length];
+}
+
+/** Returns the class that colors what belongs to a tier. */
+export function tierClass(tier, tiers) {
+  return `tier-${shade(tier, tiers)}`;
+}
+
+const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+
+/** Returns a color of the style sheet as red, green, and blue. */
+export function rgb(variable) {
+  brush.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
+  brush.fillRect(0, 0, 1, 1);
+  return brush.getImageData(0, 0, 1, 1).data.slice(0, 3);
+}
+
+/** Returns the color of a tier as red, green, and blue. */
+export function tierRgb(tier, tiers) {
+  return rgb(`--${shade(tier, tiers)}`);
+}
