@@ -72,7 +72,7 @@ test("a chat is answered, with what it took, and the map of experts moves", asyn
   const page = await open(t, chats.url);
   await page.waitForSelector("#machine-state[data-state=live]");
   assert.equal(await page.innerText("#welcome-title"), "demo");
-  assert.match(await page.innerText("#welcome-lead"), /context of 1,024 tokens.*predicts [\d.]+ tokens\/s/s);
+  assert.match(await page.innerText("#welcome-lead"), /context of 1,024.tokens.*predicts [\d.]+.tokens\/s/s);
   await page.waitForSelector("#where-list li:nth-child(3)");
   assert.equal(await page.locator("#examples button").count(), 3);
   await page.waitForFunction(() => /192 experts; none/.test(document.querySelector(".heat-words").textContent));
@@ -242,6 +242,9 @@ test("a server that refuses or breaks off is told of, and asked again", async (t
   await answer(page).getByLabel("Another answer").click();
   await done(page);
   assert.equal(await answer(page).locator(".place").innerText(), "2/2");
+  const [sent] = await Promise.all([page.waitForRequest(/chat.completions$/), ask(page, "script")]);
+  assert.deepEqual(sent.postDataJSON().messages, [{ role: "user", content: "full\n\ncut\n\nscript" }]);
+  await done(page);
 });
 
 test("a key is asked for once per tab", async (t) => {

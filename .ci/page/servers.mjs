@@ -89,7 +89,7 @@ function refuse(response) {
   response.end(JSON.stringify({ error: { message: "the queue is full", code: "queue_full" } }));
 }
 
-/** Starts a server that is another one, but for chats whose last message is the name of a saying. */
+/** Starts a server that is another one, but for chats whose last line is the name of a saying. */
 export async function puppet(behind) {
   const target = new URL(behind);
   const server = http.createServer(async (request, response) => {
@@ -97,7 +97,7 @@ export async function puppet(behind) {
     for await (const part of request) parts.push(part);
     const body = Buffer.concat(parts);
     if (request.url === "/v1/chat/completions") {
-      const last = JSON.parse(body).messages.at(-1).content;
+      const last = JSON.parse(body).messages.at(-1).content.split("\n").at(-1);
       if (SAYINGS[last]) return say(response, SAYINGS[last]);
       if (last === "full") return refuse(response);
       if (last === "cut") return response.destroy();

@@ -44,12 +44,12 @@ export class SpeedChart {
   add(scene) {
     const now = performance.now() / 1000;
     this.#predicted = isNumber(scene.predicted_tok_s) ? scene.predicted_tok_s : null;
-    if (isNumber(scene.text_tok_s)) {
-      this.#recent.push({ at: now, speed: scene.text_tok_s, time: scene.window_s });
+    if (isNumber(scene.text_tok_s) && scene.text_tok_s > 0) {
+      const steps = isNumber(scene.decode_steps) ? Math.max(scene.decode_steps, 1) : 1;
+      this.#recent.push({ at: now, steps, time: steps / scene.text_tok_s });
       this.#recent = this.#recent.filter(({ at, time }) => now - at < Math.max(SMOOTH_S, time));
-      const time = this.#recent.reduce((sum, one) => sum + one.time, 0);
-      const steps = this.#recent.reduce((sum, one) => sum + one.speed * one.time, 0);
-      this.#points.push({ at: now, speed: steps / time });
+      const sum = (name) => this.#recent.reduce((all, one) => all + one[name], 0);
+      this.#points.push({ at: now, speed: sum("steps") / sum("time") });
     } else {
       this.#recent = [];
     }

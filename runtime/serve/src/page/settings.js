@@ -8,8 +8,8 @@ const FIELDS = [
   { name: "max_tokens", label: "Most tokens", help: "per answer", min: 1, step: 1 },
   { name: "top_p", label: "Top-p", help: "nucleus sampling", min: 0, max: 1, step: 0.01 },
   { name: "top_k", label: "Top-k", help: "0 keeps all", min: 0, step: 1 },
-  { name: "min_p", label: "Min-p", help: "share of the likeliest", min: 0, max: 1, step: 0.01 },
-  { name: "seed", label: "Seed", help: "the same seed, the same text", min: 0, step: 1 },
+  { name: "min_p", label: "Min-p", help: "share of the top token", min: 0, max: 1, step: 0.01 },
+  { name: "seed", label: "Seed", help: "repeats an answer", min: 0, step: 1 },
   { name: "repetition_penalty", label: "Repetition penalty", help: "1 is none", min: 0.01, step: 0.05 },
   { name: "presence_penalty", label: "Presence penalty", help: "0 is none", min: -2, max: 2, step: 0.1 },
   { name: "frequency_penalty", label: "Frequency penalty", help: "0 is none", min: -2, max: 2, step: 0.1 },
@@ -70,7 +70,7 @@ export class Settings {
   #field(input, label, help) {
     const hint = el("span", { class: "help", id: `${input.id}-help` }, help);
     input.setAttribute("aria-describedby", hint.id);
-    return el("div", { class: "field" }, el("label", { for: input.id }, label, " "), hint, input);
+    return el("div", { class: "field" }, el("label", { for: input.id }, label), hint, input);
   }
 
   open() {

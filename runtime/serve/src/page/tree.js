@@ -112,15 +112,17 @@ export function matches(conversation, search) {
   return words.every((word) => all.includes(word));
 }
 
-/** Returns the messages as a request has them. */
+/** Returns the messages as a request has them. Templates want authors to take turns: an answer that
+    never began is left out, and what the user wrote before and after it is one message. */
 export function request(conversation, messages) {
   const system = conversation.system.trim();
-  const first = system === "" ? [] : [{ role: "system", content: system }];
-  return first.concat(
-    messages.map((node) => {
-      const message = { role: node.role, content: node.content };
-      if (node.role === "assistant" && node.reasoning) message.reasoning_content = node.reasoning;
-      return message;
-    }),
-  );
+  const all = system === "" ? [] : [{ role: "system", content: system }];
+  for (const { role, content, reasoning } of messages) {
+    const last = all.at(-1);
+    if (role === "assistant" && content === "" && reasoning === "") continue;
+    if (role === "user" && last?.role === "user") last.content += `\n\n${content}`;
+    else if (role === "assistant" && reasoning) all.push({ role, content, reasoning_content: reasoning });
+    else all.push({ role, content });
+  }
+  return all;
 }

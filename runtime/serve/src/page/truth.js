@@ -80,5 +80,6 @@ export function truthLine({ status, truth }) {
   if (status === "stopped") parts.unshift(part("stopped", "The answer was stopped before its end"));
   if (FINISHES[finish]) parts.push(part(FINISHES[finish], `finish_reason: ${finish}`));
   const known = parts.filter((one) => one !== null && one !== undefined);
-  return known.length === 0 ? null : el("p", { class: "truth" }, known);
+  if (known.length === 0) return null;
+  return el("p", { class: "truth" }, known.flatMap((one, i) => (i === 0 ? [one] : [" · ", one])));
 }
