@@ -3,6 +3,7 @@
 
 mod bodies;
 mod client;
+mod page;
 mod streams;
 
 use crate::common::{demo_model, json, piped, run_in, send, tier_plan};

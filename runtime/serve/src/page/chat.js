@@ -8,6 +8,8 @@ import { ROOT, add, newConversation, path, pathTo, place, request, turn } from "
 /** Distance from the end at which the page follows an answer. */
 const NEAR_PX = 80;
 const SAVE_MS = 1000;
+/** Time between two looks of an answer: the model may compute on the same cores as the browser. */
+const PAINT_MS = 50;
 /** Tokens of a continuation where the user says nothing: the server's own default is 16. */
 const CONTINUATION_TOKENS = 256;
 
@@ -162,7 +164,7 @@ export class Chat {
     const { conversation } = this;
     const asked = this.#body(conversation, parent);
     const node = add(conversation, parent, { role: "assistant", status: "running" });
-    const run = { abort: new AbortController(), node, conversation, isDirty: true, frame: 0 };
+    const run = { abort: new AbortController(), node, conversation, isDirty: true, isPainting: false };
     this.#runs.set(conversation.id, run);
     this.show();
     this.#toEnd(true);
@@ -178,7 +180,6 @@ export class Chat {
       this.#failed(run, error);
     }
     clearInterval(saving);
-    cancelAnimationFrame(run.frame);
     this.#runs.delete(conversation.id);
     this.#views.get(node.id)?.update();
     if (this.conversation === conversation) this.#announcer.follow(node.content, true);
@@ -223,17 +224,19 @@ export class Chat {
     node.error = { message, retryAfter: isServers ? error.retryAfter : null };
   }
 
-  /** Shows what came at most once per frame. */
+  /** Shows what came, but not more often than an eye needs. */
   #paint(run) {
-    if (run.frame !== 0) return;
-    run.frame = requestAnimationFrame(() => {
-      run.frame = 0;
+    if (run.isPainting) return;
+    run.isPainting = true;
+    const show = () => {
+      run.isPainting = false;
       const view = this.#views.get(run.node.id);
       if (view === undefined || run.node.status !== "running") return;
       view.update();
       this.#announcer.follow(run.node.content, false);
       this.#follow();
-    });
+    };
+    setTimeout(() => requestAnimationFrame(show), PAINT_MS);
   }
 
   #saveRun(run) {

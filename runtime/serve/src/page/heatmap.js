@@ -12,6 +12,8 @@ const TOP_PX = 6;
 const BOTTOM_PX = 16;
 /** Time in which the last uses fade. */
 const FADE_MS = 700;
+/** Time between two looks of what fades: the model may compute on the same cores as the browser. */
+const FADE_STEP_MS = 100;
 /** Most cells that are drawn: a layer may claim any number of experts. */
 const MAX_CELLS = 1 << 20;
 
@@ -39,6 +41,8 @@ export class HeatMap {
   #small = document.createElement("canvas");
   #colors = null;
   #frame = 0;
+  #timer = 0;
+  #isStale = true;
 
   constructor(root) {
     this.canvas = el("canvas", { tabindex: "0", role: "img" });
@@ -162,17 +166,29 @@ export class HeatMap {
     this.draw();
   }
 
-  /** Draws with the next frame, and as long as something fades. */
+  /** Draws and describes what is counted. */
   draw() {
+    this.#isStale = true;
+    this.#paintSoon();
+  }
+
+  /** Draws with the next frame, and as long as something fades. */
+  #paintSoon() {
     if (this.#frame !== 0 || this.#layers.length === 0) return;
     this.#frame = requestAnimationFrame(() => {
       this.#frame = 0;
       const age = performance.now() - this.#last.at;
       this.#paint(isCalm.matches ? 0 : Math.max(1 - age / FADE_MS, 0));
-      this.#describe();
+      if (this.#isStale) this.#describe();
+      this.#isStale = false;
       if (this.#cell !== null) this.#showTip();
-      if (age < FADE_MS && !isCalm.matches) this.draw();
+      if (age < FADE_MS && !isCalm.matches) this.#fadeLater();
     });
+  }
+
+  #fadeLater() {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#paintSoon(), FADE_STEP_MS);
   }
 
   #palette() {
@@ -284,7 +300,7 @@ export class HeatMap {
     const isThere = cell !== null && cell.column >= 0 && cell.column < (this.#layers[cell.row]?.experts ?? 0);
     this.#cell = isThere ? cell : null;
     this.tip.hidden = !isThere;
-    this.draw();
+    this.#paintSoon();
   }
 
   #showTip() {
