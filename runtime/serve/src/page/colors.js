@@ -18,13 +18,14 @@ export function tierClass(tier, tiers) {
   return `tier-${shade(tier, tiers)}`;
 }
 
-const brush = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-
-/** Returns a color of the style sheet as red, green, and blue. */
+/** Returns a color of the style sheet, in the theme that is shown, as red, green, and blue. */
 export function rgb(variable) {
-  brush.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
-  brush.fillRect(0, 0, 1, 1);
-  return brush.getImageData(0, 0, 1, 1).data.slice(0, 3);
+  const probe = document.createElement("span");
+  probe.style.color = `var(${variable})`;
+  document.body.append(probe);
+  const color = getComputedStyle(probe).color;
+  probe.remove();
+  return color.match(/[\d.]+/g).slice(0, 3).map(Number);
 }
 
 /** Returns the color of a tier as red, green, and blue. */
