@@ -1,7 +1,9 @@
-//! Templates and lines of batches that fuzzing found, through what the fuzz targets check.
+//! Templates, lines of batches, and bodies of requests that fuzzing found, through what the fuzz targets check.
 
 #[path = "../runtime/fuzz/src/batch/mod.rs"]
 mod batch;
+#[path = "../runtime/fuzz/src/serve/mod.rs"]
+mod serve;
 #[path = "../runtime/fuzz/src/template/mod.rs"]
 mod template;
 
@@ -13,4 +15,9 @@ fn templates_of_the_fuzz_target_are_rendered_or_refused() {
 #[test]
 fn lines_of_the_fuzz_target_are_requests_or_refused() {
     tier_plan_testing::replay("batch", batch::check);
+}
+
+#[test]
+fn bodies_of_the_fuzz_target_are_requests_or_refused() {
+    tier_plan_testing::replay("serve", serve::check);
 }

@@ -35,6 +35,8 @@ mod readers;
 mod resume;
 mod selftest;
 #[cfg(unix)]
+mod serve;
+#[cfg(unix)]
 mod signals;
 mod slot_policies;
 mod soak;

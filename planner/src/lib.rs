@@ -28,7 +28,6 @@ pub mod opening;
 pub mod parallel;
 pub mod perplexity;
 pub mod prepared;
-pub mod printable;
 pub mod probe;
 pub mod profile;
 pub mod progress;
@@ -43,3 +42,5 @@ pub mod text;
 pub mod trial;
 pub mod verify;
 pub mod whatif;
+
+pub use tier_plan_runtime::printable;

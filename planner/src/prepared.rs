@@ -11,7 +11,6 @@ use crate::{context, progress, verify};
 use anyhow::{Context, Result, anyhow, bail};
 use std::path::Path;
 use std::sync::Arc;
-use tier_plan_runtime::LoadOptions;
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{Placement, PlanTier};
 use tier_plan_runtime::gguf::Gguf;
@@ -22,6 +21,7 @@ use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
 use tier_plan_runtime::units::show_bytes;
+use tier_plan_runtime::{Cancel, LoadOptions};
 
 /// Context in tokens without a plan, where the model would allow more.
 const DEFAULT_CONTEXT: u32 = 4096;
@@ -42,6 +42,8 @@ pub struct Prepared<'a> {
     options: LoadOptions,
     start: Start,
     note: Option<String>,
+    /// Told of the bytes that are loaded, and all of them.
+    watch: Option<Box<dyn Fn(u64, u64)>>,
 }
 
 impl<'a> Prepared<'a> {
@@ -80,7 +82,20 @@ impl<'a> Prepared<'a> {
             },
             start,
             note,
+            watch: None,
         })
+    }
+
+    /// Has `watch` told of the bytes that are loaded, and all of them.
+    pub fn watched(mut self, watch: impl Fn(u64, u64) + 'static) -> Self {
+        self.watch = Some(Box::new(watch));
+        self
+    }
+
+    /// Has `cancel` end the engine's work instead of a signal.
+    pub fn canceled_by(mut self, cancel: Cancel) -> Self {
+        self.options.cancel = cancel;
+        self
     }
 
     /// Returns the open file.
@@ -144,10 +159,11 @@ impl<'a> Prepared<'a> {
     /// # Errors
     /// When a file cannot be read, or the model does not fit.
     pub fn load(mut self) -> Result<Session> {
+        let watch = self.watch.as_deref();
         if self.copies {
-            copy_to_memory(&mut self.gguf, self.options.threads)?;
+            copy_to_memory(&mut self.gguf, self.options.threads, watch)?;
         }
-        let loaded = Session::load_with(Arc::new(self.gguf), &self.plan, &self.options);
+        let loaded = Session::load_with(Arc::new(self.gguf), &self.plan, &self.options, watch);
         let mut session = loaded.map_err(|e| naming(self.model, e))?;
         if let Some(context) = self.context {
             session.engine.limit_context(context);
@@ -227,12 +243,17 @@ pub(crate) fn check_memory(plan: &Placement) -> Result<()> {
 ///
 /// # Errors
 /// When the file can't be read: looking at the mapped bytes would end the process.
-fn copy_to_memory(gguf: &mut Gguf, threads: Option<usize>) -> Result<()> {
+fn copy_to_memory(
+    gguf: &mut Gguf,
+    threads: Option<usize>,
+    watch: Option<&dyn Fn(u64, u64)>,
+) -> Result<()> {
     let bar = progress::bytes("reading the model");
     let threads = threads.unwrap_or_else(physical_cores);
     let copied = gguf.copy_to_memory(threads, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
+        watch.inspect(|watch| watch(done, total));
     });
     bar.finish_and_clear();
     match copied {

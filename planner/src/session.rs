@@ -54,6 +54,7 @@ impl Session {
                 cancel: crate::interrupt::request(),
                 ..LoadOptions::default()
             },
+            None,
         )
     }
 
@@ -61,12 +62,14 @@ impl Session {
         gguf: Arc<Gguf>,
         plan: &Placement,
         options: &LoadOptions,
+        watch: Option<&dyn Fn(u64, u64)>,
     ) -> Result<Self> {
         let started = Instant::now();
         let bar = progress::bytes("loading");
         let engine = Engine::load(Arc::clone(&gguf), plan, options, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);
+            watch.inspect(|watch| watch(done, total));
         })?;
         bar.finish_and_clear();
         Ok(Self {

@@ -41,9 +41,10 @@
 //! [`engine`] has the pass; [`experts`] the store of routed experts with its slot cache; [`tiers`]
 //! memory, files and the pacing of emulated tiers; [`gpu`] the parts of a model on GPUs;
 //! [`tokenizer`] and [`sampler`] the way from text to tokens and back; [`schedule`] decides which of
-//! many texts a pass computes. `docs/ARCHITECTURE.md` shows how they fit together.
+//! many texts a pass computes, and [`batcher`] generates them. `docs/ARCHITECTURE.md` shows how they fit together.
 #![deny(unsafe_code)]
 
+pub mod batcher;
 pub mod cancel;
 pub mod engine;
 pub mod error;
@@ -57,6 +58,7 @@ pub mod options;
 #[allow(unsafe_code)]
 pub mod os;
 pub mod plans;
+pub mod printable;
 pub mod sampler;
 pub mod schedule;
 // Maps memory, binds it to NUMA nodes, and reads files with direct I/O.

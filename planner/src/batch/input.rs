@@ -1,7 +1,6 @@
 //! A file of requests: where its lines are, and in which order they are answered.
 
-use super::request::{BadLine, Code, Endpoint, Prompt, Request};
-use super::{MAX_LINE_BYTES, MAX_LINES};
+use super::{BadLine, Code, Endpoint, MAX_LINE_BYTES, MAX_LINES, Prompt, Request};
 use crate::hint::HintExt;
 use crate::printable::printable;
 use crate::text::wide_encoding;

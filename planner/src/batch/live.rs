@@ -1,9 +1,7 @@
 //! An answer while it is generated.
 
-use super::answer::{Choice, Finish, TokenText};
-use super::request::{Endpoint, Request};
+use super::{Choice, Endpoint, Finish, Request, TokenText};
 use crate::chat::thought::Answer;
-use std::hash::{DefaultHasher, Hasher};
 use tier_plan_runtime::engine::SequenceId;
 use tier_plan_runtime::engine::draft::Acceptance;
 use tier_plan_runtime::sampler::{Sampler, SamplerConfig, StopStrings, log_probabilities};
@@ -59,7 +57,7 @@ impl<'a> Live<'a> {
             defaults,
         } = beginning;
         let config = SamplerConfig {
-            seed: seed(request, defaults.seed).wrapping_add(index as u64),
+            seed: request.seed(defaults.seed).wrapping_add(index as u64),
             ..request.sampling.over(defaults)
         };
         Self {
@@ -147,15 +145,4 @@ impl<'a> Live<'a> {
             tokens: self.token_texts,
         }
     }
-}
-
-/// Returns the seed of a request. One that names none has one that depends on its name, so that
-/// equal prompts have different answers, and a repeated run has the same.
-fn seed(request: &Request, default: u64) -> u64 {
-    request.sampling.seed.unwrap_or_else(|| {
-        let mut hasher = DefaultHasher::new();
-        hasher.write_u64(default);
-        hasher.write(request.custom_id.as_bytes());
-        hasher.finish()
-    })
 }

@@ -4,25 +4,21 @@ mod drafts;
 mod offers;
 mod step;
 
-use super::answer::{Answered, Choice, Finish, refusal};
+use super::answer::{line, number, refusal};
 use super::input::{Input, Line};
 use super::live::{Beginning, Live};
 use super::output::Output;
-use super::prompts::{Encoded, Prompts};
-use super::request::{BadLine, Code, Request};
-use crate::interrupt::interrupted;
+use super::{Answered, BadLine, Choice, Code, Encoded, Finish, Prompts, Request, Unencoded};
+use crate::interrupt::{Interrupted, interrupted};
 use anyhow::{Result, bail};
 use offers::Sharer;
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tier_plan_runtime::engine::SequenceId;
+use tier_plan_runtime::batcher::texts_at_once;
 use tier_plan_runtime::engine::draft::MAX_DRAFT;
-use tier_plan_runtime::model::kv;
 use tier_plan_runtime::sampler::SamplerConfig;
-use tier_plan_runtime::schedule::{self, Limits, PAGE, Pages, Scheduler, StepCost, TextId};
+use tier_plan_runtime::schedule::{self, Limits, Pages, Scheduler, StepCost, TextId};
 use tier_plan_runtime::{Engine, RunError};
-
-const _: () = assert!(PAGE == kv::PAGE as usize);
 
 /// Longest step unless one is asked for. A batch is after throughput, so no step is cut short for the
 /// sake of one text.
@@ -238,9 +234,10 @@ impl<'a> Batch<'a> {
             custom_id: Some(request.custom_id.clone()),
             ..bad
         };
-        let encoded = match self.prompts.encode(&request)? {
+        let encoded = match self.prompts.encode(&request) {
             Ok(encoded) => encoded,
-            Err(bad) => return Ok(Err(named(bad))),
+            Err(Unencoded::Bad(bad)) => return Ok(Err(named(bad))),
+            Err(Unencoded::Interrupted) => return Err(Interrupted.into()),
         };
         let pages = self.pages();
         let first = TextId(self.next_id);
@@ -344,32 +341,17 @@ impl<'a> Batch<'a> {
     fn write(&mut self, job: Job) -> Result<()> {
         let choices: Vec<Choice> = job.choices.into_iter().flatten().collect();
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        let line = Answered {
+        let answered = Answered {
             request: &job.request,
             model: self.options.model,
             created: since.map_or(0, |since| since.as_secs()),
             prompt_tokens: job.encoded.tokens.len(),
             choices: &choices,
             piece: &|token| self.prompts.tokenizer.token_bytes(token),
-        }
-        .line();
-        self.output.append(job.line, &line)?;
+            id: &number(&job.request.custom_id),
+        };
+        self.output.append(job.line, &line(&answered))?;
         self.summary.answered += 1;
         Ok(())
     }
-}
-
-/// Returns how many texts the engine takes at once, up to `most`.
-fn texts_at_once(engine: &mut Engine, most: usize) -> usize {
-    let plan = engine.plan();
-    // Where one text has all pages, the last may be smaller than the others.
-    if plan.sequences == 1 && !plan.context.is_multiple_of(kv::PAGE) {
-        return 1;
-    }
-    // Recurrent states and the caches of GPUs are for as many texts as planned.
-    let texts: Vec<SequenceId> = (0..most)
-        .map_while(|_| engine.add_sequence().ok())
-        .collect();
-    texts.iter().for_each(|id| engine.remove_sequence(*id));
-    texts.len().max(1)
 }

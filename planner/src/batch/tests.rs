@@ -2,10 +2,10 @@ mod drafts;
 mod files;
 
 use super::*;
-use crate::chat::message::{Message, Role};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tier_plan_runtime::sampler::{LogitBias, SamplerConfig};
+use tier_plan_serve::request::{Message, Role};
 
 /// A request for a completion with these fields in its body.
 fn completion(body: Value) -> Result<Request, BadLine> {

@@ -12,6 +12,7 @@ mod dialect_tests;
 pub mod jinja;
 mod marks;
 pub mod message;
+mod serving;
 pub mod spoken;
 pub mod template;
 #[cfg(test)]
@@ -24,6 +25,7 @@ use crate::text::decode;
 use anyhow::{Context, Result, ensure};
 use dialect::{Dialect, Rendered};
 use message::{Message, Role};
+pub use serving::SharedDialect;
 use spoken::Spoken;
 use std::io::{BufRead, Read, Write};
 use std::sync::Arc;

@@ -4,7 +4,7 @@ mod speeds;
 
 pub use speeds::Parallel;
 
-use crate::batch::{Batch, Input, Options, Output, Prompts, Summary};
+use crate::batch::{Batch, Chats, Input, Options, Output, Prompts, Summary};
 use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
 use crate::cmd::args::sampling;
@@ -20,7 +20,7 @@ use crate::{progress, text};
 use anyhow::{Result, bail};
 use clap::Args;
 use indicatif::ProgressBar;
-use speeds::Speeds;
+pub(in crate::cmd) use speeds::{Asked, Speeds};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use tier_plan_runtime::formats::safely;
@@ -192,10 +192,11 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     };
     let prompts = Prompts {
         tokenizer: &tokenizer,
-        template,
+        template: template.as_ref().map(|template| template as &dyn Chats),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
         max_tokens: args.n_predict.map(TokenLimit::count),
+        path: "body.",
     };
     // Not before the model's header is read, so that a mistake leaves no file behind.
     let mut output = Output::open(&args.output, &input)?;
@@ -245,7 +246,12 @@ fn answer(
     (sampling, routing): (SamplerConfig, &Routing),
 ) -> Result<(Summary, usize)> {
     let _catching = crate::interrupt::catch_interrupts();
-    let speeds = Speeds::choose(args, session, routing);
+    let asked = Asked {
+        parallel: args.parallel,
+        max_step: args.max_step_ms,
+        has_plan: args.memory.plan.is_some(),
+    };
+    let speeds = Speeds::choose(asked, session, routing);
     let progress = Progress::default();
     let options = Options {
         model: &model_name(args.files()?.0),
@@ -279,7 +285,7 @@ fn answer(
 }
 
 /// Compiles the template given, or the model's.
-fn template(
+pub(super) fn template(
     prepared: &Prepared<'_>,
     tokenizer: &Tokenizer,
     given: Option<String>,
@@ -305,7 +311,7 @@ fn template(
 }
 
 /// Returns the name of a model file without its ending.
-fn model_name(model: &Path) -> String {
+pub(super) fn model_name(model: &Path) -> String {
     let name = model.file_stem().unwrap_or(model.as_os_str());
     name.to_string_lossy().into_owned()
 }

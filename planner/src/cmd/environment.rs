@@ -26,6 +26,7 @@ const PER_COMMAND: &[(&str, &str)] = &[
     ("profile", "seed"),
     ("profile", "temperature"),
     ("selftest", "*"),
+    ("serve", "parallel"),
 ];
 
 /// Returns the environment variable of an option of a command.

@@ -20,6 +20,7 @@ pub mod probe;
 pub mod profile;
 pub mod run;
 pub mod selftest;
+pub mod serve;
 pub mod solve;
 #[cfg(test)]
 mod tests;
@@ -83,6 +84,7 @@ pub enum Command {
     WhatIf(what_if::WhatIfArgs),
     Run(run::RunArgs),
     Batch(batch::BatchArgs),
+    Serve(serve::ServeArgs),
     Compare(compare::CompareArgs),
     Bench(bench::BenchArgs),
     Checksum(checksum::ChecksumArgs),
@@ -139,6 +141,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Compare(args) => compare::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Batch(args) => batch::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Checksum(args) => checksum::run(&args),

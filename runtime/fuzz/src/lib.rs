@@ -5,4 +5,5 @@
 
 pub mod batch;
 pub mod library;
+pub mod serve;
 pub mod template;

@@ -21,13 +21,15 @@ pub struct Passed {
 /// assert_eq!(stops.push("One.\n").text, "One.");
 /// let end = stops.push("\nTwo.");
 /// assert!(end.stopped && end.text.is_empty());
+/// assert_eq!(stops.found(), Some("\n\n"));
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct StopStrings {
     matchers: Vec<Matcher>,
     /// Text of which the end may become a stop string.
     held: String,
-    stopped: bool,
+    /// The stop string that has come.
+    found: Option<String>,
 }
 
 impl StopStrings {
@@ -37,22 +39,22 @@ impl StopStrings {
         Self {
             matchers: stops.map(Matcher::new).collect(),
             held: String::new(),
-            stopped: false,
+            found: None,
         }
     }
 
     /// Takes the next piece of the text, and returns what can't be part of a stop string any more.
     /// After a stop string, everything is ignored.
     pub fn push(&mut self, piece: &str) -> Passed {
-        if self.stopped {
+        if self.is_stopped() {
             return self.passed(0);
         }
         for (i, byte) in piece.bytes().enumerate() {
             let complete = self.matchers.iter_mut().filter_map(|m| m.advance(byte));
             if let Some(len) = complete.max() {
-                self.stopped = true;
                 self.held.push_str(&piece[..=i]);
                 let end = self.held.len() - len;
+                self.found = Some(self.held[end..].to_string());
                 let passed = self.passed(end);
                 self.held.clear();
                 return passed;
@@ -71,13 +73,18 @@ impl StopStrings {
 
     /// Whether a stop string has come.
     pub fn is_stopped(&self) -> bool {
-        self.stopped
+        self.found.is_some()
+    }
+
+    /// Returns the stop string that has come.
+    pub fn found(&self) -> Option<&str> {
+        self.found.as_deref()
     }
 
     fn passed(&mut self, end: usize) -> Passed {
         Passed {
             text: self.held.drain(..end).collect(),
-            stopped: self.stopped,
+            stopped: self.found.is_some(),
         }
     }
 }

@@ -66,6 +66,7 @@ fn answers(gguf: &Arc<Gguf>, max_drafts: usize) -> (Vec<Value>, Summary) {
         n_vocab: engine.spec().n_vocab,
         context: 256,
         max_tokens: None,
+        path: "body.",
     };
     let options = Options {
         model: "m",

@@ -107,15 +107,15 @@ fn answer(request: &Request) -> Value {
         n_tokens: 1,
         tokens: None,
     };
-    Answered {
+    crate::batch::line(&Answered {
         request,
         model: "m",
         created: 7,
         prompt_tokens: 3,
         choices: &[choice],
         piece: &|_| Vec::new(),
-    }
-    .line()
+        id: "7",
+    })
 }
 
 #[test]
@@ -229,16 +229,16 @@ fn log_probabilities_are_listed_per_token() {
     };
     let pieces = ["é".as_bytes().to_vec(), vec![0xff]];
     let body = |request: Request| {
-        Answered {
+        let answered = Answered {
             request: &request,
             model: "m",
             created: 7,
             prompt_tokens: 3,
             choices: std::slice::from_ref(&choice),
             piece: &|token| pieces[token as usize].clone(),
-        }
-        .line()["response"]["body"]["choices"][0]
-            .clone()
+            id: "7",
+        };
+        crate::batch::line(&answered)["response"]["body"]["choices"][0].clone()
     };
     let old = body(completion(json!({})).unwrap());
     let expected = json!({

@@ -1,6 +1,5 @@
 //! How many texts go together, and how long their steps may last.
 
-use super::BatchArgs;
 use crate::cmd::args::MaxStep;
 use crate::cost::middle;
 use crate::opening::Texts;
@@ -40,7 +39,7 @@ impl FromStr for Parallel {
 
 impl Parallel {
     /// Returns what a plan is made for.
-    pub(super) fn texts(self) -> Texts {
+    pub(in crate::cmd) fn texts(self) -> Texts {
         match self {
             Parallel::Auto => Texts::Auto,
             Parallel::Count(n) => Texts::Count(n),
@@ -58,36 +57,45 @@ impl Parallel {
     }
 }
 
-/// What is chosen by predicted speeds.
-pub(super) struct Speeds {
+/// What was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::cmd) struct Asked {
     /// Texts at once.
-    pub(super) texts: u32,
-    /// A sentence on them.
-    pub(super) why: String,
+    pub parallel: Parallel,
     /// Longest step, if one matters.
-    pub(super) max_step: Option<Duration>,
+    pub max_step: Option<MaxStep>,
+    /// Whether a plan was given.
+    pub has_plan: bool,
+}
+
+/// What is chosen by predicted speeds.
+pub(in crate::cmd) struct Speeds {
+    /// Texts at once.
+    pub texts: u32,
+    /// A sentence on them.
+    pub why: String,
+    /// Longest step, if one matters.
+    pub max_step: Option<Duration>,
     /// The first estimate of the time of steps.
-    pub(super) cost: Option<StepCost>,
+    pub cost: Option<StepCost>,
 }
 
 impl Speeds {
     /// Chooses by the plan of the engine.
-    pub(super) fn choose(args: &BatchArgs, session: &Session, routing: &Routing) -> Self {
+    pub fn choose(asked: Asked, session: &Session, routing: &Routing) -> Self {
         let (plan, shape) = (session.engine.plan(), session.engine.shape());
         let predictor = routing.predictor(plan, shape, middle(plan.context));
         let predictor = predictor.as_ref();
-        let room = args
-            .parallel
-            .most(plan.sequences, args.memory.plan.is_some());
-        let asked = args.max_step_ms.and_then(MaxStep::asked);
-        let parallel::Chosen { texts, mut why } = match args.parallel {
-            Parallel::Auto => parallel::choose(predictor, room, asked),
+        let room = asked.parallel.most(plan.sequences, asked.has_plan);
+        let longest = asked.max_step.and_then(MaxStep::asked);
+        let parallel::Chosen { texts, mut why } = match asked.parallel {
+            Parallel::Auto => parallel::choose(predictor, room, longest),
             Parallel::Count(texts) => parallel::Chosen {
                 texts,
                 why: format!("up to {texts} texts at once, as asked for"),
             },
         };
-        let max_step = args.max_step_ms.map(|step| step.time(predictor, texts));
+        let max_step = asked.max_step.map(|step| step.time(predictor, texts));
         if let Some(longest) = max_step {
             let ms = longest.as_millis();
             why = format!("{why}; a step that reads prompts beside them takes up to {ms} ms");

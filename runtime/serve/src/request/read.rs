@@ -1,14 +1,14 @@
-//! One line of a batch file as a checked request.
+//! Fields of a body.
 
 use super::fields::{Fields, bad, shown, whole};
-use super::{MAX_ID_BYTES, unsupported, value};
-use crate::chat::message::{Message, Role};
-use crate::printable::one_line;
-use serde_json::{Map, Value};
+use super::{
+    BadLine, Code, Endpoint, Message, Prompt, Request, Role, Sampling, Stream, unsupported,
+};
+use serde_json::Value;
 use tier_plan_runtime::sampler::{LogitBias, SamplerConfig};
 
 /// Most tokens that a request may ask for, more than any context.
-const MAX_TOKENS: usize = 1 << 24;
+pub(crate) const MAX_TOKENS: usize = 1 << 24;
 
 /// Most answers per request.
 const MAX_CHOICES: usize = 128;
@@ -23,196 +23,12 @@ const MAX_STOP_BYTES: usize = 1024;
 /// Most tokens with a bias.
 const MAX_BIASES: usize = 1024;
 
-/// Why a line has no answer, in words that programs can compare.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Code {
-    /// The line is no JSON object.
-    InvalidJson,
-    /// A field is missing, of the wrong type, or outside its range.
-    InvalidRequest,
-    /// A field asks for something that is not implemented.
-    Unsupported,
-    /// The prompt with the tokens asked for does not fit the context.
-    ContextLengthExceeded,
-    /// The request is right, and yet it failed while it was computed.
-    ServerError,
-}
-
-impl Code {
-    /// Returns the code as files have it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Code::InvalidJson => "invalid_json",
-            Code::InvalidRequest => "invalid_request",
-            Code::Unsupported => "unsupported",
-            Code::ContextLengthExceeded => "context_length_exceeded",
-            Code::ServerError => "server_error",
-        }
-    }
-}
-
-/// Why a line can't be answered.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BadLine {
-    /// The name of the request, if that much could be read.
-    pub custom_id: Option<String>,
-    /// The kind of fault.
-    pub code: Code,
-    /// What is wrong, and what is expected; one line.
-    pub message: String,
-}
-
-impl BadLine {
-    /// Creates an error, whose text may quote a stranger's.
-    pub fn new(code: Code, message: impl AsRef<str>) -> Self {
-        Self {
-            custom_id: None,
-            code,
-            message: one_line(message.as_ref()).into_owned(),
-        }
-    }
-}
-
-/// The place that a request is sent to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Endpoint {
-    /// `/v1/chat/completions`
-    Chat,
-    /// `/v1/completions`
-    Completions,
-}
-
-/// What is to be continued.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Prompt {
-    /// A conversation, for the model's chat template.
-    Messages(Vec<Message>),
-    /// A text.
-    Text(String),
-    /// Tokens.
-    Tokens(Vec<u32>),
-}
-
-/// Options of sampling that a request gives; absent ones are the command's.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Sampling {
-    /// See [`SamplerConfig`], here and below.
-    pub temperature: Option<f32>,
-    /// 0 keeps all.
-    pub top_k: Option<usize>,
-    /// Nucleus sampling.
-    pub top_p: Option<f32>,
-    /// Share of the highest probability.
-    pub min_p: Option<f32>,
-    /// Applies to the whole text.
-    pub repetition_penalty: Option<f32>,
-    /// Applies to generated tokens.
-    pub presence_penalty: Option<f32>,
-    /// Applies to generated tokens.
-    pub frequency_penalty: Option<f32>,
-    /// Sorted by token.
-    pub logit_bias: Vec<LogitBias>,
-    /// Seed of the random numbers.
-    pub seed: Option<u64>,
-}
-
-impl Sampling {
-    /// Returns the options with those of the command for absent ones.
-    pub fn over(&self, defaults: &SamplerConfig) -> SamplerConfig {
-        let (repeat_penalty, repeat_last_n) = match self.repetition_penalty {
-            Some(penalty) => (penalty, usize::MAX),
-            None => (defaults.repeat_penalty, defaults.repeat_last_n),
-        };
-        SamplerConfig {
-            temperature: self.temperature.unwrap_or(defaults.temperature),
-            top_k: self.top_k.unwrap_or(defaults.top_k),
-            top_p: self.top_p.unwrap_or(defaults.top_p),
-            min_p: self.min_p.unwrap_or(defaults.min_p),
-            repeat_penalty,
-            repeat_last_n,
-            presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
-            frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
-            logit_bias: match self.logit_bias.as_slice() {
-                [] => defaults.logit_bias.clone(),
-                own => own.to_vec(),
-            },
-            seed: self.seed.unwrap_or(defaults.seed),
-        }
-    }
-}
-
-/// A checked request.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Request {
-    /// Name of the request.
-    pub custom_id: String,
-    /// Where it is sent.
-    pub endpoint: Endpoint,
-    /// Name of the model, as the request has it.
-    pub model: Option<String>,
-    /// What is to be continued.
-    pub prompt: Prompt,
-    /// Most tokens to generate per answer, at least 1.
-    pub max_tokens: Option<usize>,
-    /// How tokens are drawn.
-    pub sampling: Sampling,
-    /// Texts that end an answer.
-    pub stop: Vec<String>,
-    /// Number of answers, at least 1.
-    pub n: usize,
-    /// Number of the most likely tokens whose log-probabilities are wanted beside the token's own.
-    pub logprobs: Option<usize>,
-    /// Whether to continue past end-of-text tokens.
-    pub ignore_eos: bool,
-}
-
-impl Request {
-    /// Parses a line of a batch file, without its line end.
-    ///
-    /// # Errors
-    /// When it is no request, or one that can't be answered by any model.
-    pub fn parse(line: &[u8]) -> Result<Self, BadLine> {
-        let value = value::parse(line)
-            .map_err(|e| BadLine::new(Code::InvalidJson, format!("{e}, expected a JSON object")))?;
-        let Value::Object(object) = &value else {
-            let found = shown(&value);
-            let message = format!("{found}, expected a JSON object with a custom_id and a body");
-            return Err(BadLine::new(Code::InvalidJson, message));
-        };
-        let custom_id = custom_id(Fields::new(object, ""))?;
-        parse_named(&custom_id, object).map_err(|bad| BadLine {
-            custom_id: Some(custom_id),
-            ..bad
-        })
-    }
-}
-
-fn custom_id(line: Fields<'_>) -> Result<String, BadLine> {
-    let id = line.text("custom_id")?;
-    let fits = |id: &&str| (1..=MAX_ID_BYTES).contains(&id.len());
-    id.filter(fits).map(str::to_string).ok_or_else(|| {
-        let expected = format!("a string of 1 to {MAX_ID_BYTES} bytes that no other line has");
-        line.bad("custom_id", &expected)
-    })
-}
-
-fn parse_named(custom_id: &str, object: &Map<String, Value>) -> Result<Request, BadLine> {
-    let line = Fields::new(object, "");
-    if !line
-        .text("method")?
-        .is_none_or(|m| m.eq_ignore_ascii_case("POST"))
-    {
-        return Err(line.bad("method", "\"POST\""));
-    }
-    let endpoint = match line.text("url")? {
-        Some("/v1/chat/completions") => Endpoint::Chat,
-        Some("/v1/completions") => Endpoint::Completions,
-        _ => return Err(line.bad("url", "\"/v1/chat/completions\" or \"/v1/completions\"")),
-    };
-    let Some(Value::Object(body)) = line.get("body") else {
-        return Err(line.bad("body", "an object"));
-    };
-    let body = Fields::new(body, "body");
+/// Checks the fields of a body.
+pub(super) fn checked(
+    custom_id: &str,
+    endpoint: Endpoint,
+    body: Fields<'_>,
+) -> Result<Request, BadLine> {
     unsupported::check(body)?;
     let prompt = match endpoint {
         Endpoint::Chat => Prompt::Messages(messages(body)?),
@@ -229,6 +45,22 @@ fn parse_named(custom_id: &str, object: &Map<String, Value>) -> Result<Request, 
         n: body.count("n", 1..=MAX_CHOICES)?.unwrap_or(1),
         logprobs: logprobs(body, endpoint)?,
         ignore_eos: body.flag("ignore_eos")?.unwrap_or(false),
+        stream: stream(body)?,
+    })
+}
+
+fn stream(body: Fields<'_>) -> Result<Stream, BadLine> {
+    let usage = match body.get("stream_options") {
+        None => None,
+        Some(Value::Object(options)) => {
+            let path = body.place("stream_options");
+            Fields::new(options, &path).flag("include_usage")?
+        }
+        Some(_) => return Err(body.bad("stream_options", "an object")),
+    };
+    Ok(Stream {
+        wanted: body.flag("stream")?.unwrap_or(false),
+        usage: usage.unwrap_or(false),
     })
 }
 
@@ -238,13 +70,13 @@ fn messages(body: Fields<'_>) -> Result<Vec<Message>, BadLine> {
         Some(Value::Array(items)) if !items.is_empty() => items
             .iter()
             .enumerate()
-            .map(|(i, item)| message(&format!("body.messages[{i}]"), item))
+            .map(|(i, item)| message(&format!("{}[{i}]", body.place("messages")), item))
             .collect(),
         _ => Err(body.bad("messages", expected)),
     }
 }
 
-fn message(place: &str, item: &Value) -> Result<Message, BadLine> {
+pub(crate) fn message(place: &str, item: &Value) -> Result<Message, BadLine> {
     let Value::Object(object) = item else {
         return Err(bad(
             place,
@@ -308,31 +140,33 @@ fn prompt(body: Fields<'_>) -> Result<Prompt, BadLine> {
                 return Err(BadLine::new(
                     Code::Unsupported,
                     format!(
-                        "body.prompt: {} prompts, expected one; give each its own line",
+                        "{}: {} prompts, expected one; give each its own request",
+                        body.place("prompt"),
                         items.len()
                     ),
                 ));
             }
-            _ => return Ok(Prompt::Tokens(tokens(items)?)),
+            _ => return Ok(Prompt::Tokens(tokens(&body.place("prompt"), items)?)),
         },
         Some(one) => one,
         None => return Err(body.bad("prompt", expected)),
     };
     match one {
         Value::String(text) => Ok(Prompt::Text(text.clone())),
-        Value::Array(items) => Ok(Prompt::Tokens(tokens(items)?)),
+        Value::Array(items) => Ok(Prompt::Tokens(tokens(&body.place("prompt"), items)?)),
         _ => Err(body.bad("prompt", expected)),
     }
 }
 
-fn tokens(items: &[Value]) -> Result<Vec<u32>, BadLine> {
+/// Reads token ids.
+pub(crate) fn tokens(place: &str, items: &[Value]) -> Result<Vec<u32>, BadLine> {
     if items.is_empty() {
-        let message = "body.prompt: an empty array, expected a text or one or more token ids";
+        let message = format!("{place}: an empty array, expected a text or one or more token ids");
         return Err(BadLine::new(Code::InvalidRequest, message));
     }
     let token = |(i, item): (usize, &Value)| {
         let token = whole(item).and_then(|n| u32::try_from(n).ok());
-        token.ok_or_else(|| bad(&format!("body.prompt[{i}]"), Some(item), "a token id"))
+        token.ok_or_else(|| bad(&format!("{place}[{i}]"), Some(item), "a token id"))
     };
     items.iter().enumerate().map(token).collect()
 }
@@ -349,7 +183,7 @@ fn max_tokens(body: Fields<'_>) -> Result<Option<usize>, BadLine> {
     }
 }
 
-fn sampling(body: Fields<'_>) -> Result<Sampling, BadLine> {
+pub(crate) fn sampling(body: Fields<'_>) -> Result<Sampling, BadLine> {
     // OpenAI's interface has no such field; engines that add it differ in its name.
     let repetition = body.number("repetition_penalty")?;
     let sampling = Sampling {
@@ -402,16 +236,22 @@ fn seed(body: Fields<'_>) -> Result<Option<u64>, BadLine> {
 }
 
 fn stops(body: Fields<'_>) -> Result<Vec<String>, BadLine> {
+    stop_strings(body, "stop")
+}
+
+/// Reads the field with texts that end an answer.
+pub(crate) fn stop_strings(body: Fields<'_>, name: &str) -> Result<Vec<String>, BadLine> {
+    let place = body.place(name);
     let expected =
         format!("a string of 1 to {MAX_STOP_BYTES} bytes, or an array of at most {MAX_STOPS}");
     let one = |item: &Value| match item.as_str() {
         Some(text) if (1..=MAX_STOP_BYTES).contains(&text.len()) => Ok(text.to_string()),
-        _ => Err(bad("body.stop", Some(item), &expected)),
+        _ => Err(bad(&place, Some(item), &expected)),
     };
-    match body.get("stop") {
+    match body.get(name) {
         None => Ok(Vec::new()),
         Some(Value::Array(items)) if items.len() <= MAX_STOPS => items.iter().map(one).collect(),
-        Some(Value::Array(_)) => Err(body.bad("stop", &expected)),
+        Some(Value::Array(_)) => Err(body.bad(name, &expected)),
         Some(item) => Ok(vec![one(item)?]),
     }
 }
@@ -438,7 +278,8 @@ fn logit_bias(body: Fields<'_>) -> Result<Vec<LogitBias>, BadLine> {
     };
     let mut biases = Vec::with_capacity(entries.len());
     for (key, value) in entries {
-        let place = format!("body.logit_bias[{}]", shown(&Value::from(key.as_str())));
+        let key_shown = shown(&Value::from(key.as_str()));
+        let place = format!("{}[{key_shown}]", body.place("logit_bias"));
         let (Ok(token), Some(bias)) = (key.parse::<u32>(), value.as_f64()) else {
             return Err(bad(
                 &place,
@@ -461,7 +302,8 @@ fn logit_bias(body: Fields<'_>) -> Result<Vec<LogitBias>, BadLine> {
         Some(pair) => Err(BadLine::new(
             Code::InvalidRequest,
             format!(
-                "body.logit_bias: token {} is there twice, expected once",
+                "{}: token {} is there twice, expected once",
+                body.place("logit_bias"),
                 pair[0].token
             ),
         )),

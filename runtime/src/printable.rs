@@ -16,7 +16,7 @@ const MAX_LINE_CHARS: usize = 4000;
 /// Returns a name without control characters and line breaks, cut to a length that fits a table.
 ///
 /// ```
-/// use tier_plan_planner::printable::printable;
+/// use tier_plan_runtime::printable::printable;
 ///
 /// assert_eq!(printable("red \u{1b}[31m"), r"red \u001b[31m");
 /// assert_eq!(printable("two\nlines"), r"two\nlines");

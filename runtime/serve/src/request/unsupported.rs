@@ -2,7 +2,7 @@
 //! would answer another question than was asked.
 
 use super::fields::{Fields, shown};
-use super::request::{BadLine, Code};
+use super::{BadLine, Code};
 use serde_json::{Value, json};
 
 /// A field, and the values beside null, false, 0, and empty ones that change nothing.

@@ -1,11 +1,8 @@
 //! The tokens of a request, and what a request may ask of a model at hand.
 
-use super::request::{BadLine, Code, Endpoint, Prompt, Request};
-use crate::chat::dialect::{Dialect, Rendered};
-use crate::chat::message::Message;
-use crate::interrupt::Interrupted;
-use crate::printable::printable;
-use anyhow::Result;
+use crate::request::{BadLine, Code, Endpoint, Message, Prompt, Request};
+use std::ops::Range;
+use tier_plan_runtime::printable::printable;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
 
 /// Tokens of a completion whose request does not say how many, as in OpenAI's interface.
@@ -16,23 +13,73 @@ const COMPLETION_TOKENS: usize = 16;
 const MAX_ANSWER_TOKENS: usize = 1 << 22;
 const MAX_ANSWER_LOGPROBS: usize = 1 << 20;
 
+/// What makes a prompt of a conversation: a chat template.
+pub trait Chats {
+    /// Renders a conversation up to where the model should answer.
+    ///
+    /// # Errors
+    /// When the template rejects the conversation, and after a signal.
+    fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered, ChatError>;
+}
+
+/// A rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    /// Text of the prompt.
+    pub text: String,
+    /// Ranges of bytes that are texts of messages; sorted and apart.
+    pub plain: Vec<Range<usize>>,
+}
+
+/// Why a conversation has no prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChatError {
+    /// The template rejects it, or can't be rendered.
+    Rejected(String),
+    /// The template takes a message apart in which this control token is written out.
+    Mixed {
+        /// Text of the token.
+        token: String,
+    },
+    /// A signal asked for an end.
+    Interrupted,
+}
+
+/// Why a request has no tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Unencoded {
+    /// This model can't answer it.
+    Bad(BadLine),
+    /// A signal asked for an end.
+    Interrupted,
+}
+
+impl From<BadLine> for Unencoded {
+    fn from(bad: BadLine) -> Self {
+        Unencoded::Bad(bad)
+    }
+}
+
 /// How requests become tokens.
 pub struct Prompts<'a> {
     /// The model's tokenizer.
     pub tokenizer: &'a Tokenizer,
     /// The chat template, if there is one and a request needs it.
-    pub template: Option<Dialect>,
+    pub template: Option<&'a dyn Chats>,
     /// Size of the model's vocabulary.
     pub n_vocab: usize,
     /// Tokens that a text may have.
     pub context: usize,
     /// Most tokens per answer for requests that do not say; the inner `None` is as many as fit.
     pub max_tokens: Option<Option<usize>>,
+    /// What the names of fields have before them in errors, such as `body.`.
+    pub path: &'a str,
 }
 
 /// A request's prompt as the model gets it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Encoded {
+pub struct Encoded {
+    /// The tokens, 1 or more.
     pub tokens: Vec<u32>,
     /// Text that a template made of messages, else empty.
     pub text: String,
@@ -44,18 +91,14 @@ impl Prompts<'_> {
     /// Returns the tokens of a request.
     ///
     /// # Errors
-    /// On Ctrl-C; inside, when this model can't answer the request.
-    pub(super) fn encode(&self, request: &Request) -> Result<Result<Encoded, BadLine>> {
-        let encoded = match &request.prompt {
-            Prompt::Text(text) => self.text(text),
-            Prompt::Tokens(tokens) => self.tokens(tokens),
-            Prompt::Messages(messages) => match self.messages(messages) {
-                Err(error) if error.is::<Interrupted>() => return Err(error),
-                Err(error) => Err(invalid(format!("body.messages: {error:#}"))),
-                Ok(encoded) => encoded,
-            },
+    /// When this model can't answer the request, and after a signal.
+    pub fn encode(&self, request: &Request) -> Result<Encoded, Unencoded> {
+        let (tokens, text) = match &request.prompt {
+            Prompt::Text(text) => self.text(text)?,
+            Prompt::Tokens(tokens) => self.tokens(tokens)?,
+            Prompt::Messages(messages) => self.messages(messages)?,
         };
-        Ok(encoded.and_then(|(tokens, text)| self.limited(request, tokens, text)))
+        Ok(self.limited(request, tokens, text)?)
     }
 
     fn text(&self, text: &str) -> Result<(Vec<u32>, String), BadLine> {
@@ -68,8 +111,8 @@ impl Prompts<'_> {
         if let Some(i) = tokens.iter().position(|t| *t as usize >= n_vocab) {
             let last = n_vocab.saturating_sub(1);
             let message = format!(
-                "body.prompt[{i}]: {}, expected a token id up to {last}",
-                tokens[i]
+                "{}prompt[{i}]: {}, expected a token id up to {last}",
+                self.path, tokens[i]
             );
             return Err(invalid(message));
         }
@@ -79,25 +122,39 @@ impl Prompts<'_> {
         Ok((tokens.to_vec(), String::new()))
     }
 
-    fn messages(&self, messages: &[Message]) -> Result<Result<(Vec<u32>, String), BadLine>> {
-        let Some(template) = &self.template else {
+    /// Returns the tokens of a conversation and the text that they spell.
+    ///
+    /// # Errors
+    /// When the template rejects it, or it is longer than the context; and after a signal.
+    pub fn messages(&self, messages: &[Message]) -> Result<(Vec<u32>, String), Unencoded> {
+        let Rendered { text, plain } = self.rendered(messages)?;
+        let tokens = self.tokenizer.encode_prompt(&text, &plain, self.context);
+        Ok((self.checked(tokens)?, text))
+    }
+
+    /// Renders a conversation.
+    ///
+    /// # Errors
+    /// When the template rejects it, and after a signal.
+    pub fn rendered(&self, messages: &[Message]) -> Result<Rendered, Unencoded> {
+        let Some(template) = self.template else {
             let message = "url: this model has no chat template, expected \"/v1/completions\", or a \
                            template with --chat-template FILE";
-            return Ok(Err(BadLine::new(Code::Unsupported, message)));
+            return Err(BadLine::new(Code::Unsupported, message).into());
         };
-        let (text, plain) = match template.render(messages, self.tokenizer)? {
-            Rendered::Prompt { text, plain, .. } => (text, plain),
-            Rendered::Mixed { token } => {
-                let token = printable(&token);
-                let message = format!(
-                    "body.messages: the chat template takes messages apart, so that '{token}' in one cannot be told \
-                     from the template's own; write it differently"
-                );
-                return Ok(Err(invalid(message)));
-            }
-        };
-        let tokens = self.tokenizer.encode_prompt(&text, &plain, self.context);
-        Ok(self.checked(tokens).map(|tokens| (tokens, text)))
+        let refused =
+            |why: String| Unencoded::Bad(invalid(format!("{}messages: {why}", self.path)));
+        template
+            .render(messages, self.tokenizer)
+            .map_err(|error| match error {
+                ChatError::Interrupted => Unencoded::Interrupted,
+                ChatError::Rejected(why) => refused(why),
+                ChatError::Mixed { token } => refused(format!(
+                    "the chat template takes messages apart, so that '{}' in one cannot be told from the \
+                     template's own; write it differently",
+                    printable(&token)
+                )),
+            })
     }
 
     fn checked(&self, tokens: Result<Vec<u32>, TokenizerError>) -> Result<Vec<u32>, BadLine> {
@@ -131,8 +188,10 @@ impl Prompts<'_> {
         let unknown = bias.map(|b| b.token).find(|t| *t as usize >= self.n_vocab);
         if let Some(token) = unknown {
             let last = self.n_vocab.saturating_sub(1);
-            let message =
-                format!("body.logit_bias: token {token}, expected a token id up to {last}");
+            let message = format!(
+                "{}logit_bias: token {token}, expected a token id up to {last}",
+                self.path
+            );
             return Err(invalid(message));
         }
         // The last token is never computed, so it needs no place in the context.
@@ -149,9 +208,9 @@ impl Prompts<'_> {
             .map_or(0, |top| answers.saturating_mul(top + 1));
         if answers > MAX_ANSWER_TOKENS || logprobs > MAX_ANSWER_LOGPROBS {
             let message = format!(
-                "body.n: {} answers of up to {max_new} tokens with {logprobs} log-probabilities, expected at most \
+                "{}n: {} answers of up to {max_new} tokens with {logprobs} log-probabilities, expected at most \
                  {MAX_ANSWER_TOKENS} tokens and {MAX_ANSWER_LOGPROBS} log-probabilities in all; ask for fewer tokens",
-                request.n
+                self.path, request.n
             );
             return Err(invalid(message));
         }

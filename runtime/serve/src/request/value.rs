@@ -16,7 +16,7 @@ const KEY_VALUES: usize = 3;
 ///
 /// # Errors
 /// When it is no JSON, has too many values, or has a key twice in one object.
-pub(super) fn parse(bytes: &[u8]) -> Result<Value, serde_json::Error> {
+pub(crate) fn parse(bytes: &[u8]) -> Result<Value, serde_json::Error> {
     let left = Cell::new(MAX_VALUES);
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = Bounded { left: &left }.deserialize(&mut deserializer)?;
@@ -92,7 +92,7 @@ impl<'de> Visitor<'de> for Bounded<'_> {
         while let Some(key) = entries.next_key::<String>()? {
             self.take(KEY_VALUES)?;
             if object.contains_key(&key) {
-                let key = crate::printable::printable(&key);
+                let key = tier_plan_runtime::printable::printable(&key);
                 return Err(A::Error::custom(format!(
                     "the key \"{key}\" is there twice"
                 )));

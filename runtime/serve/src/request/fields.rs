@@ -1,16 +1,16 @@
 //! Fields of a JSON object, with errors that name the field, what it is, and what is expected.
 
-use super::request::{BadLine, Code};
-use crate::printable::printable;
+use super::{BadLine, Code};
 use serde_json::{Map, Value};
 use std::ops::RangeInclusive;
+use tier_plan_runtime::printable::printable;
 
 /// Most characters of a value that an error shows.
 const MAX_SHOWN_CHARS: usize = 60;
 
 /// An object of a line with its place in it, such as `body`. Null counts as absent.
 #[derive(Clone, Copy)]
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     object: &'a Map<String, Value>,
     path: &'a str,
 }
@@ -78,7 +78,7 @@ impl<'a> Fields<'a> {
 }
 
 /// Returns the error of a value, or of one that is missing.
-pub(super) fn bad(place: &str, found: Option<&Value>, expected: &str) -> BadLine {
+pub(crate) fn bad(place: &str, found: Option<&Value>, expected: &str) -> BadLine {
     let found = found.map_or("missing".to_string(), shown);
     BadLine::new(
         Code::InvalidRequest,
@@ -87,7 +87,7 @@ pub(super) fn bad(place: &str, found: Option<&Value>, expected: &str) -> BadLine
 }
 
 /// Returns a whole number; some programs write them as `4.0`.
-pub(super) fn whole(value: &Value) -> Option<i128> {
+pub(crate) fn whole(value: &Value) -> Option<i128> {
     let float = || {
         let float = value.as_f64()?;
         (float.fract() == 0.0 && float.abs() < (1u64 << 53) as f64).then_some(float as i128)
@@ -97,7 +97,7 @@ pub(super) fn whole(value: &Value) -> Option<i128> {
 }
 
 /// Returns a value as an error shows it.
-pub(super) fn shown(value: &Value) -> String {
+pub(crate) fn shown(value: &Value) -> String {
     match value {
         Value::Array(_) => "an array".to_string(),
         Value::Object(_) => "an object".to_string(),

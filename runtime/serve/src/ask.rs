@@ -1,0 +1,345 @@
+//! A request between its body and its answer: checked, queued, and collected.
+
+use crate::answer::{Choice, Finish, Place};
+use crate::error::ApiError;
+use crate::job::{Command, Job, JobEvent, What, most_events};
+use crate::log::{Entry, Texts};
+use crate::request::{Endpoint, Request};
+use crate::state::State;
+use crate::thought::{Parts, Splitter};
+use crate::truth::{Counts, Timings};
+use axum::response::{IntoResponse, Response};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use tier_plan_runtime::batcher::{self, TextOptions, TokenText};
+use tier_plan_runtime::sampler::SamplerConfig;
+use tokio::sync::mpsc::{Receiver, channel};
+
+/// A request that has been checked and tokenized.
+pub(crate) struct Prepared {
+    pub request: Request,
+    pub options: Arc<TextOptions>,
+    /// Text of the prompt, if a template made it.
+    pub prompt: String,
+}
+
+/// Status in the log of a request whose client left, as nginx has it.
+const CLIENT_LEFT: u16 = 499;
+
+/// Marks a response whose line in the log is written elsewhere.
+#[derive(Debug, Clone)]
+pub(crate) struct HasLog;
+
+pub(crate) fn mark_logged(response: &mut Response) {
+    response.extensions_mut().insert(HasLog);
+}
+
+impl Prepared {
+    /// Tokenizes a request.
+    pub fn new(state: &State, request: Request) -> Result<Self, ApiError> {
+        let encoded = state.prompts().encode(&request)?;
+        let defaults = &state.config.sampling;
+        let options = TextOptions {
+            prompt: encoded.tokens,
+            max_new: encoded.max_new,
+            sampling: SamplerConfig {
+                seed: request.seed(defaults.seed),
+                ..request.sampling.over(defaults)
+            },
+            stop: request.stop.clone(),
+            ignore_eos: request.ignore_eos,
+            n_top: request.logprobs,
+        };
+        Ok(Self {
+            request,
+            options: Arc::new(options),
+            prompt: encoded.text,
+        })
+    }
+}
+
+/// Does work on a body beside the connections, a few at once.
+pub(crate) async fn prepare<T: Send + 'static>(
+    state: &Arc<State>,
+    work: impl FnOnce(&State) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let Ok(_turn) = state.preparing.acquire().await else {
+        return Err(ApiError::stopping());
+    };
+    let shared = Arc::clone(state);
+    let done = tokio::task::spawn_blocking(move || work(&shared)).await;
+    done.unwrap_or_else(|_| {
+        let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
+        Err(ApiError::new(
+            status,
+            "server_error",
+            "the request could not be read",
+        ))
+    })
+}
+
+/// What came of a text.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Delta {
+    /// Number of the text.
+    pub index: usize,
+    /// Whether it was admitted just now.
+    pub begun: bool,
+    pub thinking: String,
+    pub content: String,
+    pub tokens: Vec<TokenText>,
+    /// Where the content begins in the text.
+    pub from: Place,
+    /// Why it ends, if it does.
+    pub finish: Option<batcher::Finish>,
+}
+
+/// A text of an answer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct TextState {
+    pub n_new: usize,
+    pub finish: Option<batcher::Finish>,
+    splitter: Option<Splitter>,
+    place: Place,
+}
+
+/// An answer that is on its way.
+pub(crate) struct Answering {
+    pub state: Arc<State>,
+    pub request: Request,
+    pub created: u64,
+    pub path: &'static str,
+    pub n_prompt: usize,
+    /// Tokens of the prompt that the first text began with.
+    pub cached: usize,
+    pub texts: Vec<TextState>,
+    /// Times of the last text that ended.
+    pub timings: Timings,
+    events: Receiver<JobEvent>,
+    received: Instant,
+    has_log: bool,
+}
+
+impl Answering {
+    /// Puts a request into the queue.
+    pub fn begin(
+        state: &Arc<State>,
+        prepared: Prepared,
+        path: &'static str,
+        received: Instant,
+    ) -> Result<Self, ApiError> {
+        let request = prepared.request;
+        let Some(loaded) = state.loaded() else {
+            return Err(ApiError::loading(state.progress()));
+        };
+        if request.n > loaded.places {
+            let most = loaded.places;
+            return Err(ApiError::invalid(format!(
+                "n: {}, expected at most {most}, the places of the queue",
+                request.n
+            )));
+        }
+        // Bounded by the largest `n` of a request.
+        let wanted = request.n as u32;
+        let Ok(places) = Arc::clone(&state.places).try_acquire_many_owned(wanted) else {
+            state.metrics.rejected();
+            let seconds = state.metrics.retry_after(loaded.max_texts);
+            let message = format!(
+                "the queue is full: {} texts at work or waiting; try again in {seconds} s",
+                loaded.places
+            );
+            return Err(ApiError::overloaded(message, seconds));
+        };
+        let (sender, events) = channel(most_events(request.n, prepared.options.max_new));
+        let n_prompt = prepared.options.prompt.len();
+        let job = Job {
+            options: prepared.options,
+            n: request.n,
+            events: sender,
+            received,
+            places,
+        };
+        let sent = state.inbox.send(Command::Generate(job));
+        sent.map_err(|_| ApiError::stopping())?;
+        let text = TextState {
+            splitter: (request.endpoint == Endpoint::Chat).then(|| Splitter::new(&prepared.prompt)),
+            ..TextState::default()
+        };
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        Ok(Self {
+            state: Arc::clone(state),
+            created: since.map_or(0, |since| since.as_secs()),
+            path,
+            n_prompt,
+            cached: 0,
+            texts: vec![text; request.n],
+            timings: Timings::default(),
+            request,
+            events,
+            received,
+            has_log: false,
+        })
+    }
+
+    /// Returns what comes next, `None` when all texts have ended.
+    ///
+    /// # Errors
+    /// When a text cannot go on.
+    pub async fn next(&mut self) -> Result<Option<Delta>, ApiError> {
+        loop {
+            let Some(event) = self.events.recv().await else {
+                return match self.texts.iter().all(|text| text.finish.is_some()) {
+                    true => Ok(None),
+                    false => Err(ApiError::stopping()),
+                };
+            };
+            if let Some(delta) = self.take(event)? {
+                return Ok(Some(delta));
+            }
+        }
+    }
+
+    fn take(&mut self, event: JobEvent) -> Result<Option<Delta>, ApiError> {
+        let index = event.index;
+        let Some(text) = self.texts.get_mut(index) else {
+            return Ok(None);
+        };
+        let (drawn, timings) = match event.what {
+            What::Failed(failure) => return Err(failure.into()),
+            What::Begun { cached } => {
+                self.state.metrics.prompt(self.n_prompt, cached);
+                if index == 0 {
+                    self.cached = cached;
+                }
+                return Ok(Some(Delta {
+                    index,
+                    begun: true,
+                    ..Delta::default()
+                }));
+            }
+            What::Drawn(drawn, timings) => (drawn, timings),
+        };
+        text.n_new = drawn.n_new;
+        text.finish.clone_from(&drawn.finish);
+        let from = text.place;
+        text.place = from.after(&drawn.text);
+        let parts = match &mut text.splitter {
+            None => Parts {
+                content: drawn.text,
+                ..Parts::default()
+            },
+            Some(splitter) => {
+                let mut parts = splitter.push(&drawn.text, drawn.mark);
+                if drawn.finish.is_some() {
+                    let rest = splitter.finish();
+                    parts.thinking.push_str(&rest.thinking);
+                    parts.content.push_str(&rest.content);
+                }
+                parts
+            }
+        };
+        if let Some(timings) = timings {
+            self.state.metrics.text_ended(&timings, text.n_new);
+            self.timings = *timings;
+        }
+        let is_empty = parts == Parts::default() && drawn.tokens.is_empty();
+        let delta = Delta {
+            index,
+            begun: false,
+            thinking: parts.thinking,
+            content: parts.content,
+            tokens: drawn.tokens,
+            from,
+            finish: drawn.finish,
+        };
+        Ok((!is_empty || delta.finish.is_some()).then_some(delta))
+    }
+
+    /// Waits for the whole answer.
+    ///
+    /// # Errors
+    /// When a text cannot go on.
+    pub async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
+        let wants_tokens = self.request.logprobs.is_some();
+        let empty = Choice {
+            text: String::new(),
+            thinking: None,
+            finish: Finish::Stop,
+            n_tokens: 0,
+            tokens: wants_tokens.then(Vec::new),
+        };
+        let mut choices = vec![empty; self.texts.len()];
+        while let Some(delta) = self.next().await? {
+            let choice = &mut choices[delta.index];
+            choice.text.push_str(&delta.content);
+            if !delta.thinking.is_empty() {
+                let thinking = choice.thinking.get_or_insert_default();
+                thinking.push_str(&delta.thinking);
+            }
+            if let Some(tokens) = &mut choice.tokens {
+                tokens.extend(delta.tokens);
+            }
+        }
+        for (choice, text) in choices.iter_mut().zip(&self.texts) {
+            choice.n_tokens = text.n_new;
+            choice.finish = finish(text.finish.as_ref());
+        }
+        Ok(choices)
+    }
+
+    /// Returns the response to a request that failed after it was queued.
+    pub fn failed(&mut self, error: ApiError) -> Response {
+        self.log(error.status.as_u16(), Some(&error.message));
+        let mut response = error.into_response();
+        mark_logged(&mut response);
+        response
+    }
+
+    /// Returns the tokens of all texts.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            prompt: self.n_prompt,
+            cached: self.cached,
+            new: self.texts.iter().map(|text| text.n_new).sum(),
+        }
+    }
+
+    /// Writes the line of the log, once.
+    pub fn log(&mut self, status: u16, error: Option<&str>) {
+        if std::mem::replace(&mut self.has_log, true) {
+            return;
+        }
+        self.state.metrics.answered(self.path, status);
+        let texts = Texts {
+            id: self.request.custom_id.clone(),
+            counts: self.counts(),
+            n: self.texts.len(),
+            timings: self.timings.clone(),
+            complete: self.texts.iter().all(|text| text.finish.is_some()),
+        };
+        Entry {
+            method: "POST",
+            path: self.path,
+            status,
+            took: self.received.elapsed(),
+            error,
+            texts: Some(texts),
+        }
+        .write(&self.state);
+    }
+}
+
+impl Drop for Answering {
+    /// Writes the line of a request whose client left.
+    fn drop(&mut self) {
+        self.log(CLIENT_LEFT, None);
+    }
+}
+
+/// Returns why a text ended in OpenAI's terms.
+pub(crate) fn finish(finish: Option<&batcher::Finish>) -> Finish {
+    match finish {
+        Some(batcher::Finish::Length) => Finish::Length,
+        _ => Finish::Stop,
+    }
+}

@@ -1,0 +1,49 @@
+//! Serves a loaded model over HTTP, in the protocols of OpenAI and Anthropic.
+//!
+//! Three kinds of work are apart. One thread runs connections ([`http`], on tokio). Bodies are checked
+//! and tokenized beside it, a few at once. The thread that calls [`Server::work`] owns the engine and
+//! takes its steps ([`work`]): as many texts at once as there is room for. Requests reach it through a
+//! queue with a bounded number of [places](state::State), answers come back through a channel per
+//! request that has room for all of its tokens, so that a slow reader never holds up a step. Where a
+//! reader is gone, its texts end before the next step.
+//!
+//! All input is a stranger's: no body and no header makes it panic or take memory without bound.
+//!
+//! [`request`], [`prompts`], and [`answer`] are OpenAI's interface apart from HTTP; batches use them,
+//! too.
+#![forbid(unsafe_code)]
+
+pub mod answer;
+mod anthropic;
+mod ask;
+mod error;
+mod http;
+mod job;
+mod live;
+mod log;
+mod metrics;
+mod openai;
+mod page;
+pub mod prompts;
+pub mod request;
+mod sse;
+mod state;
+mod thought;
+mod truth;
+mod utilities;
+mod work;
+
+pub use http::Server;
+pub use state::{Config, Limits, Security, Setup};
+pub use work::Summary;
+
+use request::{BadLine, Endpoint, Request};
+
+/// Checks of the bodies of all kinds of requests, for fuzzing.
+#[doc(hidden)]
+pub const BODIES: [fn(&[u8]) -> Result<(), BadLine>; 4] = [
+    |body| Request::from_body("id", Endpoint::Chat, body).map(drop),
+    |body| Request::from_body("id", Endpoint::Completions, body).map(drop),
+    |body| anthropic::request("id", body).map(drop),
+    |body| request::object(body).map(drop),
+];

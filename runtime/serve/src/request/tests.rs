@@ -1,0 +1,81 @@
+use super::*;
+use proptest::prelude::*;
+
+fn body(endpoint: Endpoint, body: &str) -> Result<Request, BadLine> {
+    Request::from_body("id", endpoint, body.as_bytes())
+}
+
+#[test]
+fn fields_of_a_body_have_no_path() {
+    for (text, words) in [
+        (
+            r#"{"messages":[{"role":"user"}]}"#,
+            "messages[0].content: missing",
+        ),
+        (r#"{"messages":[]}"#, "messages: an array, expected"),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"stop":[1]}"#,
+            "stop: 1, expected",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"logit_bias":{"x":1}}"#,
+            "logit_bias[\"x\"]: 1",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"stream_options":{"include_usage":1}}"#,
+            "stream_options.include_usage: 1, expected true or false",
+        ),
+        (r#"{"tools":[{}]}"#, "tools: an array is not supported"),
+        ("[1]", "the body: an array, expected a JSON object"),
+        ("{", "the body: EOF"),
+    ] {
+        let bad = body(Endpoint::Chat, text).unwrap_err();
+        assert!(
+            bad.message.starts_with(words),
+            "{words:?} in {}",
+            bad.message
+        );
+    }
+    let bad = body(Endpoint::Completions, r#"{"prompt":["a","b"]}"#).unwrap_err();
+    assert!(
+        bad.message.starts_with("prompt: 2 prompts"),
+        "{}",
+        bad.message
+    );
+}
+
+#[test]
+fn a_stream_is_asked_for() {
+    let stream = |more: &str| {
+        body(Endpoint::Completions, &format!(r#"{{"prompt":"a"{more}}}"#)).map(|r| r.stream)
+    };
+    let asked = |wanted, usage| Ok(Stream { wanted, usage });
+    assert_eq!(stream(""), asked(false, false));
+    assert_eq!(stream(r#","stream":true"#), asked(true, false));
+    let usage = r#","stream":true,"stream_options":{"include_usage":true,"x":1}"#;
+    assert_eq!(stream(usage), asked(true, true));
+    assert!(stream(r#","stream":1"#).is_err());
+}
+
+#[test]
+fn a_seed_depends_on_the_name_unless_it_is_given() {
+    let of = |id: &str, text: &str| {
+        Request::from_body(id, Endpoint::Completions, text.as_bytes())
+            .unwrap()
+            .seed(3)
+    };
+    assert_eq!(of("a", r#"{"prompt":"a","seed":7}"#), 7);
+    assert_eq!(of("a", r#"{"prompt":"a"}"#), of("a", r#"{"prompt":"b"}"#));
+    assert_ne!(of("a", r#"{"prompt":"a"}"#), of("b", r#"{"prompt":"a"}"#));
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_give_a_request_or_one_line(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+            if let Err(bad) = Request::from_body("id", endpoint, &bytes) {
+                prop_assert!(!bad.message.chars().any(char::is_control));
+            }
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! What of an answer is thought and what is content, while it comes.
+//!
+//! Models mark thoughts with tokens of their own, with tags that are ordinary text, or with the
+//! channels of gpt-oss. A tag counts at the start of an answer only, so that an answer may speak of
+//! it. Nothing is given out that later text could make part of a mark, so that what is given out
+//! never has to be taken back: a stream and a whole answer are equal.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use tier_plan_runtime::tokenizer::ThoughtMark;
+
+/// Marks of thoughts that models spell with tokens of ordinary text.
+const SPELLED: [[&str; 2]; 8] = [
+    ["<think>", "</think>"],
+    ["[THINK]", "[/THINK]"],
+    ["<thinking>", "</thinking>"],
+    ["<thought>", "</thought>"],
+    ["<reasoning>", "</reasoning>"],
+    ["<|begin_of_thought|>", "<|end_of_thought|>"],
+    ["<|START_THINKING|>", "<|END_THINKING|>"],
+    ["◁think▷", "◁/think▷"],
+];
+
+/// What an answer in channels begins with.
+const CHANNEL_STARTS: [&str; 2] = ["<|channel|>", "<|start|>assistant<|channel|>"];
+
+/// What begins a channel's header, ends it, and ends the channel.
+const CHANNEL: &str = "<|channel|>";
+const MESSAGE: &str = "<|message|>";
+const CHANNEL_ENDS: [&str; 5] = ["<|end|>", "<|return|>", "<|call|>", "<|start|>", CHANNEL];
+
+/// Texts of an answer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Parts {
+    /// Reasoning.
+    pub thinking: String,
+    /// The answer itself.
+    pub content: String,
+}
+
+/// Where in an answer the text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// At the start, where a tag may come.
+    Start,
+    /// In a thought, which a token or this tag ends.
+    Thought(Option<&'static str>),
+    /// In the answer itself.
+    Content,
+    /// Between channels.
+    Between,
+    /// In the header of a channel.
+    Header,
+    /// In a channel, whether it is thought.
+    Channel(bool),
+}
+
+/// Splits an answer that comes in pieces.
+#[derive(Debug, Clone)]
+pub struct Splitter {
+    at: At,
+    /// Text that is not decided yet.
+    held: String,
+    /// Bytes of the answer before `held`.
+    done: usize,
+    marks: VecDeque<(Range<usize>, ThoughtMark)>,
+    thinking: Trimmed,
+    content: Trimmed,
+    /// Whether there was a thought, so that white space around the content is dropped.
+    has_thought: bool,
+}
+
+/// A text without white space at its ends, as it comes.
+#[derive(Debug, Clone, Default)]
+struct Trimmed {
+    has_begun: bool,
+    space: String,
+}
+
+impl Trimmed {
+    fn push(&mut self, text: &str, onto: &mut String) {
+        for c in text.chars() {
+            if c.is_whitespace() {
+                if self.has_begun {
+                    self.space.push(c);
+                }
+            } else {
+                onto.push_str(&self.space);
+                self.space.clear();
+                self.has_begun = true;
+                onto.push(c);
+            }
+        }
+    }
+}
+
+impl Splitter {
+    /// Creates a splitter for an answer to `prompt`, the text that a chat template made. Some
+    /// templates open the thought there.
+    pub fn new(prompt: &str) -> Self {
+        let end = prompt.trim_end();
+        let opened = SPELLED.iter().find(|[open, _]| end.ends_with(open));
+        Self {
+            at: opened.map_or(At::Start, |[_, close]| At::Thought(Some(close))),
+            held: String::new(),
+            done: 0,
+            marks: VecDeque::new(),
+            thinking: Trimmed::default(),
+            content: Trimmed::default(),
+            has_thought: opened.is_some(),
+        }
+    }
+
+    /// Takes the next piece of the answer, and where the token at hand is in the whole if it marks a
+    /// thought. Returns what is certain.
+    pub fn push(&mut self, text: &str, mark: Option<(Range<usize>, ThoughtMark)>) -> Parts {
+        self.held.push_str(text);
+        self.marks.extend(mark);
+        let mut parts = Parts::default();
+        while self.advance(&mut parts, false) {}
+        parts
+    }
+
+    /// Ends the answer, and returns what was held back.
+    pub fn finish(&mut self) -> Parts {
+        let mut parts = Parts::default();
+        while self.advance(&mut parts, true) {}
+        parts
+    }
+
+    /// Decides on some of the text that is held. Returns whether it may decide on more.
+    fn advance(&mut self, parts: &mut Parts, is_end: bool) -> bool {
+        // Up to the next token that marks a thought, text is what it is.
+        let until = self.marks.front().map(|(place, _)| place.clone());
+        let until = until.map(|place| {
+            let start = place.start.saturating_sub(self.done);
+            start..place.end.saturating_sub(self.done)
+        });
+        if let Some(place) = &until
+            && place.start == 0
+        {
+            if place.end > self.held.len() {
+                // Cut off by a stop string.
+                if is_end {
+                    self.marks.clear();
+                    self.drop(self.held.len());
+                }
+                return false;
+            }
+            let end = self.held.ceil_char_boundary(place.end);
+            self.drop(end);
+            let mark = self.marks.pop_front().map(|(_, mark)| mark);
+            self.cross(mark);
+            return true;
+        }
+        let end = until.map(|place| place.start);
+        let is_whole = is_end || end.is_some_and(|end| end <= self.held.len());
+        let n = end.map_or(self.held.len(), |end| end.min(self.held.len()));
+        let n = self.held.floor_char_boundary(n);
+        if n == 0 {
+            if is_end && !self.held.is_empty() {
+                self.marks.clear();
+                return true;
+            }
+            return false;
+        }
+        self.decide(parts, n, is_whole)
+    }
+
+    /// Decides on text of the first `n` bytes that are held, after which something else comes if it
+    /// `is_whole`.
+    fn decide(&mut self, parts: &mut Parts, n: usize, is_whole: bool) -> bool {
+        match self.at {
+            At::Start => self.start(n, is_whole),
+            At::Thought(close) => {
+                self.has_thought = true;
+                let ends: &[&'static str] = match &close {
+                    Some(close) => std::slice::from_ref(close),
+                    None => &[],
+                };
+                self.until(parts, n, is_whole, ends, At::Content)
+            }
+            At::Content => self.until(parts, n, is_whole, &[], At::Content),
+            At::Between => self.until(parts, n, is_whole, &[CHANNEL], At::Header),
+            At::Header => self.header(n, is_whole),
+            At::Channel(_) => {
+                let found = first(&self.held[..n], &CHANNEL_ENDS);
+                let next = match found {
+                    Some((_, CHANNEL)) => At::Header,
+                    _ => At::Between,
+                };
+                self.until(parts, n, is_whole, &CHANNEL_ENDS, next)
+            }
+        }
+    }
+
+    /// Looks for a tag at the start of an answer.
+    fn start(&mut self, n: usize, is_whole: bool) -> bool {
+        let text = &self.held[..n];
+        let trimmed = text.trim_start();
+        let space = text.len() - trimmed.len();
+        if trimmed.is_empty() && is_whole && !self.marks.is_empty() {
+            // White space before a thought.
+            self.drop(n);
+            return true;
+        }
+        let tags = SPELLED.iter().map(|[open, _]| *open).chain(CHANNEL_STARTS);
+        if let Some([open, close]) = SPELLED.iter().find(|[open, _]| trimmed.starts_with(open)) {
+            self.at = At::Thought(Some(close));
+            self.drop(space + open.len());
+        } else if let Some(start) = CHANNEL_STARTS.iter().find(|s| trimmed.starts_with(**s)) {
+            self.at = At::Header;
+            self.has_thought = true;
+            self.drop(space + start.len());
+        } else if !is_whole && tags.into_iter().any(|tag| tag.starts_with(trimmed)) {
+            return false;
+        } else {
+            self.at = At::Content;
+        }
+        true
+    }
+
+    /// Looks for the end of a channel's header.
+    fn header(&mut self, n: usize, is_whole: bool) -> bool {
+        let text = &self.held[..n];
+        let (header, used) = match text.split_once(MESSAGE) {
+            Some((header, _)) => (header, header.len() + MESSAGE.len()),
+            None if is_whole => (text, n),
+            None => return false,
+        };
+        let name = header.split_whitespace().next();
+        self.at = At::Channel(!matches!(name, Some("final" | "commentary")));
+        self.drop(used);
+        true
+    }
+
+    /// Gives out text up to the first of `ends`, and what can't be the beginning of one.
+    fn until(
+        &mut self,
+        parts: &mut Parts,
+        n: usize,
+        is_whole: bool,
+        ends: &[&'static str],
+        next: At,
+    ) -> bool {
+        let text = &self.held[..n];
+        if let Some((place, end)) = first(text, ends) {
+            let used = place + end.len();
+            self.give(parts, place);
+            self.drop(used - place);
+            self.at = next;
+            return true;
+        }
+        let kept = if is_whole { 0 } else { begun(text, ends) };
+        self.give(parts, n - kept);
+        n > kept && is_whole
+    }
+
+    /// Gives out the first `n` bytes.
+    fn give(&mut self, parts: &mut Parts, n: usize) {
+        let text: String = self.held.drain(..n).collect();
+        self.done += n;
+        match self.at {
+            At::Thought(_) | At::Channel(true) => self.thinking.push(&text, &mut parts.thinking),
+            At::Content | At::Channel(false) if self.has_thought => {
+                self.content.push(&text, &mut parts.content);
+            }
+            At::Content => parts.content.push_str(&text),
+            _ => {}
+        }
+    }
+
+    fn drop(&mut self, n: usize) {
+        self.held.drain(..n);
+        self.done += n;
+    }
+
+    /// Crosses a token that marks a thought.
+    fn cross(&mut self, mark: Option<ThoughtMark>) {
+        self.at = match (mark, self.at) {
+            (Some(ThoughtMark::Opens), At::Start | At::Content) => {
+                self.has_thought = true;
+                At::Thought(None)
+            }
+            (Some(ThoughtMark::Closes), At::Thought(_)) => At::Content,
+            (Some(ThoughtMark::Closes), At::Start) => At::Content,
+            (_, at) => at,
+        };
+    }
+}
+
+/// Returns the first of `ends` in a text, and where it is.
+fn first<'e>(text: &str, ends: &[&'e str]) -> Option<(usize, &'e str)> {
+    let found = ends.iter().filter_map(|end| Some((text.find(end)?, *end)));
+    found.min_by_key(|(place, _)| *place)
+}
+
+/// Returns the length of the longest end of a text that one of `ends` begins with.
+fn begun(text: &str, ends: &[&str]) -> usize {
+    let longest = |end: &&str| {
+        let cuts = end.char_indices().map(|(i, _)| i).rev();
+        cuts.into_iter().find(|i| text.ends_with(&end[..*i]))
+    };
+    ends.iter().filter_map(longest).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The parts of an answer that comes in pieces of `n` characters, in which these texts are
+    /// tokens.
+    fn split(text: &str, prompt: &str, tokens: &[(&str, ThoughtMark)], n: usize) -> Parts {
+        let mut splitter = Splitter::new(prompt);
+        let mut whole = Parts::default();
+        let mut add = |parts: Parts| {
+            whole.thinking.push_str(&parts.thinking);
+            whole.content.push_str(&parts.content);
+        };
+        let (mut done, mut rest) = (0, text);
+        while !rest.is_empty() {
+            let token = tokens.iter().find(|(token, _)| rest.starts_with(token));
+            let next = tokens.iter().filter_map(|(token, _)| rest[1..].find(token));
+            let most = next.min().map_or(rest.len(), |i| i + 1);
+            let cut = rest.char_indices().nth(n).map_or(rest.len(), |(i, _)| i);
+            let (len, mark) = match token {
+                Some((token, mark)) => (token.len(), Some((done..done + token.len(), *mark))),
+                None => (rest.floor_char_boundary(cut.min(most)).max(1), None),
+            };
+            add(splitter.push(&rest[..len], mark));
+            (done, rest) = (done + len, &rest[len..]);
+        }
+        add(splitter.finish());
+        whole
+    }
+
+    fn parts(content: &str, thinking: &str) -> Parts {
+        Parts {
+            thinking: thinking.into(),
+            content: content.into(),
+        }
+    }
+
+    #[test]
+    fn thoughts_are_told_apart_however_they_are_cut() {
+        use ThoughtMark::{Closes, Opens};
+        let tokens: &[(&str, ThoughtMark)] = &[("[THINK]", Opens), ("[/THINK]", Closes)];
+        let cases: &[(&str, &str, &[(&str, ThoughtMark)], Parts)] = &[
+            (
+                "<think>\nHm.\n</think>\n\nYes.\n",
+                "",
+                &[],
+                parts("Yes.", "Hm."),
+            ),
+            ("Hm.</think>Yes.", "Q<think>\n", &[], parts("Yes.", "Hm.")),
+            ("◁think▷Hm.◁/think▷Yes.", "", &[], parts("Yes.", "Hm.")),
+            ("<think>Hm", "", &[], parts("", "Hm")),
+            (
+                "A <think> b </think> c ",
+                "Q",
+                &[],
+                parts("A <think> b </think> c ", ""),
+            ),
+            (" Yes. ", "Q", &[], parts(" Yes. ", "")),
+            ("<thin", "Q", &[], parts("<thin", "")),
+            ("", "Q", &[], parts("", "")),
+            (
+                "[THINK]Greet.[/THINK]Hello!",
+                "",
+                tokens,
+                parts("Hello!", "Greet."),
+            ),
+            (
+                "Well, [THINK]hm[/THINK]yes.",
+                "",
+                tokens,
+                parts("Well, yes.", "hm"),
+            ),
+            ("[THINK]Hm", "", tokens, parts("", "Hm")),
+            (
+                "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!<|return|>",
+                "",
+                &[],
+                parts("Hello!", "They greet."),
+            ),
+            (
+                "It writes <|channel|>.",
+                "",
+                &[],
+                parts("It writes <|channel|>.", ""),
+            ),
+        ];
+        for (text, prompt, tokens, expected) in cases {
+            for n in 1..=text.len().max(1) {
+                assert_eq!(split(text, prompt, tokens, n), *expected, "{text:?} by {n}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn cuts_change_nothing(
+            pieces in prop::collection::vec(prop::sample::select(vec!["<think>", "</think>", "<", "a", " ", "é",
+                "<|channel|>", "<|message|>", "<|end|>", "final", "analysis"]), 0..12),
+            n in 1usize..9,
+            opened in any::<bool>(),
+        ) {
+            let text = pieces.concat();
+            let prompt = if opened { "<think>" } else { "" };
+            prop_assert_eq!(split(&text, prompt, &[], n), split(&text, prompt, &[], usize::MAX));
+        }
+    }
+}

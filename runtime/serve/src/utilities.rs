@@ -1,0 +1,188 @@
+//! Endpoints beside generation: health, metrics, properties, and the tokenizer.
+
+use crate::ask::prepare;
+use crate::error::{ApiError, json_response};
+use crate::http::body;
+use crate::job::Command;
+use crate::request::fields::{Fields, bad};
+use crate::request::read::{message, tokens};
+use crate::request::{BadLine, object};
+use crate::state::State;
+use axum::body::Body;
+use axum::extract::State as Shared;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tier_plan_runtime::batcher::TextStatus;
+use tier_plan_runtime::schedule::TextState;
+use tokio::sync::oneshot;
+
+/// Longest wait for a step to end.
+const STATUS_TIME: Duration = Duration::from_secs(10);
+
+/// Answers `/health`: whether requests are taken.
+pub(crate) async fn health(Shared(state): Shared<Arc<State>>) -> Response {
+    if state.is_stopping() {
+        return ApiError::stopping().into_response();
+    }
+    if state.loaded().is_some() {
+        return json_response(StatusCode::OK, &json!({ "status": "ok" }));
+    }
+    let progress = state.progress();
+    let mut body = ApiError::loading(progress).body();
+    body["status"] = "loading model".into();
+    body["progress"] = progress.into();
+    let mut response = json_response(StatusCode::SERVICE_UNAVAILABLE, &body);
+    let seconds = header::HeaderValue::from_static("5");
+    response.headers_mut().insert(header::RETRY_AFTER, seconds);
+    response
+}
+
+/// Answers `/metrics`.
+pub(crate) async fn metrics(Shared(state): Shared<Arc<State>>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], state.metrics.text()).into_response()
+}
+
+/// Answers `/props`: the model and the options of sampling.
+pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Response {
+    let sampling = &state.config.sampling;
+    let loaded = state.loaded();
+    let value = json!({
+        "model_alias": state.config.model,
+        "total_slots": loaded.map(|loaded| loaded.max_texts),
+        "n_ctx": state.context,
+        "n_vocab": state.n_vocab,
+        "has_chat_template": state.chats.is_some(),
+        "build_info": concat!("tier-plan ", env!("CARGO_PKG_VERSION")),
+        "uptime_s": state.started.elapsed().as_secs(),
+        "tiers": loaded.map(|loaded| loaded.promise.tiers.clone()),
+        "predicted_tok_s": loaded.and_then(|loaded| loaded.promise.decode_tok_s),
+        "default_generation_settings": { "n_ctx": state.context, "params": {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repeat_penalty": sampling.repeat_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+        }},
+    });
+    json_response(StatusCode::OK, &value)
+}
+
+/// Answers `/slots`: the texts at work and waiting.
+pub(crate) async fn slots(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
+    if state.loaded().is_none() {
+        return Err(ApiError::loading(state.progress()));
+    }
+    let (reply, answer) = oneshot::channel();
+    let sent = state.inbox.send(Command::Status(reply));
+    sent.map_err(|_| ApiError::stopping())?;
+    let statuses = match tokio::time::timeout(STATUS_TIME, answer).await {
+        Ok(Ok(statuses)) => statuses,
+        Ok(Err(_)) => return Err(ApiError::stopping()),
+        Err(_) => return Err(ApiError::slow_step()),
+    };
+    let list: Vec<Value> = statuses.iter().map(slot).collect();
+    Ok(json_response(StatusCode::OK, &Value::from(list)))
+}
+
+/// Returns what a text is doing.
+pub(crate) fn slot(status: &TextStatus) -> Value {
+    let (name, done) = match status.state {
+        TextState::Waiting => ("waiting", None),
+        TextState::InPrompt { done } => ("prompt", Some(done)),
+        TextState::Running => ("generating", None),
+        TextState::Preempted => ("preempted", None),
+    };
+    json!({
+        "id": status.id.0,
+        "is_processing": matches!(status.state, TextState::Running | TextState::InPrompt { .. }),
+        "state": name,
+        "n_prompt_tokens": status.n_prompt,
+        "n_prompt_done": done,
+        "n_decoded": status.n_new,
+    })
+}
+
+/// Answers `/tokenize` as llama.cpp does.
+pub(crate) async fn tokenize(
+    Shared(state): Shared<Arc<State>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let bytes = body::read(&state, &headers, body).await?;
+    let value = prepare(&state, move |state| {
+        let body = object(&bytes)?;
+        let body = Fields::new(&body, "");
+        let Some(content) = body.text("content")? else {
+            return Err(body.bad("content", "a string").into());
+        };
+        let special = body.flag("add_special")?.unwrap_or(false);
+        let encoded = state.tokenizer.encode(content, special);
+        let ids = encoded.map_err(|e| ApiError::invalid(format!("content: {e}")))?;
+        if !body.flag("with_pieces")?.unwrap_or(false) {
+            return Ok(json!({ "tokens": ids }));
+        }
+        let piece = |id: &u32| {
+            let bytes = state.tokenizer.piece(*id);
+            let text = std::str::from_utf8(bytes).map(Value::from);
+            json!({ "id": id, "piece": text.unwrap_or_else(|_| bytes.into()) })
+        };
+        Ok(json!({ "tokens": ids.iter().map(piece).collect::<Vec<_>>() }))
+    })
+    .await?;
+    Ok(json_response(StatusCode::OK, &value))
+}
+
+/// Answers `/detokenize` as llama.cpp does.
+pub(crate) async fn detokenize(
+    Shared(state): Shared<Arc<State>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let bytes = body::read(&state, &headers, body).await?;
+    let text = prepare(&state, move |state| {
+        let body = object(&bytes)?;
+        let body = Fields::new(&body, "");
+        let ids = match body.get("tokens") {
+            Some(Value::Array(items)) if items.is_empty() => Vec::new(),
+            Some(Value::Array(items)) => tokens("tokens", items)?,
+            _ => return Err(body.bad("tokens", "an array of token ids").into()),
+        };
+        let past = ids.iter().position(|id| *id as usize >= state.n_vocab);
+        if let Some(i) = past {
+            let last = state.n_vocab.saturating_sub(1);
+            let message = format!("tokens[{i}]: {}, expected a token id up to {last}", ids[i]);
+            return Err(ApiError::invalid(message));
+        }
+        Ok(state.tokenizer.decode(&ids))
+    })
+    .await?;
+    Ok(json_response(StatusCode::OK, &json!({ "content": text })))
+}
+
+/// Answers `/apply-template` as llama.cpp does.
+pub(crate) async fn apply_template(
+    Shared(state): Shared<Arc<State>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let bytes = body::read(&state, &headers, body).await?;
+    let text = prepare(&state, move |state| {
+        let body = object(&bytes)?;
+        let body = Fields::new(&body, "");
+        let messages = match body.get("messages") {
+            Some(Value::Array(items)) if !items.is_empty() => items,
+            other => return Err(bad("messages", other, "an array of one or more messages").into()),
+        };
+        let read = |(i, item)| message(&format!("messages[{i}]"), item);
+        let messages: Result<Vec<_>, BadLine> = messages.iter().enumerate().map(read).collect();
+        Ok(state.prompts().rendered(&messages?)?.text)
+    })
+    .await?;
+    Ok(json_response(StatusCode::OK, &json!({ "prompt": text })))
+}
