@@ -41,9 +41,13 @@ pub use work::Summary;
 
 use request::{BadLine, Endpoint, Request};
 
+/// A check of a body.
+#[doc(hidden)]
+pub type Check = fn(&[u8]) -> Result<(), BadLine>;
+
 /// Checks of the bodies of all kinds of requests, for fuzzing.
 #[doc(hidden)]
-pub const BODIES: [fn(&[u8]) -> Result<(), BadLine>; 5] = [
+pub const BODIES: [Check; 5] = [
     |body| Request::from_body("id", Endpoint::Chat, body).map(drop),
     |body| Request::from_body("id", Endpoint::Completions, body).map(drop),
     |body| anthropic::request("id", body).map(drop),
