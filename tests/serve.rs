@@ -3,6 +3,7 @@
 
 mod bodies;
 mod client;
+mod page;
 mod responses;
 mod streams;
 mod tools;

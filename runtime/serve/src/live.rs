@@ -4,6 +4,8 @@
 //! an expert was is taken at the start of a window: an expert that was read within it came from the
 //! last tier, though it may be in a slot now.
 
+mod decoding;
+
 use crate::error::{ApiError, json_response};
 use crate::sse;
 use crate::state::State;
@@ -15,6 +17,7 @@ use axum::extract::State as Shared;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use axum::routing::get;
+use decoding::Decoding;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -88,6 +91,7 @@ pub(crate) struct Scene {
     steps: usize,
     prompt_tokens: usize,
     decode_tokens: usize,
+    decoding: Decoding,
     tiers: Vec<TierScene>,
     layers: Vec<LayerScene>,
     pages: Pages,
@@ -177,6 +181,7 @@ struct Window {
     steps: usize,
     prompt_tokens: usize,
     decode_tokens: usize,
+    decoding: Decoding,
 }
 
 /// The counting of the engine's thread.
@@ -224,6 +229,7 @@ impl Window {
             steps: 0,
             prompt_tokens: 0,
             decode_tokens: 0,
+            decoding: Decoding::default(),
         }
     }
 
@@ -231,6 +237,9 @@ impl Window {
         self.steps += 1;
         self.prompt_tokens += step.prompt_rows;
         self.decode_tokens += step.decode_rows;
+        if step.decode_rows > 0 {
+            self.decoding.count(step.took, Instant::now());
+        }
         let n_used: Vec<usize> = engine.spec().moe_layers().map(|(_, m)| m.n_used).collect();
         let per_token: usize = n_used.iter().sum();
         for mut token in engine.routing().experts.chunks_exact(per_token.max(1)) {
@@ -257,6 +266,7 @@ impl Window {
             steps: self.steps,
             prompt_tokens: self.prompt_tokens,
             decode_tokens: self.decode_tokens,
+            decoding: self.decoding,
             tiers: self.tiers(engine),
             layers: self.layers(engine),
             pages,
@@ -392,7 +402,8 @@ impl Scene {
             "predicted_tok_s": state.loaded().and_then(|loaded| loaded.promise.decode_tok_s),
             // Of all texts together, and of one of them.
             "decode_tok_s": rate(self.decode_tokens as u64),
-            "text_tok_s": (self.decode_tokens > 0).then(|| rate(self.steps as u64)),
+            "text_tok_s": self.decoding.text_tok_s(),
+            "decode_steps": self.decoding.steps,
             "prompt_tok_s": rate(self.prompt_tokens as u64),
             "expert_hits": hits,
             "expert_misses": misses,

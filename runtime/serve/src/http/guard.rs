@@ -9,6 +9,7 @@ use super::key;
 use crate::ask::HasLog;
 use crate::error::{ApiError, Logged, Protocol};
 use crate::log::Entry;
+use crate::page;
 use crate::state::State;
 use axum::body::Body;
 use axum::extract::{Request, State as Shared};
@@ -121,7 +122,9 @@ fn check(state: &State, request: &Request) -> Result<(), ApiError> {
             "the Origin header names a page that may not use this server; --cors ORIGIN allows it",
         ));
     }
-    let is_open = OPEN_PATHS.contains(&request.uri().path()) || request.method() == Method::OPTIONS;
+    let path = request.uri().path();
+    let is_open =
+        OPEN_PATHS.contains(&path) || page::has(path) || request.method() == Method::OPTIONS;
     match &security.api_key {
         Some(expected) if !is_open && !has_key(headers, expected) => Err(ApiError::new(
             StatusCode::UNAUTHORIZED,

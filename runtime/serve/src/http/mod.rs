@@ -9,7 +9,7 @@ use crate::job::Command;
 use crate::state::{Setup, State};
 use crate::truth::Promise;
 use crate::work::{Summary, work};
-use crate::{anthropic, live, openai, responses, utilities};
+use crate::{anthropic, live, openai, page, responses, utilities};
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
@@ -129,6 +129,7 @@ fn router(state: &Arc<State>) -> Router {
         .route("/detokenize", post(utilities::detokenize))
         .route("/apply-template", post(utilities::apply_template))
         .merge(live::routes())
+        .merge(page::routes())
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(axum::middleware::from_fn_with_state(
