@@ -126,12 +126,13 @@ export class Conversations {
     input.select();
   }
 
-  async #remove(conversation) {
+  #remove(conversation) {
+    const failed = (error) => toast(`Not saved: ${error.message}`);
     this.chat.forget(conversation.id);
-    await this.store.remove(conversation.id);
+    this.store.remove(conversation.id).catch(failed);
     this.show();
-    const undo = async () => {
-      await this.store.put(conversation);
+    const undo = () => {
+      this.store.put(conversation).catch(failed);
       this.show();
     };
     toast(`“${conversation.title}” is deleted.`, { label: "Undo", run: undo });

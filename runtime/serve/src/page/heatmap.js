@@ -300,6 +300,7 @@ export class HeatMap {
     const isThere = cell !== null && cell.column >= 0 && cell.column < (this.#layers[cell.row]?.experts ?? 0);
     this.#cell = isThere ? cell : null;
     this.tip.hidden = !isThere;
+    if (isThere) this.#showTip();
     this.#paintSoon();
   }
 
