@@ -119,7 +119,8 @@ fn check(state: &State, request: &Request) -> Result<(), ApiError> {
         ));
     }
     let path = request.uri().path();
-    let is_open = OPEN_PATHS.contains(&path) || page::has(path) || request.method() == Method::OPTIONS;
+    let is_open =
+        OPEN_PATHS.contains(&path) || page::has(path) || request.method() == Method::OPTIONS;
     match &security.api_key {
         Some(expected) if !is_open && !has_key(headers, expected) => Err(ApiError::new(
             StatusCode::UNAUTHORIZED,
