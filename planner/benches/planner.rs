@@ -43,11 +43,13 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
                 rows: vec![KvRows {
                     width: 576,
                     per_token: 1,
+                    every: 1,
                     queries: 128,
                     window: None,
                     chosen: None,
                 }],
-                state_bytes: 0
+                state_bytes: 0,
+                more_readers: 0
             };
             61
         ],
@@ -59,8 +61,10 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32) -> ModelShape {
                 n_used,
                 expert_bytes: 25 * MB,
                 expert_macs: 44 * MB,
+                by_token: false,
             })
             .collect(),
+        cpu_only: Vec::new(),
     }
 }
 

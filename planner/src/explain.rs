@@ -21,6 +21,8 @@ use tier_plan_runtime::model::shape::ModelShape;
 pub struct LayerReason {
     /// Number of the layer.
     pub layer: u32,
+    /// Whether the token alone chooses the experts.
+    pub by_token: bool,
     /// Bytes per expert.
     pub expert_bytes: u64,
     /// Number of experts pinned to each tier.
@@ -202,6 +204,7 @@ fn layer(
     };
     LayerReason {
         layer: layer.layer,
+        by_token: evidence.shape.by_token,
         expert_bytes: evidence.shape.expert_bytes,
         pinned,
         slots: (layer.slots, layer.slot_tier),

@@ -11,6 +11,7 @@ pub mod print;
 pub mod batch;
 pub mod budget;
 pub mod bundled;
+pub mod by_token;
 pub mod catalogue;
 pub mod chat;
 pub mod cmd;

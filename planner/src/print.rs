@@ -178,3 +178,13 @@ fn reads_of(l: &LayerRecord, tokens: f64) -> String {
         l.waited_s * 1e3
     )
 }
+
+/// Formats a number with about three significant digits.
+pub fn digits(value: f64) -> String {
+    let digits = if value < 10.0 {
+        2
+    } else {
+        usize::from(value < 100.0)
+    };
+    format!("{value:.digits$}")
+}

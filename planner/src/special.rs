@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use tier_plan_runtime::model::spec::{
     Activation, CompressedSpec, Ffn, GqaSpec, LayerSpec, Mixer, MlaSpec, ModelSpec, OutputGate,
-    Reach, RouterInput, WindowKind,
+    Reach, RouterInput, Selection, WindowKind,
 };
 
 /// Families by architecture, as their makers call them.
-const FAMILIES: [(&str, &str); 46] = [
+const FAMILIES: [(&str, &str); 47] = [
     ("afmoe", "Trinity"),
     ("bailingmoe2", "Ling 2.0 and Ring"),
     ("bailingmoe3", "Ling 3.0"),
@@ -23,6 +23,7 @@ const FAMILIES: [(&str, &str); 46] = [
     ("gemma4", "Gemma 4"),
     ("glm-dsa", "GLM-5"),
     ("glm4moe", "GLM-4.5"),
+    ("glm5-next", "GLM-5.3-Flash"),
     ("gpt-oss", "gpt-oss"),
     ("granitemoe", "Granite MoE"),
     ("grok", "Grok"),
@@ -201,11 +202,17 @@ fn of_latent_attention(a: &MlaSpec) -> Vec<Option<String>> {
     let reach = match &a.reach {
         Reach::All => None,
         Reach::Window(n) => Some(format!("a sliding window of {n} tokens")),
-        Reach::Indexed(indexer) => Some(format!(
-            "a lightning indexer that chooses {} tokens",
-            indexer.top_k
-        )),
-        Reach::Reused { .. } => Some("tokens that an earlier layer's indexer chose".into()),
+        Reach::Indexed(indexer) => Some(match indexer.selection {
+            Selection {
+                blocks,
+                block: 1,
+                tail: _,
+            } => format!("a lightning indexer that chooses {blocks} tokens"),
+            Selection { blocks, block, .. } => {
+                format!("a lightning indexer that chooses {blocks} blocks of {block} tokens")
+            }
+        }),
+        Reach::Reused(_) => Some("tokens that an earlier layer's indexer chose".into()),
     };
     vec![
         Some("latent attention".into()),
@@ -256,6 +263,17 @@ mod tests {
                 "latent attention",
                 "a lightning indexer that chooses 12 tokens in 2 of 3 layers",
                 "tokens that an earlier layer's indexer chose in 1 of 3 layers",
+            ]
+        );
+        assert_eq!(
+            of("arch2/glm5-next"),
+            [
+                "4 residual streams",
+                "Kimi delta attention in 2 of 4 layers",
+                "latent attention in 2 of 4 layers",
+                "a lightning indexer that chooses 3 blocks of 4 tokens in 1 of 4 layers",
+                "tokens that an earlier layer's indexer chose in 1 of 4 layers",
+                "no rotation in 2 of 4 layers",
             ]
         );
         let conv = of("arch2/lfm2moe");

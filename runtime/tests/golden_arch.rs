@@ -129,7 +129,7 @@ pub(super) fn three_tiers(shape: &ModelShape, context: u32, spread: Spread) -> P
     ]);
     plan.dense.clear();
     for (i, group) in shape.dense.iter().enumerate() {
-        let tier = TierIdx::new(if group.kind == DenseKind::Embedding {
+        let tier = TierIdx::new(if group.kind.is_named_by_tokens() {
             2
         } else {
             i % 2

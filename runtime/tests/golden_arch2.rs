@@ -89,7 +89,7 @@ fn the_plan_does_not_change_a_bit() {
 
 #[test]
 fn long_contexts_depend_neither_on_threads_nor_on_batches() {
-    for name in ["glm-dsa", "dots3note"] {
+    for name in ["glm-dsa", "dots3note", "glm5-next", "deepseek4"] {
         long_context_is_stable(&golden(name));
     }
 }

@@ -5,6 +5,7 @@ use crate::cmd::args::JsonArgs;
 use crate::cost::fit::{Fit, Row};
 use crate::hint::HintExt;
 use crate::json::path_json;
+use crate::print::digits;
 use crate::printable::printable;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -135,8 +136,8 @@ fn print_text(fit: &Fit, records: &[(String, RunRecord)], machine: &Machine, fit
         println!(
             "{}: {} GB/s, {change} (was {})",
             printable(&after.name),
-            after.read_gbps,
-            before.read_gbps
+            digits(after.read_gbps),
+            digits(before.read_gbps)
         );
     }
     for note in notes(fit, records) {

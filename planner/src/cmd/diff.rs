@@ -51,6 +51,7 @@ pub fn run(args: &DiffArgs) -> Result<()> {
 fn words(kind: DenseKind) -> &'static str {
     match kind {
         DenseKind::Embedding => "embedding",
+        DenseKind::TokenTable => "token_table",
         DenseKind::Attention => "attention",
         DenseKind::Router => "router",
         DenseKind::SharedExpert => "shared_expert",

@@ -1,5 +1,6 @@
 //! `tier-plan explain`: why a plan is as it is.
 
+use crate::by_token::{self, Placed};
 use crate::catalogue;
 use crate::cmd::args::{JsonArgs, ModelOption, check_profile};
 use crate::cost::steps::{Predictor, StepPrediction};
@@ -15,7 +16,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use tier_plan_runtime::formats::placement::{self, PerTier, Placement, SlotPolicy, TierIdx};
-use tier_plan_runtime::model::shape::DenseKind;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
 /// Options of `tier-plan explain`.
@@ -71,14 +72,16 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
         most => parallel::predictions(&predictor, most),
     };
     let drafts = break_evens(&predictor);
+    let by_token = by_token::placed(&plan, &known.sizes, &evidence);
     if args.format.json {
         let mut value = as_json(&plan, &why);
+        value["by_token"] = by_token.iter().map(Placed::as_json).collect();
         value["drafts"] = drafts.iter().map(Draft::as_json).collect();
         value["sequences"] = json!(plan.sequences);
         value["parallel"] = parallel::as_json(&steps);
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
-        print_text(&plan, &why);
+        print_text(&plan, &known.sizes, &why, &by_token);
         print_steps(&steps);
         print_drafts(&drafts);
         for note in evidence.notes.iter().chain(&known.notes()) {
@@ -88,7 +91,7 @@ pub fn run(args: &ExplainArgs) -> Result<()> {
     Ok(())
 }
 
-fn print_text(plan: &Placement, why: &Explanation) {
+fn print_text(plan: &Placement, shape: &ModelShape, why: &Explanation, by_token: &[Placed]) {
     let (predicted, emulated) = (&plan.predicted, plan.tiers.iter().any(|t| t.tier.emulated));
     println!(
         "plan '{}' for {} on {}: predicted {:.2} tok/s{}",
@@ -152,6 +155,13 @@ fn print_text(plan: &Placement, why: &Explanation) {
     }
     println!();
     dense(plan);
+    if by_token::is_special(&by_token::parts(shape)) {
+        println!("Chosen by the token alone, so known before the layer that reads it runs:");
+        for placed in by_token {
+            println!("  {}", printable(&placed.sentence()));
+        }
+        println!();
+    }
     if why.layers.is_empty() {
         return;
     }
@@ -263,6 +273,7 @@ fn same(a: &LayerReason, b: &LayerReason) -> bool {
     let near = |a: f64, b: f64| (a - b).abs() < 5e-4;
     (&a.pinned, a.slots, a.policy, a.expert_bytes, a.longest)
         == (&b.pinned, b.slots, b.policy, b.expert_bytes, b.longest)
+        && a.by_token == b.by_token
         && near(a.pin_hits, b.pin_hits)
         && near(a.slot_hits, b.slot_hits)
 }
@@ -303,8 +314,13 @@ fn sentence(plan: &Placement, of: &LayerReason, layers: &[u32]) -> String {
         (Some(_), Some(_)) => "; pins are no better than others here".to_string(),
         _ => String::new(),
     };
+    let chosen = if of.by_token {
+        ", chosen by the token"
+    } else {
+        ""
+    };
     format!(
-        "{}: {}; pins serve {:.1} % of choices, slots {:.1} %; {:.3} ms, longest {longest}{border}",
+        "{}{chosen}: {}; pins serve {:.1} % of choices, slots {:.1} %; {:.3} ms, longest {longest}{border}",
         numbers(layers),
         parts.join(", "),
         of.pin_hits.max(0.0) * 100.0,
@@ -323,7 +339,8 @@ fn dense(plan: &Placement) {
         ("shared experts", DenseKind::SharedExpert),
         ("dense feed-forward", DenseKind::DenseFfn),
         ("head", DenseKind::Head),
-        ("embedding (one row a token)", DenseKind::Embedding),
+        ("embedding (one row per token)", DenseKind::Embedding),
+        ("token table (a few rows per token)", DenseKind::TokenTable),
     ];
     for (words, kind) in kinds {
         let of_kind: Vec<TierIdx> = plan
@@ -374,6 +391,7 @@ fn as_json(plan: &Placement, why: &Explanation) -> Value {
         })).collect::<Vec<_>>(),
         "layers": why.layers.iter().map(|l| json!({
             "layer": l.layer,
+            "by_token": l.by_token,
             "expert_bytes": l.expert_bytes,
             "pinned": l.pinned.enumerate().filter(|(_, n)| **n > 0)
                 .map(|(t, n)| (name(t).to_string(), json!(n))).collect::<serde_json::Map<_, _>>(),

@@ -1,5 +1,6 @@
 //! `tier-plan inspect`: contents of a model file, without reading its weights.
 
+use crate::by_token::{self, ByToken};
 use crate::catalogue::{self, Named};
 use crate::cmd::args::{JsonArgs, ModelArgs};
 use crate::opening::naming;
@@ -117,6 +118,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
 fn groups(shape: &ModelShape) -> Vec<(&'static str, u64, u64)> {
     let kinds = [
         ("embedding", DenseKind::Embedding),
+        ("token table", DenseKind::TokenTable),
         ("attention", DenseKind::Attention),
         ("router", DenseKind::Router),
         ("shared experts", DenseKind::SharedExpert),
@@ -204,6 +206,11 @@ fn print_sizes(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) {
         100,
         show_bytes(shape.token_bytes())
     );
+    let parts = by_token::parts(shape);
+    let special = by_token::is_special(&parts);
+    for part in parts.iter().filter(|_| special) {
+        println!("chosen by the token alone: {}", part.sentence());
+    }
 }
 
 fn show_shape(of: &Architecture, mix: Mix, as_json: bool) -> Result<()> {
@@ -345,7 +352,9 @@ fn sizes_json(shape: &ModelShape, groups: &[(&'static str, u64, u64)]) -> Value 
         })).collect::<Vec<_>>(),
         "experts": shape.experts.iter().map(|e| json!({
             "layer": e.layer, "n_expert": e.n_expert, "n_used": e.n_used, "expert_bytes": e.expert_bytes,
+            "by_token": e.by_token,
         })).collect::<Vec<_>>(),
+        "by_token": by_token::parts(shape).iter().map(ByToken::as_json).collect::<Vec<_>>(),
     })
 }
 

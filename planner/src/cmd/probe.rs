@@ -2,6 +2,7 @@
 
 use crate::cmd::args::{JsonArgs, ThreadArgs};
 use crate::json::path_json;
+use crate::print::digits;
 use crate::printable::printable;
 use crate::probe::disk::Disk;
 use crate::probe::gpu::GpuRate;
@@ -167,7 +168,7 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
         println!(
             "{}: {} GB/s, {}",
             tier.name,
-            tier.read_gbps,
+            digits(tier.read_gbps),
             show_bytes(tier.capacity_bytes)
         );
     }

@@ -8,6 +8,7 @@ use crate::context::warn_beyond;
 use crate::cost::steps::{Predictor, StepPrediction};
 use crate::json::{path_json, tier_json};
 use crate::parallel::{self, check_texts};
+use crate::print::digits;
 use crate::printable::printable;
 use crate::profile::Evidence;
 use crate::profile::stats::{Skew, skews};
@@ -106,7 +107,7 @@ pub struct SolveArgs {
     pub target_tok_s: Option<f64>,
     /// Fix a tensor group to a tier, such as vram:attention or vram:experts:3-5:0-15; repeatable
     ///
-    /// GROUP is attention, router, shared_expert, dense_ffn, embedding, head, cache, or experts.
+    /// GROUP is attention, router, shared_expert, dense_ffn, embedding, token_table, head, cache, or experts.
     /// `experts` may be left out before numbers: `vram:3-5:0-15`. Experts fixed to the last tier
     /// are never pinned.
     #[arg(
@@ -404,7 +405,7 @@ fn print_text(solved: &Solution, skews: &[Skew], steps: &[StepPrediction]) {
         println!(
             "  {}{label}: {} GB/s, budget {}",
             printable(&tier.tier.name),
-            tier.tier.read_gbps,
+            digits(tier.tier.read_gbps),
             show_bytes(tier.budget_bytes)
         );
     }

@@ -4,6 +4,7 @@ use crate::catalogue::{self, Known};
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::context::warn_beyond;
 use crate::parallel::{self, check_texts};
+use crate::print::digits;
 use crate::printable::printable;
 use crate::progress;
 use crate::report;
@@ -249,16 +250,6 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
         println!("note: {note}");
     }
     Ok(())
-}
-
-/// Formats a number with about three significant digits.
-fn digits(value: f64) -> String {
-    let digits = if value < 10.0 {
-        2
-    } else {
-        usize::from(value < 100.0)
-    };
-    format!("{value:.digits$}")
 }
 
 fn show(question: &Question<'_>, answer: &Result<Answer>) {

@@ -21,7 +21,7 @@
 //! its part of the pooled ones. The solver prices columns so. [`super::steps`] replays tokens
 //! instead, which knows how long experts stay in slots.
 
-use super::{BATCH, ExpertStage, FixedTimes, home_in_place, read_s};
+use super::{BATCH, ExpertStage, FixedTimes, group_read_s, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
@@ -103,6 +103,11 @@ impl Step {
         let read = read_s(tier, group.token_bytes as f64);
         let uses = match group.kind {
             DenseKind::Embedding => return f64::from(self.texts) * read,
+            // A pass names the rows of all of its texts at once.
+            DenseKind::TokenTable => {
+                let latency = group_read_s(group.kind, tier, 0.0);
+                return self.passes() * latency + f64::from(self.texts) * read;
+            }
             DenseKind::Head => self.passes(),
             _ => self.micro_batches(),
         };

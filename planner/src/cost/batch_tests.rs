@@ -111,6 +111,7 @@ fn an_expert_stage_is_the_longest_of_reads_and_arithmetic() {
         n_used: 2,
         expert_bytes: MB,
         expert_macs: 2 * MB,
+        by_token: false,
     };
     let dram = TierIdx::FIRST;
     let stage = |emulated, gflops: [f64; 2]| {

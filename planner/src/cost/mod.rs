@@ -6,14 +6,18 @@
 //!
 //! - **Dense stage**: `Σ token_bytes / rate(tier)` over the layer's groups and its KV cache, one
 //!   after the other. There is no latency: the launches of an ordinary layer are part of the layer
-//!   overhead, and the row of an embedding that stays on a block device counts as its bytes.
+//!   overhead, and the row of an embedding that stays on a block device counts as its bytes. A
+//!   token's rows of a token table there are read at once, after the device's latency. That they
+//!   are read ahead of the layers that use them is not credited: an upper limit of the time.
 //! - **Expert stage**, only in layers with routed experts: the longest of the paths that overlap,
 //!   which are
 //!   - each tier that chosen experts compute from: `bytes / rate`, for VRAM after the latency of a
 //!     launch;
 //!   - for `m > 0` missed experts their transfer from the last tier: `latency + m · expert_bytes /
 //!     rate`, less what prefetching hides ([`Prefetch`]). Where slots are in VRAM behind a link,
-//!     the rate is that of the link if it is the slower one ([`Tier::transfer_s`]).
+//!     the rate is that of the link if it is the slower one ([`Tier::transfer_s`]). Experts that the
+//!     token alone chooses are read from when the layer's dense stage begins, `max(0, latency + m ·
+//!     expert_bytes / rate − dense bytes / rate of the first tier)`.
 //! - A chosen expert computes where it is pinned. A pooled one computes on its layer's slot tier if
 //!   it lies in a slot or is brought into one; else it is brought into staging and computes there.
 //!   So a miss is charged twice, on two paths: its transfer, and its computation from the slot or
@@ -80,19 +84,31 @@ pub fn read_s(tier: &Tier, bytes: f64) -> f64 {
     bytes / (tier.read_gbps * 1e9)
 }
 
+/// Returns the seconds of a dense group's reads for one token, with the latency of a table on a
+/// block device.
+pub fn group_read_s(kind: DenseKind, tier: &Tier, bytes: f64) -> f64 {
+    let waits = kind == DenseKind::TokenTable && tier.kind == TierKind::Nvme;
+    let latency_s = if waits { tier.latency_us * 1e-6 } else { 0.0 };
+    latency_s + read_s(tier, bytes)
+}
+
 /// Returns the seconds of a layer's transfers that are over when its experts begin, if any is
 /// missed.
 ///
 /// The engine prefetches one expert per layer from a block device that is not emulated, while at
 /// least half of its predictions come true. It has the time of the dense stage, taken to lie on the
-/// fastest tier.
+/// fastest tier. Where the token alone chooses the experts, all of them are read in that time, from
+/// an emulated device too.
 fn prefetch_hidden_s(prefetch: Prefetch, tiers: &PerTier<Tier>, expert_s: f64) -> f64 {
     let (Some(first), Some(home)) = (tiers.first(), tiers.last()) else {
         return 0.0;
     };
-    let is_real_drive = home.kind == TierKind::Nvme && !home.emulated && tiers.len() > 1;
-    if prefetch.accuracy >= MIN_PREFETCH_ACCURACY && is_real_drive {
-        prefetch.accuracy.min(1.0) * expert_s.min(read_s(first, prefetch.dense_bytes as f64))
+    let is_drive = home.kind == TierKind::Nvme && tiers.len() > 1;
+    let dense_s = read_s(first, prefetch.dense_bytes as f64);
+    if prefetch.is_exact && is_drive {
+        dense_s
+    } else if prefetch.accuracy >= MIN_PREFETCH_ACCURACY && is_drive && !home.emulated {
+        prefetch.accuracy.min(1.0) * expert_s.min(dense_s)
     } else {
         0.0
     }
@@ -103,7 +119,8 @@ fn prefetch_hidden_s(prefetch: Prefetch, tiers: &PerTier<Tier>, expert_s: f64) -
 pub struct PathTime {
     /// Seconds of each expert.
     pub per_expert_s: f64,
-    /// Seconds of the path beside its experts, if there is any expert.
+    /// Seconds of the path beside its experts, if there is any expert: less than 0 where more is
+    /// hidden. The path then takes at least 0 seconds.
     pub fixed_s: f64,
 }
 
@@ -111,9 +128,22 @@ impl PathTime {
     /// Returns the seconds of a number of experts, which may be a mean.
     pub fn seconds(self, experts: f64) -> f64 {
         if experts > 0.0 {
-            self.fixed_s + experts * self.per_expert_s
+            (self.fixed_s + experts * self.per_expert_s).max(0.0)
         } else {
             0.0
+        }
+    }
+
+    /// Returns times that are no longer for any whole number of experts, with a fixed part that is
+    /// not negative: `max(0, fixed + n · each) ≥ n · max(0, fixed + each)` where `fixed < 0`.
+    #[must_use]
+    pub fn without_negative(self) -> Self {
+        if self.fixed_s >= 0.0 {
+            return self;
+        }
+        PathTime {
+            per_expert_s: (self.per_expert_s + self.fixed_s).max(0.0),
+            fixed_s: 0.0,
         }
     }
 }
@@ -485,6 +515,20 @@ fn dense_bytes(shape: &ModelShape, dense: &[DensePlacement], n_tiers: usize) -> 
     bytes
 }
 
+/// Returns the seconds of latency that a decoded token waits for tables on block devices, by tier.
+fn table_latency_s(plan: &Placement, shape: &ModelShape) -> PerTier<f64> {
+    let mut seconds = PerTier::from_fn(plan.tiers.len(), |_| 0.0);
+    let has_table = shape.dense.iter().any(|d| d.kind == DenseKind::TokenTable);
+    let tables = plan
+        .dense
+        .iter()
+        .filter(|d| d.kind == DenseKind::TokenTable);
+    for table in tables.filter(|_| has_table) {
+        seconds[table.tier] += group_read_s(table.kind, &plan.tiers[table.tier].tier, 0.0);
+    }
+    seconds
+}
+
 /// Returns the position that predictions for a context are for: halfway.
 pub fn middle(context: u32) -> u32 {
     (context / 2).max(1)
@@ -526,6 +570,10 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         .zip(&read_bytes)
         .zip(&tiers)
         .for_each(|((s, &bytes), tier)| *s += read_s(tier, bytes));
+    dense_s
+        .iter_mut()
+        .zip(&table_latency_s(plan, shape))
+        .for_each(|(s, latency_s)| *s += latency_s);
     let (mut expert_s, mut critical) = (PerTier::from_fn(n, |_| 0.0), 0.0);
     let (mut accesses, mut missed) = (0.0, 0.0);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {

@@ -23,7 +23,7 @@
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
 use super::batch::HALF_ROWS;
-use super::{BATCH, ExpertStage, FixedTimes, home_in_place, read_s};
+use super::{BATCH, ExpertStage, FixedTimes, group_read_s, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
 use std::collections::BTreeMap;
@@ -54,11 +54,12 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             continue;
         };
         let (reads, tokens) = match group.kind {
-            DenseKind::Embedding => (f64::from(BATCH), 0.0),
+            DenseKind::Embedding | DenseKind::TokenTable => (f64::from(BATCH), 0.0),
             DenseKind::Head => (1.0, 1.0),
             _ => (1.0, f64::from(BATCH)),
         };
-        let read = read_s(&tiers[tier], reads * group.token_bytes as f64);
+        let bytes = reads * group.token_bytes as f64;
+        let read = group_read_s(group.kind, &tiers[tier], bytes);
         total += read.max(compute_s(plan, tier, tokens * group.macs as f64));
     }
     for (cache, tier) in shape

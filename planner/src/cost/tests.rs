@@ -118,6 +118,7 @@ fn reading_ahead_hides_one_expert_at_most_behind_the_dense_stage() {
             Prefetch {
                 accuracy: right,
                 dense_bytes,
+                is_exact: false,
             },
         );
         (stage.path_s(2, missed, TierIdx::FIRST) * 1e6).round()
@@ -332,6 +333,7 @@ mod whole {
             vec![KvRows {
                 width: 64,
                 per_token: 10,
+                every: 1,
                 queries: 4,
                 window,
                 chosen: None,
@@ -341,14 +343,17 @@ mod whole {
             CacheShape {
                 rows: of(None),
                 state_bytes: 0,
+                more_readers: 0,
             },
             CacheShape {
                 rows: of(Some(128)),
                 state_bytes: 0,
+                more_readers: 0,
             },
             CacheShape {
                 rows: Vec::new(),
                 state_bytes: 1_000_000,
+                more_readers: 0,
             },
         ];
         let (plan, _) = plan(&known, &machine(None), 2000, KvType::Q8_0);

@@ -28,7 +28,6 @@ use std::time::{Duration, SystemTime};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::model::describe;
-use tier_plan_runtime::model::shape::DenseKind;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
@@ -476,7 +475,7 @@ fn shares(gguf: &Gguf, spec: &ModelSpec) -> Vec<(TensorType, f64)> {
     let dense = spec
         .dense_groups()
         .into_iter()
-        .filter(|g| g.kind != DenseKind::Embedding);
+        .filter(|g| !g.kind.is_named_by_tokens());
     let dense = dense.flat_map(|g| g.tensors).map(|id| (id, 1.0));
     let experts = spec.moe_layers().flat_map(|(_, moe)| {
         moe.expert_tensors()

@@ -74,7 +74,8 @@ impl Evidence {
     /// Assumes that every expert is equally likely.
     pub fn uniform(shape: &ModelShape) -> Result<Self> {
         check_shape(shape)?;
-        let layers = shape
+        let model = shape;
+        let layers = model
             .experts
             .iter()
             .map(|&shape| {
@@ -88,7 +89,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Uniform,
-                    prefetch: Prefetch::default(),
+                    prefetch: Prefetch::new(model, &shape, 0.0),
                     class: Some(0),
                 }
             })
@@ -190,7 +191,7 @@ impl Evidence {
                     prompt_share: share.clone(),
                     share,
                     judged: Judged::Recorded(trace),
-                    prefetch: Prefetch::default(),
+                    prefetch: Prefetch::new(shape, &layer, 0.0),
                     class: None,
                 }
             })
@@ -230,12 +231,7 @@ fn prefetch(shape: &ModelShape, profile: &Profile, at: usize) -> Prefetch {
         .as_ref()
         .and_then(|all| all.get(at))
         .map_or(0.0, |g| g.right as f64 / g.made.max(1) as f64);
-    let layer = profile.layers[at];
-    let dense = shape.dense.iter().filter(|d| d.layer == Some(layer));
-    Prefetch {
-        accuracy,
-        dense_bytes: dense.map(|d| d.token_bytes).sum(),
-    }
+    Prefetch::new(shape, &shape.experts[at], accuracy)
 }
 
 fn check_shape(shape: &ModelShape) -> Result<()> {
@@ -387,6 +383,7 @@ pub(crate) mod tests {
             n_used,
             expert_bytes: 10,
             expert_macs: 10,
+            by_token: false,
         };
         ModelShape {
             id: id("m"),
@@ -398,6 +395,7 @@ pub(crate) mod tests {
             caches: Vec::new(),
             dense: Vec::new(),
             experts: vec![experts],
+            cpu_only: Vec::new(),
         }
     }
 

@@ -114,6 +114,7 @@ impl Evidence {
             layers.push(LayerEvidence {
                 shape: layer,
                 class: Some(*class),
+                prefetch: Prefetch::new(shape, &layer, 0.0),
                 ..of.clone()
             });
         }

@@ -55,13 +55,14 @@ impl Baseline {
 }
 
 /// Order in which dense groups are placed: by how much of each a token reads.
-const DENSE_ORDER: [DenseKind; 6] = [
+const DENSE_ORDER: [DenseKind; 7] = [
     DenseKind::Attention,
     DenseKind::Router,
     DenseKind::SharedExpert,
     DenseKind::DenseFfn,
     DenseKind::Head,
     DenseKind::Embedding,
+    DenseKind::TokenTable,
 ];
 
 /// Drafts a baseline. Returns `None` if it does not fit the tiers.
@@ -87,9 +88,16 @@ pub fn draft(
                     .zip(left)
                     .all(|(bytes, left)| bytes <= left)
             };
-            dense[at] = capacity
+            let fitting = capacity
                 .dense_tiers(group)
-                .find(|&tier| fits(&left, tier))?;
+                .filter(|&tier| fits(&left, tier));
+            let fitting: Vec<TierIdx> = fitting.collect();
+            // A token reads so few rows of a table that the slowest tier serves them.
+            let tier = match kind {
+                DenseKind::TokenTable => fitting.last(),
+                _ => fitting.first(),
+            };
+            dense[at] = *tier?;
             let taken = capacity.taken(group, dense[at]);
             left.iter_mut()
                 .zip(taken)
@@ -195,6 +203,12 @@ impl Filler<'_> {
         self.evidence.layers[layer].shape.expert_bytes
     }
 
+    /// Whether a layer's experts run on a tier.
+    fn runs(&self, layer: usize, tier: usize) -> bool {
+        let layer = self.evidence.layers[layer].shape.layer;
+        self.capacity.runs_experts(layer, TierIdx::new(tier))
+    }
+
     fn n_pooled(&self, layer: usize) -> u64 {
         self.layers[layer].n_pooled(&self.evidence.layers[layer])
     }
@@ -202,16 +216,20 @@ impl Filler<'_> {
     fn uniform(&mut self) {
         let n = self.layers.len();
         for tier in 0..self.capacity.fast() {
-            let one_each: u64 = (0..n).map(|l| self.expert_bytes(l)).sum();
+            let runs: Vec<bool> = (0..n).map(|l| self.runs(l, tier)).collect();
+            let there = (0..n).filter(|&l| runs[l]);
+            let one_each: u64 = there.map(|l| self.expert_bytes(l)).sum();
             let each = self.left[tier].checked_div(one_each).unwrap_or(0);
-            let mut counts: Vec<u64> = (0..n).map(|l| each.min(self.n_pooled(l))).collect();
+            let most = |l: usize| if runs[l] { self.n_pooled(l) } else { 0 };
+            let mut counts: Vec<u64> = (0..n).map(|l| each.min(most(l))).collect();
             let taken = counts
                 .iter()
                 .enumerate()
                 .map(|(l, count)| count * self.expert_bytes(l));
             self.left[tier] -= taken.sum::<u64>();
             for (l, count) in counts.iter_mut().enumerate() {
-                if *count < self.n_pooled(l) && self.expert_bytes(l) <= self.left[tier] {
+                let fits = self.expert_bytes(l) <= self.left[tier];
+                if runs[l] && *count < self.n_pooled(l) && fits {
                     *count += 1;
                     self.left[tier] -= self.expert_bytes(l);
                 }
@@ -246,7 +264,9 @@ impl Filler<'_> {
         let mut tier_of = vec![0; self.layers.len()];
         for ExpertUse { layer, expert, .. } in uses {
             let bytes = self.expert_bytes(layer);
-            while tier_of[layer] < self.capacity.fast() && self.left[tier_of[layer]] < bytes {
+            while tier_of[layer] < self.capacity.fast()
+                && (self.left[tier_of[layer]] < bytes || !self.runs(layer, tier_of[layer]))
+            {
                 tier_of[layer] += 1;
             }
             if tier_of[layer] < self.capacity.fast() {
@@ -260,6 +280,9 @@ impl Filler<'_> {
     ///
     /// Where that would be less than a token uses, fewer layers get that many.
     fn spread_slots(&mut self, layers: &[usize], tier: TierIdx) {
+        let runs = |&layer: &usize| self.runs(layer, tier.get());
+        let layers: Vec<usize> = layers.iter().copied().filter(runs).collect();
+        let layers = &layers[..];
         let one_each: u64 = layers.iter().map(|&l| self.expert_bytes(l)).sum();
         let each = self.left[tier.get()].checked_div(one_each).unwrap_or(0);
         for &layer in layers {
@@ -310,8 +333,14 @@ impl Filler<'_> {
             while tier < last && taken + wanted > self.left[tier] as f64 * (1.0 + 1e-12) {
                 (tier, taken) = (tier + 1, 0.0);
             }
-            taken += wanted;
-            on_tier[tier].push(layer);
+            // A layer that can't be on this tier is on a later one.
+            let runs = (tier..=last).find(|&t| self.runs(layer, t));
+            if runs == Some(tier) {
+                taken += wanted;
+            }
+            if let Some(tier) = runs {
+                on_tier[tier].push(layer);
+            }
         }
         for (tier, layers) in on_tier.iter().enumerate() {
             self.spread_slots(layers, TierIdx::new(tier));
@@ -321,7 +350,8 @@ impl Filler<'_> {
     fn first_layers_cpu(&mut self) {
         let mut rest: Vec<usize> = (0..self.layers.len()).collect();
         for tier in 0..self.capacity.fast() {
-            while let Some(&layer) = rest.last() {
+            while let Some(at) = rest.iter().rposition(|&layer| self.runs(layer, tier)) {
+                let layer = rest[at];
                 let n_expert = self.evidence.layers[layer].shape.n_expert;
                 let layer_bytes = u64::from(n_expert) * self.expert_bytes(layer);
                 if layer_bytes > self.left[tier] {
@@ -329,7 +359,7 @@ impl Filler<'_> {
                 }
                 self.left[tier] -= layer_bytes;
                 self.layers[layer].pinned[tier] = (0..n_expert).collect();
-                rest.pop();
+                rest.remove(at);
             }
         }
         // What is left of the tiers becomes slots. The tier with the most bytes serves most layers,

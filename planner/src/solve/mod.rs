@@ -16,6 +16,7 @@
 mod assemble;
 pub mod baselines;
 pub mod bound;
+mod cpu_only;
 mod kv_tier;
 mod optimize;
 mod optimum;
@@ -129,6 +130,8 @@ pub fn solve_with_evidence(
     } = options;
     let objective = ObjectiveFunction::new(*objective, *batch, *target_tok_s, problem)?;
 
+    constraints.check_gpus(problem.shape, problem.machine)?;
+
     // One instance per tier that can hold the KV cache.
     let capacities = Capacity::per_kv_tier(problem, constraints)?;
     let instances: Vec<Instance<'_>> = capacities
@@ -159,6 +162,7 @@ pub fn solve_with_evidence(
     let mut notes = evidence.notes.clone();
     notes.extend(efficiency_note(problem));
     notes.extend(gpu_note(problem));
+    notes.extend(cpu_only::notes(problem));
     notes.extend(best.notes);
     if objective.target_tok_s.is_some() || objective.kind != Objective::Latency {
         notes.push(format!("objective: {}", objective.describe()));

@@ -108,8 +108,10 @@ fn shape(n_layer: u32, n_expert: u32, n_used: u32, expert_bytes: u64) -> ModelSh
                 n_used,
                 expert_bytes,
                 expert_macs: expert_bytes,
+                by_token: false,
             })
             .collect(),
+        cpu_only: Vec::new(),
     }
 }
 
@@ -119,11 +121,13 @@ fn cache(width: u64) -> CacheShape {
         rows: vec![KvRows {
             width,
             per_token: 1,
+            every: 1,
             queries: 1,
             window: None,
             chosen: None,
         }],
         state_bytes: 0,
+        more_readers: 0,
     }
 }
 
@@ -194,6 +198,13 @@ fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     let mut shape = shape(layers, n_expert, pick(1, 2) as u32, 1000);
     for layer in &mut shape.experts {
         layer.expert_bytes = pick(900, 1100) * 1000;
+        layer.by_token = pick(0, 3) == 0;
+    }
+    if pick(0, 2) == 0 {
+        shape.dense.push(DenseShape {
+            kind: DenseKind::TokenTable,
+            ..shape.dense[0]
+        });
     }
     for group in &mut shape.dense {
         group.bytes = pick(300, 2000) * 1000;
@@ -637,6 +648,8 @@ fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
     }
     Ok(())
 }
+
+mod by_token;
 
 mod enumeration;
 

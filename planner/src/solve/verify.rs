@@ -15,6 +15,7 @@ use tier_plan_runtime::formats::placement::{
     TierBytes, TierIdx,
 };
 use tier_plan_runtime::gpu::fully_on_gpu;
+use tier_plan_runtime::model::gpu::{CpuOnly, Part};
 use tier_plan_runtime::model::kv::PAGE;
 use tier_plan_runtime::model::shape::{CacheShape, DenseKind, ExpertShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
@@ -46,6 +47,7 @@ pub fn verify(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Vec<
     tally.add_dense(shape);
     if tally.has_all_layers(shape) {
         for (layer, experts) in plan.layers.iter().zip(&shape.experts) {
+            tally.check_gpus(shape, layer);
             tally.add_experts(layer, experts);
         }
         tally.add_staging(shape);
@@ -90,6 +92,36 @@ impl Tally<'_> {
         self.plan.tiers[tier].tier.kind != TierKind::Nvme
     }
 
+    /// Whether a tier is a GPU that can't run a part.
+    fn is_refused(
+        &self,
+        shape: &ModelShape,
+        part: Part,
+        layer: Option<u32>,
+        tier: TierIdx,
+    ) -> bool {
+        let only = |only: &CpuOnly| (only.part, only.layer) == (part, layer);
+        let tier = &self.plan.tiers[tier].tier;
+        let is_gpu = tier.kind == TierKind::Vram && !tier.emulated;
+        is_gpu && shape.cpu_only.iter().any(only)
+    }
+
+    /// Checks that no experts of a layer are on a GPU that can't run them.
+    fn check_gpus(&mut self, shape: &ModelShape, placed: &LayerPlacement) {
+        let pins = placed.pinned.iter().filter(|pins| !pins.experts.is_empty());
+        let slots = (placed.slots > 0).then_some(placed.slot_tier);
+        let tiers: Vec<TierIdx> = pins.map(|pins| pins.tier).chain(slots).collect();
+        let (layer, n) = (placed.layer, self.n_tiers());
+        for tier in tiers.into_iter().filter(|t| t.get() < n) {
+            if self.is_refused(shape, Part::Experts, Some(layer), tier) {
+                let tier = &self.plan.tiers[tier].tier.name;
+                self.wrong.push(format!(
+                    "experts of layer {layer} are on the GPU '{tier}', which can't run them"
+                ));
+            }
+        }
+    }
+
     /// Counts the dense groups; each must be placed once, where it computes.
     fn add_dense(&mut self, shape: &ModelShape) {
         let n = self.n_tiers();
@@ -109,10 +141,15 @@ impl Tally<'_> {
                 Some(_) if tier.get() >= n => {
                     self.wrong.push(format!("{name} is on tier {tier} of {n}"))
                 }
-                Some(_) if !self.computes(tier) && dense.kind != DenseKind::Embedding => {
+                Some(_) if !self.computes(tier) && !dense.kind.is_named_by_tokens() => {
                     let tier = &self.plan.tiers[tier].tier.name;
                     self.wrong
                         .push(format!("{name} is on '{tier}', where nothing computes"));
+                }
+                Some(_) if self.is_refused(shape, Part::Dense(dense.kind), dense.layer, tier) => {
+                    let tier = &self.plan.tiers[tier].tier.name;
+                    self.wrong
+                        .push(format!("{name} is on the GPU '{tier}', which can't run it"));
                 }
                 Some(group) => self.bytes[tier][DENSE] += u128::from(group.bytes),
             }
@@ -216,7 +253,7 @@ impl Tally<'_> {
             let mut bytes = u128::from(cache.state_bytes) * states;
             for rows in &cache.rows {
                 let row_bytes = u128::from(plan.kv_type.row_bytes(rows.width));
-                bytes += row_bytes * u128::from(rows.per_token) * positions;
+                bytes += row_bytes * u128::from(rows.per_token) * held(positions, rows.every);
             }
             let name = format!("key and value cache of layer {layer}");
             let apart = plan
@@ -362,7 +399,11 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             .iter()
             .filter(|g| (g.kind, g.layer) == (dense.kind, dense.layer))
         {
-            total += group.token_bytes as f64 / (plan.tiers[dense.tier].tier.read_gbps * 1e9);
+            let tier = &plan.tiers[dense.tier].tier;
+            total += group.token_bytes as f64 / (tier.read_gbps * 1e9);
+            if group.kind == DenseKind::TokenTable && tier.kind == TierKind::Nvme {
+                total += 1e-6 * tier.latency_us;
+            }
         }
     }
     total += caches_s(plan, shape);
@@ -396,6 +437,13 @@ fn with_fixed_times(plan: &Placement, shape: &ModelShape) -> Placement {
     plan
 }
 
+/// Returns the rows of so many positions, of which `every` share one: in every page, as many as blocks
+/// may end there.
+fn held(positions: u128, every: u64) -> u128 {
+    let (page, every) = (u128::from(PAGE), u128::from(every));
+    positions / page * page.div_ceil(every) + (positions % page).div_ceil(every)
+}
+
 /// Returns the positions that a layer holds, of the `all` positions of the planned texts: where no
 /// token sees more than a window, and pages of the windows, a batch, and the checkpoints are fewer.
 fn window_positions(plan: &Placement, tier: TierIdx, cache: &CacheShape, all: u128) -> u128 {
@@ -425,8 +473,11 @@ fn caches_s(plan: &Placement, shape: &ModelShape) -> f64 {
     for (layer, cache) in shape.caches.iter().enumerate() {
         let (mut bytes, mut values) = (2.0 * cache.state_bytes as f64, 0.0);
         for rows in &cache.rows {
-            let seen = rows.per_token * rows.window.unwrap_or(u64::MAX).min(position.into());
-            bytes += (plan.kv_type.row_bytes(rows.width) * seen) as f64;
+            let most = |limit: Option<u64>| limit.unwrap_or(u64::MAX);
+            let reach = most(rows.window).min(most(rows.chosen));
+            let seen = reach.min(position.into()).div_ceil(rows.every) * rows.per_token;
+            let readers = cache.more_readers + 1;
+            bytes += (plan.kv_type.row_bytes(rows.width) * seen * readers) as f64;
             values += (rows.width * rows.queries * seen) as f64;
         }
         let tier_idx = cache_tier(plan, layer);
@@ -506,16 +557,22 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
 
 /// Returns the seconds of transfers that prefetching hides behind the dense stage.
 ///
-/// One expert is read while the dense stage before computes, if predictions are good.
+/// One expert is read while the dense stage before computes, if predictions are good. Experts that
+/// the token chooses are all read then.
 fn prefetched_s(plan: &Placement, evidence: &LayerEvidence) -> f64 {
     let home = plan.home_tier();
     let last = &plan.tiers[home].tier;
     let prefetch = evidence.prefetch;
-    let is_real_drive = last.kind == TierKind::Nvme && !last.emulated && plan.tiers.len() > 1;
-    if !is_real_drive || prefetch.accuracy < MIN_PREFETCH_ACCURACY {
+    if last.kind != TierKind::Nvme || plan.tiers.len() < 2 {
         return 0.0;
     }
     let dense_s = prefetch.dense_bytes as f64 / (plan.tiers[TierIdx::FIRST].tier.read_gbps * 1e9);
+    if evidence.shape.by_token {
+        return dense_s;
+    }
+    if last.emulated || prefetch.accuracy < MIN_PREFETCH_ACCURACY {
+        return 0.0;
+    }
     let expert_s = evidence.shape.expert_bytes as f64 / (last.read_gbps * 1e9);
     prefetch.accuracy.min(1.0) * dense_s.min(expert_s)
 }
@@ -545,7 +602,7 @@ fn longest_path_s(
     let link_gbps = plan.tiers[to].tier.accelerator.link_gbps;
     let link_s = link_gbps.map_or(0.0, |gbps| missed as f64 * expert_bytes / (gbps * 1e9));
     let mut longest = if missed > 0 {
-        latency_s(home) + read_s(home, missed).max(link_s) - prefetched_s
+        (latency_s(home) + read_s(home, missed).max(link_s) - prefetched_s).max(0.0)
     } else {
         0.0
     };

@@ -48,7 +48,7 @@ pub(super) const MACHINE: Kind = Kind {
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
-    newest: 7,
+    newest: 8,
     limit_bytes: 64 << 20,
     hint: "`tier-plan solve` writes one",
 };
@@ -70,7 +70,7 @@ pub(super) const RECORD: Kind = Kind {
 pub(super) const SHAPE: Kind = Kind {
     format: "tier-plan shape",
     what: "model shape",
-    newest: 3,
+    newest: 4,
     limit_bytes: 1 << 20,
     hint: "profiles/models holds examples",
 };

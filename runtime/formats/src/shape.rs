@@ -20,6 +20,7 @@ use weights::Weight;
 
 use super::kind::SHAPE;
 use crate::FormatError;
+use crate::model::gpu::cpu_only_of;
 use crate::model::kv::KvRows;
 use crate::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 use crate::source_id::SourceId;
@@ -197,6 +198,8 @@ pub struct Experts {
     pub router_bias: bool,
     /// A value of each expert is added to its score for the choice only.
     pub selection_bias: bool,
+    /// The layers of them whose experts the token alone chooses, ascending.
+    pub by_token: Vec<u32>,
 }
 
 /// Parameters of a model.
@@ -285,6 +288,7 @@ impl Architecture {
                     n_used: of.used,
                     expert_bytes: bytes / u64::from(of.count),
                     expert_macs: of.matrices() * u64::from(of.hidden) * u64::from(of.ffn),
+                    by_token: of.is_by_token(group.layer.unwrap_or(0)),
                 }),
                 (None, None) => {}
             }
@@ -294,7 +298,7 @@ impl Architecture {
             add_table(&mut dense, table, row_bytes);
         }
         let hash = xxh3_128(format!("{} {}", self.id.hash, mix.name()).as_bytes());
-        ModelShape {
+        let mut shape = ModelShape {
             id: SourceId {
                 name: format!("{} at {}, a shape without weights", self.name, mix.name()),
                 hash: format!("{hash:032x}"),
@@ -307,7 +311,10 @@ impl Architecture {
             caches: (0..self.layers).map(|layer| self.cache(layer)).collect(),
             dense,
             experts,
-        }
+            cpu_only: Vec::new(),
+        };
+        shape.cpu_only = cpu_only_of(&shape);
+        shape
     }
 
     /// Returns a layer's KV cache: key and value of each head, or its one latent with its rotated
@@ -332,6 +339,7 @@ impl Architecture {
                 let rows = |width: u32, per_head: u64| KvRows {
                     width: width.into(),
                     per_token: per_head * u64::from(kv_heads),
+                    every: 1,
                     queries: u64::from(heads / kv_heads),
                     window: window.filter(|_| !full).map(u64::from),
                     chosen: None,
@@ -353,6 +361,7 @@ impl Architecture {
                 let rows = KvRows {
                     width,
                     per_token: 1,
+                    every: 1,
                     queries: 2 * u64::from(heads),
                     window: None,
                     chosen: None,
@@ -360,7 +369,11 @@ impl Architecture {
                 (vec![rows], 0)
             }
         };
-        CacheShape { rows, state_bytes }
+        CacheShape {
+            rows,
+            state_bytes,
+            more_readers: 0,
+        }
     }
 
     /// Returns what the mixes depend on in a layer.
@@ -384,43 +397,42 @@ impl Architecture {
 }
 
 impl Experts {
+    /// Whether the token alone chooses a layer's experts.
+    fn is_by_token(&self, layer: u32) -> bool {
+        self.by_token.binary_search(&layer).is_ok()
+    }
+
     /// Returns the matrices of an expert.
     fn matrices(&self) -> u64 {
         if self.gated { 3 } else { 2 }
     }
 }
 
-/// Returns rows of the cache as rows that every token adds: of those that several tokens share, a
-/// part of the width each.
 fn given_rows(rows: &GivenRows) -> KvRows {
     KvRows {
-        width: rows.width.div_ceil(rows.every).into(),
+        width: rows.width.into(),
         per_token: rows.per_token.into(),
+        every: rows.every.into(),
         queries: rows.queries.into(),
         window: rows.window.map(u64::from),
         chosen: rows.chosen.map(u64::from),
     }
 }
 
-/// Adds a table to the embedding, which it is placed with.
+/// Adds a table after the embedding, if there is one.
 fn add_table(dense: &mut Vec<DenseShape>, table: Table, row_bytes: u64) {
     let embedding = |d: &DenseShape| d.kind == DenseKind::Embedding;
-    if !dense.iter().any(embedding) {
-        dense.insert(
-            0,
-            DenseShape {
-                kind: DenseKind::Embedding,
-                layer: None,
-                bytes: 0,
-                token_bytes: 0,
-                macs: 0,
-            },
-        );
-    }
-    for group in dense.iter_mut().filter(|d| embedding(d)) {
-        group.bytes += table.rows * row_bytes;
-        group.token_bytes += u64::from(table.read) * row_bytes;
-    }
+    let at = dense.iter().position(embedding).map_or(0, |at| at + 1);
+    dense.insert(
+        at,
+        DenseShape {
+            kind: DenseKind::TokenTable,
+            layer: None,
+            bytes: table.rows * row_bytes,
+            token_bytes: u64::from(table.read) * row_bytes,
+            macs: 0,
+        },
+    );
 }
 
 /// Reads a shape from the bytes of its file. `path` is only named in errors.

@@ -111,6 +111,9 @@ fn small(kernels: Kernels, random: &mut Random) -> Outcome {
         compare(1.0, &|k, out| k.axpy(0.7, &y, out));
         compare(1e-30, &|k, out| k.silu_mul(out, &y));
         compare(1e-30, &|k, out| k.clamped_swiglu(out, &y, 1.702, 7.0));
+        compare(1e-30, &|k, out| k.gelu_mul(out, &y));
+        compare(1e-30, &|k, out| k.limited_silu_mul(out, &y, 0.5));
+        compare(1e-30, &|k, out| k.situ_mul(out, &y, 4.0, 25.0));
         compare(1e-30, &|k, out| k.exp(out));
         let allowed = SUM_TOLERANCE
             * x.iter()

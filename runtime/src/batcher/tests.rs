@@ -79,7 +79,7 @@ fn texts_in_company_are_those_alone_and_no_page_is_lost() {
             draft: 0,
         };
         let mut greedy = Sampler::new(SamplerConfig::default());
-        let go_on = |_, _| ControlFlow::Continue(());
+        let go_on = |_: &Engine, _| ControlFlow::Continue(());
         let generated = generate(&mut engine, &ids, &mut greedy, &limits, go_on).unwrap();
         alone.push(tokenizer.decode(&generated.tokens));
     }

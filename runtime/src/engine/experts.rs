@@ -89,6 +89,25 @@ impl Experts {
             .score(layer.index, &backends.buffers.experts[..layer.spec.n_used])
     }
 
+    /// Starts to read the experts of the next layer where tokens alone choose them.
+    ///
+    /// # Errors
+    /// When a GPU fails.
+    pub(crate) fn read_known(
+        &mut self,
+        spec: &ModelSpec,
+        next: Layer<'_>,
+        on: TextRows<'_>,
+        place: Place,
+        backends: &mut Backends,
+    ) -> Result<(), RunError> {
+        if next.chooses_by_token() {
+            self.prefetch(spec, next, on, place, backends)?;
+            self.store.start_predicted();
+        }
+        Ok(())
+    }
+
     /// Predicts the experts of the layer after `layer`, and has the store prefetch them while
     /// nothing that is needed is being read. A batch is predicted by its last tokens.
     ///

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tier_plan_cuda::Device;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::shape_of;
 use tier_plan_formats::model::spec::Mixer;
 use tier_plan_testing::nmse;
 
@@ -156,7 +157,7 @@ fn heads_that_no_kernel_takes_are_refused() {
                 d.head_dim = head_dim;
             }
         }
-        parts::check(&gguf, &spec, &all).map_err(|error| error.to_string())
+        parts::check(&shape_of(&gguf, &spec), &all).map_err(|error| error.to_string())
     };
     assert_eq!(with(16), Ok(()));
     assert_eq!(with(256), Ok(()));

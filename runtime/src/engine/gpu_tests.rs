@@ -301,7 +301,7 @@ fn parts_of_a_layer_may_be_apart() {
             DenseKind::Attention => true,
             DenseKind::Router | DenseKind::DenseFfn => odd(layer),
             DenseKind::SharedExpert => !odd(layer),
-            DenseKind::Embedding => true,
+            DenseKind::Embedding | DenseKind::TokenTable => true,
             DenseKind::Head => false,
         };
         compare(name, of, |shape| {

@@ -10,7 +10,7 @@ use super::predictor::RouterPredictor;
 use super::sequences::Sequences;
 use crate::error::LoadError;
 use crate::gpu::devices::GiveDevice;
-use crate::gpu::rows::{GpuRows, gpu_rows};
+use crate::gpu::rows::{GpuRows, gpu_row_values, gpu_rows};
 use crate::gpu::{Gpus, full_gpu_tier};
 use crate::layers::places::Places;
 use crate::load::{Loaded, load};
@@ -54,6 +54,7 @@ impl Engine {
         let kernels = Kernels::from_env()?;
         let model = Model::from_gguf(gguf)?;
         let (spec, shape) = (model.spec(), model.shape());
+        let plan = &plan.clone().with_tables_of(shape);
         let Loaded {
             weights,
             experts: mut store,
@@ -100,7 +101,7 @@ impl Engine {
         };
         let expert_floats = spec.layers.iter().map(floats).collect();
         let gpu_rows = if store.n_gpus() > 0 {
-            GpuRows::new(gpu_rows(spec), spec.hidden)
+            GpuRows::new(gpu_rows(spec), gpu_row_values(spec))
         } else {
             GpuRows::default()
         };

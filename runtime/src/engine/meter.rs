@@ -10,11 +10,11 @@ use crate::experts::counters::{Counters, PrefetchCount};
 use crate::experts::store::Step;
 use crate::layers::index::{Layer, LayerIdx, MoeIdx};
 use crate::layers::mixer::CacheReads;
-use crate::tiers::pace::{Pacer, StageBytes, settle};
+use crate::tiers::pace::{Missed, Pacer, StageBytes, settle};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 use tier_plan_formats::model::Model;
-use tier_plan_formats::model::shape::DenseKind;
+use tier_plan_formats::model::shape::{DenseKind, ExpertShape, ModelShape};
 use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 
 /// Clocks, counters and pacing of an engine.
@@ -26,7 +26,12 @@ pub(crate) struct Meter {
     dense: Vec<DenseTraffic>,
     /// By MoE layer: the tier that missed experts are copied to.
     miss_tiers: Vec<TierIdx>,
+    /// By MoE layer: the bytes of its dense stage, behind which the reads of experts that the token
+    /// chose are hidden; none in other layers.
+    ahead_bytes: Vec<Option<u64>>,
     embedding: TierBytes,
+    /// Rows of tables beside the embedding; of no bytes in a model without one.
+    table: TierBytes,
     head: TierBytes,
     /// The tier that misses are read from.
     slow_tier: TierIdx,
@@ -93,7 +98,7 @@ impl Meter {
             .zip(plan.cache_tiers(spec.layers.len()));
         let dense = dense.map(|((layer, weights), cache_tier)| DenseTraffic {
             weights,
-            cache: CacheReads::new(layer, plan.kv_type),
+            cache: CacheReads::new(spec, layer, plan.kv_type),
             cache_tier,
         });
         let head_tier = tier_of(DenseKind::Head, None).unwrap_or(TierIdx::FIRST);
@@ -103,7 +108,6 @@ impl Meter {
             .filter(|d| d.kind == DenseKind::Head)
             .map(|d| d.token_bytes)
             .sum();
-        // The embedding's rows, and those of other tables that tokens name.
         let read = |kind| {
             let groups = shape.dense.iter().filter(move |d| d.kind == kind);
             groups.map(|d| d.token_bytes).sum::<u64>()
@@ -121,6 +125,15 @@ impl Meter {
                 .iter()
                 .map(|placed| placed.brought_to(plan.staging_tier))
                 .collect(),
+            ahead_bytes: shape
+                .experts
+                .iter()
+                .map(|e| ahead_bytes(shape, e))
+                .collect(),
+            table: TierBytes {
+                tier: tier_of(DenseKind::TokenTable, None).unwrap_or(head_tier),
+                bytes: read(DenseKind::TokenTable),
+            },
             // The head of a tied model is the embedding.
             embedding: TierBytes {
                 tier: tier_of(DenseKind::Embedding, None).unwrap_or(head_tier),
@@ -145,13 +158,12 @@ impl Meter {
         self.counters = Counters::new(self.outside.by_tier().len(), self.counters.layers.len());
     }
 
-    /// Counts the rows of the embedding that a batch reads.
+    /// Counts the rows of the embedding and of other tables that a batch reads.
     pub(crate) fn begin_pass(&mut self, batch: &Batch) {
         self.outside.clear();
-        self.outside.add(
-            self.embedding.tier,
-            batch.len() as u64 * self.embedding.bytes,
-        );
+        for rows in [&self.embedding, &self.table] {
+            self.outside.add(rows.tier, batch.len() as u64 * rows.bytes);
+        }
     }
 
     /// Waits until the dense stage of rows of a batch, which began at `start`, has taken the declared
@@ -229,14 +241,20 @@ impl Meter {
         &mut self,
         clock: LayerClock,
         moe: MoeIdx,
-        phase: Phase,
+        batch: &Batch,
         step: &Step,
     ) {
-        let to = self.miss_tiers[moe.get()];
+        let phase = batch.phase;
+        let alone = batch.single && phase == Phase::Decode;
+        let missed = Missed {
+            bytes: step.read_bytes,
+            to: self.miss_tiers[moe.get()],
+            ahead_bytes: self.ahead_bytes[moe.get()].filter(|_| alone),
+        };
         let paths = self
             .pacer
             .as_ref()
-            .map(|p| p.expert_paths(&self.computed, step.read_bytes, to));
+            .map(|p| p.expert_paths(&self.computed, &missed));
         if let Some(longest) = paths.as_ref().and_then(|p| p.iter().max()) {
             self.settle(clock.experts, *longest, phase);
         }
@@ -291,7 +309,9 @@ impl Meter {
         if !batch.logits.is_empty() {
             self.outside.add(self.head.tier, self.head.bytes);
             if let Some(pacer) = &self.pacer {
-                let declared = pacer.outside(&self.outside);
+                let has_table = self.table.bytes > 0;
+                let table = has_table.then_some(self.table.tier);
+                let declared = pacer.outside(&self.outside, table);
                 self.settle(start, declared, batch.phase);
             }
         }
@@ -311,6 +331,7 @@ impl Meter {
         let time = start.elapsed();
         let mut total = StageBytes::new(self.outside.by_tier().len());
         total.add(self.embedding.tier, self.embedding.bytes);
+        total.add(self.table.tier, self.table.bytes);
         total.add(self.head.tier, self.head.bytes);
         for traffic in &self.dense {
             traffic
@@ -363,6 +384,14 @@ impl Meter {
     pub(crate) fn count_prefetched(&mut self, count: PrefetchCount) {
         self.counters.prefetch += count;
     }
+}
+
+/// Returns the bytes of the dense stage before the experts of a layer, where the token alone chooses
+/// them.
+fn ahead_bytes(shape: &ModelShape, experts: &ExpertShape) -> Option<u64> {
+    experts
+        .by_token
+        .then(|| shape.dense_bytes_of(experts.layer))
 }
 
 /// The experts that a token uses in one layer.

@@ -20,6 +20,9 @@ mod gpu_backend;
 mod gpu_delta_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
+mod gpu_golden_tests;
+#[cfg(test)]
+#[allow(unsafe_code)]
 mod gpu_slot_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
@@ -43,6 +46,8 @@ mod residual;
 mod rewritten_gqa_tests;
 #[cfg(test)]
 mod rewritten_mla_tests;
+#[cfg(test)]
+mod rewritten_pooled_tests;
 #[cfg(test)]
 mod rewritten_sparse_tests;
 #[cfg(test)]
@@ -325,9 +330,8 @@ impl Engine {
         meter.begin_pass(batch);
         let mut place = backends.embed(spec, on.lend())?;
         let mut layers = layers(spec).peekable();
-        if let Some(first) = layers.peek().filter(|first| first.chooses_by_token()) {
-            experts.prefetch(spec, *first, on.lend(), place, backends)?;
-            experts.store.prefetch_first();
+        if let Some(first) = layers.peek() {
+            experts.read_known(spec, *first, on.lend(), place, backends)?;
         }
         while let Some(layer) = layers.next() {
             let start = Instant::now();
@@ -343,7 +347,12 @@ impl Engine {
             }
             place = next_place;
             let clock = meter.finish_dense(start, layer, batch);
-            let Some(moe) = layer.moe else { continue };
+            let Some(moe) = layer.moe else {
+                if let Some(next) = layers.peek() {
+                    experts.read_known(spec, *next, on.lend(), place, backends)?;
+                }
+                continue;
+            };
             if batch.phase == Phase::Decode {
                 meter.count_prediction(moe.index, experts.score(moe, backends));
             }
@@ -354,9 +363,13 @@ impl Engine {
                 return Err(RunError::Canceled);
             }
             let step = experts.run(moe, batch, backends, &mut meter.computed)?;
+            // Buffers that the step gave back at its end.
+            if layers.peek().is_some_and(|next| next.chooses_by_token()) {
+                experts.store.start_predicted();
+            }
             backends.add_experts(spec, layer, place, on.lend())?;
             output.record(moe, choices, batch, &backends.buffers);
-            meter.finish_experts(clock, moe.index, batch.phase, &step);
+            meter.finish_experts(clock, moe.index, batch, &step);
         }
         let start = Instant::now();
         backends.head(spec, place, on.lend(), &mut output.logits)?;

@@ -355,7 +355,7 @@ fn gpus_refuse_by_name_what_they_do_not_compute() {
         ("grok", "a factor on embeddings"),
         ("granitemoe", "a factor on embeddings"),
         ("llama4", "weights on what experts read"),
-        ("step35", "SiLU with a limit"),
+        ("step35", "gates with a matrix of their own"),
         ("mimo2", "a norm of or a factor on the result of attention"),
         ("hunyuan-moe", "a norm after rotation or without weights"),
         ("laguna", "gates with a matrix of their own"),

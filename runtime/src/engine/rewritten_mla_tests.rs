@@ -261,6 +261,7 @@ fn every_tensor_is_placed_once_and_a_token_caches_its_latent() {
         let rows = vec![KvRows {
             width: 64 + 32,
             per_token: 1,
+            every: 1,
             queries: 2 * 4,
             window: None,
             chosen: None,
@@ -270,7 +271,8 @@ fn every_tensor_is_placed_once_and_a_token_caches_its_latent() {
             vec![
                 CacheShape {
                     rows,
-                    state_bytes: 0
+                    state_bytes: 0,
+                    more_readers: 0
                 };
                 3
             ]

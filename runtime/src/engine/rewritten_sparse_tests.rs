@@ -159,10 +159,11 @@ fn layers_share_what_the_last_indexer_chose() {
         other => panic!("{other:?}"),
     };
     assert!(matches!(reach(0), Reach::Indexed(_)) && matches!(reach(2), Reach::Indexed(_)));
-    assert!(matches!(reach(1), Reach::Reused { top_k: 12 }));
+    assert!(matches!(reach(1), Reach::Reused(chosen) if chosen.most() == 12));
     let rows = |width, queries, chosen| KvRows {
         width,
         per_token: 1,
+        every: 1,
         queries,
         window: None,
         chosen,
@@ -232,6 +233,24 @@ fn contradictions_are_named() {
             flags(&[false, true, true]),
         ),
         ("hy_v4", "expert_gating_func", Value::U32(0)),
+        ("glm5-next", "attention.indexer.kpool", Value::U32(0)),
+        ("glm5-next", "attention.indexer.kpool", Value::U32(13)),
+        ("glm5-next", "attention.indexer.top_k", Value::U32(3)),
+        ("glm5-next", "attention.indexer.types", flags(&[true; 3])),
+        (
+            "glm5-next",
+            "attention.indexer.types",
+            flags(&[true, false, true, true]),
+        ),
+        (
+            "glm5-next",
+            "attention.layer_norm_epsilon",
+            Value::F32(-1.0),
+        ),
+        ("glm5-next", "rope.dimension_count", Value::U32(8)),
+        ("glm5-next", "attention.q_lora_rank", Value::U32(0)),
+        ("glm5-next", "swiglu_clamp_exp", Value::F32(f32::NAN)),
+        ("glm5-next", "hyper_connection.count", Value::U32(1)),
     ];
     for (name, key, value) in cases {
         let mut file = fixture(name);
@@ -259,6 +278,10 @@ fn missing_keys_and_tensors_are_named() {
         ("kimi-k3", "activation.situ_linear_beta"),
         ("hy_v4", "attention.indexer.types"),
         ("hy_v4", "hyper_connection.magnitude"),
+        ("glm5-next", "attention.indexer.kpool"),
+        ("glm5-next", "attention.q_lora_rank"),
+        ("glm5-next", "hyper_connection.epsilon"),
+        ("glm5-next", "kda.head_dim"),
     ] {
         let mut file = fixture(name);
         file.unset(&format!("{name}.{key}"));
@@ -280,6 +303,10 @@ fn missing_keys_and_tensors_are_named() {
         ("kimi-k3", "output_res_score.weight"),
         ("hy_v4", "blk.1.attn_sinks.weight"),
         ("hy_v4", "blk.0.hc_ffn_base.weight"),
+        ("glm5-next", "blk.1.indexer_compressor_ape.weight"),
+        ("glm5-next", "blk.1.indexer_compressor_gate.weight"),
+        ("glm5-next", "blk.2.exp_probs_b.bias"),
+        ("glm5-next", "blk.3.hc_attn_scale.weight"),
     ] {
         let mut file = fixture(name);
         file.take(tensor).unwrap();
@@ -339,7 +366,7 @@ fn limits_are_optional_and_one_may_stand_for_all() {
     assert!(logits(&once) == logits(&each));
 }
 
-const NAMES: [&str; 7] = [
+const NAMES: [&str; 8] = [
     "glm-dsa",
     "deepseek32",
     "kimi-linear",
@@ -347,9 +374,10 @@ const NAMES: [&str; 7] = [
     "bailingmoe3",
     "dots3note",
     "hy_v4",
+    "glm5-next",
 ];
 
-const KEYS: [&str; 35] = [
+const KEYS: [&str; 41] = [
     "block_count",
     "nextn_predict_layers",
     "embedding_length",
@@ -368,6 +396,9 @@ const KEYS: [&str; 35] = [
     "attention.indexer.key_length",
     "attention.indexer.top_k",
     "attention.indexer.types",
+    "attention.indexer.kpool",
+    "attention.indexer.kpool_select_tail",
+    "attention.layer_norm_epsilon",
     "rope.dimension_count",
     "rope.dimension_sections",
     "rope.freq_base",
@@ -378,12 +409,15 @@ const KEYS: [&str; 35] = [
     "kda.gate_lower_bound",
     "kda.safe_gate",
     "swiglu_clamp_exp",
+    "swiglu_clamp_shexp",
     "expert_shared_count",
     "expert_latent_length",
     "attn_res.block_size",
     "activation.situ_beta",
     "hyper_connection.count",
+    "hyper_connection.epsilon",
     "hyper_connection.magnitude",
+    "hyper_connection.sinkhorn_iterations",
     "leading_dense_block_count",
 ];
 

@@ -141,6 +141,14 @@ impl Cpu {
         self.weights.read_ahead(table.table, self.ngrams.named());
     }
 
+    /// Has the tokens' rows of the table of inputs for every layer read ahead, where it is mapped.
+    pub(super) fn read_inputs_ahead(&self, spec: &ModelSpec, tokens: &[u32]) {
+        if let Some(own) = &spec.token_inputs {
+            let rows: Vec<u64> = tokens.iter().map(|token| u64::from(*token)).collect();
+            self.weights.read_ahead(own.table, &rows);
+        }
+    }
+
     /// Adds what a layer's n-gram block makes of the stage's rows.
     pub(super) fn add_ngrams(
         &mut self,

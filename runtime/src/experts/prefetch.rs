@@ -223,8 +223,8 @@ impl ExpertStore {
         self.prefetcher.is_enabled
     }
 
-    /// Starts to read what was predicted for the first step of a pass, before it begins.
-    pub(crate) fn prefetch_first(&mut self) {
+    /// Starts to read what was predicted for the next step, while none is under way.
+    pub(crate) fn start_predicted(&mut self) {
         if self.files.is_some() {
             self.start_prefetches(None);
         }

@@ -171,6 +171,7 @@ pub(super) struct FfnMatrices {
     gate: Matrix,
     up: Matrix,
     down: Matrix,
+    activation: Activation,
 }
 
 impl FfnMatrices {
@@ -186,6 +187,7 @@ impl FfnMatrices {
             gate: gate?,
             up: up?,
             down: down?,
+            activation: ffn.activation,
         })
     }
 
@@ -194,7 +196,7 @@ impl FfnMatrices {
         self.gate.takes_quants() || self.up.takes_quants()
     }
 
-    /// Computes `buffers.out = down(silu(gate x) · up x)` for `n` rows of `buffers.answer`,
+    /// Computes `buffers.out = down(activation(gate x, up x))` for `n` rows of `buffers.answer`,
     /// quantized in `buffers.quants` where the matrices take that.
     pub(super) fn run(
         &self,
@@ -210,7 +212,7 @@ impl FfnMatrices {
                 ty: self.gate.ty,
                 matrices: GateUpMatrices::One([self.gate.view(), self.up.view()]),
                 biases: [self.gate.bias(), self.up.bias()],
-                activation: Activation::Silu,
+                activation: self.activation,
                 jobs: n,
                 n_rows: width,
                 n_cols: self.gate.n_in,
@@ -226,7 +228,7 @@ impl FfnMatrices {
                 x,
                 &buffers.quants,
             )?;
-            ops.activate(Activation::Silu, gate, up, n, width, quants)?;
+            ops.activate(self.activation, gate, up, n, width, quants)?;
         }
         product(ops, &self.down, n, gate, &buffers.inner, buffers.out.view())
     }

@@ -23,6 +23,7 @@ mod workspace;
 
 pub use full::fully_on_gpu;
 pub(crate) use full::{Token, full_gpu_tier};
+pub use parts::check as check_parts;
 pub(crate) use stages::FfnInput;
 
 use crate::error::LoadError;

@@ -18,27 +18,29 @@ pub(crate) fn gpu_rows(spec: &ModelSpec) -> usize {
 
 /// Returns the bytes of these buffers on a GPU with experts.
 pub(crate) fn gpu_row_bytes(spec: &ModelSpec) -> u64 {
-    let ffn = spec
-        .moe_layers()
-        .map(|(_, moe)| moe.expert_ffn)
-        .max()
-        .unwrap_or(0);
-    workspace_bytes(gpu_rows(spec), spec.hidden, ffn)
+    let ffn = spec.moe_layers().map(|(_, moe)| moe.expert_ffn).max();
+    workspace_bytes(gpu_rows(spec), gpu_row_values(spec), ffn.unwrap_or(0))
+}
+
+/// Returns the values of the widest row that experts read.
+pub(crate) fn gpu_row_values(spec: &ModelSpec) -> usize {
+    let widths = spec.moe_layers().map(|(_, moe)| moe.expert_width());
+    widths.max().unwrap_or(0)
 }
 
 /// Host buffers for the input of experts on GPUs and for their results.
 #[derive(Default)]
 pub(crate) struct GpuRows {
-    /// `[rows, hidden]`.
+    /// `[rows, width]`.
     pub(crate) sent: Vec<f32>,
-    /// `[rows, hidden]`.
+    /// `[rows, width]`.
     pub(crate) fetched: Vec<f32>,
 }
 
 impl GpuRows {
     /// Allocates buffers for `rows` rows.
-    pub(crate) fn new(rows: usize, hidden: usize) -> Self {
-        let buffer = || Vec::with_capacity(rows * hidden);
+    pub(crate) fn new(rows: usize, width: usize) -> Self {
+        let buffer = || Vec::with_capacity(rows * width);
         Self {
             sent: buffer(),
             fetched: buffer(),

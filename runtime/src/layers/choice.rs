@@ -8,18 +8,28 @@ pub(super) fn best(
     order: &mut Vec<u64>,
     chosen: &mut Vec<u32>,
 ) {
+    rank_all(scores, n, order);
+    chosen.clear();
+    chosen.extend(order.iter().take(n).map(|rank| *rank as u32));
+    chosen.sort_unstable();
+}
+
+/// Does what [`best`] does, for as many indices as `chosen` has; there are no fewer scores.
+pub(super) fn best_of(scores: impl Iterator<Item = f32>, order: &mut Vec<u64>, chosen: &mut [u32]) {
+    rank_all(scores, chosen.len(), order);
+    for (to, rank) in chosen.iter_mut().zip(&*order) {
+        *to = *rank as u32;
+    }
+    chosen.sort_unstable();
+}
+
+/// Writes the ranks of scores into `order`, the `n` best of them first.
+fn rank_all(scores: impl Iterator<Item = f32>, n: usize, order: &mut Vec<u64>) {
     order.clear();
     order.extend(scores.zip(0u32..).map(|(score, at)| rank(score, at)));
-    chosen.clear();
-    if n == 0 {
-        return;
-    }
     if n < order.len() {
-        order.select_nth_unstable(n - 1);
-        order.truncate(n);
+        order.select_nth_unstable(n);
     }
-    chosen.extend(order.iter().map(|rank| *rank as u32));
-    chosen.sort_unstable();
 }
 
 /// Returns a number that is smaller for larger scores, and for earlier ones of equal scores. Its low
@@ -44,6 +54,9 @@ mod tests {
     fn chosen(scores: &[f32], n: usize) -> Vec<u32> {
         let mut chosen = vec![7; 3];
         best(scores.iter().copied(), n, &mut Vec::new(), &mut chosen);
+        let mut same = vec![7; n.min(scores.len())];
+        best_of(scores.iter().copied(), &mut Vec::new(), &mut same);
+        assert_eq!(same, chosen);
         chosen
     }
 

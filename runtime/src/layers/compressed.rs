@@ -2,65 +2,80 @@
 //! see [`CompressedSpec`] and [`Compressor`] for the formulas.
 //!
 //! A compressed vector is made once, when its block's last token comes. Until then the block's rows
-//! are recurrent state. So a batch gives the same bits as its tokens one by one.
+//! are recurrent state, and so are the vectors of the window: `window` of them, that of a position at
+//! the position's remainder. A token passes over its window in runs that end at multiples of
+//! `window`. So a batch gives the same bits as its tokens one by one.
 
 use super::attend_runs::{Run, RunShape, attend_runs};
-use super::block_index::by_page;
-use super::compressed_index::{IndexQueries, IndexScratch};
+use super::compressed_index::{IndexQueries, IndexScratch, IndexShape};
 use super::cpu_context::{CpuContext, add_bias};
 use super::kv_rows::RowStore;
 use super::mixer::{MixerInput, Segment};
+use super::pooling::{Member, pool};
 use super::recurrent::{RecurrentState, copy_mixer_state};
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
+use std::ops::Range;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::{CompressedSpec, Compressor, Linear};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
-use tier_plan_kernels::{ActView, Activations, needs_quants};
+use tier_plan_kernels::{ActView, Activations, StoredRows, needs_quants};
 
 /// What a layer keeps of all texts.
 pub(crate) struct CompressedCache {
     pub(super) stores: CompressedStores,
-    /// Per text, then of checkpoints: the rows of open blocks.
+    /// Per text, then of checkpoints: the vectors of the window, then the rows of open blocks.
     pub(super) states: Vec<RecurrentState>,
 }
 
-/// Rows by position, one head each.
+/// Rows by block.
 pub(crate) struct CompressedStores {
-    /// Vectors of tokens.
-    near: RowStore,
-    /// Compressed vectors, each at the last position of its block.
+    /// Compressed vectors.
     far: Option<RowStore>,
-    /// Keys of the index, each at the last position of its block.
+    /// Keys of the index.
     pub(super) index: Option<RowStore>,
 }
 
 impl CompressedStores {
     pub(super) fn new(spec: &CompressedSpec, kv_type: KvType, positions: usize) -> Self {
-        let rows = |width| RowStore::new(kv_type, 1, positions, width);
-        let index = spec.far.and_then(|far| far.index);
+        let rows = |of: &Compressor| RowStore::of_blocks(kv_type, positions, of.width(), of.ratio);
+        let mut stores = spec.compressors().map(rows);
         Self {
-            near: rows(spec.key_dim),
-            far: spec.far.map(|far| rows(far.compressor.width())),
-            index: index.map(|index| rows(index.key_dim)),
+            far: stores.next(),
+            index: stores.next(),
         }
     }
 
     pub(super) fn all(&self) -> Vec<&RowStore> {
-        let far = self.far.iter().chain(&self.index);
-        std::iter::once(&self.near).chain(far).collect()
+        self.far.iter().chain(&self.index).collect()
     }
 
     pub(super) fn all_mut(&mut self) -> Vec<&mut RowStore> {
-        let far = self.far.iter_mut().chain(&mut self.index);
-        std::iter::once(&mut self.near).chain(far).collect()
+        self.far.iter_mut().chain(&mut self.index).collect()
     }
 }
 
-impl CompressedCache {
-    /// Returns whether its states hold anything.
-    pub(super) fn has_states(&self) -> bool {
-        self.states.iter().any(|state| !state.inputs.is_empty())
+/// Vectors that a text's tokens find near, by position.
+#[derive(Clone, Copy)]
+enum Near<'a> {
+    /// Those of the last `window` positions, each at its remainder.
+    Ring(&'a [f32]),
+    /// Those from a position on.
+    From(usize, &'a [f32]),
+}
+
+impl<'a> Near<'a> {
+    /// Returns the vectors of some positions, none of which but the first is a multiple of `window`.
+    fn rows(self, positions: Range<usize>, window: usize, dim: usize) -> Run<'a> {
+        let (first, all) = match self {
+            Near::Ring(all) => (positions.start % window, all),
+            Near::From(first, all) => (positions.start - first, all),
+        };
+        let rows = StoredRows::F32(&all[first * dim..][..positions.len() * dim]);
+        Run {
+            keys: rows,
+            values: rows,
+        }
     }
 }
 
@@ -76,6 +91,8 @@ pub(super) struct CompressedScratch {
     q: Vec<f32>,
     /// `[tokens, key_dim]`.
     kv: Vec<f32>,
+    /// Vectors before a text's rows that these see, and their own, `[_, key_dim]`.
+    near: Vec<f32>,
     /// By compressor: `K` and `G`, `[tokens, _]` each.
     open: [[Vec<f32>; 2]; 2],
     index: IndexScratch,
@@ -135,10 +152,15 @@ pub(super) fn run(
     layer.project(input, s);
     layer.place(input, s);
     for segment in input.segments {
+        let mut buffer = std::mem::take(&mut s.near);
+        let first = layer.gather(segment, &cache.states, s, &mut buffer);
         layer.store(segment, cache, s);
-    }
-    for segment in input.segments {
-        layer.attend(segment, &cache.stores, s);
+        let near = match (first, cache.states.get(segment.state as usize)) {
+            (None, Some(state)) => Near::Ring(&state.inputs[..spec.window_values()]),
+            (first, _) => Near::From(first.unwrap_or(segment.past), &buffer),
+        };
+        layer.attend(segment, &cache.stores, near, s);
+        s.near = buffer;
     }
     layer.output(input.x.rows(), s, out);
 }
@@ -184,7 +206,7 @@ impl Layer<'_> {
         let q = &mut s.q[..n * spec.q.n_out];
         let mut products = vec![(&spec.q, q)];
         if let Some(index) = &index {
-            let IndexQueries { q, head_weights } = s.index.queries(n, index);
+            let IndexQueries { q, head_weights } = s.index.queries(n, IndexShape::of(index));
             products.push((&index.q, q));
             self.products(x, vec![(&index.weights, head_weights)]);
         }
@@ -220,7 +242,7 @@ impl Layer<'_> {
         });
         if let Some(index) = spec.far.and_then(|far| far.index) {
             let dim = index.key_dim;
-            let IndexQueries { q, head_weights } = s.index.queries(n, &index);
+            let IndexQueries { q, head_weights } = s.index.queries(n, IndexShape::of(&index));
             c.pool.for_each_slice(q, index.q.n_out, |t, row| {
                 row.chunks_exact_mut(dim)
                     .for_each(|head| self.rotate(head, t));
@@ -256,20 +278,40 @@ impl Layer<'_> {
         }
     }
 
+    /// Gathers the vectors that a text's rows find near: those before them that they see, and their
+    /// own. Returns the first's position. One row finds all in the state once it is stored there:
+    /// then nothing is gathered, and `None` returned.
+    fn gather(
+        &self,
+        segment: &Segment<'_>,
+        states: &[RecurrentState],
+        s: &CompressedScratch,
+        near: &mut Vec<f32>,
+    ) -> Option<usize> {
+        let (dim, window) = (self.spec.key_dim, self.spec.window);
+        if segment.rows.len() == 1 {
+            return None;
+        }
+        let first = (segment.past + 1).saturating_sub(window).min(segment.past);
+        near.clear();
+        let ring = &states[segment.state as usize].inputs;
+        for position in first..segment.past {
+            near.extend_from_slice(&ring[position % window * dim..][..dim]);
+        }
+        near.extend_from_slice(&s.kv[segment.rows.start * dim..segment.rows.end * dim]);
+        Some(first)
+    }
+
     /// Stores the vectors of a text's rows, and of the blocks that they complete.
     fn store(&self, segment: &Segment<'_>, cache: &mut CompressedCache, s: &mut CompressedScratch) {
         let CompressedCache { stores, states } = cache;
-        let dim = self.spec.key_dim;
+        let (dim, window) = (self.spec.key_dim, self.spec.window);
         let mut checkpoints = segment.checkpoints.iter().peekable();
         for (row, position) in segment.positions() {
+            let state = &mut states[segment.state as usize].inputs;
+            let (ring, mut open) = state.split_at_mut(self.spec.window_values());
             let kv = &s.kv[row * dim..][..dim];
-            stores
-                .near
-                .store(self.c.kernels, segment.pages, position, kv);
-            let mut open: &mut [f32] = match states.get_mut(segment.state as usize) {
-                Some(state) => &mut state.inputs,
-                None => &mut [],
-            };
+            ring[position % window * dim..][..dim].copy_from_slice(kv);
             let far = stores.far.iter_mut().chain(&mut stores.index);
             let compressors = self.spec.compressors().zip(&s.open);
             for ((compressor, [k, g]), store) in compressors.zip(far) {
@@ -281,7 +323,8 @@ impl Layer<'_> {
                 own[slot + width..][..width].copy_from_slice(&g[row * width..][..width]);
                 if (position + 1).is_multiple_of(compressor.ratio) {
                     let vector = self.compress(compressor, own, position);
-                    store.store(self.c.kernels, segment.pages, position, &vector);
+                    let block = position / compressor.ratio;
+                    store.store_block(self.c.kernels, segment.pages, block, &vector);
                 }
             }
             if let Some((_, to)) = checkpoints.next_if(|(end, _)| *end == row + 1) {
@@ -309,24 +352,8 @@ impl Layer<'_> {
         };
         let own = (first..=last).map(|position| row(position, width - dim));
         let members = (first - before..first).map(|position| row(position, 0));
-        let members: Vec<(&[f32], &[f32])> = members.chain(own).collect();
-        let mut largest = vec![f32::NEG_INFINITY; dim];
-        for (_, gate) in &members {
-            largest
-                .iter_mut()
-                .zip(*gate)
-                .for_each(|(l, g)| *l = l.max(*g));
-        }
-        let (mut vector, mut sums) = (vec![0.0; dim], vec![0.0; dim]);
-        for (value, gate) in &members {
-            let weights = gate.iter().zip(&largest).map(|(g, l)| (g - l).exp());
-            let sums = vector.iter_mut().zip(&mut sums);
-            for (((vector, sum), value), weight) in sums.zip(*value).zip(weights) {
-                *vector += weight * value;
-                *sum += weight;
-            }
-        }
-        vector.iter_mut().zip(&sums).for_each(|(v, sum)| *v /= sum);
+        let members: Vec<Member<'_>> = members.chain(own).collect();
+        let mut vector = pool(&members, dim);
         self.normalize(self.weights.vector(compressor.norm), &mut vector);
         if let Some(rope) = self.rope {
             let dims = self.spec.rope.dims;
@@ -340,12 +367,13 @@ impl Layer<'_> {
         &self,
         segment: &'a Segment<'a>,
         stores: &'a CompressedStores,
+        near: Near<'a>,
         s: &mut CompressedScratch,
     ) {
         let (spec, dim) = (self.spec, self.spec.key_dim);
         let index = spec.far.and_then(|far| far.index);
         if let (Some(index), Some(keys)) = (&index, &stores.index) {
-            s.index.choose(self.c, index, segment, keys);
+            s.index.choose(self.c, IndexShape::of(index), segment, keys);
         }
         let ratio = spec.far.map_or(1, |far| far.compressor.ratio);
         let chosen = s.index.chosen();
@@ -353,8 +381,7 @@ impl Layer<'_> {
             let end = segment.past + token + 1;
             if let Some(far) = &stores.far {
                 let run = |block: usize| {
-                    let last = (block + 1) * ratio - 1;
-                    let rows = far.rows(segment.pages, 0, last..last + 1);
+                    let rows = far.block(segment.pages, block);
                     Run {
                         keys: rows,
                         values: rows,
@@ -365,13 +392,12 @@ impl Layer<'_> {
                     None => runs.extend((0..end / ratio).map(run)),
                 }
             }
-            runs.extend(by_page(end.saturating_sub(spec.window)..end).map(|run| {
-                let rows = stores.near.rows(segment.pages, 0, run);
-                Run {
-                    keys: rows,
-                    values: rows,
-                }
-            }));
+            // At most one multiple of the window lies within it.
+            let first = end.saturating_sub(spec.window);
+            let cut = (end - 1) / spec.window * spec.window;
+            let (old, new) = (first..cut.max(first), cut.max(first)..end);
+            let parts = [old, new].into_iter().filter(|part| !part.is_empty());
+            runs.extend(parts.map(|part| near.rows(part, spec.window, dim)));
         };
         let q = &s.q[segment.rows.start * spec.q.n_out..];
         let query = |head: usize, token: usize, to: &mut [f32]| {

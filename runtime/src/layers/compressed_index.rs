@@ -1,4 +1,4 @@
-//! The index of compressed vectors: which blocks of tokens a token attends to; see
+//! The index of blocks with one key each: which blocks of tokens a token attends to; see
 //! [`CompressedIndex`] for the formula.
 
 use super::choice::best;
@@ -33,6 +33,33 @@ pub(super) struct IndexScratch {
     chosen: Vec<Vec<u32>>,
 }
 
+/// Sizes of an index.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct IndexShape {
+    pub n_head: usize,
+    pub key_dim: usize,
+    /// Tokens per block.
+    pub ratio: usize,
+    /// Blocks that a token chooses at most.
+    pub kept: usize,
+}
+
+impl IndexShape {
+    pub(super) fn of(spec: &CompressedIndex) -> Self {
+        Self {
+            n_head: spec.n_head,
+            key_dim: spec.key_dim,
+            ratio: spec.compressor.ratio,
+            kept: spec.kept,
+        }
+    }
+
+    /// Returns the values of a token's queries.
+    fn q_len(self) -> usize {
+        self.n_head * self.key_dim
+    }
+}
+
 /// What tokens ask keys for.
 pub(super) struct IndexQueries<'a> {
     /// `[tokens, n_head, key_dim]`.
@@ -43,17 +70,17 @@ pub(super) struct IndexQueries<'a> {
 
 impl IndexScratch {
     /// Returns the queries of `n` tokens.
-    pub(super) fn queries(&mut self, n: usize, spec: &CompressedIndex) -> IndexQueries<'_> {
+    pub(super) fn queries(&mut self, n: usize, shape: IndexShape) -> IndexQueries<'_> {
         let grow = |buffer: &mut Vec<f32>, len: usize| {
             if buffer.len() < len {
                 buffer.resize(len, 0.0);
             }
         };
-        grow(&mut self.q, n * spec.q.n_out);
-        grow(&mut self.head_weights, n * spec.n_head);
+        grow(&mut self.q, n * shape.q_len());
+        grow(&mut self.head_weights, n * shape.n_head);
         IndexQueries {
-            q: &mut self.q[..n * spec.q.n_out],
-            head_weights: &mut self.head_weights[..n * spec.n_head],
+            q: &mut self.q[..n * shape.q_len()],
+            head_weights: &mut self.head_weights[..n * shape.n_head],
         }
     }
 
@@ -62,22 +89,21 @@ impl IndexScratch {
         &self.chosen
     }
 
-    /// Chooses the blocks of every token of a text's rows. Block keys lie at the last positions of
-    /// blocks.
+    /// Chooses the blocks of every token of a text's rows.
     pub(super) fn choose(
         &mut self,
         c: CpuContext<'_>,
-        spec: &CompressedIndex,
+        shape: IndexShape,
         segment: &Segment<'_>,
         keys: &RowStore,
     ) {
-        let (ratio, n) = (spec.compressor.ratio, segment.rows.len());
+        let (ratio, n) = (shape.ratio, segment.rows.len());
         let visible = |token: usize| (segment.past + token + 1) / ratio;
         if self.chosen.len() < n {
             self.chosen.resize_with(n, Vec::new);
         }
         // Later tokens see more blocks.
-        let n_all = (0..n).take_while(|t| visible(*t) <= spec.kept).count();
+        let n_all = (0..n).take_while(|t| visible(*t) <= shape.kept).count();
         for (token, chosen) in self.chosen[..n_all].iter_mut().enumerate() {
             chosen.clear();
             chosen.extend(0..visible(token) as u32);
@@ -91,15 +117,14 @@ impl IndexScratch {
             let score = |item: usize, scores: &mut [f32]| {
                 let (token, chunk) = (first + item / (width / CHUNK), item % (width / CHUNK));
                 let row = segment.rows.start + token;
-                let query = &q[row * spec.q.n_out..][..spec.q.n_out];
-                let weights = &head_weights[row * spec.n_head..][..spec.n_head];
+                let query = &q[row * shape.q_len()..][..shape.q_len()];
+                let weights = &head_weights[row * shape.n_head..][..shape.n_head];
                 DOTS.with_borrow_mut(|dots| {
-                    dots.resize(spec.n_head, 0.0);
+                    dots.resize(shape.n_head, 0.0);
                     let blocks = chunk * CHUNK..visible(token);
                     for (block, score) in blocks.zip(scores) {
-                        let last = (block + 1) * ratio - 1;
-                        let key = keys.rows(segment.pages, 0, last..last + 1);
-                        c.kernels.row_dots(query, key, spec.key_dim, dots, 1);
+                        let key = keys.block(segment.pages, block);
+                        c.kernels.row_dots(query, key, shape.key_dim, dots, 1);
                         let terms = dots.iter().zip(weights);
                         *score = terms.map(|(dot, w)| w * dot.max(0.0)).sum();
                     }
@@ -108,7 +133,7 @@ impl IndexScratch {
             c.pool.for_each_slice(&mut self.scores, CHUNK, score);
             for (token, scores) in tokens.zip(self.scores.chunks_exact(width)) {
                 let scores = scores[..visible(token)].iter().copied();
-                best(scores, spec.kept, &mut self.order, &mut self.chosen[token]);
+                best(scores, shape.kept, &mut self.order, &mut self.chosen[token]);
             }
         }
     }

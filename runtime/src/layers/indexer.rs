@@ -8,18 +8,21 @@
 //! rating(t, m) = sum over i of w_i(t) · max(0, q_i(t) · k_m)
 //! ```
 //!
-//! The `top_k` best ratings are chosen; of equal ones, the earlier position. A rating is one sum in
-//! the order of the heads, so neither threads nor the rest of a batch change a choice.
+//! The best ratings are chosen, as many as the selection says; of equal ones, the earlier position. A
+//! rating is one sum in the order of the heads, so neither threads nor the rest of a batch change a
+//! choice. Indexers that rate blocks are in [`pooled_index`](super::pooled_index).
 
+use super::block_index::by_page;
+use super::choice::best_of;
+use super::chosen::Chosen;
 use super::cpu_context::{CpuContext, add_bias};
 use super::kv_rows::RowStore;
 use super::mixer::{MixerInput, Segment};
-use super::pages::PAGE;
 use super::rope::RopeTable;
 use super::weights::DenseWeights;
 use std::cell::RefCell;
 use std::ops::Range;
-use tier_plan_formats::model::spec::IndexerSpec;
+use tier_plan_formats::model::spec::{IndexerSpec, Selection};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::{ActView, StoredRows};
 
@@ -50,32 +53,6 @@ struct Local {
     order: Vec<u64>,
 }
 
-/// The positions that an indexer chose for the tokens of a batch. Layers without an indexer of
-/// their own read what the last one before them chose.
-#[derive(Default)]
-pub(super) struct Chosen {
-    /// Positions per token.
-    top_k: usize,
-    /// `[rows of the batch, top_k]`, ascending in each row. Rows of tokens that see no more than
-    /// `top_k` positions mean nothing.
-    positions: Vec<u32>,
-}
-
-impl Chosen {
-    /// Returns the positions of some rows of the batch, `[rows, top_k]`.
-    pub(super) fn of(&self, rows: Range<usize>) -> &[u32] {
-        &self.positions[rows.start * self.top_k..rows.end * self.top_k]
-    }
-
-    fn of_mut(&mut self, rows: Range<usize>) -> &mut [u32] {
-        let range = rows.start * self.top_k..rows.end * self.top_k;
-        if self.positions.len() < range.end {
-            self.positions.resize(range.end, 0);
-        }
-        &mut self.positions[range]
-    }
-}
-
 /// Buffers of the indexers.
 #[derive(Default)]
 pub(super) struct IndexerScratch {
@@ -103,10 +80,10 @@ impl IndexerScratch {
     }
 }
 
-/// Returns the tokens of a segment, counted from its first, that see more than `top_k` positions.
-pub(super) fn choosing(segment: &Segment<'_>, top_k: usize) -> Range<usize> {
+/// Returns the tokens of a segment, counted from its first, that don't attend to all positions.
+pub(super) fn choosing(segment: &Segment<'_>, selection: Selection) -> Range<usize> {
     let n = segment.rows.len();
-    top_k.saturating_sub(segment.past).min(n)..n
+    selection.n_dense().saturating_sub(segment.past).min(n)..n
 }
 
 /// Stores the keys of a batch's tokens in `cache`, and chooses the positions that each attends to.
@@ -121,11 +98,14 @@ pub(super) fn choose(
     chosen: &mut Chosen,
 ) {
     let n = input.x.rows();
-    let rates = |segment: &Segment<'_>| !choosing(segment, spec.top_k).is_empty();
+    let top_k = spec.selection.most();
+    let rates = |segment: &Segment<'_>| !choosing(segment, spec.selection).is_empty();
     let rates = input.segments.iter().any(rates);
     project(c, weights, spec, (input.x, q_low), rates, s);
     store_keys(c, weights, spec, input, cache, s);
-    chosen.top_k = spec.top_k;
+    if input.first_row == 0 {
+        chosen.clear();
+    }
     if !rates {
         return;
     }
@@ -137,7 +117,7 @@ pub(super) fn choose(
         });
     }
     for segment in input.segments {
-        let tokens = choosing(segment, spec.top_k);
+        let tokens = choosing(segment, spec.selection);
         let most = segment.past + segment.rows.len();
         let step = (MAX_RATINGS / most.next_multiple_of(CHUNK)).max(1);
         for first in tokens.clone().step_by(step) {
@@ -145,14 +125,8 @@ pub(super) fn choose(
             rate(c, spec, segment, part.clone(), cache, s);
             let first_row = input.first_row + segment.rows.start;
             let rows = first_row + part.start..first_row + part.end;
-            pick(
-                c,
-                segment,
-                part,
-                &s.ratings,
-                spec.top_k,
-                chosen.of_mut(rows),
-            );
+            let chosen = chosen.add(rows, top_k);
+            pick(c, segment, part, &s.ratings, top_k, chosen);
         }
     }
 }
@@ -222,7 +196,7 @@ fn store_keys(
 
 /// Computes the layer norm `(x - mean) / sqrt(variance + eps) · weight + bias` (arXiv 1607.06450),
 /// in place.
-fn layer_norm(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
+pub(super) fn layer_norm(x: &mut [f32], weight: &[f32], bias: &[f32], eps: f32) {
     let n = x.len() as f32;
     let mean = x.iter().sum::<f32>() / n;
     x.iter_mut().for_each(|x| *x -= mean);
@@ -268,16 +242,6 @@ fn rate(
                 }
             });
         });
-}
-
-/// Cuts positions where pages begin.
-fn by_page(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let mut next = positions.start;
-    std::iter::from_fn(move || {
-        let run = next..((next / PAGE + 1) * PAGE).min(positions.end);
-        next = run.end;
-        (run.start < run.end).then_some(run)
-    })
 }
 
 /// What a token asks keys for.
@@ -329,79 +293,15 @@ fn pick(
     c.pool.for_each_slice(chosen, top_k, |item, chosen| {
         let seen = segment.past + tokens.start + item + 1;
         LOCAL.with_borrow_mut(|local| {
-            best(&ratings[item * width..][..seen], &mut local.order, chosen);
+            let ratings = ratings[item * width..][..seen].iter().copied();
+            best_of(ratings, &mut local.order, chosen);
         });
     });
-}
-
-/// Writes the indices of the largest ratings in ascending order. Of equal ratings the earlier come
-/// first; NaN counts as smallest.
-fn best(ratings: &[f32], order: &mut Vec<u64>, chosen: &mut [u32]) {
-    order.clear();
-    let ranks = ratings.iter().zip(0u32..).map(|(rating, at)| {
-        // Zero has one sign, and the bits of floats are then in the order of their values once
-        // negative ones are turned over.
-        let bits = (rating + 0.0).to_bits();
-        let ascending = match rating.is_nan() {
-            true => 0,
-            false if bits >> 31 == 1 => !bits,
-            false => bits | 1 << 31,
-        };
-        u64::from(!ascending) << 32 | u64::from(at)
-    });
-    order.extend(ranks);
-    if chosen.len() < order.len() {
-        order.select_nth_unstable(chosen.len());
-    }
-    for (to, rank) in chosen.iter_mut().zip(&*order) {
-        *to = *rank as u32;
-    }
-    chosen.sort_unstable();
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_largest_are_chosen_and_the_earlier_of_equals() {
-        let chosen = |ratings: &[f32], n: usize| {
-            let mut chosen = vec![u32::MAX; n];
-            best(ratings, &mut Vec::new(), &mut chosen);
-            chosen
-        };
-        assert_eq!(chosen(&[1.0, -2.0, 3.0, 0.5], 2), [0, 2]);
-        assert_eq!(chosen(&[0.0, -0.0, 0.0, 1.0, 0.0], 3), [0, 1, 3]);
-        assert_eq!(chosen(&[-3.0, -1.0, -2.0], 2), [1, 2]);
-        let extremes = [f32::NAN, f32::NEG_INFINITY, f32::INFINITY, -f32::NAN, -1.0];
-        assert_eq!(chosen(&extremes, 3), [1, 2, 4]);
-        assert_eq!(chosen(&[2.0, 1.0], 2), [0, 1]);
-    }
-
-    #[test]
-    fn many_ratings_are_chosen_as_by_a_stable_sort() {
-        let mut random = tier_plan_testing::Random(7);
-        let ratings: Vec<f32> = (0..500).map(|_| (random.below(40) as f32) - 9.0).collect();
-        for n in [1, 7, 250, 499] {
-            let mut sorted: Vec<u32> = (0..500).collect();
-            sorted.sort_by(|a, b| ratings[*b as usize].total_cmp(&ratings[*a as usize]));
-            let mut expected = sorted[..n].to_vec();
-            expected.sort_unstable();
-            let mut chosen = vec![0; n];
-            best(&ratings, &mut Vec::new(), &mut chosen);
-            assert_eq!(chosen, expected, "{n}");
-        }
-    }
-
-    #[test]
-    fn positions_are_cut_at_pages() {
-        let runs: Vec<_> = by_page(PAGE - 2..2 * PAGE + 1).collect();
-        assert_eq!(
-            runs,
-            [PAGE - 2..PAGE, PAGE..2 * PAGE, 2 * PAGE..2 * PAGE + 1]
-        );
-        assert_eq!(by_page(5..5).count(), 0);
-    }
 
     #[test]
     fn a_layer_norm_is_the_formula() {

@@ -1,20 +1,30 @@
 //! The KV cache of a layer: rows of keys, values or latents, one per past token, in pages.
 
 use super::pages::{PAGE, PageIdx, pages_for};
+use super::recurrent::RecurrentState;
 use crate::tiers::nodes::Pages;
 use half::f16;
 use std::ops::Range;
-use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::kv::{self, KvRows, KvType};
 use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
 
 /// Rows of one type, `[pages, n_head, PAGE, width]`: heads lie apart within a page, so that a
 /// head's rows are one stream there. The last page may be shorter.
+///
+/// Where a block of positions shares a row, the row is in the page where the block ends, and a page
+/// has as many rows as blocks may end in it.
 pub(crate) struct RowStore {
     data: Data,
     n_head: usize,
-    /// Positions of all pages.
-    positions: usize,
     width: usize,
+    /// Positions that share a row.
+    every: usize,
+    /// Rows of a head in a full page.
+    page_rows: usize,
+    /// Index of the page that may be shorter, and the rows of a head there.
+    last_page: (usize, usize),
+    /// Rows in all, as plans count them.
+    counted: u64,
 }
 
 enum Data {
@@ -27,17 +37,44 @@ enum Data {
 impl RowStore {
     /// Makes rows of zeros, `n_head` per position.
     pub(super) fn new(kv_type: KvType, n_head: usize, positions: usize, width: usize) -> Self {
-        let rows = n_head * positions;
+        Self::shared(kv_type, (n_head, 1), positions, width)
+    }
+
+    /// Makes rows of zeros, one per `every` positions.
+    pub(super) fn of_blocks(kv_type: KvType, positions: usize, width: usize, every: usize) -> Self {
+        Self::shared(kv_type, (1, every), positions, width)
+    }
+
+    fn shared(
+        kv_type: KvType,
+        (n_head, every): (usize, usize),
+        positions: usize,
+        width: usize,
+    ) -> Self {
+        let page_rows = PAGE.div_ceil(every);
+        let last_page = (positions / PAGE, (positions % PAGE).div_ceil(every));
+        let rows = n_head * (last_page.0 * page_rows + last_page.1);
         let data = match kv_type {
             KvType::F16 => Data::F16(vec![f16::ZERO; rows * width]),
             KvType::Q8_0 => Data::Q8_0(vec![0; rows * q8_row_bytes(width)]),
             KvType::F32 => Data::F32(vec![0.0; rows * width]),
         };
+        let counted = KvRows {
+            width: width as u64,
+            per_token: n_head as u64,
+            every: every as u64,
+            queries: 0,
+            window: None,
+            chosen: None,
+        };
         Self {
             data,
             n_head,
-            positions,
             width,
+            every,
+            page_rows,
+            last_page,
+            counted: counted.held(positions as u64),
         }
     }
 
@@ -46,14 +83,18 @@ impl RowStore {
         self.width
     }
 
-    /// Returns the positions of a page.
+    /// Returns the rows of a head in a page.
     fn page_len(&self, page: PageIdx) -> usize {
-        (self.positions - page as usize * PAGE).min(PAGE)
+        if page as usize == self.last_page.0 {
+            self.last_page.1
+        } else {
+            self.page_rows
+        }
     }
 
     /// Returns the index of a head's first row in a page.
     fn first_row(&self, page: PageIdx, head: usize) -> usize {
-        page as usize * PAGE * self.n_head + head * self.page_len(page)
+        page as usize * self.page_rows * self.n_head + head * self.page_len(page)
     }
 
     /// Stores the rows of all heads at a position of the text that has these pages, `[n_head,
@@ -65,17 +106,55 @@ impl RowStore {
         position: usize,
         rows: &[f32],
     ) {
+        debug_assert_eq!(self.every, 1, "rows of positions");
         let page = pages[position / PAGE];
         for (head, row) in rows.chunks_exact(self.width).enumerate() {
             let at = self.first_row(page, head) + position % PAGE;
-            match &mut self.data {
-                Data::F16(data) => kernels.to_f16(row, &mut data[at * self.width..][..self.width]),
-                Data::Q8_0(data) => {
-                    let bytes = q8_row_bytes(self.width);
-                    kernels.to_q8(row, &mut data[at * bytes..][..bytes]);
-                }
-                Data::F32(data) => data[at * self.width..][..self.width].copy_from_slice(row),
+            self.write(kernels, at, row);
+        }
+    }
+
+    fn write(&mut self, kernels: Kernels, at: usize, row: &[f32]) {
+        match &mut self.data {
+            Data::F16(data) => kernels.to_f16(row, &mut data[at * self.width..][..self.width]),
+            Data::Q8_0(data) => {
+                let bytes = q8_row_bytes(self.width);
+                kernels.to_q8(row, &mut data[at * bytes..][..bytes]);
             }
+            Data::F32(data) => data[at * self.width..][..self.width].copy_from_slice(row),
+        }
+    }
+
+    /// Returns the index of the row of a block. Of the blocks that end in a page, the first is the one
+    /// that has the page's first position.
+    fn block_row(&self, pages: &[PageIdx], block: usize) -> usize {
+        let page = ((block + 1) * self.every - 1) / PAGE;
+        self.first_row(pages[page], 0) + block - page * PAGE / self.every
+    }
+
+    /// Stores the row of a complete block of the text that has these pages, `[width]`.
+    pub(super) fn store_block(
+        &mut self,
+        kernels: Kernels,
+        pages: &[PageIdx],
+        block: usize,
+        row: &[f32],
+    ) {
+        let at = self.block_row(pages, block);
+        self.write(kernels, at, row);
+    }
+
+    /// Returns the row of a complete block of the text that has these pages.
+    pub(super) fn block(&self, pages: &[PageIdx], block: usize) -> StoredRows<'_> {
+        let at = self.block_row(pages, block);
+        self.all().range(at..at + 1, self.width)
+    }
+
+    fn all(&self) -> StoredRows<'_> {
+        match &self.data {
+            Data::F16(data) => StoredRows::F16(data),
+            Data::Q8_0(data) => StoredRows::Q8(data),
+            Data::F32(data) => StoredRows::F32(data),
         }
     }
 
@@ -93,16 +172,12 @@ impl RowStore {
         );
         let first = self.first_row(pages[positions.start / PAGE], head);
         let start = first + positions.start % PAGE;
-        let all = match &self.data {
-            Data::F16(data) => StoredRows::F16(data),
-            Data::Q8_0(data) => StoredRows::Q8(data),
-            Data::F32(data) => StoredRows::F32(data),
-        };
-        all.range(start..start + positions.len(), self.width)
+        self.all().range(start..start + positions.len(), self.width)
     }
 
     /// Copies the first `len` positions of a page to another.
     pub(super) fn copy_page(&mut self, from: PageIdx, to: PageIdx, len: usize) {
+        let len = len.div_ceil(self.every);
         for head in 0..self.n_head {
             let (from, to) = (self.first_row(from, head), self.first_row(to, head));
             match &mut self.data {
@@ -115,18 +190,22 @@ impl RowStore {
 
     /// Returns the elements of a full page, as a range.
     fn page(&self, page: PageIdx, per_row: usize) -> Range<usize> {
-        let rows = PAGE * self.n_head * per_row;
+        let rows = self.page_rows * self.n_head * per_row;
         page as usize * rows..(page as usize + 1) * rows
     }
 
     /// Returns the bytes of a full page.
     pub(super) fn page_bytes(&self) -> usize {
-        let per_row = match &self.data {
+        self.page_rows * self.n_head * self.row_bytes()
+    }
+
+    /// Returns the bytes of a row.
+    fn row_bytes(&self) -> usize {
+        match &self.data {
             Data::F16(_) => 2 * self.width,
             Data::Q8_0(_) => q8_row_bytes(self.width),
             Data::F32(_) => 4 * self.width,
-        };
-        PAGE * self.n_head * per_row
+        }
     }
 
     /// Appends a full page to `out`, little-endian.
@@ -180,13 +259,17 @@ impl RowStore {
         }
     }
 
-    /// Returns the bytes of all rows.
+    /// Returns the bytes of all rows, as plans count them. Smaller pages, as in unit tests, have more
+    /// rows of blocks.
     pub(super) fn bytes(&self) -> u64 {
-        match &self.data {
+        let held = match &self.data {
             Data::F16(data) => size_of_val(data.as_slice()) as u64,
             Data::Q8_0(data) => size_of_val(data.as_slice()) as u64,
             Data::F32(data) => size_of_val(data.as_slice()) as u64,
-        }
+        };
+        let counted = self.counted * self.row_bytes() as u64;
+        debug_assert!(held == counted || self.every > 1 && PAGE < kv::PAGE as usize);
+        counted
     }
 }
 
@@ -207,8 +290,11 @@ pub(crate) struct KeyValues {
 pub(crate) struct LatentRows {
     /// Rows of latents, each with its shared key part: all heads read the same rows.
     pub(super) latents: RowStore,
-    /// Keys of the layer's indexer, if it has one.
+    /// Keys of the layer's indexer, if it has one: per position, or per block.
     pub(super) index_keys: Option<RowStore>,
+    /// Per text, then of checkpoints: keys and gates of a block that is not complete. Empty where an
+    /// indexer rates positions by themselves.
+    pub(super) open: Vec<RecurrentState>,
 }
 
 impl LatentRows {
@@ -224,6 +310,72 @@ impl LatentRows {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocks_have_one_row_each_wherever_they_end() {
+        let kernels = Kernels::best();
+        for kv_type in KvType::ALL {
+            for every in [1, 2, 3, 5, PAGE, PAGE + 3, 3 * PAGE] {
+                let positions = 7 * PAGE + 5;
+                let mut store = RowStore::of_blocks(kv_type, positions, 32, every);
+                let pages = [3, 1, 0, 6, 2, 5, 4, 7];
+                let row = |block: usize| -> Vec<f32> {
+                    (0..32)
+                        .map(|i| {
+                            if i == 0 {
+                                127.0
+                            } else {
+                                ((block * 7 + i) % 100) as f32
+                            }
+                        })
+                        .collect()
+                };
+                let blocks = 0..positions / every;
+                blocks
+                    .clone()
+                    .for_each(|b| store.store_block(kernels, &pages, b, &row(b)));
+                let found = |store: &RowStore, pages: &[PageIdx], block: usize| {
+                    let mut found = vec![f32::NAN; 32];
+                    kernels.widen_rows(store.block(pages, block), 32, &mut found);
+                    found
+                };
+                for block in blocks {
+                    assert_eq!(
+                        found(&store, &pages, block),
+                        row(block),
+                        "{kv_type} {every}"
+                    );
+                }
+                // A page that is copied, and one that is saved and loaded, have their blocks' rows.
+                let ends = |page: usize, len: usize| {
+                    let last = move |block: &usize| (block + 1) * every - 1;
+                    (0..positions / every)
+                        .filter(move |b| (page * PAGE..page * PAGE + len).contains(&last(b)))
+                };
+                store.copy_page(1, 4, 6);
+                let copied = [3, 4, 0, 6, 2, 5, 4, 7];
+                for block in ends(1, 6) {
+                    assert_eq!(
+                        found(&store, &copied, block),
+                        row(block),
+                        "{kv_type} {every}"
+                    );
+                }
+                let mut saved = Vec::new();
+                store.save_page(6, &mut saved);
+                assert_eq!(saved.len(), store.page_bytes());
+                assert!(store.load_page(5, &saved).is_empty());
+                let loaded = [3, 1, 0, 5, 2, 5, 4, 7];
+                for block in ends(3, PAGE) {
+                    assert_eq!(
+                        found(&store, &loaded, block),
+                        row(block),
+                        "{kv_type} {every}"
+                    );
+                }
+            }
+        }
+    }
 
     #[test]
     fn rows_come_back_where_they_were_stored() {

@@ -2,11 +2,11 @@
 //! past tokens, its buffers and its computation.
 
 use super::block_index::IndexedCache;
+use super::chosen::Chosen;
 use super::compressed::{CompressedCache, CompressedScratch, CompressedStores};
 use super::cpu_context::CpuContext;
 use super::delta::DeltaScratch;
 use super::gqa::{GqaCache, GqaScratch};
-use super::indexer::Chosen;
 use super::kda::KdaScratch;
 use super::kv_rows::{KeyValues, LatentRows, RowStore};
 use super::mamba::MambaScratch;
@@ -21,7 +21,7 @@ use crate::tiers::nodes::Pages;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::mixer_rows;
-use tier_plan_formats::model::spec::{LayerSpec, Mixer};
+use tier_plan_formats::model::spec::{IndexerSpec, LayerSpec, Mixer, ModelSpec};
 use tier_plan_kernels::ActView;
 
 /// What one layer keeps of all texts: KV cache, recurrent states, or both.
@@ -79,9 +79,19 @@ impl LayerCache {
             }
             Mixer::Mla(a) => {
                 let rows = |width| RowStore::new(kv_type, 1, positions, width);
+                let open = a.reach.indexer().map_or(0, IndexerSpec::state_values);
+                let index = |indexer: &IndexerSpec| {
+                    let block = indexer.selection.block;
+                    RowStore::of_blocks(kv_type, positions, indexer.key_dim, block)
+                };
                 Self::Mla(LatentRows {
                     latents: rows(a.kv_rank + a.shared_dim),
-                    index_keys: a.reach.indexer().map(|indexer| rows(indexer.key_dim)),
+                    index_keys: a.reach.indexer().map(index),
+                    open: if open > 0 {
+                        states(&|| RecurrentState::new(open, 0, ngram))
+                    } else {
+                        Vec::new()
+                    },
                 })
             }
             Mixer::Delta(d) => Self::Delta(states(&|| delta::new_state(d, ngram))),
@@ -100,11 +110,16 @@ impl LayerCache {
 
     /// Makes the stand-in of a cache in a GPU's memory, for one text of up to `context` tokens.
     pub(crate) fn on_gpu(layer: &LayerSpec, kv_type: KvType, context: usize) -> Self {
-        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
-        let token: u64 = mixer_rows(&layer.mixer).iter().map(bytes).sum();
-        let bytes = token
-            .saturating_mul(context as u64)
-            .saturating_add(layer.state_bytes());
+        let rows = mixer_rows(&layer.mixer);
+        let bytes = |rows: &KvRows| {
+            kv_type
+                .row_bytes(rows.width)
+                .saturating_mul(rows.held(context as u64))
+        };
+        let bytes = rows
+            .iter()
+            .map(bytes)
+            .fold(layer.state_bytes(), u64::saturating_add);
         Self::OnGpu {
             bytes,
             rewinds: layer.state_bytes() == 0,
@@ -139,6 +154,7 @@ impl LayerCache {
         match self {
             Self::Delta(states) => states,
             Self::Compressed(cache) => &cache.states,
+            Self::Mla(rows) => &rows.open,
             _ => &[],
         }
     }
@@ -147,6 +163,7 @@ impl LayerCache {
         match self {
             Self::Delta(states) => states,
             Self::Compressed(cache) => &mut cache.states,
+            Self::Mla(rows) => &mut rows.open,
             _ => &mut [],
         }
     }
@@ -154,7 +171,8 @@ impl LayerCache {
     /// Returns whether it has recurrent states of its own.
     pub(crate) fn is_recurrent(&self) -> bool {
         matches!(self, Self::Delta(_))
-            || matches!(self, Self::Compressed(cache) if cache.has_states())
+            || matches!(self, Self::Compressed(_))
+            || matches!(self, Self::Mla(rows) if !rows.open.is_empty())
     }
 
     /// Returns the bytes of the cache.
@@ -281,8 +299,13 @@ pub(crate) struct CacheReads {
 }
 
 impl CacheReads {
-    pub(crate) fn new(layer: &LayerSpec, kv_type: KvType) -> Self {
-        let rows = mixer_rows(&layer.mixer)
+    /// Makes those of a layer, which may read the rows that another one holds.
+    pub(crate) fn new(spec: &ModelSpec, layer: &LayerSpec, kv_type: KvType) -> Self {
+        let owner = match &layer.mixer {
+            Mixer::Gqa(attention) => attention.shared_kv.and_then(|owner| spec.layers.get(owner)),
+            _ => None,
+        };
+        let rows = mixer_rows(&owner.unwrap_or(layer).mixer)
             .into_iter()
             .map(|rows| (rows, kv_type.row_bytes(rows.width)))
             .collect();
@@ -395,5 +418,40 @@ pub(crate) fn mix(
             compressed::run(c, weights, spec, input, cache, &mut scratch.compressed, out);
         }
         _ => unreachable!("a layer's cache is made for its mixer"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tier_plan_formats::gguf::Gguf;
+    use tier_plan_formats::model::describe;
+    use tier_plan_formats::model::shape::shape_of;
+    use tier_plan_testing::data;
+
+    /// What the engine charges layer by layer is what the sizes of the model say, where layers read
+    /// the rows of others too.
+    #[test]
+    fn cache_reads_are_those_of_the_shape() {
+        for (file, sharing) in [
+            ("arch2/gemma4", 3),
+            ("arch2/gemma3", 0),
+            ("arch/gpt-oss", 0),
+        ] {
+            let gguf = Gguf::open(&data(&format!("{file}.gguf"))).unwrap();
+            let spec = describe(&gguf).unwrap();
+            let caches = shape_of(&gguf, &spec).caches;
+            let readers: u64 = caches.iter().map(|cache| cache.more_readers).sum();
+            assert_eq!(readers, sharing, "{file}");
+            for (positions, tokens) in [(5, 1), (100, 1), (100, 7)] {
+                let reads = spec.layers.iter();
+                let reads = reads.map(|layer| CacheReads::new(&spec, layer, KvType::F16));
+                let read: u64 = reads.map(|reads| reads.bytes(positions, tokens)).sum();
+                let moved = caches.iter();
+                let moved = moved.map(|cache| cache.moved_bytes(KvType::F16, positions, tokens));
+                assert_eq!(read, moved.sum::<u64>(), "{file}, {positions}");
+                assert!(read > 0);
+            }
+        }
     }
 }

@@ -5,10 +5,12 @@
 //! and what they gather is taken back.
 
 use super::attention::{Attention, AttentionParts, attend};
+use super::chosen::Chosen;
 use super::delta::softplus;
-use super::indexer::{self, Chosen, IndexerScratch};
+use super::indexer::{self, IndexerScratch};
 use super::kv_rows::{LatentRows, RowStore};
 use super::mixer::MixerInput;
+use super::pooled_index::{self, PooledKeys, PooledScratch};
 use super::sparse::{SparseAttention, SparseParts, attend_chosen};
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
@@ -46,6 +48,7 @@ pub(super) struct MlaScratch {
     /// Gates on the result, `[tokens, n_head or n_head * value_dim]`.
     gate: Vec<f32>,
     indexer: IndexerScratch,
+    pooled: PooledScratch,
     /// `[n_head, tokens of a part, nope_dim]`.
     nope: Vec<f32>,
     /// `[n_head, tokens of a part, kv_rank]`.
@@ -88,8 +91,10 @@ impl MlaScratch {
             &mut self.gate,
             rows * gate(spec).map_or(0, |(g, _)| g.n_out),
         );
-        if let Some(spec) = spec.reach.indexer() {
-            self.indexer.reserve(rows, spec);
+        match spec.reach.indexer() {
+            Some(spec) if spec.pool.is_some() => self.pooled.reserve(rows, spec),
+            Some(spec) => self.indexer.reserve(rows, spec),
+            None => {}
         }
         grow(&mut self.nope, heads * spec.nope_dim);
         grow(&mut self.latents, heads * spec.kv_rank);
@@ -133,7 +138,17 @@ pub(super) fn run(
     project(c, weights, spec, input, s);
     if let (Some(spec), Some(keys)) = (spec.reach.indexer(), &mut cache.index_keys) {
         let input = (input, s.acts.view());
-        indexer::choose(c, weights, spec, input, keys, &mut s.indexer, chosen);
+        match &spec.pool {
+            Some(pool) => {
+                let keys = PooledKeys {
+                    keys,
+                    open: &mut cache.open,
+                };
+                let pooled = &mut s.pooled;
+                pooled_index::choose(c, weights, (spec, pool), input, keys, pooled, chosen);
+            }
+            None => indexer::choose(c, weights, spec, input, keys, &mut s.indexer, chosen),
+        }
     }
     let latents = &mut cache.latents;
     store_latents(c, weights, spec, input, latents, s);
@@ -362,8 +377,8 @@ fn attend_part(
         }
         let past = segment.past + rows.start - segment.rows.start;
         // Those that see no more positions than they may choose attend to all.
-        let n_dense = spec.reach.top_k().map_or(rows.len(), |top_k| {
-            top_k.saturating_sub(past).min(rows.len())
+        let n_dense = spec.reach.selection().map_or(rows.len(), |selection| {
+            selection.n_dense().saturating_sub(past).min(rows.len())
         });
         // All heads read the same rows: one head of keys, whose values are the latents at their
         // beginning.
@@ -400,7 +415,6 @@ fn attend_part(
                 value_width: rank,
                 n_head: spec.n_head,
                 chosen: chosen.of(of_batch),
-                top_k: spec.reach.top_k().unwrap_or(1),
             };
             let query_row =
                 |head: usize, t: usize, to: &mut [f32]| query_row(head, n_dense + t, to);

@@ -5,6 +5,7 @@ pub(crate) mod attend_runs;
 pub(crate) mod attention;
 pub(crate) mod block_index;
 pub(crate) mod choice;
+pub(crate) mod chosen;
 pub(crate) mod compressed;
 pub(crate) mod compressed_index;
 pub(crate) mod cpu_context;
@@ -20,6 +21,8 @@ pub(crate) mod mla;
 pub(crate) mod ngram;
 pub mod pages;
 pub(crate) mod places;
+pub(crate) mod pooled_index;
+pub(crate) mod pooling;
 #[doc(hidden)]
 pub mod probe;
 pub(crate) mod recurrent;

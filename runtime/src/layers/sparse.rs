@@ -5,6 +5,7 @@
 //! has the same bits whatever tokens are beside it and however many threads there are.
 
 use super::attention::{Part, PartialSoftmax, PartialSoftmaxRef};
+use super::chosen::Lists;
 use super::cpu_context::CpuContext;
 use super::kv_rows::RowStore;
 use super::pages::PageIdx;
@@ -48,9 +49,8 @@ pub(super) struct SparseAttention<'a> {
     /// Values at the beginning of a row that are mixed.
     pub value_width: usize,
     pub n_head: usize,
-    /// Positions of each token, `[tokens, top_k]`.
-    pub chosen: &'a [u32],
-    pub top_k: usize,
+    /// Positions of each token.
+    pub chosen: Lists<'a>,
 }
 
 /// How the work is split into jobs: of a token, some heads, and one chunk or all.
@@ -123,6 +123,11 @@ impl SparseParts {
                 },
             );
         }
+        if *merged.sum == 0.0 {
+            // A token that attends to nothing gathers nothing.
+            out.fill(0.0);
+            return;
+        }
         let factor = merged.factor(sink);
         out.iter_mut().for_each(|v| *v *= factor);
     }
@@ -137,13 +142,13 @@ pub(super) fn attend_chosen(
     parts: &mut SparseParts,
 ) {
     let mut jobs = Jobs {
-        tokens: a.chosen.len() / a.top_k,
+        tokens: a.chosen.len(),
         n_head: a.n_head,
         chunks: 1,
         value_width: a.value_width,
     };
     if jobs.len() < 4 * c.pool.n_threads() {
-        jobs.chunks = a.top_k.div_ceil(CHUNK);
+        jobs.chunks = a.chosen.longest().div_ceil(CHUNK).max(1);
     }
     let (len, part_len) = (jobs.len() * jobs.part_len(), jobs.part_len());
     if parts.data.len() < len {
@@ -162,11 +167,11 @@ pub(super) fn attend_chosen(
                 for (head, to) in heads.clone().zip(queries.chunks_exact_mut(width)) {
                     query(head, token, to);
                 }
-                let positions = &a.chosen[token * a.top_k..][..a.top_k];
+                let positions = a.chosen.list(token);
                 let mut part = Part::new(part, heads.len(), a.value_width);
                 if jobs.chunks > 1 {
-                    let end = a.top_k.min((chunk + 1) * CHUNK);
-                    let positions = &positions[chunk * CHUNK..end];
+                    // Lists may be shorter than the longest.
+                    let positions = positions.chunks(CHUNK).nth(chunk).unwrap_or_default();
                     attend_chunk(c.kernels, a, &queries, positions, local, &mut part);
                 } else {
                     all_chunks(c.kernels, a, &queries, positions, local, &mut part);
@@ -214,6 +219,9 @@ fn attend_chunk(
     let (width, n) = (a.rows.width(), queries.len() / a.rows.width());
     scores.resize(n * CHUNK, 0.0);
     part.clear();
+    if positions.is_empty() {
+        return;
+    }
     let step = (TILE_VALUES / width / 4 * 4).clamp(4, CHUNK);
     for (i, positions) in positions.chunks(step).enumerate() {
         gather(kernels, a, positions, tile);
@@ -244,6 +252,7 @@ fn gather(kernels: Kernels, a: &SparseAttention<'_>, positions: &[u32], tile: &m
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layers::chosen::Chosen;
     use crate::layers::pages::mixed_pages;
     use tier_plan_formats::model::kv::KvType;
     use tier_plan_kernels::threads::ThreadPool;
@@ -252,7 +261,6 @@ mod tests {
     const WIDTH: usize = 10;
     const VALUE: usize = 7;
     const HEADS: usize = 7;
-    const TOP_K: usize = 9;
 
     /// Attention by the formula, in 64 bits.
     fn expected(query: &[f32], rows: &[&[f32]], sink: Option<f32>) -> Vec<f64> {
@@ -273,12 +281,15 @@ mod tests {
     fn tokens_attend_to_what_was_chosen_for_them() {
         let (mut random, positions) = (Random(4), 30);
         let rows = random.noise(positions * WIDTH);
-        let queries = random.noise(3 * HEADS * WIDTH);
+        let queries = random.noise(4 * HEADS * WIDTH);
         let pages = mixed_pages(positions);
-        let chosen: Vec<u32> = [3, 7, 2]
-            .into_iter()
-            .flat_map(|step| (0..TOP_K as u32).map(move |i| i * 3 + step % 3))
-            .collect();
+        // Lists of several chunks, of one, and of no position.
+        let chosen: [Vec<u32>; 4] = [(9, 0), (7, 1), (0, 2), (2, 2)]
+            .map(|(n, first)| (0..n).map(|i| i * 3 + first).collect());
+        let mut lists = Chosen::default();
+        for (row, list) in chosen.iter().enumerate() {
+            lists.add_one(row, list.iter().copied());
+        }
         for kernels in Kernels::available() {
             let mut store = RowStore::new(KvType::F32, 1, positions, WIDTH);
             for (position, row) in rows.chunks_exact(WIDTH).enumerate() {
@@ -289,8 +300,7 @@ mod tests {
                 pages: &pages,
                 value_width: VALUE,
                 n_head: HEADS,
-                chosen: &chosen,
-                top_k: TOP_K,
+                chosen: lists.of(0..4),
             };
             let query = |head: usize, token: usize, to: &mut [f32]| {
                 to.copy_from_slice(&queries[(token * HEADS + head) * WIDTH..][..WIDTH]);
@@ -303,7 +313,7 @@ mod tests {
                 };
                 let mut parts = SparseParts::default();
                 attend_chosen(c, &attention, query, &mut parts);
-                let mut out = vec![f32::NAN; 3 * HEADS * VALUE];
+                let mut out = vec![f32::NAN; 4 * HEADS * VALUE];
                 for (i, out) in out.chunks_exact_mut(VALUE).enumerate() {
                     parts.result(kernels, (i % HEADS, i / HEADS), sink, out);
                 }
@@ -314,7 +324,11 @@ mod tests {
                 let found = run(1, sink);
                 assert_eq!(found, run(4, sink), "{kernels:?}: bits of threads");
                 for (i, found) in found.chunks_exact(VALUE).enumerate() {
-                    let list = &chosen[i / HEADS * TOP_K..][..TOP_K];
+                    let list = &chosen[i / HEADS];
+                    if list.is_empty() {
+                        assert!(found.iter().all(|v| *v == 0.0), "{kernels:?}");
+                        continue;
+                    }
                     let row = |at: &u32| &rows[*at as usize * WIDTH..][..WIDTH];
                     let rows: Vec<&[f32]> = list.iter().map(row).collect();
                     let query = &queries[i * WIDTH..][..WIDTH];

@@ -51,7 +51,7 @@ pub(crate) fn load(
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check::plan(model.shape(), plan)?;
-    parts::check(model.gguf(), model.spec(), plan)?;
+    parts::check(model.shape(), plan)?;
     check::context_fits(model.shape(), plan)?;
     check::memory_nodes(plan)?;
     let devices = Devices::open(plan, give)?;

@@ -15,7 +15,7 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
-use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec, Selection};
 use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 use tier_plan_formats::units::show_bytes;
 
@@ -165,7 +165,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
             Ffn::None => {}
         }
     }
-    let choices = chosen_bytes(spec, room, batch);
+    let choices = chosen_bytes(spec, room, batch).saturating_add(window_bytes(spec));
     let (hidden, ffn, n_expert, n_used) = (
         spec.hidden as u64,
         ffn as u64,
@@ -214,19 +214,33 @@ fn stream_bytes(spec: &ModelSpec, with_quants: u64) -> (u64, u64) {
     (4 * all + 4 * hidden, all * (2 * 4 + with_quants) + ngrams)
 }
 
+/// Returns the bytes of a window's vectors before a batch, beside those of its tokens.
+fn window_bytes(spec: &ModelSpec) -> u64 {
+    let values = |layer: &LayerSpec| match &layer.mixer {
+        Mixer::Compressed(a) => a.window_values() as u64,
+        _ => 0,
+    };
+    4 * spec.layers.iter().map(values).max().unwrap_or(0)
+}
+
 /// Returns the bytes of ratings and choices of lightning indexers in a pass of `batch` tokens. Texts
 /// that are not longer than a token's choice have none.
 fn chosen_bytes(spec: &ModelSpec, room: CacheRoom, batch: usize) -> u64 {
-    let top_k = |mixer: &Mixer| match mixer {
-        Mixer::Mla(a) => a.reach.top_k(),
+    let selection = |layer: &LayerSpec| match &layer.mixer {
+        Mixer::Mla(a) => a.reach.selection(),
         _ => None,
     };
-    let layers = spec.layers.iter();
-    let most = layers.filter_map(|layer| top_k(&layer.mixer)).max();
-    let most = most.map_or(u64::MAX, |most| most as u64);
-    if most >= u64::from(room.context) {
+    let chooses = |chosen: &Selection| (chosen.n_dense() as u64) < u64::from(room.context);
+    let selections = spec.layers.iter().filter_map(selection).filter(chooses);
+    // Positions of a token, and the blocks that they are of.
+    let values = |chosen: Selection| {
+        let most = |n: usize| (n as u64).min(room.context.into());
+        let blocks = if chosen.block > 1 { chosen.blocks } else { 0 };
+        most(chosen.most()) + most(blocks)
+    };
+    let Some(most) = selections.map(values).max() else {
         return 0;
-    }
+    };
     // Each thread ranks the positions of one token; of several threads, most wait for memory.
     most.saturating_mul(4 * batch as u64)
         .saturating_add(crate::layers::indexer::RATING_BYTES)
@@ -258,7 +272,7 @@ pub fn within(
     let rooms = buffer_bytes(gguf, spec);
     let largest = rooms.iter().copied().max().unwrap_or(0);
     // A table of n-grams is too large for memory, and a token reads a few rows of it.
-    let in_file = |kind: DenseKind| kind == DenseKind::Embedding && spec.ngrams.is_some();
+    let in_file = |kind: DenseKind| kind == DenseKind::TokenTable && spec.ngrams.is_some();
     let dense = shape.dense.iter().filter(|d| !in_file(d.kind));
     let dense: u64 = dense.map(|d| d.bytes).sum();
     let used = shape.experts.iter().map(|e| e.n_used).max().unwrap_or(0);

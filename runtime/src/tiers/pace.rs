@@ -10,7 +10,10 @@
 //! - An expert stage takes the longest of its paths, which overlap. An accelerator tier's path is
 //!   the launch latency, then bytes over rate. The path of a tier that the CPU computes from is
 //!   bytes over rate. The slow tier's path is its latency, then missed bytes over its rate, or over
-//!   the rate of the link to their target if that is lower.
+//!   the rate of the link to their target if that is lower. Where the token alone chose the
+//!   experts, their reads began with the dense stage: what that takes at the first tier's rate is
+//!   over then.
+//! - A token's rows of tables on a drive take its latency once, before bytes over rate.
 
 use crate::cancel::{Cancel, POLL_INTERVAL};
 use std::time::{Duration, Instant};
@@ -61,6 +64,17 @@ impl From<PerTier<u64>> for StageBytes {
     fn from(by_tier: PerTier<u64>) -> Self {
         Self(by_tier)
     }
+}
+
+/// Experts of a stage that are read from the last tier.
+#[derive(Debug, Clone, Copy)]
+pub struct Missed {
+    /// Their bytes.
+    pub bytes: u64,
+    /// The tier that they are brought to.
+    pub to: TierIdx,
+    /// Bytes of the dense stage that their reads began with, where they were known before it.
+    pub ahead_bytes: Option<u64>,
 }
 
 /// Computes the declared times of a plan's stages from the rates of its emulated tiers.
@@ -121,9 +135,13 @@ impl Pacer {
         times
     }
 
-    /// Returns the declared time of a token's work outside layers: embedding and head.
-    pub fn outside(&self, bytes: &StageBytes) -> Duration {
-        self.token_overhead + self.sum(bytes)
+    /// Returns the declared time of a token's work outside layers: embedding, the tables on the tier
+    /// `table`, and head.
+    pub fn outside(&self, bytes: &StageBytes, table: Option<TierIdx>) -> Duration {
+        let on_drive = |t: &&Tier| t.emulated && t.kind == TierKind::Nvme;
+        let drive = table.map(|tier| &self.tiers[tier]).filter(on_drive);
+        let latency = drive.map_or(Duration::ZERO, |t| micros(t.latency_us));
+        self.token_overhead + latency + self.sum(bytes)
     }
 
     fn sum(&self, bytes: &StageBytes) -> Duration {
@@ -135,15 +153,18 @@ impl Pacer {
     }
 
     /// Returns the declared time of each path of an expert stage, by tier: for the bytes that
-    /// experts were `computed` from, and for `missed_bytes` read from the last tier to the tier
-    /// `to`.
-    pub fn expert_paths(
-        &self,
-        computed: &StageBytes,
-        missed_bytes: u64,
-        to: TierIdx,
-    ) -> PerTier<Duration> {
+    /// experts were `computed` from, and for those that were `missed`.
+    pub fn expert_paths(&self, computed: &StageBytes, missed: &Missed) -> PerTier<Duration> {
+        let (missed_bytes, to) = (missed.bytes, missed.to);
         let slow = self.tiers.last_idx();
+        let is_drive = self.tiers.last().is_some_and(|t| t.kind == TierKind::Nvme);
+        let hidden = missed
+            .ahead_bytes
+            .filter(|_| is_drive && self.tiers.len() > 1)
+            .zip(self.tiers.first())
+            .map_or(Duration::ZERO, |(bytes, first)| {
+                seconds(bytes as f64 / (first.read_gbps * 1e9))
+            });
         let link = self.tiers[to]
             .accelerator
             .link_gbps
@@ -168,7 +189,8 @@ impl Pacer {
             } else {
                 Duration::ZERO
             };
-            compute.max(latency + self.transfer(index, missed_bytes).max(link))
+            let transfer = latency + self.transfer(index, missed_bytes).max(link);
+            compute.max(transfer.saturating_sub(hidden))
         };
         self.tiers.enumerate().map(path).collect()
     }
@@ -220,6 +242,14 @@ mod tests {
         }
     }
 
+    fn missed(bytes: u64, to: usize) -> Missed {
+        Missed {
+            bytes,
+            to: TierIdx::new(to),
+            ahead_bytes: None,
+        }
+    }
+
     #[test]
     fn expert_paths_overlap_and_dense_ones_add_up() {
         let tiers = [
@@ -239,26 +269,39 @@ mod tests {
             pacer.dense(&bytes, TierIdx::new(1), 5_000),
             Duration::from_micros(65)
         );
-        assert_eq!(pacer.outside(&bytes), Duration::from_micros(100));
+        assert_eq!(pacer.outside(&bytes, None), Duration::from_micros(100));
+        // A table in memory, and one on the drive.
+        for (tier, us) in [(1, 100), (2, 140)] {
+            let declared = pacer.outside(&bytes, Some(TierIdx::new(tier)));
+            assert_eq!(declared, Duration::from_micros(us));
+        }
         let micros = |us: [u64; 3]| PerTier::from(us.map(Duration::from_micros));
         assert_eq!(
-            pacer.expert_paths(&bytes, 0, TierIdx::new(1)),
+            pacer.expert_paths(&bytes, &missed(0, 1)),
             micros([15, 30, 0])
         );
         assert_eq!(
-            pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)),
+            pacer.expert_paths(&bytes, &missed(1_000, 1)),
             micros([15, 30, 50])
         );
+        // Reads that began with a dense stage of 10 and of 100 µs.
+        for (ahead, us) in [(100_000, 40), (1_000_000, 0)] {
+            let ahead = Missed {
+                ahead_bytes: Some(ahead),
+                ..missed(1_000, 1)
+            };
+            assert_eq!(pacer.expert_paths(&bytes, &ahead), micros([15, 30, us]));
+        }
         // A link that is slower than the reads, where they cross it.
         let [mut vram, dram, slow] = tiers;
         vram.accelerator.link_gbps = Some(0.05);
         let pacer = Pacer::new(&PerTier::from([vram, dram, slow]), 20.0, 60.0).unwrap();
         assert_eq!(
-            pacer.expert_paths(&bytes, 1_000, TierIdx::new(0)),
+            pacer.expert_paths(&bytes, &missed(1_000, 0)),
             micros([15, 30, 60])
         );
         assert_eq!(
-            pacer.expert_paths(&bytes, 1_000, TierIdx::new(1)),
+            pacer.expert_paths(&bytes, &missed(1_000, 1)),
             micros([15, 30, 50])
         );
     }
@@ -276,7 +319,7 @@ mod tests {
         let hour = Duration::from_secs(3600);
         assert_eq!(pacer.dense(&bytes, TierIdx::new(0), u64::MAX), 4 * hour);
         assert_eq!(
-            pacer.expert_paths(&bytes, u64::MAX, TierIdx::new(0)),
+            pacer.expert_paths(&bytes, &missed(u64::MAX, 0)),
             PerTier::from([2 * hour, 2 * hour])
         );
     }

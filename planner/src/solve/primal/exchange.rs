@@ -510,6 +510,7 @@ mod tests {
             staging_tier: TierIdx::FIRST,
             staging_experts: 0,
             staging_bytes: 0,
+            cpu_only: Default::default(),
             in_place: false,
         }
     }

@@ -11,8 +11,10 @@ use super::{Problem, hint};
 use crate::cost::{home_in_place, middle};
 use anyhow::{Result, bail};
 use check::check_tiers;
+use std::collections::BTreeSet;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{PerTier, TierIdx, attention_s};
+use tier_plan_runtime::model::gpu::Part;
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
@@ -57,6 +59,8 @@ pub struct Capacity {
     pub staging_experts: u32,
     /// Bytes of the staging buffers.
     pub staging_bytes: u64,
+    /// Parts that no GPU can run, by layer; none on a machine without a real GPU.
+    pub cpu_only: BTreeSet<(Part, Option<u32>)>,
     /// Whether experts on the last tier compute in place, so that nothing is staged.
     pub in_place: bool,
 }
@@ -107,7 +111,7 @@ impl Capacity {
     /// may stay in the file. Attention on a real GPU has its KV cache there; other attention does
     /// not.
     pub fn dense_tiers(&self, group: &DenseShape) -> impl Iterator<Item = TierIdx> + '_ {
-        let may_stay_in_file = group.kind == DenseKind::Embedding;
+        let may_stay_in_file = group.kind.is_named_by_tokens();
         let cache = (group.kind == DenseKind::Attention).then(|| {
             group
                 .layer
@@ -119,9 +123,21 @@ impl Capacity {
             Some(_) => !self.tiers[self.kv_tier].is_gpu(),
         };
         let computes = move |t: TierIdx| may_stay_in_file || self.tiers[t].kind != TierKind::Nvme;
+        let part = (Part::Dense(group.kind), group.layer);
         self.tiers
             .indices()
-            .filter(move |&t| computes(t) && has_cache(t))
+            .filter(move |&t| computes(t) && has_cache(t) && self.runs(part, t))
+    }
+
+    /// Whether a part of a layer, or of the model, runs on a tier: it does unless that is a real GPU
+    /// which can't.
+    pub fn runs(&self, part: (Part, Option<u32>), tier: TierIdx) -> bool {
+        !self.tiers[tier].is_gpu() || !self.cpu_only.contains(&part)
+    }
+
+    /// Whether a layer's routed experts run on a tier.
+    pub fn runs_experts(&self, layer: u32, tier: TierIdx) -> bool {
+        self.runs((Part::Experts, Some(layer)), tier)
     }
 
     /// Returns the KV cache that moves with a dense group, and its tier when the group is on
@@ -279,6 +295,7 @@ impl Capacity {
             staging_experts,
             staging_bytes: u64::from(staging_experts).saturating_mul(largest),
             in_place,
+            cpu_only: cpu_only(shape, &tiers),
             tiers,
         };
         capacity.set_staging_aside(problem)?;
@@ -369,8 +386,9 @@ impl Capacity {
                 let fits =
                     |g: &DenseShape| g.bytes.saturating_add(gpu_bytes) <= self.left_bytes[t.get()];
                 let allowed = |g: &DenseShape| constraints.allows_attention(g.layer, *t);
+                let runs = |g: &DenseShape| self.runs((Part::Dense(g.kind), g.layer), *t);
                 let is_gpu = self.tiers[*t].is_gpu() && problem.sequences == 1;
-                is_gpu && group.is_some_and(|g| fits(g) && allowed(g))
+                is_gpu && group.is_some_and(|g| fits(g) && allowed(g) && runs(g))
             };
             let gpus: Vec<TierIdx> = self.tiers.indices().filter(may_have).collect();
             if gpus.is_empty() {
@@ -403,7 +421,7 @@ impl Capacity {
             .shape
             .dense
             .iter()
-            .filter(|d| d.kind != DenseKind::Embedding);
+            .filter(|d| !d.kind.is_named_by_tokens());
         let with_dense = in_memory
             .map(|d| d.bytes)
             .fold(self.kv_bytes, u64::saturating_add);
@@ -437,6 +455,13 @@ impl Capacity {
         }
         Ok(tiers)
     }
+}
+
+/// Returns the parts that can't be on any of the tiers that are real GPUs.
+fn cpu_only(shape: &ModelShape, tiers: &PerTier<Tier>) -> BTreeSet<(Part, Option<u32>)> {
+    let has_gpu = tiers.iter().any(Tier::is_gpu);
+    let parts = shape.cpu_only.iter().filter(|_| has_gpu);
+    parts.map(|only| (only.part, only.layer)).collect()
 }
 
 /// Returns the share of a budget for experts that page padding takes: half a percent to three.

@@ -12,7 +12,7 @@ use super::capacity::{Capacity, LayerCache, MAX_FAST, MAX_ROWS, TICKS_PER_S};
 use super::constraints::Constraints;
 use super::objective::{ColumnWeights, ObjectiveFunction, Tangent};
 use crate::cost::batch::Step;
-use crate::cost::{attention_fixed_s, read_s};
+use crate::cost::{attention_fixed_s, group_read_s};
 use crate::solve::options::Objective;
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
@@ -412,7 +412,10 @@ fn dense_s(group: &DenseShape, tier: TierIdx, capacity: &Capacity, charge: &Char
             let seconds = step.dense_s(group, tier, &capacity.tiers[tier]);
             (seconds / texts, step.micro_batches() / texts)
         }
-        None => (read_s(&capacity.tiers[tier], group.token_bytes as f64), 1.0),
+        None => {
+            let bytes = group.token_bytes as f64;
+            (group_read_s(group.kind, &capacity.tiers[tier], bytes), 1.0)
+        }
     };
     // Sequences share weights, but each has a KV cache of its own.
     let moving = capacity.moving_cache(group, tier);

@@ -2,7 +2,7 @@
 //! nvme:embedding`.
 //!
 //! Each is `TIER:WHAT[:LAYERS[:EXPERTS]]`. WHAT is `attention`, `router`, `shared_expert`,
-//! `dense_ffn`, `embedding`, `head`, `cache` (the KV cache; on a real GPU with all attention), or
+//! `dense_ffn`, `embedding`, `token_table`, `head`, `cache` (the KV cache; on a real GPU with all attention), or
 //! `experts`. `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it holds for all layers,
 //! without EXPERTS for all experts of the layers.
 //!
@@ -14,15 +14,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::machine::{Machine, TierKind};
 use tier_plan_runtime::formats::placement::{Placement, TierIdx};
 use tier_plan_runtime::formats::ranges;
+use tier_plan_runtime::model::gpu::Part;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Kinds of dense groups by the name that plans give them.
-const DENSE_KINDS: [(&str, DenseKind); 6] = [
+const DENSE_KINDS: [(&str, DenseKind); 7] = [
     ("attention", DenseKind::Attention),
     ("router", DenseKind::Router),
     ("shared_expert", DenseKind::SharedExpert),
     ("dense_ffn", DenseKind::DenseFfn),
     ("embedding", DenseKind::Embedding),
+    ("token_table", DenseKind::TokenTable),
     ("head", DenseKind::Head),
 ];
 
@@ -85,6 +87,39 @@ impl Constraints {
     /// Whether nothing is fixed or forbidden.
     pub fn is_empty(&self) -> bool {
         *self == Constraints::default()
+    }
+
+    /// Refuses what is fixed to a GPU that can't run it.
+    ///
+    /// # Errors
+    /// Names the part, the GPU, and the reason.
+    pub fn check_gpus(&self, shape: &ModelShape, machine: &Machine) -> Result<()> {
+        for only in &shape.cpu_only {
+            let fixed: BTreeSet<TierIdx> = match only.part {
+                Part::Dense(kind) => {
+                    let fixed = self.dense_fixed.get(&(kind, only.layer));
+                    fixed.copied().into_iter().collect()
+                }
+                Part::Experts => {
+                    let of_layer = only.layer.and_then(|layer| self.experts.get(&layer));
+                    let fixed = of_layer.map(|layer| layer.fixed.values().copied());
+                    fixed.into_iter().flatten().collect()
+                }
+            };
+            let tiers = fixed.iter().filter_map(|t| machine.tiers.get(t.get()));
+            if let Some(gpu) = tiers.into_iter().find(|tier| tier.is_gpu()) {
+                let of = only
+                    .layer
+                    .map_or(String::new(), |layer| format!(" of layer {layer}"));
+                bail!(
+                    "--fix puts {}{of} on '{}', a GPU that can't run it: {}; leave it out",
+                    only.part.name(),
+                    gpu.name,
+                    only.why
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Whether any expert is constrained.
@@ -251,10 +286,10 @@ impl Constraints {
             shape.id.name
         );
         let computes =
-            machine.tiers[tier.get()].kind != TierKind::Nvme || kind == DenseKind::Embedding;
+            machine.tiers[tier.get()].kind != TierKind::Nvme || kind.is_named_by_tokens();
         ensure!(
             !fix || computes,
-            "nothing computes on the block device '{}'; only the embedding can stay there",
+            "nothing computes on the block device '{}'; only the embedding and token tables can stay there",
             machine.tiers[tier.get()].name
         );
         for group in groups {
@@ -356,7 +391,7 @@ impl Constraints {
     fn check_contradictions(&self, shape: &ModelShape, machine: &Machine) -> Result<()> {
         for group in &shape.dense {
             let can = |t: TierIdx| {
-                machine.tiers[t.get()].kind != TierKind::Nvme || group.kind == DenseKind::Embedding
+                machine.tiers[t.get()].kind != TierKind::Nvme || group.kind.is_named_by_tokens()
             };
             let any = TierIdx::first(machine.tiers.len())
                 .any(|t| can(t) && self.allows(group.kind, group.layer, t));

@@ -16,7 +16,7 @@ use crate::cost::batch::{self, PassStage, Spread, Step, Use};
 use crate::cost::{ExpertStage, outcomes, stage_mean_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use layer::LayerColumns;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, TierIdx};
 use tier_plan_runtime::kernels::scoped::spawn_or_run;
 use tier_plan_runtime::model::shape::ModelShape;
@@ -123,7 +123,16 @@ impl<'a> ColumnEnumerator<'a> {
         let can_run_out = |&row: &usize| capacity.left_bytes[row] < total;
         let scarce = (0..n_tiers).filter(can_run_out).chain(time_row).collect();
         let mut grid = Grid::new(evidence, capacity, seconds);
-        let is_plain = charge.is_plain() && !constraints.of_experts();
+        let of_layer = |layer: u32| {
+            let mut of_layer = constraints.layer(layer);
+            let cannot = |&t: &TierIdx| !capacity.runs_experts(layer, t);
+            let tiers = TierIdx::first(capacity.fast()).filter(cannot);
+            of_layer.forbidden.extend(tiers);
+            of_layer
+        };
+        let layers = evidence.layers.iter();
+        let is_free = layers.clone().all(|l| of_layer(l.shape.layer).is_empty());
+        let is_plain = charge.is_plain() && is_free;
         let can_step = |layer: &LayerEvidence| {
             matches!(layer.judged, Judged::Uniform) || ReuseTable::is_possible(layer)
         };
@@ -135,7 +144,7 @@ impl<'a> ColumnEnumerator<'a> {
         let fixed = evidence
             .layers
             .iter()
-            .map(|l| FixedExperts::new(l, constraints.layer(l.shape.layer), home))
+            .map(|l| FixedExperts::new(l, of_layer(l.shape.layer), home))
             .collect();
         ColumnEnumerator {
             evidence,
@@ -203,16 +212,20 @@ impl<'a> ColumnEnumerator<'a> {
     /// Returns the layers that share their columns, by position.
     fn alike(&self) -> Vec<Vec<usize>> {
         let mut alike: Vec<Vec<usize>> = Vec::new();
-        let mut classes: BTreeMap<[u64; 4], usize> = BTreeMap::new();
+        let mut classes: BTreeMap<([u64; 5], &BTreeSet<TierIdx>), usize> = BTreeMap::new();
         for (at, layer) in self.evidence.layers.iter().enumerate() {
-            let is_free = self.fixed[at].constraints == LayerConstraints::default();
-            match layer.class.filter(|_| is_free) {
+            let LayerConstraints { fixed, forbidden } = &self.fixed[at].constraints;
+            match layer.class.filter(|_| fixed.is_empty()) {
                 None => alike.push(vec![at]),
                 Some(class) => {
                     let counts = [class, layer.shape.n_expert, layer.shape.n_used].map(u64::from);
                     let [class, n_expert, n_used] = counts;
-                    let key = [class, n_expert, n_used, layer.shape.expert_bytes];
-                    let place = *classes.entry(key).or_insert_with(|| {
+                    // What the token chooses is read while the dense stage before runs.
+                    let prefetch = layer.prefetch;
+                    let ahead = prefetch.is_exact.then_some(prefetch.dense_bytes);
+                    let ahead = ahead.map_or(0, |bytes| bytes.saturating_add(1));
+                    let key = [class, n_expert, n_used, layer.shape.expert_bytes, ahead];
+                    let place = *classes.entry((key, forbidden)).or_insert_with(|| {
                         alike.push(Vec::new());
                         alike.len() - 1
                     });

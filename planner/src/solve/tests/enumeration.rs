@@ -111,6 +111,10 @@ pub(super) fn everything(
             let mut bytes = vec![0; n];
             bytes[t.get()] = group.bytes;
             let mut seconds = group.token_bytes as f64 / rate(t);
+            let on_drive = capacity.tiers[t].kind == TierKind::Nvme;
+            if group.kind == DenseKind::TokenTable && on_drive {
+                seconds += capacity.tiers[t].latency_us * 1e-6;
+            }
             if group.kind == DenseKind::Attention {
                 seconds += capacity.tiers[t].accelerator.layer_us.unwrap_or(0.0) * 1e-6;
                 let real = capacity.tiers[t].kind == TierKind::Vram && !capacity.tiers[t].emulated;
@@ -125,7 +129,7 @@ pub(super) fn everything(
             (bytes, seconds)
         };
         let allowed = |t: &TierIdx| {
-            group.kind == DenseKind::Embedding || capacity.tiers[*t].kind != TierKind::Nvme
+            group.kind.is_named_by_tokens() || capacity.tiers[*t].kind != TierKind::Nvme
         };
         things.push(capacity.tiers.indices().filter(allowed).map(on).collect());
     }

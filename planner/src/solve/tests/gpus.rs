@@ -241,6 +241,7 @@ fn recurrent_state_goes_with_its_layer() -> Result<()> {
     shape.caches[1] = CacheShape {
         rows: Vec::new(),
         state_bytes: 5000,
+        more_readers: 0,
     };
     let plan = |forbid: &[&str]| {
         solved(

@@ -43,7 +43,8 @@ fn plain(
         Activation::ClampedSwiglu { alpha, limit } => {
             Kernels::SCALAR.clamped_swiglu(&mut gate, &up, alpha, limit)
         }
-        other => unreachable!("no kernel of a GPU has {other:?}"),
+        Activation::Situ { beta, linear } => Kernels::SCALAR.situ_mul(&mut gate, &up, beta, linear),
+        other => unreachable!("no case has {other:?}"),
     }
     product(kind.down, &bytes[2], &biases[2], &gate, biased)
 }
@@ -157,5 +158,9 @@ fn experts_of_mixed_formats_match_the_cpu() {
     compare(F32, F32, Q4_0, Activation::Silu, true);
     // Gate and up of different formats.
     compare(Q4_0, Q5_0, Q4_0, CLAMPED, true);
-    compare(F16, Q8_0, F32, Activation::Silu, false);
+    let situ = Activation::Situ {
+        beta: 4.0,
+        linear: 25.0,
+    };
+    compare(F16, Q8_0, F32, situ, false);
 }

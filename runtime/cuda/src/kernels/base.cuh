@@ -104,19 +104,46 @@ DEVICE void quantize_run(float v, i64 run, i8* q, float* scale, float* sums) {
     if (lane == 0) scale[run] = s;
 }
 
-/// The activation of most feed-forward blocks.
-DEVICE float silu_gated(float gate, float up) {
-    return gate / (1.0f + expf(-gate)) * up;
+/// What stands between the first two products of a feed-forward block and its last, in the order of
+/// `activation_args`.
+enum { SILU, CLAMPED_SWIGLU, CLAMPED_SILU, LIMITED_SILU, GELU, SITU };
+
+DEVICE float silu(float x) {
+    return x / (1.0f + expf(-x));
 }
 
-/// Computes `g / (1 + exp(-alpha * g)) * (u + 1)`, where `g` is gate, at most `limit`, and `u` is
-/// up, within `limit` of zero.
-DEVICE float clamped_gated(float gate, float up, float alpha, float limit) {
-    // Compared rather than clamped, so that NaN propagates.
-    const float g = gate > limit ? limit : gate;
-    const float below = up > limit ? limit : up;
-    const float u = below < -limit ? -limit : below;
-    return g / (1.0f + expf(-alpha * g)) * (u + 1.0f);
+/// Compared rather than clamped, so that NaN propagates.
+DEVICE float at_most(float x, float limit) {
+    return x > limit ? limit : x;
+}
+
+/// Returns `x` within `limit` of zero.
+DEVICE float within(float x, float limit) {
+    const float below = at_most(x, limit);
+    return below < -limit ? -limit : below;
+}
+
+/// Returns the activation of `gate` and `up` with the parameters `a` and `b`. Its formulas are those
+/// of `Activation` on the CPU.
+DEVICE float activated(int activation, float a, float b, float gate, float up) {
+    switch (activation) {
+    case CLAMPED_SWIGLU: {
+        const float g = at_most(gate, b);
+        return g / (1.0f + expf(-a * g)) * (within(up, b) + 1.0f);
+    }
+    case CLAMPED_SILU: return silu(at_most(gate, a)) * within(up, a);
+    case LIMITED_SILU: return at_most(silu(gate), a) * within(up, a);
+    case GELU: {
+        // As 1 + tanh(z) = 2 / (1 + e^(-2z)), these are twice the factors in the formula.
+        const float z = gate * (1.595769f + 1.595769f * 0.044715f * gate * gate);
+        return gate / (1.0f + expf(-z)) * up;
+    }
+    case SITU: {
+        const float u = b > 0.0f ? b * tanhf(up / b) : up;
+        return a * tanhf(gate / a) / (1.0f + expf(-gate)) * u;
+    }
+    default: return silu(gate) * up;
+    }
 }
 
 DEVICE float half_at(const u8* p) {

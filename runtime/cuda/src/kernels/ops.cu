@@ -175,21 +175,12 @@ DEVICE i64 thread_number() {
     return (i64)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-/// Computes `gate = silu_gated(gate, up)`, and its quantized form if `q` is not null, with `n` a
+/// Computes `gate = activated(gate, up)`, and its quantized form if `q` is not null, with `n` a
 /// multiple of 32.
-KERNEL silu_mul(float* gate, const float* up, int n, i8* q, float* scale, float* sums) {
+KERNEL activate(float* gate, const float* up, int activation, float a, float b, int n, i8* q, float* scale, float* sums) {
     const i64 i = thread_number();
     if (i >= n) return;
-    const float v = silu_gated(gate[i], up[i]);
-    gate[i] = v;
-    if (q) quantize_run(v, i / 32, q, scale, sums);
-}
-
-/// Computes `gate = clamped_gated(gate, up)`, and its quantized form as `silu_mul`.
-KERNEL clamped_swiglu(float* gate, const float* up, float alpha, float limit, int n, i8* q, float* scale, float* sums) {
-    const i64 i = thread_number();
-    if (i >= n) return;
-    const float v = clamped_gated(gate[i], up[i], alpha, limit);
+    const float v = activated(activation, a, b, gate[i], up[i]);
     gate[i] = v;
     if (q) quantize_run(v, i / 32, q, scale, sums);
 }

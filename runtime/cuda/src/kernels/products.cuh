@@ -117,13 +117,13 @@ DEVICE void matvecs(Part part, Part second, Part third, int n_cols, typename W::
 /// Rows per block of `gated`: a run of its results.
 #define GATED_ROWS 32
 
-/// Computes the products of each job with gate and up, and their activation: `silu_gated`, or
-/// `clamped_gated` if `clamped`. The result is `[jobs, n_rows]`: quantized if `q` is not null, with
-/// `n_rows` a multiple of 32, otherwise in `out`. Biases and missing matrices are as with `matvec`.
+/// Computes the products of each job with gate and up, and their activation by `activated`. The
+/// result is `[jobs, n_rows]`: quantized if `q` is not null, with `n_rows` a multiple of 32,
+/// otherwise in `out`. Biases and missing matrices are as with `matvec`.
 /// Grid: runs of 32 rows, jobs.
 template <class W>
 DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const float* up_bias, int n_rows, int n_cols,
-                  typename W::Acts x, int jobs_per_x, int clamped, float alpha, float limit, float* out, i8* q,
+                  typename W::Acts x, int jobs_per_x, int activation, float a, float b, float* out, i8* q,
                   float* scale, float* sums) {
     __shared__ float gates[GATED_ROWS];
     __shared__ float ups[GATED_ROWS];
@@ -153,8 +153,8 @@ DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const floa
     __syncthreads();
     if (warp > 0) return;
     const bool inside = first + lane < n_rows;
-    const float a = inside ? gates[lane] : 0.0f, b = inside ? ups[lane] : 0.0f;
-    const float v = clamped ? clamped_gated(a, b, alpha, limit) : silu_gated(a, b);
+    const float of_gate = inside ? gates[lane] : 0.0f, of_up = inside ? ups[lane] : 0.0f;
+    const float v = activated(activation, a, b, of_gate, of_up);
     const i64 to = job * n_rows + first + lane;
     if (q) {
         quantize_run(v, to / 32, q, scale, sums);
@@ -217,10 +217,10 @@ DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weight
     }                                                                                                                  \
     KERNEL gated_##NAME(const u8* gate, const u8* const* gates, const u8* up, const u8* const* ups, int n_table,       \
                         const int* which, const float* gate_bias, const float* up_bias, int n_rows, int n_cols,        \
-                        const u8* x, const float* scale, const float* sums, int jobs_per_x, int clamped,               \
-                        float alpha, float limit, float* out, i8* to_q, float* to_scale, float* to_sums) {             \
+                        const u8* x, const float* scale, const float* sums, int jobs_per_x, int activation,            \
+                        float a, float b, float* out, i8* to_q, float* to_scale, float* to_sums) {                     \
         gated<TYPE>({gate, gates, n_table, which}, {up, ups, n_table, which}, gate_bias, up_bias, n_rows, n_cols,      \
-                    {x, scale, sums}, jobs_per_x, clamped, alpha, limit, out, to_q, to_scale, to_sums);                \
+                    {x, scale, sums}, jobs_per_x, activation, a, b, out, to_q, to_scale, to_sums);                     \
     }                                                                                                                  \
     KERNEL chosen_sum_##NAME(const u8* const* table, int n_table, const int* which, const float* bias,                 \
                              const float* weights, int n_used, int n_rows, int n_cols, const u8* x,                    \

@@ -16,7 +16,7 @@ pub const CHUNK: usize = 256;
 const HEADS: usize = 8;
 
 /// Widest key; the kernel has the same constant.
-pub const MAX_KEY: usize = 640;
+pub use tier_plan_formats::model::gpu::MAX_KEY;
 
 /// Positions of consecutive tokens. Kernels read the first one from a word on the device, so that
 /// recorded launches serve for other positions.

@@ -6,7 +6,7 @@ use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
 
 /// Widest head; the kernels have the same constant. Widths are multiples of 4.
-pub const MAX_DELTA_HEAD: usize = 256;
+pub use tier_plan_formats::model::gpu::MAX_DELTA_HEAD;
 
 /// Columns of a state matrix per block; the kernels have the same constant.
 const COLUMNS: usize = 16;

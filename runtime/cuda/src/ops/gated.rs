@@ -3,7 +3,7 @@
 
 use super::products::row_bytes;
 use super::{Input, MATVEC_ROWS, Matrices, MatrixTable, Quants, blocks, few, int, null_or};
-use crate::device::{Arg, View};
+use crate::device::View;
 use crate::{CudaError, Ops, source};
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::quant::TensorType;
@@ -114,15 +114,10 @@ impl Ops {
             jobs_per_x > 0 && (quants.is_some() || out.words() >= jobs * n_rows),
             "{jobs} x {n_rows} results"
         );
-        let (clamped, alpha, limit) = match g.activation {
-            Activation::Silu => (0, 0.0, 0.0),
-            Activation::ClampedSwiglu { alpha, limit } => (1, alpha, limit),
-            other => return Err(self.unsupported(format!("activation {other:?}"))),
-        };
+        let [activation, first, second] = self.activation_args(g.activation)?;
         let [q, scale, sums] = Quants::fill_or_null(quants, jobs, n_rows);
         let [x, x_scale, x_sums] = g.x.args(ty, jobs.div_ceil(jobs_per_x), n_cols);
         let [gate_bias, up_bias] = g.biases.map(null_or);
-        let (alpha, limit) = (Arg::Float(alpha), Arg::Float(limit));
         let args = [
             one_gate,
             gates,
@@ -138,9 +133,9 @@ impl Ops {
             x_scale,
             x_sums,
             int(jobs_per_x),
-            Arg::Int(clamped),
-            alpha,
-            limit,
+            activation,
+            first,
+            second,
             out.arg(),
             q,
             scale,

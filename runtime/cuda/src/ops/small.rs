@@ -6,10 +6,10 @@ use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{Activation, Gating, Groups, MoeSpec};
 
 /// Most experts of a layer; the router kernel has the same constant.
-pub const MAX_EXPERTS: usize = 1024;
+pub use tier_plan_formats::model::gpu::MAX_EXPERTS;
 
 /// Most groups of experts; the router kernel has the same constant.
-pub const MAX_GROUPS: usize = 128;
+pub use tier_plan_formats::model::gpu::MAX_GROUPS;
 
 /// Rows of floats at a constant distance.
 #[derive(Clone, Copy)]
@@ -304,20 +304,27 @@ impl Ops {
         assert!(gate.words() >= n && up.words() >= n, "{n} values");
         let grid = [blocks(n, THREADS), 1, 1];
         let [q, scale, sums] = Quants::fill_or_null(quants, rows, width);
-        match activation {
-            Activation::Silu => self.launch(
-                "silu_mul",
-                grid,
-                THREADS,
-                &[gate.arg(), up.arg(), int(n), q, scale, sums],
-            ),
-            Activation::ClampedSwiglu { alpha, limit } => {
-                let (alpha, limit) = (Arg::Float(alpha), Arg::Float(limit));
-                let args = [gate.arg(), up.arg(), alpha, limit, int(n), q, scale, sums];
-                self.launch("clamped_swiglu", grid, THREADS, &args)
-            }
-            other => Err(self.unsupported(format!("activation {other:?}"))),
-        }
+        let [activation, first, second] = self.activation_args(activation)?;
+        let (gate, up) = (gate.arg(), up.arg());
+        let args = [gate, up, activation, first, second, int(n), q, scale, sums];
+        self.launch("activate", grid, THREADS, &args)
+    }
+
+    /// Returns an activation's number in `base.cuh`, and its parameters.
+    ///
+    /// # Errors
+    /// Names one that is not of a gate and up.
+    pub(super) fn activation_args(&self, activation: Activation) -> Result<[Arg; 3], CudaError> {
+        let (number, first, second) = match activation {
+            Activation::Silu => (0, 0.0, 0.0),
+            Activation::ClampedSwiglu { alpha, limit } => (1, alpha, limit),
+            Activation::ClampedSilu { limit } => (2, limit, 0.0),
+            Activation::LimitedSilu { limit } => (3, limit, 0.0),
+            Activation::Gelu => (4, 0.0, 0.0),
+            Activation::Situ { beta, linear } => (5, beta, linear),
+            Activation::SquaredRelu => return Err(self.unsupported("squared ReLU".into())),
+        };
+        Ok([Arg::Int(number), Arg::Float(first), Arg::Float(second)])
     }
 
     /// Computes `x += y` for `n` values.

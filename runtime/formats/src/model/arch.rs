@@ -4,10 +4,10 @@ use super::source::Source;
 use super::spec::ModelSpec;
 use super::{
     ModelError, NotAModel, Scales, afmoe, bailingmoe2, bailingmoe3, deepseek2, deepseek4,
-    deepseek32, dots1, dots3note, ernie4_5, exaone_moe, gemma3, gemma4, glm4moe, gpt_oss,
-    granitemoe, grok, hunyuan_moe, hy_v3, hy_v4, kimi, kimi_k3, laguna, lfm2moe, llama, llama4,
-    mimo2, minimax_m2, minimax_m3, mistral3, nemotron_h, olmoe, phi3, qwen2, qwen2moe, qwen3,
-    qwen3next, qwen3vl, qwen4exp, smollm3, step35,
+    deepseek32, dots1, dots3note, ernie4_5, exaone_moe, gemma3, gemma4, glm4moe, glm5_next,
+    gpt_oss, granitemoe, grok, hunyuan_moe, hy_v3, hy_v4, kimi, kimi_k3, laguna, lfm2moe, llama,
+    llama4, mimo2, minimax_m2, minimax_m3, mistral3, nemotron_h, olmoe, phi3, qwen2, qwen2moe,
+    qwen3, qwen3next, qwen3vl, qwen4exp, smollm3, step35,
 };
 use crate::gguf::Gguf;
 
@@ -29,6 +29,7 @@ const ARCHITECTURES: &[(&str, Describe)] = &[
     ("gemma4", gemma4::describe),
     ("glm-dsa", deepseek32::describe),
     ("glm4moe", glm4moe::describe),
+    ("glm5-next", glm5_next::describe),
     ("gpt-oss", gpt_oss::describe),
     ("granitemoe", granitemoe::describe),
     ("grok", grok::describe),

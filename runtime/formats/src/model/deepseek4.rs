@@ -16,6 +16,10 @@ const SHORT_BLOCK: usize = 4;
 /// Blocks all of whose vectors are seen.
 const LONG_BLOCK: usize = 128;
 
+/// Bound on the tokens of a window, far above any real one's: nothing in the file is as large as
+/// their vectors.
+const MAX_WINDOW: usize = 1 << 16;
+
 /// Clamps up to this stand for none.
 const NO_CLAMP: f32 = 1e-6;
 
@@ -90,6 +94,7 @@ fn attention(
     let linear = |name: &str, n_in, n_out| s.linear(&format!("{p}.{name}"), n_in, n_out);
     let vector = |name: &str, len| s.vector(&format!("{p}.{name}"), len);
     let rope = rope(s, key_dim, ratio)?;
+    let window = "attention.sliding_window";
     Ok(CompressedSpec {
         n_head,
         key_dim,
@@ -102,7 +107,7 @@ fn attention(
         kv: linear("attn_kv", hidden, key_dim)?,
         kv_norm: vector("attn_kv_a_norm.weight", key_dim)?,
         sinks: vector("attn_sinks.weight", n_head)?,
-        window: s.dim("attention.sliding_window")?,
+        window: s.in_bounds(window, s.dim(window)?, MAX_WINDOW)?,
         far: far(s, &p, (hidden, key_dim, rank), ratio, rope.dims)?,
         n_group,
         o_down: linear("attn_output_a", n_head / n_group * key_dim, o_width)?,

@@ -161,8 +161,10 @@ pub struct UnknownKvType(pub String);
 pub struct KvRows {
     /// Values of a row: a head's key or value, or a latent with its rotated key part.
     pub width: u64,
-    /// Rows that one token of context adds.
+    /// Rows that so many tokens of context add as `every` says.
     pub per_token: u64,
+    /// Tokens that share rows: more than 1 where a block of tokens has one.
+    pub every: u64,
     /// Dot products per row for each later token: one per query head for a key or value, two per
     /// head for a latent, which is both.
     pub queries: u64,
@@ -183,8 +185,22 @@ impl KvRows {
         let chosen = self
             .chosen
             .map_or(u64::MAX, |chosen| chosen.saturating_mul(tokens));
+        self.rows_of(positions.min(reach).min(chosen))
+    }
+
+    /// Returns the rows of so many positions.
+    fn rows_of(&self, positions: u64) -> u64 {
         self.per_token
-            .saturating_mul(positions.min(reach).min(chosen))
+            .saturating_mul(positions.div_ceil(self.every.max(1)))
+    }
+
+    /// Returns the rows that a cache for so many positions holds. A page has a row for every block
+    /// that may end in it.
+    pub fn held(&self, positions: u64) -> u64 {
+        let (page, every) = (u64::from(PAGE), self.every.max(1));
+        let full = (positions / page).saturating_mul(page.div_ceil(every));
+        let rows = full.saturating_add((positions % page).div_ceil(every));
+        self.per_token.saturating_mul(rows)
     }
 
     /// Returns the positions that a token reads at most.
@@ -198,7 +214,7 @@ impl KvRows {
     /// Returns the multiply-accumulates of a token with the rows of `positions` positions, its own
     /// included.
     pub fn token_macs(&self, positions: u64) -> f64 {
-        let seen = positions.min(self.most()) as f64;
+        let seen = positions.min(self.most()) as f64 / self.every.max(1) as f64;
         seen * (self
             .width
             .saturating_mul(self.per_token)
@@ -210,6 +226,7 @@ impl KvRows {
     pub fn prompt_macs(&self, tokens: u64) -> f64 {
         let (n, window) = (tokens as f64, self.most().min(tokens) as f64);
         let pairs = window * (window + 1.0) / 2.0 + (n - window) * window;
+        let pairs = pairs / self.every.max(1) as f64;
         pairs
             * (self
                 .width
@@ -261,9 +278,25 @@ impl KvType {
 }
 
 impl CacheShape {
-    /// Returns the bytes that one token of context adds.
+    /// Returns the bytes that one token of context adds, its part of the rows that it shares
+    /// included.
     pub fn token_bytes(&self, kv_type: KvType) -> u64 {
-        let bytes = |rows: &KvRows| kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
+        let bytes = |rows: &KvRows| {
+            let bytes = kv_type.row_bytes(rows.width).saturating_mul(rows.per_token);
+            bytes.div_ceil(rows.every.max(1))
+        };
+        self.rows
+            .iter()
+            .fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
+    }
+
+    /// Returns the bytes of the rows of a cache for so many positions.
+    pub fn rows_bytes(&self, kv_type: KvType, positions: u64) -> u64 {
+        let bytes = |rows: &KvRows| {
+            kv_type
+                .row_bytes(rows.width)
+                .saturating_mul(rows.held(positions))
+        };
         self.rows
             .iter()
             .fold(0, |sum, rows| sum.saturating_add(bytes(rows)))
@@ -289,8 +322,7 @@ impl CacheShape {
     /// Returns the layer's bytes of KV cache and recurrent states for some texts.
     pub fn bytes(&self, kv_type: KvType, room: CacheRoom) -> u64 {
         let states = self.state_bytes.saturating_mul(room.states());
-        self.token_bytes(kv_type)
-            .saturating_mul(self.positions(room))
+        self.rows_bytes(kv_type, self.positions(room))
             .saturating_add(states)
     }
 
@@ -305,7 +337,8 @@ impl CacheShape {
     }
 
     /// Returns the bytes that a pass of `tokens` tokens moves, the last of which is at position
-    /// `positions`: cached rows are read once, recurrent state is read and written back.
+    /// `positions`: cached rows are read once per layer that reads them, recurrent state is read and
+    /// written back.
     pub fn moved_bytes(&self, kv_type: KvType, positions: u64, tokens: u64) -> u64 {
         let bytes = |rows: &KvRows| {
             kv_type
@@ -313,9 +346,12 @@ impl CacheShape {
                 .saturating_mul(rows.read(positions, tokens))
         };
         let state = self.state_bytes.saturating_mul(2);
-        self.rows
+        let once = self
+            .rows
             .iter()
-            .fold(state, |sum, rows| sum.saturating_add(bytes(rows)))
+            .fold(0, |sum: u64, rows| sum.saturating_add(bytes(rows)));
+        once.saturating_mul(self.more_readers.saturating_add(1))
+            .saturating_add(state)
     }
 }
 
@@ -385,11 +421,13 @@ mod tests {
             rows: vec![KvRows {
                 width: 8,
                 per_token: 2,
+                every: 1,
                 queries: 1,
                 window: None,
                 chosen: None,
             }],
             state_bytes: 1000,
+            more_readers: 0,
         };
         let bytes = |context, sequences| cache.bytes(KvType::F16, room(context, sequences));
         assert_eq!(
@@ -403,6 +441,7 @@ mod tests {
         let all = KvRows {
             width: 8,
             per_token: 3,
+            every: 1,
             queries: 2,
             window: None,
             chosen: None,
@@ -446,6 +485,7 @@ mod tests {
         let chosen = KvRows {
             width: 8,
             per_token: 3,
+            every: 1,
             queries: 2,
             window: None,
             chosen: Some(10),
@@ -468,16 +508,54 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_blocks_are_shared_by_their_positions() {
+        let blocks = |every| KvRows {
+            width: 8,
+            per_token: 2,
+            every,
+            queries: 3,
+            window: None,
+            chosen: None,
+        };
+        let held = |every| [0, 1, 64, 65, 192].map(|n| blocks(every).held(n));
+        assert_eq!(held(1), [0, 2, 128, 130, 384]);
+        assert_eq!(held(4), [0, 2, 32, 34, 96]);
+        // 22 blocks of three may end in a page, and one longer than a page in every page.
+        assert_eq!(held(3), [0, 2, 44, 46, 132]);
+        assert_eq!(held(128), [0, 2, 2, 4, 6]);
+        assert_eq!(blocks(1).held(u64::MAX), u64::MAX);
+        let read = |n| (blocks(4).read(n, 1), blocks(4).token_macs(n));
+        assert_eq!([read(4), read(40)], [(2, 48.0), (20, 480.0)]);
+        let chosen = KvRows {
+            chosen: Some(8),
+            ..blocks(4)
+        };
+        assert_eq!((chosen.read(40, 1), chosen.token_macs(40)), (4, 96.0));
+        assert_eq!(chosen.prompt_macs(9), (36.0 + 8.0) * 12.0);
+        let cache = CacheShape {
+            more_readers: 0,
+            rows: vec![blocks(4)],
+            state_bytes: 100,
+        };
+        assert_eq!(cache.token_bytes(KvType::F32), 16);
+        assert_eq!(cache.token_bytes(KvType::Q8_0), 5);
+        let room = CacheRoom::of_one(65);
+        assert_eq!(cache.bytes(KvType::F32, room), 34 * 32 + 100);
+    }
+
+    #[test]
     fn layers_with_windows_hold_the_windows_and_a_batch() {
         let rows = |window| CacheShape {
             rows: vec![KvRows {
                 width: 8,
                 per_token: 2,
+                every: 1,
                 queries: 1,
                 window,
                 chosen: None,
             }],
             state_bytes: 0,
+            more_readers: 0,
         };
         let room = |context, sequences, checkpoints| CacheRoom {
             sequences,
@@ -519,6 +597,7 @@ mod tests {
             caches: vec![rows(Some(128)), rows(None), rows(Some(1024))],
             dense: Vec::new(),
             experts: Vec::new(),
+            cpu_only: Vec::new(),
         };
         let checkpoints = |context, sequences| {
             let room = room(context, sequences, 0).for_model(&shape);

@@ -3,7 +3,8 @@
 use super::ModelError;
 use super::source::Source;
 use super::spec::{
-    GateFunction, IndexerSpec, KvUp, LowRank, MlaSpec, OutputGate, Reach, RopeKind, RopeSpec,
+    GateFunction, IndexerSpec, KeyPool, KvUp, LowRank, MlaSpec, OutputGate, Reach, RopeKind,
+    RopeSpec, Selection,
 };
 
 /// Sizes of one layer's latent attention.
@@ -172,6 +173,36 @@ pub(super) fn indexer(
     attention: &MlaSpec,
     options: IndexerOptions,
 ) -> Result<Reach, ModelError> {
+    let top_k = s.dim("attention.indexer.top_k")?;
+    let selection = Selection::of_positions(top_k);
+    indexer_spec(s, layer, hidden, attention, (options, selection))
+        .map(|spec| Reach::Indexed(Box::new(spec)))
+}
+
+/// Describes a layer's lightning indexer that rates blocks by a key that is made of their tokens'.
+pub(super) fn pooled_indexer(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    attention: &MlaSpec,
+    options: (IndexerOptions, Selection),
+) -> Result<Reach, ModelError> {
+    let mut spec = indexer_spec(s, layer, hidden, attention, options)?;
+    let (p, dim) = (format!("blk.{layer}.indexer_compressor"), spec.key_dim);
+    spec.pool = Some(KeyPool {
+        gate: s.linear(&format!("{p}_gate"), hidden, dim)?,
+        ape: s.parameters(&format!("{p}_ape.weight"), &[dim, spec.selection.block])?,
+    });
+    Ok(Reach::Indexed(Box::new(spec)))
+}
+
+fn indexer_spec(
+    s: &Source<'_>,
+    layer: usize,
+    hidden: usize,
+    attention: &MlaSpec,
+    (options, selection): (IndexerOptions, Selection),
+) -> Result<IndexerSpec, ModelError> {
     let n_head = s.dim("attention.indexer.head_count")?;
     let name = "attention.indexer.key_length";
     let key_dim = s.dim(name)?;
@@ -189,10 +220,10 @@ pub(super) fn indexer(
         return Err(s.bad("attention.q_lora_rank", what));
     };
     let p = format!("blk.{layer}.indexer");
-    Ok(Reach::Indexed(Box::new(IndexerSpec {
+    Ok(IndexerSpec {
         n_head,
         key_dim,
-        top_k: s.dim("attention.indexer.top_k")?,
+        selection,
         scale: 1.0 / (n_head as f32 * key_dim as f32).sqrt(),
         rope_first: if options.rotates_end {
             key_dim - rotating
@@ -206,15 +237,26 @@ pub(super) fn indexer(
         k_norm: s.vector(&format!("{p}.k_norm.weight"), key_dim)?,
         k_norm_bias: s.vector(&format!("{p}.k_norm.bias"), key_dim)?,
         head_weights: s.linear(&format!("{p}.proj"), hidden, n_head)?,
-    })))
+        pool: None,
+    })
 }
 
 /// Returns what a layer without an indexer attends to: what the last layer before it with one
 /// chose. `own` says by layer which have one.
 pub(super) fn reused(s: &Source<'_>, layer: usize, own: &[bool]) -> Result<Reach, ModelError> {
+    let top_k = s.dim("attention.indexer.top_k")?;
+    reused_selection(s, layer, own, Selection::of_positions(top_k))
+}
+
+/// Does what [`reused`] does, for a selection of blocks.
+pub(super) fn reused_selection(
+    s: &Source<'_>,
+    layer: usize,
+    own: &[bool],
+    selection: Selection,
+) -> Result<Reach, ModelError> {
     if own[..layer].contains(&true) {
-        let top_k = s.dim("attention.indexer.top_k")?;
-        return Ok(Reach::Reused { top_k });
+        return Ok(Reach::Reused(selection));
     }
     let what = format!("layer {layer} has no indexer, and no layer before it has one to share");
     Err(s.bad("attention.indexer.types", what))

@@ -1,5 +1,6 @@
 //! The sizes of a model without its weights: all that a planner needs.
 
+use super::gpu::{CpuOnly, cpu_only};
 use super::kv::KvRows;
 use super::spec::{
     CacheRows, CompressedSpec, GqaSpec, LayerSpec, Mixer, MlaSpec, ModelSpec, TensorId,
@@ -15,6 +16,9 @@ use std::path::Path;
 pub enum DenseKind {
     /// The token embedding, of which a token reads one row. Empty when tied to the head.
     Embedding,
+    /// Tables beside the embedding whose rows the tokens alone name: of n-grams, or of inputs for
+    /// every layer.
+    TokenTable,
     /// Attention (or another mixer) with its norms.
     Attention,
     /// The router with the norm before it.
@@ -27,10 +31,27 @@ pub enum DenseKind {
     Head,
 }
 
+impl DenseKind {
+    /// Whether the group is of the whole model, not of one layer.
+    pub fn is_of_model(self) -> bool {
+        matches!(
+            self,
+            DenseKind::Embedding | DenseKind::TokenTable | DenseKind::Head
+        )
+    }
+
+    /// Whether a token reads only rows that are known as soon as the token is, so that the group may
+    /// stay on a block device.
+    pub fn is_named_by_tokens(self) -> bool {
+        matches!(self, DenseKind::Embedding | DenseKind::TokenTable)
+    }
+}
+
 impl std::fmt::Display for DenseKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             DenseKind::Embedding => "embedding",
+            DenseKind::TokenTable => "token table",
             DenseKind::Attention => "attention",
             DenseKind::Router => "router",
             DenseKind::SharedExpert => "shared expert",
@@ -45,7 +66,7 @@ impl std::fmt::Display for DenseKind {
 pub struct DenseShape {
     /// Its kind of tensors.
     pub kind: DenseKind,
-    /// The layer, or `None` for embedding and head.
+    /// The layer, or `None` for embedding, tables, and head.
     pub layer: Option<u32>,
     /// Bytes it takes where it lives.
     pub bytes: u64,
@@ -68,6 +89,8 @@ pub struct ExpertShape {
     pub expert_bytes: u64,
     /// Multiply-accumulates of one expert for one token.
     pub expert_macs: u64,
+    /// Whether the token alone chooses the experts, so that they are known before the layer runs.
+    pub by_token: bool,
 }
 
 /// What one layer keeps of past tokens: its part of the KV cache, and its recurrent state.
@@ -77,6 +100,8 @@ pub struct CacheShape {
     pub rows: Vec<KvRows>,
     /// Bytes of recurrent state, whatever the length of the context.
     pub state_bytes: u64,
+    /// Layers that read the rows beside the one that holds them.
+    pub more_readers: u64,
 }
 
 /// The sizes of a model: bytes and arithmetic, without the tensors.
@@ -100,6 +125,8 @@ pub struct ModelShape {
     pub dense: Vec<DenseShape>,
     /// Every layer with routed experts once, ascending.
     pub experts: Vec<ExpertShape>,
+    /// The parts that no GPU can run.
+    pub cpu_only: Vec<CpuOnly>,
 }
 
 impl ModelShape {
@@ -123,6 +150,12 @@ impl ModelShape {
             .map(|e| e.expert_bytes * u64::from(e.n_used))
             .sum();
         dense + experts
+    }
+
+    /// Returns the bytes that one decoded token reads of a layer's dense groups.
+    pub fn dense_bytes_of(&self, layer: u32) -> u64 {
+        let of_layer = self.dense.iter().filter(|d| d.layer == Some(layer));
+        of_layer.map(|d| d.token_bytes).sum()
     }
 
     /// Returns the bytes of recurrent state, over all layers.
@@ -185,6 +218,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
                 .expert_linears()
                 .map(|l| l.n_in as u64 * l.n_out as u64)
                 .sum(),
+            by_token: moe.by_token.is_some(),
         })
         .collect();
     ModelShape {
@@ -197,6 +231,7 @@ pub fn shape_of(gguf: &Gguf, spec: &ModelSpec) -> ModelShape {
         caches: cache_shapes(spec),
         dense,
         experts,
+        cpu_only: cpu_only(gguf, spec),
     }
 }
 
@@ -213,7 +248,7 @@ fn rows_read(spec: &ModelSpec, id: TensorId) -> Option<u64> {
 }
 
 /// Returns the KV cache rows and recurrent state of every layer. Layers that share the rows of
-/// another hold none; their dot products count where the rows are.
+/// another hold none; their reads and dot products count where the rows are.
 fn cache_shapes(spec: &ModelSpec) -> Vec<CacheShape> {
     let own = spec.layers.iter().map(cache_shape);
     let mut caches: Vec<CacheShape> = own.collect();
@@ -222,6 +257,7 @@ fn cache_shapes(spec: &ModelSpec) -> Vec<CacheShape> {
             && let Some(owner) = attention.shared_kv
         {
             let queries = attention.n_head as u64 / (attention.n_head_kv as u64).max(1);
+            caches[owner].more_readers += 1;
             caches[owner]
                 .rows
                 .iter_mut()
@@ -236,12 +272,19 @@ pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
     let mut found = BTreeMap::new();
     for rows in mixer_rows(&layer.mixer) {
         *found
-            .entry((rows.width, rows.window, rows.queries, rows.chosen))
+            .entry((
+                rows.width,
+                rows.window,
+                rows.queries,
+                rows.chosen,
+                rows.every,
+            ))
             .or_insert(0) += rows.per_token;
     }
-    let rows = |((width, window, queries, chosen), per_token)| KvRows {
+    let rows = |((width, window, queries, chosen, every), per_token)| KvRows {
         width,
         per_token,
+        every,
         queries,
         window,
         chosen,
@@ -249,13 +292,14 @@ pub fn cache_shape(layer: &LayerSpec) -> CacheShape {
     CacheShape {
         rows: found.into_iter().map(rows).collect(),
         state_bytes: layer.state_bytes(),
+        more_readers: 0,
     }
 }
 
 /// Returns the rows that one token adds to the KV cache of a layer with this mixer.
 pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
     let found = mixer.cache_rows().into_iter().enumerate();
-    let rows = |(kind, CacheRows { n, width }): (usize, CacheRows)| {
+    let rows = |(kind, CacheRows { n, width, every }): (usize, CacheRows)| {
         let reads = match mixer {
             Mixer::Gqa(a) => gqa_reads(a, kind),
             Mixer::Mla(a) => mla_reads(a, kind),
@@ -269,6 +313,7 @@ pub fn mixer_rows(mixer: &Mixer) -> Vec<KvRows> {
         KvRows {
             width: width as u64,
             per_token: n as u64,
+            every: every as u64,
             queries: reads.queries as u64,
             window: reads.window.map(|window| window as u64),
             chosen: reads.chosen.map(|chosen| chosen as u64),
@@ -315,22 +360,20 @@ fn mla_reads(a: &MlaSpec, kind: usize) -> Reads {
         _ => Reads {
             queries: 2 * a.n_head,
             window: a.reach.window(),
-            chosen: a.reach.top_k(),
+            chosen: a.reach.selection().map(|chosen| chosen.most()),
         },
     }
 }
 
-/// Returns how vectors of tokens are read, then compressed ones and the keys of their index, of which
-/// a block's tokens share one. The latest vectors are read only, but the rows of all are there.
+/// Returns how compressed vectors are read, and as the second kind the keys of their index. The
+/// vectors of the window are recurrent state.
 fn compressed_reads(a: &CompressedSpec, kind: usize) -> Reads {
     let ratio = a.far.map_or(1, |far| far.compressor.ratio);
-    let index = a.far.and_then(|far| far.index);
-    let (queries, chosen) = match (kind, index) {
-        (0, _) => (2 * a.n_head, Some(a.window)),
-        (2, Some(index)) => (index.n_head.div_ceil(ratio), None),
+    let (queries, chosen) = match (kind, a.far.and_then(|far| far.index)) {
+        (1, Some(index)) => (index.n_head, None),
         (_, index) => (
-            (2 * a.n_head).div_ceil(ratio),
-            index.map(|index| index.kept),
+            2 * a.n_head,
+            index.map(|index| index.kept.saturating_mul(ratio)),
         ),
     };
     Reads {

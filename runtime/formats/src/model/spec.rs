@@ -24,7 +24,7 @@ pub use attention::{
 pub use block_index::{BlockIndex, BlockScore};
 pub use compressed::{CompressedIndex, CompressedSpec, Compressor, FarKeys};
 pub use delta::{DeltaGate, DeltaInput, DeltaRates, DeltaSpec, KeySharing};
-pub use indexer::{IndexerSpec, Reach};
+pub use indexer::{IndexerSpec, KeyPool, Reach, Selection};
 pub use kda::{DecayGate, KdaSpec, Projection};
 pub use mamba::MambaSpec;
 pub use ngram::{NgramBlock, NgramHead, NgramTable};

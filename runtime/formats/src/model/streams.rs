@@ -82,6 +82,14 @@ impl Gated {
         })
     }
 
+    /// Describes streams that end in their mean.
+    pub(super) fn ending_in_mean(&self) -> StreamsSpec {
+        StreamsSpec {
+            n: self.n,
+            end: StreamsEnd::Mean,
+        }
+    }
+
     /// Finds the tensors of a connection with so many kinds of weights.
     fn tensors(
         &self,

@@ -89,7 +89,7 @@ fn check_dense(plan: &Placement) -> Result<(), Violation> {
     let mut seen = HashSet::new();
     for group in &plan.dense {
         let kind = group.kind;
-        let of_no_layer = matches!(kind, DenseKind::Embedding | DenseKind::Head);
+        let of_no_layer = kind.is_of_model();
         match group.layer {
             None if !of_no_layer => return Err(Violation::GroupWithoutLayer { kind }),
             Some(layer) if of_no_layer => return Err(Violation::GroupInLayer { kind, layer }),

@@ -1,6 +1,6 @@
 //! The byte sums of a plan, which follow from the rest of it and from the model.
 
-use super::{PerTier, Placement, TierIdx};
+use super::{DensePlacement, PerTier, Placement, TierIdx};
 use crate::model::shape::{DenseKind, ModelShape};
 use std::collections::HashMap;
 
@@ -56,6 +56,31 @@ fn add(
 }
 
 impl Placement {
+    /// Returns the plan with token tables as groups of their own. In plans before version 8, the
+    /// embedding stands for them.
+    #[must_use]
+    pub fn with_tables_of(mut self, shape: &ModelShape) -> Self {
+        let has = |kind| shape.dense.iter().any(|d| d.kind == kind);
+        let embedding = |d: &DensePlacement| d.kind == DenseKind::Embedding;
+        let is_apart = self.dense.iter().any(|d| d.kind == DenseKind::TokenTable);
+        let Some(at) = self.dense.iter().position(embedding) else {
+            return self;
+        };
+        if is_apart || !has(DenseKind::TokenTable) {
+            return self;
+        }
+        let table = DensePlacement {
+            kind: DenseKind::TokenTable,
+            ..self.dense[at]
+        };
+        if has(DenseKind::Embedding) {
+            self.dense.insert(at + 1, table);
+        } else {
+            self.dense[at] = table;
+        }
+        self
+    }
+
     /// Returns what the plan puts on each tier, from its placements and the sizes of its model.
     ///
     /// Ignores the sums that the plan itself stores in [`PlanTier::bytes`](super::PlanTier::bytes).

@@ -12,6 +12,7 @@ const V5: &str = include_str!("../../../../tests/data/formats/placement.v5.toml"
 
 const V6: &str = include_str!("../../../../tests/data/formats/placement.v6.toml");
 const V7: &str = include_str!("../../../../tests/data/formats/placement.v7.toml");
+const V8: &str = include_str!("../../../../tests/data/formats/placement.v8.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
@@ -213,6 +214,74 @@ fn a_plan_may_be_for_several_texts() {
 }
 
 #[test]
+fn before_version_8_the_embedding_stands_for_tables() {
+    use crate::model::shape::DenseShape;
+    let shape = |kinds: &[DenseKind]| ModelShape {
+        id: source("m", ""),
+        arch: String::new(),
+        n_layer: 0,
+        hidden: 0,
+        n_vocab: 0,
+        context: 0,
+        caches: Vec::new(),
+        experts: Vec::new(),
+        cpu_only: Vec::new(),
+        dense: kinds
+            .iter()
+            .map(|&kind| DenseShape {
+                kind,
+                layer: None,
+                bytes: 1,
+                token_bytes: 1,
+                macs: 0,
+            })
+            .collect(),
+    };
+    let of_model = |plan: Placement| -> Vec<(DenseKind, usize)> {
+        let dense = plan.dense.iter().filter(|d| d.layer.is_none());
+        dense.map(|d| (d.kind, d.tier.get())).collect()
+    };
+    let (embedding, table, head) = (DenseKind::Embedding, DenseKind::TokenTable, DenseKind::Head);
+    for (text, kinds, expected) in [
+        (V7, &[embedding, head][..], &[(embedding, 1), (head, 0)][..]),
+        (
+            V7,
+            &[embedding, table, head],
+            &[(embedding, 1), (table, 1), (head, 0)],
+        ),
+        (V7, &[table, head], &[(table, 1), (head, 0)]),
+        (
+            V8,
+            &[embedding, table, head],
+            &[(embedding, 1), (table, 2), (head, 0)],
+        ),
+    ] {
+        let plan = load(text).unwrap().with_tables_of(&shape(kinds));
+        assert_eq!(of_model(plan), expected, "{kinds:?}");
+    }
+}
+
+#[test]
+fn version_8_has_token_tables() {
+    let plan = load(V8).unwrap();
+    let table = plan.dense.iter().find(|d| d.kind == DenseKind::TokenTable);
+    assert_eq!(
+        (table.unwrap().layer, table.unwrap().tier),
+        (None, plan.home_tier())
+    );
+    assert_eq!(plan.encode(), V8, "a plan with a key of version 8 says so");
+    let mut without = plan.clone();
+    without.dense.retain(|d| d.kind != DenseKind::TokenTable);
+    assert_eq!(without.encode(), V7);
+    let error = load(&V8.replacen("version = 8", "version = 7", 1)).unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("dense.token_table is a key of version 8"),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_plan_may_keep_the_windows_of_layers_only() {
     let plan = load(V7).unwrap();
     assert_eq!(plan.window_chunk, Some(512));
@@ -391,8 +460,8 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "version = 1",
-            "version = 8",
-            "placement plan version 8, but this program reads up to version 7; update tier-plan",
+            "version = 9",
+            "placement plan version 9, but this program reads up to version 8; update tier-plan",
         ),
         (
             "context = 1024",

@@ -2,7 +2,7 @@
 
 use super::{LayerPlacement, Placement, PlanTier, TierBytes, Violation};
 use crate::machine::Medium;
-use crate::model::shape::{DenseKind, ExpertShape, ModelShape};
+use crate::model::shape::{ExpertShape, ModelShape};
 use std::collections::{HashMap, HashSet};
 
 /// Returns everything in which a plan contradicts its model or itself; an empty list means that it
@@ -101,7 +101,7 @@ fn dense_groups(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Viola
                 "the tier of a dense group",
                 group.tier,
             )),
-            Some(Medium::Drive) if kind != DenseKind::Embedding => {
+            Some(Medium::Drive) if !kind.is_named_by_tokens() => {
                 violations.push(Violation::GroupOnDrive { kind, layer });
             }
             Some(_) => {}

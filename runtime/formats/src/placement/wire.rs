@@ -55,6 +55,11 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             "window_chunk is a key of version 7; write `version = 7`, or leave it out".into(),
         );
     }
+    if wire.dense.token_table.is_some() && wire.version < 8 {
+        return Err(
+            "dense.token_table is a key of version 8; write `version = 8`, or leave it out".into(),
+        );
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
@@ -180,6 +185,12 @@ fn decode_dense(
         Ok::<(), String>(())
     };
     whole(DenseKind::Embedding, "embedding", wire.embedding, names)?;
+    whole(
+        DenseKind::TokenTable,
+        "token_table",
+        wire.token_table,
+        names,
+    )?;
     whole(DenseKind::Head, "head", wire.head, names)?;
     let groups = [
         wire.attention,
@@ -390,6 +401,7 @@ struct WirePrediction {
 #[serde(deny_unknown_fields)]
 struct WireDense {
     embedding: Option<String>,
+    token_table: Option<String>,
     head: Option<String>,
     #[serde(default)]
     attention: Vec<WireGroup>,

@@ -119,6 +119,9 @@ fn encode_dense<'a>(plan: &Placement, out: &mut Text, name: impl Fn(TierIdx) -> 
     if let Some(group) = whole(DenseKind::Embedding) {
         out.field("embedding", quote(name(group.tier)));
     }
+    if let Some(group) = whole(DenseKind::TokenTable) {
+        out.field("token_table", quote(name(group.tier)));
+    }
     for (kind, key) in BY_LAYER {
         let mut by_tier: BTreeMap<TierIdx, Vec<u32>> = BTreeMap::new();
         for group in plan.dense.iter().filter(|d| d.kind == kind) {
@@ -232,6 +235,7 @@ fn version(plan: &Placement) -> u64 {
     } else {
         2
     };
+    let has_table = plan.dense.iter().any(|d| d.kind == DenseKind::TokenTable);
     let accelerated = plan
         .tiers
         .iter()
@@ -244,6 +248,7 @@ fn version(plan: &Placement) -> u64 {
             6
         }])
         .chain(plan.window_chunk.map(|_| 7))
+        .chain(has_table.then_some(8))
         .fold(2, u64::max)
 }
 

@@ -248,6 +248,12 @@ fn check_experts(network: &Architecture, experts: &Experts) -> Result<(), String
             network.layers - 1
         ));
     }
+    let no_experts = |layer: &&u32| experts.layers.binary_search(layer).is_err();
+    if let Some(layer) = experts.by_token.iter().find(no_experts) {
+        return Err(format!(
+            "experts.by_token names layer {layer}, which has no routed experts"
+        ));
+    }
     if experts.layers.is_empty() {
         return Err(
             "leading_dense leaves no layer to the experts; remove the [experts] table".into(),

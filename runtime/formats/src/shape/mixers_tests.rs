@@ -3,6 +3,7 @@
 
 use super::tests::model;
 use super::*;
+use crate::model::gpu::Part;
 
 const MIXED: &str = include_str!("../../../../tests/data/formats/shape.v3.toml");
 
@@ -13,6 +14,7 @@ fn version_3_means_what_it_meant() {
     let rows = |width, per_token, queries, window| KvRows {
         width,
         per_token,
+        every: 1,
         queries,
         window,
         chosen: None,
@@ -24,11 +26,12 @@ fn version_3_means_what_it_meant() {
         (vec![rows(16, 2, 2, None), rows(24, 2, 2, None)], 0)
     );
     assert_eq!(caches(1), (vec![rows(32, 2, 4, Some(8))], 0));
-    // A row of 30 per four tokens takes no less than eight values per token.
-    assert_eq!(
-        caches(2),
-        (vec![rows(32, 1, 4, Some(16)), rows(8, 1, 8, None)], 4096)
-    );
+    // A row of 30 that four tokens share.
+    let shared = KvRows {
+        every: 4,
+        ..rows(30, 1, 8, None)
+    };
+    assert_eq!(caches(2), (vec![rows(32, 1, 4, Some(16)), shared], 4096));
     assert_eq!(
         (caches(0), caches(1), caches(2)),
         (caches(3), caches(4), caches(5))
@@ -71,19 +74,20 @@ fn version_3_means_what_it_meant() {
     let embedding = sizes.dense[0];
     assert_eq!(
         (embedding.kind, embedding.bytes, embedding.token_bytes),
-        (
-            DenseKind::Embedding,
-            2 * (96 * 64 + 1000 * 32),
-            2 * (64 + 3 * 32)
-        )
+        (DenseKind::Embedding, 2 * 96 * 64, 2 * 64)
     );
-    // Tied, the table is the embedding's group.
+    let table = sizes.dense[1];
+    assert_eq!(
+        (table.kind, table.bytes, table.token_bytes),
+        (DenseKind::TokenTable, 2 * 1000 * 32, 2 * 3 * 32)
+    );
+    // Tied, there is a table and no embedding.
     let tied = MIXED.replace("vocab = 96", "vocab = 96\ntied = true");
     let tied = decode(tied.as_bytes(), Path::new("t.toml")).unwrap();
     let group = tied.model_shape(Mix::F16).dense[0];
     assert_eq!(
         (group.kind, group.bytes, group.token_bytes),
-        (DenseKind::Embedding, 2 * 1000 * 32, 2 * 3 * 32)
+        (DenseKind::TokenTable, 2 * 1000 * 32, 2 * 3 * 32)
     );
     let (all, without) = (shape.parameters(), MIXED.split("[table]").next().unwrap());
     let without = decode(without.as_bytes(), Path::new("t.toml"))
@@ -189,5 +193,46 @@ fn mixes_of_one_type_have_it_in_all_but_the_vocabulary() {
             .find(|d| d.kind == Attention)
             .unwrap();
         assert!(of(Attention) < attention.bytes * 9 / 16, "{name}");
+    }
+}
+
+#[test]
+fn version_4_says_which_experts_the_token_chooses() {
+    let text = include_str!("../../../../tests/data/formats/shape.v4.toml");
+    let read = |text: &str| decode(text.as_bytes(), Path::new("shape.v4.toml"));
+    let sizes = read(text).unwrap().model_shape(Mix::F16);
+    let by_token: Vec<bool> = sizes.experts.iter().map(|e| e.by_token).collect();
+    assert_eq!(
+        by_token,
+        [true, true, false],
+        "layers 1, 3 and 4 have experts"
+    );
+    // Their routers stay on the CPU, whatever the architecture.
+    let plain = text.replacen("nemotron_h_moe", "plain", 1);
+    let refused = read(&plain).unwrap().model_shape(Mix::F16).cpu_only;
+    let router = Part::Dense(DenseKind::Router);
+    let routers = refused.iter().filter(|only| only.part == router);
+    let layers: Vec<Option<u32>> = routers.map(|only| only.layer).collect();
+    assert_eq!(layers, [Some(1), Some(3)]);
+    assert_eq!(refused[0].why.to_string(), "experts chosen by tokens");
+    let mixed = decode(MIXED.as_bytes(), Path::new("shape.v3.toml")).unwrap();
+    let mixed = mixed.model_shape(Mix::F16);
+    assert!(mixed.experts.iter().all(|e| !e.by_token));
+    assert_eq!(mixed.dense, sizes.dense);
+    for (from, to, said) in [
+        (
+            "version = 4",
+            "version = 3",
+            "experts.by_token is a key of version 4",
+        ),
+        (
+            "\"1,3\"",
+            "\"2-3\"",
+            "experts.by_token names layer 2, which has no routed experts",
+        ),
+        ("\"1,3\"", "\"x\"", "experts.by_token: "),
+    ] {
+        let error = read(&text.replacen(from, to, 1)).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
     }
 }

@@ -69,6 +69,7 @@ fn version_1_means_what_it_meant() {
             bias: true,
             router_bias: true,
             selection_bias: true,
+            by_token: Vec::new(),
         }),
         source: "made up".into(),
         id: found.id.clone(),
@@ -381,8 +382,8 @@ fn errors_say_what_and_how_to_mend() {
     for (from, to, words) in [
         (
             "version = 1",
-            "version = 4",
-            "model shape version 4, but this program reads up to version 3",
+            "version = 5",
+            "model shape version 5, but this program reads up to version 4",
         ),
         (
             "tier-plan shape",

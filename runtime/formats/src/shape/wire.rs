@@ -1,4 +1,4 @@
-//! The text of versions 1 to 3 of a model shape, as it is read.
+//! The text of versions 1 to 4 of a model shape, as it is read.
 
 use super::{Architecture, Attention, Experts, GivenRows, Mixers, Norms, Table};
 use crate::kind::toml_words;
@@ -40,6 +40,11 @@ fn check_version(wire: &WireShape) -> Result<(), String> {
             experts.is_some_and(|e| e.shared_ffn.is_some()),
             "experts.shared_ffn",
             3,
+        ),
+        (
+            experts.is_some_and(|e| e.by_token.is_some()),
+            "experts.by_token",
+            4,
         ),
     ] {
         if is_there {
@@ -191,6 +196,8 @@ struct WireExperts {
     router_bias: bool,
     #[serde(default)]
     selection_bias: bool,
+    /// Ranges.
+    by_token: Option<String>,
 }
 
 impl WireShape {
@@ -222,7 +229,14 @@ impl WireShape {
                     Some(text) => layers_of(text).map_err(|e| format!("experts.layers: {e}"))?,
                     None => (self.leading_dense..self.layers.min(MAX_LAYER + 1)).collect(),
                 };
-                Some(e.into_experts(layers, self.hidden))
+                let by_token = match &e.by_token {
+                    Some(text) => layers_of(text).map_err(|e| format!("experts.by_token: {e}"))?,
+                    None => Vec::new(),
+                };
+                Some(Experts {
+                    by_token,
+                    ..e.into_experts(layers, self.hidden)
+                })
             }
         };
         Ok(Architecture {
@@ -265,6 +279,7 @@ impl WireExperts {
             bias: self.bias,
             router_bias: self.router_bias,
             selection_bias: self.selection_bias,
+            by_token: Vec::new(),
         }
     }
 }

@@ -133,16 +133,38 @@ fn several(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
 /// Applies an activation to two products, and propagates their tolerances.
 fn activated(activation: Activation, gate: Expected, up: Expected) -> Expected {
     let (g, u) = (gate.value, up.value);
+    let silu = |x: f64| x / (1.0 + (-x).exp());
     let (left, right) = match activation {
-        Activation::Silu => (g / (1.0 + (-g).exp()), u),
+        Activation::Silu => (silu(g), u),
         Activation::ClampedSwiglu { alpha, limit } => {
             let (alpha, limit) = (f64::from(alpha), f64::from(limit));
             let g = g.min(limit);
             (g / (1.0 + (-alpha * g).exp()), u.clamp(-limit, limit) + 1.0)
         }
-        other => unreachable!("no kernel of a GPU has {other:?}"),
+        Activation::ClampedSilu { limit } => {
+            let limit = f64::from(limit);
+            (silu(g.min(limit)), u.clamp(-limit, limit))
+        }
+        Activation::LimitedSilu { limit } => {
+            let limit = f64::from(limit);
+            (silu(g).min(limit), u.clamp(-limit, limit))
+        }
+        Activation::Gelu => {
+            let z = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044_715 * g.powi(3));
+            (g / 2.0 * (1.0 + z.tanh()), u)
+        }
+        Activation::Situ { beta, linear } => {
+            let (beta, linear) = (f64::from(beta), f64::from(linear));
+            let up = if linear > 0.0 {
+                linear * (u / linear).tanh()
+            } else {
+                u
+            };
+            (beta * (g / beta).tanh() / (1.0 + (-g).exp()), up)
+        }
+        Activation::SquaredRelu => unreachable!("it has no gate"),
     };
-    // Neither curve is steeper than 1.2.
+    // No curve is steeper than 1.2.
     let allowed = 1.2 * gate.allowed * (right.abs() + up.allowed) + up.allowed * left.abs();
     Expected {
         value: left * right,
@@ -196,7 +218,8 @@ fn block(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cuda
         (64, 1056, CLAMPED, 1),
         (160, 32, Activation::Silu, 26),
     ];
-    for (n_rows, cols, activation, tokens) in sizes {
+    let others = super::ACTIVATIONS.map(|activation| (64, 96, activation, 2));
+    for (n_rows, cols, activation, tokens) in sizes.into_iter().chain(others) {
         let cols = columns(ty, cols);
         let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
         let bytes = [

@@ -11,7 +11,24 @@ mod stream;
 use crate::outcome::Outcome;
 use std::sync::Arc;
 use tier_plan_cuda::{CudaError, Device, Ops};
+use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::random::Random;
+
+/// Every activation of a gate and up, with bounds within what random products reach.
+const ACTIVATIONS: [Activation; 6] = [
+    Activation::Silu,
+    Activation::ClampedSwiglu {
+        alpha: 1.702,
+        limit: 7.0,
+    },
+    Activation::ClampedSilu { limit: 0.75 },
+    Activation::LimitedSilu { limit: 0.5 },
+    Activation::Gelu,
+    Activation::Situ {
+        beta: 4.0,
+        linear: 25.0,
+    },
+];
 
 type Comparison = Box<dyn Fn(&Ops, &mut Random) -> Result<Outcome, CudaError> + Send + Sync>;
 

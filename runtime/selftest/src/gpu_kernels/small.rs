@@ -24,19 +24,7 @@ pub(super) fn checks() -> Vec<Check> {
         Check::new("scale_rows, gate", factors),
         Check::new("add_norm", add_norm),
         Check::new("rope", rope),
-        Check::new("silu_mul", |ops, random| {
-            activated(ops, random, Activation::Silu)
-        }),
-        Check::new("clamped_swiglu", |ops, random| {
-            activated(
-                ops,
-                random,
-                Activation::ClampedSwiglu {
-                    alpha: 1.702,
-                    limit: 7.0,
-                },
-            )
-        }),
+        Check::new("activate", activations),
         Check::new("add, add_bias", sums),
         Check::new("sigmoid_gate", sigmoid_gate),
         Check::new("route", route),
@@ -184,6 +172,14 @@ fn rope(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     Ok(outcome)
 }
 
+fn activations(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    for activation in super::ACTIVATIONS {
+        outcome.merge(activated(ops, random, activation)?);
+    }
+    Ok(outcome)
+}
+
 fn activated(ops: &Ops, random: &mut Random, activation: Activation) -> Result<Outcome, CudaError> {
     let mut gate: Vec<f32> = random.floats(1000).iter().map(|v| 30.0 * v).collect();
     let mut up: Vec<f32> = random.floats(1000).iter().map(|v| 10.0 * v).collect();
@@ -200,7 +196,18 @@ fn activated(ops: &Ops, random: &mut Random, activation: Activation) -> Result<O
         Activation::ClampedSwiglu { alpha, limit } => {
             Kernels::SCALAR.clamped_swiglu(&mut gate, &up[..999], alpha, limit);
         }
-        other => unreachable!("no kernel of a GPU has {other:?}"),
+        Activation::ClampedSilu { limit } => {
+            gate.iter_mut().for_each(|gate| *gate = gate.min(limit));
+            Kernels::SCALAR.limited_silu_mul(&mut gate, &up[..999], limit);
+        }
+        Activation::LimitedSilu { limit } => {
+            Kernels::SCALAR.limited_silu_mul(&mut gate, &up[..999], limit);
+        }
+        Activation::Gelu => Kernels::SCALAR.gelu_mul(&mut gate, &up[..999]),
+        Activation::Situ { beta, linear } => {
+            Kernels::SCALAR.situ_mul(&mut gate, &up[..999], beta, linear);
+        }
+        Activation::SquaredRelu => unreachable!("it has no gate"),
     }
     gate.extend(last);
     let mut outcome = Outcome::default();

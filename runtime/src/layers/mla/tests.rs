@@ -252,6 +252,7 @@ fn absorbed(layer: &Layer, kv_type: KvType, x: &[f32], batches: &[usize]) -> Vec
     let mut cache = LatentRows {
         latents: RowStore::new(kv_type, 1, x.len() / HIDDEN, RANK + ROPE),
         index_keys: None,
+        open: Vec::new(),
     };
     let pages = mixed_pages(x.len() / HIDDEN);
     let mut scratch = MlaScratch::default();

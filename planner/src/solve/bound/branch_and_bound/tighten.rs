@@ -215,7 +215,7 @@ impl LayerSearch<'_> {
         let PathTime {
             per_expert_s,
             fixed_s,
-        } = self.descent.timed.transfer[to];
+        } = self.descent.timed.transfer[to].without_negative();
         let (each_s, fixed_s) = (per_expert_s * scale, fixed_s * scale);
         let mut by_cut = vec![0.0; n_expert + 1];
         if region.slot_tier.is_none() {

@@ -106,7 +106,7 @@ impl<'a> TokenTimes<'a> {
                 per_expert_s,
                 fixed_s,
             } = self.transfer[slot_tier];
-            times[n] = fixed_s + f64::from(counts[n]) * per_expert_s;
+            times[n] = (fixed_s + f64::from(counts[n]) * per_expert_s).max(0.0);
         }
         times
     }

@@ -147,7 +147,7 @@ impl Capacity {
             .collect();
         let to_u64 = |bytes: u128| u64::try_from(bytes).unwrap_or(u64::MAX);
         let show = |bytes: u128| show_bytes(to_u64(bytes));
-        let may_stay_in_file = |kind| kind == DenseKind::Embedding && !self.in_place;
+        let may_stay_in_file = |kind: DenseKind| kind.is_named_by_tokens() && !self.in_place;
         // What a layer with a window takes least is on the host.
         let moving = self.caches.iter().filter(|c| !c.gpus.is_empty());
         let moving: u128 = moving.map(|c| u128::from(c.bytes)).sum();

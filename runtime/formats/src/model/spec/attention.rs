@@ -1,6 +1,6 @@
 //! Attention and rotary position embedding as data.
 
-use super::{BlockIndex, Compressor, Linear, Mixer, Reach, TensorId};
+use super::{BlockIndex, Compressor, IndexerSpec, Linear, Mixer, Reach, TensorId};
 
 /// What a query or key norm spans.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -290,13 +290,15 @@ pub enum RopeScaling {
     },
 }
 
-/// Rows of one width that a token adds to a layer's KV cache.
+/// Rows of one width that tokens add to a layer's KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheRows {
-    /// Rows per token.
+    /// Rows per block of tokens.
     pub n: usize,
     /// Values in each row.
     pub width: usize,
+    /// Tokens per block; 1 where every token has rows of its own.
+    pub every: usize,
 }
 
 impl MlaSpec {
@@ -334,25 +336,32 @@ impl Mixer {
         }
     }
 
-    /// Returns the rows that one token adds to the layer's KV cache: keys and values of each head,
-    /// or one latent with its shared key part, and the key of the layer's indexer.
+    /// Returns the rows that tokens add to the layer's KV cache: keys and values of each head, or one
+    /// latent with its shared key part, and the key of the layer's indexer; or one compressed vector
+    /// per block, and the key of the block.
     pub fn cache_rows(&self) -> Vec<CacheRows> {
         match self {
             Mixer::Gqa(a) if a.shared_kv.is_some() => Vec::new(),
             Mixer::Gqa(a) => {
-                let rows = |n, width| CacheRows { n, width };
+                let rows = |n, width| CacheRows { n, width, every: 1 };
                 let heads = [a.key_dim, a.value_dim].map(|width| rows(a.n_head_kv, width));
                 let index = a.index.map(|index| rows(1, index.key_dim));
                 heads.into_iter().chain(index).collect()
             }
-            Mixer::Mla(a) => std::iter::once(a.kv_rank + a.shared_dim)
-                .chain(a.reach.indexer().map(|indexer| indexer.key_dim))
-                .map(|width| CacheRows { n: 1, width })
-                .collect(),
+            Mixer::Mla(a) => {
+                let rows = |width, every| CacheRows { n: 1, width, every };
+                let index = |indexer: &IndexerSpec| rows(indexer.key_dim, indexer.selection.block);
+                std::iter::once(rows(a.kv_rank + a.shared_dim, 1))
+                    .chain(a.reach.indexer().map(index))
+                    .collect()
+            }
             Mixer::Compressed(a) => {
-                let far = a.compressors().map(Compressor::width);
-                let widths = std::iter::once(a.key_dim).chain(far);
-                widths.map(|width| CacheRows { n: 1, width }).collect()
+                let rows = |of: &Compressor| CacheRows {
+                    n: 1,
+                    width: of.width(),
+                    every: of.ratio,
+                };
+                a.compressors().map(rows).collect()
             }
             Mixer::Delta(_) | Mixer::Kda(_) | Mixer::ShortConv(_) => Vec::new(),
             Mixer::Mamba(_) | Mixer::None => Vec::new(),
@@ -362,7 +371,8 @@ impl Mixer {
     /// Returns the bytes of recurrent state, which don't depend on the length of the context.
     pub fn state_bytes(&self) -> u64 {
         let values = match self {
-            Mixer::Gqa(_) | Mixer::Mla(_) | Mixer::None => 0,
+            Mixer::Gqa(_) | Mixer::None => 0,
+            Mixer::Mla(a) => a.reach.indexer().map_or(0, IndexerSpec::state_values),
             Mixer::Mamba(m) => m.state_values(),
             Mixer::Compressed(a) => a.state_values(),
             Mixer::Delta(d) => d.state_values(),

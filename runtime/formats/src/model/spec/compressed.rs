@@ -131,9 +131,15 @@ impl CompressedSpec {
         })
     }
 
-    /// Returns the values of recurrent state: the rows of open blocks.
+    /// Returns the values of recurrent state: the vectors of the window, and the rows of open blocks.
     pub fn state_values(&self) -> usize {
-        self.compressors().map(Compressor::state_values).sum()
+        let open: usize = self.compressors().map(Compressor::state_values).sum();
+        self.window_values() + open
+    }
+
+    /// Returns the values of the window's vectors.
+    pub fn window_values(&self) -> usize {
+        self.window * self.key_dim
     }
 
     pub(super) fn tensors(&self) -> Tensors {

@@ -12,10 +12,19 @@ pub enum Reach {
     /// Those that the layer's own indexer rates highest.
     Indexed(Box<IndexerSpec>),
     /// Those that the last layer before it with an indexer chose.
-    Reused {
-        /// Positions that the other layer chooses at most.
-        top_k: usize,
-    },
+    Reused(Selection),
+}
+
+/// How many positions a token attends to: the best blocks of neighboring positions, counted from
+/// the beginning of the text, among those that are complete at its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Selection {
+    /// Blocks at most, at least 1.
+    pub blocks: usize,
+    /// Positions per block; with 1, positions are chosen by themselves.
+    pub block: usize,
+    /// Whether the positions after the last complete block are attended to as well.
+    pub tail: bool,
 }
 
 /// Lightning indexer (DeepSeek-V3.2, arXiv 2512.02556): a small attention that rates every earlier
@@ -30,8 +39,8 @@ pub struct IndexerSpec {
     pub n_head: usize,
     /// Width of a query or key.
     pub key_dim: usize,
-    /// Positions that a token attends to at most.
-    pub top_k: usize,
+    /// Positions that a token chooses.
+    pub selection: Selection,
     /// Factor on the ratings.
     pub scale: f32,
     /// Rotary position embedding of queries and keys.
@@ -50,6 +59,19 @@ pub struct IndexerSpec {
     pub k_norm_bias: TensorId,
     /// Weights of the heads, `[n_head, hidden]`.
     pub head_weights: Linear,
+    /// What makes one key of the keys of a block; without it every position is rated.
+    pub pool: Option<KeyPool>,
+}
+
+/// Makes one key of the `P` keys of a block (GLM-5.3-Flash): with `g_t = gate x_t + ape[t mod P]`,
+/// the key is `Σ_t softmax_t(g_t) · k_t`, where the softmax is over the block's tokens for each value
+/// by itself. Keys and gates of a block that is not complete are recurrent state.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyPool {
+    /// `[key_dim, hidden]`.
+    pub gate: Linear,
+    /// `[P, key_dim]`.
+    pub ape: TensorId,
 }
 
 impl Reach {
@@ -57,16 +79,15 @@ impl Reach {
     pub fn indexer(&self) -> Option<&IndexerSpec> {
         match self {
             Reach::Indexed(indexer) => Some(indexer),
-            Reach::All | Reach::Window(_) | Reach::Reused { .. } => None,
+            Reach::All | Reach::Window(_) | Reach::Reused(_) => None,
         }
     }
 
-    /// Returns the positions that a token chooses at most, where it doesn't attend to all or to
-    /// neighbors.
-    pub fn top_k(&self) -> Option<usize> {
+    /// Returns what a token chooses, where it doesn't attend to all or to neighbors.
+    pub fn selection(&self) -> Option<Selection> {
         match self {
-            Reach::Indexed(indexer) => Some(indexer.top_k),
-            Reach::Reused { top_k } => Some(*top_k),
+            Reach::Indexed(indexer) => Some(indexer.selection),
+            Reach::Reused(selection) => Some(*selection),
             Reach::All | Reach::Window(_) => None,
         }
     }
@@ -75,14 +96,79 @@ impl Reach {
     pub fn window(&self) -> Option<usize> {
         match self {
             Reach::Window(window) => Some(*window),
-            Reach::All | Reach::Indexed(_) | Reach::Reused { .. } => None,
+            Reach::All | Reach::Indexed(_) | Reach::Reused(_) => None,
+        }
+    }
+}
+
+impl Selection {
+    /// Returns the choice of so many positions by themselves.
+    pub fn of_positions(top_k: usize) -> Self {
+        Self {
+            blocks: top_k,
+            block: 1,
+            tail: true,
+        }
+    }
+
+    /// Returns the positions that a token attends to at most.
+    pub fn most(&self) -> usize {
+        let tail = if self.tail { self.block - 1 } else { 0 };
+        self.blocks.saturating_mul(self.block).saturating_add(tail)
+    }
+
+    /// Returns how many of a text's first tokens attend to all positions up to their own.
+    pub fn n_dense(&self) -> usize {
+        if self.tail || self.block == 1 {
+            self.most()
+        } else {
+            0
         }
     }
 }
 
 impl IndexerSpec {
     /// Returns its matrices.
-    pub fn linears(&self) -> [&Linear; 3] {
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let pool = self.pool.iter().map(|pool| &pool.gate);
         [&self.q, &self.k, &self.head_weights]
+            .into_iter()
+            .chain(pool)
+    }
+
+    /// Returns its vectors of parameters.
+    pub(super) fn vectors(&self) -> impl Iterator<Item = TensorId> {
+        let pool = self.pool.map(|pool| pool.ape);
+        [self.k_norm, self.k_norm_bias].into_iter().chain(pool)
+    }
+
+    /// Returns the values of recurrent state: keys and gates of a block that is not complete.
+    pub fn state_values(&self) -> usize {
+        match self.pool {
+            Some(_) => self.selection.block * 2 * self.key_dim,
+            None => 0,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selection_bounds_what_is_seen() {
+        let positions = Selection::of_positions(12);
+        assert_eq!((positions.most(), positions.n_dense()), (12, 12));
+        let mut blocks = Selection {
+            blocks: 3,
+            block: 4,
+            tail: true,
+        };
+        // The token with the fourth complete block is the first that leaves one out.
+        assert_eq!((blocks.most(), blocks.n_dense()), (15, 15));
+        blocks.tail = false;
+        assert_eq!((blocks.most(), blocks.n_dense()), (12, 0));
+        blocks.blocks = usize::MAX;
+        assert_eq!(blocks.most(), usize::MAX);
     }
 }

@@ -12,7 +12,7 @@ use std::collections::HashSet;
 pub struct DenseGroup {
     /// Its kind of tensors.
     pub kind: DenseKind,
-    /// The layer, or `None` for embedding and head.
+    /// The layer, or `None` for embedding, tables, and head.
     pub layer: Option<u32>,
     /// Tensors of the group, the norm first.
     pub tensors: Vec<TensorId>,
@@ -79,8 +79,7 @@ impl Mixer {
                 tensors.vectors.extend(a.shared_norm);
                 tensors.vectors.extend(a.sinks);
                 if let Some(indexer) = a.reach.indexer() {
-                    let norm = [indexer.k_norm, indexer.k_norm_bias];
-                    tensors.vectors.extend(norm);
+                    tensors.vectors.extend(indexer.vectors());
                 }
             }
             Mixer::Delta(d) => {
@@ -195,17 +194,23 @@ impl ModelSpec {
     /// in one group.
     pub fn dense_groups(&self) -> Vec<DenseGroup> {
         let mut groups = Vec::new();
-        let mut by_token: Vec<TensorId> = self.token_inputs.iter().map(|own| own.table).collect();
-        by_token.extend(self.ngrams.iter().map(|ngrams| ngrams.table));
-        if !self.tied() {
-            by_token.insert(0, self.embedding);
-        }
-        if !by_token.is_empty() {
-            groups.push(DenseGroup {
-                kind: DenseKind::Embedding,
-                layer: None,
-                tensors: by_token,
-            });
+        let embedding = (!self.tied()).then_some(self.embedding);
+        let inputs = self.token_inputs.iter().map(|own| own.table);
+        let ngrams = self.ngrams.iter().map(|ngrams| ngrams.table);
+        for (kind, tensors) in [
+            (DenseKind::Embedding, embedding.into_iter().collect()),
+            (
+                DenseKind::TokenTable,
+                inputs.chain(ngrams).collect::<Vec<TensorId>>(),
+            ),
+        ] {
+            if !tensors.is_empty() {
+                groups.push(DenseGroup {
+                    kind,
+                    layer: None,
+                    tensors,
+                });
+            }
         }
         let mut shared_factors = Vec::new();
         for (i, layer) in self.layers.iter().enumerate() {

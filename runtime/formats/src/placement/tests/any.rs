@@ -81,7 +81,11 @@ fn any_dense(n: usize) -> impl Strategy<Value = Vec<DensePlacement>> {
         Just(DenseKind::SharedExpert),
         Just(DenseKind::DenseFfn)
     ];
-    let whole = prop_oneof![Just(DenseKind::Embedding), Just(DenseKind::Head)];
+    let whole = prop_oneof![
+        Just(DenseKind::Embedding),
+        Just(DenseKind::TokenTable),
+        Just(DenseKind::Head)
+    ];
     let key = prop_oneof![(kind, (0u32..30).prop_map(Some)), (whole, Just(None))];
     btree_map(key, 0..n, 0..60).prop_map(|map| {
         map.into_iter()

@@ -1,0 +1,416 @@
+//! The parts of a model that no GPU can run: loading refuses plans that place them on one, and
+//! solving makes none.
+//!
+//! What decides is which options the kernels of [`tier_plan_cuda`] have. This module knows of them
+//! what a plan needs, so that sizes of a model say it without a GPU.
+//!
+//! [`tier_plan_cuda`]: https://docs.rs/tier-plan-cuda
+
+mod archs;
+
+pub(crate) use archs::cpu_only_of;
+
+use super::shape::DenseKind;
+use super::spec::{
+    Activation, DeltaGate, Ffn, GateUp, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec,
+    Linear, Mixer, MlaSpec, ModelSpec, MoeSpec, OutputGate, Reach, TensorId, WindowKind,
+};
+use crate::gguf::Gguf;
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// Widest key or value that attention on a GPU reads.
+pub const MAX_KEY: usize = 640;
+
+/// Most routed experts of a layer whose router runs on a GPU.
+pub const MAX_EXPERTS: usize = 1024;
+
+/// Most groups of them.
+pub const MAX_GROUPS: usize = 128;
+
+/// Widest head of a delta net on a GPU.
+pub const MAX_DELTA_HEAD: usize = 256;
+
+/// What no part of a model on a GPU can read or write.
+const SEVERAL_STREAMS: &str = "several streams of the residual (hyper-connections)";
+
+/// What no router on a GPU does.
+const BY_TOKEN: &str = "experts chosen by tokens";
+
+/// A part of a model that is placed by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// A dense group.
+    Dense(DenseKind),
+    /// The routed experts of a layer.
+    Experts,
+}
+
+impl Part {
+    /// Returns the name that options and messages use, `shared_expert`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Dense(DenseKind::Embedding) => "embedding",
+            Part::Dense(DenseKind::TokenTable) => "token_table",
+            Part::Dense(DenseKind::Attention) => "attention",
+            Part::Dense(DenseKind::Router) => "router",
+            Part::Dense(DenseKind::SharedExpert) => "shared_expert",
+            Part::Dense(DenseKind::DenseFfn) => "dense_ffn",
+            Part::Dense(DenseKind::Head) => "head",
+            Part::Experts => "experts",
+        }
+    }
+}
+
+/// Why no GPU can run a part.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CpuReason {
+    /// It needs what no kernel computes.
+    Kernel(String),
+    /// This tensor has a factor beside it.
+    Factor(String),
+}
+
+impl fmt::Display for CpuReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CpuReason::Kernel(what) => f.write_str(what),
+            CpuReason::Factor(tensor) => write!(f, "a factor beside tensor '{tensor}'"),
+        }
+    }
+}
+
+/// A part that no GPU can run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuOnly {
+    /// The part.
+    pub part: Part,
+    /// Its layer, or `None` for a part of the whole model.
+    pub layer: Option<u32>,
+    /// Why.
+    pub why: CpuReason,
+}
+
+/// Returns the parts of a model that no GPU can run, those with factors first. A part may be there
+/// for both reasons.
+pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
+    let mut found = with_factors(gguf, spec);
+    let mut add = |part, layer: Option<usize>, why: Option<String>| {
+        found.extend(why.map(|why| CpuOnly {
+            part,
+            layer: layer.map(|layer| layer as u32),
+            why: CpuReason::Kernel(why),
+        }));
+    };
+    let of_embedding = embedding(spec);
+    add(
+        Part::Dense(DenseKind::Embedding),
+        None,
+        of_embedding.clone().filter(|_| !spec.tied()),
+    );
+    let has_table = spec.token_inputs.is_some() || spec.ngrams.is_some();
+    let of_table = of_embedding.clone().filter(|_| has_table);
+    add(Part::Dense(DenseKind::TokenTable), None, of_table);
+    // The head of a tied model is the embedding.
+    let tied = of_embedding.filter(|_| spec.tied());
+    add(Part::Dense(DenseKind::Head), None, tied.or(head(spec)));
+    for (index, moe) in spec.moe_layers() {
+        add(Part::Experts, Some(index), experts(moe));
+    }
+    let owners = owners_of_shared_rows(spec);
+    for (index, layer) in spec.layers.iter().enumerate() {
+        if layer.has_mixer() {
+            let shared = || "keys and values that other layers read".to_string();
+            let why = mixer(gguf, layer).or_else(|| owners.contains(&index).then(shared));
+            add(Part::Dense(DenseKind::Attention), Some(index), why);
+        }
+        match &layer.ffn {
+            Ffn::Moe(moe) => {
+                let router = router(gguf, layer);
+                add(Part::Dense(DenseKind::Router), Some(index), router);
+                let shared = moe.shared.as_ref().and_then(|_| blocks(layer));
+                add(Part::Dense(DenseKind::SharedExpert), Some(index), shared);
+            }
+            Ffn::Dense(_) => {
+                let block = router(gguf, layer);
+                add(Part::Dense(DenseKind::DenseFfn), Some(index), block);
+            }
+            Ffn::None => {}
+        }
+    }
+    found
+}
+
+/// Returns the layers whose keys and values others read.
+fn owners_of_shared_rows(spec: &ModelSpec) -> BTreeSet<usize> {
+    let owner = |layer: &LayerSpec| match &layer.mixer {
+        Mixer::Gqa(attention) => attention.shared_kv,
+        _ => None,
+    };
+    spec.layers.iter().filter_map(owner).collect()
+}
+
+/// Returns the parts with a matrix that has a factor beside it.
+fn with_factors(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
+    if spec.scales.is_empty() {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    let mut add = |part, layer: Option<usize>, matrices: Vec<TensorId>| {
+        let scaled = matrices.into_iter().find(|id| spec.scales.has(*id));
+        found.extend(scaled.map(|id| CpuOnly {
+            part,
+            layer: layer.map(|layer| layer as u32),
+            why: CpuReason::Factor(gguf.tensors()[id].name.clone()),
+        }));
+    };
+    let of_ffn = |ffn: &GatedFfn| ffn.linears().map(|l| l.weight).collect::<Vec<_>>();
+    for (index, layer) in spec.layers.iter().enumerate() {
+        let at = Some(index);
+        let mixer = layer.mixer.tensors().matrices;
+        add(Part::Dense(DenseKind::Attention), at, mixer);
+        match &layer.ffn {
+            Ffn::None => {}
+            Ffn::Dense(ffn) => add(Part::Dense(DenseKind::DenseFfn), at, of_ffn(ffn)),
+            Ffn::Moe(moe) => {
+                let shared = moe.shared.as_ref().map(|shared| of_ffn(&shared.ffn));
+                let part = Part::Dense(DenseKind::SharedExpert);
+                add(part, at, shared.unwrap_or_default());
+            }
+        }
+    }
+    add(Part::Dense(DenseKind::Head), None, vec![spec.output]);
+    for (index, moe) in spec.moe_layers() {
+        let matrices = moe.expert_linears().map(|l| l.weight).collect();
+        add(Part::Experts, Some(index), matrices);
+    }
+    found
+}
+
+/// Returns why a layer's mixer can't run on a GPU, if so.
+fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
+    let key = |width: usize| {
+        let unsupported = !width.is_multiple_of(4) || width > MAX_KEY;
+        unsupported.then(|| {
+            format!(
+                "rows of {width} values in the KV cache, expected a multiple of 4 up to {MAX_KEY}"
+            )
+        })
+    };
+    if !layer.residual.mixer_is_plain() {
+        return Some("a norm of or a factor on the result of attention".into());
+    }
+    if layer.residual.connections.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
+    if layer.residual.ngram.is_some() {
+        return Some("n-grams before the mixer".into());
+    }
+    match &layer.mixer {
+        Mixer::Mamba(_) => Some("Mamba-2".into()),
+        Mixer::Compressed(_) => Some("compressed attention".into()),
+        Mixer::None => None,
+        Mixer::Delta(d) if d.gate != DeltaGate::Silu => Some("sigmoid gates of a delta net".into()),
+        Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
+        Mixer::ShortConv(_) => Some("a short convolution".into()),
+        Mixer::Kda(_) => Some("Kimi delta attention".into()),
+        Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
+        Mixer::Gqa(a) => {
+            let linears = [&a.q, &a.k, &a.v, &a.o]
+                .into_iter()
+                .find_map(|l| misplaced(gguf, l));
+            linears.or(key(a.key_dim)).or(key(a.value_dim))
+        }
+        Mixer::Mla(a) => {
+            let linears = [&a.q, &a.kv_down, &a.o]
+                .into_iter()
+                .chain(a.q_down.as_ref().map(|low| &low.down));
+            let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
+            linears
+                .or(key(a.kv_rank + a.shared_dim))
+                .or_else(|| misplaced_heads(gguf, a))
+        }
+        Mixer::Delta(d) => {
+            let linears = d.linears().into_iter().find_map(|l| misplaced(gguf, l));
+            let dim = d.head_dim;
+            let unsupported = !dim.is_multiple_of(4) || dim > MAX_DELTA_HEAD;
+            let why = || {
+                format!(
+                    "heads of {dim} values in its state, expected a multiple of 4 up to {MAX_DELTA_HEAD}"
+                )
+            };
+            linears.or_else(|| unsupported.then(why))
+        }
+    }
+}
+
+/// Returns what of an attention no kernel of a GPU computes.
+fn attention(a: &GqaSpec) -> Option<&'static str> {
+    let norm = a.qk_norm;
+    let options = [
+        (a.softcap.is_some(), "a soft cap on attention scores"),
+        (
+            a.temperature.is_some(),
+            "scores that grow with the position",
+        ),
+        (a.value_norm, "a norm of values"),
+        (a.index.is_some(), "block-sparse attention"),
+        (a.shared_kv.is_some(), "keys and values of another layer"),
+        (
+            a.window.is_some() && a.window_kind != WindowKind::Sliding,
+            "a chunked window",
+        ),
+        (
+            norm.is_some_and(|norm| norm.after_rope || norm.q.is_none() || norm.k.is_none()),
+            "a norm after rotation or without weights",
+        ),
+        (
+            matches!(a.gate, Some(OutputGate::Separate { .. })),
+            "gates with a matrix of their own",
+        ),
+    ];
+    options
+        .into_iter()
+        .find(|(has, _)| *has)
+        .map(|(_, what)| what)
+}
+
+/// Returns what of a latent attention no kernel of a GPU computes.
+fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
+    let reach = match &a.reach {
+        Reach::All => None,
+        Reach::Window(_) => Some("a window of latent attention"),
+        Reach::Indexed(_) => Some("a lightning indexer"),
+        Reach::Reused(_) => Some("positions that another layer's indexer chose"),
+    };
+    let options = [
+        (a.rope.is_none(), "latent attention without rotation"),
+        (a.shared_norm.is_some(), "a norm of the shared key part"),
+        (a.sinks.is_some(), "sinks of latent attention"),
+        (a.gate.is_some(), "gates with a matrix of their own"),
+    ];
+    let option = options.into_iter().find(|(has, _)| *has);
+    reach.or(option.map(|(_, what)| what))
+}
+
+/// Returns what of the embedding no kernel of a GPU computes.
+fn embedding(spec: &ModelSpec) -> Option<String> {
+    if spec.token_inputs.is_some() {
+        return Some("inputs of tokens for every layer".into());
+    }
+    if spec.ngrams.is_some() {
+        return Some("a table of n-grams".into());
+    }
+    if spec.streams.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
+    (spec.embedding_scale != 1.0).then(|| "a factor on embeddings".into())
+}
+
+/// Returns what of the head no kernel of a GPU computes.
+fn head(spec: &ModelSpec) -> Option<String> {
+    if spec.streams.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
+    let plain = spec.head == HeadOptions::default();
+    (!plain).then(|| "a bias, a factor or a soft cap on logits".into())
+}
+
+/// Returns what of a layer's routed experts no kernel of a GPU computes.
+fn experts(moe: &MoeSpec) -> Option<String> {
+    let options = [
+        (moe.weigh_input, "weights on what experts read"),
+        (
+            matches!(moe.gate_up, GateUp::Up(_)),
+            "experts without a gate",
+        ),
+    ];
+    let option = options.into_iter().find(|(has, _)| *has);
+    let option = option.map(|(_, what)| what.to_string());
+    option.or(activation(moe.activation))
+}
+
+/// Returns why no kernel of a GPU computes an activation, if so.
+fn activation(activation: Activation) -> Option<String> {
+    (activation == Activation::SquaredRelu).then(|| "squared ReLU".into())
+}
+
+/// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
+fn blocks(layer: &LayerSpec) -> Option<String> {
+    let residual = &layer.residual;
+    if !residual.ffn_is_plain() || !residual.ends_plain() {
+        return Some("a norm of or a factor on the result of the feed-forward block".into());
+    }
+    if residual.connections.is_some() {
+        return Some(SEVERAL_STREAMS.into());
+    }
+    match &layer.ffn {
+        Ffn::None => None,
+        Ffn::Dense(ffn) => activation(ffn.activation),
+        Ffn::Moe(moe) if !moe.is_plain() => {
+            Some("norms of, factors on, or a router apart from the experts".into())
+        }
+        Ffn::Moe(moe) if moe.by_token.is_some() => Some(BY_TOKEN.into()),
+        Ffn::Moe(moe) => {
+            let gating = (moe.gating == Gating::SigmoidChosen)
+                .then(|| "sigmoid weights of experts chosen by their logits".into());
+            let shared = moe.shared.as_ref();
+            gating
+                .or(activation(moe.activation))
+                .or(shared.and_then(|shared| activation(shared.ffn.activation)))
+        }
+    }
+}
+
+/// Returns why a layer's router or dense block can't run on a GPU, if so.
+fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
+    if let Some(why) = blocks(layer) {
+        return Some(why);
+    }
+    match &layer.ffn {
+        Ffn::None => None,
+        Ffn::Dense(ffn) => ffn.linears().find_map(|l| misplaced(gguf, l)),
+        Ffn::Moe(moe) => {
+            let groups = moe.groups.map_or(0, |groups| groups.n);
+            let too_many = moe.n_expert > MAX_EXPERTS || groups > MAX_GROUPS;
+            let why = format!(
+                "{} experts in {groups} groups, expected at most {MAX_EXPERTS} in {MAX_GROUPS}",
+                moe.n_expert
+            );
+            too_many.then_some(why).or(misplaced(gguf, &moe.router))
+        }
+    }
+}
+
+/// Returns where a matrix begins that is not aligned within its tensor. Kernels read 16 bytes at
+/// once.
+fn misplaced(gguf: &Gguf, linear: &Linear) -> Option<String> {
+    let tensor = gguf.tensors().get(linear.weight)?;
+    let row = tensor.ty.row_bytes(linear.n_in as u64)?;
+    let offset = (linear.first_row as u64).checked_mul(row)?;
+    let why = || {
+        format!(
+            "a matrix begins at byte {offset} of tensor '{}', expected a multiple of 16",
+            tensor.name
+        )
+    };
+    (!offset.is_multiple_of(16)).then(why)
+}
+
+/// Returns the distance of heads' matrices that are not aligned within their tensor.
+fn misplaced_heads(gguf: &Gguf, a: &MlaSpec) -> Option<String> {
+    let (rank, nope, value) = (a.kv_rank, a.nope_dim, a.value_dim);
+    let matrices = match a.kv_up {
+        KvUp::Split { k, v } => [(k, rank, nope), (v, value, rank)],
+        KvUp::Fused(kv) => [(kv, nope + value, rank), (kv, nope, rank)],
+    };
+    matrices.into_iter().find_map(|(id, rows, n_in)| {
+        let tensor = gguf.tensors().get(id)?;
+        let bytes = (rows as u64).checked_mul(tensor.ty.row_bytes(n_in as u64)?)?;
+        let name = &tensor.name;
+        let why = || {
+            format!("heads are {bytes} bytes apart in tensor '{name}', expected a multiple of 16")
+        };
+        (!bytes.is_multiple_of(16)).then(why)
+    })
+}

@@ -1,0 +1,162 @@
+//! The parts that no GPU can run, by architecture: for shapes, which have no options to look at.
+//!
+//! What only some published models of an architecture have counts for all of them.
+
+use super::{CpuOnly, CpuReason, Part};
+use crate::model::shape::{DenseKind, ExpertShape, ModelShape};
+
+const EMBEDDING: Part = Part::Dense(DenseKind::Embedding);
+const TABLE: Part = Part::Dense(DenseKind::TokenTable);
+const MIXER: Part = Part::Dense(DenseKind::Attention);
+const ROUTER: Part = Part::Dense(DenseKind::Router);
+const SHARED: Part = Part::Dense(DenseKind::SharedExpert);
+const DENSE_FFN: Part = Part::Dense(DenseKind::DenseFfn);
+const HEAD: Part = Part::Dense(DenseKind::Head);
+const EXPERTS: Part = Part::Experts;
+
+const BLOCKS: [Part; 3] = [ROUTER, SHARED, DENSE_FFN];
+const ALL_DENSE: [Part; 6] = [EMBEDDING, MIXER, ROUTER, SHARED, DENSE_FFN, HEAD];
+
+const STREAMS: &str = super::SEVERAL_STREAMS;
+const EMBEDDING_FACTOR: &str = "a factor on embeddings";
+const MIXER_NORM: &str = "a norm of or a factor on the result of attention";
+const FFN_NORM: &str = "a norm of or a factor on the result of the feed-forward block";
+const OWN_ROUTER: &str = "norms of, factors on, or a router apart from the experts";
+const INDEXER: &str = "a lightning indexer";
+const GATES: &str = "gates with a matrix of their own";
+const POSITION: &str = "scores that grow with the position";
+
+/// Parts that no GPU can run for one reason.
+type Reason = (&'static [Part], &'static str);
+
+/// Returns the reasons of an architecture.
+fn reasons(arch: &str) -> &'static [Reason] {
+    match arch {
+        "afmoe" => &[
+            (&[EMBEDDING], EMBEDDING_FACTOR),
+            (&[MIXER], MIXER_NORM),
+            (&BLOCKS, FFN_NORM),
+        ],
+        "bailingmoe3" | "kimi-linear" => &[(&[MIXER], "Kimi delta attention")],
+        "deepseek32" | "dots3note" | "glm-dsa" => &[(&[MIXER], INDEXER)],
+        "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
+        "gemma3" => &[
+            (&[EMBEDDING], EMBEDDING_FACTOR),
+            (&[MIXER], MIXER_NORM),
+            (&BLOCKS, FFN_NORM),
+        ],
+        "gemma4" => &[
+            (&[EMBEDDING], EMBEDDING_FACTOR),
+            (&[TABLE], "inputs of tokens for every layer"),
+            (&[MIXER], MIXER_NORM),
+            (&BLOCKS, FFN_NORM),
+        ],
+        "granitemoe" => &[
+            (&[EMBEDDING], EMBEDDING_FACTOR),
+            (&[MIXER], MIXER_NORM),
+            (&BLOCKS, FFN_NORM),
+        ],
+        "grok" => &[
+            (&[EMBEDDING], EMBEDDING_FACTOR),
+            (&[MIXER], MIXER_NORM),
+            (&BLOCKS, FFN_NORM),
+            (&[HEAD], "a bias, a factor or a soft cap on logits"),
+        ],
+        "hunyuan-moe" => &[(&[MIXER], "a norm after rotation or without weights")],
+        "laguna" | "step35" => &[(&[MIXER], GATES)],
+        "lfm2moe" => &[(&[MIXER], "a short convolution")],
+        "llama4" => &[
+            (&[MIXER], POSITION),
+            (&[ROUTER, SHARED], OWN_ROUTER),
+            (&[EXPERTS], "weights on what experts read"),
+        ],
+        "mimo2" => &[(&[MIXER], MIXER_NORM)],
+        "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
+        "mistral3" => &[(&[MIXER], POSITION)],
+        "nemotron_h_moe" => &[
+            (&[MIXER], "Mamba-2"),
+            (&[ROUTER, SHARED], OWN_ROUTER),
+            (&[EXPERTS], "experts without a gate"),
+        ],
+        "qwen4exp" => &[(&ALL_DENSE, STREAMS), (&[TABLE], "a table of n-grams")],
+        _ => &[],
+    }
+}
+
+/// Returns the parts of a model that no GPU can run, as far as its architecture tells.
+pub(crate) fn cpu_only_of(shape: &ModelShape) -> Vec<CpuOnly> {
+    let reasons = reasons(&shape.arch);
+    let by_token = |layer: Option<u32>| {
+        let of_layer = |e: &ExpertShape| e.by_token && Some(e.layer) == layer;
+        shape.experts.iter().any(of_layer)
+    };
+    let is_tied = !shape.dense.iter().any(|d| d.kind == DenseKind::Embedding);
+    let of_part = |part: Part, layer: Option<u32>| {
+        // The head of a tied model is the embedding.
+        let is_part = |of: &Part| *of == part || (is_tied && part == HEAD && *of == EMBEDDING);
+        let found = reasons.iter().find(|(parts, _)| parts.iter().any(is_part));
+        let chosen = matches!(part, ROUTER | SHARED) && by_token(layer);
+        let why = found.map(|(_, why)| *why);
+        why.or(chosen.then_some(super::BY_TOKEN))
+            .map(|why| CpuOnly {
+                part,
+                layer,
+                why: CpuReason::Kernel(why.into()),
+            })
+    };
+    let dense = shape.dense.iter();
+    let dense = dense.filter_map(|d| of_part(Part::Dense(d.kind), d.layer));
+    let experts = shape.experts.iter();
+    let experts = experts.filter_map(|e| of_part(Part::Experts, Some(e.layer)));
+    dense.chain(experts).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::Gguf;
+    use crate::model::describe;
+    use crate::model::shape::shape_of;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::path::Path;
+
+    /// Parts by architecture: what files lack, and what is said of their architecture.
+    #[derive(Default)]
+    struct Parts {
+        of_files: BTreeSet<Part>,
+        said: BTreeSet<Part>,
+    }
+
+    /// A part that is refused in a file is refused in a shape of its architecture, and each part that
+    /// is refused in shapes is in some file.
+    #[test]
+    fn what_is_said_of_architectures_is_what_their_files_lack() {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+        let mut found: BTreeMap<String, Parts> = BTreeMap::new();
+        for folder in ["arch", "arch2"] {
+            for file in std::fs::read_dir(data.join(folder)).unwrap() {
+                let path = file.unwrap().path();
+                if path.extension().is_none_or(|e| e != "gguf") {
+                    continue;
+                }
+                let gguf = Gguf::open(&path).unwrap();
+                let shape = shape_of(&gguf, &describe(&gguf).unwrap());
+                let said = cpu_only_of(&shape);
+                for only in &shape.cpu_only {
+                    let place = (only.part, only.layer);
+                    let is_said = said.iter().any(|said| (said.part, said.layer) == place);
+                    assert!(is_said, "{}: {only:?}", path.display());
+                }
+                let parts = found.entry(shape.arch.clone()).or_default();
+                parts
+                    .of_files
+                    .extend(shape.cpu_only.iter().map(|only| only.part));
+                parts.said.extend(said.iter().map(|only| only.part));
+            }
+        }
+        assert!(found.len() > 40, "{} architectures", found.len());
+        for (arch, parts) in found {
+            assert_eq!(parts.said, parts.of_files, "{arch}");
+        }
+    }
+}

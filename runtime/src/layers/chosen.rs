@@ -1,0 +1,102 @@
+//! The positions that indexers choose for the tokens of a batch.
+
+use std::ops::Range;
+
+/// The positions that an indexer chose for the rows of a batch. Layers without an indexer of their
+/// own read what the last one before them chose.
+#[derive(Default)]
+pub(super) struct Chosen {
+    /// By row of the batch: where its list lies. Those of rows that attend to all positions mean
+    /// nothing.
+    lists: Vec<Range<usize>>,
+    /// The lists, each ascending.
+    positions: Vec<u32>,
+}
+
+/// Lists of positions, one per token.
+#[derive(Clone, Copy)]
+pub(super) struct Lists<'a> {
+    lists: &'a [Range<usize>],
+    positions: &'a [u32],
+}
+
+impl Chosen {
+    /// Forgets the lists of an earlier layer or batch.
+    pub(super) fn clear(&mut self) {
+        self.lists.clear();
+        self.positions.clear();
+    }
+
+    /// Returns the lists of some rows of the batch.
+    pub(super) fn of(&self, rows: Range<usize>) -> Lists<'_> {
+        Lists {
+            lists: &self.lists[rows],
+            positions: &self.positions,
+        }
+    }
+
+    /// Adds lists of `len` positions for some rows of the batch. Returns them, `[rows, len]`.
+    pub(super) fn add(&mut self, rows: Range<usize>, len: usize) -> &mut [u32] {
+        if self.lists.len() < rows.end {
+            self.lists.resize(rows.end, 0..0);
+        }
+        let first = self.positions.len();
+        self.positions.resize(first + rows.len() * len, 0);
+        for (i, list) in self.lists[rows].iter_mut().enumerate() {
+            *list = first + i * len..first + (i + 1) * len;
+        }
+        &mut self.positions[first..]
+    }
+
+    /// Adds the list of a row of the batch.
+    pub(super) fn add_one(&mut self, row: usize, positions: impl Iterator<Item = u32>) {
+        if self.lists.len() <= row {
+            self.lists.resize(row + 1, 0..0);
+        }
+        let first = self.positions.len();
+        self.positions.extend(positions);
+        self.lists[row] = first..self.positions.len();
+    }
+}
+
+impl<'a> Lists<'a> {
+    /// Returns how many lists there are.
+    pub(super) fn len(&self) -> usize {
+        self.lists.len()
+    }
+
+    /// Returns the positions of a token.
+    pub(super) fn list(&self, token: usize) -> &'a [u32] {
+        &self.positions[self.lists[token].clone()]
+    }
+
+    /// Returns the positions of the token that has most.
+    pub(super) fn longest(&self) -> usize {
+        self.lists.iter().map(Range::len).max().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_keep_the_lists_that_were_added_for_them() {
+        let mut chosen = Chosen::default();
+        chosen
+            .add(1..3, 2)
+            .iter_mut()
+            .zip(10..)
+            .for_each(|(to, p)| *to = p);
+        chosen.add_one(4, [3, 5, 8].into_iter());
+        chosen.add_one(3, std::iter::empty());
+        let lists = chosen.of(2..5);
+        assert_eq!((lists.len(), lists.longest()), (3, 3));
+        assert_eq!(lists.list(0), [12, 13]);
+        assert!(lists.list(1).is_empty());
+        assert_eq!(lists.list(2), [3, 5, 8]);
+        chosen.clear();
+        chosen.add(0..1, 1);
+        assert_eq!(chosen.of(0..1).list(0), [0]);
+    }
+}
