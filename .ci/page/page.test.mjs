@@ -179,6 +179,52 @@ test("chats are listed, searched, renamed, exported, deleted, and brought back",
   assert.deepEqual(await titles(), ["Bolts and nuts", "Fruit"]);
 });
 
+test("what one tab writes, another one shows", async (t) => {
+  const page = await open(t, chats.url);
+  const other = await page.context().newPage();
+  await other.goto(chats.url);
+  await other.waitForSelector("body.is-ready");
+  await setTokens(page, 200);
+  await ask(page, "One tab");
+  await other.locator("#conversations .open", { hasText: "One tab" }).waitFor();
+  await done(page);
+  await other.locator("#conversations .open").click();
+  await other.waitForFunction(() => /^200.tokens/.test(document.querySelector(".truth")?.textContent));
+  assert.equal(await textOf(other), await textOf(page));
+});
+
+test("an answer that a reload cuts off is kept as far as it came", async (t) => {
+  const page = await open(t, chats.url);
+  await setTokens(page, 900);
+  await ask(page, "The beginning");
+  await page.waitForFunction(() => document.querySelector(".message.assistant .text")?.innerText.length > 20);
+  await page.waitForTimeout(1500);
+  await page.reload();
+  await page.waitForSelector("body.is-ready");
+  await page.getByText("stopped").waitFor();
+  assert.ok((await textOf(page)).length > 20);
+  await ask(page, "Go on");
+  await page.waitForSelector("#stop:not([hidden])");
+});
+
+test("an edit while an answer comes is not lost", async (t) => {
+  const page = await open(t, chats.url);
+  await setTokens(page, 900);
+  await ask(page, "The beginning");
+  await page.locator(".message.user").getByLabel("Edit and ask again").click();
+  await page.fill(".edit textarea", "Another beginning");
+  await page.keyboard.press("Enter");
+  await page.getByText("An answer is coming").waitFor();
+  assert.equal(await page.inputValue(".edit textarea"), "Another beginning");
+  await page.click("#stop");
+  await done(page);
+  await page.press(".edit textarea", "Enter");
+  await page.waitForSelector("#stop:not([hidden])");
+  await page.click("#stop");
+  await done(page);
+  assert.equal(await page.locator(".message.user .text").innerText(), "Another beginning");
+});
+
 test("a model's markup is text, and its links lead to the web alone", async (t) => {
   const page = await open(t, words.url);
   await ask(page, "script");

@@ -1,7 +1,7 @@
 // One message of a conversation on the page.
 
 import { copy, el, icon, iconButton, toast } from "./dom.js";
-import { seconds } from "./format.js";
+import { count, many, seconds } from "./format.js";
 import { Markdown, codeBlock } from "./markdown.js";
 import { truthLine } from "./truth.js";
 
@@ -59,6 +59,16 @@ export class MessageView {
     const isEmpty = node.content === "" && node.reasoning === "" && node.toolCalls.length === 0;
     this.text.classList.toggle("waiting", isRunning && isEmpty);
     if (!isRunning) this.#showEnd(isEmpty);
+  }
+
+  /** Says what an answer without a word waits for. */
+  wait(text) {
+    if (!this.text.classList.contains("waiting")) return;
+    const isReading = text?.state === "prompt" && text.n_prompt_tokens > 0;
+    const done = `${count(text?.n_prompt_done)} of ${many(text?.n_prompt_tokens, "token")}`;
+    if (isReading) this.text.dataset.wait = `reads the prompt: ${done}…`;
+    else if (text?.state === "waiting") this.text.dataset.wait = "waits for its turn…";
+    else delete this.text.dataset.wait;
   }
 
   #showThought(isRunning) {
@@ -151,8 +161,9 @@ export class MessageView {
     };
     const save = () => {
       const text = area.value;
-      end();
-      if (text.trim() !== "" && text !== this.node.content) this.actions.edit(this.node, text);
+      const isSame = text.trim() === "" || text === this.node.content;
+      // What can't be taken now stays in the field.
+      if (isSame || this.actions.edit(this.node, text)) end();
     };
     const cancel = () => {
       end();
