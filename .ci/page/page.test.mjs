@@ -52,7 +52,7 @@ async function setTokens(page, n) {
   await page.click("#open-settings");
   await page.fill("#field-max_tokens", String(n));
   await page.keyboard.press("Enter");
-  await page.waitForSelector("#settings[open]", { state: "detached" });
+  await page.getByText("Parameters (1 set)").waitFor();
 }
 
 async function ask(page, text) {
@@ -265,6 +265,35 @@ test("markdown, thoughts, and calls have their forms", async (t) => {
   assert.match(await answer(page).locator(".call").innerText(), /weather[^]*"city": "Paris"/);
   await answer(page).locator(".thought summary").click();
   assert.equal(await answer(page).locator(".thought strong").innerText(), "think");
+});
+
+test("the user gives tools and the results of their calls", async (t) => {
+  const page = await open(t, words.url);
+  await page.click("#open-settings");
+  await page.fill("#field-tools", "{]");
+  await page.click("#settings .primary");
+  assert.equal(await page.locator("#settings[open]").count(), 1, "what is no JSON is not taken");
+  const tool = { type: "function", function: { name: "weather", parameters: { type: "object" } } };
+  await page.fill("#field-tools", JSON.stringify([tool]));
+  await page.click("#settings .primary");
+  await page.getByText("Parameters (1 set)").waitFor();
+  await ask(page, "parts");
+  await done(page);
+  await page.getByLabel("Result of weather").fill("script");
+  const [sent] = await Promise.all([
+    page.waitForRequest(/chat.completions$/),
+    page.getByRole("button", { name: "Give the results" }).click(),
+  ]);
+  const { tools, messages } = sent.postDataJSON();
+  assert.deepEqual(tools, [tool]);
+  const calls = [{ id: "c1", type: "function", function: { name: "weather", arguments: '{"city":"Paris"}' } }];
+  assert.deepEqual(messages.map(({ role }) => role), ["user", "assistant", "tool"]);
+  assert.deepEqual(messages[1].tool_calls, calls);
+  assert.deepEqual(messages[2], { role: "tool", tool_call_id: "c1", content: "script" });
+  await done(page);
+  assert.equal(await page.locator(".message").count(), 4);
+  assert.equal(await page.locator("form.results").count(), 0);
+  assert.equal(await page.locator(".message.results details:not([open])").count(), 1);
 });
 
 test("text that nests without end is shown at once", async (t) => {

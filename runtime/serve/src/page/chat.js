@@ -116,7 +116,7 @@ export class Chat {
     const messages = path(this.conversation);
     const views = messages.map((node) => {
       const view = new MessageView(node, place(this.conversation, node), {
-        author: node.role === "user" ? "You" : this.model.name,
+        author: { user: "You", results: "Tools" }[node.role] ?? this.model.name,
         isMarkdown: node.role === "assistant" && this.model.isChat,
         actions: this.#actions,
       });
@@ -124,8 +124,16 @@ export class Chat {
       return view.root;
     });
     this.#messages.replaceChildren(...views);
+    this.#askForResults();
     document.body.classList.toggle("is-empty", messages.length === 0);
     this.hooks.changed();
+  }
+
+  /** Asks for results where the conversation ends with calls of tools. */
+  #askForResults() {
+    const last = path(this.conversation).at(-1);
+    const isOpen = last?.status === "done" && last.toolCalls.length > 0;
+    if (isOpen) this.#views.get(last.id)?.askForResults();
   }
 
   #actions = {
@@ -138,6 +146,11 @@ export class Chat {
       const foot = this.#views.get(id).foot;
       const button = foot.querySelector(`[aria-label="${label}"]:not(:disabled)`);
       (button ?? foot.querySelector(".versions button:not(:disabled)"))?.focus();
+    },
+    answerCalls: (node, results) => {
+      if (this.#isBusy()) return;
+      const content = results.map(({ name, text }) => `${name}:\n${text}`).join("\n\n");
+      this.#ask(add(this.conversation, node.id, { role: "results", content, results }).id);
     },
     regenerate: (node) => this.#ask(node.parent),
     edit: (node, content) => {
@@ -218,7 +231,10 @@ export class Chat {
     clearInterval(saving);
     this.#runs.delete(conversation.id);
     this.#views.get(node.id)?.update();
-    if (this.conversation === conversation) this.#announcer.follow(node.content, true);
+    if (this.conversation === conversation) {
+      this.#announcer.follow(node.content, true);
+      this.#askForResults();
+    }
     this.#follow();
     run.isDirty = true;
     this.#saveRun(run);
