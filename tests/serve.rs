@@ -4,7 +4,9 @@
 mod bodies;
 mod client;
 mod page;
+mod responses;
 mod streams;
+mod tools;
 
 use crate::common::{demo_model, json, piped, run_in, send, tier_plan};
 use client::{Answer, Served};

@@ -171,6 +171,9 @@ pub enum RunError {
     /// A step has two entries of one text.
     #[error("a step has two entries of one text; join their tokens")]
     TwiceInStep,
+    /// The grammar of a text does not let it go on.
+    #[error("the grammar of the text: {0}")]
+    Grammar(String),
     /// A token id is outside the vocabulary.
     #[error("token {token} is not in the vocabulary: ids go from 0 to {}", n_vocab.saturating_sub(1))]
     Token {

@@ -41,24 +41,21 @@ impl Served {
         let mut child = piped(&mut command);
         let mut log = BufReader::new(child.stderr.take().unwrap());
         let mut begun = String::new();
-        loop {
-            let mut line = String::new();
-            if log.read_line(&mut line).unwrap() == 0 {
+        while !begun.contains(": ready") {
+            let before = begun.len();
+            log.read_line(&mut begun).unwrap();
+            if begun.len() == before {
                 let output = child.wait_with_output().unwrap();
                 panic!("the server ended: {begun}{}", stderr(&output));
             }
-            begun += &line;
-            if line.contains(": ready") {
-                let address = line.split("http://127.0.0.1:").nth(1).unwrap();
-                let port = address.split(':').next().unwrap().parse().unwrap();
-                let log = Some(log);
-                return Self {
-                    child,
-                    port,
-                    log,
-                    begun,
-                };
-            }
+        }
+        let address = begun.rsplit("http://127.0.0.1:").next().unwrap();
+        let port = address.split(':').next().unwrap().parse().unwrap();
+        Self {
+            child,
+            port,
+            log: Some(log),
+            begun,
         }
     }
 

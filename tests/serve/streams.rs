@@ -6,7 +6,7 @@ use super::*;
 const TEMPLATE: &str =
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:";
 
-fn with_template(template: &str, more: &[&str]) -> (tempfile::TempDir, Served) {
+pub fn with_template(template: &str, more: &[&str]) -> (tempfile::TempDir, Served) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("template.jinja");
     std::fs::write(&path, template).unwrap();
@@ -14,7 +14,7 @@ fn with_template(template: &str, more: &[&str]) -> (tempfile::TempDir, Served) {
     (folder, server)
 }
 
-fn streamed(body: &Value) -> Value {
+pub fn streamed(body: &Value) -> Value {
     let mut body = body.clone();
     body["stream"] = true.into();
     body["stream_options"] = json!({"include_usage": true});
@@ -22,7 +22,7 @@ fn streamed(body: &Value) -> Value {
 }
 
 /// What a stream says of each choice, put together as a client does.
-fn together(answer: &Answer, at: &str) -> Vec<String> {
+pub fn together(answer: &Answer, at: &str) -> Vec<String> {
     let events = answer.events();
     assert_eq!(events.last().unwrap().1, "[DONE]");
     let mut texts: Vec<String> = Vec::new();

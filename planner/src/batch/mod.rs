@@ -7,7 +7,6 @@
 
 mod answer;
 mod input;
-mod live;
 mod output;
 mod run;
 #[cfg(test)]

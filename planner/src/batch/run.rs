@@ -1,23 +1,20 @@
 //! Answers the requests of a file: as many texts at once as the KV cache has room for.
 
-mod drafts;
-mod offers;
-mod step;
-
 use super::answer::{line, number, refusal};
 use super::input::{Input, Line};
-use super::live::{Beginning, Live};
 use super::output::Output;
-use super::{Answered, BadLine, Choice, Code, Encoded, Finish, Prompts, Request, Unencoded};
+use super::{
+    Answered, BadLine, Choice, Code, Encoded, Endpoint, Finish, Prompts, Request, Unencoded,
+};
+use crate::chat::thought::Answer;
 use crate::interrupt::{Interrupted, interrupted};
-use anyhow::{Result, bail};
-use offers::Sharer;
+use anyhow::Result;
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tier_plan_runtime::batcher::texts_at_once;
-use tier_plan_runtime::engine::draft::MAX_DRAFT;
+use tier_plan_runtime::batcher::{self, Batcher, Drawn, Event, TextOptions, TokenText};
 use tier_plan_runtime::sampler::SamplerConfig;
-use tier_plan_runtime::schedule::{self, Limits, Pages, Scheduler, StepCost, TextId};
+use tier_plan_runtime::schedule::{StepCost, TextId};
 use tier_plan_runtime::{Engine, RunError};
 
 /// Longest step unless one is asked for. A batch is after throughput, so no step is cut short for the
@@ -75,11 +72,59 @@ pub struct Summary {
 /// A request with the answers to it.
 struct Job {
     line: usize,
-    /// Its first text; the others follow it.
-    first: TextId,
+    /// Its texts, in order.
+    ids: Vec<TextId>,
     request: Request,
-    encoded: Encoded,
-    choices: Vec<Option<Choice>>,
+    /// Text of the prompt, if a template made it.
+    prompt: String,
+    prompt_tokens: usize,
+    texts: Vec<Text>,
+    /// Texts that have not ended.
+    open: usize,
+}
+
+/// An answer while it comes.
+#[derive(Default)]
+struct Text {
+    answer: Answer,
+    tokens: Vec<TokenText>,
+    n_new: usize,
+    finish: Option<batcher::Finish>,
+}
+
+impl Text {
+    fn take(&mut self, drawn: Drawn) {
+        self.answer.text.push_str(&drawn.text);
+        self.answer.marks.extend(drawn.mark);
+        self.tokens.extend(drawn.tokens);
+        self.n_new = drawn.n_new;
+        self.finish = drawn.finish;
+    }
+
+    /// Returns the finished answer to a request whose prompt is `prompt` as text.
+    fn choice(mut self, request: &Request, prompt: &str) -> Choice {
+        let end = self.answer.text.len();
+        // A stop string may have cut a mark off.
+        self.answer.marks.retain(|(place, _)| place.end <= end);
+        let (text, thinking) = match request.endpoint {
+            Endpoint::Completions => (self.answer.text, None),
+            Endpoint::Chat => {
+                let message = self.answer.message(prompt);
+                (message.content, message.thinking)
+            }
+        };
+        Choice {
+            text,
+            thinking,
+            calls: Vec::new(),
+            finish: match self.finish {
+                Some(batcher::Finish::Length) => Finish::Length,
+                _ => Finish::Stop,
+            },
+            n_tokens: self.n_new,
+            tokens: request.logprobs.map(|_| self.tokens),
+        }
+    }
 }
 
 /// An answer that is wanted.
@@ -91,22 +136,15 @@ struct Wanted {
 
 /// A batch at work.
 pub struct Batch<'a> {
-    engine: &'a mut Engine,
+    batcher: Batcher<'a>,
     prompts: &'a Prompts<'a>,
     input: &'a mut Input,
     output: &'a mut Output,
     options: Options<'a>,
-    limits: Limits,
-    scheduler: Scheduler,
     lines: VecDeque<Line>,
     /// By number, until all answers are there.
     jobs: HashMap<usize, Job>,
     wanted: HashMap<TextId, Wanted>,
-    live: HashMap<TextId, Live<'a>>,
-    /// Texts with which unfinished ones begin alike.
-    sharers: HashMap<TextId, Vec<Sharer>>,
-    next_id: u64,
-    scratch: Vec<f32>,
     summary: Summary,
 }
 
@@ -128,38 +166,28 @@ impl<'a> Batch<'a> {
         let open = all
             .into_iter()
             .filter(|line| !output.has_answer(line.number));
-        let max_texts = texts_at_once(engine, options.max_texts);
+        let batching = batcher::Options {
+            max_texts: options.max_texts,
+            max_step: Some(options.max_step.unwrap_or(MAX_STEP)),
+            max_drafts: options.max_drafts,
+            cost: options.cost.clone(),
+        };
         Self {
-            limits: Limits {
-                max_rows: engine.batch().max(max_texts),
-                max_texts,
-                max_step: options.max_step.unwrap_or(MAX_STEP),
-                max_drafts: if engine.repeats() {
-                    options.max_drafts.min(MAX_DRAFT)
-                } else {
-                    0
-                },
-            },
             lines: open.collect(),
-            engine,
+            batcher: Batcher::new(engine, prompts.tokenizer, batching),
             prompts,
             input,
             output,
-            scheduler: Scheduler::with_cost(options.cost.clone().unwrap_or_default()),
             options,
             jobs: HashMap::new(),
             wanted: HashMap::new(),
-            live: HashMap::new(),
-            sharers: HashMap::new(),
-            next_id: 0,
-            scratch: Vec::new(),
             summary,
         }
     }
 
     /// Returns how many texts are generated at once at most.
     pub fn max_texts(&self) -> usize {
-        self.limits.max_texts
+        self.batcher.max_texts()
     }
 
     /// Answers all lines, or as many as there are before a signal.
@@ -182,36 +210,40 @@ impl<'a> Batch<'a> {
                 return Ok(());
             }
             self.submit()?;
-            if self.scheduler.is_empty() && self.lines.is_empty() {
+            if self.batcher.is_empty() && self.lines.is_empty() {
                 return Ok(());
             }
-            self.draft();
-            let plan = self.plan();
-            self.release(&plan);
-            if !plan.rows.is_empty() {
-                self.compute(&plan)?;
-            } else if plan.pages_wanted > 0 {
-                bail!(
-                    "the KV cache lacks {} pages for any text",
-                    plan.pages_wanted
-                );
-            }
+            self.step()?;
             (self.options.on_step)(&self.summary);
         }
     }
 
-    fn pages(&self) -> Pages {
-        let pages = self.engine.pages();
-        Pages {
-            free: pages.free,
-            total: pages.total,
+    /// Takes a step, and writes the lines that are finished with it.
+    fn step(&mut self) -> Result<()> {
+        let mut events = Vec::new();
+        let step = self.batcher.step(&mut |id, event| events.push((id, event)));
+        for (id, event) in events {
+            match event {
+                Event::Begun { .. } => {}
+                Event::Drawn(drawn) => self.take(id, drawn)?,
+                Event::Failed(error) => self.fail(id, &error)?,
+            }
         }
+        let step = step?;
+        self.summary.took += step.took;
+        self.summary.preempted += step.preempted;
+        self.summary.shared_tokens += step.shared;
+        self.summary.generated_tokens += step.generated;
+        self.summary.drafted_tokens += step.drafted;
+        self.summary.accepted_tokens += step.accepted;
+        self.summary.interrupted |= step.canceled;
+        Ok(())
     }
 
     /// Reads lines until enough texts wait.
     fn submit(&mut self) -> Result<()> {
-        let enough = 2 * self.limits.max_texts;
-        while self.scheduler.len() < enough
+        let enough = 2 * self.max_texts();
+        while self.batcher.n_running() + self.batcher.n_waiting() < enough
             && !interrupted()
             && let Some(line) = self.lines.pop_front()
         {
@@ -220,11 +252,15 @@ impl<'a> Batch<'a> {
                 Err(bad) => Err(bad),
             };
             if let Err(bad) = begun {
-                self.output
-                    .append(line.number, &refusal(line.number, &bad))?;
-                self.summary.refused += 1;
+                self.refuse(line.number, &bad)?;
             }
         }
+        Ok(())
+    }
+
+    fn refuse(&mut self, line: usize, bad: &BadLine) -> Result<()> {
+        self.output.append(line, &refusal(line, bad))?;
+        self.summary.refused += 1;
         Ok(())
     }
 
@@ -234,81 +270,74 @@ impl<'a> Batch<'a> {
             custom_id: Some(request.custom_id.clone()),
             ..bad
         };
-        let encoded = match self.prompts.encode(&request) {
+        let Encoded {
+            tokens,
+            text,
+            max_new,
+        } = match self.prompts.encode(&request) {
             Ok(encoded) => encoded,
             Err(Unencoded::Bad(bad)) => return Ok(Err(named(bad))),
             Err(Unencoded::Interrupted) => return Err(Interrupted.into()),
         };
-        let pages = self.pages();
-        let first = TextId(self.next_id);
-        for index in 0..request.n {
-            let id = TextId(self.next_id);
-            let text = schedule::Request {
-                id,
-                prompt: encoded.tokens.len(),
-                max_new: encoded.max_new,
-                ..schedule::Request::default()
-            };
-            // All are alike, so the first is refused or none.
-            if let Err(error) = self.scheduler.submit(text, pages) {
+        let defaults = &self.options.sampling;
+        let prompt_tokens = tokens.len();
+        let options = TextOptions {
+            prompt: tokens,
+            max_new,
+            sampling: SamplerConfig {
+                seed: request.seed(defaults.seed),
+                ..request.sampling.over(defaults)
+            },
+            stop: request.stop.clone(),
+            ignore_eos: request.ignore_eos,
+            n_top: request.logprobs,
+            shown: Arc::new([]),
+            grammar: None,
+        };
+        let ids = match self.batcher.submit(&Arc::new(options), request.n) {
+            Ok(ids) => ids,
+            Err(error) => {
                 let bad = BadLine::new(Code::ContextLengthExceeded, error.to_string());
                 return Ok(Err(named(bad)));
             }
-            self.next_id += 1;
+        };
+        for (index, id) in ids.iter().enumerate() {
             let job = line.number;
-            self.wanted.insert(id, Wanted { job, index });
+            self.wanted.insert(*id, Wanted { job, index });
         }
-        self.summary.prompt_tokens += encoded.tokens.len() * request.n;
-        self.note_sharers(first, request.n, &encoded.tokens);
+        self.summary.prompt_tokens += prompt_tokens * request.n;
         let job = Job {
             line: line.number,
-            first,
-            choices: vec![None; request.n],
+            open: ids.len(),
+            texts: ids.iter().map(|_| Text::default()).collect(),
+            ids,
             request,
-            encoded,
+            prompt: text,
+            prompt_tokens,
         };
         self.jobs.insert(line.number, job);
         Ok(Ok(()))
     }
 
-    /// Makes a text that waits ready to be generated.
-    fn make_live(&mut self, id: TextId) {
-        let Some(Wanted { job, index }) = self.wanted.get(&id) else {
-            return;
-        };
-        let (prompts, job) = (self.prompts, &self.jobs[job]);
-        let defaults = &self.options.sampling;
-        self.live.entry(id).or_insert_with(|| {
-            let beginning = Beginning {
-                tokenizer: prompts.tokenizer,
-                prompt: job.encoded.tokens.clone(),
-                max_new: job.encoded.max_new,
-                index: *index,
-                defaults,
-            };
-            Live::new(&job.request, beginning)
-        });
-    }
-
-    /// Takes a finished text out of the engine, and writes its line if it was the last of it.
-    fn end(&mut self, id: TextId, finish: Finish) -> Result<()> {
-        self.sharers.remove(&id);
-        let (Some(live), Some(wanted)) = (self.live.remove(&id), self.wanted.remove(&id)) else {
+    /// Takes what was drawn of a text, and writes its line if it was the last of it.
+    fn take(&mut self, id: TextId, drawn: Drawn) -> Result<()> {
+        let Some(&Wanted { job: number, index }) = self.wanted.get(&id) else {
             return Ok(());
         };
-        if let Some(sequence) = live.sequence {
-            self.engine.keep_sequence(sequence);
-            self.engine.remove_sequence(sequence);
-        }
-        let Some(job) = self.jobs.get_mut(&wanted.job) else {
+        let Some(job) = self.jobs.get_mut(&number) else {
             return Ok(());
         };
-        let endpoint = job.request.endpoint;
-        job.choices[wanted.index] = Some(live.finish(finish, endpoint, &job.encoded.text));
-        if job.choices.iter().any(Option::is_none) {
+        let ends = drawn.finish.is_some();
+        job.texts[index].take(drawn);
+        if !ends {
             return Ok(());
         }
-        match self.jobs.remove(&wanted.job) {
+        self.wanted.remove(&id);
+        job.open -= 1;
+        if job.open > 0 {
+            return Ok(());
+        }
+        match self.jobs.remove(&number) {
             Some(job) => self.write(job),
             None => Ok(()),
         }
@@ -320,32 +349,28 @@ impl<'a> Batch<'a> {
         let Some(job) = wanted.and_then(|wanted| self.jobs.remove(&wanted.job)) else {
             return Ok(());
         };
-        for id in (job.first.0..).map(TextId).take(job.choices.len()) {
-            self.scheduler.cancel(id);
-            self.sharers.remove(&id);
-            self.wanted.remove(&id);
-            let sequence = self.live.remove(&id).and_then(|live| live.sequence);
-            if let Some(sequence) = sequence {
-                self.engine.remove_sequence(sequence);
-            }
+        for id in &job.ids {
+            self.batcher.discard(*id);
+            self.wanted.remove(id);
         }
         let bad = BadLine {
             custom_id: Some(job.request.custom_id),
             ..BadLine::new(Code::ServerError, error.to_string())
         };
-        self.output.append(job.line, &refusal(job.line, &bad))?;
-        self.summary.refused += 1;
-        Ok(())
+        self.refuse(job.line, &bad)
     }
 
     fn write(&mut self, job: Job) -> Result<()> {
-        let choices: Vec<Choice> = job.choices.into_iter().flatten().collect();
+        let texts = job.texts.into_iter();
+        let choices: Vec<Choice> = texts
+            .map(|text| text.choice(&job.request, &job.prompt))
+            .collect();
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let answered = Answered {
             request: &job.request,
             model: self.options.model,
             created: since.map_or(0, |since| since.as_secs()),
-            prompt_tokens: job.encoded.tokens.len(),
+            prompt_tokens: job.prompt_tokens,
             choices: &choices,
             piece: &|token| self.prompts.tokenizer.token_bytes(token),
             id: &number(&job.request.custom_id),

@@ -98,11 +98,12 @@ fn prompts_have_many_forms() {
 }
 
 #[test]
-fn messages_are_texts_of_three_roles() {
+fn messages_are_texts_of_four_roles() {
     let request = chat(json!({"messages": [
         {"role": "developer", "content": "s"},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "c", "reasoning_content": "t", "tool_calls": []},
+        {"role": "tool", "tool_call_id": "i", "content": "r"},
     ]}))
     .unwrap();
     let expected = vec![
@@ -112,13 +113,17 @@ fn messages_are_texts_of_three_roles() {
             thinking: Some("t".into()),
             ..Message::new(Role::Assistant, "c")
         },
+        Message {
+            call_id: Some("i".into()),
+            ..Message::new(Role::Tool, "r")
+        },
     ];
     assert_eq!(request.prompt, Prompt::Messages(expected));
     let one = |message: Value| chat(json!({ "messages": [message] }));
     for (message, words) in [
         (
             json!({"role": "tool", "content": "a"}),
-            "messages[0].role: \"tool\", expected",
+            "messages[0].tool_call_id: missing, expected",
         ),
         (json!({"content": "a"}), "messages[0].role: missing"),
         (
@@ -144,7 +149,8 @@ fn messages_are_texts_of_three_roles() {
         "content[0].type: \"image_url\" is not supported",
     );
     let call = json!({"role": "assistant", "content": "", "tool_calls": [{}]});
-    refused(one(call), Code::Unsupported, "messages[0].tool_calls");
+    let words = "messages[0].tool_calls[0].function: missing";
+    refused(one(call), Code::InvalidRequest, words);
     refused(
         chat(json!({"messages": []})),
         Code::InvalidRequest,

@@ -10,10 +10,12 @@
 //! plain rendering counts if no text names a control token, and else the marked one.
 
 use super::marks::{Marks, Unmarked};
-use super::message::{Form, Message, Role};
-use super::template::Template;
+use super::message::{Call, CallParts, CallStyle, Form, Message, Role, strings};
+use super::template::{Surroundings, Template};
 use crate::interrupt::Interrupted;
 use anyhow::{Result, anyhow};
+use serde_json::json;
+use std::cell::OnceCell;
 use std::ops::Range;
 use tier_plan_runtime::tokenizer::Tokenizer;
 
@@ -35,6 +37,17 @@ pub struct Dialect {
     system: SystemForm,
     /// What the trial found missing. The template may still take what a person writes.
     doubt: Option<Doubt>,
+    /// How it takes tools, once that was tried.
+    tools: OnceCell<ToolStyle>,
+}
+
+/// How a template takes tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct ToolStyle {
+    /// Whether it prints them.
+    pub prints_tools: bool,
+    /// How it prints calls and their results, if it does.
+    pub calls: Option<CallStyle>,
 }
 
 /// What a trial found missing.
@@ -97,6 +110,7 @@ impl Dialect {
             assistant: Text,
             system: SystemForm::Message(Text),
             doubt: None,
+            tools: OnceCell::new(),
         };
         // The error of the form that gets furthest.
         let mut failed: Option<(usize, anyhow::Error)> = None;
@@ -142,6 +156,85 @@ impl Dialect {
         Ok(dialect)
     }
 
+    /// Finds out how the template takes tools, calls, and their results: as with messages, marked
+    /// texts are looked for in what it renders.
+    pub(crate) fn tool_style(&self) -> ToolStyle {
+        *self.tools.get_or_init(|| {
+            self.template.begin_turn();
+            let user = Message::new(Role::User, &self.marks.numbered(0));
+            let name = format!("f{}", self.marks.numbered(3));
+            let around = Surroundings {
+                tools: vec![json!({
+                    "type": "function",
+                    "function": {
+                        "name": name,
+                        "description": "A trial.",
+                        "parameters": { "type": "object", "properties": {
+                            "a": { "type": "string", "description": "A text." },
+                        }, "required": ["a"] },
+                    },
+                })],
+                ..Surroundings::default()
+            };
+            let alone = self.formed(std::slice::from_ref(&user));
+            let printed = self.template.render_in(&alone, &around);
+            let printed = printed.is_ok_and(|text| text.contains(&name));
+            // Objects and texts first, which most templates take.
+            let styles = [(false, false), (false, true), (true, false), (true, true)];
+            let styles = styles.map(|(null_content, text_arguments)| CallStyle {
+                null_content,
+                text_arguments,
+            });
+            let around = if printed {
+                around
+            } else {
+                Surroundings::default()
+            };
+            let mut takes = styles.into_iter();
+            ToolStyle {
+                prints_tools: printed,
+                calls: takes.find(|style| self.prints_call(*style, &name, &around)),
+            }
+        })
+    }
+
+    /// Whether the template prints a call and its result.
+    fn prints_call(&self, style: CallStyle, name: &str, around: &Surroundings) -> bool {
+        let [user, argument, result] = [0, 4, 5].map(|number| self.marks.numbered(number));
+        // Mistral's templates take nothing but nine letters or digits.
+        let id = "trial0001".to_string();
+        let call = Call {
+            id: id.clone(),
+            name: name.to_string(),
+            arguments: json!({ "a": argument }),
+        };
+        let answer = Message {
+            tools: CallParts {
+                calls: vec![call],
+                style,
+                ..CallParts::default()
+            },
+            ..Message::new(Role::Assistant, "")
+        };
+        let came = Message {
+            tools: CallParts {
+                call_id: Some(id),
+                name: Some(name.to_string()),
+                ..CallParts::default()
+            },
+            ..Message::new(Role::Tool, &result)
+        };
+        let messages = self.formed(&[Message::new(Role::User, &user), answer, came]);
+        let text = self.template.render_in(&messages, around);
+        text.is_ok_and(|text| {
+            // After the user's message, where the tools are not.
+            let after = text.split_once(&user).map_or("", |(_, after)| after);
+            [name, &argument, &result]
+                .iter()
+                .all(|part| after.contains(*part))
+        })
+    }
+
     fn probe_system(&mut self) {
         for form in [Form::Text, Form::Parts] {
             self.system = SystemForm::Message(form);
@@ -185,18 +278,48 @@ impl Dialect {
     /// # Errors
     /// When the template rejects the conversation.
     pub(crate) fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered> {
+        self.render_in(messages, &Surroundings::default(), tokenizer)
+    }
+
+    /// Returns the text of the template.
+    pub(crate) fn source(&self) -> &str {
+        self.template.source()
+    }
+
+    /// Renders a conversation with tools and variables. Calls must be in the
+    /// [style](Self::tool_style) of the template.
+    ///
+    /// # Errors
+    /// When the template rejects the conversation.
+    pub(crate) fn render_in(
+        &self,
+        messages: &[Message],
+        around: &Surroundings,
+        tokenizer: &Tokenizer,
+    ) -> Result<Rendered> {
         self.template.begin_turn();
-        let (messages, text) = self.rendered(messages)?;
+        let (messages, text) = self.rendered(messages, around)?;
         let marked: Vec<Message> = messages.iter().map(|m| self.marks.around(m)).collect();
+        let tools = around.tools.iter();
+        let marked_around = Surroundings {
+            tools: tools
+                .map(|tool| self.marks.around_descriptions(tool))
+                .collect(),
+            variables: around.variables.clone(),
+        };
         // A template may reject what it would accept without marks.
-        let unmarked = self.template.render(&marked).ok();
+        let unmarked = self.template.render_in(&marked, &marked_around).ok();
         let unmarked = unmarked.and_then(|text| self.marks.remove(&text));
         let named = || {
-            messages
-                .iter()
-                .flat_map(|m| [Some(&m.content), m.thinking.as_ref()])
-                .flatten()
-                .find_map(|text| tokenizer.structure_in(text))
+            let mut found = None;
+            let mut see = |text: &str| {
+                if found.is_none() {
+                    found = tokenizer.structure_in(text).map(str::to_string);
+                }
+            };
+            messages.iter().for_each(|message| message.texts(&mut see));
+            around.tools.iter().for_each(|tool| strings(tool, &mut see));
+            found
         };
         Ok(match unmarked {
             Some(found) if found.text == text => found.into(),
@@ -207,32 +330,34 @@ impl Dialect {
                     answers: Vec::new(),
                 },
                 (Some(_), Some(found)) => found.into(),
-                (Some(token), None) => Rendered::Mixed {
-                    token: token.to_string(),
-                },
+                (Some(token), None) => Rendered::Mixed { token },
             },
         })
     }
 
     /// Returns the messages in the forms that the template takes, and the text that it makes.
-    fn rendered(&self, messages: &[Message]) -> Result<(Vec<Message>, String)> {
+    fn rendered(
+        &self,
+        messages: &[Message],
+        around: &Surroundings,
+    ) -> Result<(Vec<Message>, String)> {
         let Some(Doubt::All(missing)) = &self.doubt else {
             let messages = self.formed(messages);
-            let text = self.template.render(&messages)?;
+            let text = self.template.render_in(&messages, around)?;
             return Ok((messages, text));
         };
         let mut failed = None;
         for form in [Form::Text, Form::Parts] {
             let mut messages = self.formed(messages);
             messages.iter_mut().for_each(|m| m.form = form);
-            let text = match self.template.render(&messages) {
+            let text = match self.template.render_in(&messages, around) {
                 Ok(text) => text,
                 Err(error) => {
                     failed = failed.or(Some(error));
                     continue;
                 }
             };
-            if self.uses_last(&messages, &text) {
+            if self.uses_last(&messages, around, &text) {
                 return Ok((messages, text));
             }
         }
@@ -240,7 +365,7 @@ impl Dialect {
     }
 
     /// Returns whether the prompt would differ from `text` if the last message said something else.
-    fn uses_last(&self, messages: &[Message], text: &str) -> bool {
+    fn uses_last(&self, messages: &[Message], around: &Surroundings, text: &str) -> bool {
         let mark = self.marks.numbered(0);
         let Some((last, before)) = messages.split_last() else {
             return false;
@@ -255,7 +380,9 @@ impl Dialect {
                 content,
                 ..last.clone()
             };
-            let other = self.template.render(&[before, &[other]].concat());
+            let other = self
+                .template
+                .render_in(&[before, &[other]].concat(), around);
             other.ok().as_deref() != Some(text)
         })
     }
@@ -274,6 +401,7 @@ impl Dialect {
                 (Role::Assistant, _) => self.assistant,
                 (Role::System, SystemForm::Message(form)) => form,
                 (Role::System, SystemForm::InFirst) => Form::Text,
+                (Role::Tool, _) => Form::Text,
             };
         }
         messages

@@ -1,6 +1,7 @@
 //! Marks around texts that a template renders, by which the texts are found again in the result.
 
-use super::message::{Message, Role, core};
+use super::message::{Call, CallParts, Message, Role, core};
+use serde_json::Value as Json;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::ops::Range;
 
@@ -39,25 +40,73 @@ impl Marks {
     /// Returns a message with marks around its texts. White space at their ends stays outside,
     /// since templates trim it.
     pub fn around(&self, message: &Message) -> Message {
-        let mark = |text: &String| {
-            let core = core(text);
-            if core.is_empty() {
-                return text.clone();
-            }
-            let start = core.as_ptr() as usize - text.as_ptr() as usize;
-            let (before, after) = (&text[..start], &text[start + core.len()..]);
-            let open = self.numbered(if message.role == Role::Assistant {
-                2
-            } else {
-                0
-            });
-            let close = self.numbered(1);
-            format!("{before}{open}{core}{close}{after}")
+        let by = if message.role == Role::Assistant {
+            2
+        } else {
+            0
         };
+        let mark = |text: &String| self.around_text(text, by);
+        let calls = message.tools.calls.iter().map(|call| Call {
+            arguments: self.around_strings(&call.arguments),
+            ..call.clone()
+        });
         Message {
             content: mark(&message.content),
             thinking: message.thinking.as_ref().map(mark),
+            tools: CallParts {
+                calls: calls.collect(),
+                ..message.tools.clone()
+            },
             ..message.clone()
+        }
+    }
+
+    fn around_text(&self, text: &str, by: u8) -> String {
+        let core = core(text);
+        if core.is_empty() {
+            return text.to_string();
+        }
+        let start = core.as_ptr() as usize - text.as_ptr() as usize;
+        let (before, after) = (&text[..start], &text[start + core.len()..]);
+        let (open, close) = (self.numbered(by), self.numbered(1));
+        format!("{before}{open}{core}{close}{after}")
+    }
+
+    /// Returns a value with marks around its strings.
+    pub fn around_strings(&self, value: &Json) -> Json {
+        match value {
+            Json::String(text) => self.around_text(text, 0).into(),
+            Json::Array(items) => items.iter().map(|item| self.around_strings(item)).collect(),
+            Json::Object(fields) => {
+                let fields = fields.iter();
+                let marked = fields.map(|(key, value)| (key.clone(), self.around_strings(value)));
+                Json::Object(marked.collect())
+            }
+            other => other.clone(),
+        }
+    }
+
+    /// Returns a tool with marks around its descriptions. Its other strings are words that templates
+    /// compare.
+    pub fn around_descriptions(&self, value: &Json) -> Json {
+        match value {
+            Json::Array(items) => items
+                .iter()
+                .map(|item| self.around_descriptions(item))
+                .collect(),
+            Json::Object(fields) => {
+                let marked = fields.iter().map(|(key, value)| {
+                    let value = match value {
+                        Json::String(text) if key == "description" => {
+                            self.around_text(text, 0).into()
+                        }
+                        value => self.around_descriptions(value),
+                    };
+                    (key.clone(), value)
+                });
+                Json::Object(marked.collect())
+            }
+            other => other.clone(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::spoken::Spoken;
 use minijinja::value::Value;
+use serde_json::Value as Json;
 use std::sync::Arc;
 
 /// Author of a message.
@@ -13,6 +14,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// A tool, with the result of a call.
+    Tool,
 }
 
 impl Role {
@@ -22,6 +25,7 @@ impl Role {
             Role::System => "system",
             Role::User => "user",
             Role::Assistant => "assistant",
+            Role::Tool => "tool",
         }
     }
 }
@@ -34,6 +38,39 @@ pub enum Form {
     Text,
     /// As a list with one part of type `text`, which models for pictures expect.
     Parts,
+}
+
+/// A call of a tool in an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// The name by which its result refers to it.
+    pub id: String,
+    /// Name of the tool.
+    pub name: String,
+    /// The arguments, an object.
+    pub arguments: Json,
+}
+
+/// How a template gets calls of tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CallStyle {
+    /// Whether the content of an answer that only calls is none, and not an empty text.
+    pub null_content: bool,
+    /// Whether arguments are JSON as text, and not an object.
+    pub text_arguments: bool,
+}
+
+/// What a message with calls, or with the result of one, has beside its text.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CallParts {
+    /// Calls in an answer.
+    pub calls: Vec<Call>,
+    /// How the template gets them.
+    pub style: CallStyle,
+    /// Of a result: the call that it belongs to.
+    pub call_id: Option<String>,
+    /// Of a result: the tool.
+    pub name: Option<String>,
 }
 
 /// A message of the conversation.
@@ -49,6 +86,8 @@ pub struct Message {
     pub form: Form,
     /// The tokens of the whole answer, where the model produced it.
     pub spoken: Option<Arc<Spoken>>,
+    /// Calls of tools, or of which one this is the result.
+    pub tools: CallParts,
 }
 
 impl Message {
@@ -60,6 +99,7 @@ impl Message {
             thinking: None,
             form: Form::Text,
             spoken: None,
+            tools: CallParts::default(),
         }
     }
 
@@ -74,6 +114,7 @@ impl Message {
     pub(super) fn value(&self) -> Value {
         let content = Value::from(self.content.as_str());
         let content = match self.form {
+            _ if self.is_call_only() && self.tools.style.null_content => Value::from(()),
             Form::Text => content,
             Form::Parts => Value::from(vec![Value::from_pairs([
                 ("type", Value::from("text")),
@@ -89,7 +130,97 @@ impl Message {
             pairs.push(("thinking", Value::from(thinking.as_str())));
             pairs.push(("reasoning_content", Value::from(thinking.as_str())));
         }
+        self.tools.add_to(&mut pairs);
         Value::from_pairs(pairs)
+    }
+
+    /// Whether the message is nothing but calls.
+    fn is_call_only(&self) -> bool {
+        self.content.is_empty() && !self.tools.calls.is_empty()
+    }
+
+    /// Returns about how many bytes the message has.
+    pub(super) fn n_bytes(&self) -> usize {
+        let thinking = self.thinking.as_ref().map_or(0, String::len);
+        let calls = self.tools.calls.iter();
+        let calls =
+            calls.map(|call| call.arguments.to_string().len() + call.name.len() + call.id.len());
+        calls.fold(
+            self.content.len().saturating_add(thinking),
+            usize::saturating_add,
+        )
+    }
+
+    /// Calls `see` with the texts of the message.
+    pub(super) fn texts<'m>(&'m self, see: &mut dyn FnMut(&'m str)) {
+        see(&self.content);
+        if let Some(thinking) = &self.thinking {
+            see(thinking);
+        }
+        for call in &self.tools.calls {
+            strings(&call.arguments, see);
+        }
+    }
+}
+
+/// Returns JSON as a value of templates.
+pub(super) fn value_of(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(is_true) => Value::from(*is_true),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(number), _) => Value::from(number),
+            (None, Some(number)) => Value::from(number),
+            (None, None) => Value::from(number.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(text) => Value::from(text.as_str()),
+        Json::Array(items) => Value::from(items.iter().map(value_of).collect::<Vec<Value>>()),
+        Json::Object(fields) => {
+            let fields = fields.iter();
+            Value::from_pairs(fields.map(|(key, value)| (key.clone(), value_of(value))))
+        }
+    }
+}
+
+/// Calls `see` with the strings in a value.
+pub(super) fn strings<'v>(value: &'v Json, see: &mut dyn FnMut(&'v str)) {
+    match value {
+        Json::String(text) => see(text),
+        Json::Array(items) => items.iter().for_each(|item| strings(item, see)),
+        Json::Object(fields) => fields.values().for_each(|value| strings(value, see)),
+        Json::Null | Json::Bool(_) | Json::Number(_) => {}
+    }
+}
+
+impl CallParts {
+    /// Adds the fields that templates know them by.
+    fn add_to(&self, pairs: &mut Vec<(&'static str, Value)>) {
+        let call = |call: &Call| {
+            let arguments = if self.style.text_arguments {
+                Value::from(call.arguments.to_string())
+            } else {
+                value_of(&call.arguments)
+            };
+            let function = Value::from_pairs([
+                ("name", Value::from(call.name.as_str())),
+                ("arguments", arguments),
+            ]);
+            Value::from_pairs([
+                ("id", Value::from(call.id.as_str())),
+                ("type", Value::from("function")),
+                ("function", function),
+            ])
+        };
+        if !self.calls.is_empty() {
+            let calls: Vec<Value> = self.calls.iter().map(call).collect();
+            pairs.push(("tool_calls", Value::from(calls)));
+        }
+        if let Some(id) = &self.call_id {
+            pairs.push(("tool_call_id", Value::from(id.as_str())));
+        }
+        if let Some(name) = &self.name {
+            pairs.push(("name", Value::from(name.as_str())));
+        }
     }
 }
 

@@ -8,6 +8,8 @@ use super::jinja::{Compiled, worker};
 use super::message::Message;
 use anyhow::{Result, anyhow, ensure};
 use minijinja::value::Value;
+use serde_json::{Map, Value as Json};
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
@@ -15,8 +17,18 @@ use std::time::{Duration, SystemTime};
 /// Most bytes of a conversation, several times the largest context of any model.
 const MAX_CONVERSATION_BYTES: usize = 16 << 20;
 
+/// What a template sees beside the messages.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Surroundings {
+    /// Tools, each with a type and a function.
+    pub tools: Vec<Json>,
+    /// Variables with other names than those that every template sees.
+    pub variables: Map<String, Json>,
+}
+
 /// A chat template with the tokens that it may write.
 pub struct Template {
+    source: String,
     place: Place,
     bos: String,
     eos: String,
@@ -28,7 +40,6 @@ enum Place {
     Here(Box<Compiled>),
     /// In a process per rendering, which bounds memory, stack, and time.
     Worker {
-        source: String,
         /// Why the template used up its limits once. It is not run again.
         spent: OnceLock<String>,
         /// Time left for the renderings of a turn together.
@@ -50,6 +61,7 @@ impl Template {
     pub fn at(source: &str, bos: &str, eos: &str, now: Option<SystemTime>) -> Result<Self> {
         let compiled = Compiled::new(source, now).map_err(refused)?;
         Ok(Self {
+            source: source.to_string(),
             place: Place::Here(Box::new(compiled)),
             bos: bos.to_string(),
             eos: eos.to_string(),
@@ -63,16 +75,21 @@ impl Template {
     /// When the template cannot be compiled within its limits, or no process can be started.
     pub fn isolated(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let template = Self {
+            source: source.to_string(),
             place: Place::Worker {
-                source: source.to_string(),
                 spent: OnceLock::new(),
                 time: Cell::new(worker::MAX_TIME),
             },
             bos: bos.to_string(),
             eos: eos.to_string(),
         };
-        template.ask(source, None)?;
+        template.ask(None, &Surroundings::default())?;
         Ok(template)
+    }
+
+    /// Returns the text of the template.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Begins a turn: its renderings have the whole time of a process together.
@@ -87,26 +104,33 @@ impl Template {
     /// # Errors
     /// When the template rejects the conversation or exceeds its limits, and on Ctrl-C.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
+        self.render_in(messages, &Surroundings::default())
+    }
+
+    /// Renders a conversation with tools and variables.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_in(&self, messages: &[Message], around: &Surroundings) -> Result<String> {
         let values: Vec<Value> = messages.iter().map(Message::value).collect();
-        let bytes = messages.iter().fold(0usize, |sum, message| {
-            let thinking = message.thinking.as_ref().map_or(0, String::len);
-            sum.saturating_add(message.content.len())
-                .saturating_add(thinking)
-        });
+        let bytes = messages.iter().map(Message::n_bytes);
+        let tools = around.tools.iter().chain(around.variables.values());
+        let bytes = bytes.chain(tools.map(|tool| tool.to_string().len()));
+        let bytes = bytes.fold(0, usize::saturating_add);
         ensure!(
             bytes <= MAX_CONVERSATION_BYTES,
             "the conversation has {bytes} bytes, expected at most {MAX_CONVERSATION_BYTES}; send shorter messages"
         );
         match &self.place {
             Place::Here(compiled) => compiled
-                .render(values, &self.bos, &self.eos)
+                .render(values, around, &self.bos, &self.eos)
                 .map_err(refused),
-            Place::Worker { source, .. } => self.ask(source, Some(values)),
+            Place::Worker { .. } => self.ask(Some(values), around),
         }
     }
 
     /// Has a worker compile the template, and render `messages` if there are any.
-    fn ask(&self, source: &str, messages: Option<Vec<Value>>) -> Result<String> {
+    fn ask(&self, messages: Option<Vec<Value>>, around: &Surroundings) -> Result<String> {
         let Place::Worker { spent, time, .. } = &self.place else {
             unreachable!("only templates of strangers go to a worker")
         };
@@ -114,10 +138,12 @@ impl Template {
             return Err(refused(reason.clone()));
         }
         let request = worker::Request {
-            source: source.into(),
+            source: self.source.as_str().into(),
             bos: self.bos.as_str().into(),
             eos: self.eos.as_str().into(),
             messages,
+            tools: Cow::Borrowed(&around.tools),
+            variables: Cow::Borrowed(&around.variables),
         };
         let mut left = time.get();
         let reply = worker::ask(&request, &mut left);

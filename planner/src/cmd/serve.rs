@@ -101,6 +101,16 @@ pub struct ServeArgs {
     /// one beside the model]
     #[arg(long, value_name = "FILE", help_heading = "Generation")]
     pub routing: Option<PathBuf>,
+    /// Draft up to N tokens per text and step from what followed the same words earlier in the text,
+    /// where that pays by measured times and hits; the answers stay the same
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(0..=8),
+        help_heading = "Generation"
+    )]
+    pub draft: usize,
     /// Most tokens per answer for requests that do not say; -1 is no limit [default: 16 for
     /// completions, no limit for chats]
     #[arg(
@@ -283,6 +293,7 @@ fn answer(
     let options = Options {
         max_texts: speeds.texts as usize,
         max_step: speeds.max_step,
+        max_drafts: args.draft,
         cost: speeds.cost,
     };
     let mut batcher = Batcher::new(&mut session.engine, tokenizer, options);

@@ -1,5 +1,6 @@
 //! Answers in the form of OpenAI's interface.
 
+pub use crate::calls::Call;
 use crate::request::{Endpoint, Request};
 use serde_json::{Value, json};
 use tier_plan_runtime::batcher::TokenText;
@@ -17,6 +18,8 @@ pub enum Finish {
     Stop,
     /// It has all tokens that it may have, or the context is full.
     Length,
+    /// It calls tools.
+    ToolCalls,
 }
 
 impl Finish {
@@ -25,6 +28,7 @@ impl Finish {
         match self {
             Finish::Stop => "stop",
             Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
         }
     }
 }
@@ -36,6 +40,8 @@ pub struct Choice {
     pub text: String,
     /// Reasoning before the answer.
     pub thinking: Option<String>,
+    /// Calls of tools.
+    pub calls: Vec<Call>,
     /// Why it ends.
     pub finish: Finish,
     /// Tokens generated, also those that are not in the text.
@@ -107,6 +113,12 @@ impl Answered<'_> {
         if let Some(thinking) = &choice.thinking {
             message["reasoning_content"] = thinking.as_str().into();
         }
+        if !choice.calls.is_empty() {
+            message["tool_calls"] = choice.calls.iter().map(tool_call).collect();
+            if choice.text.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
         let tokens = choice.tokens.as_deref();
         let logprobs = tokens.map(|tokens| chat_logprobs(self.piece, tokens));
         json!({
@@ -116,6 +128,15 @@ impl Answered<'_> {
             "finish_reason": finish,
         })
     }
+}
+
+/// Returns a call as chats have it.
+pub(crate) fn tool_call(call: &Call) -> Value {
+    json!({
+        "id": call.id,
+        "type": "function",
+        "function": { "name": call.name, "arguments": call.arguments },
+    })
 }
 
 /// Returns the log-probabilities of tokens as chats have them.

@@ -1,34 +1,24 @@
 //! Anthropic's endpoints: messages, and their count of tokens.
 
-use crate::answer::Choice;
-use crate::ask::{Answering, Delta, Prepared, mark_logged, prepare};
+mod body;
+
+use crate::ask::{self, Answering, Delta, Prepared, mark_logged, prepare};
+use crate::calls::Part;
 use crate::error::{ApiError, Protocol, json_response};
-use crate::http::body;
+use crate::http;
 use crate::openai::add_truth;
-use crate::request::fields::{Fields, bad, shown};
-use crate::request::read::{MAX_TOKENS, sampling, stop_strings};
-use crate::request::{BadLine, Code, Endpoint, Message, Prompt, Request, Role, Stream, object};
 use crate::sse::{self, Format, event};
 use crate::state::State;
 use axum::body::Body;
 use axum::extract::State as Shared;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
+use body::counted;
+pub(crate) use body::request;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Instant;
 use tier_plan_runtime::batcher::Finish;
-
-/// Fields that would change an answer in a way that is not implemented.
-const UNSUPPORTED: [&str; 7] = [
-    "tools",
-    "tool_choice",
-    "mcp_servers",
-    "container",
-    "context_management",
-    "output_format",
-    "output_config",
-];
 
 /// Answers `/v1/messages`.
 pub(crate) async fn messages(
@@ -51,13 +41,9 @@ pub(crate) async fn count_tokens(
 }
 
 async fn count(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let bytes = body::read(&state, &headers, body).await?;
+    let bytes = http::body::read(&state, &headers, body).await?;
     let n = prepare(&state, move |state| {
-        let body = object(&bytes)?;
-        let body = Fields::new(&body, "");
-        check(body)?;
-        let (tokens, _) = state.prompts().messages(&conversation(body)?)?;
-        Ok(tokens.len())
+        ask::count_tokens(state, &counted("count", &bytes)?)
     })
     .await?;
     Ok(json_response(StatusCode::OK, &json!({ "input_tokens": n })))
@@ -65,7 +51,7 @@ async fn count(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Resp
 
 async fn answer(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     let received = Instant::now();
-    let bytes = body::read(&state, &headers, body).await?;
+    let bytes = http::body::read(&state, &headers, body).await?;
     let id = state.new_id();
     let prepared = prepare(&state, move |state| {
         let request = request(&id, &bytes)?;
@@ -77,12 +63,16 @@ async fn answer(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Res
     if answering.request.stream.wanted {
         return Ok(sse::response(answering, Events::default()));
     }
-    let choices = match answering.collect().await {
-        Ok(choices) => choices,
+    let texts = match answering.collect().await {
+        Ok(texts) => texts,
         Err(error) => return Ok(answering.failed(error.of(Protocol::Anthropic))),
     };
     let mut message = message_of(&answering);
-    message["content"] = choices.iter().flat_map(blocks).collect();
+    message["content"] = texts
+        .iter()
+        .flat_map(|text| &text.parts)
+        .map(block)
+        .collect();
     let end = ending(&answering);
     message["stop_reason"] = end.reason.into();
     message["stop_sequence"] = end.sequence.into();
@@ -93,147 +83,19 @@ async fn answer(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Res
     Ok(response)
 }
 
-/// Checks the body of a request.
-pub(crate) fn request(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
-    let body = object(bytes)?;
-    let body = Fields::new(&body, "");
-    check(body)?;
-    let max_tokens = body.count("max_tokens", 1..=MAX_TOKENS)?;
-    if max_tokens.is_none() {
-        return Err(body.bad("max_tokens", "a whole number from 1"));
+/// Returns the block of a part of an answer.
+fn block(part: &Part) -> Value {
+    match part {
+        Part::Thinking(text) => json!({ "type": "thinking", "thinking": text, "signature": "" }),
+        Part::Content(text) => json!({ "type": "text", "text": text }),
+        Part::Call(call) => json!({
+            "type": "tool_use",
+            "id": call.id,
+            "name": call.name,
+            // Arguments are an object that was written by this program.
+            "input": serde_json::from_str::<Value>(&call.arguments).unwrap_or(json!({})),
+        }),
     }
-    Ok(Request {
-        custom_id: id.to_string(),
-        endpoint: Endpoint::Chat,
-        model: body.text("model")?.map(str::to_string),
-        prompt: Prompt::Messages(conversation(body)?),
-        max_tokens,
-        sampling: sampling(body)?,
-        stop: stop_strings(body, "stop_sequences")?,
-        n: 1,
-        logprobs: None,
-        ignore_eos: false,
-        stream: Stream {
-            wanted: body.flag("stream")?.unwrap_or(false),
-            usage: true,
-        },
-    })
-}
-
-/// Refuses what is not implemented.
-fn check(body: Fields<'_>) -> Result<(), BadLine> {
-    let empty = |value: &Value| matches!(value, Value::Array(items) if items.is_empty());
-    let asked = |name: &&&str| body.get(name).is_some_and(|value| !empty(value));
-    match UNSUPPORTED.iter().find(asked) {
-        Some(name) => Err(BadLine::new(
-            Code::Unsupported,
-            format!("{name}: not supported, and would change the result; leave the field out"),
-        )),
-        None => Ok(()),
-    }
-}
-
-/// Returns the system message and those of the conversation.
-fn conversation(body: Fields<'_>) -> Result<Vec<Message>, BadLine> {
-    let mut all = Vec::new();
-    if let Some(system) = body.get("system") {
-        let parts = parts("system", system)?;
-        all.push(Message::new(Role::System, &parts.text));
-    }
-    let items = match body.get("messages") {
-        Some(Value::Array(items)) if !items.is_empty() => items,
-        _ => return Err(body.bad("messages", "an array of one or more messages")),
-    };
-    for (i, item) in items.iter().enumerate() {
-        let place = format!("messages[{i}]");
-        let Value::Object(fields) = item else {
-            return Err(bad(
-                &place,
-                Some(item),
-                "an object with a role and a content",
-            ));
-        };
-        let fields = Fields::new(fields, &place);
-        let role = match fields.text("role")? {
-            Some("user") => Role::User,
-            Some("assistant") => Role::Assistant,
-            _ => return Err(fields.bad("role", "\"user\" or \"assistant\"")),
-        };
-        let Some(content) = fields.get("content") else {
-            return Err(fields.bad("content", "a string or an array of blocks"));
-        };
-        let parts = parts(&fields.place("content"), content)?;
-        all.push(Message {
-            thinking: Some(parts.thinking).filter(|t| !t.is_empty() && role == Role::Assistant),
-            ..Message::new(role, &parts.text)
-        });
-    }
-    if all.last().is_some_and(|last| last.role == Role::Assistant) {
-        let last = items.len() - 1;
-        let message = format!(
-            "messages[{last}].role: \"assistant\" as the last message is not supported, expected \"user\""
-        );
-        return Err(BadLine::new(Code::Unsupported, message));
-    }
-    Ok(all)
-}
-
-/// Texts of a message's blocks.
-#[derive(Default)]
-struct Parts {
-    text: String,
-    thinking: String,
-}
-
-/// Reads a content: a string, or blocks of text and of thought.
-fn parts(place: &str, content: &Value) -> Result<Parts, BadLine> {
-    let mut parts = Parts::default();
-    let blocks = match content {
-        Value::String(text) => {
-            parts.text.clone_from(text);
-            return Ok(parts);
-        }
-        Value::Array(blocks) => blocks,
-        _ => return Err(bad(place, Some(content), "a string or an array of blocks")),
-    };
-    for (i, block) in blocks.iter().enumerate() {
-        let place = format!("{place}[{i}]");
-        let Value::Object(fields) = block else {
-            return Err(bad(&place, Some(block), "an object with a type"));
-        };
-        let fields = Fields::new(fields, &place);
-        let kind = fields.text("type")?;
-        let (name, onto) = match kind {
-            Some("text") => ("text", &mut parts.text),
-            Some("thinking") => ("thinking", &mut parts.thinking),
-            Some(_) => {
-                let found = fields.get("type").map_or_else(String::new, shown);
-                let message = format!(
-                    "{}: {found} is not supported, expected \"text\" or \"thinking\"",
-                    fields.place("type")
-                );
-                return Err(BadLine::new(Code::Unsupported, message));
-            }
-            None => return Err(fields.bad("type", "\"text\" or \"thinking\"")),
-        };
-        match fields.text(name)? {
-            Some(text) => onto.push_str(text),
-            None => return Err(fields.bad(name, "a string")),
-        }
-    }
-    Ok(parts)
-}
-
-/// Returns the blocks of an answer.
-fn blocks(choice: &Choice) -> Vec<Value> {
-    let mut blocks = Vec::new();
-    if let Some(thinking) = &choice.thinking {
-        blocks.push(json!({ "type": "thinking", "thinking": thinking, "signature": "" }));
-    }
-    if !choice.text.is_empty() {
-        blocks.push(json!({ "type": "text", "text": choice.text }));
-    }
-    blocks
 }
 
 /// Returns a message without content and end.
@@ -268,11 +130,16 @@ struct Ending {
 }
 
 fn ending(answering: &Answering) -> Ending {
-    let finish = answering.texts.first().and_then(|text| text.finish.clone());
+    let text = answering.texts.first();
+    let finish = text.and_then(|text| text.finish.clone());
+    let calls = text.is_some_and(|text| text.n_calls > 0);
     let (reason, sequence) = match finish {
         Some(Finish::Length) => ("max_tokens", None),
-        Some(Finish::StopString(stop)) => ("stop_sequence", Some(stop)),
-        Some(Finish::EndToken) | None => ("end_turn", None),
+        Some(Finish::StopString(stop)) if answering.request.stop.contains(&stop) => {
+            ("stop_sequence", Some(stop))
+        }
+        _ if calls => ("tool_use", None),
+        _ => ("end_turn", None),
     };
     Ending { reason, sequence }
 }
@@ -282,6 +149,7 @@ fn ending(answering: &Answering) -> Ending {
 enum Block {
     Thinking,
     Text,
+    Tool,
 }
 
 /// Events of a streamed message.
@@ -294,27 +162,36 @@ struct Events {
 }
 
 impl Events {
-    /// Returns the events that add text to a block, which begins if it is not open.
-    fn add(&mut self, block: Block, text: &str) -> String {
+    /// Returns the events that add a part, in the block that is open if it has this kind of text.
+    fn add(&mut self, part: &Part) -> String {
+        let (kind, empty, delta) = match part {
+            Part::Thinking(text) => (
+                Block::Thinking,
+                json!({ "type": "thinking", "thinking": "", "signature": "" }),
+                json!({ "type": "thinking_delta", "thinking": text }),
+            ),
+            Part::Content(text) => (
+                Block::Text,
+                json!({ "type": "text", "text": "" }),
+                json!({ "type": "text_delta", "text": text }),
+            ),
+            Part::Call(call) => (
+                Block::Tool,
+                json!({ "type": "tool_use", "id": call.id, "name": call.name, "input": {} }),
+                json!({ "type": "input_json_delta", "partial_json": call.arguments }),
+            ),
+        };
         let mut events = String::new();
-        if self.open != Some(block) {
+        if self.open != Some(kind) || kind == Block::Tool {
             events += &self.close();
-            let empty = match block {
-                Block::Thinking => json!({ "type": "thinking", "thinking": "", "signature": "" }),
-                Block::Text => json!({ "type": "text", "text": "" }),
-            };
             let start = json!({
                 "type": "content_block_start",
                 "index": self.index,
                 "content_block": empty,
             });
             events += &event("content_block_start", &start);
-            self.open = Some(block);
+            self.open = Some(kind);
         }
-        let delta = match block {
-            Block::Thinking => json!({ "type": "thinking_delta", "thinking": text }),
-            Block::Text => json!({ "type": "text_delta", "text": text }),
-        };
         let delta = json!({ "type": "content_block_delta", "index": self.index, "delta": delta });
         events + &event("content_block_delta", &delta)
     }
@@ -337,11 +214,8 @@ impl Format for Events {
             events += &event("message_start", &start);
             events += &event("ping", &json!({ "type": "ping" }));
         }
-        if !delta.thinking.is_empty() {
-            events += &self.add(Block::Thinking, &delta.thinking);
-        }
-        if !delta.content.is_empty() {
-            events += &self.add(Block::Text, &delta.content);
+        for part in &delta.parts {
+            events += &self.add(part);
         }
         events
     }
@@ -376,111 +250,30 @@ impl Format for Events {
 mod tests {
     use super::*;
 
-    fn read(body: Value) -> Result<Request, BadLine> {
-        request("id", body.to_string().as_bytes())
-    }
-
-    #[test]
-    fn contents_are_strings_or_blocks() {
-        let request = read(json!({
-            "model": "m", "max_tokens": 7, "stop_sequences": ["\n"], "temperature": 0.5, "top_k": 3,
-            "stream": true, "metadata": {"user_id": "u"}, "tools": [],
-            "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
-            "messages": [
-                {"role": "user", "content": "a"},
-                {"role": "assistant", "content": [
-                    {"type": "thinking", "thinking": "t", "signature": "x"}, {"type": "text", "text": "b"},
-                ]},
-                {"role": "user", "content": [{"type": "text", "text": "c"}, {"type": "text", "text": "d"}]},
-            ],
-        }))
-        .unwrap();
-        let expected = vec![
-            Message::new(Role::System, "s"),
-            Message::new(Role::User, "a"),
-            Message {
-                thinking: Some("t".into()),
-                ..Message::new(Role::Assistant, "b")
-            },
-            Message::new(Role::User, "cd"),
-        ];
-        assert_eq!(request.prompt, Prompt::Messages(expected));
-        assert_eq!((request.max_tokens, request.stream.wanted), (Some(7), true));
-        assert_eq!(request.stop, ["\n"]);
-        assert_eq!(request.sampling.top_k, Some(3));
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        let one = |content: Value| json!([{"role": "user", "content": content}]);
-        for (body, words) in [
-            (json!({"messages": one(json!("a"))}), "max_tokens: missing"),
-            (json!({"max_tokens": 1}), "messages: missing"),
-            (
-                json!({"max_tokens": 1, "messages": []}),
-                "messages: an array",
-            ),
-            (json!({"max_tokens": 1, "messages": [7]}), "messages[0]: 7"),
-            (
-                json!({"max_tokens": 1, "messages": one(json!(7))}),
-                "messages[0].content: 7",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": one(json!([7]))}),
-                "messages[0].content[0]: 7",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": one(json!([{"type": "image"}]))}),
-                "messages[0].content[0].type: \"image\" is not supported",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": one(json!([{"type": "text"}]))}),
-                "messages[0].content[0].text: missing",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": [{"role": "system", "content": "a"}]}),
-                "messages[0].role: \"system\"",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": [{"role": "assistant", "content": "a"}]}),
-                "messages[0].role: \"assistant\" as the last",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": one(json!("a")), "system": 7}),
-                "system: 7, expected a string",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": one(json!("a")), "tools": [{}]}),
-                "tools: not supported",
-            ),
-            (
-                json!({"max_tokens": 1, "messages": one(json!("a")), "stop_sequences": [""]}),
-                "stop_sequences: \"\"",
-            ),
-        ] {
-            let bad = read(body).unwrap_err();
-            assert!(
-                bad.message.starts_with(words),
-                "{words:?} in {}",
-                bad.message
-            );
-        }
-    }
-
     #[test]
     fn blocks_open_and_close_in_order() {
         let mut events = Events::default();
-        let text = events.add(Block::Thinking, "a")
-            + &events.add(Block::Thinking, "b")
-            + &events.add(Block::Text, "c")
+        let call = || {
+            Part::Call(crate::calls::Call {
+                id: Some("i".into()),
+                name: "f".into(),
+                arguments: "{}".into(),
+            })
+        };
+        let text = events.add(&Part::Thinking("a".into()))
+            + &events.add(&Part::Thinking("b".into()))
+            + &events.add(&Part::Content("c".into()))
+            + &events.add(&call())
+            + &events.add(&call())
             + &events.close()
             + &events.close();
         let names: Vec<&str> = text
             .lines()
             .filter_map(|line| line.strip_prefix("event: content_block_"))
             .collect();
-        let expected = ["start", "delta", "delta", "stop", "start", "delta", "stop"];
-        assert_eq!(names, expected);
+        let one = ["start", "delta", "stop"];
+        let thought = ["start", "delta", "delta", "stop"];
+        assert_eq!(names, [&thought[..], &one, &one, &one].concat());
         assert!(
             text.contains(r#""index":1,"content_block":{"type":"text""#),
             "{text}"

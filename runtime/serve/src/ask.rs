@@ -1,12 +1,14 @@
 //! A request between its body and its answer: checked, queued, and collected.
 
 use crate::answer::{Choice, Finish, Place};
+use crate::calls::{Part, add};
 use crate::error::ApiError;
+use crate::grammar::Wanted;
 use crate::job::{Command, Job, JobEvent, What, most_events};
 use crate::log::{Entry, Texts};
-use crate::request::{Endpoint, Request};
+use crate::request::{BadLine, Code, Endpoint, Request};
 use crate::state::State;
-use crate::thought::{Parts, Splitter};
+use crate::thought::{CallOptions, Splitter};
 use crate::truth::{Counts, Timings};
 use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
@@ -21,6 +23,7 @@ pub(crate) struct Prepared {
     pub options: Arc<TextOptions>,
     /// Text of the prompt, if a template made it.
     pub prompt: String,
+    calls: Option<CallOptions>,
 }
 
 /// Status in the log of a request whose client left, as nginx has it.
@@ -37,7 +40,22 @@ pub(crate) fn mark_logged(response: &mut Response) {
 impl Prepared {
     /// Tokenizes a request.
     pub fn new(state: &State, request: Request) -> Result<Self, ApiError> {
+        let calls = call_options(state, &request)?;
         let encoded = state.prompts().encode(&request)?;
+        let grammar = state.grammars.of(&Wanted {
+            format: &request.format,
+            tools: &request.tools,
+            form: state.form,
+            is_chat: request.endpoint == Endpoint::Chat,
+            prompt: &encoded.text,
+        })?;
+        let mut stop = request.stop.clone();
+        if let Some(calls) = calls.as_ref().filter(|calls| calls.only_one) {
+            stop.extend(calls.form.one.iter().map(ToString::to_string));
+        }
+        let shown = calls
+            .as_ref()
+            .map_or(Arc::new([]) as Arc<[u32]>, |_| Arc::clone(&state.shown));
         let defaults = &state.config.sampling;
         let options = TextOptions {
             prompt: encoded.tokens,
@@ -46,7 +64,9 @@ impl Prepared {
                 seed: request.seed(defaults.seed),
                 ..request.sampling.over(defaults)
             },
-            stop: request.stop.clone(),
+            stop,
+            shown,
+            grammar,
             ignore_eos: request.ignore_eos,
             n_top: request.logprobs,
         };
@@ -54,8 +74,39 @@ impl Prepared {
             request,
             options: Arc::new(options),
             prompt: encoded.text,
+            calls,
         })
     }
+}
+
+/// Returns how calls in the answer to a request are found.
+fn call_options(state: &State, request: &Request) -> Result<Option<CallOptions>, ApiError> {
+    if !request.tools.may_call() {
+        return Ok(None);
+    }
+    let refused = |message: &str| BadLine::new(Code::Unsupported, message).into();
+    let Some(form) = state.form else {
+        return Err(refused(match state.chats {
+            Some(_) => {
+                "tools: the chat template has no form of calls that is known; leave the field out, or give another \
+                 with --chat-template FILE"
+            }
+            None => {
+                "tools: this model has no chat template; leave the field out, or give one with --chat-template FILE"
+            }
+        }));
+    };
+    Ok(Some(CallOptions {
+        form,
+        tools: Arc::clone(&request.tools.list),
+        only_one: !request.tools.parallel,
+    }))
+}
+
+/// Returns the number of tokens in the prompt of a request.
+pub(crate) fn count_tokens(state: &State, request: &Request) -> Result<usize, ApiError> {
+    call_options(state, request)?;
+    Ok(state.prompts().encode(request)?.tokens.len())
 }
 
 /// Does work on a body beside the connections, a few at once.
@@ -85,8 +136,7 @@ pub(crate) struct Delta {
     pub index: usize,
     /// Whether it was admitted just now.
     pub begun: bool,
-    pub thinking: String,
-    pub content: String,
+    pub parts: Vec<Part>,
     pub tokens: Vec<TokenText>,
     /// Where the content begins in the text.
     pub from: Place,
@@ -99,6 +149,8 @@ pub(crate) struct Delta {
 pub(crate) struct TextState {
     pub n_new: usize,
     pub finish: Option<batcher::Finish>,
+    /// Calls of tools so far.
+    pub n_calls: usize,
     splitter: Option<Splitter>,
     place: Place,
 }
@@ -162,7 +214,8 @@ impl Answering {
         let sent = state.inbox.send(Command::Generate(job));
         sent.map_err(|_| ApiError::stopping())?;
         let text = TextState {
-            splitter: (request.endpoint == Endpoint::Chat).then(|| Splitter::new(&prepared.prompt)),
+            splitter: (request.endpoint == Endpoint::Chat)
+                .then(|| Splitter::new(&prepared.prompt, prepared.calls.clone())),
             ..TextState::default()
         };
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -223,31 +276,33 @@ impl Answering {
         text.finish.clone_from(&drawn.finish);
         let from = text.place;
         text.place = from.after(&drawn.text);
-        let parts = match &mut text.splitter {
-            None => Parts {
-                content: drawn.text,
-                ..Parts::default()
-            },
+        let mut parts = Vec::new();
+        match &mut text.splitter {
+            None => add(&mut parts, Part::Content(drawn.text)),
             Some(splitter) => {
-                let mut parts = splitter.push(&drawn.text, drawn.mark);
+                let mut came = splitter.push(&drawn.text, drawn.mark);
                 if drawn.finish.is_some() {
-                    let rest = splitter.finish();
-                    parts.thinking.push_str(&rest.thinking);
-                    parts.content.push_str(&rest.content);
+                    came.extend(splitter.finish());
                 }
-                parts
+                came.into_iter().for_each(|part| add(&mut parts, part));
             }
-        };
+        }
+        for part in &mut parts {
+            if let Part::Call(call) = part {
+                let id = || call_id(&self.request.custom_id, index, text.n_calls);
+                call.id.get_or_insert_with(id);
+                text.n_calls += 1;
+            }
+        }
         if let Some(timings) = timings {
             self.state.metrics.text_ended(&timings, text.n_new);
             self.timings = *timings;
         }
-        let is_empty = parts == Parts::default() && drawn.tokens.is_empty();
+        let is_empty = parts.is_empty() && drawn.tokens.is_empty();
         let delta = Delta {
             index,
             begun: false,
-            thinking: parts.thinking,
-            content: parts.content,
+            parts,
             tokens: drawn.tokens,
             from,
             finish: drawn.finish,
@@ -259,32 +314,45 @@ impl Answering {
     ///
     /// # Errors
     /// When a text cannot go on.
-    pub async fn collect(&mut self) -> Result<Vec<Choice>, ApiError> {
-        let wants_tokens = self.request.logprobs.is_some();
-        let empty = Choice {
-            text: String::new(),
-            thinking: None,
-            finish: Finish::Stop,
-            n_tokens: 0,
-            tokens: wants_tokens.then(Vec::new),
-        };
-        let mut choices = vec![empty; self.texts.len()];
+    pub async fn collect(&mut self) -> Result<Vec<Collected>, ApiError> {
+        let mut all = vec![Collected::default(); self.texts.len()];
         while let Some(delta) = self.next().await? {
-            let choice = &mut choices[delta.index];
-            choice.text.push_str(&delta.content);
-            if !delta.thinking.is_empty() {
-                let thinking = choice.thinking.get_or_insert_default();
-                thinking.push_str(&delta.thinking);
-            }
-            if let Some(tokens) = &mut choice.tokens {
-                tokens.extend(delta.tokens);
-            }
+            let text = &mut all[delta.index];
+            delta
+                .parts
+                .into_iter()
+                .for_each(|part| add(&mut text.parts, part));
+            text.tokens.extend(delta.tokens);
         }
-        for (choice, text) in choices.iter_mut().zip(&self.texts) {
-            choice.n_tokens = text.n_new;
-            choice.finish = finish(text.finish.as_ref());
-        }
-        Ok(choices)
+        Ok(all)
+    }
+
+    /// Returns texts that were collected as choices.
+    pub fn choices(&self, all: Vec<Collected>) -> Vec<Choice> {
+        let wants_tokens = self.request.logprobs.is_some();
+        let texts = all.into_iter().zip(&self.texts);
+        texts
+            .map(|(collected, text)| {
+                let mut choice = Choice {
+                    text: String::new(),
+                    thinking: None,
+                    calls: Vec::new(),
+                    finish: finish(text),
+                    n_tokens: text.n_new,
+                    tokens: wants_tokens.then_some(collected.tokens),
+                };
+                for part in collected.parts {
+                    match part {
+                        Part::Content(text) => choice.text.push_str(&text),
+                        Part::Call(call) => choice.calls.push(call),
+                        Part::Thinking(text) => {
+                            choice.thinking.get_or_insert_default().push_str(&text);
+                        }
+                    }
+                }
+                choice
+            })
+            .collect()
     }
 
     /// Returns the response to a request that failed after it was queued.
@@ -336,10 +404,34 @@ impl Drop for Answering {
     }
 }
 
+/// A text of an answer that has ended.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Collected {
+    pub parts: Vec<Part>,
+    pub tokens: Vec<TokenText>,
+}
+
 /// Returns why a text ended in OpenAI's terms.
-pub(crate) fn finish(finish: Option<&batcher::Finish>) -> Finish {
-    match finish {
+pub(crate) fn finish(text: &TextState) -> Finish {
+    match &text.finish {
         Some(batcher::Finish::Length) => Finish::Length,
+        _ if text.n_calls > 0 => Finish::ToolCalls,
         _ => Finish::Stop,
     }
+}
+
+/// Returns a name for a call, which no other call of the run has. Mistral's templates take nothing but
+/// nine letters or digits.
+fn call_id(request: &str, text: usize, call: usize) -> String {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    const DIGITS: &[u8; 62] = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+    let mut hasher = DefaultHasher::new();
+    (request, text, call).hash(&mut hasher);
+    let mut left = hasher.finish();
+    let digit = |_| {
+        let digit = DIGITS[(left % 62) as usize];
+        left /= 62;
+        char::from(digit)
+    };
+    (0..9).map(digit).collect()
 }

@@ -16,7 +16,9 @@
 pub mod answer;
 mod anthropic;
 mod ask;
+mod calls;
 mod error;
+mod grammar;
 mod http;
 mod job;
 mod live;
@@ -26,6 +28,7 @@ mod openai;
 mod page;
 pub mod prompts;
 pub mod request;
+mod responses;
 mod sse;
 mod state;
 mod thought;
@@ -39,11 +42,16 @@ pub use work::Summary;
 
 use request::{BadLine, Endpoint, Request};
 
+/// A check of a body.
+#[doc(hidden)]
+pub type Check = fn(&[u8]) -> Result<(), BadLine>;
+
 /// Checks of the bodies of all kinds of requests, for fuzzing.
 #[doc(hidden)]
-pub const BODIES: [fn(&[u8]) -> Result<(), BadLine>; 4] = [
+pub const BODIES: [Check; 5] = [
     |body| Request::from_body("id", Endpoint::Chat, body).map(drop),
     |body| Request::from_body("id", Endpoint::Completions, body).map(drop),
     |body| anthropic::request("id", body).map(drop),
+    |body| responses::request("id", body).map(drop),
     |body| request::object(body).map(drop),
 ];

@@ -1,10 +1,12 @@
 //! OpenAI's endpoints: chats, completions, and the list of models.
 
-use crate::answer::{Answered, chat_logprobs, old_logprobs};
-use crate::ask::{Answering, Delta, Prepared, finish, mark_logged, prepare};
+use crate::answer::{Answered, chat_logprobs, old_logprobs, tool_call};
+use crate::ask::{Answering, Delta, Prepared, count_tokens, finish, mark_logged, prepare};
+use crate::calls::Part;
 use crate::error::{ApiError, json_response};
 use crate::http::body;
 use crate::request::{Endpoint, Request};
+use crate::responses::token_count;
 use crate::sse::{self, Format};
 use crate::state::State;
 use axum::body::Body;
@@ -58,7 +60,7 @@ async fn answer(
         return Ok(sse::response(answering, format));
     }
     let choices = match answering.collect().await {
-        Ok(choices) => choices,
+        Ok(collected) => answering.choices(collected),
         Err(error) => return Ok(answering.failed(error)),
     };
     let answered = Answered {
@@ -77,6 +79,27 @@ async fn answer(
     let mut response = json_response(StatusCode::OK, &value);
     mark_logged(&mut response);
     Ok(response)
+}
+
+/// Answers `/v1/chat/completions/input_tokens`: tokens of a chat's prompt.
+pub(crate) async fn input_tokens(
+    Shared(state): Shared<Arc<State>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let bytes = body::read(&state, &headers, body).await?;
+    let n = prepare(&state, move |state| {
+        count_tokens(state, &Request::from_body("count", Endpoint::Chat, &bytes)?)
+    })
+    .await?;
+    Ok(json_response(StatusCode::OK, &token_count(n)))
+}
+
+/// Refuses `/v1/embeddings`.
+pub(crate) async fn embeddings() -> ApiError {
+    let message =
+        "this server generates texts and makes no embeddings; use a server of an embedding model";
+    ApiError::new(StatusCode::NOT_IMPLEMENTED, "unsupported", message)
 }
 
 /// Returns the counts of tokens.
@@ -108,6 +131,8 @@ struct Chunks {
     wants_logprobs: bool,
     /// Texts that have had their first chunk, with the role.
     begun: Vec<bool>,
+    /// Calls that each text has had.
+    n_calls: Vec<usize>,
 }
 
 impl Chunks {
@@ -131,6 +156,7 @@ impl Chunks {
             wants_usage: request.stream.usage,
             wants_logprobs: request.logprobs.is_some(),
             begun: vec![false; request.n],
+            n_calls: vec![0; request.n],
         }
     }
 
@@ -149,11 +175,17 @@ impl Chunks {
         if !std::mem::replace(&mut self.begun[delta.index], true) {
             deltas.push(json!({ "role": "assistant", "content": "" }));
         }
-        if !delta.thinking.is_empty() {
-            deltas.push(json!({ "reasoning_content": delta.thinking }));
-        }
-        if !delta.content.is_empty() {
-            deltas.push(json!({ "content": delta.content }));
+        for part in &delta.parts {
+            deltas.push(match part {
+                Part::Thinking(text) => json!({ "reasoning_content": text }),
+                Part::Content(text) => json!({ "content": text }),
+                Part::Call(call) => {
+                    let mut value = tool_call(call);
+                    value["index"] = self.n_calls[delta.index].into();
+                    self.n_calls[delta.index] += 1;
+                    json!({ "tool_calls": [value] })
+                }
+            });
         }
         if deltas.is_empty() && !delta.tokens.is_empty() {
             deltas.push(json!({}));
@@ -182,7 +214,7 @@ impl Chunks {
                 "index": delta.index,
                 "delta": {},
                 "logprobs": null,
-                "finish_reason": finish(delta.finish.as_ref()).name(),
+                "finish_reason": finish(&answering.texts[delta.index]).name(),
             }));
         }
         choices
@@ -191,15 +223,20 @@ impl Chunks {
     /// Returns the chunks of one completion.
     fn completion(&self, answering: &Answering, delta: &Delta) -> Vec<Value> {
         let tokenizer = &answering.state.tokenizer;
+        let content = match delta.parts.as_slice() {
+            [Part::Content(text)] => text.as_str(),
+            _ => "",
+        };
         let has_logprobs = self.wants_logprobs && !delta.tokens.is_empty();
         let logprobs = has_logprobs.then(|| {
             let piece = |token| tokenizer.token_bytes(token);
-            old_logprobs(&piece, &delta.content, &delta.tokens, delta.from)
+            old_logprobs(&piece, content, &delta.tokens, delta.from)
         });
-        let reason = delta.finish.as_ref().map(|f| finish(Some(f)).name());
+        let ends = delta.finish.is_some();
+        let reason = ends.then(|| finish(&answering.texts[delta.index]).name());
         vec![json!({
             "index": delta.index,
-            "text": delta.content,
+            "text": content,
             "logprobs": logprobs,
             "finish_reason": reason,
         })]

@@ -1,6 +1,8 @@
 //! The tokens of a request, and what a request may ask of a model at hand.
 
+use crate::request::tools::{Choice, Tool};
 use crate::request::{BadLine, Code, Endpoint, Message, Prompt, Request};
+use serde_json::{Map, Value};
 use std::ops::Range;
 use tier_plan_runtime::printable::printable;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
@@ -19,7 +21,25 @@ pub trait Chats {
     ///
     /// # Errors
     /// When the template rejects the conversation, and after a signal.
-    fn render(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Rendered, ChatError>;
+    fn render(
+        &self,
+        conversation: Conversation<'_>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Rendered, ChatError>;
+
+    /// Returns the text of the template.
+    fn source(&self) -> &str;
+}
+
+/// What a prompt is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Conversation<'a> {
+    /// The messages, oldest first.
+    pub messages: &'a [Message],
+    /// Tools that the answer may call.
+    pub tools: &'a [Tool],
+    /// Variables for the template beside its own.
+    pub variables: &'a Map<String, Value>,
 }
 
 /// A rendered conversation.
@@ -41,6 +61,8 @@ pub enum ChatError {
         /// Text of the token.
         token: String,
     },
+    /// The template leaves out tools, or calls of them.
+    NoTools(&'static str),
     /// A signal asked for an end.
     Interrupted,
 }
@@ -96,7 +118,14 @@ impl Prompts<'_> {
         let (tokens, text) = match &request.prompt {
             Prompt::Text(text) => self.text(text)?,
             Prompt::Tokens(tokens) => self.tokens(tokens)?,
-            Prompt::Messages(messages) => self.messages(messages)?,
+            Prompt::Messages(messages) => self.messages(Conversation {
+                messages,
+                tools: match request.tools.choice {
+                    Choice::None => &[],
+                    _ => &request.tools.list,
+                },
+                variables: &request.variables,
+            })?,
         };
         Ok(self.limited(request, tokens, text)?)
     }
@@ -126,8 +155,11 @@ impl Prompts<'_> {
     ///
     /// # Errors
     /// When the template rejects it, or it is longer than the context; and after a signal.
-    pub fn messages(&self, messages: &[Message]) -> Result<(Vec<u32>, String), Unencoded> {
-        let Rendered { text, plain } = self.rendered(messages)?;
+    pub fn messages(
+        &self,
+        conversation: Conversation<'_>,
+    ) -> Result<(Vec<u32>, String), Unencoded> {
+        let Rendered { text, plain } = self.rendered(conversation)?;
         let tokens = self.tokenizer.encode_prompt(&text, &plain, self.context);
         Ok((self.checked(tokens)?, text))
     }
@@ -136,7 +168,7 @@ impl Prompts<'_> {
     ///
     /// # Errors
     /// When the template rejects it, and after a signal.
-    pub fn rendered(&self, messages: &[Message]) -> Result<Rendered, Unencoded> {
+    pub fn rendered(&self, conversation: Conversation<'_>) -> Result<Rendered, Unencoded> {
         let Some(template) = self.template else {
             let message = "url: this model has no chat template, expected \"/v1/completions\", or a \
                            template with --chat-template FILE";
@@ -145,10 +177,18 @@ impl Prompts<'_> {
         let refused =
             |why: String| Unencoded::Bad(invalid(format!("{}messages: {why}", self.path)));
         template
-            .render(messages, self.tokenizer)
+            .render(conversation, self.tokenizer)
             .map_err(|error| match error {
                 ChatError::Interrupted => Unencoded::Interrupted,
                 ChatError::Rejected(why) => refused(why),
+                ChatError::NoTools(what) => {
+                    let message = format!(
+                        "{}{what}: the chat template has no place for tools; leave them out, or give another with \
+                         --chat-template FILE",
+                        self.path
+                    );
+                    BadLine::new(Code::Unsupported, message).into()
+                }
                 ChatError::Mixed { token } => refused(format!(
                     "the chat template takes messages apart, so that '{}' in one cannot be told from the \
                      template's own; write it differently",

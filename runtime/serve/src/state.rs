@@ -1,5 +1,7 @@
 //! What connections and the engine's thread share.
 
+use crate::calls::forms::{self, Form};
+use crate::grammar::Grammars;
 use crate::job::Command;
 use crate::live::Live;
 use crate::metrics::Metrics;
@@ -11,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tier_plan_runtime::Cancel;
 use tier_plan_runtime::sampler::SamplerConfig;
-use tier_plan_runtime::tokenizer::Tokenizer;
+use tier_plan_runtime::tokenizer::{TokenKind, Tokenizer};
 use tokio::sync::Semaphore;
 
 /// Bodies that are checked and tokenized at once.
@@ -109,6 +111,11 @@ pub(crate) struct State {
     pub config: Config,
     pub tokenizer: Arc<Tokenizer>,
     pub chats: Option<Arc<dyn Chats + Send + Sync>>,
+    pub grammars: Grammars,
+    /// How the model calls tools, if that is known.
+    pub form: Option<&'static Form>,
+    /// Control tokens that must be seen to find calls.
+    pub shown: Arc<[u32]>,
     pub n_vocab: usize,
     pub context: usize,
     pub cancel: Cancel,
@@ -129,11 +136,31 @@ pub(crate) struct State {
     run: u64,
 }
 
+/// Returns the control tokens that marks of calls are, in a vocabulary that has such.
+fn shown(form: &Form, tokenizer: &Tokenizer) -> Arc<[u32]> {
+    let marks: Vec<&str> = form.shown().collect();
+    let is_mark = |id: &u32| {
+        let is_control = tokenizer.kind(*id) == Some(TokenKind::Control);
+        is_control
+            && marks
+                .iter()
+                .any(|mark| mark.as_bytes() == tokenizer.piece(*id))
+    };
+    (0..tokenizer.n_vocab() as u32).filter(is_mark).collect()
+}
+
 impl State {
     pub fn new(setup: Setup, inbox: Sender<Command>) -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        let form = setup
+            .chats
+            .as_ref()
+            .and_then(|chats| forms::of_template(chats.source()));
         let run = since.map_or(0, |since| since.as_nanos() as u64) ^ u64::from(std::process::id());
         Self {
+            grammars: Grammars::new(Arc::clone(&setup.tokenizer)),
+            form,
+            shown: form.map_or(Arc::new([]), |form| shown(form, &setup.tokenizer)),
             config: setup.config,
             tokenizer: setup.tokenizer,
             chats: setup.chats,

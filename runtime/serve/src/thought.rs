@@ -1,12 +1,16 @@
-//! What of an answer is thought and what is content, while it comes.
+//! What of an answer is thought, what is content, and what are calls of tools, while it comes.
 //!
 //! Models mark thoughts with tokens of their own, with tags that are ordinary text, or with the
 //! channels of gpt-oss. A tag counts at the start of an answer only, so that an answer may speak of
 //! it. Nothing is given out that later text could make part of a mark, so that what is given out
 //! never has to be taken back: a stream and a whole answer are equal.
 
+use crate::calls::forms::Form;
+use crate::calls::{Call, Parser, Part, add};
+use crate::request::tools::Tool;
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 use tier_plan_runtime::tokenizer::ThoughtMark;
 
 /// Marks of thoughts that models spell with tokens of ordinary text.
@@ -29,13 +33,64 @@ const CHANNEL: &str = "<|channel|>";
 const MESSAGE: &str = "<|message|>";
 const CHANNEL_ENDS: [&str; 5] = ["<|end|>", "<|return|>", "<|call|>", "<|start|>", CHANNEL];
 
-/// Texts of an answer.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Parts {
-    /// Reasoning.
-    pub thinking: String,
-    /// The answer itself.
-    pub content: String,
+/// What the prompt of a chat in channels ends with. The role may have a recipient.
+const ROLE: &str = "<|start|>assistant";
+
+/// What a header has before the name of a tool.
+const RECIPIENT: &str = "to=";
+
+/// What may come before an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Before {
+    Nothing,
+    /// The rest of a thought, which this mark ends.
+    Open(&'static str),
+    /// A thought between these marks, or nothing.
+    Maybe([&'static str; 2]),
+    /// A thought in a channel of its own, or nothing.
+    Channels,
+}
+
+/// Returns what may come before the answer to a prompt, of a model whose vocabulary `has` some marks.
+pub(crate) fn before(prompt: &str, is_channels: bool, has: impl Fn(&str) -> bool) -> Before {
+    if is_channels {
+        return Before::Channels;
+    }
+    if let Some([_, close]) = opened(prompt) {
+        return Before::Open(close);
+    }
+    let known = SPELLED
+        .into_iter()
+        .find(|marks| marks.iter().all(|mark| has(mark)));
+    // A thought that the template has ended is not begun again.
+    let ended = known.filter(|[_, close]| prompt.trim_end().ends_with(close));
+    match (known, ended) {
+        (Some(marks), None) => Before::Maybe(marks),
+        _ => Before::Nothing,
+    }
+}
+
+/// Returns the marks of a thought that a prompt opens at its end.
+fn opened(prompt: &str) -> Option<[&'static str; 2]> {
+    let end = prompt.trim_end();
+    SPELLED.into_iter().find(|[open, _]| end.ends_with(open))
+}
+
+/// The tools of an answer, and how the model calls them.
+#[derive(Debug, Clone)]
+pub(crate) struct CallOptions {
+    pub form: &'static Form,
+    pub tools: Arc<[Tool]>,
+    /// Whether calls after the first are left out.
+    pub only_one: bool,
+}
+
+/// What is in a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Channel {
+    Thought,
+    Content,
+    Call,
 }
 
 /// Where in an answer the text is.
@@ -51,8 +106,7 @@ enum At {
     Between,
     /// In the header of a channel.
     Header,
-    /// In a channel, whether it is thought.
-    Channel(bool),
+    Channel(Channel),
 }
 
 /// Splits an answer that comes in pieces.
@@ -68,6 +122,14 @@ pub struct Splitter {
     content: Trimmed,
     /// Whether there was a thought, so that white space around the content is dropped.
     has_thought: bool,
+    /// Whether the prompt ends with the role of a message in channels.
+    after_role: bool,
+    /// Text between channels, where a recipient may be.
+    role: String,
+    /// The call in the channel at hand.
+    call: Call,
+    options: Option<CallOptions>,
+    parser: Option<Parser>,
 }
 
 /// A text without white space at its ends, as it comes.
@@ -97,9 +159,14 @@ impl Trimmed {
 impl Splitter {
     /// Creates a splitter for an answer to `prompt`, the text that a chat template made. Some
     /// templates open the thought there.
-    pub fn new(prompt: &str) -> Self {
+    pub fn new(prompt: &str, options: Option<CallOptions>) -> Self {
         let end = prompt.trim_end();
-        let opened = SPELLED.iter().find(|[open, _]| end.ends_with(open));
+        let parser = options
+            .as_ref()
+            .filter(|options| !options.form.is_channels());
+        let parser = parser
+            .map(|options| Parser::new(options.form, Arc::clone(&options.tools), options.only_one));
+        let opened = opened(prompt);
         Self {
             at: opened.map_or(At::Start, |[_, close]| At::Thought(Some(close))),
             held: String::new(),
@@ -108,28 +175,48 @@ impl Splitter {
             thinking: Trimmed::default(),
             content: Trimmed::default(),
             has_thought: opened.is_some(),
+            after_role: end.ends_with(ROLE),
+            role: String::new(),
+            call: Call {
+                id: None,
+                name: String::new(),
+                arguments: String::new(),
+            },
+            options,
+            parser,
         }
     }
 
     /// Takes the next piece of the answer, and where the token at hand is in the whole if it marks a
     /// thought. Returns what is certain.
-    pub fn push(&mut self, text: &str, mark: Option<(Range<usize>, ThoughtMark)>) -> Parts {
+    pub fn push(&mut self, text: &str, mark: Option<(Range<usize>, ThoughtMark)>) -> Vec<Part> {
         self.held.push_str(text);
         self.marks.extend(mark);
-        let mut parts = Parts::default();
+        let mut parts = Vec::new();
         while self.advance(&mut parts, false) {}
         parts
     }
 
     /// Ends the answer, and returns what was held back.
-    pub fn finish(&mut self) -> Parts {
-        let mut parts = Parts::default();
+    pub fn finish(&mut self) -> Vec<Part> {
+        let mut parts = Vec::new();
         while self.advance(&mut parts, true) {}
+        if self.at == At::Channel(Channel::Call) {
+            self.end_call(&mut parts);
+        }
+        if self.at == At::Between && !self.has_thought {
+            // It was no role.
+            let text = std::mem::take(&mut self.role);
+            self.add_content(text, &mut parts);
+        }
+        if let Some(parser) = &mut self.parser {
+            parser.finish(&mut parts);
+        }
         parts
     }
 
     /// Decides on some of the text that is held. Returns whether it may decide on more.
-    fn advance(&mut self, parts: &mut Parts, is_end: bool) -> bool {
+    fn advance(&mut self, parts: &mut Vec<Part>, is_end: bool) -> bool {
         // Up to the next token that marks a thought, text is what it is.
         let until = self.marks.front().map(|(place, _)| place.clone());
         let until = until.map(|place| {
@@ -169,7 +256,7 @@ impl Splitter {
 
     /// Decides on text of the first `n` bytes that are held, after which something else comes if it
     /// `is_whole`.
-    fn decide(&mut self, parts: &mut Parts, n: usize, is_whole: bool) -> bool {
+    fn decide(&mut self, parts: &mut Vec<Part>, n: usize, is_whole: bool) -> bool {
         match self.at {
             At::Start => self.start(n, is_whole),
             At::Thought(close) => {
@@ -183,13 +270,17 @@ impl Splitter {
             At::Content => self.until(parts, n, is_whole, &[], At::Content),
             At::Between => self.until(parts, n, is_whole, &[CHANNEL], At::Header),
             At::Header => self.header(n, is_whole),
-            At::Channel(_) => {
+            At::Channel(channel) => {
                 let found = first(&self.held[..n], &CHANNEL_ENDS);
                 let next = match found {
                     Some((_, CHANNEL)) => At::Header,
                     _ => At::Between,
                 };
-                self.until(parts, n, is_whole, &CHANNEL_ENDS, next)
+                let goes_on = self.until(parts, n, is_whole, &CHANNEL_ENDS, next);
+                if channel == Channel::Call && self.at == next {
+                    self.end_call(parts);
+                }
+                goes_on
             }
         }
     }
@@ -204,7 +295,9 @@ impl Splitter {
             self.drop(n);
             return true;
         }
+        let recipient = self.after_role.then_some(RECIPIENT);
         let tags = SPELLED.iter().map(|[open, _]| *open).chain(CHANNEL_STARTS);
+        let tags = tags.chain(recipient);
         if let Some([open, close]) = SPELLED.iter().find(|[open, _]| trimmed.starts_with(open)) {
             self.at = At::Thought(Some(close));
             self.drop(space + open.len());
@@ -212,6 +305,8 @@ impl Splitter {
             self.at = At::Header;
             self.has_thought = true;
             self.drop(space + start.len());
+        } else if recipient.is_some_and(|recipient| trimmed.starts_with(recipient)) {
+            self.at = At::Between;
         } else if !is_whole && tags.into_iter().any(|tag| tag.starts_with(trimmed)) {
             return false;
         } else {
@@ -229,15 +324,59 @@ impl Splitter {
             None => return false,
         };
         let name = header.split_whitespace().next();
-        self.at = At::Channel(!matches!(name, Some("final" | "commentary")));
+        let channel = match name {
+            Some("final" | "commentary") => Channel::Content,
+            _ => Channel::Thought,
+        };
+        let header = format!("{} {header}", std::mem::take(&mut self.role));
+        let recipient = self.recipient(&header);
+        self.has_thought = true;
+        self.at = At::Channel(recipient.as_ref().map_or(channel, |_| Channel::Call));
+        self.call.name = recipient.unwrap_or_default();
         self.drop(used);
         true
+    }
+
+    /// Returns the tool that a header names, if the request has it.
+    fn recipient(&self, header: &str) -> Option<String> {
+        let options = self
+            .options
+            .as_ref()
+            .filter(|options| options.form.is_channels())?;
+        let mut words = header.split(|c: char| c.is_whitespace() || c == '<');
+        let name = words.find_map(|word| word.strip_prefix(RECIPIENT))?;
+        let name = name.strip_prefix("functions.").unwrap_or(name);
+        let tool = options.tools.iter().find(|tool| tool.name == name)?;
+        Some(tool.name.clone())
+    }
+
+    /// Gives out the call of a channel that has ended, or its text if it is none.
+    fn end_call(&mut self, parts: &mut Vec<Part>) {
+        let text = std::mem::take(&mut self.call.arguments);
+        let arguments = match text.trim() {
+            "" => "{}",
+            text => text,
+        };
+        match crate::request::value::parse(arguments.as_bytes()) {
+            Ok(arguments @ serde_json::Value::Object(_)) => parts.push(Part::Call(Call {
+                arguments: arguments.to_string(),
+                ..self.call.clone()
+            })),
+            _ => self.add_content(text, parts),
+        }
+    }
+
+    fn add_content(&mut self, text: String, parts: &mut Vec<Part>) {
+        match &mut self.parser {
+            Some(parser) => parser.push(&text, parts),
+            None => add(parts, Part::Content(text)),
+        }
     }
 
     /// Gives out text up to the first of `ends`, and what can't be the beginning of one.
     fn until(
         &mut self,
-        parts: &mut Parts,
+        parts: &mut Vec<Part>,
         n: usize,
         is_whole: bool,
         ends: &[&'static str],
@@ -257,16 +396,24 @@ impl Splitter {
     }
 
     /// Gives out the first `n` bytes.
-    fn give(&mut self, parts: &mut Parts, n: usize) {
+    fn give(&mut self, parts: &mut Vec<Part>, n: usize) {
         let text: String = self.held.drain(..n).collect();
         self.done += n;
         match self.at {
-            At::Thought(_) | At::Channel(true) => self.thinking.push(&text, &mut parts.thinking),
-            At::Content | At::Channel(false) if self.has_thought => {
-                self.content.push(&text, &mut parts.content);
+            At::Thought(_) | At::Channel(Channel::Thought) => {
+                let mut trimmed = String::new();
+                self.thinking.push(&text, &mut trimmed);
+                add(parts, Part::Thinking(trimmed));
             }
-            At::Content => parts.content.push_str(&text),
-            _ => {}
+            At::Content | At::Channel(Channel::Content) if self.has_thought => {
+                let mut trimmed = String::new();
+                self.content.push(&text, &mut trimmed);
+                self.add_content(trimmed, parts);
+            }
+            At::Content | At::Channel(Channel::Content) => self.add_content(text, parts),
+            At::Channel(Channel::Call) => self.call.arguments.push_str(&text),
+            At::Between => self.role.push_str(&text),
+            At::Start | At::Header => {}
         }
     }
 
@@ -305,110 +452,5 @@ fn begun(text: &str, ends: &[&str]) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// The parts of an answer that comes in pieces of `n` characters, in which these texts are
-    /// tokens.
-    fn split(text: &str, prompt: &str, tokens: &[(&str, ThoughtMark)], n: usize) -> Parts {
-        let mut splitter = Splitter::new(prompt);
-        let mut whole = Parts::default();
-        let mut add = |parts: Parts| {
-            whole.thinking.push_str(&parts.thinking);
-            whole.content.push_str(&parts.content);
-        };
-        let (mut done, mut rest) = (0, text);
-        while !rest.is_empty() {
-            let token = tokens.iter().find(|(token, _)| rest.starts_with(token));
-            let next = tokens.iter().filter_map(|(token, _)| rest[1..].find(token));
-            let most = next.min().map_or(rest.len(), |i| i + 1);
-            let cut = rest.char_indices().nth(n).map_or(rest.len(), |(i, _)| i);
-            let (len, mark) = match token {
-                Some((token, mark)) => (token.len(), Some((done..done + token.len(), *mark))),
-                None => (rest.floor_char_boundary(cut.min(most)).max(1), None),
-            };
-            add(splitter.push(&rest[..len], mark));
-            (done, rest) = (done + len, &rest[len..]);
-        }
-        add(splitter.finish());
-        whole
-    }
-
-    fn parts(content: &str, thinking: &str) -> Parts {
-        Parts {
-            thinking: thinking.into(),
-            content: content.into(),
-        }
-    }
-
-    #[test]
-    fn thoughts_are_told_apart_however_they_are_cut() {
-        use ThoughtMark::{Closes, Opens};
-        let tokens: &[(&str, ThoughtMark)] = &[("[THINK]", Opens), ("[/THINK]", Closes)];
-        let cases: &[(&str, &str, &[(&str, ThoughtMark)], Parts)] = &[
-            (
-                "<think>\nHm.\n</think>\n\nYes.\n",
-                "",
-                &[],
-                parts("Yes.", "Hm."),
-            ),
-            ("Hm.</think>Yes.", "Q<think>\n", &[], parts("Yes.", "Hm.")),
-            ("◁think▷Hm.◁/think▷Yes.", "", &[], parts("Yes.", "Hm.")),
-            ("<think>Hm", "", &[], parts("", "Hm")),
-            (
-                "A <think> b </think> c ",
-                "Q",
-                &[],
-                parts("A <think> b </think> c ", ""),
-            ),
-            (" Yes. ", "Q", &[], parts(" Yes. ", "")),
-            ("<thin", "Q", &[], parts("<thin", "")),
-            ("", "Q", &[], parts("", "")),
-            (
-                "[THINK]Greet.[/THINK]Hello!",
-                "",
-                tokens,
-                parts("Hello!", "Greet."),
-            ),
-            (
-                "Well, [THINK]hm[/THINK]yes.",
-                "",
-                tokens,
-                parts("Well, yes.", "hm"),
-            ),
-            ("[THINK]Hm", "", tokens, parts("", "Hm")),
-            (
-                "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!<|return|>",
-                "",
-                &[],
-                parts("Hello!", "They greet."),
-            ),
-            (
-                "It writes <|channel|>.",
-                "",
-                &[],
-                parts("It writes <|channel|>.", ""),
-            ),
-        ];
-        for (text, prompt, tokens, expected) in cases {
-            for n in 1..=text.len().max(1) {
-                assert_eq!(split(text, prompt, tokens, n), *expected, "{text:?} by {n}");
-            }
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn cuts_change_nothing(
-            pieces in prop::collection::vec(prop::sample::select(vec!["<think>", "</think>", "<", "a", " ", "é",
-                "<|channel|>", "<|message|>", "<|end|>", "final", "analysis"]), 0..12),
-            n in 1usize..9,
-            opened in any::<bool>(),
-        ) {
-            let text = pieces.concat();
-            let prompt = if opened { "<think>" } else { "" };
-            prop_assert_eq!(split(&text, prompt, &[], n), split(&text, prompt, &[], usize::MAX));
-        }
-    }
-}
+#[path = "thought_tests.rs"]
+mod tests;

@@ -4,8 +4,10 @@ use crate::ask::prepare;
 use crate::error::{ApiError, json_response};
 use crate::http::body;
 use crate::job::Command;
+use crate::prompts::Conversation;
 use crate::request::fields::{Fields, bad};
-use crate::request::read::{message, tokens};
+use crate::request::read::{message, name_results, tokens, variables};
+use crate::request::tools::tools;
 use crate::request::{BadLine, object};
 use crate::state::State;
 use axum::body::Body;
@@ -181,7 +183,14 @@ pub(crate) async fn apply_template(
         };
         let read = |(i, item)| message(&format!("messages[{i}]"), item);
         let messages: Result<Vec<_>, BadLine> = messages.iter().enumerate().map(read).collect();
-        Ok(state.prompts().rendered(&messages?)?.text)
+        let (mut messages, tools) = (messages?, tools(body)?);
+        name_results(&mut messages);
+        let conversation = Conversation {
+            messages: &messages,
+            tools: &tools.list,
+            variables: &variables(body)?,
+        };
+        Ok(state.prompts().rendered(conversation)?.text)
     })
     .await?;
     Ok(json_response(StatusCode::OK, &json!({ "prompt": text })))

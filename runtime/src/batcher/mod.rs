@@ -6,21 +6,26 @@
 //! ends. A text has the same logits to the bit in any company, and a sampler of its own, so that its
 //! tokens depend on its options alone.
 
+mod drafts;
+mod guide;
 mod offers;
 mod step;
 #[cfg(test)]
 mod tests;
 mod text;
 
+pub use guide::{Grammar, Guide};
 pub use text::{Drawn, Finish, TextOptions, TokenText};
 
 use crate::engine::SequenceId;
+use crate::engine::draft::MAX_DRAFT;
 use crate::error::RunError;
 use crate::schedule::{
     self, Limits, PAGE, Pages, Scheduler, StepCost, SubmitError, TextId, TextState,
 };
 use crate::tokenizer::Tokenizer;
 use crate::{Engine, model::kv};
+use guide::{Guided, Masks};
 use offers::Sharer;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -54,6 +59,14 @@ pub struct Step {
     pub decode_rows: usize,
     /// Texts that gave up their pages.
     pub preempted: usize,
+    /// Tokens of texts that were admitted and not computed, since the KV cache had them.
+    pub shared: usize,
+    /// Tokens drawn.
+    pub generated: usize,
+    /// Tokens drafted.
+    pub drafted: usize,
+    /// Drafted tokens that were right.
+    pub accepted: usize,
     /// Whether it was canceled; nothing has changed then.
     pub canceled: bool,
 }
@@ -79,6 +92,8 @@ pub struct Options {
     /// Most time between two tokens of a text, as far as prompts of others are concerned; `None` is
     /// the schedule's own.
     pub max_step: Option<Duration>,
+    /// Most tokens per draft; 0 for no drafts. A model with recurrent states, or on a GPU, has none.
+    pub max_drafts: usize,
     /// The first estimate of the time of steps, if they were predicted.
     pub cost: Option<StepCost>,
 }
@@ -102,7 +117,11 @@ pub struct Batcher<'a> {
     texts: HashMap<TextId, Entry<'a>>,
     started: Instant,
     next_id: u64,
+    /// Tokens shared by the texts that the step at hand admits.
+    shared: usize,
     scratch: Vec<f32>,
+    /// Once a text has a grammar.
+    masks: Option<Masks>,
 }
 
 impl<'a> Batcher<'a> {
@@ -114,7 +133,11 @@ impl<'a> Batcher<'a> {
                 max_rows: engine.batch().max(max_texts),
                 max_texts,
                 max_step: options.max_step.unwrap_or(Limits::default().max_step),
-                max_drafts: 0,
+                max_drafts: if engine.repeats() {
+                    options.max_drafts.min(MAX_DRAFT)
+                } else {
+                    0
+                },
             },
             engine,
             tokenizer,
@@ -122,7 +145,9 @@ impl<'a> Batcher<'a> {
             texts: HashMap::new(),
             started: Instant::now(),
             next_id: 0,
+            shared: 0,
             scratch: Vec::new(),
+            masks: None,
         }
     }
 
@@ -239,12 +264,29 @@ impl<'a> Batcher<'a> {
     }
 
     /// Makes a text that waits ready to be generated.
-    fn make_live(&mut self, id: TextId) {
-        if let Some(entry) = self.texts.get_mut(&id)
-            && entry.live.is_none()
-        {
-            entry.live = Some(Live::new(&entry.options, entry.seed, self.tokenizer));
+    ///
+    /// # Errors
+    /// When it has a grammar, and the system refuses the thread of masks.
+    fn make_live(&mut self, id: TextId) -> Result<(), RunError> {
+        let Some(entry) = self.texts.get_mut(&id) else {
+            return Ok(());
+        };
+        if entry.live.is_none() {
+            let guided = match &entry.options.grammar {
+                None => None,
+                Some(grammar) => {
+                    let masks = match &self.masks {
+                        Some(masks) => masks.clone(),
+                        None => self.masks.insert(Masks::start()?).clone(),
+                    };
+                    Some(Guided::new(grammar, masks))
+                }
+            };
+            let mut live = Live::new(&entry.options, entry.seed, self.tokenizer);
+            live.guided = guided;
+            entry.live = Some(live);
         }
+        Ok(())
     }
 
     /// Takes a text out of the engine, which keeps what is computed of it.

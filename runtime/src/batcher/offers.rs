@@ -54,7 +54,9 @@ impl Batcher<'_> {
     /// Begins a text with what is kept, or with what a text at work shares with it. Returns whether
     /// there was a place for it.
     fn offer(&mut self, id: TextId) -> bool {
-        self.make_live(id);
+        if self.make_live(id).is_err() {
+            return false;
+        }
         let sharer = self.nearest_sharer(id);
         let Some(live) = self
             .texts
@@ -122,6 +124,7 @@ impl Batcher<'_> {
                 continue;
             };
             if plan.rows.iter().any(|row| row.id == *id) {
+                self.shared += live.shared;
                 if !std::mem::replace(&mut entry.has_begun, true) {
                     let cached = live.shared;
                     on_event(*id, Event::Begun { cached });

@@ -1,7 +1,8 @@
 //! A step of all texts at work.
 
+use super::text::Live;
 use super::{Batcher, Drawn, Event, Step};
-use crate::engine::{LogitsMode, Rows};
+use crate::engine::{LogitsMode, Rows, SequenceId};
 use crate::error::RunError;
 use crate::schedule::{StepPlan, TextId, TextOutcome, TextRows};
 use std::time::Instant;
@@ -9,8 +10,26 @@ use std::time::Instant;
 /// What came of the rows of a step.
 #[derive(Default)]
 struct Came {
-    drawn: Vec<(TextId, Drawn)>,
+    texts: Vec<CameText>,
     failed: Vec<(TextId, RunError)>,
+    /// Texts whose drafts were wrong, and the tokens that are left of them.
+    wrong: Vec<Wrong>,
+    drafted: usize,
+    accepted: usize,
+}
+
+/// What was drawn of a text, in order.
+struct CameText {
+    id: TextId,
+    drawn: Vec<Drawn>,
+    new_tokens: usize,
+}
+
+/// A text whose draft was wrong.
+struct Wrong {
+    id: TextId,
+    sequence: SequenceId,
+    n_left: usize,
 }
 
 impl Batcher<'_> {
@@ -23,28 +42,24 @@ impl Batcher<'_> {
         if self.scheduler.is_empty() {
             return Ok(Step::default());
         }
+        self.draft();
+        self.shared = 0;
         let plan = self.plan(on_event);
         self.release(&plan);
-        let preempted = plan.preempt.len();
+        let step = Step {
+            preempted: plan.preempt.len(),
+            shared: self.shared,
+            ..Step::default()
+        };
         if plan.rows.is_empty() {
             if plan.pages_wanted > 0 {
                 self.drop_first(plan.pages_wanted, on_event);
             }
-            return Ok(Step {
-                preempted,
-                ..Step::default()
-            });
+            return Ok(step);
         }
         let start = Instant::now();
         let mut came = Came::default();
-        let mut placed = Vec::with_capacity(plan.rows.len());
-        for row in &plan.rows {
-            match self.place(row.id, row.from) {
-                Ok(()) => placed.push(*row),
-                Err(error) => came.failed.push((row.id, error)),
-            }
-        }
-        let taken = self.take(&placed, &mut came);
+        let taken = self.take(&plan, &mut came);
         if taken.is_err() {
             self.scheduler.abandoned();
         }
@@ -53,22 +68,25 @@ impl Batcher<'_> {
             self.discard(id);
             on_event(id, Event::Failed(error));
         }
-        let canceled = match taken {
-            Ok(()) => false,
-            Err(RunError::Canceled) => true,
-            Err(error) => return Err(error),
-        };
-        if !canceled {
-            self.finish(start, &plan, came, on_event);
-        }
         let is_decode = |row: &&TextRows| row.n_tokens == 1 && row.wants_logits;
         let decode_rows = plan.rows.iter().filter(is_decode).count();
-        Ok(Step {
-            took: start.elapsed(),
+        let step = Step {
             prompt_rows: plan.rows.iter().map(|r| r.n_tokens).sum::<usize>() - decode_rows,
             decode_rows,
-            preempted,
-            canceled,
+            generated: came.texts.iter().map(|text| text.new_tokens).sum(),
+            drafted: came.drafted,
+            accepted: came.accepted,
+            canceled: matches!(taken, Err(RunError::Canceled)),
+            ..step
+        };
+        match taken {
+            Ok(()) => self.finish(start, &plan, came, on_event),
+            Err(RunError::Canceled) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(Step {
+            took: start.elapsed(),
+            ..step
         })
     }
 
@@ -81,72 +99,125 @@ impl Batcher<'_> {
         on_event: &mut dyn FnMut(TextId, Event),
     ) {
         self.keep_whole_pages(plan);
-        let outcome = |(id, drawn): &(TextId, Drawn)| TextOutcome {
-            id: *id,
-            // An end token is not one of the text's.
-            new_tokens: usize::from(drawn.finish != Some(super::Finish::EndToken)),
-            ended: drawn.finish.is_some(),
+        let outcome = |text: &CameText| TextOutcome {
+            id: text.id,
+            new_tokens: text.new_tokens,
+            ended: text.drawn.iter().any(|drawn| drawn.finish.is_some()),
         };
-        let outcomes: Vec<TextOutcome> = came.drawn.iter().map(outcome).collect();
+        let outcomes: Vec<TextOutcome> = came.texts.iter().map(outcome).collect();
         self.scheduler.finished(start.elapsed(), &outcomes);
-        for (id, drawn) in came.drawn {
-            if drawn.finish.is_some() {
-                self.remove(id);
+        for (text, outcome) in came.texts.into_iter().zip(&outcomes) {
+            if outcome.ended {
+                self.remove(text.id);
             }
-            on_event(id, Event::Drawn(drawn));
+            for drawn in text.drawn {
+                on_event(text.id, Event::Drawn(drawn));
+            }
         }
     }
 
-    /// Takes rows through the engine and draws a token of each text that wants one.
-    fn take(&mut self, placed: &[TextRows], came: &mut Came) -> Result<(), RunError> {
-        let mut rows = Vec::with_capacity(placed.len());
-        let mut taken = Vec::with_capacity(placed.len());
-        for row in placed {
-            let live = self
-                .texts
-                .get(&row.id)
-                .and_then(|entry| entry.live.as_ref());
-            let Some((live, sequence)) = live.and_then(|live| Some((live, live.sequence?))) else {
-                continue;
-            };
-            rows.push(Rows {
-                sequence,
-                tokens: &live.tokens[row.from..row.from + row.n_tokens],
-                logits: row.wants_logits.then_some(LogitsMode::Last),
-            });
-            taken.push(row);
+    /// Takes the rows of a step through the engine, and draws tokens of each text that wants one.
+    fn take(&mut self, plan: &StepPlan, came: &mut Came) -> Result<(), RunError> {
+        let mut placed = Vec::with_capacity(plan.rows.len());
+        for row in &plan.rows {
+            match self.place(row.id, row.from) {
+                Ok(sequence) => placed.push((row, sequence, self.tokens_of(row))),
+                Err(error) => came.failed.push((row.id, error)),
+            }
         }
-        if rows.is_empty() {
+        if placed.is_empty() {
             return Ok(());
         }
-        let results = self.engine.step_apart(&rows)?;
-        drop(rows);
-        for (row, logits) in taken.into_iter().zip(results) {
-            match logits {
-                Err(error) => came.failed.push((row.id, error)),
-                Ok(logits) if row.wants_logits => {
-                    let live = self.texts.get_mut(&row.id).and_then(|e| e.live.as_mut());
-                    if let Some(live) = live {
-                        came.drawn
-                            .push((row.id, live.draw(logits, &mut self.scratch)));
-                    }
+        let rows = placed.iter().map(|(row, sequence, tokens)| {
+            // A draft follows one token alone.
+            let has_draft = tokens.len() > row.n_tokens;
+            let mode = if has_draft {
+                LogitsMode::All
+            } else {
+                LogitsMode::Last
+            };
+            Rows {
+                sequence: *sequence,
+                tokens,
+                logits: row.wants_logits.then_some(mode),
+            }
+        });
+        let n_vocab = self.engine.spec().n_vocab.max(1);
+        let results = self.engine.step_apart(&rows.collect::<Vec<_>>())?;
+        for ((row, sequence, tokens), logits) in placed.iter().zip(results) {
+            let draft = &tokens[row.n_tokens..];
+            let live = self.texts.get_mut(&row.id).and_then(|e| e.live.as_mut());
+            let Some(live) = live else { continue };
+            let logits = match logits {
+                Ok(logits) => logits,
+                // Without its draft it may go on: the step is computed again.
+                Err(_) if !draft.is_empty() => {
+                    live.drafts = false;
+                    continue;
                 }
-                Ok(_) => {}
+                Err(error) => {
+                    came.failed.push((row.id, error));
+                    continue;
+                }
+            };
+            if !row.wants_logits {
+                continue;
+            }
+            let text = draw(
+                row.id,
+                live,
+                logits.chunks(n_vocab),
+                draft,
+                &mut self.scratch,
+            );
+            let text = match text {
+                Ok(text) => text,
+                Err(error) => {
+                    came.failed.push((row.id, error));
+                    continue;
+                }
+            };
+            let right = text.new_tokens.saturating_sub(1).min(draft.len());
+            came.drafted += draft.len();
+            came.accepted += right;
+            live.acceptance.count(draft.len(), right);
+            if right < draft.len() {
+                came.wrong.push(Wrong {
+                    id: row.id,
+                    sequence: *sequence,
+                    n_left: row.from + row.n_tokens + right,
+                });
+            }
+            came.texts.push(text);
+        }
+        for wrong in came.wrong.drain(..) {
+            let cut = self.engine.truncate_sequence(wrong.sequence, wrong.n_left);
+            if let Err(error) = cut {
+                came.failed.push((wrong.id, error));
             }
         }
         Ok(())
+    }
+
+    /// Returns the tokens of rows, and their draft.
+    fn tokens_of(&self, row: &TextRows) -> Vec<u32> {
+        let live = self.texts.get(&row.id).and_then(|e| e.live.as_ref());
+        live.map_or_else(Vec::new, |live| {
+            let draft = &live.draft[..row.drafts.min(live.draft.len())];
+            [&live.tokens[row.from..row.from + row.n_tokens], draft].concat()
+        })
     }
 
     /// Gives a text its place in the engine, unless it has one.
-    fn place(&mut self, id: TextId, from: usize) -> Result<(), RunError> {
-        self.make_live(id);
-        if let Some(live) = self.texts.get_mut(&id).and_then(|e| e.live.as_mut())
-            && live.sequence.is_none()
-            && from == 0
-        {
-            live.sequence = Some(self.engine.add_sequence()?);
+    fn place(&mut self, id: TextId, from: usize) -> Result<SequenceId, RunError> {
+        self.make_live(id)?;
+        let live = self.texts.get_mut(&id).and_then(|e| e.live.as_mut());
+        let live = live.ok_or(RunError::NoText)?;
+        match live.sequence {
+            Some(sequence) => Ok(sequence),
+            None if from == 0 => Ok(*live.sequence.insert(self.engine.add_sequence()?)),
+            None => Err(RunError::NoText),
         }
-        Ok(())
     }
 
     /// Gives up the first text where the cache has no room for any: something outside the schedule
@@ -159,4 +230,30 @@ impl Batcher<'_> {
             on_event(id, Event::Failed(RunError::NoPages { wanted, free }));
         }
     }
+}
+
+/// Draws the next token of a text, and those after it as long as they are what was drafted. Each is
+/// drawn as it would be without a draft.
+fn draw<'l>(
+    id: TextId,
+    live: &mut Live<'_>,
+    logits: impl Iterator<Item = &'l [f32]>,
+    draft: &[u32],
+    scratch: &mut Vec<f32>,
+) -> Result<CameText, RunError> {
+    let before = live.n_new();
+    let mut all = Vec::new();
+    for (place, logits) in logits.enumerate() {
+        let drawn = live.draw(logits, scratch)?;
+        let ends = drawn.finish.is_some();
+        all.push(drawn);
+        if ends || live.tokens.last() != draft.get(place) {
+            break;
+        }
+    }
+    Ok(CameText {
+        id,
+        drawn: all,
+        new_tokens: live.n_new() - before,
+    })
 }

@@ -39,6 +39,8 @@ fn options(tokenizer: &Tokenizer, prompt: &str, max_new: usize) -> TextOptions {
         stop: Vec::new(),
         ignore_eos: true,
         n_top: None,
+        shown: Arc::new([]),
+        grammar: None,
     }
 }
 

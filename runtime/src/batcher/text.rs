@@ -1,12 +1,16 @@
 //! One text while it is generated.
 
+use super::guide::{Grammar, Guided};
 use crate::engine::SequenceId;
+use crate::engine::draft::Acceptance;
+use crate::error::RunError;
 use crate::sampler::{
     Sampler, SamplerConfig, StopStrings, TokenLogProbabilities, log_probabilities,
 };
 use crate::tokenizer::{ThoughtMark, TokenStream, Tokenizer};
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,6 +27,10 @@ pub struct TextOptions {
     pub ignore_eos: bool,
     /// Number of the most likely tokens whose log-probabilities are wanted beside the token's own.
     pub n_top: Option<usize>,
+    /// Control tokens whose texts belong to the text that is generated.
+    pub shown: Arc<[u32]>,
+    /// What the text must follow.
+    pub grammar: Option<Grammar>,
 }
 
 /// Why a text ends.
@@ -75,6 +83,15 @@ pub(super) struct Live<'a> {
     pub sequence: Option<SequenceId>,
     /// Tokens that it begins with, since the engine has them.
     pub shared: usize,
+    /// Tokens that may follow the last one.
+    pub draft: Vec<u32>,
+    /// Whether it has drafts. One whose logits were not numbers ends them: it may be the draft that
+    /// was at fault.
+    pub drafts: bool,
+    /// How good its drafts are.
+    pub acceptance: Acceptance,
+    /// Its way through a grammar, if it has one.
+    pub guided: Option<Guided>,
     sampler: Sampler,
     stream: TokenStream<'a>,
     stops: StopStrings,
@@ -100,8 +117,12 @@ impl<'a> Live<'a> {
             n_top: options.n_top,
             sequence: None,
             shared: 0,
+            draft: Vec::new(),
+            drafts: true,
+            acceptance: Acceptance::default(),
+            guided: None,
             sampler: Sampler::new(config),
-            stream: tokenizer.stream(),
+            stream: tokenizer.stream().showing(Arc::clone(&options.shown)),
             stops: StopStrings::new(options.stop.iter().cloned()),
             bytes: 0,
             given: 0,
@@ -115,13 +136,29 @@ impl<'a> Live<'a> {
     }
 
     /// Draws the next token. `scratch` is a buffer.
-    pub fn draw(&mut self, logits: &[f32], scratch: &mut Vec<f32>) -> Drawn {
+    ///
+    /// # Errors
+    /// When it has a grammar by which it cannot go on.
+    pub fn draw(&mut self, logits: &[f32], scratch: &mut Vec<f32>) -> Result<Drawn, RunError> {
         scratch.clear();
         scratch.extend_from_slice(logits);
-        let token = self.sampler.sample(scratch, &self.tokens);
-        if !self.ignore_eos && self.tokenizer.is_eog(token) {
-            return self.end(String::new(), Finish::EndToken);
+        if let Some(guided) = &mut self.guided {
+            guided.restrict(scratch)?;
         }
+        let token = self.sampler.sample(scratch, &self.tokens);
+        // A grammar lets a text end only where it is whole.
+        let ends = self.guided.is_some() || !self.ignore_eos;
+        if ends && self.tokenizer.is_eog(token) {
+            return Ok(self.end(String::new(), Finish::EndToken));
+        }
+        if let Some(guided) = &mut self.guided {
+            guided.take(token);
+        }
+        Ok(self.push(token, logits))
+    }
+
+    /// Adds a token to the text.
+    fn push(&mut self, token: u32, logits: &[f32]) -> Drawn {
         self.tokens.push(token);
         if let Some(n_top) = self.n_top {
             self.held.push_back(TokenText {

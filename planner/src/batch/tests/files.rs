@@ -103,6 +103,7 @@ fn answer(request: &Request) -> Value {
     let choice = Choice {
         text: "b".into(),
         thinking: None,
+        calls: Vec::new(),
         finish: Finish::Stop,
         n_tokens: 1,
         tokens: None,
@@ -223,6 +224,7 @@ fn log_probabilities_are_listed_per_token() {
     let choice = Choice {
         text: "éb".into(),
         thinking: Some("hm".into()),
+        calls: Vec::new(),
         finish: Finish::Length,
         n_tokens: 2,
         tokens: Some(vec![token(0, 0), token(2, 1)]),

@@ -21,6 +21,8 @@ mod token;
 mod words;
 pub mod worker;
 
+use super::message::value_of;
+use super::template::Surroundings;
 use crate::printable::printable;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
@@ -61,17 +63,25 @@ impl Compiled {
     pub(super) fn render(
         &self,
         messages: Vec<Value>,
+        around: &Surroundings,
         bos: &str,
         eos: &str,
     ) -> Result<String, String> {
-        let values = Value::from_pairs([
+        let tools = match around.tools.as_slice() {
+            [] => Value::from(()),
+            tools => Value::from(tools.iter().map(value_of).collect::<Vec<Value>>()),
+        };
+        let own = [
             ("messages", Value::from(messages)),
             ("add_generation_prompt", Value::from(true)),
             ("bos_token", Value::from(bos)),
             ("eos_token", Value::from(eos)),
-            ("tools", Value::from(())),
+            ("tools", tools),
             ("documents", Value::from(())),
-        ]);
+        ];
+        let more = around.variables.iter();
+        let more = more.map(|(name, value)| (name.as_str(), value_of(value)));
+        let values = Value::from_pairs(more.chain(own));
         self.0
             .get_template(NAME)
             .and_then(|template| template.render(values))

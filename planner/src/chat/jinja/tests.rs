@@ -1,6 +1,6 @@
 //! Features of Jinja2, each with what Jinja2 renders.
 
-use super::Compiled;
+use super::{Compiled, Surroundings};
 use minijinja::value::Value;
 use serde::Deserialize;
 use std::time::{Duration, UNIX_EPOCH};
@@ -17,7 +17,7 @@ struct Feature {
 
 fn render(source: &str, messages: Vec<Value>) -> Result<String, String> {
     let now = UNIX_EPOCH + Duration::from_secs(1_709_298_305);
-    Compiled::new(source, Some(now))?.render(messages, "<s>", "</s>")
+    Compiled::new(source, Some(now))?.render(messages, &Surroundings::default(), "<s>", "</s>")
 }
 
 fn check(json: &str) {

@@ -5,11 +5,12 @@
 //! however a template is written, and can be ended at any moment. The parent writes a [`Request`] to
 //! its standard input and reads a [`Reply`] from its standard output, both as JSON.
 
-use super::{Compiled, FUEL};
+use super::{Compiled, FUEL, Surroundings};
 use crate::interrupt::{Interrupted, interrupted};
 use anyhow::{Context, Result, anyhow};
 use minijinja::value::Value;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value as Json};
 use std::borrow::Cow;
 use std::ffi::OsString;
 use std::io::{BufWriter, Read, Write};
@@ -49,6 +50,12 @@ pub struct Request<'a> {
     pub eos: Cow<'a, str>,
     /// The conversation; `None` only compiles the template.
     pub messages: Option<Vec<Value>>,
+    /// Tools that the model may call.
+    #[serde(default)]
+    pub tools: Cow<'a, Vec<Json>>,
+    /// Variables beside those that every template sees.
+    #[serde(default)]
+    pub variables: Cow<'a, Map<String, Json>>,
 }
 
 /// What came of it.
@@ -111,7 +118,11 @@ pub fn answer(input: impl Read, fuel: u64) -> Reply {
     let rendered = Compiled::new(&request.source, None).and_then(|template| {
         let template = template.with_fuel(fuel);
         request.messages.map_or(Ok(String::new()), |messages| {
-            template.render(messages, &request.bos, &request.eos)
+            let around = Surroundings {
+                tools: request.tools.into_owned(),
+                variables: request.variables.into_owned(),
+            };
+            template.render(messages, &around, &request.bos, &request.eos)
         })
     });
     match rendered {
@@ -272,6 +283,8 @@ mod tests {
             bos: "<s>".into(),
             eos: "".into(),
             messages,
+            tools: Cow::default(),
+            variables: Cow::default(),
         };
         let json = serde_json::to_string(&request).unwrap();
         answer(json.as_bytes(), FUEL)

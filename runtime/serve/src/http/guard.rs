@@ -25,9 +25,13 @@ const ALLOWED_HEADERS: &str =
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta";
 
 /// Paths that are counted by themselves; others are strangers' words.
-const PATHS: [&str; 14] = [
+const PATHS: [&str; 18] = [
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/chat/completions/input_tokens",
+    "/v1/responses",
+    "/v1/responses/input_tokens",
+    "/v1/embeddings",
     "/v1/models",
     "/v1/messages",
     "/v1/messages/count_tokens",

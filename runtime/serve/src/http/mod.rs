@@ -9,7 +9,7 @@ use crate::job::Command;
 use crate::state::{Setup, State};
 use crate::truth::Promise;
 use crate::work::{Summary, work};
-use crate::{anthropic, live, openai, page, utilities};
+use crate::{anthropic, live, openai, page, responses, utilities};
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
@@ -110,6 +110,13 @@ fn router(state: &Arc<State>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/completions", post(openai::completions))
+        .route(
+            "/v1/chat/completions/input_tokens",
+            post(openai::input_tokens),
+        )
+        .route("/v1/responses", post(responses::responses))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens))
+        .route("/v1/embeddings", post(openai::embeddings))
         .route("/v1/models", get(openai::models))
         .route("/v1/models/{id}", get(openai::one_model))
         .route("/v1/messages", post(anthropic::messages))

@@ -4,17 +4,21 @@
 //! Requests come from strangers. [`Request::parse`] and [`Request::from_body`] take any bytes.
 
 pub(crate) mod fields;
+pub mod format;
 pub(crate) mod read;
 #[cfg(test)]
 mod tests;
+pub mod tools;
 mod unsupported;
 pub(crate) mod value;
 
 use fields::{Fields, shown};
+use format::Format;
 use serde_json::{Map, Value};
 use std::hash::{DefaultHasher, Hasher};
 use tier_plan_runtime::printable::one_line;
 use tier_plan_runtime::sampler::{LogitBias, SamplerConfig};
+use tools::{ToolCall, Tools};
 
 /// Longest name of a request in bytes.
 pub const MAX_ID_BYTES: usize = 512;
@@ -78,6 +82,8 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// A tool, with the result of a call.
+    Tool,
 }
 
 /// A message of a conversation.
@@ -89,15 +95,24 @@ pub struct Message {
     pub content: String,
     /// Reasoning before the answer.
     pub thinking: Option<String>,
+    /// Calls of tools in an answer.
+    pub calls: Vec<ToolCall>,
+    /// Of a result: the call that it belongs to.
+    pub call_id: Option<String>,
+    /// Of a result: the tool, if the call is known.
+    pub name: Option<String>,
 }
 
 impl Message {
-    /// Creates a message without reasoning.
+    /// Creates a message of a text alone.
     pub fn new(role: Role, content: &str) -> Self {
         Self {
             role,
             content: content.to_string(),
             thinking: None,
+            calls: Vec::new(),
+            call_id: None,
+            name: None,
         }
     }
 }
@@ -195,6 +210,21 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Whether the answer is wanted as it comes, and how.
     pub stream: Stream,
+    /// Tools that the answer may call.
+    pub tools: Tools,
+    /// Variables for the chat template.
+    pub variables: Map<String, Value>,
+    /// What the answer must be.
+    pub format: Format,
+}
+
+/// Who sends a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sender {
+    /// A line of a file.
+    Batch,
+    /// A client of the server.
+    Client,
 }
 
 /// Whether an answer is wanted as it comes. Batches have no use for it.
@@ -231,7 +261,12 @@ impl Request {
     /// # Errors
     /// When it is no request, or one that can't be answered by any model.
     pub fn from_body(id: &str, endpoint: Endpoint, body: &[u8]) -> Result<Self, BadLine> {
-        read::checked(id, endpoint, Fields::new(&object(body)?, ""))
+        read::checked(
+            id,
+            endpoint,
+            Fields::new(&object(body)?, ""),
+            Sender::Client,
+        )
     }
 
     /// Returns the seed. A request that names none has one that depends on its name, so that equal
@@ -283,5 +318,10 @@ fn parse_named(custom_id: &str, object: &Map<String, Value>) -> Result<Request, 
     let Some(Value::Object(body)) = line.get("body") else {
         return Err(line.bad("body", "an object"));
     };
-    read::checked(custom_id, endpoint, Fields::new(body, "body"))
+    read::checked(
+        custom_id,
+        endpoint,
+        Fields::new(body, "body"),
+        Sender::Batch,
+    )
 }

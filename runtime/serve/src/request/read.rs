@@ -1,10 +1,12 @@
 //! Fields of a body.
 
 use super::fields::{Fields, bad, shown, whole};
+use super::format::{self, Format};
+use super::tools::{self, Tools};
 use super::{
-    BadLine, Code, Endpoint, Message, Prompt, Request, Role, Sampling, Stream, unsupported,
+    BadLine, Code, Endpoint, Message, Prompt, Request, Role, Sampling, Sender, Stream, unsupported,
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tier_plan_runtime::sampler::{LogitBias, SamplerConfig};
 
 /// Most tokens that a request may ask for, more than any context.
@@ -28,8 +30,10 @@ pub(super) fn checked(
     custom_id: &str,
     endpoint: Endpoint,
     body: Fields<'_>,
+    sender: Sender,
 ) -> Result<Request, BadLine> {
-    unsupported::check(body)?;
+    let is_served_chat = sender == Sender::Client && endpoint == Endpoint::Chat;
+    unsupported::check(body, endpoint, sender)?;
     let prompt = match endpoint {
         Endpoint::Chat => Prompt::Messages(messages(body)?),
         Endpoint::Completions => prompt(body)?,
@@ -46,7 +50,56 @@ pub(super) fn checked(
         logprobs: logprobs(body, endpoint)?,
         ignore_eos: body.flag("ignore_eos")?.unwrap_or(false),
         stream: stream(body)?,
+        tools: if is_served_chat {
+            tools::tools(body)?
+        } else {
+            Tools::default()
+        },
+        variables: if is_served_chat {
+            variables(body)?
+        } else {
+            Map::new()
+        },
+        format: match sender {
+            Sender::Client => format::format(body)?,
+            Sender::Batch => Format::Text,
+        },
     })
+}
+
+/// Variables of templates that are not a client's to set.
+const RESERVED: [&str; 6] = [
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+];
+
+/// Words for how much a model should reason.
+pub(crate) const EFFORTS: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
+
+/// Reads the variables for the chat template.
+pub(crate) fn variables(body: Fields<'_>) -> Result<Map<String, Value>, BadLine> {
+    let mut variables = match body.get("chat_template_kwargs") {
+        None => Map::new(),
+        Some(Value::Object(variables)) => variables.clone(),
+        Some(_) => return Err(body.bad("chat_template_kwargs", "an object")),
+    };
+    if let Some(name) = RESERVED.iter().find(|name| variables.contains_key(**name)) {
+        let place = body.place("chat_template_kwargs");
+        let message = format!("{place}: \"{name}\" is set by the server, expected other names");
+        return Err(BadLine::new(Code::InvalidRequest, message));
+    }
+    if let Some(effort) = body.text("reasoning_effort")? {
+        if !EFFORTS.contains(&effort) {
+            let expected = "\"none\", \"minimal\", \"low\", \"medium\", \"high\", or \"xhigh\"";
+            return Err(body.bad("reasoning_effort", expected));
+        }
+        variables.insert("reasoning_effort".into(), effort.into());
+    }
+    Ok(variables)
 }
 
 fn stream(body: Fields<'_>) -> Result<Stream, BadLine> {
@@ -67,12 +120,32 @@ fn stream(body: Fields<'_>) -> Result<Stream, BadLine> {
 fn messages(body: Fields<'_>) -> Result<Vec<Message>, BadLine> {
     let expected = "an array of one or more messages";
     match body.get("messages") {
-        Some(Value::Array(items)) if !items.is_empty() => items
-            .iter()
-            .enumerate()
-            .map(|(i, item)| message(&format!("{}[{i}]", body.place("messages")), item))
-            .collect(),
+        Some(Value::Array(items)) if !items.is_empty() => {
+            let read = |(i, item)| message(&format!("{}[{i}]", body.place("messages")), item);
+            let mut messages: Vec<Message> = items
+                .iter()
+                .enumerate()
+                .map(read)
+                .collect::<Result<_, _>>()?;
+            name_results(&mut messages);
+            Ok(messages)
+        }
         _ => Err(body.bad("messages", expected)),
+    }
+}
+
+/// Gives results of calls the names of the tools, which some templates print.
+pub(crate) fn name_results(messages: &mut [Message]) {
+    let mut names = std::collections::HashMap::new();
+    for message in messages {
+        for call in &message.calls {
+            names.insert(call.id.clone(), call.name.clone());
+        }
+        if let Some(id) = &message.call_id
+            && message.name.is_none()
+        {
+            message.name = names.get(id).cloned();
+        }
     }
 }
 
@@ -89,21 +162,23 @@ pub(crate) fn message(place: &str, item: &Value) -> Result<Message, BadLine> {
         Some("system" | "developer") => Role::System,
         Some("user") => Role::User,
         Some("assistant") => Role::Assistant,
-        _ => return Err(fields.bad("role", "\"system\", \"user\", or \"assistant\"")),
-    };
-    for name in ["tool_calls", "function_call"] {
-        if fields
-            .get(name)
-            .is_some_and(|v| *v != Value::Array(Vec::new()))
-        {
-            let message = format!(
-                "{} is not supported; leave the field out",
-                fields.place(name)
-            );
-            return Err(BadLine::new(Code::Unsupported, message));
+        Some("tool") => Role::Tool,
+        _ => {
+            let expected = "\"system\", \"user\", \"assistant\", or \"tool\"";
+            return Err(fields.bad("role", expected));
         }
+    };
+    if fields.get("function_call").is_some() {
+        let place = fields.place("function_call");
+        let message = format!("{place} is not supported, expected \"tool_calls\"");
+        return Err(BadLine::new(Code::Unsupported, message));
     }
+    let calls = match role {
+        Role::Assistant => tools::calls(fields)?,
+        _ => Vec::new(),
+    };
     let content = match fields.get("content") {
+        None if !calls.is_empty() => String::new(),
         Some(Value::String(text)) => text.clone(),
         Some(Value::Array(parts)) => parts
             .iter()
@@ -112,8 +187,22 @@ pub(crate) fn message(place: &str, item: &Value) -> Result<Message, BadLine> {
             .collect::<Result<String, BadLine>>()?,
         _ => return Err(fields.bad("content", "a string or an array of parts of type \"text\"")),
     };
+    let call_id = match role {
+        Role::Tool => match fields.text("tool_call_id")? {
+            Some(id) => Some(id.to_string()),
+            None => return Err(fields.bad("tool_call_id", "the call's name")),
+        },
+        _ => None,
+    };
+    let name = match role {
+        Role::Tool => fields.text("name")?.map(str::to_string),
+        _ => None,
+    };
     Ok(Message {
         thinking: fields.text("reasoning_content")?.map(str::to_string),
+        calls,
+        call_id,
+        name,
         ..Message::new(role, &content)
     })
 }

@@ -25,7 +25,34 @@ fn fields_of_a_body_have_no_path() {
             r#"{"messages":[{"role":"user","content":"a"}],"stream_options":{"include_usage":1}}"#,
             "stream_options.include_usage: 1, expected true or false",
         ),
-        (r#"{"tools":[{}]}"#, "tools: an array is not supported"),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"tools":[{}]}"#,
+            "tools[0].type: missing",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"tools":[{"type":"function","function":{"name":"a b"}}]}"#,
+            "tools[0].function.name: \"a b\"",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"tool_choice":"required"}"#,
+            "tool_choice: \"required\", expected a tool",
+        ),
+        (
+            r#"{"messages":[{"role":"assistant","content":null,"tool_calls":[{"function":{"name":"f","arguments":"["}}]}]}"#,
+            "messages[0].tool_calls[0].function.arguments: \"[\"",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"xml"}}"#,
+            "response_format.type: \"xml\" is not supported",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"messages":1}}"#,
+            "chat_template_kwargs: \"messages\" is set",
+        ),
+        (
+            r#"{"messages":[{"role":"user","content":"a"}],"guided_regex":"a","guided_choice":["a"]}"#,
+            "guided_choice: beside guided_regex",
+        ),
         ("[1]", "the body: an array, expected a JSON object"),
         ("{", "the body: EOF"),
     ] {

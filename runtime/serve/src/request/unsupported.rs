@@ -2,7 +2,7 @@
 //! would answer another question than was asked.
 
 use super::fields::{Fields, shown};
-use super::{BadLine, Code};
+use super::{BadLine, Code, Endpoint, Sender};
 use serde_json::{Value, json};
 
 /// A field, and the values beside null, false, 0, and empty ones that change nothing.
@@ -18,27 +18,42 @@ const fn never(name: &'static str) -> Unsupported {
     }
 }
 
-const UNSUPPORTED: &[Unsupported] = &[
+/// What only chats of the server have.
+const OF_CHATS: &[Unsupported] = &[
     never("tools"),
     Unsupported {
         name: "tool_choice",
         neutral: || vec![json!("none"), json!("auto")],
     },
+    never("reasoning_effort"),
+    never("chat_template_kwargs"),
+];
+
+/// What only the server has.
+const OF_SERVER: &[Unsupported] = &[
+    Unsupported {
+        name: "response_format",
+        neutral: || vec![json!({"type": "text"})],
+    },
+    never("guided_json"),
+    never("guided_regex"),
+    never("guided_choice"),
+    never("guided_grammar"),
+    never("structured_outputs"),
+    never("json_schema"),
+];
+
+const UNSUPPORTED: &[Unsupported] = &[
     never("functions"),
     Unsupported {
         name: "function_call",
         neutral: || vec![json!("none"), json!("auto")],
     },
     Unsupported {
-        name: "response_format",
-        neutral: || vec![json!({"type": "text"})],
-    },
-    Unsupported {
         name: "modalities",
         neutral: || vec![json!(["text"])],
     },
     never("audio"),
-    never("reasoning_effort"),
     never("reasoning"),
     never("verbosity"),
     never("web_search_options"),
@@ -49,12 +64,6 @@ const UNSUPPORTED: &[Unsupported] = &[
         neutral: || vec![json!(1)],
     },
     // Of other engines that take this format.
-    never("guided_json"),
-    never("guided_regex"),
-    never("guided_choice"),
-    never("guided_grammar"),
-    never("structured_outputs"),
-    never("json_schema"),
     never("grammar"),
     never("min_tokens"),
     never("stop_token_ids"),
@@ -75,7 +84,6 @@ const UNSUPPORTED: &[Unsupported] = &[
     never("dynatemp_range"),
     never("logits_processors"),
     never("chat_template"),
-    never("chat_template_kwargs"),
     never("continue_final_message"),
     never("documents"),
     never("truncate_prompt_tokens"),
@@ -83,8 +91,14 @@ const UNSUPPORTED: &[Unsupported] = &[
 ];
 
 /// Refuses a body with a field that would change the result.
-pub(super) fn check(body: Fields<'_>) -> Result<(), BadLine> {
-    let asked = UNSUPPORTED.iter().find_map(|field| {
+pub(super) fn check(body: Fields<'_>, endpoint: Endpoint, sender: Sender) -> Result<(), BadLine> {
+    let (of_chats, of_server) = match (sender, endpoint) {
+        (Sender::Batch, _) => (OF_CHATS, OF_SERVER),
+        (Sender::Client, Endpoint::Completions) => (OF_CHATS, &[][..]),
+        (Sender::Client, Endpoint::Chat) => (&[][..], &[][..]),
+    };
+    let all = of_chats.iter().chain(of_server).chain(UNSUPPORTED);
+    let asked = all.into_iter().find_map(|field| {
         let value = body.get(field.name)?;
         let changes = !is_neutral(value) && !(field.neutral)().iter().any(|n| equal(n, value));
         changes.then_some((field.name, value))

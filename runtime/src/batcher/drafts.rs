@@ -5,21 +5,20 @@
 //! tokens on average pays where `(R + e) / T(R + n) > R / T(R)`. Texts whose drafts are wrong, and
 //! steps to which rows are dear, have none.
 
-use super::Batch;
+use super::Batcher;
+use crate::engine::draft::{MAX_DRAFT, look_up};
+use crate::schedule::{StepCost, TextState};
 use std::time::Duration;
-use tier_plan_runtime::engine::draft::{MAX_DRAFT, look_up};
-use tier_plan_runtime::schedule::{StepCost, TextId, TextState};
 
-impl Batch<'_> {
+impl Batcher<'_> {
     /// Drafts tokens of running texts, and says how many rows they want.
     pub(super) fn draft(&mut self) {
         if self.limits.max_drafts == 0 {
             return;
         }
         let running = self.scheduler.n_running();
-        let ids: Vec<TextId> = self.live.keys().copied().collect();
-        for id in ids {
-            let Some(live) = self.live.get_mut(&id) else {
+        for (&id, entry) in &mut self.texts {
+            let Some(live) = entry.live.as_mut() else {
                 continue;
             };
             live.draft.clear();
@@ -66,8 +65,8 @@ fn best(cost: &StepCost, running: usize, expected: impl Iterator<Item = f64>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tier_plan_runtime::engine::draft::Acceptance;
-    use tier_plan_runtime::schedule::RowsTime;
+    use crate::engine::draft::Acceptance;
+    use crate::schedule::RowsTime;
 
     fn cost(fixed_ms: u64, row_ms: u64) -> StepCost {
         let point = |rows: usize| RowsTime {
