@@ -411,6 +411,7 @@ for (const colorScheme of ["light", "dark"]) {
       await look("chat");
       if (name === "narrow") {
         await page.click("#toggle-machine");
+        await page.click(".heat-table summary");
         await look("machine");
         await page.keyboard.press("Escape");
         await page.waitForSelector("#machine", { state: "hidden" });
