@@ -101,16 +101,12 @@ pub struct Calibration<'a> {
     pub settings: Settings,
 }
 
-/// Checks that a model has routed experts to profile.
+/// Checks that a model can be profiled.
 ///
 /// # Errors
-/// When it has none.
+/// When it has no routed experts, or its layers differ in their numbers.
 pub fn check_experts(gguf: &Gguf, spec: &ModelSpec) -> Result<()> {
-    let name = gguf.id().name;
-    ensure!(
-        spec.moe_layers().next().is_some(),
-        "'{name}' has no routed experts, so there is nothing to profile"
-    );
+    Profile::of_model(gguf.id(), spec, String::new())?;
     Ok(())
 }
 
@@ -121,9 +117,10 @@ pub fn collect(
     output: &Path,
     mut unfinished: Unfinished,
 ) -> Result<Profile> {
-    check_experts(&session.gguf, session.engine.spec())?;
     let prompts = run.prompts;
-    let fresh = fresh(session, run, output);
+    let made = run.settings.describe(prompts, run.tokenizer);
+    let mut fresh = Profile::of_model(session.gguf.id(), session.engine.spec(), made)?;
+    fresh.id.name = stem(output);
     let mut profile = unfinished.resume(fresh, prompts)?;
     session.engine.score_predictions();
     let bar = progress::count("profiling prompts", prompts.len() as u64);
@@ -150,27 +147,6 @@ pub fn collect(
     profile.write(output)?;
     unfinished.file.remove();
     Ok(profile)
-}
-
-/// Returns the profile of a run before its first prompt.
-fn fresh(session: &Session, run: &Calibration<'_>, output: &Path) -> Profile {
-    let spec = session.engine.spec();
-    let first = spec.moe_layers().next();
-    let (n_expert, n_used) = first.map_or((0, 0), |(_, m)| (m.n_expert as u32, m.n_used as u32));
-    Profile {
-        model: session.gguf.id(),
-        layers: spec.moe_layers().map(|(layer, _)| layer as u32).collect(),
-        n_expert,
-        n_used,
-        made: run.settings.describe(run.prompts, run.tokenizer),
-        prompts: Vec::new(),
-        counted: None,
-        guesses: None,
-        id: SourceId {
-            name: stem(output),
-            hash: String::new(),
-        },
-    }
 }
 
 /// The profile of the prompts done so far, in a file beside the output.
@@ -300,7 +276,7 @@ fn run_prompt(
     let Some(mut logits) = forward(engine, &tokens)? else {
         return Ok(None);
     };
-    append(&mut trace, engine.routing());
+    add(&mut trace, engine.routing());
     for _ in 0..settings.decode_tokens {
         if interrupted() {
             return Ok(None);
@@ -314,10 +290,14 @@ fn run_prompt(
             Some(logits) => logits,
             None => return Ok(None),
         };
-        append(&mut trace, engine.routing());
+        add(&mut trace, engine.routing());
         trace.decode_tokens += 1;
     }
     Ok(Some(trace))
+}
+
+fn add(trace: &mut PromptTrace, routing: &Routing) {
+    trace.add(&routing.experts, &routing.weights);
 }
 
 /// Returns the logits after the last token, or `None` when interrupted.
@@ -338,14 +318,4 @@ fn add_guesses(guesses: &mut Option<Vec<Guesses>>, engine: &mut Engine) {
         sum.right += layer.predicted_right;
     }
     engine.reset_counters();
-}
-
-fn append(trace: &mut PromptTrace, routing: &Routing) {
-    trace.experts.extend_from_slice(&routing.experts);
-    trace.weights.extend(
-        routing
-            .weights
-            .iter()
-            .map(|w| (w * 255.0).round().clamp(0.0, 255.0) as u8),
-    );
 }

@@ -6,6 +6,7 @@ mod wire;
 mod tests;
 
 use super::kind::{PROFILE, PROFILE_MAGIC};
+use crate::model::spec::{ModelSpec, MoeSpec};
 use crate::source_id::SourceId;
 use crate::{FormatError, safely};
 use std::ops::Range;
@@ -52,6 +53,13 @@ impl PromptTrace {
     /// Returns the number of prompt and decoded tokens.
     pub fn tokens(&self) -> usize {
         self.prompt_tokens as usize + self.decode_tokens as usize
+    }
+
+    /// Adds the choices of one or more tokens: experts and their weights, `[token, moe layer, used]`.
+    pub fn add(&mut self, experts: &[u16], weights: &[f32]) {
+        self.experts.extend_from_slice(experts);
+        let in_255ths = |w: &f32| (w * 255.0).round().clamp(0.0, 255.0) as u8;
+        self.weights.extend(weights.iter().map(in_255ths));
     }
 
     /// Returns the positions of the tokens of a phase, of all tokens for `None`.
@@ -101,7 +109,71 @@ pub struct Profile {
     pub id: SourceId,
 }
 
+/// Why a model cannot be profiled.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoProfile {
+    /// It has no routed experts.
+    #[error("'{model}' has no routed experts, so there is nothing to profile")]
+    NoExperts {
+        /// Name of the model.
+        model: String,
+    },
+    /// Its layers have different numbers of experts.
+    #[error(
+        "a token of '{model}' uses {} of {} experts in layer {layer}, and {} of {} in layer {first}; \
+         profiles hold one number for all layers, so solve without one",
+        here.0, here.1, there.0, there.1
+    )]
+    Uneven {
+        /// Name of the model.
+        model: String,
+        /// The first layer with experts.
+        first: usize,
+        /// Its experts: used by a token, and in all.
+        there: (usize, usize),
+        /// A layer with others.
+        layer: usize,
+        /// Its experts.
+        here: (usize, usize),
+    },
+}
+
 impl Profile {
+    /// Returns a profile of a model, before its first prompt.
+    ///
+    /// # Errors
+    /// When the model cannot be profiled.
+    pub fn of_model(model: SourceId, spec: &ModelSpec, made: String) -> Result<Profile, NoProfile> {
+        let experts = |moe: &MoeSpec| (moe.n_used, moe.n_expert);
+        let mut layers = spec.moe_layers().map(|(layer, moe)| (layer, experts(moe)));
+        let Some((first, there)) = layers.next() else {
+            return Err(NoProfile::NoExperts { model: model.name });
+        };
+        if let Some((layer, here)) = layers.find(|(_, here)| *here != there) {
+            return Err(NoProfile::Uneven {
+                model: model.name,
+                first,
+                there,
+                layer,
+                here,
+            });
+        }
+        Ok(Profile {
+            model,
+            layers: spec.moe_layers().map(|(layer, _)| layer as u32).collect(),
+            n_expert: there.1 as u32,
+            n_used: there.0 as u32,
+            made,
+            prompts: Vec::new(),
+            counted: None,
+            guesses: None,
+            id: SourceId {
+                name: String::new(),
+                hash: String::new(),
+            },
+        })
+    }
+
     /// Returns the experts that one token of one prompt chose in one layer, `[n_used]`. Prompt,
     /// token, and layer are positions.
     pub fn chosen(&self, prompt: usize, token: usize, layer: usize) -> &[u16] {

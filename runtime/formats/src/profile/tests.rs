@@ -679,3 +679,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_profile_begins_with_what_its_model_has() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data");
+    let begin = |name: &str| {
+        let gguf = crate::gguf::Gguf::open(&data.join(name)).unwrap();
+        let spec = crate::model::describe(&gguf).unwrap();
+        Profile::of_model(gguf.id(), &spec, "a test".into())
+    };
+    let profile = begin("arch/qwen3moe.gguf").unwrap();
+    assert!(profile.n_used > 0 && profile.n_used < profile.n_expert);
+    assert!(!profile.layers.is_empty() && profile.prompts.is_empty());
+    let none = begin("arch2/qwen2.gguf");
+    assert!(matches!(none, Err(NoProfile::NoExperts { .. })), "{none:?}");
+    let uneven = begin("arch2/nemotron_h_moe-puzzle.gguf");
+    assert!(
+        matches!(uneven, Err(NoProfile::Uneven { .. })),
+        "{uneven:?}"
+    );
+}
