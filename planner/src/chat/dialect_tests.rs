@@ -7,7 +7,7 @@ use crate::bundled;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
 
-fn tokenizer() -> Tokenizer {
+pub(super) fn tokenizer() -> Tokenizer {
     let gguf = Gguf::open(&bundled::path("demo/demo.gguf").unwrap()).unwrap();
     Tokenizer::new(TokenizerSource::from_gguf(&gguf).unwrap()).unwrap()
 }

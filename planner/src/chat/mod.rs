@@ -18,6 +18,8 @@ pub mod template;
 #[cfg(test)]
 mod tests;
 pub(crate) mod thought;
+#[cfg(test)]
+mod tool_tests;
 
 use crate::printable::printable;
 use crate::screen::Screen;

@@ -151,6 +151,8 @@ pub(crate) struct TextState {
     pub finish: Option<batcher::Finish>,
     /// Calls of tools so far.
     pub n_calls: usize,
+    /// Tokens that were drawn while the text was in a thought.
+    pub n_thinking: usize,
     splitter: Option<Splitter>,
     place: Place,
 }
@@ -272,6 +274,9 @@ impl Answering {
             }
             What::Drawn(drawn, timings) => (drawn, timings),
         };
+        if text.splitter.as_ref().is_some_and(Splitter::is_in_thought) {
+            text.n_thinking += drawn.n_new.saturating_sub(text.n_new);
+        }
         text.n_new = drawn.n_new;
         text.finish.clone_from(&drawn.finish);
         let from = text.place;
@@ -369,6 +374,7 @@ impl Answering {
             prompt: self.n_prompt,
             cached: self.cached,
             new: self.texts.iter().map(|text| text.n_new).sum(),
+            thinking: self.texts.iter().map(|text| text.n_thinking).sum(),
         }
     }
 

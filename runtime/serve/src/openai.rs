@@ -110,6 +110,7 @@ fn usage(answering: &Answering) -> Value {
         "completion_tokens": counts.new,
         "total_tokens": counts.prompt + counts.new,
         "prompt_tokens_details": { "cached_tokens": counts.cached },
+        "completion_tokens_details": { "reasoning_tokens": counts.thinking },
     })
 }
 

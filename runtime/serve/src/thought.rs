@@ -187,6 +187,11 @@ impl Splitter {
         }
     }
 
+    /// Whether the text is in a thought.
+    pub fn is_in_thought(&self) -> bool {
+        matches!(self.at, At::Thought(_) | At::Channel(Channel::Thought))
+    }
+
     /// Takes the next piece of the answer, and where the token at hand is in the whole if it marks a
     /// thought. Returns what is certain.
     pub fn push(&mut self, text: &str, mark: Option<(Range<usize>, ThoughtMark)>) -> Vec<Part> {

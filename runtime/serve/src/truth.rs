@@ -132,6 +132,8 @@ pub(crate) struct Counts {
     /// Tokens of the prompt that were not computed.
     pub cached: usize,
     pub new: usize,
+    /// Those of them that are thought.
+    pub thinking: usize,
 }
 
 /// Returns tokens per second.
@@ -201,6 +203,7 @@ mod tests {
             prompt: 10,
             cached: 4,
             new: 1,
+            thinking: 0,
         };
         let timings = Timings {
             prompt: Duration::from_millis(60),

@@ -148,7 +148,8 @@ fn a_text_that_cannot_fit_is_refused() {
         ..Options::default()
     };
     let mut batcher = Batcher::new(&mut engine, &tokenizer, batching);
-    let asked = Arc::new(options(&tokenizer, "a", 1000));
+    let most = batcher.pages().total * PAGE;
+    let asked = Arc::new(options(&tokenizer, "a", most + 1));
     let refused = batcher.submit(&asked, 2);
     assert!(matches!(refused, Err(SubmitError::TooLong { .. })));
     assert!(batcher.is_empty());
@@ -196,4 +197,83 @@ fn a_stop_string_ends_a_text_and_is_named() {
         (&whole[..end], Some(Finish::StopString(stop)))
     );
     assert!(tokens > 0);
+}
+
+/// A grammar of texts that are one token again and again, and then end.
+struct Again {
+    token: u32,
+    end: u32,
+    left: usize,
+    n_vocab: usize,
+}
+
+impl Guide for Again {
+    fn accept(&mut self, token: u32) -> Result<(), String> {
+        assert_eq!(token, self.token);
+        self.left -= 1;
+        Ok(())
+    }
+
+    fn mask(&mut self) -> Result<Vec<u32>, String> {
+        if self.left == 7 {
+            return Err("seven are left".into());
+        }
+        let token = if self.left == 0 { self.end } else { self.token };
+        let mut mask = vec![0; self.n_vocab.div_ceil(32)];
+        mask[token as usize / 32] = 1 << (token % 32);
+        Ok(mask)
+    }
+}
+
+#[test]
+fn a_grammar_keeps_a_text_and_no_other() {
+    let Loaded {
+        mut engine,
+        tokenizer,
+    } = loaded(3, 256);
+    let n_vocab = engine.spec().n_vocab;
+    let batching = Options {
+        max_texts: 3,
+        ..Options::default()
+    };
+    let mut batcher = Batcher::new(&mut engine, &tokenizer, batching);
+    let free = Arc::new(options(&tokenizer, "In the beginning", 6));
+    let alone = batcher.submit(&free, 1).unwrap()[0];
+    let expected = run(&mut batcher).remove(&alone);
+    let token = tokenizer.encode("a", false).unwrap()[0];
+    let end = tokenizer.eos().unwrap();
+    let kept = |left: usize| {
+        Arc::new(TextOptions {
+            grammar: Some(Grammar::new(move || {
+                Box::new(Again {
+                    token,
+                    end,
+                    left,
+                    n_vocab,
+                })
+            })),
+            ..options(&tokenizer, "In the beginning", 20)
+        })
+    };
+    let two = batcher.submit(&kept(4), 2).unwrap();
+    let other = batcher.submit(&free, 1).unwrap()[0];
+    let came = run(&mut batcher);
+    for id in two {
+        let text = tokenizer.decode(&[token; 4]);
+        assert_eq!(came[&id], (text, Some(Finish::EndToken)));
+    }
+    assert_eq!(Some(&came[&other]), expected.as_ref());
+    // One that cannot go on fails alone.
+    let bad = batcher.submit(&kept(9), 1).unwrap()[0];
+    let mut failed = Vec::new();
+    while !batcher.is_empty() {
+        let mut see = |id, event| {
+            if let Event::Failed(error) = event {
+                failed.push((id, error.to_string()));
+            }
+        };
+        batcher.step(&mut see).unwrap();
+    }
+    let error = "the grammar of the text: seven are left".to_string();
+    assert_eq!(failed, [(bad, error)]);
 }

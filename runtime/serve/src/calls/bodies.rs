@@ -75,7 +75,7 @@ fn call_of(item: Value) -> Read<Call> {
 }
 
 /// Returns a call with arguments that are a JSON object.
-fn with_object(name: &str, arguments: Value) -> Read<Call> {
+pub(super) fn with_object(name: &str, arguments: Value) -> Read<Call> {
     let name = name.trim();
     let is_name = !name.is_empty() && !name.contains(['<', '{', '"']) && !name.contains('\n');
     if !is_name || !arguments.is_object() {

@@ -2,6 +2,7 @@
 
 use super::Call;
 use super::bodies;
+use super::gemma;
 use super::reader::{Read, Reader};
 use crate::request::tools::Tool;
 
@@ -160,7 +161,7 @@ const LLAMA: Form = Form {
 };
 
 /// All forms, special ones first.
-static FORMS: [Form; 22] = [
+static FORMS: [Form; 24] = [
     Form {
         name: "gpt-oss",
         signs: &["<|channel|>", "<|call|>"],
@@ -311,6 +312,26 @@ static FORMS: [Form; 22] = [
         ..MISTRAL
     },
     MISTRAL,
+    Form {
+        name: "Gemma 4",
+        signs: &["<|tool_call>", "<tool_call|>"],
+        marks: &[["<|tool_call>", "<tool_call|>"]],
+        body: gemma::gemma4,
+        inner: &["<|\"|>"],
+        one: &["<tool_call|>"],
+        frame: None,
+        ..PLAIN
+    },
+    Form {
+        name: "FunctionGemma",
+        signs: &["<start_function_call>"],
+        marks: &[["<start_function_call>", "<end_function_call>"]],
+        body: gemma::function_gemma,
+        inner: &["<escape>"],
+        one: &["<end_function_call>"],
+        frame: None,
+        ..PLAIN
+    },
     Form {
         name: "Command R",
         signs: &["<|START_ACTION|>"],

@@ -7,6 +7,7 @@
 
 mod bodies;
 pub(crate) mod forms;
+mod gemma;
 mod json_end;
 mod reader;
 #[cfg(test)]

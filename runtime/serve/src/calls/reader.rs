@@ -93,6 +93,21 @@ impl<'t> Reader<'t> {
         Ok(text)
     }
 
+    /// Returns a JSON string.
+    pub fn string(&mut self) -> Read<Value> {
+        let mut is_escaped = false;
+        let end = self.rest.bytes().enumerate().skip(1).find(|(_, byte)| {
+            let ends = *byte == b'"' && !is_escaped;
+            is_escaped = *byte == b'\\' && !is_escaped;
+            ends
+        });
+        let (end, _) = end.ok_or(Fault::Ends)?;
+        let (text, rest) = self.rest.split_at(end + 1);
+        let parsed = value::parse(text.as_bytes()).map_err(|_| Fault::Other)?;
+        self.rest = rest;
+        Ok(parsed)
+    }
+
     /// Returns a JSON object or array, after white space.
     pub fn json(&mut self) -> Read<Value> {
         self.space();

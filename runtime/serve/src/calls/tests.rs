@@ -293,6 +293,31 @@ fn others_have_json_between_marks() {
 }
 
 #[test]
+fn gemma() {
+    let text = "Hm.<|tool_call>call:get_weather{city:<|\"|>Paris<|\"|>,days:2}<tool_call|><|tool_call>call:now{}<tool_call|>";
+    check(
+        "Gemma 4",
+        text,
+        &[content("Hm."), paris(), call("now", json!({}))],
+    );
+    let nested = "<|tool_call>call:now{a:[1, true,{b:null,<|\"|>c d<|\"|>:\"e\\\"}\"}],f:<|\"|>{<tool_call|>,}<|\"|>,g:word}<tool_call|>";
+    let expected =
+        json!({"a": [1, true, {"b": null, "c d": "e\"}"}], "f": "{<tool_call|>,}", "g": "word"});
+    check("Gemma 4", nested, &[call("now", expected)]);
+    for text in [
+        "<|tool_call>call:now{a:1<tool_call|>",
+        "<|tool_call>now{}<tool_call|>",
+        "<|tool_call>call:now{a:",
+    ] {
+        check("Gemma 4", text, &[content(text)]);
+    }
+    let deep = format!("<|tool_call>call:now{{a:{}}}<tool_call|>", "[".repeat(500));
+    assert_eq!(parsed("Gemma 4", &deep, &[]), [content(&deep)]);
+    let text = "<start_function_call>call:get_weather{city:<escape>Paris<escape>,days:2}<end_function_call>";
+    check("FunctionGemma", text, &[paris()]);
+}
+
+#[test]
 fn one_call_is_the_first() {
     let one = "<tool_call>{\"name\": \"now\"}</tool_call>";
     let mut parser = Parser::new(Form::named("Hermes"), tools(), true);
@@ -315,6 +340,7 @@ fn a_form_is_known_by_the_template() {
         ("<tool_call>\\n{\"name\": <function-name>", Some("Hermes")),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", Some("Mistral")),
         ("<|python_tag|>", Some("Llama 3")),
+        ("<|tool_call>call: <tool_call|>", Some("Gemma 4")),
         ("<minimax:tool_call>", Some("MiniMax M2")),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None),
     ] {
@@ -327,7 +353,7 @@ fn a_form_is_known_by_the_template() {
 }
 
 /// Pieces of answers in all forms.
-const PIECES: [&str; 34] = [
+const PIECES: [&str; 39] = [
     "<tool_call>",
     "</tool_call>",
     "{\"name\": \"now\", \"arguments\": {}}",
@@ -362,17 +388,22 @@ const PIECES: [&str; 34] = [
     "<minimax:tool_call>",
     "<invoke name=\"now\">",
     "</invoke>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "call:now{",
+    "<|\"|>",
+    "a:",
 ];
 
 proptest! {
     #[test]
     fn cuts_change_nothing(
-        form in 0usize..10,
+        form in 0usize..11,
         pieces in prop::collection::vec(prop::sample::select(PIECES.to_vec()), 0..14),
         cuts in prop::collection::vec(0usize..12, 0..20),
     ) {
         let names = ["Hermes", "Qwen3-Coder", "GLM", "DeepSeek", "Mistral", "Llama 3", "MiniMax M2", "Kimi K2", "Granite 3",
-            "Seed-OSS"];
+            "Seed-OSS", "Gemma 4"];
         let text = pieces.concat();
         let whole = parsed(names[form], &text, &[]);
         prop_assert_eq!(&parsed(names[form], &text, &cuts), &whole);

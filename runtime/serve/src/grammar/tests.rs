@@ -197,6 +197,28 @@ fn demanded_calls_are_those_that_the_parser_reads() {
 }
 
 #[test]
+fn channels_have_a_thought_and_then_a_call_or_an_answer() {
+    let tokenizer = tokenizer();
+    let format = Format::Json(json!({"type": "object"}));
+    let form = Some(Form::named("gpt-oss"));
+    let either = grammar(&format, &tools(Choice::Auto, true), form).unwrap();
+    let thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant";
+    let call = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}";
+    let answer = "<|channel|>final<|message|>{\"a\": 1}";
+    for text in [
+        format!("{thought}{call}"),
+        format!("{thought}{answer}"),
+        call.into(),
+        answer.into(),
+    ] {
+        assert!(takes(&either, &tokenizer, &text), "{text}");
+    }
+    let demanded = grammar(&Format::Text, &tools(Choice::Required, true), form).unwrap();
+    assert!(takes(&demanded, &tokenizer, call) && !takes(&demanded, &tokenizer, answer));
+    assert!(!takes(&either, &tokenizer, thought));
+}
+
+#[test]
 fn a_choice_is_free_between_calls_and_the_form_of_the_answer() {
     let tokenizer = tokenizer();
     let format = Format::Json(json!({"type": "object"}));

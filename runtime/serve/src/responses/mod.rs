@@ -109,7 +109,7 @@ fn ended(echo: &Value, answering: &Answering, output: Vec<Value>) -> Value {
         "input_tokens": counts.prompt,
         "input_tokens_details": { "cached_tokens": counts.cached },
         "output_tokens": counts.new,
-        "output_tokens_details": { "reasoning_tokens": 0 },
+        "output_tokens_details": { "reasoning_tokens": counts.thinking },
         "total_tokens": counts.prompt + counts.new,
     });
     response
