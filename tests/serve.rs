@@ -4,6 +4,7 @@
 mod bodies;
 mod client;
 mod page;
+mod profile;
 mod responses;
 mod streams;
 mod tools;

@@ -52,7 +52,7 @@ async function setTokens(page, n) {
   await page.click("#open-settings");
   await page.fill("#field-max_tokens", String(n));
   await page.keyboard.press("Enter");
-  await page.waitForSelector("#settings[open]", { state: "detached" });
+  await page.getByText("Parameters (1 set)").waitFor();
 }
 
 async function ask(page, text) {
@@ -179,6 +179,52 @@ test("chats are listed, searched, renamed, exported, deleted, and brought back",
   assert.deepEqual(await titles(), ["Bolts and nuts", "Fruit"]);
 });
 
+test("what one tab writes, another one shows", async (t) => {
+  const page = await open(t, chats.url);
+  const other = await page.context().newPage();
+  await other.goto(chats.url);
+  await other.waitForSelector("body.is-ready");
+  await setTokens(page, 200);
+  await ask(page, "One tab");
+  await other.locator("#conversations .open", { hasText: "One tab" }).waitFor();
+  await done(page);
+  await other.locator("#conversations .open").click();
+  await other.waitForFunction(() => /^200.tokens/.test(document.querySelector(".truth")?.textContent));
+  assert.equal(await textOf(other), await textOf(page));
+});
+
+test("an answer that a reload cuts off is kept as far as it came", async (t) => {
+  const page = await open(t, chats.url);
+  await setTokens(page, 900);
+  await ask(page, "The beginning");
+  await page.waitForFunction(() => document.querySelector(".message.assistant .text")?.innerText.length > 20);
+  await page.waitForTimeout(1500);
+  await page.reload();
+  await page.waitForSelector("body.is-ready");
+  await page.getByText("stopped").waitFor();
+  assert.ok((await textOf(page)).length > 20);
+  await ask(page, "Go on");
+  await page.waitForSelector("#stop:not([hidden])");
+});
+
+test("an edit while an answer comes is not lost", async (t) => {
+  const page = await open(t, chats.url);
+  await setTokens(page, 900);
+  await ask(page, "The beginning");
+  await page.locator(".message.user").getByLabel("Edit and ask again").click();
+  await page.fill(".edit textarea", "Another beginning");
+  await page.keyboard.press("Enter");
+  await page.getByText("An answer is coming").waitFor();
+  assert.equal(await page.inputValue(".edit textarea"), "Another beginning");
+  await page.click("#stop");
+  await done(page);
+  await page.press(".edit textarea", "Enter");
+  await page.waitForSelector("#stop:not([hidden])");
+  await page.click("#stop");
+  await done(page);
+  assert.equal(await page.locator(".message.user .text").innerText(), "Another beginning");
+});
+
 test("a model's markup is text, and its links lead to the web alone", async (t) => {
   const page = await open(t, words.url);
   await ask(page, "script");
@@ -219,6 +265,35 @@ test("markdown, thoughts, and calls have their forms", async (t) => {
   assert.match(await answer(page).locator(".call").innerText(), /weather[^]*"city": "Paris"/);
   await answer(page).locator(".thought summary").click();
   assert.equal(await answer(page).locator(".thought strong").innerText(), "think");
+});
+
+test("the user gives tools and the results of their calls", async (t) => {
+  const page = await open(t, words.url);
+  await page.click("#open-settings");
+  await page.fill("#field-tools", "{]");
+  await page.click("#settings .primary");
+  assert.equal(await page.locator("#settings[open]").count(), 1, "what is no JSON is not taken");
+  const tool = { type: "function", function: { name: "weather", parameters: { type: "object" } } };
+  await page.fill("#field-tools", JSON.stringify([tool]));
+  await page.click("#settings .primary");
+  await page.getByText("Parameters (1 set)").waitFor();
+  await ask(page, "parts");
+  await done(page);
+  await page.getByLabel("Result of weather").fill("script");
+  const [sent] = await Promise.all([
+    page.waitForRequest(/chat.completions$/),
+    page.getByRole("button", { name: "Give the results" }).click(),
+  ]);
+  const { tools, messages } = sent.postDataJSON();
+  assert.deepEqual(tools, [tool]);
+  const calls = [{ id: "c1", type: "function", function: { name: "weather", arguments: '{"city":"Paris"}' } }];
+  assert.deepEqual(messages.map(({ role }) => role), ["user", "assistant", "tool"]);
+  assert.deepEqual(messages[1].tool_calls, calls);
+  assert.deepEqual(messages[2], { role: "tool", tool_call_id: "c1", content: "script" });
+  await done(page);
+  assert.equal(await page.locator(".message").count(), 4);
+  assert.equal(await page.locator("form.results").count(), 0);
+  assert.equal(await page.locator(".message.results details:not([open])").count(), 1);
 });
 
 test("text that nests without end is shown at once", async (t) => {
@@ -336,6 +411,7 @@ for (const colorScheme of ["light", "dark"]) {
       await look("chat");
       if (name === "narrow") {
         await page.click("#toggle-machine");
+        await page.click(".heat-table summary");
         await look("machine");
         await page.keyboard.press("Escape");
         await page.waitForSelector("#machine", { state: "hidden" });

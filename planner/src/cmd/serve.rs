@@ -19,10 +19,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tier_plan_runtime::Cancel;
 use tier_plan_runtime::batcher::{Batcher, Options};
+use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::SamplerConfig;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_serve::prompts::Chats;
-use tier_plan_serve::{Config, Limits, Security, Server, Setup};
+use tier_plan_serve::{Config, Limits, Security, Server, Setup, Traces};
 
 /// Most texts that may be let wait.
 const MAX_QUEUE: u64 = 65_536;
@@ -136,6 +137,10 @@ pub struct ServeArgs {
         help_heading = "Generation"
     )]
     pub context: Option<u32>,
+    /// Profile to record which experts real use chooses; it has no texts, `solve` plans with it,
+    /// and a later run adds to it
+    #[arg(long, value_name = "FILE", help_heading = "Generation")]
+    pub profile_out: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub pre: PreTokenizerArgs,
@@ -242,6 +247,11 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let prepared = Prepared::open(model, opening)?;
     sampling::check_biases(&config.sampling, prepared.spec().n_vocab)?;
     let tokenizer = Arc::new(prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?);
+    let traces = args.profile_out.as_deref().map(|path| {
+        safely::check_file(path)?;
+        Ok::<_, anyhow::Error>(Traces::open(path, prepared.gguf().id(), prepared.spec())?)
+    });
+    let mut traces = traces.transpose().context("--profile-out")?;
     let template = template(&prepared, &tokenizer, given)?;
     let routing = parallel::routing(args.routing.as_deref(), model, &prepared)?;
     let chats = template
@@ -268,7 +278,18 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .residency()
         .iter()
         .for_each(|line| eprintln!("{line}"));
-    answer(args, &mut session, &tokenizer, &routing, (server, address))?;
+    let place = (server, address);
+    let answered = answer(
+        args,
+        &mut session,
+        (&tokenizer, &routing),
+        traces.as_mut(),
+        place,
+    );
+    if let Some(traces) = &mut traces {
+        record(traces, args.profile_out.as_deref())?;
+    }
+    answered?;
     session.keep()?;
     args.kept.warn(&mut session.engine);
     // Only a signal ends a server.
@@ -279,8 +300,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
 fn answer(
     args: &ServeArgs,
     session: &mut Session,
-    tokenizer: &Tokenizer,
-    routing: &parallel::Routing,
+    (tokenizer, routing): (&Tokenizer, &parallel::Routing),
+    traces: Option<&mut Traces>,
     (server, address): (Server, SocketAddr),
 ) -> Result<()> {
     let _catching = crate::interrupt::catch_interrupts();
@@ -300,11 +321,24 @@ fn answer(
     let texts = batcher.max_texts();
     eprintln!("{}", speeds.why);
     let on_ready = || eprintln!("http://{address}: ready, up to {texts} texts at once");
-    let summary = server.work(&mut batcher, on_ready).context("serving")?;
+    let summary = server
+        .work(&mut batcher, traces, on_ready)
+        .context("serving")?;
     eprintln!(
         "{} texts answered, {} left by their clients, {} failed",
         summary.answered, summary.abandoned, summary.failed
     );
+    Ok(())
+}
+
+/// Writes what is not written yet of the profile of real use.
+fn record(traces: &mut Traces, path: Option<&Path>) -> Result<()> {
+    traces.write()?;
+    let path = path.unwrap_or(Path::new("")).display();
+    match traces.n_texts() {
+        0 => eprintln!("no text was recorded, so {path} is not written"),
+        n => eprintln!("{path} has the choices of {n} texts"),
+    }
     Ok(())
 }
 

@@ -32,12 +32,14 @@ mod responses;
 mod sse;
 mod state;
 mod thought;
+mod traces;
 mod truth;
 mod utilities;
 mod work;
 
 pub use http::Server;
 pub use state::{Config, Limits, Security, Setup};
+pub use traces::{Traces, TracesError};
 pub use work::Summary;
 
 use request::{BadLine, Endpoint, Request};

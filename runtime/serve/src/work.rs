@@ -3,6 +3,7 @@
 use crate::job::{Command, Failure, Job, JobEvent, What};
 use crate::live::Recorder;
 use crate::state::State;
+use crate::traces::Traces;
 use crate::truth::{Clock, Snapshot};
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -41,15 +42,22 @@ struct Worker<'s> {
     state: &'s State,
     texts: HashMap<TextId, Text>,
     recorder: Recorder,
+    traces: Option<&'s mut Traces>,
     summary: Summary,
 }
 
 /// Answers requests until the server is to end, and the texts at work are done.
-pub(crate) fn work(state: &State, batcher: &mut Batcher<'_>, inbox: &Receiver<Command>) -> Summary {
+pub(crate) fn work(
+    state: &State,
+    batcher: &mut Batcher<'_>,
+    inbox: &Receiver<Command>,
+    traces: Option<&mut Traces>,
+) -> Summary {
     let mut worker = Worker {
         state,
         texts: HashMap::new(),
         recorder: Recorder::default(),
+        traces,
         summary: Summary::default(),
     };
     loop {
@@ -84,6 +92,7 @@ impl Worker<'_> {
     /// Takes what is in the queue. Waits a moment if there is nothing to do.
     fn receive(&mut self, batcher: &mut Batcher<'_>, inbox: &Receiver<Command>) {
         if batcher.is_empty() {
+            self.write_traces();
             match inbox.recv_timeout(POLL) {
                 Ok(command) => self.take(batcher, command),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -94,6 +103,24 @@ impl Worker<'_> {
         while let Ok(command) = inbox.try_recv() {
             self.take(batcher, command);
         }
+    }
+
+    /// Writes what was recorded, from time to time. A file that cannot be written now may be at the
+    /// next time, or at the end.
+    fn write_traces(&mut self) {
+        if let Some(traces) = &mut self.traces
+            && let Err(error) = traces.write_at_rest()
+        {
+            eprintln!("warning: {error}");
+        }
+    }
+
+    /// Forgets a text that has ended.
+    fn end(&mut self, id: TextId) -> Option<Text> {
+        if let Some(traces) = &mut self.traces {
+            traces.end(id);
+        }
+        self.texts.remove(&id)
     }
 
     fn take(&mut self, batcher: &mut Batcher<'_>, command: Command) {
@@ -142,7 +169,7 @@ impl Worker<'_> {
         let gone: Vec<TextId> = gone.map(|(id, _)| *id).collect();
         for id in gone {
             batcher.cancel(id);
-            self.texts.remove(&id);
+            self.end(id);
             self.summary.abandoned += 1;
             self.state.metrics.abandoned();
         }
@@ -153,6 +180,11 @@ impl Worker<'_> {
         let mut events = Vec::new();
         let mut came = |id, event| events.push((id, Instant::now(), event));
         let result = batcher.step(&mut came);
+        if let Some(traces) = &mut self.traces
+            && result.as_ref().is_ok_and(|step| !step.canceled)
+        {
+            traces.record(batcher.routing());
+        }
         for (id, at, event) in events {
             self.send(batcher.engine(), at, id, event);
         }
@@ -207,7 +239,7 @@ impl Worker<'_> {
         // next step.
         let _ = text.events.try_send(JobEvent { index, what });
         if ended {
-            self.texts.remove(&id);
+            self.end(id);
         }
     }
 
@@ -240,7 +272,7 @@ impl Worker<'_> {
     fn fail(&mut self, batcher: &mut Batcher<'_>, id: TextId, failure: &Failure) {
         // After a failed pass, a recurrent state is worth nothing.
         batcher.discard(id);
-        if let Some(text) = self.texts.remove(&id) {
+        if let Some(text) = self.end(id) {
             self.summary.failed += 1;
             let (index, what) = (text.index, What::Failed(failure.clone()));
             let _ = text.events.try_send(JobEvent { index, what });

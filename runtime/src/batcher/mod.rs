@@ -17,8 +17,8 @@ mod text;
 pub use guide::{Grammar, Guide};
 pub use text::{Drawn, Finish, TextOptions, TokenText};
 
-use crate::engine::SequenceId;
 use crate::engine::draft::MAX_DRAFT;
+use crate::engine::{Routing, SequenceId};
 use crate::error::RunError;
 use crate::schedule::{
     self, Limits, PAGE, Pages, Scheduler, StepCost, SubmitError, TextId, TextState,
@@ -71,6 +71,21 @@ pub struct Step {
     pub canceled: bool,
 }
 
+/// Rows of a text in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepRows {
+    /// The text.
+    pub id: TextId,
+    /// Tokens of its prompt.
+    pub n_prompt: usize,
+    /// Position of the first row.
+    pub from: usize,
+    /// Rows that were computed.
+    pub n_computed: usize,
+    /// Those of them that are the text's; the others are a draft that was wrong.
+    pub n_kept: usize,
+}
+
 /// A text in the batcher, as programs show it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TextStatus {
@@ -119,6 +134,8 @@ pub struct Batcher<'a> {
     next_id: u64,
     /// Tokens shared by the texts that the step at hand admits.
     shared: usize,
+    /// Rows of the last step, unless a text failed in it.
+    rows: Vec<StepRows>,
     scratch: Vec<f32>,
     /// Once a text has a grammar.
     masks: Option<Masks>,
@@ -146,6 +163,7 @@ impl<'a> Batcher<'a> {
             started: Instant::now(),
             next_id: 0,
             shared: 0,
+            rows: Vec::new(),
             scratch: Vec::new(),
             masks: None,
         }
@@ -159,6 +177,12 @@ impl<'a> Batcher<'a> {
     /// Returns the engine.
     pub fn engine(&mut self) -> &mut Engine {
         self.engine
+    }
+
+    /// Returns the experts that the rows of the last step chose, and these rows in their order: none
+    /// where a text failed in it.
+    pub fn routing(&self) -> (&Routing, &[StepRows]) {
+        (self.engine.routing(), &self.rows)
     }
 
     /// Returns the pages of the KV cache.

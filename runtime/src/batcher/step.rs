@@ -1,7 +1,7 @@
 //! A step of all texts at work.
 
 use super::text::Live;
-use super::{Batcher, Drawn, Event, Step};
+use super::{Batcher, Drawn, Event, Step, StepRows};
 use crate::engine::{LogitsMode, Rows, SequenceId};
 use crate::error::RunError;
 use crate::schedule::{StepPlan, TextId, TextOutcome, TextRows};
@@ -44,6 +44,7 @@ impl Batcher<'_> {
         }
         self.draft();
         self.shared = 0;
+        self.rows.clear();
         let plan = self.plan(on_event);
         self.release(&plan);
         let step = Step {
@@ -143,6 +144,7 @@ impl Batcher<'_> {
             }
         });
         let n_vocab = self.engine.spec().n_vocab.max(1);
+        let mut step_rows = self.rows_of(&placed);
         let results = self.engine.step_apart(&rows.collect::<Vec<_>>())?;
         for ((row, sequence, tokens), logits) in placed.iter().zip(results) {
             let draft = &tokens[row.n_tokens..];
@@ -153,10 +155,12 @@ impl Batcher<'_> {
                 // Without its draft it may go on: the step is computed again.
                 Err(_) if !draft.is_empty() => {
                     live.drafts = false;
+                    step_rows.clear();
                     continue;
                 }
                 Err(error) => {
                     came.failed.push((row.id, error));
+                    step_rows.clear();
                     continue;
                 }
             };
@@ -191,12 +195,31 @@ impl Batcher<'_> {
             came.texts.push(text);
         }
         for wrong in came.wrong.drain(..) {
+            if let Some(rows) = step_rows.iter_mut().find(|rows| rows.id == wrong.id) {
+                rows.n_kept = wrong.n_left - rows.from;
+            }
             let cut = self.engine.truncate_sequence(wrong.sequence, wrong.n_left);
             if let Err(error) = cut {
                 came.failed.push((wrong.id, error));
             }
         }
+        self.rows = step_rows;
         Ok(())
+    }
+
+    /// Returns the rows of a step as if no draft was wrong.
+    fn rows_of(&self, placed: &[(&TextRows, SequenceId, Vec<u32>)]) -> Vec<StepRows> {
+        let rows = placed.iter().map(|(row, _, tokens)| StepRows {
+            id: row.id,
+            n_prompt: self
+                .texts
+                .get(&row.id)
+                .map_or(0, |e| e.options.prompt.len()),
+            from: row.from,
+            n_computed: tokens.len(),
+            n_kept: tokens.len(),
+        });
+        rows.collect()
     }
 
     /// Returns the tokens of rows, and their draft.

@@ -7,6 +7,7 @@ mod key;
 use crate::error::ApiError;
 use crate::job::Command;
 use crate::state::{Setup, State};
+use crate::traces::Traces;
 use crate::truth::Promise;
 use crate::work::{Summary, work};
 use crate::{anthropic, live, openai, page, responses, utilities};
@@ -85,16 +86,22 @@ impl Server {
     }
 
     /// Answers requests with a loaded model until a signal asks for an end. Texts at work have a
-    /// while to end then. Calls `on_ready` once requests are taken.
+    /// while to end then. Calls `on_ready` once requests are taken. What texts choose is recorded in
+    /// `traces`, if given.
     ///
     /// # Errors
     /// When the listener fails.
-    pub fn work(self, batcher: &mut Batcher<'_>, on_ready: impl FnOnce()) -> io::Result<Summary> {
+    pub fn work(
+        self,
+        batcher: &mut Batcher<'_>,
+        traces: Option<&mut Traces>,
+        on_ready: impl FnOnce(),
+    ) -> io::Result<Summary> {
         let promise = Promise::of(batcher.engine());
         self.state
             .ready(batcher.max_texts(), batcher.pages().total, promise);
         on_ready();
-        let summary = work(&self.state, batcher, &self.inbox);
+        let summary = work(&self.state, batcher, &self.inbox, traces);
         drop(self.inbox);
         // Connections have their answers; they end when those are sent.
         let _ = self.closing.send(true);

@@ -8,6 +8,8 @@ import { ROOT, add, newConversation, path, pathTo, place, request, turn } from "
 /** Distance from the end at which the page follows an answer. */
 const NEAR_PX = 80;
 const SAVE_MS = 1000;
+/** Time without a save after which an answer is not coming any more. */
+const STALE_MS = 4000;
 /** Time between two looks of an answer: the model may compute on the same cores as the browser. */
 const PAINT_MS = 50;
 /** Tokens of a continuation where the user says nothing: the server's own default is 16. */
@@ -42,6 +44,7 @@ export class Chat {
   #views = new Map();
   #runs = new Map();
   #follows = true;
+  #isUnsaved = false;
   #announcer = new Announcer(byId("announcer"));
   #thread = byId("thread");
   #messages = byId("messages");
@@ -71,13 +74,35 @@ export class Chat {
   /** Shows a conversation. */
   open(conversation) {
     this.conversation = conversation;
-    for (const node of Object.values(conversation.nodes)) {
-      // The page was closed while it came.
-      if (node.status === "running" && !this.#runs.has(conversation.id)) node.status = "stopped";
-    }
+    this.#endStale();
     this.show();
     this.#toEnd(true);
     this.hooks.opened(conversation);
+  }
+
+  /** Shows what another tab has made of the conversation. */
+  refresh(conversation) {
+    if (this.#messages.querySelector(".edit") !== null) return;
+    this.conversation = conversation;
+    this.#endStale();
+    this.show();
+    this.#follow();
+  }
+
+  /** Ends answers that nobody saves any more: their page was closed while they came. */
+  #endStale() {
+    const { conversation } = this;
+    const running = Object.values(conversation.nodes).filter((node) => node.status === "running");
+    if (running.length === 0 || this.#runs.has(conversation.id)) return;
+    const left = conversation.updated + STALE_MS - Date.now();
+    if (left > 0) {
+      const again = () => {
+        if (this.conversation === conversation) this.refresh(conversation);
+      };
+      setTimeout(again, left + 1);
+      return;
+    }
+    for (const node of running) node.status = "stopped";
   }
 
   /** Shows an empty conversation. */
@@ -91,7 +116,7 @@ export class Chat {
     const messages = path(this.conversation);
     const views = messages.map((node) => {
       const view = new MessageView(node, place(this.conversation, node), {
-        author: node.role === "user" ? "You" : this.model.name,
+        author: { user: "You", results: "Tools" }[node.role] ?? this.model.name,
         isMarkdown: node.role === "assistant" && this.model.isChat,
         actions: this.#actions,
       });
@@ -99,8 +124,16 @@ export class Chat {
       return view.root;
     });
     this.#messages.replaceChildren(...views);
+    this.#askForResults();
     document.body.classList.toggle("is-empty", messages.length === 0);
     this.hooks.changed();
+  }
+
+  /** Asks for results where the conversation ends with calls of tools. */
+  #askForResults() {
+    const last = path(this.conversation).at(-1);
+    const isOpen = last?.status === "done" && last.toolCalls.length > 0;
+    if (isOpen) this.#views.get(last.id)?.askForResults();
   }
 
   #actions = {
@@ -114,13 +147,19 @@ export class Chat {
       const button = foot.querySelector(`[aria-label="${label}"]:not(:disabled)`);
       (button ?? foot.querySelector(".versions button:not(:disabled)"))?.focus();
     },
+    answerCalls: (node, results) => {
+      if (this.#isBusy()) return;
+      const content = results.map(({ name, text }) => `${name}:\n${text}`).join("\n\n");
+      this.#ask(add(this.conversation, node.id, { role: "results", content, results }).id);
+    },
     regenerate: (node) => this.#ask(node.parent),
     edit: (node, content) => {
-      if (this.#isBusy()) return;
+      if (this.#isBusy()) return false;
       const changed = add(this.conversation, node.parent, { role: node.role, content });
       this.show();
       if (node.role === "user") this.#ask(changed.id);
       else this.#save();
+      return true;
     },
   };
 
@@ -136,6 +175,13 @@ export class Chat {
     const node = add(this.conversation, last?.id ?? ROOT, { role: "user", content });
     this.#ask(node.id);
     return true;
+  }
+
+  /** Says how far the prompt of an answer is, where no other text is at work that it could be. */
+  showProgress({ texts }) {
+    const node = this.#runs.get(this.conversation.id)?.node;
+    const view = node === undefined ? undefined : this.#views.get(node.id);
+    view?.wait(texts.length === 1 ? texts[0] : null);
   }
 
   /** Stops the answer that is coming. */
@@ -163,6 +209,9 @@ export class Chat {
     if (this.#isBusy()) return;
     const { conversation } = this;
     const asked = this.#body(conversation, parent);
+    for (const one of Object.values(conversation.nodes)) {
+      if (one.status === "running") one.status = "stopped";
+    }
     const node = add(conversation, parent, { role: "assistant", status: "running" });
     const run = { abort: new AbortController(), node, conversation, isDirty: true, isPainting: false };
     this.#runs.set(conversation.id, run);
@@ -182,7 +231,10 @@ export class Chat {
     clearInterval(saving);
     this.#runs.delete(conversation.id);
     this.#views.get(node.id)?.update();
-    if (this.conversation === conversation) this.#announcer.follow(node.content, true);
+    if (this.conversation === conversation) {
+      this.#announcer.follow(node.content, true);
+      this.#askForResults();
+    }
     this.#follow();
     run.isDirty = true;
     this.#saveRun(run);
@@ -257,7 +309,11 @@ export class Chat {
   }
 
   #put(conversation) {
-    this.store.put(conversation).catch((error) => toast(`The conversation is not saved: ${error.message}`));
+    this.store.put(conversation).catch((error) => {
+      // Once: it would be told every second.
+      if (!this.#isUnsaved) toast(`The conversation is not saved: ${error.message}`);
+      this.#isUnsaved = true;
+    });
     this.hooks.saved();
   }
 

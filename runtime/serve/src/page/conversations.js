@@ -30,6 +30,7 @@ export class Conversations {
   #list = byId("conversations");
   #search = byId("search");
   #isRenaming = false;
+  #shape = "";
 
   /** `chat` is the conversation on the page; `hooks.opened` is called when the user has chosen one. */
   constructor({ store, chat, hooks }) {
@@ -48,10 +49,19 @@ export class Conversations {
     if (this.#isRenaming) return;
     const all = this.store.list();
     const found = all.filter((one) => matches(one, this.#search.value));
+    byId("export-all").hidden = all.length === 0;
+    byId("history-hint").textContent = this.#hint(all.length, found.length);
+    const isShown = (one) => one.id === this.chat.conversation.id;
+    const state = (one) => [one.id, one.title, groupOf(one.updated), isShown(one), this.chat.runs(one.id)];
+    const shape = JSON.stringify(found.map(state));
+    // An answer is saved every second; what the user points at stays if the list is as it was.
+    if (shape === this.#shape) return;
+    this.#shape = shape;
     const groups = new Map();
     for (const one of found) {
       const name = groupOf(one.updated);
-      groups.set(name, [...(groups.get(name) ?? []), this.#item(one)]);
+      if (!groups.has(name)) groups.set(name, []);
+      groups.get(name).push(this.#item(one, isShown(one)));
     }
     const focused = document.activeElement?.closest?.("[data-conversation]")?.dataset.conversation;
     this.#list.replaceChildren(
@@ -60,8 +70,6 @@ export class Conversations {
       }),
     );
     if (focused) this.#list.querySelector(`[data-conversation="${focused}"] .open`)?.focus();
-    byId("export-all").hidden = all.length === 0;
-    byId("history-hint").textContent = this.#hint(all.length, found.length);
   }
 
   #hint(all, found) {
@@ -70,25 +78,25 @@ export class Conversations {
     return found === 0 ? "No chat has these words." : "";
   }
 
-  #item(conversation) {
-    const isShown = conversation.id === this.chat.conversation.id;
-    const props = { type: "button", class: "open", title: conversation.title };
+  #item({ id, title }, isShown) {
+    const props = { type: "button", class: "open", title };
     if (isShown) props["aria-current"] = "true";
-    if (this.chat.runs(conversation.id)) props["data-running"] = "true";
-    const choose = () => {
+    if (this.chat.runs(id)) props["data-running"] = "true";
+    // Another tab may have written another version since.
+    const on = (act) => () => act(this.store.get(id));
+    const choose = on((conversation) => {
       this.chat.open(conversation);
       this.hooks.opened();
-    };
-    const open = el("button", { ...props, onclick: choose }, conversation.title);
-    const item = el("li", { "data-conversation": conversation.id }, open);
-    const name = conversation.title;
+    });
+    const open = el("button", { ...props, onclick: choose }, title);
+    const item = el("li", { "data-conversation": id }, open);
     item.append(
       el(
         "span",
         { class: "item-actions" },
-        iconButton("edit", `Rename ${name}`, () => this.#rename(item, conversation)),
-        iconButton("export", `Export ${name}`, () => exportConversations([conversation])),
-        iconButton("trash", `Delete ${name}`, () => this.#remove(conversation)),
+        iconButton("edit", `Rename ${title}`, on((one) => this.#rename(item, one))),
+        iconButton("export", `Export ${title}`, on((one) => exportConversations([one]))),
+        iconButton("trash", `Delete ${title}`, on((one) => this.#remove(one))),
       ),
     );
     return item;
@@ -101,6 +109,7 @@ export class Conversations {
       if (isDone) return;
       isDone = true;
       this.#isRenaming = false;
+      this.#shape = "";
       const title = input.value.trim().slice(0, 200);
       if (keep && title !== "") {
         conversation.title = title;
@@ -126,12 +135,13 @@ export class Conversations {
     input.select();
   }
 
-  async #remove(conversation) {
+  #remove(conversation) {
+    const failed = (error) => toast(`Not saved: ${error.message}`);
     this.chat.forget(conversation.id);
-    await this.store.remove(conversation.id);
+    this.store.remove(conversation.id).catch(failed);
     this.show();
-    const undo = async () => {
-      await this.store.put(conversation);
+    const undo = () => {
+      this.store.put(conversation).catch(failed);
       this.show();
     };
     toast(`“${conversation.title}” is deleted.`, { label: "Undo", run: undo });

@@ -56,7 +56,11 @@ export class HeatMap {
       "details",
       { class: "heat-table", ontoggle: () => this.#fillTable() },
       el("summary", {}, "As a table"),
-      el("div", { class: "table-scroll" }, el("table", {}, el("thead", {}, this.head), this.rows)),
+      el(
+        "div",
+        { class: "table-scroll", tabindex: "0", role: "group", "aria-label": "Uses by layer" },
+        el("table", {}, el("thead", {}, this.head), this.rows),
+      ),
     );
     root.append(this.scroll, this.tip, this.legend, this.words, this.table);
     this.canvas.addEventListener("pointermove", (event) => this.#point(event));
@@ -300,6 +304,7 @@ export class HeatMap {
     const isThere = cell !== null && cell.column >= 0 && cell.column < (this.#layers[cell.row]?.experts ?? 0);
     this.#cell = isThere ? cell : null;
     this.tip.hidden = !isThere;
+    if (isThere) this.#showTip();
     this.#paintSoon();
   }
 

@@ -124,6 +124,8 @@ export class Machine {
 
   /** Says whether scenes come. */
   state(name) {
+    // Each scene says that it is live; a screen reader need not.
+    if (this.#state.dataset.state === name) return;
     this.#state.textContent = STATES[name] ?? name;
     this.#state.dataset.state = name;
     if (name !== "live" && name !== "connecting") this.#recent = [];

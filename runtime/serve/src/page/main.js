@@ -146,6 +146,8 @@ function setUpKeys({ chat, begin, panels }) {
     if ((event.ctrlKey || event.metaKey) && !event.altKey && event.key.toLowerCase() === "k") {
       begin();
     } else if (event.key === "Escape") {
+      // A search that has words is cleared first.
+      if (event.target.type === "search" && event.target.value !== "") return;
       if (panels.some((panel) => panel.closeDrawer())) return;
       if (!chat.isRunning) return;
       chat.stop();
@@ -178,7 +180,11 @@ async function start() {
   document.title = `${model.name} · tier-plan`;
   welcome.showModel(props);
 
-  const live = new Live(api, { onScene: (scene) => machine.show(scene), onState: (name) => machine.state(name) });
+  const onScene = (scene) => {
+    machine.show(scene);
+    chat.showProgress(scene);
+  };
+  const live = new Live(api, { onScene, onState: (name) => machine.state(name) });
   const panels = setUpPanels((open) => live.want("view", open));
   const hooks = {
     opened: (conversation) => {
@@ -233,7 +239,7 @@ async function start() {
   setUpKeys({ chat, begin, panels: panels.all });
   store.onChange((id) => {
     if (chat.runs(id)) return;
-    if (chat.conversation.id === id && store.get(id) !== undefined) chat.open(store.get(id));
+    if (chat.conversation.id === id && store.get(id) !== undefined) chat.refresh(store.get(id));
     conversations.show();
   });
   if (!model.isChat) byId("prompt").placeholder = "Begin a text";

@@ -1,7 +1,7 @@
 // One message of a conversation on the page.
 
 import { copy, el, icon, iconButton, toast } from "./dom.js";
-import { seconds } from "./format.js";
+import { count, many, seconds } from "./format.js";
 import { Markdown, codeBlock } from "./markdown.js";
 import { truthLine } from "./truth.js";
 
@@ -35,6 +35,7 @@ export class MessageView {
     this.foot = el("div", { class: "foot" });
     const heading = el("h2", { class: "visually-hidden" }, author);
     this.content = el("div", { class: "content" }, this.before, this.text, this.after);
+    if (node.role === "results") this.#fold();
     this.root = el(
       "article",
       { class: `message ${node.role}`, "data-id": node.id },
@@ -59,6 +60,41 @@ export class MessageView {
     const isEmpty = node.content === "" && node.reasoning === "" && node.toolCalls.length === 0;
     this.text.classList.toggle("waiting", isRunning && isEmpty);
     if (!isRunning) this.#showEnd(isEmpty);
+  }
+
+  /** Folds results of tools under their names. */
+  #fold() {
+    const names = this.node.results.map(({ name }) => name).join(", ");
+    const details = folded("call", `Results of ${names}`);
+    this.text.replaceWith(details);
+    details.append(this.text);
+  }
+
+  /** Asks for the results of calls that nothing has answered. */
+  askForResults() {
+    const calls = this.node.toolCalls;
+    const areas = calls.map(({ name }, i) => {
+      return el("textarea", { rows: 2, id: `result-${this.node.id}-${i}`, placeholder: `What ${name} returns` });
+    });
+    const onsubmit = (event) => {
+      event.preventDefault();
+      const results = calls.map(({ id, name }, i) => ({ id, name, text: areas[i].value }));
+      this.actions.answerCalls(this.node, results);
+    };
+    const fields = calls.map(({ name }, i) => [el("label", { for: areas[i].id }, `Result of ${name}`), areas[i]]);
+    const send = el("button", { type: "submit", class: "primary" }, "Give the results");
+    this.results = el("form", { class: "edit results", onsubmit }, fields, el("div", { class: "edit-buttons" }, send));
+    this.content.after(this.results);
+  }
+
+  /** Says what an answer without a word waits for. */
+  wait(text) {
+    if (!this.text.classList.contains("waiting")) return;
+    const isReading = text?.state === "prompt" && text.n_prompt_tokens > 0;
+    const done = `${count(text?.n_prompt_done)} of ${many(text?.n_prompt_tokens, "token")}`;
+    if (isReading) this.text.dataset.wait = `reads the prompt: ${done}…`;
+    else if (text?.state === "waiting") this.text.dataset.wait = "waits for its turn…";
+    else delete this.text.dataset.wait;
   }
 
   #showThought(isRunning) {
@@ -123,8 +159,11 @@ export class MessageView {
     }
     bar.append(
       iconButton("copy", "Copy", () => this.#copy()),
-      iconButton("edit", node.role === "user" ? "Edit and ask again" : "Edit", () => this.edit()),
     );
+    if (node.role !== "results") {
+      const label = node.role === "user" ? "Edit and ask again" : "Edit";
+      bar.append(iconButton("edit", label, () => this.edit()));
+    }
     if (node.role === "assistant") {
       bar.append(iconButton("again", "Another answer", () => actions.regenerate(node)));
     }
@@ -151,8 +190,9 @@ export class MessageView {
     };
     const save = () => {
       const text = area.value;
-      end();
-      if (text.trim() !== "" && text !== this.node.content) this.actions.edit(this.node, text);
+      const isSame = text.trim() === "" || text === this.node.content;
+      // What can't be taken now stays in the field.
+      if (isSame || this.actions.edit(this.node, text)) end();
     };
     const cancel = () => {
       end();

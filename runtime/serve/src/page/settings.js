@@ -24,6 +24,18 @@ function defaultOf(defaults, name) {
   return typeof value === "number" ? String(Number(value.toPrecision(6))) : "";
 }
 
+/** Returns tools as a request has them, or null where a text is no JSON of tools. */
+function readTools(text) {
+  try {
+    const value = JSON.parse(text);
+    const all = Array.isArray(value) ? value : [value];
+    const isTool = (one) => one?.type === "function" && typeof one.function?.name === "string";
+    return all.every(isTool) ? all : null;
+  } catch {
+    return null;
+  }
+}
+
 function read(saved) {
   const given = {};
   for (const { name, min, max, step } of FIELDS) {
@@ -35,6 +47,8 @@ function read(saved) {
   if (typeof saved.stop === "string" && saved.stop !== "") {
     given.stop = saved.stop.split("\n").filter((line) => line !== "");
   }
+  const tools = typeof saved.tools === "string" ? readTools(saved.tools) : null;
+  if (tools !== null && tools.length > 0) given.tools = tools;
   return given;
 }
 
@@ -59,12 +73,26 @@ export class Settings {
     const last = this.#field(stop, "Stop strings", "one per line");
     last.classList.add("wide");
     byId("fields").replaceChildren(...fields, last);
+    if (isChat) byId("fields").append(this.#toolsField());
     this.#dialog.addEventListener("close", () => this.#save());
     byId("reset-settings").addEventListener("click", () => {
       for (const input of this.#inputs.values()) input.value = "";
     });
     byId("open-settings").addEventListener("click", () => this.open());
     this.#show();
+  }
+
+  #toolsField() {
+    const input = el("textarea", { id: "field-tools", rows: 3, spellcheck: "false" });
+    const check = () => {
+      const isRight = input.value.trim() === "" || readTools(input.value) !== null;
+      input.setCustomValidity(isRight ? "" : "Tools are a JSON array of objects with a type and a function");
+    };
+    input.addEventListener("input", check);
+    this.#inputs.set("tools", input);
+    const field = this.#field(input, "Tools", "as JSON in OpenAI's form; you give the results of calls by hand");
+    field.classList.add("wide");
+    return field;
   }
 
   #field(input, label, help) {

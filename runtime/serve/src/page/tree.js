@@ -1,8 +1,10 @@
 // A conversation as a tree of messages: an edit or another answer is a branch, and nothing is lost.
 //
+// Roles are "user", "assistant", and "results", which answers the tool calls of the message above.
+//
 // {
 //   id, title, isNamed, created, updated, system,
-//   nodes: { id: { id, parent, role, content, reasoning, toolCalls, status, error, truth, created } },
+//   nodes: { id: { id, parent, role, content, reasoning, toolCalls, results, status, error, truth, created } },
 //   children: { parent id or "root": [ids] },
 //   chosen: { parent id or "root": id },
 // }
@@ -41,6 +43,7 @@ export function add(conversation, parent, message) {
     content: "",
     reasoning: "",
     toolCalls: [],
+    results: [],
     status: "done",
     error: null,
     truth: null,
@@ -112,17 +115,35 @@ export function matches(conversation, search) {
   return words.every((word) => all.includes(word));
 }
 
+function assistant({ content, reasoning, toolCalls }, isAnswered) {
+  const message = { role: "assistant", content };
+  if (reasoning) message.reasoning_content = reasoning;
+  if (isAnswered) {
+    message.tool_calls = toolCalls.map(({ id, name, arguments: text }) => {
+      return { id, type: "function", function: { name, arguments: text } };
+    });
+  }
+  return message;
+}
+
 /** Returns the messages as a request has them. Templates want authors to take turns: an answer that
-    never began is left out, and what the user wrote before and after it is one message. */
+    never began is left out, and what the user wrote before and after it is one message. Calls
+    without results are left out, too. */
 export function request(conversation, messages) {
   const system = conversation.system.trim();
   const all = system === "" ? [] : [{ role: "system", content: system }];
-  for (const { role, content, reasoning } of messages) {
+  messages.forEach((node, i) => {
+    const { role, content, reasoning } = node;
     const last = all.at(-1);
-    if (role === "assistant" && content === "" && reasoning === "") continue;
-    if (role === "user" && last?.role === "user") last.content += `\n\n${content}`;
-    else if (role === "assistant" && reasoning) all.push({ role, content, reasoning_content: reasoning });
-    else all.push({ role, content });
-  }
+    const isAnswered = messages[i + 1]?.role === "results";
+    if (role === "results") {
+      all.push(...node.results.map(({ id, text }) => ({ role: "tool", tool_call_id: id, content: text })));
+    } else if (role === "user") {
+      if (last?.role === "user") last.content += `\n\n${content}`;
+      else all.push({ role, content });
+    } else if (content !== "" || reasoning !== "" || isAnswered) {
+      all.push(assistant(node, isAnswered));
+    }
+  });
   return all;
 }

@@ -1,0 +1,337 @@
+//! A profile of real use: which experts the answered texts chose, as calibration prompts are
+//! profiled, so that a plan can be made for them. It holds numbers of experts and no tokens.
+//!
+//! What it takes is bounded: of a text the first [`MAX_TEXT_TOKENS`], and of all texts a random
+//! sample (Vitter's algorithm R) once [`MAX_CHOICES`] are held. Tokens that the KV cache had were
+//! not computed, so a text's trace begins behind them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tier_plan_runtime::batcher::StepRows;
+use tier_plan_runtime::engine::Routing;
+use tier_plan_runtime::formats::FormatError;
+use tier_plan_runtime::formats::SourceId;
+use tier_plan_runtime::formats::profile::{self, NoProfile, Profile, PromptTrace, Split};
+use tier_plan_runtime::model::spec::ModelSpec;
+use tier_plan_runtime::schedule::TextId;
+
+/// Most tokens of a text that are recorded.
+const MAX_TEXT_TOKENS: usize = 8192;
+
+/// Most choices of all texts together, of three bytes each: 96 MiB.
+const MAX_CHOICES: usize = 32 << 20;
+
+/// Longest time between two writes of the file, while the engine has nothing to do.
+const BETWEEN_WRITES: Duration = Duration::from_secs(30);
+
+/// The domain of all texts.
+const DOMAIN: &str = "served";
+
+/// How the profile was made.
+const MADE: &str = "texts that tier-plan serve answered";
+
+/// Why a profile of real use cannot be recorded.
+#[derive(Debug, thiserror::Error)]
+pub enum TracesError {
+    /// The model cannot be profiled.
+    #[error(transparent)]
+    Model(#[from] NoProfile),
+    /// The file cannot be read, or is not a profile of the model.
+    #[error(transparent)]
+    File(#[from] FormatError),
+    /// The file is a profile of something else.
+    #[error("'{}' was made otherwise ({made}); give another name, so that it is not overwritten", path.display())]
+    Other {
+        /// The file.
+        path: PathBuf,
+        /// How it was made.
+        made: String,
+    },
+}
+
+/// A text at work.
+struct Open {
+    /// Position of the next token that is to be recorded.
+    next: usize,
+    trace: PromptTrace,
+}
+
+/// The choices of texts, and the file that they are written to.
+pub struct Traces {
+    path: PathBuf,
+    profile: Profile,
+    open: HashMap<TextId, Open>,
+    max_choices: usize,
+    n_choices: usize,
+    /// Texts that have ended.
+    n_ended: u64,
+    random: u64,
+    is_changed: bool,
+    written: Instant,
+}
+
+impl Traces {
+    /// Opens the file, if it is there, to add to what it holds.
+    ///
+    /// # Errors
+    /// When the model cannot be profiled, or the file is something else than such a profile of it.
+    pub fn open(path: &Path, model: SourceId, spec: &ModelSpec) -> Result<Self, TracesError> {
+        let mut profile = Profile::of_model(model, spec, MADE.into())?;
+        if path.exists() {
+            let found = profile::read(path)?;
+            found.check_model(&profile.model, path)?;
+            if found.made != MADE {
+                return Err(TracesError::Other {
+                    path: path.into(),
+                    made: found.made,
+                });
+            }
+            profile.prompts = found.prompts;
+        }
+        Ok(Self {
+            path: path.into(),
+            n_choices: profile.prompts.iter().map(|p| p.experts.len()).sum(),
+            n_ended: profile.prompts.len() as u64,
+            profile,
+            open: HashMap::new(),
+            max_choices: MAX_CHOICES,
+            random: 0x9e37_79b9_7f4a_7c15,
+            is_changed: false,
+            written: Instant::now(),
+        })
+    }
+
+    /// Returns the number of texts that are held.
+    pub fn n_texts(&self) -> usize {
+        self.profile.prompts.len()
+    }
+
+    /// Records the rows of a step.
+    pub(crate) fn record(&mut self, (routing, rows): (&Routing, &[StepRows])) {
+        let per_token = self.per_token();
+        let experts = routing.experts.chunks_exact(per_token);
+        let mut tokens = experts.zip(routing.weights.chunks_exact(per_token));
+        for row in rows {
+            let open = self.open.entry(row.id).or_insert_with(|| Open {
+                next: row.from,
+                trace: empty(),
+            });
+            for (place, (experts, weights)) in tokens.by_ref().take(row.n_computed).enumerate() {
+                let position = row.from + place;
+                // What a text computes once more after it gave up its pages is recorded already.
+                let is_new = place < row.n_kept && position == open.next;
+                if !is_new || open.trace.tokens() >= MAX_TEXT_TOKENS {
+                    continue;
+                }
+                open.next += 1;
+                open.trace.add(experts, weights);
+                if position < row.n_prompt {
+                    open.trace.prompt_tokens += 1;
+                } else {
+                    open.trace.decode_tokens += 1;
+                }
+            }
+        }
+    }
+
+    fn per_token(&self) -> usize {
+        (self.profile.layers.len() * self.profile.n_used as usize).max(1)
+    }
+
+    /// Adds a text that has ended to the sample.
+    pub(crate) fn end(&mut self, id: TextId) {
+        let Some(Open { mut trace, .. }) = self.open.remove(&id) else {
+            return;
+        };
+        if trace.tokens() == 0 {
+            return;
+        }
+        self.n_ended += 1;
+        trace.name = format!("text-{}", self.n_ended);
+        // Plans are judged on texts that they were not made from.
+        if self.n_ended.is_multiple_of(4) {
+            trace.split = Split::HeldOut;
+        }
+        let size = trace.experts.len();
+        let held = &mut self.profile.prompts;
+        if self.n_choices + size <= self.max_choices {
+            held.push(trace);
+            self.n_choices += size;
+            self.is_changed = true;
+            return;
+        }
+        let place = next_random(&mut self.random) % self.n_ended;
+        let Some(out) = usize::try_from(place)
+            .ok()
+            .and_then(|place| held.get_mut(place))
+        else {
+            return;
+        };
+        self.n_choices -= out.experts.len();
+        *out = trace;
+        self.n_choices += size;
+        while self.n_choices > self.max_choices && held.len() > 1 {
+            let first = held.remove(0);
+            self.n_choices -= first.experts.len();
+        }
+        self.is_changed = true;
+    }
+
+    /// Writes the file if there is something new, and the last time is some while ago. Returns
+    /// whether it wrote.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub(crate) fn write_at_rest(&mut self) -> Result<bool, FormatError> {
+        let is_due = self.is_changed && self.written.elapsed() >= BETWEEN_WRITES;
+        if is_due { self.write() } else { Ok(false) }
+    }
+
+    /// Writes the file if there is something new, and returns whether there was.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&mut self) -> Result<bool, FormatError> {
+        if !self.is_changed {
+            return Ok(false);
+        }
+        self.written = Instant::now();
+        self.profile.write(&self.path)?;
+        self.is_changed = false;
+        Ok(true)
+    }
+}
+
+fn empty() -> PromptTrace {
+    PromptTrace {
+        domain: DOMAIN.into(),
+        name: String::new(),
+        split: Split::Train,
+        prompt_tokens: 0,
+        decode_tokens: 0,
+        experts: Vec::new(),
+        weights: Vec::new(),
+    }
+}
+
+/// Returns the next number of a generator (SplitMix64).
+fn next_random(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A profile of one layer with two of eight experts per token.
+    fn traces(max_choices: usize) -> Traces {
+        Traces {
+            path: PathBuf::from("unused"),
+            profile: Profile {
+                model: SourceId {
+                    name: "m".into(),
+                    hash: String::new(),
+                },
+                layers: vec![0],
+                n_expert: 8,
+                n_used: 2,
+                made: MADE.into(),
+                prompts: Vec::new(),
+                counted: None,
+                guesses: None,
+                id: SourceId {
+                    name: String::new(),
+                    hash: String::new(),
+                },
+            },
+            open: HashMap::new(),
+            max_choices,
+            n_choices: 0,
+            n_ended: 0,
+            random: 1,
+            is_changed: false,
+            written: Instant::now(),
+        }
+    }
+
+    fn rows(id: u64, from: usize, n_computed: usize, n_kept: usize) -> StepRows {
+        StepRows {
+            id: TextId(id),
+            n_prompt: 4,
+            from,
+            n_computed,
+            n_kept,
+        }
+    }
+
+    /// Records steps whose tokens choose the experts `n` and `n + 1`, `n` their number in the step.
+    fn record(traces: &mut Traces, rows: &[StepRows]) {
+        let n: usize = rows.iter().map(|rows| rows.n_computed).sum();
+        let routing = Routing {
+            experts: (0..n as u16).flat_map(|n| [n % 7, n % 7 + 1]).collect(),
+            weights: vec![0.5; 2 * n],
+        };
+        traces.record((&routing, rows));
+    }
+
+    #[test]
+    fn each_position_of_a_text_is_recorded_once() {
+        let mut traces = traces(1000);
+        // The cache had a token of the first text; two texts share a step.
+        record(&mut traces, &[rows(1, 1, 2, 2), rows(2, 0, 3, 3)]);
+        record(&mut traces, &[rows(2, 3, 1, 1), rows(1, 3, 1, 1)]);
+        // A draft of two tokens, one of them right.
+        record(&mut traces, &[rows(1, 4, 3, 2)]);
+        // It gave up its pages, and computes all but the first token again.
+        record(&mut traces, &[rows(1, 1, 5, 5)]);
+        record(&mut traces, &[rows(1, 6, 1, 1)]);
+        traces.end(TextId(1));
+        traces.end(TextId(2));
+        traces.end(TextId(3));
+        let [first, second] = &traces.profile.prompts[..] else {
+            panic!("{:?}", traces.profile.prompts);
+        };
+        assert_eq!((first.prompt_tokens, first.decode_tokens), (3, 3));
+        let expected = [0, 1, 1, 2, 1, 2, 0, 1, 1, 2, 0, 1];
+        assert_eq!(first.experts, expected);
+        assert_eq!(first.weights, vec![128; 12]);
+        assert_eq!((second.prompt_tokens, second.decode_tokens), (4, 0));
+        assert_eq!(second.experts, [2, 3, 3, 4, 4, 5, 0, 1]);
+    }
+
+    #[test]
+    fn what_is_held_is_bounded_and_a_sample_of_all_texts() {
+        // Room for ten texts of five tokens.
+        let mut held_late = 0;
+        for seed in 0..200 {
+            let mut traces = traces(100);
+            traces.random = seed;
+            for id in 0..100 {
+                record(&mut traces, &[rows(id, 0, 5, 5)]);
+                traces.end(TextId(id));
+                assert!(traces.n_choices <= 100 && traces.open.is_empty());
+            }
+            assert_eq!(traces.n_texts(), 10);
+            let number = |p: &PromptTrace| p.name["text-".len()..].parse::<u32>().unwrap();
+            let late = |p: &&PromptTrace| number(p) > 50;
+            held_late += traces.profile.prompts.iter().filter(late).count();
+        }
+        // Of 2000 draws, each with a chance of a half, within five standard deviations.
+        assert!((890..=1110).contains(&held_late), "{held_late}");
+    }
+
+    #[test]
+    fn a_long_text_is_recorded_up_to_a_bound() {
+        let mut traces = traces(MAX_CHOICES);
+        for from in (0..3 * MAX_TEXT_TOKENS).step_by(512) {
+            record(&mut traces, &[rows(1, from, 512, 512)]);
+        }
+        traces.end(TextId(1));
+        assert_eq!(traces.profile.prompts[0].tokens(), MAX_TEXT_TOKENS);
+    }
+}
