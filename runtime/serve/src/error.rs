@@ -150,6 +150,7 @@ impl From<Failure> for ApiError {
                 Code::ContextLengthExceeded.name(),
                 message,
             ),
+            Failure::Grammar(message) => Self::invalid(message),
             Failure::Stopping => Self::stopping(),
             Failure::Engine(message) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)

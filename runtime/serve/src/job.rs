@@ -58,6 +58,8 @@ pub(crate) enum What {
 pub(crate) enum Failure {
     /// The cache could not hold it, even if it were empty.
     TooLong(String),
+    /// Its grammar does not let it go on.
+    Grammar(String),
     /// The server is ending.
     Stopping,
     /// The engine failed.

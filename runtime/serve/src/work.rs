@@ -228,6 +228,7 @@ impl Worker<'_> {
                     RunError::ContextFull { .. } | RunError::NoPages { .. } => {
                         Failure::TooLong(error.to_string())
                     }
+                    RunError::Grammar(_) => Failure::Grammar(error.to_string()),
                     other => Failure::Engine(other.to_string()),
                 };
                 (What::Failed(failure), true)

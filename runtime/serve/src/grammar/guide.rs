@@ -71,8 +71,11 @@ impl Vocabulary {
         let grammar = TopLevelGrammar::from_lark(lark.to_string());
         let matcher = Matcher::new(self.factory.create_parser(grammar));
         if let Some(error) = matcher.get_error() {
-            return Err(error);
+            return Err(plain(&error));
         }
+        // A grammar of no text at all shows only here.
+        let first = matcher.deep_clone().compute_mask_or_eos();
+        first.map_err(|_| "no text goes by it".to_string())?;
         let start = Mutex::new(matcher);
         Ok(Grammar::new(move || {
             let start = start.lock().unwrap_or_else(PoisonError::into_inner);
@@ -98,6 +101,19 @@ fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
     }
 }
 
+/// Returns what is wrong of a message that also shows the grammar and the place in it.
+fn plain(message: &str) -> String {
+    let line = message.lines().next().unwrap_or_default().trim();
+    let is_place = |text: &str| {
+        let text = text.strip_prefix("at ").unwrap_or(text);
+        text.ends_with(')') && text.starts_with(|c: char| c.is_ascii_digit())
+    };
+    match line.split_once(": ") {
+        Some((place, what)) if is_place(place) => plain(what),
+        _ => line.to_string(),
+    }
+}
+
 /// A text on its way.
 struct Way(Matcher);
 
@@ -105,12 +121,30 @@ impl Guide for Way {
     fn accept(&mut self, token: u32) -> Result<(), String> {
         self.0
             .consume_token(token)
-            .map_err(|error| error.to_string())
+            .map_err(|error| plain(&error.to_string()))
     }
 
     fn mask(&mut self) -> Result<Vec<u32>, String> {
         let mask = self.0.compute_mask_or_eos();
-        let mask = mask.map_err(|error| error.to_string())?;
+        let mask = mask.map_err(|error| plain(&error.to_string()))?;
         Ok(mask.as_slice().to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::plain;
+
+    #[test]
+    fn messages_are_one_line_without_places() {
+        for (message, expected) in [
+            ("at 2(5): failed: a: b\n   1 | start", "failed: a: b"),
+            ("4(2): 3(2): Expected token ':'\n", "Expected token ':'"),
+            ("unknown grammar @other", "unknown grammar @other"),
+            ("regex parse error: (a)", "regex parse error: (a)"),
+            ("", ""),
+        ] {
+            assert_eq!(plain(message), expected);
+        }
     }
 }

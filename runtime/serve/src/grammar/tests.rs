@@ -131,6 +131,7 @@ fn what_cannot_be_compiled_is_refused() {
         Format::Json(json!({"$ref": "#/$defs/missing"})),
         Format::Regex("(".into()),
         Format::Lark("start: nothing".into()),
+        Format::Lark("start: start start".into()),
         Format::Lark("} start: \"a\" {".into()),
     ] {
         let error = grammar(&format, &Tools::default(), None).unwrap_err();
