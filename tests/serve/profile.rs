@@ -3,7 +3,7 @@
 use super::*;
 use crate::common::stderr;
 
-/// Counts the tokens of a profile, prompts and decoded ones, as `profile --show` tells them.
+/// Counts the texts of a profile, and their tokens: of prompts, and decoded.
 fn recorded(path: &std::path::Path) -> (usize, u64, u64) {
     let profile = tier_plan_runtime::formats::profile::read(path).unwrap();
     let tokens = |phase| profile.n_tokens(Some(phase), None);

@@ -3,18 +3,7 @@
 use super::message::{Message, Role};
 use std::ops::Range;
 use tier_plan_runtime::tokenizer::ThoughtMark;
-
-/// Marks of thoughts that models spell with tokens of ordinary text.
-const SPELLED: [[&str; 2]; 8] = [
-    ["<think>", "</think>"],
-    ["[THINK]", "[/THINK]"],
-    ["<thinking>", "</thinking>"],
-    ["<thought>", "</thought>"],
-    ["<reasoning>", "</reasoning>"],
-    ["<|begin_of_thought|>", "<|end_of_thought|>"],
-    ["<|START_THINKING|>", "<|END_THINKING|>"],
-    ["◁think▷", "◁/think▷"],
-];
+use tier_plan_serve::THOUGHT_TAGS;
 
 /// A generated answer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -70,7 +59,7 @@ impl Answer {
     /// only, so that an answer may speak of them.
     fn spelled(&self, prompt: &str) -> Option<(String, String)> {
         let text = self.text.trim_start();
-        SPELLED.iter().find_map(|[open, close]| {
+        THOUGHT_TAGS.iter().find_map(|[open, close]| {
             let in_prompt = prompt.trim_end().ends_with(open).then_some(text);
             let thought = text.strip_prefix(open).or(in_prompt)?;
             let (thinking, content) = thought.split_once(close).unwrap_or((thought, ""));

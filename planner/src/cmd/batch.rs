@@ -8,15 +8,13 @@ use crate::batch::{Batch, Chats, Input, Options, Output, Prompts, Summary};
 use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
 use crate::cmd::args::sampling;
-use crate::cmd::args::{ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, PreTokenizerArgs};
-use crate::cmd::args::{MaxStep, SamplingArgs, StoreArgs, TokenLimit, context_value};
+use crate::cmd::args::{JsonArgs, MaxStep, TextsArgs};
 use crate::interrupt::Interrupted;
-use crate::opening::Opening;
 use crate::parallel::{self, Routing};
 use crate::prepared::Prepared;
 use crate::printable::printable;
+use crate::progress;
 use crate::session::Session;
-use crate::{progress, text};
 use anyhow::{Result, bail};
 use clap::Args;
 use indicatif::ProgressBar;
@@ -63,87 +61,13 @@ pub struct BatchArgs {
     /// File for the answers, one per line; what it has already is kept and not answered again
     #[arg(short, long, value_name = "OUT.jsonl", help_heading = "Output")]
     pub output: PathBuf,
-    /// Texts to generate at once; `auto` is up to 16 as the memory allows, of those as many as have
-    /// the most predicted tokens per second
-    #[arg(
-        long,
-        value_name = "N",
-        default_value = "auto",
-        help_heading = "Generation"
-    )]
-    pub parallel: Parallel,
     /// Most milliseconds between two tokens of a text while prompts are read, or `auto` for what the
     /// predicted steps suggest [default: no limit, for the most tokens per second]
     #[arg(long, value_name = "N", help_heading = "Generation")]
     pub max_step_ms: Option<MaxStep>,
-    /// Profile to predict steps of several texts with, if the plan was made from one [default: the
-    /// one beside the model]
-    #[arg(long, value_name = "FILE", help_heading = "Generation")]
-    pub routing: Option<PathBuf>,
-    /// Draft up to N tokens per text and step from what followed the same words earlier in the text,
-    /// where that pays by measured times and hits; the answers stay the same
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 0,
-        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(0..=8),
-        help_heading = "Generation"
-    )]
-    pub draft: usize,
-    /// Most tokens per answer for requests that do not say; -1 is no limit [default: 16 for
-    /// completions, no limit for chats]
-    #[arg(
-        short,
-        long,
-        visible_alias = "predict",
-        alias = "tokens",
-        value_name = "N",
-        allow_negative_numbers = true,
-        help_heading = "Generation"
-    )]
-    pub n_predict: Option<TokenLimit>,
-    /// Context length of a text in tokens; 0 is the model's training context
-    /// [default: the plan's; without a plan the model's, up to 4096]
-    #[arg(
-        short,
-        long,
-        visible_alias = "ctx-size",
-        alias = "ctx",
-        value_name = "N",
-        allow_negative_numbers = true,
-        value_parser = context_value,
-        help_heading = "Generation"
-    )]
-    pub context: Option<u32>,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub pre: PreTokenizerArgs,
-    /// File with a Jinja chat template to use instead of the model's
-    #[arg(
-        long,
-        visible_alias = "chat-template-file",
-        value_name = "FILE",
-        help_heading = "Chat"
-    )]
-    pub chat_template: Option<PathBuf>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub sampling: SamplingArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub memory: MemoryArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub kv: KvArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub store: StoreArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub kept: KeptArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub compute: ComputeArgs,
+    pub texts: TextsArgs,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub format: JsonArgs,
@@ -167,25 +91,16 @@ impl BatchArgs {
 /// When an option is invalid, a file can't be read or written, or the model cannot be loaded.
 pub fn run(args: &BatchArgs) -> Result<()> {
     let (model, requests) = args.files()?;
-    let sampling = args.sampling.checked()?;
-    let opening = Opening {
-        context: args.context,
-        texts: args.parallel.texts(),
-        ..crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?
-    };
-    if args.n_predict == Some(TokenLimit::Count(0)) {
-        bail!("--n-predict: 0, expected 1 or more");
-    }
-    args.kept.bytes()?;
+    let sampling = args.texts.sampling.checked()?;
+    let opening = args.texts.opening()?;
+    let max_tokens = args.texts.max_tokens()?;
+    args.texts.kept.bytes()?;
     safely::check_file(&args.output)?;
-    let given = args.chat_template.as_deref();
-    let given = given
-        .map(|path| text::read_file("the chat template", path))
-        .transpose()?;
+    let given = args.texts.template()?;
     let mut input = Input::open(requests)?;
     let prepared = Prepared::open(model, opening)?;
     sampling::check_biases(&sampling, prepared.spec().n_vocab)?;
-    let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
+    let tokenizer = prepared.tokenizer_with(args.texts.pre.tokenizer_pre.as_deref())?;
     let template = match input.has_chats() {
         true => template(&prepared, &tokenizer, given)?,
         false => None,
@@ -195,7 +110,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         template: template.as_ref().map(|template| template as &dyn Chats),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
-        max_tokens: args.n_predict.map(TokenLimit::count),
+        max_tokens,
         path: "body.",
     };
     // Not before the model's header is read, so that a mistake leaves no file behind.
@@ -208,9 +123,9 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         };
         return print(args, &summary, 0);
     }
-    let routing = parallel::routing(args.routing.as_deref(), model, &prepared)?;
+    let routing = parallel::routing(args.texts.routing.as_deref(), model, &prepared)?;
     let mut session = prepared.load()?;
-    args.kept.open(&mut session.engine)?;
+    args.texts.kept.open(&mut session.engine)?;
     if !args.format.json {
         session
             .residency()
@@ -223,7 +138,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     };
     let (summary, texts) = answer(args, &mut session, &prompts, files, (sampling, &routing))?;
     session.keep()?;
-    args.kept.warn(&mut session.engine);
+    args.texts.kept.warn(&mut session.engine);
     print(args, &summary, texts)?;
     if summary.interrupted {
         return Err(Interrupted.into());
@@ -247,9 +162,9 @@ fn answer(
 ) -> Result<(Summary, usize)> {
     let _catching = crate::interrupt::catch_interrupts();
     let asked = Asked {
-        parallel: args.parallel,
+        parallel: args.texts.parallel,
         max_step: args.max_step_ms,
-        has_plan: args.memory.plan.is_some(),
+        has_plan: args.texts.memory.plan.is_some(),
     };
     let speeds = Speeds::choose(asked, session, routing);
     let progress = Progress::default();
@@ -258,7 +173,7 @@ fn answer(
         sampling,
         max_texts: speeds.texts as usize,
         max_step: speeds.max_step,
-        max_drafts: args.draft,
+        max_drafts: args.texts.draft,
         cost: speeds.cost,
         on_step: &mut |summary| progress.show(summary),
     };
@@ -272,7 +187,7 @@ fn answer(
     let texts = batch.max_texts();
     if !args.format.json {
         eprintln!("{}", speeds.why);
-        if let (Parallel::Auto, Routing::Unknown(Some(note))) = (args.parallel, routing) {
+        if let (Parallel::Auto, Routing::Unknown(Some(note))) = (args.texts.parallel, routing) {
             eprintln!("note: {note}");
         }
         if texts < speeds.texts as usize {

@@ -2,16 +2,14 @@
 
 use crate::chat::SharedDialect;
 use crate::cmd::args::sampling;
-use crate::cmd::args::{ComputeArgs, KeptArgs, KvArgs, MaxStep, MemoryArgs, ModelArgs};
-use crate::cmd::args::{PreTokenizerArgs, SamplingArgs, StoreArgs, TokenLimit, context_value};
-use crate::cmd::batch::{Asked, Parallel, Speeds, model_name, template};
+use crate::cmd::args::{MaxStep, ModelArgs, TextsArgs};
+use crate::cmd::batch::{Asked, Speeds, model_name, template};
 use crate::hint::HintExt;
 use crate::interrupt::Interrupted;
-use crate::opening::Opening;
+use crate::parallel;
 use crate::prepared::Prepared;
 use crate::printable::printable;
 use crate::session::Session;
-use crate::{parallel, text};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -80,15 +78,6 @@ pub struct ServeArgs {
     /// Write the log as JSON, one object per line
     #[arg(long, help_heading = "Server")]
     pub log_json: bool,
-    /// Texts to generate at once; `auto` is up to 16 as the memory allows, of those as many as have
-    /// the most predicted tokens per second
-    #[arg(
-        long,
-        value_name = "N",
-        default_value = "auto",
-        help_heading = "Generation"
-    )]
-    pub parallel: Parallel,
     /// Most milliseconds between two tokens of a text while prompts are read, or `auto` for what the
     /// predicted steps suggest
     #[arg(
@@ -98,78 +87,13 @@ pub struct ServeArgs {
         help_heading = "Generation"
     )]
     pub max_step_ms: MaxStep,
-    /// Profile to predict steps of several texts with, if the plan was made from one [default: the
-    /// one beside the model]
-    #[arg(long, value_name = "FILE", help_heading = "Generation")]
-    pub routing: Option<PathBuf>,
-    /// Draft up to N tokens per text and step from what followed the same words earlier in the text,
-    /// where that pays by measured times and hits; the answers stay the same
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 0,
-        value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(0..=8),
-        help_heading = "Generation"
-    )]
-    pub draft: usize,
-    /// Most tokens per answer for requests that do not say; -1 is no limit [default: 16 for
-    /// completions, no limit for chats]
-    #[arg(
-        short,
-        long,
-        visible_alias = "predict",
-        alias = "tokens",
-        value_name = "N",
-        allow_negative_numbers = true,
-        help_heading = "Generation"
-    )]
-    pub n_predict: Option<TokenLimit>,
-    /// Context length of a text in tokens; 0 is the model's training context
-    /// [default: the plan's; without a plan the model's, up to 4096]
-    #[arg(
-        short,
-        long,
-        visible_alias = "ctx-size",
-        alias = "ctx",
-        value_name = "N",
-        allow_negative_numbers = true,
-        value_parser = context_value,
-        help_heading = "Generation"
-    )]
-    pub context: Option<u32>,
     /// Profile to record which experts real use chooses; it has no texts, `solve` plans with it,
     /// and a later run adds to it
     #[arg(long, value_name = "FILE", help_heading = "Generation")]
     pub profile_out: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub pre: PreTokenizerArgs,
-    /// File with a Jinja chat template to use instead of the model's
-    #[arg(
-        long,
-        visible_alias = "chat-template-file",
-        value_name = "FILE",
-        help_heading = "Chat"
-    )]
-    pub chat_template: Option<PathBuf>,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub sampling: SamplingArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub memory: MemoryArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub kv: KvArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub store: StoreArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub kept: KeptArgs,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub compute: ComputeArgs,
+    pub texts: TextsArgs,
 }
 
 impl ServeArgs {
@@ -216,7 +140,7 @@ impl ServeArgs {
             },
             security: self.security()?,
             sampling,
-            max_tokens: self.n_predict.map(TokenLimit::count),
+            max_tokens: self.texts.max_tokens()?,
             json_log: self.log_json,
         })
     }
@@ -228,32 +152,22 @@ impl ServeArgs {
 /// When an option is invalid, the address is taken, or the model cannot be loaded.
 pub fn run(args: &ServeArgs) -> Result<()> {
     let model = args.model.path()?;
-    let sampling = args.sampling.checked()?;
-    if args.n_predict == Some(TokenLimit::Count(0)) {
-        bail!("--n-predict: 0, expected 1 or more");
-    }
-    args.kept.bytes()?;
+    let sampling = args.texts.sampling.checked()?;
+    args.texts.kept.bytes()?;
     let config = args.config(model, sampling)?;
-    let opening = Opening {
-        context: args.context,
-        texts: args.parallel.texts(),
-        ..crate::cmd::args::opening(&args.memory, &args.kv, &args.store, &args.compute)?
-    };
-    let given = args.chat_template.as_deref();
-    let given = given
-        .map(|path| text::read_file("the chat template", path))
-        .transpose()?;
+    let opening = args.texts.opening()?;
+    let given = args.texts.template()?;
     let listener = listen(args)?;
     let prepared = Prepared::open(model, opening)?;
     sampling::check_biases(&config.sampling, prepared.spec().n_vocab)?;
-    let tokenizer = Arc::new(prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?);
+    let tokenizer = Arc::new(prepared.tokenizer_with(args.texts.pre.tokenizer_pre.as_deref())?);
     let traces = args.profile_out.as_deref().map(|path| {
         safely::check_file(path)?;
         Ok::<_, anyhow::Error>(Traces::open(path, prepared.gguf().id(), prepared.spec())?)
     });
     let mut traces = traces.transpose().context("--profile-out")?;
     let template = template(&prepared, &tokenizer, given)?;
-    let routing = parallel::routing(args.routing.as_deref(), model, &prepared)?;
+    let routing = parallel::routing(args.texts.routing.as_deref(), model, &prepared)?;
     let chats = template
         .map(|dialect| Arc::new(SharedDialect::new(dialect)) as Arc<dyn Chats + Send + Sync>);
     let cancel = Cancel::default();
@@ -273,7 +187,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     eprintln!("http://{address}: loading the model");
     let prepared = prepared.canceled_by(cancel).watched(server.progress());
     let mut session = prepared.load()?;
-    args.kept.open(&mut session.engine)?;
+    args.texts.kept.open(&mut session.engine)?;
     session
         .residency()
         .iter()
@@ -291,7 +205,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     }
     answered?;
     session.keep()?;
-    args.kept.warn(&mut session.engine);
+    args.texts.kept.warn(&mut session.engine);
     // Only a signal ends a server.
     Err(Interrupted.into())
 }
@@ -306,15 +220,15 @@ fn answer(
 ) -> Result<()> {
     let _catching = crate::interrupt::catch_interrupts();
     let asked = Asked {
-        parallel: args.parallel,
+        parallel: args.texts.parallel,
         max_step: Some(args.max_step_ms),
-        has_plan: args.memory.plan.is_some(),
+        has_plan: args.texts.memory.plan.is_some(),
     };
     let speeds = Speeds::choose(asked, session, routing);
     let options = Options {
         max_texts: speeds.texts as usize,
         max_step: speeds.max_step,
-        max_drafts: args.draft,
+        max_drafts: args.texts.draft,
         cost: speeds.cost,
     };
     let mut batcher = Batcher::new(&mut session.engine, tokenizer, options);

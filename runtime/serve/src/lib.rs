@@ -39,6 +39,7 @@ mod work;
 
 pub use http::Server;
 pub use state::{Config, Limits, Security, Setup};
+pub use thought::THOUGHT_TAGS;
 pub use traces::{Traces, TracesError};
 pub use work::Summary;
 

@@ -36,6 +36,17 @@ pub(crate) struct Texts {
     pub complete: bool,
 }
 
+/// Writes a line about what is no request.
+pub(crate) fn warn(state: &State, words: &str) {
+    let line = if state.config.json_log {
+        let time = show_utc(SystemTime::now());
+        lines(&json!({ "time": time, "warning": words }).to_string()).into_owned()
+    } else {
+        format!("warning: {}", printable(words))
+    };
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
 impl Entry<'_> {
     /// Writes the line. A log that nobody reads is no reason to end.
     pub fn write(&self, state: &State) {

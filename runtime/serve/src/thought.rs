@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tier_plan_runtime::tokenizer::ThoughtMark;
 
 /// Marks of thoughts that models spell with tokens of ordinary text.
-const SPELLED: [[&str; 2]; 8] = [
+pub const THOUGHT_TAGS: [[&str; 2]; 8] = [
     ["<think>", "</think>"],
     ["[THINK]", "[/THINK]"],
     ["<thinking>", "</thinking>"],
@@ -59,7 +59,7 @@ pub(crate) fn before(prompt: &str, is_channels: bool, has: impl Fn(&str) -> bool
     if let Some([_, close]) = opened(prompt) {
         return Before::Open(close);
     }
-    let known = SPELLED
+    let known = THOUGHT_TAGS
         .into_iter()
         .find(|marks| marks.iter().all(|mark| has(mark)));
     // A thought that the template has ended is not begun again.
@@ -73,7 +73,7 @@ pub(crate) fn before(prompt: &str, is_channels: bool, has: impl Fn(&str) -> bool
 /// Returns the marks of a thought that a prompt opens at its end.
 fn opened(prompt: &str) -> Option<[&'static str; 2]> {
     let end = prompt.trim_end();
-    SPELLED.into_iter().find(|[open, _]| end.ends_with(open))
+    THOUGHT_TAGS.into_iter().find(|[open, _]| end.ends_with(open))
 }
 
 /// The tools of an answer, and how the model calls them.
@@ -301,9 +301,9 @@ impl Splitter {
             return true;
         }
         let recipient = self.after_role.then_some(RECIPIENT);
-        let tags = SPELLED.iter().map(|[open, _]| *open).chain(CHANNEL_STARTS);
+        let tags = THOUGHT_TAGS.iter().map(|[open, _]| *open).chain(CHANNEL_STARTS);
         let tags = tags.chain(recipient);
-        if let Some([open, close]) = SPELLED.iter().find(|[open, _]| trimmed.starts_with(open)) {
+        if let Some([open, close]) = THOUGHT_TAGS.iter().find(|[open, _]| trimmed.starts_with(open)) {
             self.at = At::Thought(Some(close));
             self.drop(space + open.len());
         } else if let Some(start) = CHANNEL_STARTS.iter().find(|s| trimmed.starts_with(**s)) {

@@ -2,6 +2,7 @@
 
 use crate::job::{Command, Failure, Job, JobEvent, What};
 use crate::live::Recorder;
+use crate::log;
 use crate::state::State;
 use crate::traces::Traces;
 use crate::truth::{Clock, Snapshot};
@@ -111,7 +112,7 @@ impl Worker<'_> {
         if let Some(traces) = &mut self.traces
             && let Err(error) = traces.write_at_rest()
         {
-            eprintln!("warning: {error}");
+            log::warn(self.state, &error.to_string());
         }
     }
 

@@ -9,6 +9,7 @@ mod kv;
 mod memory;
 mod model;
 pub mod sampling;
+mod texts;
 mod value;
 
 pub use kept::KeptArgs;
@@ -16,6 +17,7 @@ pub use kv::KvArgs;
 pub use memory::{BudgetArgs, MemoryArgs, StoreArgs, VerifyArgs};
 pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
+pub use texts::TextsArgs;
 pub use value::{MaxStep, Seed, TokenLimit, context as context_value};
 
 use crate::opening::{Opening, Texts, check_threads};
