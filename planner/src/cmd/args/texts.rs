@@ -96,7 +96,7 @@ impl TextsArgs {
     ///
     /// # Errors
     /// When an option of the memory is invalid.
-    pub fn opening(&self) -> Result<Opening> {
+    pub fn opening(&self) -> Result<Opening<'_>> {
         Ok(Opening {
             context: self.context,
             texts: self.parallel.texts(),
