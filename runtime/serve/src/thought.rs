@@ -73,7 +73,9 @@ pub(crate) fn before(prompt: &str, is_channels: bool, has: impl Fn(&str) -> bool
 /// Returns the marks of a thought that a prompt opens at its end.
 fn opened(prompt: &str) -> Option<[&'static str; 2]> {
     let end = prompt.trim_end();
-    THOUGHT_TAGS.into_iter().find(|[open, _]| end.ends_with(open))
+    THOUGHT_TAGS
+        .into_iter()
+        .find(|[open, _]| end.ends_with(open))
 }
 
 /// The tools of an answer, and how the model calls them.
@@ -301,9 +303,15 @@ impl Splitter {
             return true;
         }
         let recipient = self.after_role.then_some(RECIPIENT);
-        let tags = THOUGHT_TAGS.iter().map(|[open, _]| *open).chain(CHANNEL_STARTS);
+        let tags = THOUGHT_TAGS
+            .iter()
+            .map(|[open, _]| *open)
+            .chain(CHANNEL_STARTS);
         let tags = tags.chain(recipient);
-        if let Some([open, close]) = THOUGHT_TAGS.iter().find(|[open, _]| trimmed.starts_with(open)) {
+        if let Some([open, close]) = THOUGHT_TAGS
+            .iter()
+            .find(|[open, _]| trimmed.starts_with(open))
+        {
             self.at = At::Thought(Some(close));
             self.drop(space + open.len());
         } else if let Some(start) = CHANNEL_STARTS.iter().find(|s| trimmed.starts_with(**s)) {
