@@ -280,7 +280,12 @@ fn other_endpoints_tell_of_the_model() {
     assert_eq!(server.get("/v1/models/demo-model").ok()["object"], "model");
     assert_eq!(server.get("/v1/models/other").status, 404);
     assert_eq!(server.get("/health").ok()["status"], "ok");
-    assert_eq!(server.get("/props").ok()["model_alias"], "demo-model");
+    let props = server.get("/props").ok();
+    assert_eq!(props["model_alias"], "demo-model");
+    assert_eq!(
+        props["emulated"], false,
+        "without a plan nothing is emulated"
+    );
     assert_eq!(server.get("/slots").ok(), json!([]));
     let tokens = server.post("/tokenize", &json!({"content": PROMPT})).ok();
     let text = server.post("/detokenize", &tokens).ok();

@@ -174,6 +174,14 @@ test("chats are listed, searched, renamed, exported, deleted, and brought back",
   assert.deepEqual(await titles(), ["Bolts and nuts"]);
   await page.getByRole("button", { name: "Undo" }).click();
   assert.deepEqual(await titles(), ["Bolts and nuts", "Fruit"]);
+  // A write that has not ended is lost with the page.
+  await page.waitForFunction(async () => {
+    const wait = (request) => new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
+    const database = await wait(indexedDB.open("tier-plan"));
+    const n = await wait(database.transaction("conversations").objectStore("conversations").count());
+    database.close();
+    return n === 2;
+  });
   await page.reload();
   await page.waitForSelector("body.is-ready");
   assert.deepEqual(await titles(), ["Bolts and nuts", "Fruit"]);

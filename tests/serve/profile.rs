@@ -49,6 +49,22 @@ fn real_use_is_a_profile_that_plans_are_made_with() {
     ];
     let solved = run_in(folder.path(), &args);
     assert!(solved.status.success(), "{}", stderr(&solved));
+
+    // What is measured on the emulated tiers of this plan says so.
+    let mut server = Served::start(&["--plan", plan.to_str().unwrap()]);
+    let answer = server.post("/v1/completions", &completion(PROMPT, 4)).ok();
+    assert_eq!(answer["tier_plan"]["emulated"], true, "{answer}");
+    assert_eq!(server.get("/props").ok()["emulated"], true);
+    let live = server.get("/tier-plan/live").ok();
+    assert_eq!(live["tiers"][0]["emulated"], true, "{live}");
+    assert!(
+        server
+            .get("/metrics")
+            .text()
+            .contains("tier_plan_emulated 1")
+    );
+    let log = server.stop();
+    assert!(log.contains(" tok/s on emulated tiers"), "{log}");
 }
 
 #[test]

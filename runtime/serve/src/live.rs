@@ -75,6 +75,7 @@ struct LayerScene {
 struct TierScene {
     name: String,
     kind: String,
+    emulated: bool,
     capacity_bytes: u64,
     budget_bytes: u64,
     used_bytes: u64,
@@ -285,6 +286,7 @@ impl Window {
         let scene = |(i, planned): (usize, &PlanTier)| TierScene {
             name: planned.tier.name.clone(),
             kind: planned.tier.kind.to_string(),
+            emulated: planned.tier.emulated,
             capacity_bytes: planned.tier.capacity_bytes,
             budget_bytes: planned.budget_bytes,
             used_bytes: resident.get(i).copied().unwrap_or(0),
@@ -383,6 +385,7 @@ impl Scene {
             json!({
                 "name": tier.name,
                 "kind": tier.kind,
+                "emulated": tier.emulated,
                 "capacity_bytes": tier.capacity_bytes,
                 "budget_bytes": tier.budget_bytes,
                 "used_bytes": tier.used_bytes,

@@ -54,12 +54,13 @@ impl Entry<'_> {
             // JSON escapes fewer characters than a terminal acts on.
             lines(&self.json(state).to_string()).into_owned()
         } else {
-            self.text()
+            self.text(state.loaded().is_some_and(|loaded| loaded.promise.emulated))
         };
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     }
 
-    fn text(&self) -> String {
+    /// Returns the line; `emulated` is whether a speed is of emulated tiers.
+    fn text(&self, emulated: bool) -> String {
         let method = printable(self.method);
         let path = printable(self.path);
         let mut line = format!("{method} {path} {}", self.status);
@@ -74,7 +75,8 @@ impl Entry<'_> {
                 texts.timings.prompt.as_secs_f64(),
             );
             if let (1, Some(rate)) = (texts.n, texts.timings.decode_tok_s(counts.new)) {
-                line += &format!(", {rate:.1} tok/s");
+                let tiers = if emulated { " on emulated tiers" } else { "" };
+                line += &format!(", {rate:.1} tok/s{tiers}");
             }
             if !texts.complete {
                 line += ", not complete";
@@ -125,7 +127,7 @@ mod tests {
             error: Some("no \u{7}"),
             texts: None,
         };
-        let line = entry.text();
+        let line = entry.text(false);
         assert_eq!(line, r"GET /\u001b[2J\u202e\n 404 in 1.500 s: no \u0007");
     }
 }

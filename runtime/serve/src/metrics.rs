@@ -42,6 +42,7 @@ pub(crate) struct Metrics {
     expert_accesses: Family<Labels, Gauge<u64, AtomicU64>>,
     read_bytes: Family<Labels, Gauge<u64, AtomicU64>>,
     predicted: Seconds,
+    emulated: Gauge,
     tiers: Mutex<Vec<String>>,
     /// Mean seconds of a request.
     mean_s: Mutex<Option<f64>>,
@@ -79,6 +80,7 @@ impl Metrics {
             expert_accesses: Family::default(),
             read_bytes: Family::default(),
             predicted: Gauge::default(),
+            emulated: Gauge::default(),
             tiers: Mutex::default(),
             mean_s: Mutex::default(),
         };
@@ -161,6 +163,11 @@ impl Metrics {
             "What the plan predicts for a text alone; 0 where it does not",
             self.predicted.clone(),
         );
+        r.register(
+            "emulated",
+            "Whether a tier is emulated, so that measured speeds are not those of a machine",
+            self.emulated.clone(),
+        );
     }
 
     /// Returns the metrics as text.
@@ -176,6 +183,7 @@ impl Metrics {
         self.pages.set(pages as i64);
         self.pages_free.set(pages as i64);
         self.predicted.set(promise.decode_tok_s.unwrap_or(0.0));
+        self.emulated.set(promise.emulated.into());
         locked(&self.tiers).clone_from(&promise.tiers);
     }
 
@@ -253,6 +261,7 @@ mod tests {
         let promise = Promise {
             tiers: vec!["a \"b\"\n".into()],
             decode_tok_s: Some(12.5),
+            emulated: true,
         };
         metrics.ready(4, 9, &promise);
         metrics.answered("/v1/models", 200);
@@ -265,6 +274,7 @@ mod tests {
             "tier_plan_generated_tokens_total 3",
             "tier_plan_texts_max 4",
             "tier_plan_predicted_tokens_per_second 12.5",
+            "tier_plan_emulated 1",
             "# EOF",
         ] {
             assert!(text.contains(line), "{line} in {text}");

@@ -76,6 +76,8 @@ pub(crate) struct Promise {
     pub tiers: Vec<String>,
     /// Predicted tokens per second of a text alone, if the plan predicts.
     pub decode_tok_s: Option<f64>,
+    /// Whether a tier is emulated, so that measured speeds are not those of a machine.
+    pub emulated: bool,
 }
 
 impl Promise {
@@ -85,6 +87,7 @@ impl Promise {
         Self {
             tiers: plan.tiers.iter().map(|t| t.tier.name.clone()).collect(),
             decode_tok_s: (predicted > 0.0 && predicted.is_finite()).then_some(predicted),
+            emulated: plan.tiers.iter().any(|t| t.tier.emulated),
         }
     }
 }
@@ -180,6 +183,7 @@ impl Timings {
         json!({
             "predicted_tok_s": promise.decode_tok_s,
             "measured_tok_s": self.decode_tok_s(counts.new),
+            "emulated": promise.emulated,
             // Of all texts that were decoded at the same time.
             "window": {
                 "decode_tokens": window.decode_tokens,

@@ -61,6 +61,7 @@ pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Response {
         "build_info": concat!("tier-plan ", env!("CARGO_PKG_VERSION")),
         "uptime_s": state.started.elapsed().as_secs(),
         "tiers": loaded.map(|loaded| loaded.promise.tiers.clone()),
+        "emulated": loaded.map(|loaded| loaded.promise.emulated),
         "predicted_tok_s": loaded.and_then(|loaded| loaded.promise.decode_tok_s),
         "default_generation_settings": { "n_ctx": state.context, "params": {
             "temperature": sampling.temperature,

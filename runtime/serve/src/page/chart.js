@@ -24,6 +24,7 @@ export class SpeedChart {
   #points = [];
   #recent = [];
   #predicted = null;
+  #where = "";
   #width = 0;
 
   constructor(root) {
@@ -43,6 +44,7 @@ export class SpeedChart {
   /** Adds what a window had. */
   add(scene) {
     const now = performance.now() / 1000;
+    this.#where = scene.tiers.some((tier) => tier.emulated) ? " on emulated tiers" : "";
     this.#predicted = isNumber(scene.predicted_tok_s) ? scene.predicted_tok_s : null;
     if (isNumber(scene.text_tok_s) && scene.text_tok_s > 0) {
       const steps = isNumber(scene.decode_steps) ? Math.max(scene.decode_steps, 1) : 1;
@@ -112,7 +114,7 @@ export class SpeedChart {
 
   #tell() {
     const last = this.#points.at(-1);
-    const measured = last === undefined ? "nothing measured yet" : `${short(last.speed)} tokens/s measured`;
+    const measured = last === undefined ? "nothing measured yet" : `${short(last.speed)} tokens/s measured${this.#where}`;
     const predicted = this.#predicted === null ? "no prediction" : `${short(this.#predicted)} predicted`;
     const words = `Last: ${measured}, ${predicted} for a text alone.`;
     if (this.words.textContent !== words) this.words.textContent = words;

@@ -45,7 +45,9 @@ class TierRow {
     this.hits = meter(`${tier.name}: share of expert uses`, tone);
     this.rate = el("span", { class: "rate", title: "Share of expert uses that it serves, and bytes of weights read per second" });
     this.line = el("div", { class: "tier-line" });
-    const kind = tier.kind.toLowerCase() === tier.name.toLowerCase() ? null : el("span", { class: "kind" }, tier.kind);
+    const isKind = tier.kind.toLowerCase() === tier.name.toLowerCase();
+    const words = [isKind ? null : tier.kind, tier.emulated ? "emulated" : null].filter(Boolean);
+    const kind = words.length === 0 ? null : el("span", { class: "kind" }, words.join(", "));
     this.root = el(
       "div",
       { class: "tier" },

@@ -12,16 +12,17 @@ function part(text, title) {
   return el("span", { title }, text);
 }
 
-function speed(measured, predicted) {
+function speed(measured, { predicted_tok_s: predicted, emulated } = {}) {
   if (!isNumber(measured)) return null;
   const text = `${short(measured)} tokens/s`;
+  const how = emulated ? "measured on emulated tiers" : "measured";
   if (!isNumber(predicted) || predicted <= 0) {
-    return part(`${text} measured`, "Tokens after the first per second. The plan predicts no speed.");
+    return part(`${text} ${how}`, "Tokens after the first per second. The plan predicts no speed.");
   }
   const off = Math.round((measured / predicted - 1) * 100);
   const sign = off > 0 ? "+" : off < 0 ? "−" : "±";
   return part(
-    `${text} measured, ${short(predicted)} predicted (${sign}${count(Math.abs(off))} %)`,
+    `${text} ${how}, ${short(predicted)} predicted (${sign}${count(Math.abs(off))} %)`,
     "Tokens after the first per second, beside what the plan predicts for a text alone",
   );
 }
@@ -65,7 +66,7 @@ export function truthLine({ status, truth }) {
     parts.push(part(many(tokens, "token"), "Tokens of the answer"));
     const measured = tierPlan?.measured_tok_s ?? (tokens > 1 ? timings?.predicted_per_second : null);
     parts.push(
-      speed(measured, tierPlan?.predicted_tok_s),
+      speed(measured, tierPlan ?? {}),
       prompt(truth),
       experts(tierPlan?.window),
       reads(tierPlan?.window),

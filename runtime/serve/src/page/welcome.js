@@ -39,7 +39,7 @@ export class Welcome {
   }
 
   /** Says which model answers, and how fast it should be. */
-  showModel({ model_alias, n_ctx, total_slots, predicted_tok_s, has_chat_template }) {
+  showModel({ model_alias, n_ctx, total_slots, predicted_tok_s, has_chat_template, emulated }) {
     this.loading.hidden = true;
     this.title.textContent = model_alias;
     const facts = [
@@ -49,8 +49,9 @@ export class Welcome {
     const speed = isNumber(predicted_tok_s)
       ? `The plan predicts ${short(predicted_tok_s)} tokens/s for a text alone.`
       : "The plan predicts no speed.";
+    const tiers = emulated ? " Tiers are emulated: speeds are not those of a machine." : "";
     const kind = has_chat_template ? "" : " It has no chat template, so it continues your text.";
-    this.lead.textContent = `It has ${facts.join(" and takes ")}. ${speed}${kind}`;
+    this.lead.textContent = `It has ${facts.join(" and takes ")}. ${speed}${tiers}${kind}`;
     const examples = has_chat_template ? QUESTIONS : BEGINNINGS;
     byId("examples").replaceChildren(
       ...examples.map(({ title, text }) => {
