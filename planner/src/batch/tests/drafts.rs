@@ -97,12 +97,14 @@ fn answers_are_the_same_with_drafts() {
     let (plain, summary) = answers(&gguf, 0);
     assert_eq!((summary.answered, summary.drafted_tokens), (5, 0));
     for max_drafts in [1, 8] {
-        let (found, with) = answers(&gguf, max_drafts);
-        assert_eq!(found, plain, "{max_drafts}");
-        assert!(
-            with.drafted_tokens > 0 && with.accepted_tokens > 0,
-            "{with:?}"
-        );
-        assert_eq!(with.generated_tokens, summary.generated_tokens);
+        // Measured times decide whether a text goes on with drafts, so in a single run all that are
+        // made may be wrong.
+        let is_enough = (0..10).any(|_| {
+            let (found, with) = answers(&gguf, max_drafts);
+            assert_eq!(found, plain, "{max_drafts}");
+            assert_eq!(with.generated_tokens, summary.generated_tokens);
+            with.accepted_tokens > 0
+        });
+        assert!(is_enough, "no draft of {max_drafts} was right");
     }
 }
