@@ -83,7 +83,7 @@ test("a chat is answered, with what it took, and the map of experts moves", asyn
   await done(page);
   assert.ok((await textOf(page)).length > 40);
   const line = await answer(page).locator(".truth").innerText();
-  assert.match(line, /^120.tokens · [\d.]+ tokens\/s measured, [\d.]+ predicted \([+−±]\d+.%\)/);
+  assert.match(line, /^120.tokens · [\d.]+ tokens\/s measured on emulated tiers, [\d.]+ predicted \([+−±]\d+.%\)/);
   assert.match(line, /expert hits [\d.]+.%/);
   assert.match(line, /read vram .*, dram .*, slow /);
   await page.waitForFunction(() => /uses of \d+ among 192/.test(document.querySelector(".heat-words").textContent));
@@ -96,7 +96,7 @@ test("a chat is answered, with what it took, and the map of experts moves", asyn
   await page.click(".heat-table summary");
   assert.equal(await page.locator(".heat-table tbody tr").count(), 6);
   const told = await page.innerText(".chart-words");
-  assert.match(told, /[\d.]+ tokens\/s measured, [\d.]+ predicted/);
+  assert.match(told, /[\d.]+ tokens\/s measured on emulated tiers, [\d.]+ predicted/);
   assert.equal(await page.locator("#tiers .tier").count(), 3);
   assert.match(await page.innerText("#queue"), /\d+ of \d+.pages of the KV cache.*of \d+.texts? at work/s);
 });
