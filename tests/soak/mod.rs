@@ -11,6 +11,8 @@
 //!
 //! Without variables it is a minute of the bundled model.
 
+#[cfg(target_os = "linux")]
+mod serve;
 mod setup;
 
 use crate::common::demo_model;
