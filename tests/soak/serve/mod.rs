@@ -1,17 +1,18 @@
-//! Random clients of the server for as long as one likes: no error but a full queue, every text is the
-//! one that its request has alone, nothing grows, and every count adds up.
+//! Random clients of the server for as long as one likes: no error but a full queue, every text is
+//! the one that its request has alone, nothing grows, and every count adds up.
 //!
-//! The clients ask for whole and for streamed answers at all endpoints, read at once or slowly, and leave
-//! at any moment: while they send, while they wait, and while they read. They are more than the queue has
-//! places for, and try again after the time that the server names. An hour of another model:
+//! The clients ask for whole and for streamed answers at all endpoints, read at once or slowly, and
+//! leave at any moment: while they send, while they wait, and while they read. They are more than
+//! the queue has places for, and try again after the time that the server names. An hour of another
+//! model:
 //!
 //! ```text
 //! SOAK_MINUTES=60 SOAK_MODEL=model.gguf cargo test --release -p tier-plan-planner --test all soak::serve \
 //!     -- --ignored --nocapture
 //! ```
 //!
-//! `SOAK_PROGRAM` is another program than the one that was built with the test, and `SOAK_OPTIONS` has
-//! further options of `tier-plan serve`. Without variables it is a minute of the bundled model.
+//! `SOAK_PROGRAM` is another program than the one that was built with the test, and `SOAK_OPTIONS`
+//! has further options of `tier-plan serve`. Without variables it is a minute of the bundled model.
 
 mod answers;
 mod client;
@@ -47,8 +48,8 @@ const REQUESTS: usize = 64;
 /// Stack of a client.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Memory that may come after the first tenth: what an allocator keeps in fragments, and huge pages that
-/// the system makes of what lies beside memory in use.
+/// Memory that may come after the first tenth: what an allocator keeps in fragments, and huge pages
+/// that the system makes of what lies beside memory in use.
 const GROWTH: u64 = 24 << 20;
 
 /// Longest wait for the last texts to end.
