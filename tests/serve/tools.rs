@@ -193,8 +193,19 @@ fn answers_have_the_form_that_is_asked_for() {
         (refused.status, &refused.json()["error"]["param"]),
         (400, &json!("response_format"))
     );
+    let mut wrong = completion(PROMPT, 20);
+    wrong["grammar"] = "root ::= \"a\"\n  other ::= (".into();
+    let refused = server.post("/v1/completions", &wrong).json();
+    assert_eq!(refused["error"]["param"], "grammar", "{refused}");
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.starts_with("grammar: line 2: the end"), "{message}");
     for (name, value, expected) in [
         ("guided_choice", json!(["yes", "no"]), vec!["yes", "no"]),
+        (
+            "grammar",
+            json!("root ::= \"<\" (\n inner | [x-y]) # one\ninner ::= \"z\" \">\"?"),
+            vec!["<x", "<y", "<z", "<z>"],
+        ),
         (
             "guided_regex",
             json!("[ab]{2}"),
