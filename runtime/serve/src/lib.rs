@@ -29,6 +29,7 @@ mod page;
 pub mod prompts;
 pub mod request;
 mod responses;
+mod sampled;
 mod sse;
 mod state;
 mod thought;
