@@ -36,12 +36,13 @@ mod thought;
 mod traces;
 mod truth;
 mod utilities;
+mod whole;
 mod work;
 
 pub use http::Server;
 pub use state::{Config, Limits, Security, Setup};
-pub use thought::THOUGHT_TAGS;
 pub use traces::{Traces, TracesError};
+pub use whole::{Parts, split};
 pub use work::Summary;
 
 use request::{BadLine, Endpoint, Request};
