@@ -4,6 +4,7 @@
 mod bodies;
 mod client;
 mod page;
+mod plan;
 mod profile;
 mod responses;
 mod streams;

@@ -31,6 +31,7 @@ pub mod prepared;
 pub mod probe;
 pub mod profile;
 pub mod progress;
+pub mod replan;
 pub mod report;
 pub mod screen;
 pub mod selftest;

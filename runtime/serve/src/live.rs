@@ -402,7 +402,7 @@ impl Scene {
             "steps": self.steps,
             "decode_tokens": self.decode_tokens,
             "prompt_tokens": self.prompt_tokens,
-            "predicted_tok_s": state.loaded().and_then(|loaded| loaded.promise.decode_tok_s),
+            "predicted_tok_s": state.loaded().and_then(|loaded| loaded.promise().decode_tok_s),
             // Of all texts together, and of one of them.
             "decode_tok_s": rate(self.decode_tokens as u64),
             "text_tok_s": self.decoding.text_tok_s(),

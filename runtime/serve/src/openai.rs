@@ -119,7 +119,7 @@ pub(crate) fn add_truth(value: &mut Value, answering: &Answering) {
     let counts = answering.counts();
     value["timings"] = answering.timings.json(counts);
     if let Some(loaded) = answering.state.loaded() {
-        value["tier_plan"] = answering.timings.truth(counts, &loaded.promise);
+        value["tier_plan"] = answering.timings.truth(counts, &loaded.promise());
     }
 }
 

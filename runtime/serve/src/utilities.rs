@@ -22,7 +22,7 @@ use tier_plan_runtime::schedule::TextState;
 use tokio::sync::oneshot;
 
 /// Longest wait for a step to end.
-const STATUS_TIME: Duration = Duration::from_secs(10);
+pub(crate) const STATUS_TIME: Duration = Duration::from_secs(10);
 
 /// Answers `/health`: whether requests are taken.
 pub(crate) async fn health(Shared(state): Shared<Arc<State>>) -> Response {
@@ -60,9 +60,9 @@ pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Response {
         "has_chat_template": state.chats.is_some(),
         "build_info": concat!("tier-plan ", env!("CARGO_PKG_VERSION")),
         "uptime_s": state.started.elapsed().as_secs(),
-        "tiers": loaded.map(|loaded| loaded.promise.tiers.clone()),
-        "emulated": loaded.map(|loaded| loaded.promise.emulated),
-        "predicted_tok_s": loaded.and_then(|loaded| loaded.promise.decode_tok_s),
+        "tiers": loaded.map(|loaded| loaded.promise().tiers.clone()),
+        "emulated": loaded.map(|loaded| loaded.promise().emulated),
+        "predicted_tok_s": loaded.and_then(|loaded| loaded.promise().decode_tok_s),
         "default_generation_settings": { "n_ctx": state.context, "params": {
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,

@@ -10,7 +10,7 @@ use crate::state::{Setup, State};
 use crate::traces::Traces;
 use crate::truth::Promise;
 use crate::work::{Summary, work};
-use crate::{anthropic, live, openai, page, responses, utilities};
+use crate::{anthropic, live, openai, page, plan, responses, utilities};
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::{get, post};
@@ -137,6 +137,7 @@ fn router(state: &Arc<State>) -> Router {
         .route("/apply-template", post(utilities::apply_template))
         .merge(live::routes())
         .merge(page::routes())
+        .merge(plan::routes())
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(axum::middleware::from_fn_with_state(
