@@ -153,6 +153,14 @@ fn a_client_that_leaves_frees_its_place() {
 }
 
 #[test]
+fn an_answer_has_given_its_place_back() {
+    let server = Served::start(&["--parallel", "1", "--max-queue", "0"]);
+    for _ in 0..50 {
+        server.post("/v1/completions", &completion("a", 1)).ok();
+    }
+}
+
+#[test]
 fn a_key_is_asked_for() {
     let server = Served::start(&["--api-key", "secret"]);
     let with = |headers: &[(&str, &str)]| server.ask("GET", "/v1/models", headers, b"");

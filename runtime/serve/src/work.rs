@@ -40,7 +40,7 @@ struct Text {
     events: Sender<JobEvent>,
     clock: Clock,
     /// Of its request, whose last text gives the places back.
-    _places: std::sync::Arc<OwnedSemaphorePermit>,
+    places: std::sync::Arc<OwnedSemaphorePermit>,
 }
 
 /// The texts of all requests.
@@ -168,7 +168,7 @@ impl Worker<'_> {
                     first: None,
                     before: Snapshot::default(),
                 },
-                _places: std::sync::Arc::clone(&places),
+                places: std::sync::Arc::clone(&places),
             };
             self.texts.insert(id, text);
         }
@@ -250,11 +250,15 @@ impl Worker<'_> {
             }
         };
         let index = text.index;
+        let event = JobEvent { index, what };
         // The channel has room for all events; where the reader is gone, the text ends before the
         // next step.
-        let _ = text.events.try_send(JobEvent { index, what });
-        if ended {
-            self.end(id);
+        if !ended {
+            let _ = text.events.try_send(event);
+        } else if let Some(text) = self.end(id) {
+            // A client that has its answer may ask again at once, so its place is free by then.
+            drop(text.places);
+            let _ = text.events.try_send(event);
         }
     }
 
