@@ -5,10 +5,11 @@
 //! shows in `Host`. So a server without a key takes only the names of this machine as `Host`, and any
 //! server takes only origins that it was told of.
 
-use super::key;
+use super::{key, routes};
 use crate::ask::HasLog;
 use crate::error::{ApiError, Logged, Protocol};
 use crate::log::Entry;
+use crate::openapi;
 use crate::page;
 use crate::state::State;
 use axum::body::Body;
@@ -24,30 +25,8 @@ use std::time::Instant;
 const ALLOWED_HEADERS: &str =
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta";
 
-/// Paths that are counted by themselves; others are strangers' words.
-const PATHS: [&str; 18] = [
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/chat/completions/input_tokens",
-    "/v1/responses",
-    "/v1/responses/input_tokens",
-    "/v1/embeddings",
-    "/v1/models",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/health",
-    "/metrics",
-    "/props",
-    "/slots",
-    "/tokenize",
-    "/detokenize",
-    "/apply-template",
-    crate::live::PATH,
-    "/",
-];
-
 /// Paths that need no key.
-const OPEN_PATHS: [&str; 1] = ["/health"];
+const OPEN_PATHS: [&str; 2] = ["/health", openapi::PATH];
 
 /// Lets a request pass if it may, and writes its line.
 pub(crate) async fn guard(
@@ -74,10 +53,7 @@ pub(crate) async fn guard(
     }
     if response.extensions().get::<HasLog>().is_none() {
         let status = response.status().as_u16();
-        let known = PATHS.iter().find(|known| **known == path);
-        state
-            .metrics
-            .answered(known.copied().unwrap_or("other"), status);
+        state.metrics.answered(routes::label(&path), status);
         let error = response.extensions().get::<Logged>();
         Entry {
             method: method.as_str(),
