@@ -3,6 +3,7 @@
 
 mod bodies;
 mod client;
+mod openapi;
 mod page;
 mod plan;
 mod profile;

@@ -25,6 +25,7 @@ mod live;
 mod log;
 mod metrics;
 mod openai;
+mod openapi;
 mod page;
 mod plan;
 pub mod prompts;

@@ -10,24 +10,23 @@ use crate::error::{ApiError, json_response};
 use crate::http::body;
 use crate::job::Command;
 use crate::request::fields::Fields;
-use crate::request::object;
+use crate::request::{BadLine, Code, object};
 use crate::state::State;
 use crate::utilities::STATUS_TIME;
-use axum::Router;
 use axum::body::Body;
 use axum::extract::State as Shared;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
-use axum::routing::get;
 use serde_json::{Value, json};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tier_plan_runtime::engine::Rearranged;
 use tier_plan_runtime::formats::placement::{PerTier, Placement, Prediction};
 use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::printable::printable;
 use tokio::sync::oneshot;
 
 /// Where a plan is asked for.
-const PATH: &str = "/plan";
+pub(crate) const PATH: &str = "/plan";
 
 /// Longest search for a plan.
 const MAX_TIME_LIMIT_S: usize = 600;
@@ -166,13 +165,8 @@ impl Replanning {
     }
 }
 
-/// Returns the routes of this module.
-pub(crate) fn routes() -> Router<Arc<State>> {
-    Router::new().route(PATH, get(show).post(ask))
-}
-
 /// Says how far the last plan is that was asked for.
-async fn show(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
+pub(crate) async fn show(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
     if state.loaded().is_none() {
         return Err(ApiError::loading(state.progress()));
     }
@@ -180,7 +174,7 @@ async fn show(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
 }
 
 /// Begins to make a plan.
-async fn ask(
+pub(crate) async fn ask(
     Shared(state): Shared<Arc<State>>,
     headers: HeaderMap,
     body: Body,
@@ -202,7 +196,7 @@ async fn ask(
 }
 
 /// Reads a body; an empty one asks for what is usual.
-pub(crate) fn order(bytes: &[u8]) -> Result<Order, ApiError> {
+pub(crate) fn order(bytes: &[u8]) -> Result<Order, BadLine> {
     let usual = Order::default();
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(usual);
@@ -210,13 +204,17 @@ pub(crate) fn order(bytes: &[u8]) -> Result<Order, ApiError> {
     let body = object(bytes)?;
     let known = ["apply", "min_gain", "time_limit_s"];
     if let Some(name) = body.keys().find(|name| !known.contains(&name.as_str())) {
-        let message = format!("{name}: not known, expected {}", known.join(", "));
-        return Err(ApiError::invalid(message));
+        let message = format!(
+            "{}: not known, expected {}",
+            printable(name),
+            known.join(", ")
+        );
+        return Err(BadLine::new(Code::InvalidRequest, message));
     }
     let fields = Fields::new(&body, "");
     let min_gain = fields.number("min_gain")?.map(f64::from);
     if min_gain.is_some_and(|gain| !(0.0..=10.0).contains(&gain)) {
-        return Err(fields.bad("min_gain", "a number from 0 to 10").into());
+        return Err(fields.bad("min_gain", "a number from 0 to 10"));
     }
     let time_limit = fields.count("time_limit_s", 1..=MAX_TIME_LIMIT_S)?;
     Ok(Order {
@@ -248,10 +246,7 @@ mod tests {
             ("[]", "object"),
         ] {
             let error = order(body.as_bytes()).unwrap_err();
-            assert!(
-                error.status == 400 && error.message.contains(word),
-                "{body}: {error:?}"
-            );
+            assert!(error.message.contains(word), "{body}: {error:?}");
         }
     }
 
