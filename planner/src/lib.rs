@@ -14,6 +14,7 @@ pub mod bundled;
 pub mod by_token;
 pub mod catalogue;
 pub mod chat;
+pub mod client;
 pub mod cmd;
 pub mod context;
 pub mod cost;

@@ -119,6 +119,65 @@ fn a_plan_of_what_texts_chose_is_moved_to_while_they_are_answered() {
 }
 
 #[test]
+fn the_command_asks_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let (model, plan, uses) = (demo_model(), path("placement.toml"), path("use.profile"));
+    let model = model.to_str().unwrap();
+    let args = [
+        "solve",
+        model,
+        "--machine",
+        "demo-emulated",
+        "--output",
+        &plan,
+    ];
+    assert!(run_in(folder.path(), &args).status.success());
+    let key = ["--api-key", "secret"];
+    let options = ["--plan", &plan, "--profile-out", &uses];
+    let server = Served::start(&[&options[..], &key[..]].concat());
+    let url = format!("http://127.0.0.1:{}", server.port);
+    let replan = |more: &[&str]| {
+        let args = [&["replan", "--url", &url, "--time-limit", "2"][..], more].concat();
+        run_in(folder.path(), &args)
+    };
+    let refused = replan(&[]);
+    assert!(
+        stderr(&refused).contains("wants a key"),
+        "{}",
+        stderr(&refused)
+    );
+    let refused = replan(&key);
+    assert!(stderr(&refused).contains("256"), "{}", stderr(&refused));
+
+    let with_key = [("x-api-key", "secret")];
+    let body = completion(PROMPT, 160).to_string();
+    for _ in 0..3 {
+        let answer = server.ask("POST", "/v1/completions", &with_key, body.as_bytes());
+        assert_eq!(answer.status, 200);
+    }
+    let said = replan(&[&key[..], &["--output", "new.toml"]].concat());
+    let words = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.status.success(), "{}", stderr(&said));
+    for word in [
+        "3 texts",
+        "emulated tiers",
+        "present",
+        "pass --apply",
+        "wrote new.toml",
+    ] {
+        assert!(words.contains(word), "{word} in {words}");
+    }
+    let explained = run_in(folder.path(), &["diff", &plan, "new.toml"]);
+    assert!(explained.status.success(), "{}", stderr(&explained));
+
+    let moved = replan(&[&key[..], &["--apply", "--json"]].concat());
+    let moved = json(moved);
+    assert_eq!(moved["status"], "moved", "{moved}");
+    assert!(moved["proposal"]["gain"].as_f64().unwrap() > 0.01);
+}
+
+#[test]
 fn without_a_record_or_memory_to_move_in_no_plan_is_made() {
     let mut server = Served::start(&[]);
     let refused = server.post("/plan", &json!({}));
