@@ -126,10 +126,10 @@ fn print_text(args: &ReplanArgs, found: &Value) {
         uses["texts"], uses["decoded_tokens"]
     );
     let tiers = match predicted["then"]["emulated"] == true {
-        true => " of emulated tiers",
+        true => " on emulated tiers",
         false => "",
     };
-    println!("predicted for them{tiers}:");
+    println!("predicted for these texts{tiers}:");
     println!("{:<14} {:>14} {:>10}", "plan", "decode tok/s", "hit rate");
     for (name, key) in [("present", "now"), ("new", "then")] {
         let of = &predicted[key];
@@ -142,7 +142,7 @@ fn print_text(args: &ReplanArgs, found: &Value) {
     let gain = 100.0 * proposal["gain"].as_f64().unwrap_or(0.0);
     println!("{gain:+.1} % tokens per second, predicted");
     println!(
-        "{} new pins ({}), {} dropped; slots: {} → {}",
+        "pins: {} new ({}), {} dropped; slots: {} → {}",
         proposal["new_pins"],
         show_bytes(proposal["new_pin_bytes"].as_u64().unwrap_or(0)),
         proposal["dropped_pins"],
@@ -171,9 +171,9 @@ fn outcome(args: &ReplanArgs, found: &Value) -> String {
         count("failed_pins") + count("left_pins"),
         count("left_slots"),
     );
-    let mut words = "pins and slots have moved".to_string();
-    if pins + slots > 0 {
-        words += &format!(", but for {pins} pins and {slots} slots");
+    let words = "pins and slots have moved";
+    match pins + slots {
+        0 => words.to_string(),
+        _ => format!("{words}; not moved: pins: {pins}, slots: {slots}"),
     }
-    words
 }

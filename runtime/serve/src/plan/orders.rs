@@ -161,7 +161,7 @@ pub(crate) fn watch(state: &State, engine: &Engine) {
     let mut words = "pins and slots are where the new plan has them".to_string();
     if failed_pins + left_pins + left_slots > 0 {
         words += &format!(
-            ", but for {} pins and {left_slots} slots",
+            "; left out: pins: {}, slots: {left_slots}",
             failed_pins + left_pins
         );
     }
