@@ -84,6 +84,8 @@ fn requests() -> Vec<(&'static str, Value)> {
     to_call["tools"] = json!([{"name": "f", "input_schema": tools()[0]["function"]["parameters"]}]);
     to_call["tool_choice"] = json!({"type": "any"});
     vec![
+        // Refused: nothing is recorded.
+        ("/plan", json!({"apply": true})),
         (
             "/v1/chat/completions",
             chat(&json!({"logprobs": true, "top_logprobs": 2, "n": 2})),
