@@ -3,6 +3,7 @@
 
 mod bodies;
 mod client;
+mod llama;
 mod openapi;
 mod page;
 mod plan;

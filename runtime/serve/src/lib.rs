@@ -22,6 +22,7 @@ mod grammar;
 mod http;
 mod job;
 mod live;
+mod llama;
 mod log;
 mod metrics;
 mod openai;
@@ -54,10 +55,11 @@ pub type Check = fn(&[u8]) -> Result<(), BadLine>;
 
 /// Checks of the bodies of all kinds of requests, for fuzzing.
 #[doc(hidden)]
-pub const BODIES: [Check; 5] = [
+pub const BODIES: [Check; 6] = [
     |body| Request::from_body("id", Endpoint::Chat, body).map(drop),
     |body| Request::from_body("id", Endpoint::Completions, body).map(drop),
     |body| anthropic::request("id", body).map(drop),
     |body| responses::request("id", body).map(drop),
+    |body| llama::request("id", body).map(drop),
     |body| request::object(body).map(drop),
 ];

@@ -107,6 +107,19 @@ pub fn completions() -> Vec<Value> {
     all
 }
 
+pub fn of_llama() -> Vec<Value> {
+    let mut all = with_forms(&json!({"prompt": "a"}));
+    let own = json!({
+        "prompt": [1, 2], "n_predict": 7, "n": 1, "n_probs": 3, "logprobs": 3, "repeat_last_n": 8,
+        "return_tokens": true, "response_fields": ["content"], "n_cmpl": 1, "top_n_sigma": -1.0,
+        "adaptive_target": -1, "t_max_predict_ms": -1, "n_indent": 0, "samplers": [], "tools": [],
+    });
+    all.push(joined(&[generation(), unsupported(), own]));
+    all.push(json!({"prompt": ["a"], "n_predict": -1}));
+    all.push(json!({"prompt": [[1, 2]]}));
+    all
+}
+
 pub fn messages() -> Vec<Value> {
     let own = json!({
         "max_tokens": 7, "stop_sequences": ["a"], "system": [{"type": "text", "text": "s"}],
