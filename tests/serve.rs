@@ -3,7 +3,9 @@
 
 mod bodies;
 mod client;
+mod openapi;
 mod page;
+mod plan;
 mod profile;
 mod responses;
 mod streams;
@@ -149,6 +151,14 @@ fn a_client_that_leaves_frees_its_place() {
             .text()
             .contains("tier_plan_abandoned_texts_total 1")
     );
+}
+
+#[test]
+fn an_answer_has_given_its_place_back() {
+    let server = Served::start(&["--parallel", "1", "--max-queue", "0"]);
+    for _ in 0..50 {
+        server.post("/v1/completions", &completion("a", 1)).ok();
+    }
 }
 
 #[test]

@@ -83,3 +83,18 @@ fn what_is_no_http_harms_nothing() {
     assert!(!answer.contains(" 200 "), "{answer}");
     assert_eq!(server.get("/health").status, 200);
 }
+
+#[test]
+fn a_client_that_leaves_while_it_sends_has_a_line() {
+    let mut server = Served::start(&[]);
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n";
+    server.raw(format!("{head}{{\"prompt\"").as_bytes());
+    let counted = "tier_plan_requests_total{path=\"/v1/completions\",status=\"499\"} 1";
+    let start = Instant::now();
+    while !server.get("/metrics").text().contains(counted) {
+        assert!(start.elapsed() < Duration::from_secs(20), "{counted}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let log = server.stop();
+    assert!(log.contains("POST /v1/completions 499 in "), "{log}");
+}

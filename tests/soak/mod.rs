@@ -6,11 +6,13 @@
 //! preempted. An hour, as `.ci/nightly` does:
 //!
 //! ```text
-//! SOAK_MINUTES=60 SOAK_MODEL=model.gguf cargo test --release -p tier-plan-planner --test all soak -- --ignored --nocapture
+//! SOAK_MINUTES=60 SOAK_MODEL=model.gguf cargo test --release -p tier-plan-planner --test all soak::random -- --ignored --nocapture
 //! ```
 //!
 //! Without variables it is a minute of the bundled model.
 
+#[cfg(target_os = "linux")]
+mod serve;
 mod setup;
 
 use crate::common::demo_model;

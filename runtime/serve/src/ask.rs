@@ -12,6 +12,7 @@ use crate::thought::{CallOptions, Splitter};
 use crate::truth::{Counts, Timings};
 use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tier_plan_runtime::batcher::{self, TextOptions, TokenText};
 use tier_plan_runtime::sampler::SamplerConfig;
@@ -27,7 +28,12 @@ pub(crate) struct Prepared {
 }
 
 /// Status in the log of a request whose client left, as nginx has it.
-const CLIENT_LEFT: u16 = 499;
+pub(crate) const CLIENT_LEFT: u16 = 499;
+
+tokio::task_local! {
+    /// Whether the request at hand is queued, so that its line in the log is that of its texts.
+    pub(crate) static QUEUED: Arc<AtomicBool>;
+}
 
 /// Marks a response whose line in the log is written elsewhere.
 #[derive(Debug, Clone)]
@@ -215,6 +221,7 @@ impl Answering {
         };
         let sent = state.inbox.send(Command::Generate(job));
         sent.map_err(|_| ApiError::stopping())?;
+        let _ = QUEUED.try_with(|is_queued| is_queued.store(true, Ordering::Relaxed));
         let text = TextState {
             splitter: (request.endpoint == Endpoint::Chat)
                 .then(|| Splitter::new(&prepared.prompt, prepared.calls.clone())),

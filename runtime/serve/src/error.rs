@@ -1,5 +1,6 @@
 //! Errors of requests in the forms of both protocols.
 
+use crate::ask::CLIENT_LEFT;
 use crate::job::Failure;
 use crate::prompts::Unencoded;
 use crate::request::{BadLine, Code};
@@ -53,6 +54,12 @@ impl ApiError {
             "shutting_down",
             "the server is shutting down",
         )
+    }
+
+    /// Returns the error of a request whose client left while it sent the body.
+    pub fn client_left() -> Self {
+        let status = StatusCode::from_u16(CLIENT_LEFT).unwrap_or(StatusCode::BAD_REQUEST);
+        Self::new(status, "client_left", "the body broke off")
     }
 
     pub fn loading(progress: f64) -> Self {

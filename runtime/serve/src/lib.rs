@@ -25,7 +25,9 @@ mod live;
 mod log;
 mod metrics;
 mod openai;
+mod openapi;
 mod page;
+mod plan;
 pub mod prompts;
 pub mod request;
 mod responses;
@@ -38,6 +40,7 @@ mod utilities;
 mod work;
 
 pub use http::Server;
+pub use plan::{Question, Replan, Replanned};
 pub use state::{Config, Limits, Security, Setup};
 pub use thought::THOUGHT_TAGS;
 pub use traces::{Traces, TracesError};

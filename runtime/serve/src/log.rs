@@ -36,13 +36,22 @@ pub(crate) struct Texts {
     pub complete: bool,
 }
 
-/// Writes a line about what is no request.
+/// Writes a line about what went wrong beside requests.
 pub(crate) fn warn(state: &State, words: &str) {
+    write(state, "warning", words);
+}
+
+/// Writes a line about what happened beside requests.
+pub(crate) fn note(state: &State, words: &str) {
+    write(state, "note", words);
+}
+
+fn write(state: &State, kind: &str, words: &str) {
     let line = if state.config.json_log {
         let time = show_utc(SystemTime::now());
-        lines(&json!({ "time": time, "warning": words }).to_string()).into_owned()
+        lines(&json!({ "time": time, kind: words }).to_string()).into_owned()
     } else {
-        format!("warning: {}", printable(words))
+        format!("{kind}: {}", printable(words))
     };
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
@@ -54,7 +63,11 @@ impl Entry<'_> {
             // JSON escapes fewer characters than a terminal acts on.
             lines(&self.json(state).to_string()).into_owned()
         } else {
-            self.text(state.loaded().is_some_and(|loaded| loaded.promise.emulated))
+            self.text(
+                state
+                    .loaded()
+                    .is_some_and(|loaded| loaded.promise().emulated),
+            )
         };
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     }
@@ -116,7 +129,7 @@ impl Entry<'_> {
                 value["timings"] = json!({ "cache_n": counts.cached, "predicted_n": counts.new });
             }
             if let (1, true, Some(loaded)) = (texts.n, texts.complete, state.loaded()) {
-                value["tier_plan"] = texts.timings.truth(texts.counts, &loaded.promise);
+                value["tier_plan"] = texts.timings.truth(texts.counts, &loaded.promise());
             }
         }
         value

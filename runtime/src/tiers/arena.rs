@@ -135,6 +135,23 @@ impl Arena {
         })
     }
 
+    /// Cuts an arena of which nothing is handed out into its first `bytes`, at most all of them, and
+    /// the rest.
+    pub(crate) fn split(self, bytes: u64) -> (Self, Self) {
+        debug_assert_eq!(self.used, 0, "what was handed out has no place in either");
+        let bytes = usize::try_from(bytes).map_or(self.capacity, |n| n.min(self.capacity));
+        let part = |base, capacity| Self {
+            tier: self.tier.clone(),
+            mapping: Arc::clone(&self.mapping),
+            base,
+            used: 0,
+            capacity,
+        };
+        // SAFETY: `bytes` is within the mapping.
+        let rest = unsafe { self.base.add(bytes) };
+        (part(self.base, bytes), part(rest, self.capacity - bytes))
+    }
+
     /// Hands out the next `len` bytes.
     ///
     /// # Errors
@@ -290,6 +307,16 @@ mod tests {
         assert_eq!((all.len(), nothing.len()), (10, 0));
         let other = Arena::new("dram", 10).unwrap().take(10).unwrap();
         assert!(all.join(other).is_err(), "another arena");
+    }
+
+    #[test]
+    fn the_parts_of_an_arena_are_neighbors() {
+        let (mut first, mut rest) = Arena::new("dram", 10).unwrap().split(4);
+        assert!(first.take(5).is_err() && rest.take(7).is_err());
+        let (first, rest) = (first.take(4).unwrap(), rest.take(6).unwrap());
+        assert_eq!(first.join(rest).ok().map(|all| all.len()), Some(10));
+        let (all, mut nothing) = Arena::new("dram", 10).unwrap().split(u64::MAX);
+        assert_eq!((all.capacity, nothing.take(1).is_err()), (10, true));
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(crate) fn request(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
 }
 
 /// Checks the body of a request whose tokens are to be counted.
-pub(super) fn counted(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
+pub(crate) fn counted(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
     let body = object(bytes)?;
     read(id, Fields::new(&body, ""))
 }
@@ -102,16 +102,20 @@ fn variables(body: Fields<'_>) -> Result<Map<String, Value>, BadLine> {
     Ok(variables)
 }
 
-/// Reads what an answer must be.
+/// Reads what an answer must be, from a field of `output_config`, or from the older one beside it.
 fn format(body: Fields<'_>) -> Result<Format, BadLine> {
-    let config = body
-        .get("output_config")
-        .and_then(|config| config.get("format"));
-    let old = body.get("output_format");
-    let (place, value) = match (config, old) {
-        (Some(value), _) if !value.is_null() => ("output_config.format", value),
-        (_, Some(value)) => ("output_format", value),
-        _ => return Ok(Format::Text),
+    let config = match body.get("output_config") {
+        Some(config) => tools::object("output_config", config)?.get("format"),
+        None => None,
+    };
+    let (place, value) = match (config, body.get("output_format")) {
+        (Some(_), Some(_)) => {
+            let expected = "one form of the answer, beside output_config.format";
+            return Err(body.bad("output_format", expected));
+        }
+        (Some(value), None) => ("output_config.format", value),
+        (None, Some(value)) => ("output_format", value),
+        (None, None) => return Ok(Format::Text),
     };
     let fields = tools::object(place, value)?;
     match (fields.text("type")?, fields.get("schema")) {

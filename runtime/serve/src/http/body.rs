@@ -4,7 +4,9 @@ use crate::error::ApiError;
 use crate::state::State;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::http::{HeaderMap, StatusCode, header};
+use std::error::Error;
 use std::future::poll_fn;
+use std::io::{self, ErrorKind};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -51,7 +53,7 @@ pub(crate) async fn read(
 async fn collect(mut body: Body, most: usize) -> Result<Vec<u8>, ApiError> {
     let mut bytes = Vec::new();
     while let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
-        let frame = frame.map_err(|e| ApiError::invalid(format!("the body broke off: {e}")))?;
+        let frame = frame.map_err(|error| broken(&error))?;
         let Ok::<Bytes, _>(data) = frame.into_data() else {
             continue;
         };
@@ -63,6 +65,25 @@ async fn collect(mut body: Body, most: usize) -> Result<Vec<u8>, ApiError> {
         bytes.extend_from_slice(&data);
     }
     Ok(bytes)
+}
+
+/// Returns the error of a body that did not come whole: its client left, or it is no HTTP.
+fn broken(error: &axum::Error) -> ApiError {
+    let first: &dyn Error = error;
+    let mut causes = std::iter::successors(Some(first), |cause| (**cause).source());
+    let has_left = causes.any(|cause| {
+        let hyper = cause.downcast_ref::<hyper::Error>();
+        let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        hyper.is_some_and(hyper::Error::is_incomplete_message)
+            || matches!(
+                io,
+                Some(ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset)
+            )
+    });
+    match has_left {
+        true => ApiError::client_left(),
+        false => ApiError::invalid(format!("the body broke off: {error}")),
+    }
 }
 
 /// Receives some of what is refused and drops it: many clients read the answer only after they have

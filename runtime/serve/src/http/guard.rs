@@ -5,10 +5,11 @@
 //! shows in `Host`. So a server without a key takes only the names of this machine as `Host`, and any
 //! server takes only origins that it was told of.
 
-use super::key;
-use crate::ask::HasLog;
+use super::{key, routes};
+use crate::ask::{CLIENT_LEFT, HasLog, QUEUED};
 use crate::error::{ApiError, Logged, Protocol};
 use crate::log::Entry;
+use crate::openapi;
 use crate::page;
 use crate::state::State;
 use axum::body::Body;
@@ -18,36 +19,53 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// Headers that web pages may send.
 const ALLOWED_HEADERS: &str =
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta";
 
-/// Paths that are counted by themselves; others are strangers' words.
-const PATHS: [&str; 18] = [
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/chat/completions/input_tokens",
-    "/v1/responses",
-    "/v1/responses/input_tokens",
-    "/v1/embeddings",
-    "/v1/models",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/health",
-    "/metrics",
-    "/props",
-    "/slots",
-    "/tokenize",
-    "/detokenize",
-    "/apply-template",
-    crate::live::PATH,
-    "/",
-];
-
 /// Paths that need no key.
-const OPEN_PATHS: [&str; 1] = ["/health"];
+const OPEN_PATHS: [&str; 2] = ["/health", openapi::PATH];
+
+/// A request that has no answer yet.
+struct Pending {
+    state: Arc<State>,
+    method: Method,
+    path: String,
+    start: Instant,
+    /// Whether its line is that of its texts.
+    is_queued: Arc<AtomicBool>,
+    is_answered: bool,
+}
+
+impl Pending {
+    /// Counts the request, and writes its line.
+    fn write(&self, status: u16, error: Option<&str>) {
+        self.state
+            .metrics
+            .answered(routes::label(&self.path), status);
+        Entry {
+            method: self.method.as_str(),
+            path: &self.path,
+            status,
+            took: self.start.elapsed(),
+            error,
+            texts: None,
+        }
+        .write(&self.state);
+    }
+}
+
+impl Drop for Pending {
+    /// Writes the line of a request whose client left before it was queued.
+    fn drop(&mut self) {
+        if !self.is_answered && !self.is_queued.load(Ordering::Relaxed) {
+            self.write(CLIENT_LEFT, None);
+        }
+    }
+}
 
 /// Lets a request pass if it may, and writes its line.
 pub(crate) async fn guard(
@@ -55,39 +73,36 @@ pub(crate) async fn guard(
     request: Request,
     next: Next,
 ) -> Response {
-    let start = Instant::now();
-    let method = request.method().clone();
-    let path = request.uri().path().to_string();
+    let mut pending = Pending {
+        state: Arc::clone(&state),
+        method: request.method().clone(),
+        path: request.uri().path().to_string(),
+        start: Instant::now(),
+        is_queued: Arc::default(),
+        is_answered: false,
+    };
     let origin = request.headers().get(header::ORIGIN).cloned();
     let mut response = match check(&state, &request) {
-        Err(error) if path.starts_with("/v1/messages") => {
+        Err(error) if pending.path.starts_with("/v1/messages") => {
             error.of(Protocol::Anthropic).into_response()
         }
         Err(error) => error.into_response(),
-        Ok(()) if method == Method::OPTIONS => preflight(),
-        Ok(()) => next.run(request).await,
+        Ok(()) if pending.method == Method::OPTIONS => preflight(),
+        Ok(()) => {
+            let is_queued = Arc::clone(&pending.is_queued);
+            QUEUED.scope(is_queued, next.run(request)).await
+        }
     };
+    pending.is_answered = true;
     if let Some(origin) = origin.filter(|origin| is_told(&state, origin)) {
         let headers = response.headers_mut();
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
         headers.insert(header::VARY, HeaderValue::from_static("Origin"));
     }
     if response.extensions().get::<HasLog>().is_none() {
-        let status = response.status().as_u16();
-        let known = PATHS.iter().find(|known| **known == path);
-        state
-            .metrics
-            .answered(known.copied().unwrap_or("other"), status);
         let error = response.extensions().get::<Logged>();
-        Entry {
-            method: method.as_str(),
-            path: &path,
-            status,
-            took: start.elapsed(),
-            error: error.map(|Logged(message)| message.as_str()),
-            texts: None,
-        }
-        .write(&state);
+        let error = error.map(|Logged(message)| message.as_str());
+        pending.write(response.status().as_u16(), error);
     }
     response
 }

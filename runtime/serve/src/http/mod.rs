@@ -3,17 +3,17 @@
 pub(crate) mod body;
 mod guard;
 mod key;
+pub(crate) mod routes;
 
 use crate::error::ApiError;
 use crate::job::Command;
+use crate::page;
 use crate::state::{Setup, State};
 use crate::traces::Traces;
 use crate::truth::Promise;
 use crate::work::{Summary, work};
-use crate::{anthropic, live, openai, page, responses, utilities};
 use axum::Router;
 use axum::http::StatusCode;
-use axum::routing::{get, post};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -114,28 +114,7 @@ impl Server {
 
 /// Returns the endpoints.
 fn router(state: &Arc<State>) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(openai::chat))
-        .route("/v1/completions", post(openai::completions))
-        .route(
-            "/v1/chat/completions/input_tokens",
-            post(openai::input_tokens),
-        )
-        .route("/v1/responses", post(responses::responses))
-        .route("/v1/responses/input_tokens", post(responses::input_tokens))
-        .route("/v1/embeddings", post(openai::embeddings))
-        .route("/v1/models", get(openai::models))
-        .route("/v1/models/{id}", get(openai::one_model))
-        .route("/v1/messages", post(anthropic::messages))
-        .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
-        .route("/health", get(utilities::health))
-        .route("/metrics", get(utilities::metrics))
-        .route("/props", get(utilities::props))
-        .route("/slots", get(utilities::slots))
-        .route("/tokenize", post(utilities::tokenize))
-        .route("/detokenize", post(utilities::detokenize))
-        .route("/apply-template", post(utilities::apply_template))
-        .merge(live::routes())
+    routes::router()
         .merge(page::routes())
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)

@@ -155,12 +155,15 @@ pub(crate) fn tools(body: Fields<'_>) -> Result<Tools, BadLine> {
         Some(Value::Object(fields)) => {
             let place = body.place("tool_choice");
             let fields = Fields::new(fields, &place);
-            let name = match (fields.text("type")?, fields.get("function")) {
-                (Some("function"), Some(Value::Object(function))) => function.get("name"),
-                (Some("function"), None) => fields.get("name"),
+            match (fields.text("type")?, fields.get("function")) {
+                (Some("function"), Some(function)) => {
+                    let inner = fields.place("function");
+                    let function = object(&inner, function)?;
+                    named(function, function.get("name"))?
+                }
+                (Some("function"), None) => named(fields, fields.get("name"))?,
                 _ => return Err(kind(fields, "\"function\"")),
-            };
-            named(fields, name)?
+            }
         }
         Some(_) => return Err(body.bad("tool_choice", CHOICES)),
     };
