@@ -14,7 +14,7 @@ mod bodies;
 type Read = fn(&[u8]) -> Result<(), String>;
 
 /// Kinds of bodies: the schema's name, how they are read, and right ones that have every field.
-const KINDS: [(&str, Read, fn() -> Vec<Value>); 9] = [
+const KINDS: [(&str, Read, fn() -> Vec<Value>); 10] = [
     (
         "ChatRequest",
         |body| said(Request::from_body("id", Endpoint::Chat, body)),

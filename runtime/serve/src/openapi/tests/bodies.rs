@@ -154,14 +154,17 @@ pub fn responses() -> Vec<Value> {
         "tools": [
             {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true},
             {"type": "web_search"},
+            {"type": "namespace", "name": "n", "tools": [
+                {"type": "function", "name": "g", "description": "d", "parameters": {"type": "object"}, "strict": true},
+            ]},
         ],
-        "tool_choice": {"type": "function", "name": "f"}, "truncation": "disabled", "modalities": ["text"],
+        "tool_choice": {"type": "function", "name": "g", "namespace": "n"}, "truncation": "disabled", "modalities": ["text"],
         "background": false, "previous_response_id": null,
         "input": [
             {"type": "message", "role": "developer", "content": "d"},
             {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
             {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]},
-            {"type": "function_call", "call_id": "i", "name": "f", "arguments": "{}"},
+            {"type": "function_call", "call_id": "i", "name": "g", "namespace": "n", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "i", "output": [{"type": "input_text", "text": "o"}]},
         ],
     });
