@@ -179,9 +179,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         config,
         tokenizer: Arc::clone(&tokenizer),
         chats,
-        replan: Some(Arc::new(Replanner {
-            shape: shape_of(prepared.gguf(), prepared.spec()),
-        })),
+        replan: args.profile_out.is_some().then(|| {
+            let shape = shape_of(prepared.gguf(), prepared.spec());
+            Arc::new(Replanner { shape }) as Arc<dyn Replan>
+        }),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
         cancel: cancel.clone(),

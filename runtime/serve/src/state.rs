@@ -91,7 +91,7 @@ pub struct Setup {
     pub n_vocab: usize,
     /// Tokens that a text may have.
     pub context: usize,
-    /// Makes plans of what texts choose.
+    /// Makes plans of what texts choose, where that is recorded.
     pub replan: Option<Arc<dyn Replan>>,
     /// Ends the engine's work.
     pub cancel: Cancel,
