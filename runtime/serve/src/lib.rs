@@ -32,6 +32,7 @@ mod plan;
 pub mod prompts;
 pub mod request;
 mod responses;
+mod sampled;
 mod sse;
 mod state;
 mod thought;

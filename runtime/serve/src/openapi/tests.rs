@@ -262,7 +262,9 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
 }
 
 /// What a schema leaves to words: how fields depend on each other, and what texts must hold.
-const IN_WORDS: [&str; 16] = [
+const IN_WORDS: [&str; 17] = [
+    // A grammar's syntax.
+    "grammar: line ",
     "as in max_tokens",
     "as in repetition_penalty",
     "a tool that is among",

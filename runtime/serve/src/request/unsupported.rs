@@ -42,6 +42,7 @@ const OF_SERVER: &[Unsupported] = &[
     never("guided_grammar"),
     never("structured_outputs"),
     never("json_schema"),
+    never("grammar"),
 ];
 
 const UNSUPPORTED: &[Unsupported] = &[
@@ -65,7 +66,6 @@ const UNSUPPORTED: &[Unsupported] = &[
         neutral: || vec![json!(1)],
     },
     // Of other engines that take this format.
-    never("grammar"),
     never("min_tokens"),
     never("stop_token_ids"),
     never("bad_words"),

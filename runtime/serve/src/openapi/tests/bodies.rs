@@ -28,7 +28,7 @@ fn generation() -> Value {
 fn unsupported() -> Value {
     json!({
         "function_call": "none", "modalities": ["text"], "best_of": 1, "length_penalty": 1.0, "typical_p": 1,
-        "echo": false, "grammar": "", "functions": [], "min_tokens": 0, "documents": {},
+        "echo": false, "functions": [], "min_tokens": 0, "documents": {},
     })
 }
 
@@ -57,6 +57,7 @@ fn with_forms(body: &Value) -> Vec<Value> {
         json!({"guided_regex": "a+"}),
         json!({"guided_choice": ["a", "b"]}),
         json!({"guided_grammar": "start: \"a\""}),
+        json!({"grammar": "root ::= \"a\""}),
         json!({"structured_outputs": {"json": schema}}),
         json!({"structured_outputs": {"regex": "a"}}),
         json!({"structured_outputs": {"choice": ["a"]}}),
