@@ -127,7 +127,7 @@ fn what_llama_cpp_has_beside_it_is_there_or_refused_by_name() {
         );
     }
     for (more, words) in [
-        (json!({"grammar": "root ::= \"a\""}), "grammar: "),
+        (json!({"grammar": "root = a"}), "grammar: "),
         (json!({"samplers": ["top_k"]}), "samplers: "),
         (json!({"prompt": ["a", "b"]}), "prompt: 2 prompts"),
         (json!({"n": 2}), "n: 2"),
