@@ -3,7 +3,10 @@
 
 mod bodies;
 mod client;
+mod llama;
+mod openapi;
 mod page;
+mod plan;
 mod profile;
 mod responses;
 mod streams;

@@ -5,3 +5,4 @@ mod golden_arch;
 mod golden_arch2;
 mod golden_delta;
 mod nvrtc;
+mod rearrange;

@@ -18,6 +18,7 @@ pub mod pack;
 pub mod perplexity;
 pub mod probe;
 pub mod profile;
+pub mod replan;
 pub mod run;
 pub mod selftest;
 pub mod serve;
@@ -85,6 +86,7 @@ pub enum Command {
     Run(run::RunArgs),
     Batch(batch::BatchArgs),
     Serve(serve::ServeArgs),
+    Replan(replan::ReplanArgs),
     Compare(compare::CompareArgs),
     Bench(bench::BenchArgs),
     Checksum(checksum::ChecksumArgs),
@@ -142,6 +144,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Run(args) => run::run(&args),
         Command::Batch(args) => batch::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Replan(args) => replan::run(&args),
         Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Checksum(args) => checksum::run(&args),

@@ -9,6 +9,7 @@ use crate::interrupt::Interrupted;
 use crate::parallel::{self, Routing};
 use crate::prepared::Prepared;
 use crate::printable::printable;
+use crate::replan::replan;
 use crate::session::Session;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
@@ -18,10 +19,13 @@ use std::sync::Arc;
 use tier_plan_runtime::Cancel;
 use tier_plan_runtime::batcher::{Batcher, Options};
 use tier_plan_runtime::formats::safely;
+use tier_plan_runtime::model::shape::{ModelShape, shape_of};
 use tier_plan_runtime::sampler::SamplerConfig;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_serve::prompts::Chats;
-use tier_plan_serve::{Config, Limits, Security, Server, Setup, Traces};
+use tier_plan_serve::{
+    Config, Limits, Question, Replan, Replanned, Security, Server, Setup, Traces,
+};
 
 /// Most texts that may be let wait.
 const MAX_QUEUE: u64 = 65_536;
@@ -175,6 +179,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         config,
         tokenizer: Arc::clone(&tokenizer),
         chats,
+        replan: args.profile_out.is_some().then(|| {
+            let shape = shape_of(prepared.gguf(), prepared.spec());
+            Arc::new(Replanner { shape }) as Arc<dyn Replan>
+        }),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
         cancel: cancel.clone(),
@@ -246,6 +254,17 @@ fn answer(
         summary.answered, summary.abandoned, summary.failed
     );
     Ok(())
+}
+
+/// Makes plans for the model that is served.
+struct Replanner {
+    shape: ModelShape,
+}
+
+impl Replan for Replanner {
+    fn replan(&self, question: &Question) -> Result<Replanned, String> {
+        replan(&self.shape, question).map_err(|error| format!("{error:#}"))
+    }
 }
 
 /// Writes what is not written yet of the profile of real use.

@@ -220,6 +220,7 @@ impl Answering {
         let job = Job {
             options: prepared.options,
             n: request.n,
+            whole: !request.stream.wanted,
             events: sender,
             received,
             places,

@@ -1,5 +1,8 @@
 //! A request on its way through the engine, and what comes back of it.
 
+use crate::error::ApiError;
+use crate::plan::Order;
+use crate::plan::orders::Planned;
 use crate::truth::Timings;
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,6 +17,10 @@ pub(crate) enum Command {
     Generate(Job),
     /// To tell what it is doing.
     Status(oneshot::Sender<Vec<TextStatus>>),
+    /// To have another plan made.
+    Replan(Order, oneshot::Sender<Result<(), ApiError>>),
+    /// To take a plan that was made.
+    Planned(Planned),
 }
 
 /// Texts that are wanted.
@@ -21,6 +28,8 @@ pub(crate) struct Job {
     pub options: Arc<TextOptions>,
     /// Number of texts.
     pub n: usize,
+    /// Whether nothing is sent before the end, so that tokens can come together.
+    pub whole: bool,
     /// Has room for every event of the texts.
     pub events: Sender<JobEvent>,
     pub received: Instant,

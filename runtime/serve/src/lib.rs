@@ -22,10 +22,13 @@ mod grammar;
 mod http;
 mod job;
 mod live;
+mod llama;
 mod log;
 mod metrics;
 mod openai;
+mod openapi;
 mod page;
+mod plan;
 pub mod prompts;
 pub mod request;
 mod responses;
@@ -40,6 +43,7 @@ mod whole;
 mod work;
 
 pub use http::Server;
+pub use plan::{Question, Replan, Replanned};
 pub use state::{Config, Limits, Security, Setup};
 pub use traces::{Traces, TracesError};
 pub use whole::{Parts, split};
@@ -53,10 +57,11 @@ pub type Check = fn(&[u8]) -> Result<(), BadLine>;
 
 /// Checks of the bodies of all kinds of requests, for fuzzing.
 #[doc(hidden)]
-pub const BODIES: [Check; 5] = [
+pub const BODIES: [Check; 6] = [
     |body| Request::from_body("id", Endpoint::Chat, body).map(drop),
     |body| Request::from_body("id", Endpoint::Completions, body).map(drop),
     |body| anthropic::request("id", body).map(drop),
     |body| responses::request("id", body).map(drop),
+    |body| llama::request("id", body).map(drop),
     |body| request::object(body).map(drop),
 ];

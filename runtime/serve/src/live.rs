@@ -11,12 +11,10 @@ use crate::sse;
 use crate::state::State;
 use crate::truth::Snapshot;
 use crate::utilities::slot;
-use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State as Shared;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
-use axum::routing::get;
 use decoding::Decoding;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -402,7 +400,7 @@ impl Scene {
             "steps": self.steps,
             "decode_tokens": self.decode_tokens,
             "prompt_tokens": self.prompt_tokens,
-            "predicted_tok_s": state.loaded().and_then(|loaded| loaded.promise.decode_tok_s),
+            "predicted_tok_s": state.loaded().and_then(|loaded| loaded.promise().decode_tok_s),
             // Of all texts together, and of one of them.
             "decode_tok_s": rate(self.decode_tokens as u64),
             "text_tok_s": self.decoding.text_tok_s(),
@@ -447,13 +445,11 @@ impl LayerScene {
     }
 }
 
-/// Returns the routes of this module.
-pub(crate) fn routes() -> Router<Arc<State>> {
-    Router::new().route(PATH, get(live))
-}
-
 /// Answers with the next snapshot, or with a stream of them to who asks for events.
-async fn live(Shared(state): Shared<Arc<State>>, headers: HeaderMap) -> Result<Response, ApiError> {
+pub(crate) async fn live(
+    Shared(state): Shared<Arc<State>>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
     if state.is_stopping() {
         return Err(ApiError::stopping());
     }

@@ -36,13 +36,22 @@ pub(crate) struct Texts {
     pub complete: bool,
 }
 
-/// Writes a line about what is no request.
+/// Writes a line about what went wrong beside requests.
 pub(crate) fn warn(state: &State, words: &str) {
+    write(state, "warning", words);
+}
+
+/// Writes a line about what happened beside requests.
+pub(crate) fn note(state: &State, words: &str) {
+    write(state, "note", words);
+}
+
+fn write(state: &State, kind: &str, words: &str) {
     let line = if state.config.json_log {
         let time = show_utc(SystemTime::now());
-        lines(&json!({ "time": time, "warning": words }).to_string()).into_owned()
+        lines(&json!({ "time": time, kind: words }).to_string()).into_owned()
     } else {
-        format!("warning: {}", printable(words))
+        format!("{kind}: {}", printable(words))
     };
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
@@ -54,7 +63,11 @@ impl Entry<'_> {
             // JSON escapes fewer characters than a terminal acts on.
             lines(&self.json(state).to_string()).into_owned()
         } else {
-            self.text(state.loaded().is_some_and(|loaded| loaded.promise.emulated))
+            self.text(
+                state
+                    .loaded()
+                    .is_some_and(|loaded| loaded.promise().emulated),
+            )
         };
         let _ = writeln!(std::io::stderr().lock(), "{line}");
     }
@@ -67,14 +80,19 @@ impl Entry<'_> {
         if let Some(texts) = &self.texts {
             let counts = texts.counts;
             line += &format!(
-                " {} prompt tokens ({} cached), {} new, queue {:.2} s, prompt {:.2} s",
-                counts.prompt,
-                counts.cached,
-                counts.new,
-                texts.timings.queue.as_secs_f64(),
-                texts.timings.prompt.as_secs_f64(),
+                " {} prompt tokens ({} cached), {} new",
+                counts.prompt, counts.cached, counts.new,
             );
-            if let (1, Some(rate)) = (texts.n, texts.timings.decode_tok_s(counts.new)) {
+            // A text has its times once it ends.
+            if texts.complete {
+                line += &format!(
+                    ", queue {:.2} s, prompt {:.2} s",
+                    texts.timings.queue.as_secs_f64(),
+                    texts.timings.prompt.as_secs_f64(),
+                );
+            }
+            let rate = texts.timings.decode_tok_s(counts.new);
+            if let (1, true, Some(rate)) = (texts.n, texts.complete, rate) {
                 let tiers = if emulated { " on emulated tiers" } else { "" };
                 line += &format!(", {rate:.1} tok/s{tiers}");
             }
@@ -104,9 +122,14 @@ impl Entry<'_> {
             value["id"] = texts.id.as_str().into();
             value["texts"] = texts.n.into();
             value["complete"] = texts.complete.into();
-            value["timings"] = texts.timings.json(texts.counts);
-            if let (1, Some(loaded)) = (texts.n, state.loaded()) {
-                value["tier_plan"] = texts.timings.truth(texts.counts, &loaded.promise);
+            if texts.complete {
+                value["timings"] = texts.timings.json(texts.counts);
+            } else {
+                let counts = texts.counts;
+                value["timings"] = json!({ "cache_n": counts.cached, "predicted_n": counts.new });
+            }
+            if let (1, true, Some(loaded)) = (texts.n, texts.complete, state.loaded()) {
+                value["tier_plan"] = texts.timings.truth(texts.counts, &loaded.promise());
             }
         }
         value
@@ -129,5 +152,39 @@ mod tests {
         };
         let line = entry.text(false);
         assert_eq!(line, r"GET /\u001b[2J\u202e\n 404 in 1.500 s: no \u0007");
+    }
+
+    #[test]
+    fn a_text_that_was_left_has_no_times() {
+        let entry = |complete| Entry {
+            method: "POST",
+            path: "/v1/messages",
+            status: 499,
+            took: Duration::from_secs(2),
+            error: None,
+            texts: Some(Texts {
+                id: "i".into(),
+                counts: Counts {
+                    prompt: 9,
+                    new: 5,
+                    ..Counts::default()
+                },
+                n: 1,
+                timings: Timings {
+                    decode: Duration::from_secs(if complete { 2 } else { 0 }),
+                    ..Timings::default()
+                },
+                complete,
+            }),
+        };
+        let line = entry(false).text(false);
+        let expected =
+            "POST /v1/messages 499 9 prompt tokens (0 cached), 5 new, not complete in 2.000 s";
+        assert_eq!(line, expected);
+        let line = entry(true).text(false);
+        assert!(
+            line.contains("prompt 0.00 s, 2.0 tok/s in 2.000 s"),
+            "{line}"
+        );
     }
 }

@@ -182,6 +182,11 @@ impl Metrics {
         self.max_texts.set(max_texts as i64);
         self.pages.set(pages as i64);
         self.pages_free.set(pages as i64);
+        self.promise(promise);
+    }
+
+    /// Says what the plan says of itself.
+    pub fn promise(&self, promise: &Promise) {
         self.predicted.set(promise.decode_tok_s.unwrap_or(0.0));
         self.emulated.set(promise.emulated.into());
         locked(&self.tiers).clone_from(&promise.tiers);

@@ -10,6 +10,7 @@ use crate::responses::token_count;
 use crate::sse::{self, Format};
 use crate::state::State;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State as Shared};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
@@ -119,7 +120,7 @@ pub(crate) fn add_truth(value: &mut Value, answering: &Answering) {
     let counts = answering.counts();
     value["timings"] = answering.timings.json(counts);
     if let Some(loaded) = answering.state.loaded() {
-        value["tier_plan"] = answering.timings.truth(counts, &loaded.promise);
+        value["tier_plan"] = answering.timings.truth(counts, &loaded.promise());
     }
 }
 
@@ -299,8 +300,10 @@ pub(crate) async fn models(Shared(state): Shared<Arc<State>>) -> Response {
 /// Answers `/v1/models/{id}`.
 pub(crate) async fn one_model(
     Shared(state): Shared<Arc<State>>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, ApiError> {
+    // Percent signs can spell what is no UTF-8.
+    let Path(id) = id.unwrap_or_else(|_| Path("\u{fffd}".to_string()));
     if id == state.config.model {
         return Ok(json_response(StatusCode::OK, &model(&state)));
     }

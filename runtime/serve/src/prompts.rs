@@ -1,5 +1,7 @@
 //! The tokens of a request, and what a request may ask of a model at hand.
 
+mod late;
+
 use crate::request::tools::{Choice, Tool};
 use crate::request::{BadLine, Code, Endpoint, Message, Prompt, Request};
 use crate::sampled::{Replay, Replayed};
@@ -206,8 +208,7 @@ impl Prompts<'_> {
         };
         let refused =
             |why: String| Unencoded::Bad(invalid(format!("{}messages: {why}", self.path)));
-        template
-            .render(conversation, self.tokenizer)
+        late::render(template, conversation, self.tokenizer)
             .map_err(|error| match error {
                 ChatError::Interrupted => Unencoded::Interrupted,
                 ChatError::Rejected(why) => refused(why),

@@ -5,12 +5,13 @@ use crate::grammar::Grammars;
 use crate::job::Command;
 use crate::live::Live;
 use crate::metrics::Metrics;
+use crate::plan::{Replan, Replanning};
 use crate::prompts::{Chats, Prompts};
 use crate::sampled::{Replay, Sampled};
 use crate::truth::Promise;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tier_plan_runtime::Cancel;
 use tier_plan_runtime::sampler::SamplerConfig;
@@ -91,6 +92,8 @@ pub struct Setup {
     pub n_vocab: usize,
     /// Tokens that a text may have.
     pub context: usize,
+    /// Makes plans of what texts choose, where that is recorded.
+    pub replan: Option<Arc<dyn Replan>>,
     /// Ends the engine's work.
     pub cancel: Cancel,
     /// Returns whether a signal asked for an end.
@@ -104,7 +107,15 @@ pub(crate) struct Loaded {
     pub max_texts: usize,
     /// Places of texts at work and waiting.
     pub places: usize,
-    pub promise: Promise,
+    promise: Mutex<Arc<Promise>>,
+}
+
+impl Loaded {
+    /// Returns what the present plan says of itself.
+    pub fn promise(&self) -> Arc<Promise> {
+        let promise = self.promise.lock();
+        Arc::clone(&promise.unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 /// See the module.
@@ -125,6 +136,8 @@ pub(crate) struct State {
     pub should_stop: Box<dyn Fn() -> bool + Send + Sync>,
     pub metrics: Metrics,
     pub live: Live,
+    pub replan: Option<Arc<dyn Replan>>,
+    pub replanning: Replanning,
     pub inbox: Sender<Command>,
     /// Places of texts, none before the model is ready.
     pub places: Arc<Semaphore>,
@@ -174,6 +187,8 @@ impl State {
             should_stop: setup.should_stop,
             metrics: Metrics::new(),
             live: Live::new(),
+            replan: setup.replan,
+            replanning: Replanning::default(),
             inbox,
             places: Arc::new(Semaphore::new(0)),
             preparing: Semaphore::new(MAX_PREPARING),
@@ -193,13 +208,25 @@ impl State {
         let loaded = Loaded {
             max_texts,
             places: places.min(Semaphore::MAX_PERMITS),
-            promise,
+            promise: Mutex::new(Arc::new(promise)),
         };
-        self.metrics.ready(max_texts, pages, &loaded.promise);
+        self.metrics.ready(max_texts, pages, &loaded.promise());
         let places = loaded.places;
         if self.loaded.set(loaded).is_ok() {
             self.places.add_permits(places);
         }
+    }
+
+    /// Says what another plan says of itself.
+    pub fn promise_anew(&self, promise: Promise) {
+        let Some(loaded) = self.loaded.get() else {
+            return;
+        };
+        self.metrics.promise(&promise);
+        *loaded
+            .promise
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(promise);
     }
 
     pub fn loaded(&self) -> Option<&Loaded> {

@@ -22,6 +22,10 @@ const MAX_TEXT_TOKENS: usize = 8192;
 /// Most choices of all texts together, of three bytes each: 96 MiB.
 const MAX_CHOICES: usize = 32 << 20;
 
+/// Most choices that a plan is made from while the model is served, so that planning takes little
+/// memory beside it.
+const MAX_PLANNED_CHOICES: usize = 8 << 20;
+
 /// Longest time between two writes of the file, while the engine has nothing to do.
 const BETWEEN_WRITES: Duration = Duration::from_secs(30);
 
@@ -105,6 +109,36 @@ impl Traces {
     /// Returns the number of texts that are held.
     pub fn n_texts(&self) -> usize {
         self.profile.prompts.len()
+    }
+
+    /// Returns the choices of texts that have ended, as many as planning has memory for.
+    pub(crate) fn uses(&self) -> Profile {
+        let mut left = MAX_PLANNED_CHOICES;
+        let fits = |prompt: &&PromptTrace| {
+            let size = prompt.experts.len();
+            left = left.saturating_sub(size);
+            left > 0
+        };
+        let held = &self.profile;
+        let uses = Profile {
+            model: held.model.clone(),
+            layers: held.layers.clone(),
+            n_expert: held.n_expert,
+            n_used: held.n_used,
+            made: held.made.clone(),
+            // The latest first, which say best what is to come.
+            prompts: held
+                .prompts
+                .iter()
+                .rev()
+                .take_while(fits)
+                .cloned()
+                .collect(),
+            counted: None,
+            guesses: None,
+            id: held.id.clone(),
+        };
+        uses.identified()
     }
 
     /// Records the rows of a step.

@@ -5,16 +5,16 @@ use crate::error::{ApiError, json_response};
 use crate::http::body;
 use crate::job::Command;
 use crate::prompts::Conversation;
-use crate::request::fields::{Fields, bad};
-use crate::request::read::{message, name_results, tokens, variables};
-use crate::request::tools::tools;
-use crate::request::{BadLine, object};
+use crate::request::fields::Fields;
+use crate::request::read::{messages, tokens, variables};
+use crate::request::tools::{Tools, tools};
+use crate::request::{BadLine, Message, object};
 use crate::state::State;
 use axum::body::Body;
 use axum::extract::State as Shared;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 use tier_plan_runtime::batcher::TextStatus;
@@ -22,7 +22,7 @@ use tier_plan_runtime::schedule::TextState;
 use tokio::sync::oneshot;
 
 /// Longest wait for a step to end.
-const STATUS_TIME: Duration = Duration::from_secs(10);
+pub(crate) const STATUS_TIME: Duration = Duration::from_secs(10);
 
 /// Answers `/health`: whether requests are taken.
 pub(crate) async fn health(Shared(state): Shared<Arc<State>>) -> Response {
@@ -60,9 +60,9 @@ pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Response {
         "has_chat_template": state.chats.is_some(),
         "build_info": concat!("tier-plan ", env!("CARGO_PKG_VERSION")),
         "uptime_s": state.started.elapsed().as_secs(),
-        "tiers": loaded.map(|loaded| loaded.promise.tiers.clone()),
-        "emulated": loaded.map(|loaded| loaded.promise.emulated),
-        "predicted_tok_s": loaded.and_then(|loaded| loaded.promise.decode_tok_s),
+        "tiers": loaded.map(|loaded| loaded.promise().tiers.clone()),
+        "emulated": loaded.map(|loaded| loaded.promise().emulated),
+        "predicted_tok_s": loaded.and_then(|loaded| loaded.promise().decode_tok_s),
         "default_generation_settings": { "n_ctx": state.context, "params": {
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -111,6 +111,29 @@ pub(crate) fn slot(status: &TextStatus) -> Value {
     })
 }
 
+/// A text whose tokens are wanted.
+pub(crate) struct ToTokenize {
+    content: String,
+    add_special: bool,
+    with_pieces: bool,
+}
+
+impl ToTokenize {
+    /// Checks the body of a request.
+    pub fn read(bytes: &[u8]) -> Result<Self, BadLine> {
+        let body = object(bytes)?;
+        let body = Fields::new(&body, "");
+        let Some(content) = body.text("content")? else {
+            return Err(body.bad("content", "a string"));
+        };
+        Ok(Self {
+            content: content.to_string(),
+            add_special: body.flag("add_special")?.unwrap_or(false),
+            with_pieces: body.flag("with_pieces")?.unwrap_or(false),
+        })
+    }
+}
+
 /// Answers `/tokenize` as llama.cpp does.
 pub(crate) async fn tokenize(
     Shared(state): Shared<Arc<State>>,
@@ -119,15 +142,10 @@ pub(crate) async fn tokenize(
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, &headers, body).await?;
     let value = prepare(&state, move |state| {
-        let body = object(&bytes)?;
-        let body = Fields::new(&body, "");
-        let Some(content) = body.text("content")? else {
-            return Err(body.bad("content", "a string").into());
-        };
-        let special = body.flag("add_special")?.unwrap_or(false);
-        let encoded = state.tokenizer.encode(content, special);
+        let wanted = ToTokenize::read(&bytes)?;
+        let encoded = state.tokenizer.encode(&wanted.content, wanted.add_special);
         let ids = encoded.map_err(|e| ApiError::invalid(format!("content: {e}")))?;
-        if !body.flag("with_pieces")?.unwrap_or(false) {
+        if !wanted.with_pieces {
             return Ok(json!({ "tokens": ids }));
         }
         let piece = |id: &u32| {
@@ -141,6 +159,17 @@ pub(crate) async fn tokenize(
     Ok(json_response(StatusCode::OK, &value))
 }
 
+/// Checks the body of a request for the text of tokens.
+pub(crate) fn to_detokenize(bytes: &[u8]) -> Result<Vec<u32>, BadLine> {
+    let body = object(bytes)?;
+    let body = Fields::new(&body, "");
+    match body.get("tokens") {
+        Some(Value::Array(items)) if items.is_empty() => Ok(Vec::new()),
+        Some(Value::Array(items)) => tokens("tokens", items),
+        _ => Err(body.bad("tokens", "an array of token ids")),
+    }
+}
+
 /// Answers `/detokenize` as llama.cpp does.
 pub(crate) async fn detokenize(
     Shared(state): Shared<Arc<State>>,
@@ -149,13 +178,7 @@ pub(crate) async fn detokenize(
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, &headers, body).await?;
     let text = prepare(&state, move |state| {
-        let body = object(&bytes)?;
-        let body = Fields::new(&body, "");
-        let ids = match body.get("tokens") {
-            Some(Value::Array(items)) if items.is_empty() => Vec::new(),
-            Some(Value::Array(items)) => tokens("tokens", items)?,
-            _ => return Err(body.bad("tokens", "an array of token ids").into()),
-        };
+        let ids = to_detokenize(&bytes)?;
         let past = ids.iter().position(|id| *id as usize >= state.n_vocab);
         if let Some(i) = past {
             let last = state.n_vocab.saturating_sub(1);
@@ -168,6 +191,26 @@ pub(crate) async fn detokenize(
     Ok(json_response(StatusCode::OK, &json!({ "content": text })))
 }
 
+/// A conversation whose prompt is wanted.
+pub(crate) struct ToRender {
+    messages: Vec<Message>,
+    tools: Tools,
+    variables: Map<String, Value>,
+}
+
+impl ToRender {
+    /// Checks the body of a request.
+    pub fn read(bytes: &[u8]) -> Result<Self, BadLine> {
+        let body = object(bytes)?;
+        let body = Fields::new(&body, "");
+        Ok(Self {
+            messages: messages(body)?,
+            tools: tools(body)?,
+            variables: variables(body)?,
+        })
+    }
+}
+
 /// Answers `/apply-template` as llama.cpp does.
 pub(crate) async fn apply_template(
     Shared(state): Shared<Arc<State>>,
@@ -176,20 +219,11 @@ pub(crate) async fn apply_template(
 ) -> Result<Response, ApiError> {
     let bytes = body::read(&state, &headers, body).await?;
     let text = prepare(&state, move |state| {
-        let body = object(&bytes)?;
-        let body = Fields::new(&body, "");
-        let messages = match body.get("messages") {
-            Some(Value::Array(items)) if !items.is_empty() => items,
-            other => return Err(bad("messages", other, "an array of one or more messages").into()),
-        };
-        let read = |(i, item)| message(&format!("messages[{i}]"), item);
-        let messages: Result<Vec<_>, BadLine> = messages.iter().enumerate().map(read).collect();
-        let (mut messages, tools) = (messages?, tools(body)?);
-        name_results(&mut messages);
+        let wanted = ToRender::read(&bytes)?;
         let conversation = Conversation {
-            messages: &messages,
-            tools: &tools.list,
-            variables: &variables(body)?,
+            messages: &wanted.messages,
+            tools: &wanted.tools.list,
+            variables: &wanted.variables,
         };
         Ok(state.prompts().rendered(conversation)?.text)
     })

@@ -3,10 +3,12 @@
 use crate::job::{Command, Failure, Job, JobEvent, What};
 use crate::live::Recorder;
 use crate::log;
+use crate::plan::orders;
 use crate::state::State;
 use crate::traces::Traces;
 use crate::truth::{Clock, Snapshot};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use tier_plan_runtime::batcher::{Batcher, Event, Step, TextOptions, TextStatus};
@@ -17,6 +19,9 @@ use tokio::sync::mpsc::Sender;
 
 /// How often a thread without work looks whether the server should end.
 const POLL: Duration = Duration::from_millis(50);
+
+/// How often it goes on with moving pins and slots.
+const POLL_MOVING: Duration = Duration::from_millis(1);
 
 /// What a server has done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -33,6 +38,10 @@ pub struct Summary {
 struct Text {
     index: usize,
     events: Sender<JobEvent>,
+    /// Whether its tokens are sent together.
+    whole: bool,
+    /// Tokens that are to be sent together.
+    held: Vec<JobEvent>,
     clock: Clock,
     /// Of its request, whose last text gives the places back.
     places: std::sync::Arc<OwnedSemaphorePermit>,
@@ -40,7 +49,7 @@ struct Text {
 
 /// The texts of all requests.
 struct Worker<'s> {
-    state: &'s State,
+    state: &'s Arc<State>,
     texts: HashMap<TextId, Text>,
     recorder: Recorder,
     traces: Option<&'s mut Traces>,
@@ -49,7 +58,7 @@ struct Worker<'s> {
 
 /// Answers requests until the server is to end, and the texts at work are done.
 pub(crate) fn work(
-    state: &State,
+    state: &Arc<State>,
     batcher: &mut Batcher<'_>,
     inbox: &Receiver<Command>,
     traces: Option<&mut Traces>,
@@ -94,7 +103,10 @@ impl Worker<'_> {
     fn receive(&mut self, batcher: &mut Batcher<'_>, inbox: &Receiver<Command>) {
         if batcher.is_empty() {
             self.write_traces();
-            match inbox.recv_timeout(POLL) {
+            batcher.engine().continue_rearranging();
+            orders::watch(self.state, batcher.engine());
+            let is_moving = batcher.engine().rearranging().is_some();
+            match inbox.recv_timeout(if is_moving { POLL_MOVING } else { POLL }) {
                 Ok(command) => self.take(batcher, command),
                 Err(RecvTimeoutError::Timeout) => {}
                 // The listener is gone: there is nothing to wait for.
@@ -131,6 +143,11 @@ impl Worker<'_> {
             }
             Command::Generate(job) if self.state.is_stopping() => job.fail(&Failure::Stopping),
             Command::Generate(job) => self.begin(batcher, job),
+            Command::Replan(order, reply) => {
+                let traces = self.traces.as_deref();
+                let _ = reply.send(orders::begin(self.state, batcher.engine(), traces, order));
+            }
+            Command::Planned(planned) => orders::take(self.state, batcher.engine(), planned),
         }
     }
 
@@ -149,6 +166,8 @@ impl Worker<'_> {
             let text = Text {
                 index,
                 events: job.events.clone(),
+                whole: job.whole,
+                held: Vec::new(),
                 clock: Clock {
                     received: job.received,
                     begun: None,
@@ -196,6 +215,7 @@ impl Worker<'_> {
         });
         self.state.metrics.step(&step);
         self.recorder.count(self.state, batcher, &step);
+        orders::watch(self.state, batcher.engine());
         let counters = Snapshot::of(batcher.engine().counters());
         let pages = batcher.pages();
         let (running, waiting) = (batcher.n_running(), batcher.n_waiting());
@@ -239,11 +259,22 @@ impl Worker<'_> {
         let event = JobEvent { index, what };
         // The channel has room for all events; where the reader is gone, the text ends before the
         // next step.
-        if !ended {
+        if ended {
+            self.send_last(id, event);
+        } else if text.whole && matches!(event.what, What::Drawn(..)) {
+            // Each event would wake the thread of connections, which takes time from the computation.
+            text.held.push(event);
+        } else {
             let _ = text.events.try_send(event);
-        } else if let Some(text) = self.end(id) {
-            // A client that has its answer may ask again at once, so its place is free by then.
-            drop(text.places);
+        }
+    }
+
+    /// Sends the last event of a text, after those that were held back.
+    fn send_last(&mut self, id: TextId, event: JobEvent) {
+        let Some(text) = self.end(id) else { return };
+        // A client that has its answer may ask again at once, so its place is free by then.
+        drop(text.places);
+        for event in text.held.into_iter().chain([event]) {
             let _ = text.events.try_send(event);
         }
     }
@@ -277,10 +308,10 @@ impl Worker<'_> {
     fn fail(&mut self, batcher: &mut Batcher<'_>, id: TextId, failure: &Failure) {
         // After a failed pass, a recurrent state is worth nothing.
         batcher.discard(id);
-        if let Some(text) = self.end(id) {
+        if let Some(index) = self.texts.get(&id).map(|text| text.index) {
             self.summary.failed += 1;
-            let (index, what) = (text.index, What::Failed(failure.clone()));
-            let _ = text.events.try_send(JobEvent { index, what });
+            let what = What::Failed(failure.clone());
+            self.send_last(id, JobEvent { index, what });
         }
     }
 }

@@ -7,6 +7,7 @@ use super::cpu::Cpu;
 use super::experts::Experts;
 use super::meter::Meter;
 use super::predictor::RouterPredictor;
+use super::rearrange::Rearrangement;
 use super::sequences::Sequences;
 use crate::error::LoadError;
 use crate::gpu::devices::GiveDevice;
@@ -133,6 +134,7 @@ impl Engine {
             memory,
             batch,
             fully_on_gpu,
+            rearrangement: Rearrangement::default(),
             model,
         })
     }

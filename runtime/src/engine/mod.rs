@@ -41,6 +41,7 @@ mod prefixes;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod prompt_gpu_tests;
+mod rearrange;
 mod residual;
 #[cfg(test)]
 mod rewritten_gqa_tests;
@@ -65,8 +66,10 @@ mod warm;
 #[cfg(test)]
 mod window_tests;
 
+pub use crate::experts::rearrange::Rearranged;
 pub use apart::RowsOutcome;
 pub use batch::{LogitsMode, Routing, Rows};
+pub use rearrange::RearrangeError;
 pub use sequences::{Pages, SequenceId};
 
 use crate::cancel::Cancel;
@@ -78,6 +81,7 @@ use backend::{Backends, TextRows};
 use batch::{Batch, Choices, Output, Phase, split};
 use experts::Experts;
 use meter::Meter;
+use rearrange::Rearrangement;
 use sequences::Sequences;
 use std::time::Instant;
 use tier_plan_formats::model::Model;
@@ -125,6 +129,7 @@ pub struct Engine {
     fully_on_gpu: Option<TierIdx>,
     /// Polled by every pass.
     cancel: Cancel,
+    rearrangement: Rearrangement,
 }
 
 impl Engine {
@@ -272,6 +277,7 @@ impl Engine {
     fn check_before_step(&mut self) -> Result<(), RunError> {
         // What was left early before concerns no one now.
         self.backends.pool.take_gave_up();
+        self.continue_rearranging();
         // A file that was cut short must not be looked at where it is mapped.
         Ok(self.experts.store.check_files()?)
     }

@@ -8,10 +8,11 @@ use super::view::{Bias, ExpertView, ViewLinear};
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Extent, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
+use std::collections::BTreeMap;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{ExpertLinear, GateUp, MoeSpec, TensorId};
-use tier_plan_formats::placement::{SlotPolicy, TierIdx};
+use tier_plan_formats::placement::{Pins, SlotPolicy, TierIdx};
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
 
@@ -20,7 +21,7 @@ pub(super) struct Part {
     pub(super) tensor: TensorId,
     ty: TensorType,
     /// Offset of the slice in an expert's [packed](Layout::Packed) bytes.
-    packed_offset: usize,
+    pub(super) packed_offset: usize,
     /// Offset of the slice's first page in a buffer of [whole pages](Layout::WholePages).
     page_offset: usize,
     pub(super) slice_bytes: usize,
@@ -92,6 +93,7 @@ pub(crate) struct LayerExperts {
     backings: Vec<ExpertBacking>,
     copy: Option<PackedCopy>,
     pub(super) cache: SlotCache,
+    pub(super) policy: SlotPolicy,
     /// `[n_slots]`; `None` while a read into the slot is in flight. Empty where the slots are on a
     /// GPU.
     pub(super) slots: Vec<Option<ArenaSlice>>,
@@ -155,6 +157,7 @@ impl LayerExperts {
             backings,
             copy: None,
             cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
+            policy: SlotPolicy::Lru,
             slots: Vec::new(),
             slot_tier,
             slots_on_gpu: false,
@@ -188,6 +191,74 @@ impl LayerExperts {
     /// Makes the GPU of a tier the backing of an expert.
     pub(crate) fn pin_on_gpu(&mut self, expert: usize, tier: TierIdx) {
         self.backings[expert] = ExpertBacking::Gpu(tier);
+    }
+
+    /// Makes a pinned expert one of those on the slow tier, and returns its memory. Has no effect on
+    /// others.
+    pub(super) fn unpin(&mut self, expert: ExpertId) -> Option<ArenaSlice> {
+        let backing = self.backings.get_mut(expert.index())?;
+        if !matches!(backing, ExpertBacking::Pinned { .. }) {
+            return None;
+        }
+        match std::mem::replace(backing, ExpertBacking::Pooled) {
+            ExpertBacking::Pinned { bytes, .. } => Some(bytes),
+            _ => None,
+        }
+    }
+
+    /// Whether the expert has no other copy than that on the slow tier.
+    pub(super) fn is_on_slow_tier(&self, expert: ExpertId) -> bool {
+        let backing = self.backings.get(expert.index());
+        matches!(backing, Some(ExpertBacking::Mapped | ExpertBacking::Pooled))
+    }
+
+    /// Returns the memory of a pinned expert.
+    pub(super) fn pinned_mut(&mut self, expert: ExpertId) -> Option<&mut ArenaSlice> {
+        match self.backings.get_mut(expert.index()) {
+            Some(ExpertBacking::Pinned { bytes, .. }) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    /// Makes all experts on the slow tier share the slots or, where there are none and the tier is
+    /// mapped, compute where they are.
+    pub(super) fn set_homes(&mut self, is_mapped: bool) {
+        let in_place = is_mapped && self.cache.n_slots() == 0;
+        for backing in &mut self.backings {
+            if matches!(backing, ExpertBacking::Mapped | ExpertBacking::Pooled) {
+                *backing = if in_place {
+                    ExpertBacking::Mapped
+                } else {
+                    ExpertBacking::Pooled
+                };
+            }
+        }
+    }
+
+    /// Returns whether a buffer of the layer has room for what is read of an expert on the slow
+    /// tier. A packed copy that leaves the expert out makes buffers too small for the pages around
+    /// its matrices.
+    pub(super) fn has_room_for(&self, gguf: &Gguf, expert: ExpertId) -> bool {
+        let pages = |part: &Part| part.extent(gguf, expert.index()).pages_bytes();
+        self.layout == Layout::Packed
+            || self.extent_in_copy(expert.index()).is_some()
+            || self.parts.iter().map(pages).sum::<usize>() <= self.paged_bytes
+    }
+
+    /// Returns the pinned experts by tier, ascending.
+    pub(super) fn pins(&self) -> Vec<Pins> {
+        let mut pins = BTreeMap::<usize, Vec<u32>>::new();
+        for (expert, backing) in self.backings.iter().enumerate() {
+            if let ExpertBacking::Pinned { tier, .. } | ExpertBacking::Gpu(tier) = backing {
+                pins.entry(tier.get()).or_default().push(expert as u32);
+            }
+        }
+        pins.into_iter()
+            .map(|(tier, experts)| Pins {
+                tier: TierIdx::new(tier),
+                experts,
+            })
+            .collect()
     }
 
     pub(super) fn backing(&self, expert: ExpertId) -> &ExpertBacking {
@@ -238,6 +309,14 @@ impl LayerExperts {
         self.expert_bytes
     }
 
+    /// Returns what the addresses of the layer's slots are multiples of.
+    pub(super) fn alignment(&self) -> usize {
+        match self.layout {
+            Layout::Packed => 1,
+            Layout::WholePages => ALIGN,
+        }
+    }
+
     /// Returns the bytes of a buffer for any of the layer's experts.
     pub(crate) fn buffer_bytes(&self, layout: Layout) -> usize {
         match layout {
@@ -250,6 +329,7 @@ impl LayerExperts {
     /// that decides which experts are in them.
     pub(crate) fn set_slots(&mut self, slots: Vec<ArenaSlice>, layout: Layout, policy: SlotPolicy) {
         self.layout = layout;
+        self.policy = policy;
         self.cache = SlotCache::new(self.n_expert() as u32, slots.len() as u32, policy);
         self.slots = slots.into_iter().map(Some).collect();
     }
@@ -261,11 +341,16 @@ impl LayerExperts {
         self.slots_on_gpu = true;
     }
 
-    /// Puts an expert's bytes into its slot, by exchange where both buffers have one size. Returns
-    /// the free buffer.
-    pub(super) fn exchange(&mut self, slot: SlotId, mut buffer: ArenaSlice) -> ArenaSlice {
+    /// Puts an expert's bytes, in a buffer of the tier `from`, into its slot: by exchange where both
+    /// buffers have one size and are on one tier. Returns the free buffer.
+    pub(super) fn exchange(
+        &mut self,
+        slot: SlotId,
+        mut buffer: ArenaSlice,
+        from: TierIdx,
+    ) -> ArenaSlice {
         if let Some(target) = &mut self.slots[slot.index()] {
-            if target.capacity() == buffer.capacity() {
+            if target.capacity() == buffer.capacity() && self.slot_tier == from {
                 std::mem::swap(target, &mut buffer);
             } else {
                 target.copy_from_slice(&buffer);

@@ -4,6 +4,7 @@
 //!   replays it.
 //! - `store` moves the bytes as the cache says; `step` is one layer's accesses to it.
 //! - `prefetch` and `warmup` read experts before a router selects them, while the drive is idle.
+//! - `rearrange` moves pins and slots to where another plan wants them, between steps.
 //! - `gpu` computes experts and fills slots on GPUs.
 //! - [`pack`] and [`checksums`] make and use the files beside a model that speed up and verify
 //!   reads.
@@ -19,6 +20,9 @@ mod ids;
 pub(crate) mod layer;
 pub mod pack;
 pub(crate) mod prefetch;
+pub(crate) mod rearrange;
+#[cfg(test)]
+mod rearrange_tests;
 mod step;
 pub(crate) mod store;
 #[cfg(test)]

@@ -13,6 +13,7 @@
 
 use super::counters::PrefetchCount;
 use super::ids::{ExpertId, LayerExpert, SlotId, StepPos};
+use super::rearrange::Rearranger;
 use super::step::{DeferredMove, ExpertState, LoadTarget, Step};
 use super::store::ExpertStore;
 use super::warmup::Warmup;
@@ -422,8 +423,12 @@ impl ExpertStore {
         }
     }
 
-    /// Takes a finished read. A step's read is returned; prefetches and warm-up reads are put away.
+    /// Takes a finished read. A step's read is returned; all others are put away.
     pub(super) fn take_completion(&mut self, completion: Completion) -> Option<StepRead> {
+        if Rearranger::owns(completion.key) {
+            self.rearranger.land(completion);
+            return None;
+        }
         if Warmup::owns(completion.key) {
             self.land_warmup_read(completion);
             return None;

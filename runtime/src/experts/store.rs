@@ -37,6 +37,7 @@ use super::gpu::GpuExperts;
 use super::ids::{ExpertId, SlotId, StepPos};
 use super::layer::{ExpertBacking, LayerExperts, Layout};
 use super::prefetch::{Prefetcher, StepRead};
+use super::rearrange::Rearranger;
 use super::step::{DeferredMove, ExpertState, HeldExpert, LoadTarget, SlotRefill};
 use super::view::ExpertView;
 use super::warmup::Warmup;
@@ -67,7 +68,7 @@ pub(crate) struct ExpertStore {
     pub(super) staging: Vec<ArenaSlice>,
     /// Staging buffers in all; 0 where the slow tier is mapped.
     pub(super) n_staging: usize,
-    staging_tier: TierIdx,
+    pub(super) staging_tier: TierIdx,
     mapped_tier: TierIdx,
     /// Scratch of [`begin`](Self::begin).
     accesses: Vec<Access>,
@@ -75,8 +76,9 @@ pub(crate) struct ExpertStore {
     pooled: Vec<u32>,
     pub(super) prefetcher: Prefetcher,
     pub(super) warmup: Warmup,
+    pub(super) rearranger: Rearranger,
     /// What every read is compared with.
-    checksums: Option<Arc<Checksums>>,
+    pub(super) checksums: Option<Arc<Checksums>>,
     pub(super) gpus: Vec<GpuExperts>,
     /// Why an expert could not be copied to its slot on a GPU.
     pub(super) gpu_error: Option<CudaError>,
@@ -109,6 +111,7 @@ impl ExpertStore {
             pooled: Vec::new(),
             prefetcher,
             warmup: Warmup::default(),
+            rearranger: Rearranger::default(),
             checksums: None,
             gpus: Vec::new(),
             gpu_error: None,
@@ -530,7 +533,7 @@ impl ExpertStore {
             self.fill_gpu_slot(layer, expert, slot, Some(&buffer));
             buffer
         } else {
-            self.layers[layer].exchange(slot, buffer)
+            self.layers[layer].exchange(slot, buffer, self.staging_tier)
         };
         self.free_staging(free);
     }

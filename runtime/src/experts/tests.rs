@@ -57,7 +57,7 @@ impl ReadAt for Faulty {
     }
 }
 
-fn fixture() -> (Arc<Gguf>, ModelSpec, PathBuf) {
+pub(super) fn fixture() -> (Arc<Gguf>, ModelSpec, PathBuf) {
     // Gate and up in one tensor, and biases: the most parts that an expert has.
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch/gpt-oss.gguf");
     let gguf = Arc::new(Gguf::open(&path).unwrap());
@@ -65,19 +65,19 @@ fn fixture() -> (Arc<Gguf>, ModelSpec, PathBuf) {
     (gguf, spec, path)
 }
 
-struct Setup {
-    policy: SlotPolicy,
-    slots: usize,
+pub(super) struct Setup {
+    pub(super) policy: SlotPolicy,
+    pub(super) slots: usize,
     /// None where the slow tier is mapped.
-    staging: usize,
-    layout: Layout,
+    pub(super) staging: usize,
+    pub(super) layout: Layout,
     /// Experts come from a copy: all of them, or those with even numbers.
-    copy: Option<bool>,
+    pub(super) copy: Option<bool>,
     /// The slots are on a GPU.
-    on_gpu: bool,
+    pub(super) on_gpu: bool,
     /// A byte of this expert of the first layer is not what its checksum was made of, in the file
     /// and in the copy.
-    damaged: Option<usize>,
+    pub(super) damaged: Option<usize>,
 }
 
 /// Makes a copy of every layer's experts, each on a page of its own, and returns their offsets.
@@ -105,7 +105,7 @@ fn copy_of(
     (copy, places)
 }
 
-fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
+pub(super) fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
     let (gguf, spec, path) = fixture();
     let moes: Vec<&MoeSpec> = spec.moe_layers().map(|(_, moe)| moe).collect();
     let mut layers: Vec<LayerExperts> = moes
@@ -189,7 +189,7 @@ fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
 }
 
 /// Returns all bytes of an expert in the store's view, and those of the file.
-fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
+pub(super) fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Vec<u8>) {
     let flat = |view: ExpertView<'_>| {
         let linears = [view.gate, view.up, view.down];
         let bytes =
@@ -221,7 +221,12 @@ fn matrices(store: &ExpertStore, layer: &LayerExperts, expert: u32) -> Vec<u8> {
 
 /// Takes one step as the engine does: a token's experts as they become ready, or a batch's in
 /// order.
-fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Result<(), ReadError> {
+pub(super) fn take(
+    store: &mut ExpertStore,
+    layer: usize,
+    used: &[u32],
+    batch: bool,
+) -> Result<(), ReadError> {
     let mut order = used.to_vec();
     if batch {
         order.sort_unstable();
@@ -264,20 +269,20 @@ fn take(store: &mut ExpertStore, layer: usize, used: &[u32], batch: bool) -> Res
 
 /// A layer and some of its experts.
 #[derive(Clone, Debug)]
-struct Choice {
-    layer: usize,
-    experts: Vec<u32>,
+pub(super) struct Choice {
+    pub(super) layer: usize,
+    pub(super) experts: Vec<u32>,
 }
 
 #[derive(Clone, Debug)]
-struct TestStep {
-    used: Choice,
-    batch: bool,
+pub(super) struct TestStep {
+    pub(super) used: Choice,
+    pub(super) batch: bool,
     /// Of the next step.
-    prediction: Option<Choice>,
+    pub(super) prediction: Option<Choice>,
 }
 
-fn steps() -> impl Strategy<Value = Vec<TestStep>> {
+pub(super) fn steps() -> impl Strategy<Value = Vec<TestStep>> {
     let (_, spec, _) = fixture();
     let (layers, n) = (
         spec.moe_layers().count(),

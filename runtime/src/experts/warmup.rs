@@ -127,8 +127,9 @@ impl ExpertStore {
             && let Some(target) = self.warmup.queue.pop_front()
         {
             let LayerExpert { layer, expert } = target;
-            let cache = &self.layers[layer].cache;
-            if cache.contains(expert.get()) || cache.n_unused() == 0 {
+            let (in_layer, cache) = (&self.layers[layer], &self.layers[layer].cache);
+            if !in_layer.is_pooled(expert) || cache.contains(expert.get()) || cache.n_unused() == 0
+            {
                 continue;
             }
             let Some(buffer) = self.take_warmup_buffer(layer) else {
@@ -187,13 +188,14 @@ impl ExpertStore {
         // After a failure a step that needs the expert reads it again, and its caller gets the
         // error.
         if result.is_ok()
+            && in_layer.is_pooled(expert)
             && let Some(slot) = in_layer.cache.preload(expert.get()).map(SlotId::new)
         {
             if in_layer.slots_on_gpu {
                 self.fill_gpu_slot(layer, expert, slot, Some(&buffer));
                 self.warmup.n_filled += u64::from(self.layers[layer].cache.contains(expert.get()));
             } else if in_layer.slots[slot.index()].is_some() {
-                buffer = in_layer.exchange(slot, buffer);
+                buffer = in_layer.exchange(slot, buffer, self.staging_tier);
                 self.warmup.n_filled += 1;
             } else {
                 // A reader thread has taken the slot's buffer with it.

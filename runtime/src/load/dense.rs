@@ -73,8 +73,8 @@ impl Loader<'_> {
         if let Some(device) = self.devices.of(tier) {
             return Ok(WeightStorage::Device(Arc::new(self.to_device(id, device)?)));
         }
-        if let Storage::Arena { weights, .. } = &mut self.storage[tier] {
-            let piece = weights.take(self.model.gguf().tensors()[id].n_bytes as usize)?;
+        if let Storage::Arena { dense, .. } = &mut self.storage[tier] {
+            let piece = dense.take(self.model.gguf().tensors()[id].n_bytes as usize)?;
             return Ok(WeightStorage::ArenaSlice(self.whole_tensor(id, piece)?));
         }
         if self.options.checks.is_some() {

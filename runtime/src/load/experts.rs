@@ -152,7 +152,7 @@ impl Loader<'_> {
                 self.progress.add(bytes as u64);
                 self.memory.resident_bytes[*tier] += bytes as u64;
                 let piece = match &mut self.storage[*tier] {
-                    Storage::Arena { weights, .. } => weights.take(bytes)?,
+                    Storage::Arena { pins, .. } => pins.take(bytes)?,
                     // The only tier of its plan: pinned or not, an expert computes where it is
                     // mapped.
                     Storage::Mapped => continue,

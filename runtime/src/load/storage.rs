@@ -13,9 +13,13 @@ use tier_plan_formats::placement::{PerTier, Placement, PlanTier, TierIdx};
 
 /// What holds the bytes of a tier.
 pub(super) enum Storage {
-    /// Memory that this program owns: packed weights, which stay, and buffers for experts that come
-    /// and go.
-    Arena { weights: Arena, buffers: Arena },
+    /// Memory that this program owns, in one piece, so that what pins and buffers give back can be
+    /// used for either: buffers for experts that come and go, pinned experts, and dense weights.
+    Arena {
+        buffers: Arena,
+        pins: Arena,
+        dense: Arena,
+    },
     /// The mapped file, read in place.
     Mapped,
     /// The file, read into slots and staging.
@@ -44,14 +48,19 @@ pub(super) fn reserve(
             TierKind::Nvme if i == slow => Storage::File,
             _ if t.uses_gpu() => Storage::Gpu,
             _ if i == slow && is_mapped(&t.tier) => Storage::Mapped,
-            _ => Storage::Arena {
-                weights: Arena::on(&t.tier.name, t.bytes.dense + t.bytes.pinned, &pages)?,
-                buffers: Arena::on(
-                    &t.tier.name,
-                    t.bytes.slots + t.bytes.staging + padding_bytes[i],
-                    &pages,
-                )?,
-            },
+            _ => {
+                let buffers = t.bytes.slots + t.bytes.staging + padding_bytes[i];
+                let (pins, dense) = (t.bytes.pinned, t.bytes.dense);
+                // Buffers come first: they begin at a page where whole pages are read.
+                let all = Arena::on(&t.tier.name, buffers + pins + dense, &pages)?;
+                let (buffers, rest) = all.split(buffers);
+                let (pins, dense) = rest.split(pins);
+                Storage::Arena {
+                    buffers,
+                    pins,
+                    dense,
+                }
+            }
         })
     };
     plan.tiers.enumerate().map(storage).collect()

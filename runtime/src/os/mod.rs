@@ -99,6 +99,17 @@ pub struct LocalTime {
     pub unix_seconds: i64,
 }
 
+/// Gives this thread, and those that it starts, the lowest priority, where the system has
+/// priorities of threads.
+pub fn lower_priority() {
+    #[cfg(target_os = "linux")]
+    // SAFETY: the call takes no pointers. On Linux, 0 is the calling thread. A refusal changes
+    // nothing.
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, 19);
+    }
+}
+
 /// Converts a moment to local time: `TZ`, or else the zone of the system. Returns UTC where the
 /// system cannot convert it.
 pub fn local_time(moment: SystemTime) -> LocalTime {

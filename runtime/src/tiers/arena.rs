@@ -135,6 +135,23 @@ impl Arena {
         })
     }
 
+    /// Cuts an arena of which nothing is handed out into its first `bytes`, at most all of them, and
+    /// the rest.
+    pub(crate) fn split(self, bytes: u64) -> (Self, Self) {
+        debug_assert_eq!(self.used, 0, "what was handed out has no place in either");
+        let bytes = usize::try_from(bytes).map_or(self.capacity, |n| n.min(self.capacity));
+        let part = |base, capacity| Self {
+            tier: self.tier.clone(),
+            mapping: Arc::clone(&self.mapping),
+            base,
+            used: 0,
+            capacity,
+        };
+        // SAFETY: `bytes` is within the mapping.
+        let rest = unsafe { self.base.add(bytes) };
+        (part(self.base, bytes), part(rest, self.capacity - bytes))
+    }
+
     /// Hands out the next `len` bytes.
     ///
     /// # Errors
@@ -156,7 +173,7 @@ impl Arena {
             start,
             len,
             capacity: len,
-            _mapping: Arc::clone(&self.mapping),
+            mapping: Arc::clone(&self.mapping),
         })
     }
 
@@ -173,7 +190,7 @@ pub struct ArenaSlice {
     start: *mut u8,
     len: usize,
     capacity: usize,
-    _mapping: Arc<Mapping>,
+    mapping: Arc<Mapping>,
 }
 
 impl ArenaSlice {
@@ -194,6 +211,44 @@ impl ArenaSlice {
         self.len = self.capacity;
         self
     }
+
+    /// Returns the address of the first byte.
+    pub(crate) fn address(&self) -> usize {
+        self.start as usize
+    }
+
+    /// Cuts the whole range into its first `len` bytes, at most all of them, and the rest.
+    pub(crate) fn split(self, len: usize) -> (Self, Self) {
+        let len = len.min(self.capacity);
+        let part = |start, len| Self {
+            start,
+            len,
+            capacity: len,
+            mapping: Arc::clone(&self.mapping),
+        };
+        // SAFETY: `len` is within the range. `self` ends here, so that the parts are the only way to
+        // its bytes.
+        let rest = unsafe { self.start.add(len) };
+        (part(self.start, len), part(rest, self.capacity - len))
+    }
+
+    /// Returns both ranges as one if `next` begins where this one ends, in the same arena.
+    ///
+    /// # Errors
+    /// Gives both back otherwise.
+    pub(crate) fn join(self, next: Self) -> Result<Self, (Self, Self)> {
+        let is_next = self.address() + self.capacity == next.address();
+        if !is_next || !Arc::ptr_eq(&self.mapping, &next.mapping) {
+            return Err((self, next));
+        }
+        let capacity = self.capacity + next.capacity;
+        Ok(Self {
+            start: self.start,
+            len: capacity,
+            capacity,
+            mapping: self.mapping,
+        })
+    }
 }
 
 // SAFETY: a slice is the only way to its bytes, like a `Box<[u8]>`.
@@ -205,7 +260,7 @@ impl Deref for ArenaSlice {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the range lies in the mapping that `_mapping` keeps alive, is initialized
+        // SAFETY: the range lies in the mapping that `mapping` keeps alive, is initialized
         // (zero-filled), and belongs to this slice alone.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
@@ -236,6 +291,32 @@ mod tests {
         a.fill(1);
         b.fill(2);
         assert_eq!((&a[..], &b[..]), (&[1u8; 4][..], &[2u8; 6][..]));
+    }
+
+    #[test]
+    fn a_slice_is_cut_and_put_together_again() {
+        let mut arena = Arena::new("dram", 10).unwrap();
+        let (a, b) = (arena.take(6).unwrap(), arena.take(4).unwrap());
+        let (mut head, mut rest) = a.split(2);
+        head.fill(1);
+        rest.fill(2);
+        let (rest, head) = rest.join(head).map(drop).unwrap_err();
+        let whole = head.join(rest).ok().unwrap().join(b).ok().unwrap();
+        assert_eq!(&whole[..], [1, 1, 2, 2, 2, 2, 0, 0, 0, 0]);
+        let (all, nothing) = whole.split(11);
+        assert_eq!((all.len(), nothing.len()), (10, 0));
+        let other = Arena::new("dram", 10).unwrap().take(10).unwrap();
+        assert!(all.join(other).is_err(), "another arena");
+    }
+
+    #[test]
+    fn the_parts_of_an_arena_are_neighbors() {
+        let (mut first, mut rest) = Arena::new("dram", 10).unwrap().split(4);
+        assert!(first.take(5).is_err() && rest.take(7).is_err());
+        let (first, rest) = (first.take(4).unwrap(), rest.take(6).unwrap());
+        assert_eq!(first.join(rest).ok().map(|all| all.len()), Some(10));
+        let (all, mut nothing) = Arena::new("dram", 10).unwrap().split(u64::MAX);
+        assert_eq!((all.capacity, nothing.take(1).is_err()), (10, true));
     }
 
     #[test]

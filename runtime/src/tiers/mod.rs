@@ -9,6 +9,7 @@
 pub mod arena;
 pub mod bandwidth;
 pub mod file;
+pub(crate) mod holes;
 pub mod limits;
 pub mod nodes;
 pub mod numa;

@@ -3,6 +3,8 @@
 //! It knows none of the crates that it helps to test. A crate's unit tests would otherwise see two
 //! copies of that crate.
 
+pub mod schema;
+
 use std::path::{Path, PathBuf};
 
 /// Returns the root of the source.

@@ -9,6 +9,7 @@ mod kv;
 mod memory;
 mod model;
 pub mod sampling;
+mod server;
 mod texts;
 mod value;
 
@@ -17,6 +18,7 @@ pub use kv::KvArgs;
 pub use memory::{BudgetArgs, MemoryArgs, StoreArgs, VerifyArgs};
 pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
+pub use server::ServerArgs;
 pub use texts::TextsArgs;
 pub use value::{MaxStep, Seed, TokenLimit, context as context_value};
 

@@ -12,7 +12,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::machine::{Machine, TierKind};
-use tier_plan_runtime::formats::placement::{Placement, TierIdx};
+use tier_plan_runtime::formats::placement::{DensePlacement, Placement, TierIdx};
 use tier_plan_runtime::formats::ranges;
 use tier_plan_runtime::model::gpu::Part;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
@@ -82,6 +82,28 @@ impl Constraints {
         }
         constraints.check_contradictions(shape, machine)?;
         Ok(constraints)
+    }
+
+    /// Returns constraints under which a plan for a loaded model differs from its present one in pins
+    /// and slots alone. Experts stay off GPUs.
+    pub fn keeping(plan: &Placement) -> Self {
+        let dense = plan.dense.iter();
+        let dense_fixed = dense.map(|d| ((d.kind, d.layer), d.tier)).collect();
+        let is_gpu = |tier: &TierIdx| plan.tiers.get(*tier).is_some_and(|t| t.tier.is_gpu());
+        let gpus: BTreeSet<TierIdx> = plan.tiers.indices().filter(is_gpu).collect();
+        let attention = |d: &DensePlacement| d.kind == DenseKind::Attention && is_gpu(&d.tier);
+        let layer = LayerConstraints {
+            forbidden: gpus.clone(),
+            ..LayerConstraints::default()
+        };
+        let layers = plan.layers.iter().filter(|_| !gpus.is_empty());
+        Self {
+            dense_fixed,
+            experts: layers.map(|l| (l.layer, layer.clone())).collect(),
+            // Where attention is on a GPU, its keys and values go with it.
+            cache_fixed: (!plan.dense.iter().any(attention)).then_some(plan.kv_tier),
+            ..Self::default()
+        }
     }
 
     /// Whether nothing is fixed or forbidden.

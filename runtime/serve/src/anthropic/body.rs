@@ -10,6 +10,10 @@ use serde_json::{Map, Value};
 /// Fields that would change an answer in a way that is not implemented.
 const UNSUPPORTED: [&str; 2] = ["mcp_servers", "container"];
 
+/// Start of a block that Claude Code puts before the system prompt for its provider's accounts. It
+/// differs between conversations, so no prompt would begin like one that is kept.
+const BILLING: &str = "x-anthropic-billing-header:";
+
 /// Checks the body of a request.
 pub(crate) fn request(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
     let body = object(bytes)?;
@@ -21,7 +25,7 @@ pub(crate) fn request(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
 }
 
 /// Checks the body of a request whose tokens are to be counted.
-pub(super) fn counted(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
+pub(crate) fn counted(id: &str, bytes: &[u8]) -> Result<Request, BadLine> {
     let body = object(bytes)?;
     read(id, Fields::new(&body, ""))
 }
@@ -98,16 +102,20 @@ fn variables(body: Fields<'_>) -> Result<Map<String, Value>, BadLine> {
     Ok(variables)
 }
 
-/// Reads what an answer must be.
+/// Reads what an answer must be, from a field of `output_config`, or from the older one beside it.
 fn format(body: Fields<'_>) -> Result<Format, BadLine> {
-    let config = body
-        .get("output_config")
-        .and_then(|config| config.get("format"));
-    let old = body.get("output_format");
-    let (place, value) = match (config, old) {
-        (Some(value), _) if !value.is_null() => ("output_config.format", value),
-        (_, Some(value)) => ("output_format", value),
-        _ => return Ok(Format::Text),
+    let config = match body.get("output_config") {
+        Some(config) => tools::object("output_config", config)?.get("format"),
+        None => None,
+    };
+    let (place, value) = match (config, body.get("output_format")) {
+        (Some(_), Some(_)) => {
+            let expected = "one form of the answer, beside output_config.format";
+            return Err(body.bad("output_format", expected));
+        }
+        (Some(value), None) => ("output_config.format", value),
+        (None, Some(value)) => ("output_format", value),
+        (None, None) => return Ok(Format::Text),
     };
     let fields = tools::object(place, value)?;
     match (fields.text("type")?, fields.get("schema")) {
@@ -148,7 +156,10 @@ fn tools(body: Fields<'_>) -> Result<Tools, BadLine> {
 fn conversation(body: Fields<'_>) -> Result<Vec<Message>, BadLine> {
     let mut all = Vec::new();
     if let Some(system) = body.get("system") {
-        let mut blocks = Blocks::default();
+        let mut blocks = Blocks {
+            is_system: true,
+            ..Blocks::default()
+        };
         blocks.read("system", system, None)?;
         all.push(Message::new(Role::System, &blocks.text));
     }
@@ -169,13 +180,15 @@ fn conversation(body: Fields<'_>) -> Result<Vec<Message>, BadLine> {
         let role = match fields.text("role")? {
             Some("user") => Role::User,
             Some("assistant") => Role::Assistant,
-            _ => return Err(fields.bad("role", "\"user\" or \"assistant\"")),
+            Some("system") => Role::System,
+            _ => return Err(fields.bad("role", "\"user\", \"assistant\", or \"system\"")),
         };
         let Some(content) = fields.get("content") else {
             return Err(fields.bad("content", "a string or an array of blocks"));
         };
         let mut blocks = Blocks::default();
-        blocks.read(&fields.place("content"), content, Some(role))?;
+        let speaker = Some(role).filter(|role| *role != Role::System);
+        blocks.read(&fields.place("content"), content, speaker)?;
         blocks.add_messages(role, &mut all);
     }
     if all.last().is_some_and(|last| last.role == Role::Assistant) {
@@ -196,6 +209,8 @@ struct Blocks {
     calls: Vec<ToolCall>,
     /// Results of calls, each with the call's name.
     results: Vec<Message>,
+    /// Whether they are the system prompt.
+    is_system: bool,
 }
 
 impl Blocks {
@@ -225,6 +240,7 @@ impl Blocks {
             None => Err(block.bad(name, "a string")),
         };
         match (block.text("type")?, role) {
+            (Some("text"), _) if self.is_system && text("text")?.starts_with(BILLING) => {}
             (Some("text"), _) => self.text.push_str(text("text")?),
             (Some("thinking"), Some(_)) => self.thinking.push_str(text("thinking")?),
             // What is hidden can't be shown to this model.
@@ -344,8 +360,12 @@ mod tests {
                 "messages[0].content[0].text: missing",
             ),
             (
-                json!({"max_tokens": 1, "messages": [{"role": "system", "content": "a"}]}),
-                "messages[0].role: \"system\"",
+                json!({"max_tokens": 1, "messages": [{"role": "tool", "content": "a"}]}),
+                "messages[0].role: \"tool\"",
+            ),
+            (
+                json!({"max_tokens": 1, "messages": [{"role": "system", "content": [{"type": "thinking"}]}]}),
+                "messages[0].content[0].type: \"thinking\" is not supported here",
             ),
             (
                 json!({"max_tokens": 1, "messages": [{"role": "assistant", "content": "a"}]}),
@@ -395,6 +415,50 @@ mod tests {
                 bad.message
             );
         }
+    }
+
+    /// The first request of Claude Code 2.1, shortened.
+    #[test]
+    fn claude_code_is_understood() {
+        let request = read_json(json!({
+            "model": "m", "max_tokens": 32000, "stream": true,
+            "system": [
+                {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.1c0; cc_entrypoint=cli;"},
+                {"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
+            ],
+            "messages": [
+                {"role": "user", "content": [
+                    {"type": "text", "text": "<system-reminder>\nToday\n</system-reminder>\n"},
+                    {"type": "text", "text": "Say hello", "cache_control": {"type": "ephemeral"}},
+                ]},
+                {"role": "system", "content": "Available agent types"},
+            ],
+            "tools": [{"name": "Bash", "description": "d", "eager_input_streaming": true, "input_schema": {
+                "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
+                "properties": {"command": {"type": "string"}}, "required": ["command"], "additionalProperties": false,
+            }}],
+            "metadata": {"user_id": "{\"session_id\":\"s\"}"},
+            "thinking": {"type": "adaptive"},
+            "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+            "output_config": {"effort": "high"},
+        }))
+        .unwrap();
+        let reminder = "<system-reminder>\nToday\n</system-reminder>\nSay hello";
+        let expected = vec![
+            Message::new(Role::System, "You are an agent."),
+            Message::new(Role::User, reminder),
+            Message::new(Role::System, "Available agent types"),
+        ];
+        assert_eq!(request.prompt, Prompt::Messages(expected));
+        assert_eq!(request.tools.list.len(), 1);
+        assert_eq!(request.variables["reasoning_effort"], "high");
+        // It is a block of the system prompt alone that is left out.
+        let said = read_json(json!({"max_tokens": 1, "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "x-anthropic-billing-header: a"}]},
+        ]}))
+        .unwrap();
+        let expected = Message::new(Role::User, "x-anthropic-billing-header: a");
+        assert_eq!(said.prompt, Prompt::Messages(vec![expected]));
     }
 
     #[test]

@@ -5,10 +5,11 @@
 //! shows in `Host`. So a server without a key takes only the names of this machine as `Host`, and any
 //! server takes only origins that it was told of.
 
-use super::key;
+use super::{key, routes};
 use crate::ask::{CLIENT_LEFT, HasLog, QUEUED};
 use crate::error::{ApiError, Logged, Protocol};
 use crate::log::Entry;
+use crate::openapi;
 use crate::page;
 use crate::state::State;
 use axum::body::Body;
@@ -25,30 +26,8 @@ use std::time::Instant;
 const ALLOWED_HEADERS: &str =
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta";
 
-/// Paths that are counted by themselves; others are strangers' words.
-const PATHS: [&str; 18] = [
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/chat/completions/input_tokens",
-    "/v1/responses",
-    "/v1/responses/input_tokens",
-    "/v1/embeddings",
-    "/v1/models",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/health",
-    "/metrics",
-    "/props",
-    "/slots",
-    "/tokenize",
-    "/detokenize",
-    "/apply-template",
-    crate::live::PATH,
-    "/",
-];
-
 /// Paths that need no key.
-const OPEN_PATHS: [&str; 1] = ["/health"];
+const OPEN_PATHS: [&str; 2] = ["/health", openapi::PATH];
 
 /// A request that has no answer yet.
 struct Pending {
@@ -64,9 +43,9 @@ struct Pending {
 impl Pending {
     /// Counts the request, and writes its line.
     fn write(&self, status: u16, error: Option<&str>) {
-        let known = PATHS.iter().find(|known| **known == self.path);
-        let metrics = &self.state.metrics;
-        metrics.answered(known.copied().unwrap_or("other"), status);
+        self.state
+            .metrics
+            .answered(routes::label(&self.path), status);
         Entry {
             method: self.method.as_str(),
             path: &self.path,

@@ -6,6 +6,7 @@ import { Conversations, exportConversations } from "./conversations.js";
 import { byId, toast } from "./dom.js";
 import { Machine } from "./machine.js";
 import { setUpPanels } from "./panels.js";
+import { PlanView } from "./plan.js";
 import { Settings } from "./settings.js";
 import { Store, loadSettings, saveSettings } from "./store.js";
 import { path } from "./tree.js";
@@ -250,6 +251,7 @@ async function start() {
   byId("prompt").focus();
   document.body.classList.add("is-ready");
   showTiers(api, welcome);
+  new PlanView(api).look();
 }
 
 /** Says once where the model lies; the machine view goes on by itself. */

@@ -8,6 +8,13 @@ use tier_plan_runtime::printable::printable;
 /// Most characters of a value that an error shows.
 const MAX_SHOWN_CHARS: usize = 60;
 
+#[cfg(test)]
+thread_local! {
+    /// Places of the fields that this thread looked for.
+    pub(crate) static READ: std::cell::RefCell<std::collections::BTreeSet<String>> =
+        const { std::cell::RefCell::new(std::collections::BTreeSet::new()) };
+}
+
 /// An object of a line with its place in it, such as `body`. Null counts as absent.
 #[derive(Clone, Copy)]
 pub(crate) struct Fields<'a> {
@@ -22,6 +29,8 @@ impl<'a> Fields<'a> {
 
     /// Returns a field that is there.
     pub fn get(&self, name: &str) -> Option<&'a Value> {
+        #[cfg(test)]
+        READ.with_borrow_mut(|read| read.insert(self.place(name)));
         self.object.get(name).filter(|value| !value.is_null())
     }
 

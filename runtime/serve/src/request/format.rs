@@ -39,7 +39,11 @@ pub(super) fn format(body: Fields<'_>) -> Result<Format, BadLine> {
         ("guided_grammar", "grammar"),
         ("grammar", "gbnf"),
     ] {
-        if let Some(value) = body.get(name) {
+        // llama.cpp's clients send an empty grammar for none.
+        if let Some(value) = body
+            .get(name)
+            .filter(|value| name != "grammar" || *value != "")
+        {
             all.push((name, of_kind(&body.place(name), kind, value)?));
         }
     }

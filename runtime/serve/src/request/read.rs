@@ -16,17 +16,20 @@ pub(crate) const MAX_TOKENS: usize = 1 << 24;
 const MAX_CHOICES: usize = 128;
 
 /// Most log-probabilities per token beside the token's own.
-const MAX_TOP_LOGPROBS: usize = 20;
+pub(crate) const MAX_TOP_LOGPROBS: usize = 20;
 
 /// Most stop strings per request, and bytes of each.
 const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
 
+/// Largest `top_k`: the largest whole number that every JSON reader keeps exact.
+const MAX_TOP_K: i128 = (1 << 53) - 1;
+
 /// Most tokens with a bias.
 const MAX_BIASES: usize = 1024;
 
 /// Checks the fields of a body.
-pub(super) fn checked(
+pub(crate) fn checked(
     custom_id: &str,
     endpoint: Endpoint,
     body: Fields<'_>,
@@ -117,7 +120,8 @@ fn stream(body: Fields<'_>) -> Result<Stream, BadLine> {
     })
 }
 
-fn messages(body: Fields<'_>) -> Result<Vec<Message>, BadLine> {
+/// Reads the messages of a conversation.
+pub(crate) fn messages(body: Fields<'_>) -> Result<Vec<Message>, BadLine> {
     let expected = "an array of one or more messages";
     match body.get("messages") {
         Some(Value::Array(items)) if !items.is_empty() => {
@@ -149,7 +153,7 @@ pub(crate) fn name_results(messages: &mut [Message]) {
     }
 }
 
-pub(crate) fn message(place: &str, item: &Value) -> Result<Message, BadLine> {
+fn message(place: &str, item: &Value) -> Result<Message, BadLine> {
     let Value::Object(object) = item else {
         return Err(bad(
             place,
@@ -207,16 +211,17 @@ pub(crate) fn message(place: &str, item: &Value) -> Result<Message, BadLine> {
     })
 }
 
-fn text_part<'a>(place: &str, part: &'a Value) -> Result<&'a str, BadLine> {
-    match (part["type"].as_str(), part["text"].as_str()) {
-        (Some("text"), Some(text)) => Ok(text),
-        (Some("text"), None) => Err(bad(&format!("{place}.text"), part.get("text"), "a string")),
-        (Some(_), _) => {
-            let other = shown(&part["type"]);
-            let message = format!("{place}.type: {other} is not supported, expected \"text\"");
-            Err(BadLine::new(Code::Unsupported, message))
-        }
-        (None, _) => Err(bad(place, Some(part), "an object with a type and a text")),
+fn text_part(place: &str, part: &Value) -> Result<String, BadLine> {
+    let Value::Object(fields) = part else {
+        return Err(bad(place, Some(part), "an object with a type and a text"));
+    };
+    let part = Fields::new(fields, place);
+    match part.text("type")? {
+        Some("text") => part
+            .text("text")?
+            .map(str::to_string)
+            .ok_or_else(|| part.bad("text", "a string")),
+        _ => Err(tools::kind(part, "\"text\"")),
     }
 }
 
@@ -275,12 +280,20 @@ fn max_tokens(body: Fields<'_>) -> Result<Option<usize>, BadLine> {
 pub(crate) fn sampling(body: Fields<'_>) -> Result<Sampling, BadLine> {
     // OpenAI's interface has no such field; engines that add it differ in its name.
     let repetition = body.number("repetition_penalty")?;
+    let repeat = body.number("repeat_penalty")?;
+    if let (Some(one), Some(other)) = (repetition, repeat)
+        && one != other
+    {
+        let expected = format!("{one} as in repetition_penalty, or one of the two fields");
+        return Err(body.bad("repeat_penalty", &expected));
+    }
     let sampling = Sampling {
         temperature: body.number("temperature")?,
         top_k: top_k(body)?,
         top_p: body.number("top_p")?,
         min_p: body.number("min_p")?,
-        repetition_penalty: repetition.or(body.number("repeat_penalty")?),
+        repetition_penalty: repetition.or(repeat),
+        repeat_last_n: None,
         presence_penalty: body.number("presence_penalty")?,
         frequency_penalty: body.number("frequency_penalty")?,
         logit_bias: logit_bias(body)?,
@@ -303,8 +316,11 @@ fn top_k(body: Fields<'_>) -> Result<Option<usize>, BadLine> {
     let as_count = |value: &Value| match whole(value) {
         // llama.cpp and vLLM take both for all tokens.
         Some(-1 | 0) => Ok(0),
-        Some(k) if k > 0 => Ok(usize::try_from(k).unwrap_or(usize::MAX)),
-        _ => Err(body.bad("top_k", "a whole number, or -1 for all tokens")),
+        Some(k) if (1..=MAX_TOP_K).contains(&k) => Ok(usize::try_from(k).unwrap_or(usize::MAX)),
+        _ => {
+            let expected = format!("a whole number up to {MAX_TOP_K}, or -1 for all tokens");
+            Err(body.bad("top_k", &expected))
+        }
     };
     body.get("top_k").map(as_count).transpose()
 }
@@ -369,17 +385,19 @@ fn logit_bias(body: Fields<'_>) -> Result<Vec<LogitBias>, BadLine> {
     for (key, value) in entries {
         let key_shown = shown(&Value::from(key.as_str()));
         let place = format!("{}[{key_shown}]", body.place("logit_bias"));
-        let (Ok(token), Some(bias)) = (key.parse::<u32>(), value.as_f64()) else {
+        let token = key.parse::<u32>().ok();
+        let token = token.filter(|_| key.bytes().all(|b| b.is_ascii_digit()));
+        let (Some(token), Some(bias)) = (token, value.as_f64()) else {
             return Err(bad(
                 &place,
                 Some(value),
                 "a token id with a number from -100 to 100",
             ));
         };
-        let bias = bias as f32;
         if !(-100.0..=100.0).contains(&bias) {
             return Err(bad(&place, Some(value), "-100 to 100"));
         }
+        let bias = bias as f32;
         biases.push(LogitBias { token, bias });
     }
     biases.sort_by_key(|b| b.token);

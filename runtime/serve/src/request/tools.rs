@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// Most tools of a request.
-const MAX_TOOLS: usize = 512;
+pub(crate) const MAX_TOOLS: usize = 512;
 
 /// Longest name of a tool in bytes.
 const MAX_NAME_BYTES: usize = 128;
@@ -155,12 +155,15 @@ pub(crate) fn tools(body: Fields<'_>) -> Result<Tools, BadLine> {
         Some(Value::Object(fields)) => {
             let place = body.place("tool_choice");
             let fields = Fields::new(fields, &place);
-            let name = match (fields.text("type")?, fields.get("function")) {
-                (Some("function"), Some(Value::Object(function))) => function.get("name"),
-                (Some("function"), None) => fields.get("name"),
+            match (fields.text("type")?, fields.get("function")) {
+                (Some("function"), Some(function)) => {
+                    let inner = fields.place("function");
+                    let function = object(&inner, function)?;
+                    named(function, function.get("name"))?
+                }
+                (Some("function"), None) => named(fields, fields.get("name"))?,
                 _ => return Err(kind(fields, "\"function\"")),
-            };
-            named(fields, name)?
+            }
         }
         Some(_) => return Err(body.bad("tool_choice", CHOICES)),
     };

@@ -1,10 +1,14 @@
 //! Bodies of responses, checked.
 
+mod namespaces;
+
 use crate::request::fields::{Fields, bad, shown};
 use crate::request::format::{Format, of_schema};
 use crate::request::read::{EFFORTS, MAX_TOKENS, name_results, sampling};
-use crate::request::tools::{self, Choice, Tool, ToolCall, Tools};
+use crate::request::tools::{self, Choice, MAX_TOOLS, Tool, ToolCall, Tools};
 use crate::request::{BadLine, Code, Endpoint, Message, Prompt, Request, Role, Stream, object};
+pub(super) use namespaces::placed;
+use namespaces::{called, tool};
 use serde_json::{Map, Value, json};
 
 /// Fields that would change an answer in a way that is not implemented, and what changes nothing.
@@ -19,10 +23,6 @@ const UNSUPPORTED: [(&str, &[&str]); 9] = [
     ("modalities", &["text"]),
     ("moderation", &[]),
 ];
-
-/// Tools of OpenAI's own servers. One that is offered need not be used, so they are left out of what
-/// the model sees.
-const HOSTED: [&str; 3] = ["web_search", "web_search_preview", "web_search_2025_08_26"];
 
 /// Checks the body of a request. Returns it with what a response repeats of it.
 pub(crate) fn request(id: &str, bytes: &[u8]) -> Result<(Request, Value), BadLine> {
@@ -134,22 +134,21 @@ fn format(body: Fields<'_>) -> Result<Format, BadLine> {
 }
 
 fn tools(body: Fields<'_>) -> Result<Tools, BadLine> {
-    let list: Vec<Option<Tool>> = tools::list(body, |place, item| {
-        let fields = tools::object(place, item)?;
-        match fields.text("type")? {
-            Some("function") => tools::tool(fields, "parameters").map(Some),
-            Some(kind) if HOSTED.contains(&kind) => Ok(None),
-            _ => Err(tools::kind(fields, "\"function\"")),
-        }
-    })?;
-    let list = list.into_iter().flatten().collect();
+    let list: Vec<Tool> = tools::list(body, tool)?.into_iter().flatten().collect();
+    if list.len() > MAX_TOOLS {
+        let expected = format!("at most {MAX_TOOLS} tools in all namespaces");
+        return Err(body.bad("tools", &expected));
+    }
     let choice = match body.get("tool_choice") {
         None => Choice::Auto,
         Some(Value::String(word)) => tools::word_of(body, word)?,
         Some(value) => {
             let fields = tools::object("tool_choice", value)?;
             match fields.text("type")? {
-                Some("function") => tools::named(fields, fields.get("name"))?,
+                Some("function") => match tools::named(fields, fields.get("name"))? {
+                    Choice::Named(name) => Choice::Named(called(fields, name)?),
+                    choice => choice,
+                },
                 _ => return Err(tools::kind(fields, "\"function\"")),
             }
         }
@@ -261,7 +260,7 @@ impl Talk {
         };
         let call = ToolCall {
             id: need("call_id")?,
-            name: need("name")?,
+            name: called(item, need("name")?)?,
             arguments: tools::arguments(item, "arguments")?,
         };
         if self

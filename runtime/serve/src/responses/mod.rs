@@ -15,6 +15,7 @@ use axum::body::Body;
 use axum::extract::State as Shared;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
+use body::placed;
 pub(crate) use body::request;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -45,7 +46,8 @@ pub(crate) async fn responses(
         Err(error) => return Ok(answering.failed(error)),
     };
     let parts = texts.into_iter().next().unwrap_or_default();
-    let mut response = ended(&echo, &answering, items(&answering, &parts));
+    let items = items(&echo, &answering, &parts);
+    let mut response = ended(&echo, &answering, items);
     add_truth(&mut response, &answering);
     answering.log(200, None);
     let mut response = json_response(StatusCode::OK, &response);
@@ -116,10 +118,10 @@ fn ended(echo: &Value, answering: &Answering, output: Vec<Value>) -> Value {
 }
 
 /// Returns the items of an answer.
-fn items(answering: &Answering, collected: &Collected) -> Vec<Value> {
+fn items(echo: &Value, answering: &Answering, collected: &Collected) -> Vec<Value> {
     let parts = collected.parts.iter().enumerate();
     parts
-        .map(|(i, part)| item(part, &item_id(answering, part, i), "completed"))
+        .map(|(i, part)| item(echo, part, &item_id(answering, part, i), "completed"))
         .collect()
 }
 
@@ -134,7 +136,7 @@ fn item_id(answering: &Answering, part: &Part, index: usize) -> String {
 }
 
 /// Returns an item of the output.
-fn item(part: &Part, id: &str, status: &str) -> Value {
+fn item(echo: &Value, part: &Part, id: &str, status: &str) -> Value {
     match part {
         Part::Thinking(_) => json!({
             "id": id,
@@ -150,14 +152,21 @@ fn item(part: &Part, id: &str, status: &str) -> Value {
             "role": "assistant",
             "content": contents(part),
         }),
-        Part::Call(call) => json!({
-            "id": id,
-            "type": "function_call",
-            "status": status,
-            "call_id": call.id,
-            "name": call.name,
-            "arguments": call.arguments,
-        }),
+        Part::Call(call) => {
+            let mut item = json!({
+                "id": id,
+                "type": "function_call",
+                "status": status,
+                "call_id": call.id,
+                "name": call.name,
+                "arguments": call.arguments,
+            });
+            if let Some(placed) = placed(&echo["tools"], &call.name) {
+                item["name"] = placed.name.into();
+                item["namespace"] = placed.namespace.into();
+            }
+            item
+        }
     }
 }
 
@@ -279,7 +288,7 @@ impl Events {
         let part = emptied(part);
         let added = json!({
             "output_index": self.done.len(),
-            "item": item(&part, &id, "in_progress"),
+            "item": item(&self.echo, &part, &id, "in_progress"),
         });
         let mut events = self.event("response.output_item.added", added);
         if !matches!(part, Part::Call(_)) {
@@ -305,7 +314,8 @@ impl Events {
                 self.of_item("response.output_text.done", &id, done)
             }
             Part::Call(call) => {
-                let done = json!({ "name": call.name, "arguments": call.arguments });
+                let name = placed(&self.echo["tools"], &call.name).map_or(&*call.name, |p| p.name);
+                let done = json!({ "name": name, "arguments": call.arguments });
                 self.of_item("response.function_call_arguments.done", &id, done)
             }
         };
@@ -313,7 +323,7 @@ impl Events {
             let part = json!({ "content_index": 0, "part": content(&part) });
             events += &self.of_item("response.content_part.done", &id, part);
         }
-        let item = item(&part, &id, "completed");
+        let item = item(&self.echo, &part, &id, "completed");
         let done = json!({ "output_index": self.done.len(), "item": item });
         events += &self.event("response.output_item.done", done);
         self.done.push(item);

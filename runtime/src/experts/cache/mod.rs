@@ -43,6 +43,7 @@ mod adaptive;
 mod decayed;
 mod lru;
 mod preload;
+mod resize;
 mod scored;
 #[cfg(test)]
 mod tests;

@@ -14,12 +14,19 @@ impl SlotCache {
     /// Returns `None`, and changes nothing, when the expert has a slot, the layer has no such
     /// expert, or no slot is empty.
     pub fn preload(&mut self, expert: u32) -> Option<u32> {
+        let slot = self.table.unused.last().copied()?;
+        self.preload_at(expert, slot)
+    }
+
+    /// [`preload`](Self::preload)s an expert into this slot, if that is empty.
+    pub(super) fn preload_at(&mut self, expert: u32, slot: u32) -> Option<u32> {
         let table = &mut self.table;
         if table.slot_of.get(expert as usize) != Some(&NONE) {
             return None;
         }
         let n_empty = table.unused.len() as u64;
-        let slot = table.unused.pop()?;
+        let at = table.unused.iter().rposition(|empty| *empty == slot)?;
+        table.unused.remove(at);
         table.slot_of[expert as usize] = slot;
         match &mut self.policy {
             Policy::Lru(lru) => lru.preload(expert),

@@ -93,6 +93,16 @@ impl<S: Score> Scored<S> {
         self.held[slot as usize] = NONE;
     }
 
+    /// Says which expert is in each slot, where that has changed.
+    pub(super) fn renumber(&mut self, held: Vec<u32>) {
+        self.held = held;
+    }
+
+    /// Adds empty slots.
+    pub(super) fn add_slots(&mut self, n: u32) {
+        self.held.resize(self.held.len() + n as usize, NONE);
+    }
+
     /// Gives an expert a slot before its first use. Of several, the one with the highest `rank`, at
     /// most the number of slots, stays longest.
     pub(super) fn preload(&mut self, expert: u32, slot: u32, rank: u64) {

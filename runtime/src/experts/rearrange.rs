@@ -1,0 +1,508 @@
+//! Pins and slots where another plan wants them, while steps go on.
+//!
+//! What the plan has no use for is given up between two steps, and its memory becomes
+//! [holes](Holes). New slots take theirs from these at once. New pins are copied from slots or read
+//! behind all other reads. Until its bytes are there, an expert is on the slow tier like any other,
+//! so a step never waits for any of this, and what it computes does not depend on it.
+//!
+//! Where no hole is large enough, buffers slide together, a bounded number of bytes between two
+//! steps.
+
+use super::ids::{ExpertId, LayerExpert, SlotId};
+use super::layer::{ExpertBacking, LayerExperts, Layout};
+use super::store::ExpertStore;
+use crate::tiers::arena::ArenaSlice;
+use crate::tiers::file::{Completion, FileTier, Priority};
+use crate::tiers::holes::{Holes, skipped};
+use crate::tiers::source::ALIGN;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use tier_plan_formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
+
+/// Set in the keys of reads of new pins; the two bits above are clear.
+const PIN_KEY_BIT: u64 = 1 << 61;
+
+/// Reads of new pins in flight at once. Of these only a few keep the drive busy.
+const MAX_IN_FLIGHT: usize = 8;
+
+/// Bytes that are copied between two steps, a few milliseconds' worth.
+const COPIED_BETWEEN_STEPS: usize = 32 << 20;
+
+/// An expert that is to be pinned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct NewPin {
+    target: LayerExpert,
+    tier: TierIdx,
+    bytes: usize,
+}
+
+/// Slots that a layer is to get.
+#[derive(Debug, Clone, Copy)]
+struct NewSlots {
+    layer: usize,
+    n: u32,
+}
+
+/// A read of a new pin in flight.
+struct PinRead {
+    key: u64,
+    pin: NewPin,
+}
+
+/// Where the experts of a layer are.
+pub(crate) struct Arrangement {
+    pub(crate) pins: Vec<Pins>,
+    pub(crate) slots: u32,
+    pub(crate) slot_tier: TierIdx,
+    pub(crate) policy: SlotPolicy,
+}
+
+/// What has become of a rearrangement, or will.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rearranged {
+    /// Bytes of all new pins.
+    pub total_bytes: u64,
+    /// Bytes of those that are in place.
+    pub done_bytes: u64,
+    /// Experts that stay on the slow tier because a read failed.
+    pub failed_pins: u64,
+    /// Experts that stay on the slow tier because their memory was in too many pieces.
+    pub left_pins: u64,
+    /// Slots that were left out because their memory was in too many pieces.
+    pub left_slots: u64,
+}
+
+/// The rearrangement that is under way, if one is, and free memory.
+#[derive(Default)]
+pub(super) struct Rearranger {
+    /// By tier.
+    holes: Vec<Holes>,
+    is_active: bool,
+    /// Without memory, the largest first.
+    pins: Vec<NewPin>,
+    /// Without memory.
+    slots: Vec<NewSlots>,
+    /// With memory, to be copied or read.
+    ready: VecDeque<(NewPin, ArenaSlice)>,
+    reading: Vec<PinRead>,
+    /// Read, to be pinned before the next step.
+    landed: Vec<(NewPin, ArenaSlice)>,
+    next_key: u64,
+    report: Rearranged,
+}
+
+/// What has a buffer that can be moved.
+#[derive(Debug, Clone, Copy)]
+enum Owner {
+    Pin(LayerExpert),
+    Slot(usize, SlotId),
+    Staging(usize),
+    Ready(usize),
+}
+
+impl Rearranger {
+    /// Whether a read with this key is of a new pin.
+    pub(super) fn owns(key: u64) -> bool {
+        key >> 61 == PIN_KEY_BIT >> 61
+    }
+
+    /// Takes a finished read.
+    pub(super) fn land(&mut self, completion: Completion) {
+        let Completion {
+            key,
+            buffer,
+            result,
+            ..
+        } = completion;
+        let Some(at) = self.reading.iter().position(|read| read.key == key) else {
+            return;
+        };
+        let pin = self.reading.swap_remove(at).pin;
+        if result.is_ok() {
+            self.landed.push((pin, buffer));
+        } else {
+            // A step that needs the expert reads it again, and its caller gets the error.
+            self.report.failed_pins += 1;
+            self.free(pin.tier, buffer);
+        }
+    }
+
+    /// Returns the free memory of a tier.
+    fn holes(&mut self, tier: TierIdx) -> &mut Holes {
+        if self.holes.len() <= tier.get() {
+            self.holes.resize_with(tier.get() + 1, Holes::default);
+        }
+        &mut self.holes[tier.get()]
+    }
+
+    fn free(&mut self, tier: TierIdx, buffer: ArenaSlice) {
+        self.holes(tier).put(buffer);
+    }
+
+    /// Returns the free bytes of all tiers.
+    #[cfg(test)]
+    pub(super) fn free_bytes(&self) -> usize {
+        self.holes.iter().map(Holes::bytes).sum()
+    }
+
+    /// Adds memory to a tier.
+    #[cfg(test)]
+    pub(super) fn add_memory(&mut self, tier: TierIdx, memory: ArenaSlice) {
+        self.free(tier, memory);
+    }
+
+    /// Whether nothing waits for memory.
+    fn all_placed(&self) -> bool {
+        self.pins.is_empty() && self.slots.is_empty()
+    }
+}
+
+impl ExpertStore {
+    /// Begins to move pins and slots to where `layers` has them, per layer with routed experts.
+    /// What they take together on a tier must not be more than pins and slots take there now. May be
+    /// called only between steps, and while no rearrangement is under way.
+    pub(crate) fn rearrange(&mut self, layers: &[LayerPlacement]) {
+        self.drop_predictions();
+        let (mut pins, mut slots) = (Vec::new(), Vec::new());
+        for (layer, wanted) in layers.iter().enumerate().take(self.layers.len()) {
+            self.give_up_pins(layer, wanted);
+            self.give_up_slots(layer, wanted);
+            let in_layer = &self.layers[layer];
+            let n = wanted.slots.saturating_sub(in_layer.cache.n_slots());
+            if n > 0 {
+                slots.push(NewSlots { layer, n });
+            }
+            let bytes = in_layer.expert_bytes();
+            for Pins { tier, experts } in &wanted.pinned {
+                let experts = experts.iter().copied().map(ExpertId::new);
+                let new = experts.filter(|expert| in_layer.is_on_slow_tier(*expert));
+                pins.extend(new.map(|expert| NewPin {
+                    target: LayerExpert { layer, expert },
+                    tier: *tier,
+                    bytes,
+                }));
+            }
+        }
+        pins.sort_by_key(|pin| std::cmp::Reverse(pin.bytes));
+        slots.sort_by_key(|s| std::cmp::Reverse(self.layers[s.layer].expert_bytes()));
+        let rearranger = &mut self.rearranger;
+        rearranger.report = Rearranged {
+            total_bytes: pins.iter().map(|pin| pin.bytes as u64).sum(),
+            ..Rearranged::default()
+        };
+        rearranger.is_active = true;
+        (rearranger.pins, rearranger.slots) = (pins, slots);
+        self.place();
+        let is_mapped = self.n_staging == 0;
+        self.layers
+            .iter_mut()
+            .for_each(|layer| layer.set_homes(is_mapped));
+    }
+
+    /// Returns an expert, with the position of its layer, that `layers` does not pin and buffers have
+    /// no room for, if there is one.
+    pub(crate) fn too_large(&self, layers: &[LayerPlacement]) -> Option<(usize, u32)> {
+        let leaving = |(layer, wanted): (usize, &LayerPlacement)| {
+            let in_layer = self.layers.get(layer)?;
+            let is_wanted = |e: &u32| wanted.pinned.iter().any(|pins| pins.experts.contains(e));
+            let pinned = in_layer.pins().into_iter().flat_map(|pins| pins.experts);
+            let leaving = pinned.filter(|expert| !is_wanted(expert));
+            let mut too_large =
+                leaving.filter(|e| !in_layer.has_room_for(&self.gguf, ExpertId::new(*e)));
+            too_large.next().map(|expert| (layer, expert))
+        };
+        layers.iter().enumerate().find_map(leaving)
+    }
+
+    /// Whether experts can be read to where they are wanted.
+    pub(crate) fn has_files(&self) -> bool {
+        self.files.is_some()
+    }
+
+    /// Gives up the pins of a layer that are not wanted where they are.
+    fn give_up_pins(&mut self, layer: usize, wanted: &LayerPlacement) {
+        for Pins { tier, experts } in self.layers[layer].pins() {
+            let stay = wanted.pinned.iter().find(|pins| pins.tier == tier);
+            let stay = stay.map_or(&[][..], |pins| &pins.experts);
+            let leave = experts.into_iter().filter(|expert| !stay.contains(expert));
+            for expert in leave.map(ExpertId::new) {
+                if let Some(bytes) = self.layers[layer].unpin(expert) {
+                    self.rearranger.free(tier, bytes);
+                }
+            }
+        }
+    }
+
+    /// Gives up the slots of a layer that are too many or on another tier, and changes the policy of
+    /// the others.
+    fn give_up_slots(&mut self, layer: usize, wanted: &LayerPlacement) {
+        let in_layer = &mut self.layers[layer];
+        let tier = in_layer.slot_tier;
+        let n = if tier == wanted.slot_tier {
+            wanted.slots
+        } else {
+            0
+        };
+        if n < in_layer.cache.n_slots() {
+            let kept = in_layer.cache.keep_slots(n);
+            let mut old = std::mem::take(&mut in_layer.slots);
+            in_layer.slots = kept.iter().map(|slot| old[*slot as usize].take()).collect();
+            for buffer in old.into_iter().flatten() {
+                self.rearranger.free(tier, buffer);
+            }
+        }
+        let in_layer = &mut self.layers[layer];
+        in_layer.slot_tier = wanted.slot_tier;
+        if in_layer.policy != wanted.policy {
+            in_layer.policy = wanted.policy;
+            in_layer.cache = in_layer.cache.with_policy(wanted.policy);
+        }
+    }
+
+    /// Gives memory to what waits for it, as far as holes are large enough.
+    fn place(&mut self) {
+        for pin in std::mem::take(&mut self.rearranger.pins) {
+            match self.rearranger.holes(pin.tier).take(pin.bytes, 1) {
+                Some(buffer) => self.rearranger.ready.push_back((pin, buffer)),
+                None => self.rearranger.pins.push(pin),
+            }
+        }
+        for NewSlots { layer, n } in std::mem::take(&mut self.rearranger.slots) {
+            let in_layer = &mut self.layers[layer];
+            let (len, align) = (in_layer.buffer_bytes(in_layer.layout), in_layer.alignment());
+            let holes = self.rearranger.holes(in_layer.slot_tier);
+            let buffers = std::iter::from_fn(|| holes.take(len, align)).take(n as usize);
+            in_layer.slots.extend(buffers.map(Some));
+            let added = in_layer.slots.len() as u32 - in_layer.cache.n_slots();
+            in_layer.cache.add_slots(added);
+            if added < n {
+                let n = n - added;
+                self.rearranger.slots.push(NewSlots { layer, n });
+            }
+        }
+    }
+
+    /// Goes on with the rearrangement, for a few milliseconds at most. Returns what has become of it
+    /// when it ends. May be called only between steps.
+    pub(crate) fn continue_rearranging(&mut self) -> Option<Rearranged> {
+        if !self.rearranger.is_active {
+            return None;
+        }
+        self.poll_completions();
+        for (pin, buffer) in std::mem::take(&mut self.rearranger.landed) {
+            self.pin(pin, buffer);
+        }
+        let mut left = COPIED_BETWEEN_STEPS;
+        self.fill_ready(&mut left);
+        if !self.rearranger.all_placed() && left > 0 {
+            let has_moved = self.slide(&mut left);
+            self.place();
+            if !has_moved && self.rearranger.reading.is_empty() {
+                self.leave_out();
+            }
+        }
+        let rearranger = &mut self.rearranger;
+        let is_done = rearranger.all_placed()
+            && rearranger.ready.is_empty()
+            && rearranger.reading.is_empty()
+            && rearranger.landed.is_empty();
+        rearranger.is_active = !is_done;
+        is_done.then_some(rearranger.report)
+    }
+
+    /// Returns how far the rearrangement is, if one is under way.
+    pub(crate) fn rearranging(&self) -> Option<Rearranged> {
+        let rearranger = &self.rearranger;
+        rearranger.is_active.then_some(rearranger.report)
+    }
+
+    /// Counts what found no memory, and forgets it.
+    fn leave_out(&mut self) {
+        let rearranger = &mut self.rearranger;
+        rearranger.report.left_pins += rearranger.pins.len() as u64;
+        let slots = rearranger.slots.iter().map(|slots| u64::from(slots.n));
+        rearranger.report.left_slots += slots.sum::<u64>();
+        rearranger.pins.clear();
+        rearranger.slots.clear();
+    }
+
+    /// Copies new pins from slots, or begins to read them.
+    fn fill_ready(&mut self, left: &mut usize) {
+        while *left > 0
+            && self.rearranger.reading.len() < MAX_IN_FLIGHT
+            && let Some((pin, mut buffer)) = self.rearranger.ready.pop_front()
+        {
+            if self.copy_from_slot(pin.target, &mut buffer) {
+                *left = left.saturating_sub(pin.bytes);
+                self.pin(pin, buffer);
+                continue;
+            }
+            let Some(files) = &self.files else {
+                self.rearranger.report.failed_pins += 1;
+                self.rearranger.free(pin.tier, buffer);
+                continue;
+            };
+            let LayerExpert { layer, expert } = pin.target;
+            let (layer, sums) = (&self.layers[layer], self.checksums.as_deref());
+            let spans = layer.spans(&self.gguf, expert.index(), Layout::Packed);
+            let checks = layer.checks(&self.gguf, sums, expert.index(), Layout::Packed);
+            let key = PIN_KEY_BIT | self.rearranger.next_key;
+            self.rearranger.next_key = (self.rearranger.next_key + 1) % PIN_KEY_BIT;
+            FileTier::submit_checked(files, key, &spans, checks, buffer, Priority::Background);
+            self.rearranger.reading.push(PinRead { key, pin });
+        }
+    }
+
+    /// Copies an expert's bytes, packed, from the slot that has them. Returns whether one does.
+    fn copy_from_slot(&self, target: LayerExpert, into: &mut ArenaSlice) -> bool {
+        let LayerExpert { layer, expert } = target;
+        let layer = &self.layers[layer];
+        let slot = layer.cache.slot(expert.get()).map(SlotId::new);
+        let Some(Some(bytes)) = slot.map(|slot| &layer.slots[slot.index()]) else {
+            return false;
+        };
+        for part in &layer.parts {
+            let place = layer.slice_location(&self.gguf, part, expert.index(), layer.layout);
+            into[part.packed_offset..][..part.slice_bytes]
+                .copy_from_slice(&bytes[place.buffer_offset..][..part.slice_bytes]);
+        }
+        true
+    }
+
+    /// Makes a buffer with an expert's bytes its backing copy.
+    fn pin(&mut self, pin: NewPin, bytes: ArenaSlice) {
+        let LayerExpert { layer, expert } = pin.target;
+        let layer = &mut self.layers[layer];
+        layer.cache.forget(expert.get());
+        layer.pin(expert.index(), pin.tier, bytes);
+        self.rearranger.report.done_bytes += pin.bytes as u64;
+    }
+
+    /// Slides buffers into the holes before them, on tiers where something waits for memory. Returns
+    /// whether any has moved.
+    fn slide(&mut self, left: &mut usize) -> bool {
+        let slots = self.rearranger.slots.iter();
+        let slots = slots.map(|slots| self.layers[slots.layer].slot_tier);
+        let pins = self.rearranger.pins.iter().map(|pin| pin.tier);
+        let tiers: BTreeSet<TierIdx> = pins.chain(slots).collect();
+        let mut owners = self.owners();
+        owners.sort_unstable_by_key(|(address, _)| *address);
+        let mut has_moved = false;
+        for tier in tiers {
+            for (address, owner) in &owners {
+                if *left == 0 {
+                    return has_moved;
+                }
+                let Some(hole) = self.rearranger.holes(tier).take_before(*address) else {
+                    continue;
+                };
+                let moved = self.slide_into(tier, hole, *owner);
+                has_moved |= moved > 0;
+                *left = left.saturating_sub(moved);
+            }
+        }
+        has_moved
+    }
+
+    /// Slides a buffer into the hole that ends where it begins. Returns the bytes of the buffer, or
+    /// 0 if it stays.
+    fn slide_into(&mut self, tier: TierIdx, hole: ArenaSlice, owner: Owner) -> usize {
+        let align = match owner {
+            Owner::Slot(layer, _) => self.layers[layer].alignment(),
+            Owner::Staging(_) => ALIGN,
+            Owner::Pin(_) | Owner::Ready(_) => 1,
+        };
+        let skipped = skipped(hole.address(), align);
+        let (nothing, hole) = hole.split(0);
+        let Some(buffer) = self.lend(owner).filter(|_| skipped < hole.capacity()) else {
+            self.rearranger.free(tier, hole);
+            return 0;
+        };
+        let buffer = std::mem::replace(buffer, nothing);
+        let (len, capacity, gap) = (buffer.len(), buffer.capacity(), hole.capacity());
+        let (moved, buffer) = match hole.join(buffer.restored()) {
+            Ok(mut whole) => {
+                whole.copy_within(gap..gap + len, skipped);
+                let (before, rest) = whole.split(skipped);
+                let (buffer, after) = rest.split(capacity);
+                self.rearranger.free(tier, before);
+                self.rearranger.free(tier, after);
+                (capacity, buffer)
+            }
+            // Neighbors in memory that are of two arenas.
+            Err((hole, buffer)) => {
+                self.rearranger.free(tier, hole);
+                (0, buffer)
+            }
+        };
+        if let Some(place) = self.lend(owner) {
+            *place = buffer;
+            place.truncate(len);
+        }
+        moved
+    }
+
+    /// Returns the addresses of all buffers that can be moved between two steps.
+    fn owners(&self) -> Vec<(usize, Owner)> {
+        let mut owners = Vec::new();
+        for (layer, in_layer) in self.layers.iter().enumerate() {
+            for expert in (0..in_layer.n_expert() as u32).map(ExpertId::new) {
+                if let ExpertBacking::Pinned { bytes, .. } = in_layer.backing(expert) {
+                    owners.push((bytes.address(), Owner::Pin(LayerExpert { layer, expert })));
+                }
+            }
+            for (slot, bytes) in in_layer.slots.iter().enumerate() {
+                let slot = SlotId::new(slot as u32);
+                owners.extend(
+                    bytes
+                        .iter()
+                        .map(|b| (b.address(), Owner::Slot(layer, slot))),
+                );
+            }
+        }
+        let staging = self.staging.iter().enumerate();
+        owners.extend(staging.map(|(i, bytes)| (bytes.address(), Owner::Staging(i))));
+        let ready = self.rearranger.ready.iter().enumerate();
+        owners.extend(ready.map(|(i, (_, bytes))| (bytes.address(), Owner::Ready(i))));
+        owners
+    }
+
+    /// Returns the buffer of an owner.
+    fn lend(&mut self, owner: Owner) -> Option<&mut ArenaSlice> {
+        match owner {
+            Owner::Pin(LayerExpert { layer, expert }) => self.layers[layer].pinned_mut(expert),
+            Owner::Slot(layer, slot) => self.layers[layer].slots[slot.index()].as_mut(),
+            Owner::Staging(i) => self.staging.get_mut(i),
+            Owner::Ready(i) => self.rearranger.ready.get_mut(i).map(|(_, bytes)| bytes),
+        }
+    }
+
+    /// Returns where the experts of each layer are.
+    pub(crate) fn arrangement(&self) -> Vec<Arrangement> {
+        let of_layer = |layer: &LayerExperts| Arrangement {
+            pins: layer.pins(),
+            slots: layer.cache.n_slots(),
+            slot_tier: layer.slot_tier,
+            policy: layer.policy,
+        };
+        self.layers.iter().map(of_layer).collect()
+    }
+
+    /// Returns the bytes that slots and staging take beyond those of the experts in them, by tier.
+    pub(crate) fn padding_bytes(&self) -> Vec<u64> {
+        let largest = |layout| self.layers.iter().map(|l| l.buffer_bytes(layout)).max();
+        let layout = self.layers.first().map_or(Layout::Packed, |l| l.layout);
+        let pad = largest(layout).unwrap_or(0) - largest(Layout::Packed).unwrap_or(0);
+        let mut padding = BTreeMap::from([(self.staging_tier, pad * self.n_staging)]);
+        for layer in self.layers.iter().filter(|layer| !layer.slots_on_gpu) {
+            let pad = layer.buffer_bytes(layer.layout) - layer.buffer_bytes(Layout::Packed);
+            *padding.entry(layer.slot_tier).or_default() += pad * layer.slots.len();
+        }
+        let last = padding.keys().last().map_or(0, |tier| tier.get() + 1);
+        let of_tier = |tier| {
+            padding
+                .get(&TierIdx::new(tier))
+                .map_or(0, |bytes| *bytes as u64)
+        };
+        (0..last).map(of_tier).collect()
+    }
+}

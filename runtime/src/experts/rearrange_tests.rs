@@ -1,0 +1,309 @@
+//! The store while its pins and slots move: whatever is accessed meanwhile and whichever reads fail,
+//! experts have the bytes of the file, and no memory is lost.
+
+use super::ids::{ExpertId, LayerExpert};
+use super::layer::{ExpertBacking, Layout};
+use super::rearrange::Rearranged;
+use super::store::ExpertStore;
+use super::tests::{Choice, Setup, TestStep, steps, store, take};
+use crate::tiers::arena::{Arena, ArenaSlice};
+use proptest::prelude::*;
+use std::sync::{Arc, Mutex};
+use tier_plan_formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
+
+/// Tiers with memory for experts; the one between them is the slow one.
+const TIERS: [TierIdx; 2] = [TierIdx::FIRST, TierIdx::new(2)];
+
+/// Where a layer's experts are to be: the tier of each that is pinned, and slots.
+#[derive(Clone, Debug)]
+struct Wanted {
+    pins: Vec<Option<usize>>,
+    slots: u32,
+    slot_tier: usize,
+    policy: SlotPolicy,
+}
+
+fn wanted(n_expert: usize) -> impl Strategy<Value = Wanted> {
+    let policy = prop_oneof![
+        Just(SlotPolicy::Lru),
+        (1u32..20).prop_map(|half_life| SlotPolicy::Lfu { half_life }),
+    ];
+    let pins = proptest::collection::vec(proptest::option::weighted(0.4, 0usize..2), n_expert);
+    (pins, 0u32..5, 0usize..2, policy).prop_map(|(pins, slots, slot_tier, policy)| Wanted {
+        pins,
+        slots,
+        slot_tier,
+        policy,
+    })
+}
+
+/// Returns plans of layers that fit the bytes of the tiers, with as much of what is wanted as does.
+fn placements(store: &ExpertStore, wanted: &[Wanted], mut left: [usize; 2]) -> Vec<LayerPlacement> {
+    let mut layers = Vec::new();
+    for (layer, wanted) in wanted.iter().enumerate().take(store.layers.len()) {
+        let bytes = store.layers[layer].expert_bytes();
+        let mut fits = |tier: usize| {
+            let fits = left[tier] >= bytes;
+            left[tier] -= bytes * usize::from(fits);
+            fits
+        };
+        let mut pinned = TIERS.map(|tier| Pins {
+            tier,
+            experts: Vec::new(),
+        });
+        let n_expert = store.layers[layer].n_expert();
+        for (expert, tier) in wanted.pins.iter().enumerate().take(n_expert) {
+            if let Some(tier) = tier.filter(|tier| fits(*tier)) {
+                pinned[tier].experts.push(expert as u32);
+            }
+        }
+        layers.push(LayerPlacement {
+            layer: layer as u32,
+            slots: (0..wanted.slots).filter(|_| fits(wanted.slot_tier)).count() as u32,
+            pinned: pinned
+                .into_iter()
+                .filter(|p| !p.experts.is_empty())
+                .collect(),
+            slot_tier: TIERS[wanted.slot_tier],
+            policy: wanted.policy,
+        });
+    }
+    layers
+}
+
+/// Returns all bytes of memory for experts.
+fn held_bytes(store: &ExpertStore) -> usize {
+    let of_layer = |layer: &super::layer::LayerExperts| {
+        let experts = (0..layer.n_expert() as u32).map(ExpertId::new);
+        let pins = experts.filter_map(|expert| match layer.backing(expert) {
+            ExpertBacking::Pinned { bytes, .. } => Some(bytes),
+            _ => None,
+        });
+        let slots = layer.slots.iter().flatten();
+        pins.chain(slots).map(ArenaSlice::capacity).sum::<usize>()
+    };
+    store.layers.iter().map(of_layer).sum::<usize>() + store.rearranger.free_bytes()
+}
+
+/// Fails if a pinned expert has other bytes than the file.
+fn check_pins(store: &ExpertStore) {
+    for layer in &store.layers {
+        for expert in (0..layer.n_expert() as u32).map(ExpertId::new) {
+            let ExpertBacking::Pinned { bytes, .. } = layer.backing(expert) else {
+                continue;
+            };
+            assert!(
+                !layer.cache.contains(expert.get()),
+                "it has no use for a slot"
+            );
+            for part in &layer.parts {
+                let all = store.gguf.bytes(&store.gguf.tensors()[part.tensor]);
+                let expected = &all[expert.index() * part.slice_bytes..][..part.slice_bytes];
+                assert!(
+                    &bytes[part.packed_offset..][..part.slice_bytes] == expected,
+                    "{expert:?}"
+                );
+            }
+        }
+    }
+}
+
+/// Fails if experts are elsewhere than a plan that has come to its end says.
+fn check_arrangement(store: &ExpertStore, plan: &[LayerPlacement], ended: Rearranged) {
+    let (mut missing_pins, mut missing_slots) = (0, 0);
+    for (now, wanted) in store.arrangement().iter().zip(plan) {
+        let n = |pins: &[Pins]| {
+            pins.iter()
+                .map(|pins| pins.experts.len() as u64)
+                .sum::<u64>()
+        };
+        missing_pins += n(&wanted.pinned) - n(&now.pins);
+        missing_slots += u64::from(wanted.slots - now.slots);
+        for pins in &now.pins {
+            let wanted = wanted
+                .pinned
+                .iter()
+                .find(|wanted| wanted.tier == pins.tier)
+                .unwrap();
+            assert!(
+                pins.experts
+                    .iter()
+                    .all(|expert| wanted.experts.contains(expert))
+            );
+        }
+        assert_eq!(
+            (now.policy, now.slot_tier),
+            (wanted.policy, wanted.slot_tier)
+        );
+    }
+    assert_eq!(
+        missing_pins,
+        ended.failed_pins + ended.left_pins,
+        "{ended:?}"
+    );
+    assert_eq!(missing_slots, ended.left_slots, "{ended:?}");
+    if missing_pins == 0 {
+        assert_eq!(ended.done_bytes, ended.total_bytes);
+    }
+}
+
+/// Gives a store a second tier with room for `n` experts of its first layer. Returns the bytes for
+/// experts on both tiers, without what whole pages take.
+fn add_tier(store: &mut ExpertStore, n: usize) -> [usize; 2] {
+    let bytes = n * store.layers[0].expert_bytes();
+    let memory = Arena::new("second", bytes as u64)
+        .unwrap()
+        .take(bytes)
+        .unwrap();
+    store.rearranger.add_memory(TIERS[1], memory);
+    let slots = store
+        .layers
+        .iter()
+        .map(|l| l.slots.len() * l.expert_bytes());
+    [slots.sum(), bytes]
+}
+
+/// Comes to the end of a rearrangement.
+fn finish(store: &mut ExpertStore) -> Rearranged {
+    for _ in 0..100_000 {
+        if let Some(ended) = store.continue_rearranging() {
+            return ended;
+        }
+        std::thread::sleep(std::time::Duration::from_micros(20));
+    }
+    panic!("it comes to no end: {:?}", store.rearranging());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn experts_move_and_keep_their_bytes(
+        plans in proptest::collection::vec((proptest::collection::vec(wanted(8), 3), steps()), 1..4),
+        slots in 0usize..6,
+        staging in prop_oneof![Just(0usize), 1usize..16],
+        whole_pages in any::<bool>(),
+        second in 0usize..6,
+        failing in proptest::collection::vec(1u64..200, 0..8),
+    ) {
+        let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
+        let setup = Setup {
+            policy: SlotPolicy::Lru, slots, staging, layout, copy: None, on_gpu: false, damaged: None,
+        };
+        let mut store = store(&setup, &Arc::new(Mutex::new((0, failing))));
+        let room = add_tier(&mut store, second);
+        let all = held_bytes(&store);
+        for (wanted, steps) in &plans {
+            let plan = placements(&store, wanted, room);
+            prop_assert_eq!(store.too_large(&plan), None);
+            store.rearrange(&plan);
+            let mut ended = None;
+            for TestStep { used: Choice { layer, experts }, batch, .. } in steps {
+                // A token's experts are all in flight at once, so staging must hold them.
+                let batch = *batch || (staging > 0 && experts.len() > staging);
+                let _ = take(&mut store, *layer, experts, batch);
+                ended = store.continue_rearranging().or(ended);
+                check_pins(&store);
+            }
+            let ended = ended.unwrap_or_else(|| finish(&mut store));
+            check_pins(&store);
+            check_arrangement(&store, &plan, ended);
+            prop_assert_eq!(store.rearranging(), None);
+            prop_assert_eq!(held_bytes(&store), all);
+        }
+    }
+}
+
+#[test]
+fn scattered_holes_become_one() {
+    // Pins of two layers lie between each other, and slots for whole pages are larger than pins.
+    let setup = Setup {
+        policy: SlotPolicy::Lru,
+        slots: 4,
+        staging: 2,
+        layout: Layout::WholePages,
+        copy: None,
+        on_gpu: false,
+        damaged: None,
+    };
+    let mut store = store(&setup, &Arc::default());
+    let n_layers = store.layers.len();
+    let plan = |pins: &[u32], slots: u32| -> Vec<LayerPlacement> {
+        let layer = |layer| LayerPlacement {
+            layer,
+            pinned: vec![Pins {
+                tier: TIERS[0],
+                experts: pins.to_vec(),
+            }],
+            slots,
+            slot_tier: TIERS[0],
+            policy: SlotPolicy::Lru,
+        };
+        (0..n_layers as u32).map(layer).collect()
+    };
+    store.rearrange(&plan(&[0, 1, 2, 3], 0));
+    assert_eq!(finish(&mut store).left_pins, 0);
+    let room = store.layers[0].buffer_bytes(Layout::WholePages);
+    store.rearrange(&plan(&[1, 3], 0));
+    finish(&mut store);
+    let held = store.rearranger.free_bytes();
+    assert!(held >= room, "there is memory for a slot");
+    store.rearrange(&plan(&[1, 3], 1));
+    let ended = finish(&mut store);
+    assert_eq!((ended.left_slots, ended.left_pins), (0, 0));
+    check_pins(&store);
+    (0..n_layers).for_each(|layer| take(&mut store, layer, &[0, 1, 2, 3], false).unwrap());
+}
+
+#[test]
+fn a_new_pin_is_copied_from_its_slot() {
+    let setup = Setup {
+        policy: SlotPolicy::Lru,
+        slots: 2,
+        staging: 2,
+        layout: Layout::WholePages,
+        copy: None,
+        on_gpu: false,
+        damaged: None,
+    };
+    // No read after the first two succeeds.
+    let reads = Arc::new(Mutex::new((0, Vec::new())));
+    let mut store = store(&setup, &reads);
+    add_tier(&mut store, 2);
+    take(&mut store, 0, &[6, 7], false).unwrap();
+    let n_reads = reads.lock().unwrap().0;
+    reads.lock().unwrap().1 = (n_reads + 1..n_reads + 1000).collect();
+    let mut plan = placements(&store, &[], [0, 0]);
+    for layer in 0..store.layers.len() {
+        let experts = if layer == 0 { vec![7] } else { Vec::new() };
+        plan.push(LayerPlacement {
+            layer: layer as u32,
+            pinned: vec![Pins {
+                tier: TIERS[1],
+                experts,
+            }],
+            slots: 2,
+            slot_tier: TIERS[0],
+            policy: SlotPolicy::Lru,
+        });
+    }
+    store.rearrange(&plan);
+    let ended = finish(&mut store);
+    assert_eq!(
+        (ended.done_bytes, ended.failed_pins),
+        (store.expert_bytes(0), 0)
+    );
+    check_pins(&store);
+    let target = LayerExpert {
+        layer: 0,
+        expert: ExpertId::new(7),
+    };
+    assert!(matches!(
+        store.layers[0].backing(target.expert),
+        ExpertBacking::Pinned { tier, .. } if *tier == TIERS[1]
+    ));
+    let mut step = store.begin(0, &[6, 7], vec![6, 7]);
+    assert_eq!((step.pinned_hits, step.slot_hits, step.misses), (1, 1, 0));
+    (0..2).for_each(|at| store.release(&mut step, at));
+    store.finish(&mut step).unwrap();
+}
