@@ -116,6 +116,7 @@ pub fn messages() -> Vec<Value> {
         "tool_choice": {"type": "auto", "disable_parallel_tool_use": true},
         "messages": [
             {"role": "user", "content": "a"},
+            {"role": "system", "content": [{"type": "text", "text": "s"}]},
             {"role": "assistant", "content": [
                 {"type": "thinking", "thinking": "t"}, {"type": "redacted_thinking"}, {"type": "text", "text": "b"},
                 {"type": "tool_use", "id": "i", "name": "f", "input": {"x": 1}},
@@ -140,15 +141,18 @@ pub fn responses() -> Vec<Value> {
         "text": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
         "tools": [
             {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true},
+            {"type": "namespace", "name": "n", "tools": [
+                {"type": "function", "name": "g", "description": "d", "parameters": {"type": "object"}, "strict": true},
+            ]},
             {"type": "web_search"},
         ],
-        "tool_choice": {"type": "function", "name": "f"}, "truncation": "disabled", "modalities": ["text"],
+        "tool_choice": {"type": "function", "name": "g", "namespace": "n"}, "truncation": "disabled", "modalities": ["text"],
         "background": false, "previous_response_id": null,
         "input": [
             {"type": "message", "role": "developer", "content": "d"},
             {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
             {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]},
-            {"type": "function_call", "call_id": "i", "name": "f", "arguments": "{}"},
+            {"type": "function_call", "call_id": "i", "name": "f", "namespace": "n", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "i", "output": [{"type": "input_text", "text": "o"}]},
         ],
     });
