@@ -2,7 +2,7 @@
 //! and it ends soon.
 
 mod bodies;
-mod client;
+pub mod client;
 mod llama;
 mod openapi;
 mod page;

@@ -3,6 +3,7 @@
 
 use std::process::ExitCode;
 use tier_plan_planner::chat::jinja::worker;
+use tier_plan_planner::cmd::launch::Ended;
 use tier_plan_planner::interrupt::{self, Interrupted};
 use tier_plan_planner::{cmd, print};
 use tier_plan_runtime::RunError;
@@ -19,6 +20,11 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     let ended = cmd::dispatch(command);
+    if let Err(error) = &ended
+        && let Some(Ended(code)) = error.downcast_ref()
+    {
+        return ExitCode::from(*code);
+    }
     match &ended {
         // No message after Ctrl-C, since the user knows.
         Err(error) if !error.is::<Interrupted>() && !is_canceled(error) => print::error(error),

@@ -82,6 +82,9 @@ pub struct ServeArgs {
     /// Write the log as JSON, one object per line
     #[arg(long, help_heading = "Server")]
     pub log_json: bool,
+    /// End when standard input does, so that no server outlives the program that started it
+    #[arg(long, hide = true)]
+    pub end_with_input: bool,
     /// Most milliseconds between two tokens of a text while prompts are read, or `auto` for what the
     /// predicted steps suggest
     #[arg(
@@ -155,6 +158,9 @@ impl ServeArgs {
 /// # Errors
 /// When an option is invalid, the address is taken, or the model cannot be loaded.
 pub fn run(args: &ServeArgs) -> Result<()> {
+    if args.end_with_input {
+        crate::interrupt::end_with_input().context("watching standard input")?;
+    }
     let model = args.model.path()?;
     let sampling = args.texts.sampling.checked()?;
     args.texts.kept.bytes()?;
