@@ -61,7 +61,11 @@ pub(crate) enum ExpertBacking {
     /// In the mapped file, where it computes.
     Mapped,
     /// In a tier's arena, where it computes.
-    Pinned { tier: TierIdx, bytes: ArenaSlice },
+    Pinned {
+        tier: TierIdx,
+        bytes: ArenaSlice,
+        layout: Layout,
+    },
     /// In the memory of the GPU of this tier, where it computes.
     Gpu(TierIdx),
     /// On the slow tier. It shares the layer's slots and staging with the other pooled experts.
@@ -185,7 +189,35 @@ impl LayerExperts {
 
     /// Makes a tier's arena the backing of an expert, whose bytes are [packed](Layout::Packed).
     pub(crate) fn pin(&mut self, expert: usize, tier: TierIdx, bytes: ArenaSlice) {
-        self.backings[expert] = ExpertBacking::Pinned { tier, bytes };
+        self.backings[expert] = ExpertBacking::Pinned {
+            tier,
+            bytes,
+            layout: Layout::Packed,
+        };
+    }
+
+    /// Makes the buffer of an expert's slot its backing. The slot is empty then, and has no buffer.
+    pub(super) fn pin_in_slot(&mut self, expert: ExpertId) {
+        let slot = self.cache.slot(expert.get()).map(SlotId::new);
+        let Some(bytes) = slot.and_then(|slot| self.slots[slot.index()].take()) else {
+            return;
+        };
+        self.cache.forget(expert.get());
+        self.backings[expert.index()] = ExpertBacking::Pinned {
+            tier: self.slot_tier,
+            bytes,
+            layout: self.layout,
+        };
+    }
+
+    /// Returns the bytes that pinned experts take beyond their own, with their tiers.
+    pub(super) fn pin_padding(&self) -> impl Iterator<Item = (TierIdx, usize)> {
+        self.backings.iter().filter_map(|backing| match backing {
+            ExpertBacking::Pinned { tier, layout, .. } => {
+                Some((*tier, self.buffer_bytes(*layout) - self.expert_bytes))
+            }
+            _ => None,
+        })
     }
 
     /// Makes the GPU of a tier the backing of an expert.
@@ -206,10 +238,14 @@ impl LayerExperts {
         }
     }
 
-    /// Whether the expert has no other copy than that on the slow tier.
-    pub(super) fn is_on_slow_tier(&self, expert: ExpertId) -> bool {
-        let backing = self.backings.get(expert.index());
-        matches!(backing, Some(ExpertBacking::Mapped | ExpertBacking::Pooled))
+    /// Returns those of these experts that are not pinned on their tier and can be.
+    pub(super) fn not_on_tier(&self, pins: &Pins) -> impl Iterator<Item = ExpertId> {
+        let experts = pins.experts.iter().copied().map(ExpertId::new);
+        experts.filter(move |expert| match self.backings.get(expert.index()) {
+            Some(ExpertBacking::Pinned { tier, .. }) => *tier != pins.tier,
+            Some(ExpertBacking::Mapped | ExpertBacking::Pooled) => true,
+            Some(ExpertBacking::Gpu(_)) | None => false,
+        })
     }
 
     /// Returns the memory of a pinned expert.

@@ -1,9 +1,11 @@
 //! Pins and slots where another plan wants them, while steps go on.
 //!
-//! What the plan has no use for is given up between two steps, and its memory becomes
-//! [holes](Holes). New slots take theirs from these at once. New pins are copied from slots or read
-//! behind all other reads. Until its bytes are there, an expert is on the slow tier like any other,
-//! so a step never waits for any of this, and what it computes does not depend on it.
+//! The layers change one after the other. What the plan has no use for in a layer is given up between
+//! two steps, and its memory becomes [holes](Holes). A slot that is given up while it holds an expert
+//! that is to be pinned becomes its pin as it is. New slots take memory from the holes at once. Other
+//! new pins are copied from slots or read behind all other reads. Until its bytes are there, an expert
+//! is on the slow tier like any other, so a step never waits for any of this, and what it computes does
+//! not depend on it.
 //!
 //! Where no hole is large enough, buffers slide together, a bounded number of bytes between two
 //! steps.
@@ -77,7 +79,9 @@ pub(super) struct Rearranger {
     /// By tier.
     holes: Vec<Holes>,
     is_active: bool,
-    /// Without memory, the largest first.
+    /// Layers that have not changed yet, by position.
+    to: VecDeque<(usize, LayerPlacement)>,
+    /// Without memory.
     pins: Vec<NewPin>,
     /// Without memory.
     slots: Vec<NewSlots>,
@@ -150,6 +154,11 @@ impl Rearranger {
         self.free(tier, memory);
     }
 
+    /// Whether no new pin is being read or waits for that.
+    fn is_idle(&self) -> bool {
+        self.ready.is_empty() && self.reading.is_empty() && self.landed.is_empty()
+    }
+
     /// Whether nothing waits for memory.
     fn all_placed(&self) -> bool {
         self.pins.is_empty() && self.slots.is_empty()
@@ -162,40 +171,49 @@ impl ExpertStore {
     /// called only between steps, and while no rearrangement is under way.
     pub(crate) fn rearrange(&mut self, layers: &[LayerPlacement]) {
         self.drop_predictions();
-        let (mut pins, mut slots) = (Vec::new(), Vec::new());
-        for (layer, wanted) in layers.iter().enumerate().take(self.layers.len()) {
-            self.give_up_pins(layer, wanted);
-            self.give_up_slots(layer, wanted);
-            let in_layer = &self.layers[layer];
-            let n = wanted.slots.saturating_sub(in_layer.cache.n_slots());
-            if n > 0 {
-                slots.push(NewSlots { layer, n });
-            }
-            let bytes = in_layer.expert_bytes();
-            for Pins { tier, experts } in &wanted.pinned {
-                let experts = experts.iter().copied().map(ExpertId::new);
-                let new = experts.filter(|expert| in_layer.is_on_slow_tier(*expert));
-                pins.extend(new.map(|expert| NewPin {
-                    target: LayerExpert { layer, expert },
-                    tier: *tier,
-                    bytes,
-                }));
-            }
-        }
-        pins.sort_by_key(|pin| std::cmp::Reverse(pin.bytes));
-        slots.sort_by_key(|s| std::cmp::Reverse(self.layers[s.layer].expert_bytes()));
-        let rearranger = &mut self.rearranger;
-        rearranger.report = Rearranged {
-            total_bytes: pins.iter().map(|pin| pin.bytes as u64).sum(),
+        let to: VecDeque<_> = layers.iter().cloned().enumerate().collect();
+        let to_be_pinned = |(layer, wanted): &(usize, LayerPlacement)| {
+            let in_layer = self.layers.get(*layer)?;
+            let pins = wanted.pinned.iter();
+            let new = pins
+                .map(|pins| in_layer.not_on_tier(pins).count())
+                .sum::<usize>();
+            Some((new * in_layer.expert_bytes()) as u64)
+        };
+        self.rearranger.report = Rearranged {
+            total_bytes: to.iter().filter_map(to_be_pinned).sum(),
             ..Rearranged::default()
         };
-        rearranger.is_active = true;
-        (rearranger.pins, rearranger.slots) = (pins, slots);
+        self.rearranger.to = to;
+        self.rearranger.is_active = true;
+    }
+
+    /// Begins with the next layer.
+    fn begin_layer(&mut self) {
+        let Some((layer, wanted)) = self.rearranger.to.pop_front() else {
+            return;
+        };
+        if layer >= self.layers.len() {
+            return;
+        }
+        self.give_up_pins(layer, &wanted);
+        self.give_up_slots(layer, &wanted);
+        let in_layer = &self.layers[layer];
+        let n = wanted.slots.saturating_sub(in_layer.cache.n_slots());
+        if n > 0 {
+            self.rearranger.slots.push(NewSlots { layer, n });
+        }
+        let bytes = in_layer.expert_bytes();
+        for pins in &wanted.pinned {
+            let new = in_layer.not_on_tier(pins).map(|expert| NewPin {
+                target: LayerExpert { layer, expert },
+                tier: pins.tier,
+                bytes,
+            });
+            self.rearranger.pins.extend(new);
+        }
         self.place();
-        let is_mapped = self.n_staging == 0;
-        self.layers
-            .iter_mut()
-            .for_each(|layer| layer.set_homes(is_mapped));
+        self.layers[layer].set_homes(self.n_staging == 0);
     }
 
     /// Returns an expert, with the position of its layer, that `layers` does not pin and buffers have
@@ -233,7 +251,7 @@ impl ExpertStore {
     }
 
     /// Gives up the slots of a layer that are too many or on another tier, and changes the policy of
-    /// the others.
+    /// the others. Those that hold what is to be pinned on their tier become pins.
     fn give_up_slots(&mut self, layer: usize, wanted: &LayerPlacement) {
         let in_layer = &mut self.layers[layer];
         let tier = in_layer.slot_tier;
@@ -242,7 +260,18 @@ impl ExpertStore {
         } else {
             0
         };
-        if n < in_layer.cache.n_slots() {
+        let surplus = in_layer.cache.n_slots().saturating_sub(n);
+        if surplus > 0 {
+            let pins = wanted.pinned.iter().filter(|pins| pins.tier == tier);
+            let new = pins.flat_map(|pins| in_layer.not_on_tier(pins));
+            let in_slots = new.filter(|expert| in_layer.cache.contains(expert.get()));
+            let in_slots: Vec<ExpertId> = in_slots.take(surplus as usize).collect();
+            for expert in &in_slots {
+                in_layer.pin_in_slot(*expert);
+            }
+            let bytes = in_slots.len() * in_layer.expert_bytes();
+            self.rearranger.report.done_bytes += bytes as u64;
+
             let kept = in_layer.cache.keep_slots(n);
             let mut old = std::mem::take(&mut in_layer.slots);
             in_layer.slots = kept.iter().map(|slot| old[*slot as usize].take()).collect();
@@ -291,9 +320,13 @@ impl ExpertStore {
         for (pin, buffer) in std::mem::take(&mut self.rearranger.landed) {
             self.pin(pin, buffer);
         }
+        if self.rearranger.is_idle() {
+            self.begin_layer();
+        }
         let mut left = COPIED_BETWEEN_STEPS;
         self.fill_ready(&mut left);
-        if !self.rearranger.all_placed() && left > 0 {
+        // Layers that are still to change may give up what is missing.
+        if self.rearranger.to.is_empty() && !self.rearranger.all_placed() && left > 0 {
             let has_moved = self.slide(&mut left);
             self.place();
             if !has_moved && self.rearranger.reading.is_empty() {
@@ -301,10 +334,7 @@ impl ExpertStore {
             }
         }
         let rearranger = &mut self.rearranger;
-        let is_done = rearranger.all_placed()
-            && rearranger.ready.is_empty()
-            && rearranger.reading.is_empty()
-            && rearranger.landed.is_empty();
+        let is_done = rearranger.is_idle() && rearranger.all_placed() && rearranger.to.is_empty();
         rearranger.is_active = !is_done;
         is_done.then_some(rearranger.report)
     }
@@ -496,6 +526,9 @@ impl ExpertStore {
         for layer in self.layers.iter().filter(|layer| !layer.slots_on_gpu) {
             let pad = layer.buffer_bytes(layer.layout) - layer.buffer_bytes(Layout::Packed);
             *padding.entry(layer.slot_tier).or_default() += pad * layer.slots.len();
+            for (tier, pad) in layer.pin_padding() {
+                *padding.entry(tier).or_default() += pad;
+            }
         }
         let last = padding.keys().last().map_or(0, |tier| tier.get() + 1);
         let of_tier = |tier| {

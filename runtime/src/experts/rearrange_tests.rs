@@ -89,7 +89,7 @@ fn held_bytes(store: &ExpertStore) -> usize {
 fn check_pins(store: &ExpertStore) {
     for layer in &store.layers {
         for expert in (0..layer.n_expert() as u32).map(ExpertId::new) {
-            let ExpertBacking::Pinned { bytes, .. } = layer.backing(expert) else {
+            let ExpertBacking::Pinned { bytes, layout, .. } = layer.backing(expert) else {
                 continue;
             };
             assert!(
@@ -99,10 +99,9 @@ fn check_pins(store: &ExpertStore) {
             for part in &layer.parts {
                 let all = store.gguf.bytes(&store.gguf.tensors()[part.tensor]);
                 let expected = &all[expert.index() * part.slice_bytes..][..part.slice_bytes];
-                assert!(
-                    &bytes[part.packed_offset..][..part.slice_bytes] == expected,
-                    "{expert:?}"
-                );
+                let place = layer.slice_location(&store.gguf, part, expert.index(), *layout);
+                let found = &bytes[place.buffer_offset..][..part.slice_bytes];
+                assert!(found == expected, "{expert:?}");
             }
         }
     }
@@ -306,4 +305,51 @@ fn a_new_pin_is_copied_from_its_slot() {
     assert_eq!((step.pinned_hits, step.slot_hits, step.misses), (1, 1, 0));
     (0..2).for_each(|at| store.release(&mut step, at));
     store.finish(&mut step).unwrap();
+}
+
+#[test]
+fn a_slot_that_is_given_up_becomes_the_pin_of_its_expert() {
+    for layout in [Layout::Packed, Layout::WholePages] {
+        let setup = Setup {
+            policy: SlotPolicy::Lru,
+            slots: 3,
+            staging: 4,
+            layout,
+            copy: None,
+            on_gpu: false,
+            damaged: None,
+        };
+        let reads = Arc::new(Mutex::new((0, Vec::new())));
+        let mut store = store(&setup, &reads);
+        let held = held_bytes(&store);
+        (0..store.layers.len()).for_each(|l| take(&mut store, l, &[5, 6, 7], false).unwrap());
+        let n_reads = reads.lock().unwrap().0;
+        let layer = |layer| LayerPlacement {
+            layer,
+            pinned: vec![Pins {
+                tier: TIERS[0],
+                experts: vec![6, 7],
+            }],
+            slots: 1,
+            slot_tier: TIERS[0],
+            policy: SlotPolicy::Lru,
+        };
+        let plan: Vec<_> = (0..store.layers.len() as u32).map(layer).collect();
+        store.rearrange(&plan);
+        let ended = finish(&mut store);
+        check_arrangement(&store, &plan, ended);
+        check_pins(&store);
+        assert_eq!(reads.lock().unwrap().0, n_reads, "nothing is read");
+        for layer in 0..store.layers.len() {
+            let mut step = store.begin(layer, &[5, 6, 7], vec![5, 6, 7]);
+            assert_eq!((step.pinned_hits, step.slot_hits, step.misses), (2, 1, 0));
+            (0..3).for_each(|at| {
+                let (found, expected) = super::tests::shown(&store, &step, at);
+                assert!(found == expected);
+                store.release(&mut step, at);
+            });
+            store.finish(&mut step).unwrap();
+        }
+        assert_eq!(held_bytes(&store), held);
+    }
 }
