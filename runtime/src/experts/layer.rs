@@ -210,6 +210,36 @@ impl LayerExperts {
         };
     }
 
+    /// Returns pinned experts that are not packed.
+    pub(super) fn loose_pins(&self) -> Vec<ExpertId> {
+        let loose = self.backings.iter().enumerate().filter(|(_, backing)| {
+            matches!(backing, ExpertBacking::Pinned { layout, .. } if *layout != Layout::Packed)
+        });
+        loose.map(|(e, _)| ExpertId::new(e as u32)).collect()
+    }
+
+    /// Packs a pinned expert within its memory, and returns what that leaves, with its tier.
+    pub(super) fn pack_pin(
+        &mut self,
+        gguf: &Gguf,
+        expert: ExpertId,
+    ) -> Option<(TierIdx, ArenaSlice)> {
+        let backing = self.backings.get(expert.index())?;
+        let &ExpertBacking::Pinned { tier, layout, .. } = backing else {
+            return None;
+        };
+        let mut bytes = self.unpin(expert)?;
+        // No part lies before its packed place, so none overwrites one that comes later.
+        for part in &self.parts {
+            let from = self.slice_location(gguf, part, expert.index(), layout);
+            let from = from.buffer_offset;
+            bytes.copy_within(from..from + part.slice_bytes, part.packed_offset);
+        }
+        let (bytes, rest) = bytes.restored().split(self.expert_bytes);
+        self.pin(expert.index(), tier, bytes);
+        Some((tier, rest))
+    }
+
     /// Returns the bytes that pinned experts take beyond their own, with their tiers.
     pub(super) fn pin_padding(&self) -> impl Iterator<Item = (TierIdx, usize)> {
         self.backings.iter().filter_map(|backing| match backing {

@@ -327,7 +327,8 @@ impl ExpertStore {
         self.fill_ready(&mut left);
         // Layers that are still to change may give up what is missing.
         if self.rearranger.to.is_empty() && !self.rearranger.all_placed() && left > 0 {
-            let has_moved = self.slide(&mut left);
+            let mut has_moved = self.pack_pins(&mut left);
+            has_moved |= self.slide(&mut left);
             self.place();
             if !has_moved && self.rearranger.reading.is_empty() {
                 self.leave_out();
@@ -405,6 +406,25 @@ impl ExpertStore {
         layer.cache.forget(expert.get());
         layer.pin(expert.index(), pin.tier, bytes);
         self.rearranger.report.done_bytes += pin.bytes as u64;
+    }
+
+    /// Packs pins that were slots, so that the room for whole pages around them becomes holes. Returns
+    /// whether any was packed.
+    fn pack_pins(&mut self, left: &mut usize) -> bool {
+        let mut has_packed = false;
+        for layer in &mut self.layers {
+            for expert in layer.loose_pins() {
+                if *left == 0 {
+                    return has_packed;
+                }
+                if let Some((tier, rest)) = layer.pack_pin(&self.gguf, expert) {
+                    self.rearranger.free(tier, rest);
+                    *left = left.saturating_sub(layer.expert_bytes());
+                    has_packed = true;
+                }
+            }
+        }
+        has_packed
     }
 
     /// Slides buffers into the holes before them, on tiers where something waits for memory. Returns
