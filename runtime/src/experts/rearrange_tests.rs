@@ -218,7 +218,7 @@ fn scattered_holes_become_one() {
     // Pins of two layers lie between each other, and slots for whole pages are larger than pins.
     let setup = Setup {
         policy: SlotPolicy::Lru,
-        slots: 4,
+        slots: 3,
         staging: 2,
         layout: Layout::WholePages,
         copy: None,
@@ -240,14 +240,18 @@ fn scattered_holes_become_one() {
         };
         (0..n_layers as u32).map(layer).collect()
     };
-    store.rearrange(&plan(&[0, 1, 2, 3], 0));
+    store.rearrange(&plan(&[0, 1, 2, 3, 4, 5, 6, 7], 0));
     assert_eq!(finish(&mut store).left_pins, 0);
-    let room = store.layers[0].buffer_bytes(Layout::WholePages);
-    store.rearrange(&plan(&[1, 3], 0));
+    let odd = [1, 3, 5, 7];
+    store.rearrange(&plan(&odd, 0));
     finish(&mut store);
-    let held = store.rearranger.free_bytes();
-    assert!(held >= room, "there is memory for a slot");
-    store.rearrange(&plan(&[1, 3], 1));
+    // The even experts have left holes that are smaller than a slot, and the memory behind the pins has
+    // room for fewer slots than there are layers.
+    let room = store.layers[0].buffer_bytes(Layout::WholePages);
+    let dropped = 4 * n_layers * store.layers[0].expert_bytes();
+    let behind = store.rearranger.free_bytes() - dropped;
+    assert!(store.layers[0].expert_bytes() < room && behind / room < n_layers);
+    store.rearrange(&plan(&odd, 1));
     let ended = finish(&mut store);
     assert_eq!((ended.left_slots, ended.left_pins), (0, 0));
     check_pins(&store);
