@@ -18,6 +18,8 @@ mod anthropic;
 mod ask;
 mod calls;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod grammar;
 mod http;
 mod job;
@@ -48,20 +50,3 @@ pub use state::{Config, Limits, Security, Setup};
 pub use traces::{Traces, TracesError};
 pub use whole::{Parts, split};
 pub use work::Summary;
-
-use request::{BadLine, Endpoint, Request};
-
-/// A check of a body.
-#[doc(hidden)]
-pub type Check = fn(&[u8]) -> Result<(), BadLine>;
-
-/// Checks of the bodies of all kinds of requests, for fuzzing.
-#[doc(hidden)]
-pub const BODIES: [Check; 6] = [
-    |body| Request::from_body("id", Endpoint::Chat, body).map(drop),
-    |body| Request::from_body("id", Endpoint::Completions, body).map(drop),
-    |body| anthropic::request("id", body).map(drop),
-    |body| responses::request("id", body).map(drop),
-    |body| llama::request("id", body).map(drop),
-    |body| request::object(body).map(drop),
-];

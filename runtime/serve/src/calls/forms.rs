@@ -419,6 +419,11 @@ pub(crate) fn of_template(source: &str) -> Option<&'static Form> {
     FORMS.iter().find(has_all)
 }
 
+/// Returns a form, of a number of any size.
+pub(crate) fn numbered(number: usize) -> &'static Form {
+    &FORMS[number % FORMS.len()]
+}
+
 impl Form {
     /// Returns the texts that must be seen in an answer, though a vocabulary may have them as control
     /// tokens.

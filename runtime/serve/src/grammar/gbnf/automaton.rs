@@ -7,6 +7,12 @@
 use super::chars::Chars;
 use super::parse::Expr;
 
+/// Most edges of a lexeme, and most pairs of states of two.
+const MAX_EDGES: usize = 500_000;
+const MAX_PAIRS: usize = 4_000_000;
+
+pub(super) const TOO_LARGE: &str = "the grammar is too large";
+
 /// Work that a grammar may take.
 #[derive(Debug)]
 pub(super) struct Budget(pub u64);
@@ -19,7 +25,7 @@ impl Budget {
                 self.0 = left;
                 Ok(())
             }
-            None => Err("the grammar is too large".into()),
+            None => Err(TOO_LARGE.into()),
         }
     }
 }
@@ -31,10 +37,9 @@ pub(super) struct Automaton {
     first: Vec<usize>,
     /// By state: the states after it.
     next: Vec<Vec<usize>>,
+    n_edges: usize,
     /// By state: whether a text may end there.
     is_last: Vec<bool>,
-    /// By state: all characters that may come.
-    out: Vec<Chars>,
     pub is_nullable: bool,
 }
 
@@ -66,26 +71,29 @@ impl Automaton {
             states.sort_unstable();
             states.dedup();
         }
-        let out = automaton.next.iter().map(|next| automaton.all(next));
-        automaton.out = out.collect();
         automaton.first = ends.first;
         automaton.is_nullable = ends.is_nullable;
         Ok(automaton)
     }
 
     /// Returns all characters that lead to some states.
-    fn all(&self, states: &[usize]) -> Chars {
-        let sets = states.iter().map(|state| &self.chars[*state]);
+    fn all(&self, states: impl Iterator<Item = usize>) -> Chars {
+        let sets = states.map(|state| &self.chars[state]);
         Chars::of(sets.flat_map(Chars::ranges).copied().collect())
     }
 
     /// Returns the characters that a text may begin with.
     pub fn begin(&self) -> Chars {
-        self.all(&self.first)
+        self.all(self.first.iter().copied())
     }
 
     fn join(&mut self, from: &[usize], to: &[usize], budget: &mut Budget) -> Result<(), String> {
-        budget.spend(from.len().saturating_mul(to.len()))?;
+        let n = from.len().saturating_mul(to.len());
+        budget.spend(n)?;
+        self.n_edges += n;
+        if self.n_edges > MAX_EDGES {
+            return Err(TOO_LARGE.into());
+        }
         from.iter().for_each(|state| self.next[*state].extend(to));
         Ok(())
     }
@@ -145,11 +153,16 @@ impl Automaton {
     /// Compares two lexemes.
     pub fn pair(&self, other: &Self, budget: &mut Budget) -> Result<Pair, String> {
         let width = other.chars.len();
-        let mut is_seen = vec![false; self.chars.len() * width];
-        budget.spend(is_seen.len())?;
+        let n = self.chars.len().saturating_mul(width);
+        budget.spend(n)?;
+        if n > MAX_PAIRS {
+            return Err(TOO_LARGE.into());
+        }
+        let mut is_seen = vec![false; n];
         let mut open: Vec<[usize; 2]> = Vec::new();
-        let mut go_on = [Vec::new(), Vec::new()];
-        let mut pair = Pair::default();
+        // By lexeme: the states of the other one that may come after a text that is this one.
+        let mut after = [vec![false; width], vec![false; self.chars.len()]];
+        let mut share = false;
         let (mut ours, mut others) = (&self.first, &other.first);
         loop {
             budget.spend(ours.len().saturating_mul(others.len()))?;
@@ -165,16 +178,19 @@ impl Automaton {
             let Some([one, two]) = open.pop() else {
                 break;
             };
+            (ours, others) = (&self.next[one], &other.next[two]);
             if self.is_last[one] {
-                go_on[0].extend(other.out[two].ranges());
+                others.iter().for_each(|state| after[0][*state] = true);
             }
             if other.is_last[two] {
-                go_on[1].extend(self.out[one].ranges());
+                ours.iter().for_each(|state| after[1][*state] = true);
             }
-            pair.share |= self.is_last[one] && other.is_last[two];
-            (ours, others) = (&self.next[one], &other.next[two]);
+            share |= self.is_last[one] && other.is_last[two];
         }
-        pair.go_on = go_on.map(Chars::of);
-        Ok(pair)
+        let all = |automaton: &Self, after: &[bool]| {
+            automaton.all((0..after.len()).filter(|state| after[*state]))
+        };
+        let go_on = [all(other, &after[0]), all(self, &after[1])];
+        Ok(Pair { share, go_on })
     }
 }

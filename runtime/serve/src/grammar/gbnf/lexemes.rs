@@ -13,8 +13,8 @@ use super::parse::{Expr, Rule, line, shown};
 use super::rules::Regular;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-/// Steps of the comparison of lexemes that a grammar may take, a second or so.
-const MAX_WORK: u64 = 100_000_000;
+/// Steps of the comparison of lexemes that a grammar may take, some tenths of a second.
+const MAX_WORK: u64 = 30_000_000;
 
 /// Most places of lexemes in a grammar with recursion.
 const MAX_PLACES: usize = 1000;
@@ -333,7 +333,7 @@ impl Follow {
             let all = nodes.iter().enumerate();
             all.filter_map(|(number, node)| Some((number, node.as_ref()?)))
         };
-        let mut work = Budget(MAX_WORK / 10);
+        let mut work = Budget(MAX_WORK);
         loop {
             let mut has_changed = false;
             for (number, node) in with_body() {

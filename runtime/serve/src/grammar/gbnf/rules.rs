@@ -74,7 +74,10 @@ impl Regular {
             })
         };
         match expr {
-            Expr::Chars(_) => Some(one),
+            Expr::Chars(chars) => Some(Size {
+                parts: chars.ranges().len(),
+                levels: 1,
+            }),
             Expr::Seq(parts) | Expr::Alt(parts) => of_all(parts),
             Expr::Repeat { of, .. } => of_all(std::slice::from_ref(of)),
             Expr::Rule(number) => self.sizes[*number],
