@@ -1,8 +1,10 @@
 //! `tier-plan serve`: answers are those that each request has alone, no body and no client harms it,
 //! and it ends soon.
 
+mod agents;
 mod bodies;
 pub mod client;
+mod metrics;
 mod openapi;
 mod page;
 mod plan;
