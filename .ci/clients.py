@@ -2,24 +2,15 @@
 
 import asyncio
 import json
-import re
-import subprocess
 import sys
-import tempfile
 
 import anthropic
 import litellm
 import openai
 
+from serving import serving
+
 litellm.suppress_debug_info = True
-
-TEMPLATE = """{% if tools %}Tools:{% for tool in tools %} {{ tool | tojson }}{% endfor %}
-
-{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>
-{{ {"name": c.function.name, "arguments": c.function.arguments} | tojson }}
-</tool_call>{% endfor %}
-
-{% endfor %}assistant:"""
 
 SCHEMA = {
     "type": "object",
@@ -36,17 +27,6 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Te
 
 def check_weather(arguments):
     assert arguments["city"] in ("Paris", "Rome") and 1 <= arguments["days"] <= 9, arguments
-
-
-def start(program, model, template):
-    args = [program, "serve", model, "--port", "0", "--parallel", "3", "--api-key", "k", "--chat-template", template]
-    server = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
-    log = ""
-    for line in server.stderr:
-        log += line
-        if found := re.search(r"http://127\.0\.0\.1:(\d+): ready", line):
-            return server, int(found[1])
-    sys.exit(f"the server ended: {log}")
 
 
 def chats(client):
@@ -173,27 +153,19 @@ async def at_once(url):
     assert texts[:3] * 4 == texts
 
 
-def main(program, model):
-    with tempfile.NamedTemporaryFile("w", suffix=".jinja") as template:
-        template.write(TEMPLATE)
-        template.flush()
-        server, port = start(program, model, template.name)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
-            assert [m.id for m in client.models.list()] == ["demo"]
-            for check in [chats, chat_tools, completions, responses, errors]:
-                check(client)
-                print(f"openai: {check.__name__}", flush=True)
-            messages(anthropic.Anthropic(base_url=url, api_key="k", max_retries=0))
-            print("anthropic: messages", flush=True)
-            through_litellm(url)
-            print("litellm", flush=True)
-            asyncio.run(at_once(url))
-            print("openai: many at once", flush=True)
-        finally:
-            server.terminate()
-            server.wait(30)
+def main(program):
+    with serving(program, "--parallel", "3") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
+        assert [m.id for m in client.models.list()] == ["demo"]
+        for check in [chats, chat_tools, completions, responses, errors]:
+            check(client)
+            print(f"openai: {check.__name__}", flush=True)
+        messages(anthropic.Anthropic(base_url=url, api_key="k", max_retries=0))
+        print("anthropic: messages", flush=True)
+        through_litellm(url)
+        print("litellm", flush=True)
+        asyncio.run(at_once(url))
+        print("openai: many at once", flush=True)
 
 
 main(*sys.argv[1:])

@@ -4,6 +4,7 @@
 mod agents;
 mod bodies;
 pub mod client;
+mod llama;
 mod metrics;
 mod openapi;
 mod page;

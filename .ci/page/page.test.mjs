@@ -10,13 +10,14 @@ const AXE = readFileSync(new URL("node_modules/axe-core/axe.min.js", import.meta
 const WIDE = { viewport: { width: 1440, height: 900 } };
 const NARROW = { viewport: { width: 360, height: 740 }, hasTouch: true };
 
-let files, browser, chats, words, locked;
+let files, browser, chats, words, locked, recorded;
 
 before(async () => {
   files = prepare();
   chats = await serve(["--plan", files.plan, "--chat-template", files.template]);
   words = await puppet(chats.url);
   locked = await serve(["--api-key", "open-sesame"]);
+  recorded = await serve(["--plan", files.plan, "--profile-out", files.uses]);
   const executablePath = process.env.CHROMIUM ?? "/usr/bin/chromium";
   browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
 });
@@ -24,7 +25,7 @@ before(async () => {
 after(async () => {
   await browser?.close();
   await words?.stop();
-  await Promise.all([chats?.stop(), locked?.stop()]);
+  await Promise.all([chats?.stop(), locked?.stop(), recorded?.stop()]);
   files?.remove();
 });
 
@@ -445,4 +446,27 @@ test("the theme is the system's until it is switched, and stays over a reload", 
   assert.equal(await color(), light);
   await page.getByLabel("Theme: light").click();
   assert.equal(await color(), dark);
+});
+
+test("a plan for what texts chose is made and moved to", async (t) => {
+  const here = await open(t, chats.url);
+  await here.waitForSelector("#machine-state[data-state=live]");
+  assert.equal(await here.isVisible("#plan-section"), false, "nothing is recorded there");
+
+  const page = await open(t, recorded.url, { expected: /409/ });
+  await page.waitForSelector("#plan-section");
+  await page.click("text=Plan for this use");
+  await page.getByText("Not now: 0 decoded tokens").waitFor();
+  for (const prompt of ["In the beginning", "And God said", "Once upon a time"]) {
+    const body = JSON.stringify({ prompt, max_tokens: 120 });
+    const answer = await fetch(new URL("v1/completions", recorded.url), { method: "POST", body });
+    assert.equal(answer.status, 200);
+  }
+  await page.click("text=Plan for this use");
+  await page.getByText(/Predicted for these texts on emulated tiers: .* tokens\/s.*faster/).waitFor();
+  await page.locator("#plan-section").scrollIntoViewIfNeeded();
+  await page.screenshot({ path: "target/page/plan.png" });
+  await page.click("text=Move to it");
+  await page.getByText("The model has moved to the plan").waitFor();
+  assert.equal(await page.isVisible("text=Move to it"), false);
 });

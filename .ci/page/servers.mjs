@@ -20,7 +20,8 @@ export function prepare() {
   execFileSync(PROGRAM, ["solve", MODEL, "-M", MACHINE, "-o", plan], { stdio: ["ignore", "ignore", "inherit"] });
   const template = join(folder, "chat.jinja");
   writeFileSync(template, TEMPLATE);
-  return { plan, template, remove: () => rmSync(folder, { recursive: true, force: true }) };
+  const uses = join(folder, "use.profile");
+  return { plan, template, uses, remove: () => rmSync(folder, { recursive: true, force: true }) };
 }
 
 /** Starts `tier-plan serve` on a free port and waits until it is ready. */

@@ -98,3 +98,20 @@ fn a_client_that_leaves_while_it_sends_has_a_line() {
     let log = server.stop();
     assert!(log.contains("POST /v1/completions 499 in "), "{log}");
 }
+
+#[test]
+fn an_answer_is_whole_where_the_body_is_not_read() {
+    let server = Served::start(&["--api-key", "secret"]);
+    let whole = server.get("/openapi.json").text();
+    for (path, status) in [("/openapi.json", 200), ("/v1/completions", 401)] {
+        for _ in 0..20 {
+            let method = if status == 200 { "GET" } else { "POST" };
+            let answer = server.ask(method, path, &[], &[b' '; 100_000]);
+            assert_eq!(answer.status, status);
+            match status {
+                200 => assert!(answer.text() == whole, "cut"),
+                _ => assert!(answer.json()["error"].is_object()),
+            }
+        }
+    }
+}

@@ -193,8 +193,19 @@ fn answers_have_the_form_that_is_asked_for() {
         (refused.status, &refused.json()["error"]["param"]),
         (400, &json!("response_format"))
     );
+    let mut wrong = completion(PROMPT, 20);
+    wrong["grammar"] = "root ::= \"a\"\n  other ::= (".into();
+    let refused = server.post("/v1/completions", &wrong).json();
+    assert_eq!(refused["error"]["param"], "grammar", "{refused}");
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.starts_with("grammar: line 2: the end"), "{message}");
     for (name, value, expected) in [
         ("guided_choice", json!(["yes", "no"]), vec!["yes", "no"]),
+        (
+            "grammar",
+            json!("root ::= \"<\" (\n inner | [x-y]) # one\ninner ::= \"z\" \">\"?"),
+            vec!["<x", "<y", "<z", "<z>"],
+        ),
         (
             "guided_regex",
             json!("[ab]{2}"),
@@ -208,4 +219,49 @@ fn answers_have_the_form_that_is_asked_for() {
         assert!(expected.contains(&text), "{name}: {text}");
         assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     }
+}
+
+/// A template in the manner of Qwen, where an answer begins where the prompt ends.
+const QWEN: &str = r#"{% for tool in tools or [] %}{{ tool | tojson }}
+{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}<|im_start|>assistant{{ '\n' }}"#;
+
+#[test]
+fn calls_that_come_back_are_in_the_cache_as_the_model_wrote_them() {
+    let (_folder, server) = with_template(QWEN, &["--parallel", "2"]);
+    let mut body = chat(&json!({"type": "function", "function": {"name": "weather"}}));
+    body["temperature"] = json!(0.7);
+    body["seed"] = 3.into();
+    let first = server.post("/v1/chat/completions", &body).ok();
+    let call = &first["choices"][0]["message"]["tool_calls"][0];
+    let arguments: Value =
+        serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    let n = |answer: &Value, pointer: &str| answer.pointer(pointer).unwrap().as_u64().unwrap();
+    let n_first = n(&first, "/usage/prompt_tokens") + n(&first, "/usage/completion_tokens");
+    body["tool_choice"] = "auto".into();
+    body["max_tokens"] = 4.into();
+    // As a client of its own mind writes it: another order of keys, and spaces.
+    let turn = |id: &Value, city: &Value, days: &Value| {
+        let text = format!("{{ \"days\" : {days},\n\"city\":{city} }}");
+        let mut next = body.clone();
+        let messages = next["messages"].as_array_mut().unwrap();
+        messages.push(json!({"role": "assistant", "content": null, "tool_calls": [
+            {"id": id, "type": "function", "function": {"name": "weather", "arguments": text}},
+        ]}));
+        messages.push(json!({"role": "tool", "tool_call_id": id, "content": "It rains."}));
+        let answer = server.post("/v1/chat/completions", &next).ok();
+        n(&answer, "/usage/prompt_tokens_details/cached_tokens")
+    };
+    // The last token that was drawn is not computed.
+    let cached = turn(&call["id"], &arguments["city"], &arguments["days"]);
+    assert!(cached + 1 >= n_first, "{cached} of {n_first}: {first}");
+    // Another call is what the client says.
+    let days = json!(arguments["days"].as_u64().unwrap() % 9 + 1);
+    let other = turn(&call["id"], &arguments["city"], &days);
+    assert!(other + 5 < n_first, "{other} of {n_first}");
+    let other = turn(&json!("unknown"), &arguments["city"], &arguments["days"]);
+    assert!(other + 5 < n_first, "{other} of {n_first}");
 }

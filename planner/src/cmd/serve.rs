@@ -3,10 +3,10 @@
 use crate::chat::SharedDialect;
 use crate::cmd::args::sampling;
 use crate::cmd::args::{MaxStep, ModelArgs, TextsArgs};
-use crate::cmd::batch::{Asked, Speeds, model_name, template};
+use crate::cmd::batch::{Asked, Parallel, Speeds, model_name, template};
 use crate::hint::HintExt;
 use crate::interrupt::Interrupted;
-use crate::parallel;
+use crate::parallel::{self, Routing};
 use crate::prepared::Prepared;
 use crate::printable::printable;
 use crate::replan::replan;
@@ -185,9 +185,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         config,
         tokenizer: Arc::clone(&tokenizer),
         chats,
-        replan: Some(Arc::new(Replanner {
-            shape: shape_of(prepared.gguf(), prepared.spec()),
-        })),
+        replan: args.profile_out.is_some().then(|| {
+            let shape = shape_of(prepared.gguf(), prepared.spec());
+            Arc::new(Replanner { shape }) as Arc<dyn Replan>
+        }),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
         cancel: cancel.clone(),
@@ -227,7 +228,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
 fn answer(
     args: &ServeArgs,
     session: &mut Session,
-    (tokenizer, routing): (&Tokenizer, &parallel::Routing),
+    (tokenizer, routing): (&Tokenizer, &Routing),
     traces: Option<&mut Traces>,
     (server, address): (Server, SocketAddr),
 ) -> Result<()> {
@@ -247,6 +248,9 @@ fn answer(
     let mut batcher = Batcher::new(&mut session.engine, tokenizer, options);
     let texts = batcher.max_texts();
     eprintln!("{}", speeds.why);
+    if let (Parallel::Auto, Routing::Unknown(Some(note))) = (args.texts.parallel, routing) {
+        eprintln!("note: {note}");
+    }
     let on_ready = || eprintln!("http://{address}: ready, up to {texts} texts at once");
     let summary = server
         .work(&mut batcher, traces, on_ready)

@@ -218,7 +218,8 @@ fn char_offsets(text: &str, tokens: &[TokenText], from: Place) -> Vec<usize> {
     tokens.iter().map(offset).collect()
 }
 
-fn finite(logprob: f32) -> f32 {
+/// Returns a log-probability as JSON can have it.
+pub(crate) fn finite(logprob: f32) -> f32 {
     if logprob.is_finite() {
         logprob
     } else {

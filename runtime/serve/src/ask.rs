@@ -1,12 +1,13 @@
 //! A request between its body and its answer: checked, queued, and collected.
 
 use crate::answer::{Choice, Finish, Place};
-use crate::calls::{Part, add};
+use crate::calls::{Call, Part, add};
 use crate::error::ApiError;
 use crate::grammar::Wanted;
 use crate::job::{Command, Job, JobEvent, What, most_events};
 use crate::log::{Entry, Texts};
 use crate::request::{BadLine, Code, Endpoint, Request};
+use crate::sampled::Origin;
 use crate::state::State;
 use crate::thought::{CallOptions, Splitter};
 use crate::truth::{Counts, Timings};
@@ -47,7 +48,7 @@ impl Prepared {
     /// Tokenizes a request.
     pub fn new(state: &State, request: Request) -> Result<Self, ApiError> {
         let calls = call_options(state, &request)?;
-        let encoded = state.prompts().encode(&request)?;
+        let encoded = state.prompts().encode_with(&request, state.replay())?;
         let grammar = state.grammars.of(&Wanted {
             format: &request.format,
             tools: &request.tools,
@@ -112,7 +113,8 @@ fn call_options(state: &State, request: &Request) -> Result<Option<CallOptions>,
 /// Returns the number of tokens in the prompt of a request.
 pub(crate) fn count_tokens(state: &State, request: &Request) -> Result<usize, ApiError> {
     call_options(state, request)?;
-    Ok(state.prompts().encode(request)?.tokens.len())
+    let encoded = state.prompts().encode_with(request, state.replay())?;
+    Ok(encoded.tokens.len())
 }
 
 /// Does work on a body beside the connections, a few at once.
@@ -157,6 +159,7 @@ pub(crate) struct TextState {
     pub finish: Option<batcher::Finish>,
     /// Calls of tools so far.
     pub n_calls: usize,
+    calls: Vec<Call>,
     /// Tokens that were drawn while the text was in a thought.
     pub n_thinking: usize,
     splitter: Option<Splitter>,
@@ -177,6 +180,8 @@ pub(crate) struct Answering {
     pub timings: Timings,
     events: Receiver<JobEvent>,
     received: Instant,
+    /// What answers with calls are kept with.
+    origin: Option<Origin>,
     has_log: bool,
 }
 
@@ -215,6 +220,7 @@ impl Answering {
         let job = Job {
             options: prepared.options,
             n: request.n,
+            whole: !request.stream.wanted,
             events: sender,
             received,
             places,
@@ -222,6 +228,8 @@ impl Answering {
         let sent = state.inbox.send(Command::Generate(job));
         sent.map_err(|_| ApiError::stopping())?;
         let _ = QUEUED.try_with(|is_queued| is_queued.store(true, Ordering::Relaxed));
+        let origin = prepared.calls.as_ref();
+        let origin = origin.map(|_| state.sampled.origin(&prepared.prompt));
         let text = TextState {
             splitter: (request.endpoint == Endpoint::Chat)
                 .then(|| Splitter::new(&prepared.prompt, prepared.calls.clone())),
@@ -239,6 +247,7 @@ impl Answering {
             request,
             events,
             received,
+            origin,
             has_log: false,
         })
     }
@@ -304,7 +313,14 @@ impl Answering {
                 let id = || call_id(&self.request.custom_id, index, text.n_calls);
                 call.id.get_or_insert_with(id);
                 text.n_calls += 1;
+                text.calls.push(call.clone());
             }
+        }
+        if let Some(origin) = self.origin.filter(|_| !text.calls.is_empty())
+            && drawn.finish.is_some()
+        {
+            let calls = std::mem::take(&mut text.calls);
+            self.state.sampled.keep_calls(&calls, origin, drawn.ids);
         }
         if let Some(timings) = timings {
             self.state.metrics.text_ended(&timings, text.n_new);

@@ -96,6 +96,7 @@ impl ApiError {
             404 => "not_found_error",
             413 if anthropic => "request_too_large",
             429 => "rate_limit_error",
+            501 => "not_supported_error",
             503 if anthropic => "overloaded_error",
             503 => "unavailable_error",
             500.. if anthropic => "api_error",

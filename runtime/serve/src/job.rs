@@ -28,6 +28,8 @@ pub(crate) struct Job {
     pub options: Arc<TextOptions>,
     /// Number of texts.
     pub n: usize,
+    /// Whether nothing is sent before the end, so that tokens can come together.
+    pub whole: bool,
     /// Has room for every event of the texts.
     pub events: Sender<JobEvent>,
     pub received: Instant,

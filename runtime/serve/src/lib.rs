@@ -22,6 +22,7 @@ mod grammar;
 mod http;
 mod job;
 mod live;
+mod llama;
 mod log;
 mod metrics;
 mod openai;
@@ -31,19 +32,21 @@ mod plan;
 pub mod prompts;
 pub mod request;
 mod responses;
+mod sampled;
 mod sse;
 mod state;
 mod thought;
 mod traces;
 mod truth;
 mod utilities;
+mod whole;
 mod work;
 
 pub use http::Server;
 pub use plan::{Question, Replan, Replanned};
 pub use state::{Config, Limits, Security, Setup};
-pub use thought::THOUGHT_TAGS;
 pub use traces::{Traces, TracesError};
+pub use whole::{Parts, split};
 pub use work::Summary;
 
 use request::{BadLine, Endpoint, Request};
@@ -54,10 +57,11 @@ pub type Check = fn(&[u8]) -> Result<(), BadLine>;
 
 /// Checks of the bodies of all kinds of requests, for fuzzing.
 #[doc(hidden)]
-pub const BODIES: [Check; 5] = [
+pub const BODIES: [Check; 6] = [
     |body| Request::from_body("id", Endpoint::Chat, body).map(drop),
     |body| Request::from_body("id", Endpoint::Completions, body).map(drop),
     |body| anthropic::request("id", body).map(drop),
     |body| responses::request("id", body).map(drop),
+    |body| llama::request("id", body).map(drop),
     |body| request::object(body).map(drop),
 ];

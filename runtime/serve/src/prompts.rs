@@ -4,6 +4,7 @@ mod late;
 
 use crate::request::tools::{Choice, Tool};
 use crate::request::{BadLine, Code, Endpoint, Message, Prompt, Request};
+use crate::sampled::{Replay, Replayed};
 use serde_json::{Map, Value};
 use std::ops::Range;
 use tier_plan_runtime::printable::printable;
@@ -117,17 +118,29 @@ impl Prompts<'_> {
     /// # Errors
     /// When this model can't answer the request, and after a signal.
     pub fn encode(&self, request: &Request) -> Result<Encoded, Unencoded> {
+        self.encode_with(request, None)
+    }
+
+    /// Returns the tokens of a request, those of earlier answers as the model wrote them.
+    pub(crate) fn encode_with(
+        &self,
+        request: &Request,
+        replay: Option<Replay<'_>>,
+    ) -> Result<Encoded, Unencoded> {
         let (tokens, text) = match &request.prompt {
             Prompt::Text(text) => self.text(text)?,
             Prompt::Tokens(tokens) => self.tokens(tokens)?,
-            Prompt::Messages(messages) => self.messages(Conversation {
-                messages,
-                tools: match request.tools.choice {
-                    Choice::None => &[],
-                    _ => &request.tools.list,
-                },
-                variables: &request.variables,
-            })?,
+            Prompt::Messages(messages) => {
+                let conversation = Conversation {
+                    messages,
+                    tools: match request.tools.choice {
+                        Choice::None => &[],
+                        _ => &request.tools.list,
+                    },
+                    variables: &request.variables,
+                };
+                self.messages_with(conversation, replay)?
+            }
         };
         Ok(self.limited(request, tokens, text)?)
     }
@@ -161,9 +174,26 @@ impl Prompts<'_> {
         &self,
         conversation: Conversation<'_>,
     ) -> Result<(Vec<u32>, String), Unencoded> {
-        let Rendered { text, plain } = self.rendered(conversation)?;
-        let tokens = self.tokenizer.encode_prompt(&text, &plain, self.context);
-        Ok((self.checked(tokens)?, text))
+        self.messages_with(conversation, None)
+    }
+
+    fn messages_with(
+        &self,
+        conversation: Conversation<'_>,
+        replay: Option<Replay<'_>>,
+    ) -> Result<(Vec<u32>, String), Unencoded> {
+        let rendered = self.rendered(conversation)?;
+        let Conversation {
+            messages, tools, ..
+        } = conversation;
+        let replayed = match replay {
+            Some(replay) => replay.apply(rendered, messages, tools),
+            None => rendered.into(),
+        };
+        let Replayed { text, plain, .. } = &replayed;
+        let known = replayed.known();
+        let tokens = (self.tokenizer).encode_known(text, plain, &known, self.context);
+        Ok((self.checked(tokens)?, replayed.text))
     }
 
     /// Renders a conversation.

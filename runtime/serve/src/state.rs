@@ -7,6 +7,7 @@ use crate::live::Live;
 use crate::metrics::Metrics;
 use crate::plan::{Replan, Replanning};
 use crate::prompts::{Chats, Prompts};
+use crate::sampled::{Replay, Sampled};
 use crate::truth::Promise;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -91,7 +92,7 @@ pub struct Setup {
     pub n_vocab: usize,
     /// Tokens that a text may have.
     pub context: usize,
-    /// Makes plans of what texts choose.
+    /// Makes plans of what texts choose, where that is recorded.
     pub replan: Option<Arc<dyn Replan>>,
     /// Ends the engine's work.
     pub cancel: Cancel,
@@ -127,6 +128,8 @@ pub(crate) struct State {
     pub form: Option<&'static Form>,
     /// Control tokens that must be seen to find calls.
     pub shown: Arc<[u32]>,
+    /// Answers with calls, as the model wrote them.
+    pub sampled: Sampled,
     pub n_vocab: usize,
     pub context: usize,
     pub cancel: Cancel,
@@ -174,6 +177,7 @@ impl State {
             grammars: Grammars::new(Arc::clone(&setup.tokenizer)),
             form,
             shown: form.map_or(Arc::new([]), |form| shown(form, &setup.tokenizer)),
+            sampled: Sampled::default(),
             config: setup.config,
             tokenizer: setup.tokenizer,
             chats: setup.chats,
@@ -262,6 +266,16 @@ impl State {
             max_tokens: self.config.max_tokens,
             path: "",
         }
+    }
+
+    /// Returns how answers of the model are put back into prompts, if it calls tools.
+    pub fn replay(&self) -> Option<Replay<'_>> {
+        Some(Replay {
+            sampled: &self.sampled,
+            form: self.form?,
+            shown: &self.shown,
+            tokenizer: &self.tokenizer,
+        })
     }
 
     /// Returns the name of a new request, which no other run has.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tier_plan_runtime::tokenizer::ThoughtMark;
 
 /// Marks of thoughts that models spell with tokens of ordinary text.
-pub const THOUGHT_TAGS: [[&str; 2]; 8] = [
+pub(crate) const THOUGHT_TAGS: [[&str; 2]; 8] = [
     ["<think>", "</think>"],
     ["[THINK]", "[/THINK]"],
     ["<thinking>", "</thinking>"],
@@ -113,7 +113,7 @@ enum At {
 
 /// Splits an answer that comes in pieces.
 #[derive(Debug, Clone)]
-pub struct Splitter {
+pub(crate) struct Splitter {
     at: At,
     /// Text that is not decided yet.
     held: String,

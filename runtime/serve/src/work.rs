@@ -38,6 +38,10 @@ pub struct Summary {
 struct Text {
     index: usize,
     events: Sender<JobEvent>,
+    /// Whether its tokens are sent together.
+    whole: bool,
+    /// Tokens that are to be sent together.
+    held: Vec<JobEvent>,
     clock: Clock,
     /// Of its request, whose last text gives the places back.
     places: std::sync::Arc<OwnedSemaphorePermit>,
@@ -162,6 +166,8 @@ impl Worker<'_> {
             let text = Text {
                 index,
                 events: job.events.clone(),
+                whole: job.whole,
+                held: Vec::new(),
                 clock: Clock {
                     received: job.received,
                     begun: None,
@@ -253,11 +259,22 @@ impl Worker<'_> {
         let event = JobEvent { index, what };
         // The channel has room for all events; where the reader is gone, the text ends before the
         // next step.
-        if !ended {
+        if ended {
+            self.send_last(id, event);
+        } else if text.whole && matches!(event.what, What::Drawn(..)) {
+            // Each event would wake the thread of connections, which takes time from the computation.
+            text.held.push(event);
+        } else {
             let _ = text.events.try_send(event);
-        } else if let Some(text) = self.end(id) {
-            // A client that has its answer may ask again at once, so its place is free by then.
-            drop(text.places);
+        }
+    }
+
+    /// Sends the last event of a text, after those that were held back.
+    fn send_last(&mut self, id: TextId, event: JobEvent) {
+        let Some(text) = self.end(id) else { return };
+        // A client that has its answer may ask again at once, so its place is free by then.
+        drop(text.places);
+        for event in text.held.into_iter().chain([event]) {
             let _ = text.events.try_send(event);
         }
     }
@@ -291,10 +308,10 @@ impl Worker<'_> {
     fn fail(&mut self, batcher: &mut Batcher<'_>, id: TextId, failure: &Failure) {
         // After a failed pass, a recurrent state is worth nothing.
         batcher.discard(id);
-        if let Some(text) = self.end(id) {
+        if let Some(index) = self.texts.get(&id).map(|text| text.index) {
             self.summary.failed += 1;
-            let (index, what) = (text.index, What::Failed(failure.clone()));
-            let _ = text.events.try_send(JobEvent { index, what });
+            let what = What::Failed(failure.clone());
+            self.send_last(id, JobEvent { index, what });
         }
     }
 }

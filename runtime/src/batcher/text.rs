@@ -68,6 +68,8 @@ pub struct Drawn {
     pub n_new: usize,
     /// Why the text ends, if it does. No event follows.
     pub finish: Option<Finish>,
+    /// Where the text ends, all of its tokens: also those of a stop string, and no end token.
+    pub ids: Vec<u32>,
 }
 
 /// A text at work.
@@ -180,6 +182,7 @@ impl<'a> Live<'a> {
                 tokens,
                 n_new: self.n_new(),
                 finish: Some(Finish::StopString(stop)),
+                ids: self.tokens[self.n_prompt..].to_vec(),
                 mark: None,
             }
         } else if self.n_new() >= self.max_new {
@@ -213,6 +216,7 @@ impl<'a> Live<'a> {
             mark: None,
             n_new: self.n_new(),
             finish: Some(stop.map_or(finish, Finish::StopString)),
+            ids: self.tokens[self.n_prompt..].to_vec(),
         }
     }
 

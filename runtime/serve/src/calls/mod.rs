@@ -5,6 +5,7 @@
 //! What begins like a call and is none is given out as text: nothing is lost. All of it depends on
 //! the text alone, not on how it is cut, so a stream and a whole answer are equal.
 
+pub(crate) mod block;
 mod bodies;
 pub(crate) mod forms;
 mod gemma;

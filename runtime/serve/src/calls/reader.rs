@@ -31,6 +31,11 @@ impl<'t> Reader<'t> {
         }
     }
 
+    /// Returns how many bytes are left.
+    pub fn left(&self) -> usize {
+        self.rest.len()
+    }
+
     /// Whether nothing but white space is left.
     pub fn is_empty(&self) -> bool {
         self.rest.trim_start().is_empty()

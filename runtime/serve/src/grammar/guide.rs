@@ -11,6 +11,10 @@ use tier_plan_runtime::tokenizer::{TokenKind, Tokenizer};
 /// Longest token that a grammar can have in bytes, a bound of the tree of tokens.
 const MAX_TOKEN_BYTES: usize = 1000;
 
+/// Most items of the parser per mask, half a second or so. Grammars whose lexemes are single characters
+/// have many.
+const MAX_ITEMS: usize = 2_000_000;
+
 /// The tokens of a model.
 pub(super) struct Vocabulary {
     factory: ParserFactory,
@@ -42,6 +46,7 @@ impl Vocabulary {
         let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
         let mut factory = ParserFactory::new_simple(&env).map_err(|error| error.to_string())?;
         factory.quiet();
+        factory.limits_mut().step_max_items = MAX_ITEMS;
         Ok(Self {
             factory,
             longest_mark: marks.keys().map(Vec::len).max().unwrap_or(0),

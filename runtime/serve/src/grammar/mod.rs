@@ -5,6 +5,7 @@
 //! put into the form that it needs when the first grammar comes.
 
 mod frame;
+pub(crate) mod gbnf;
 mod guide;
 #[cfg(test)]
 mod tests;

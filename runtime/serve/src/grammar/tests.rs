@@ -6,7 +6,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::tokenizer::TokenizerSource;
 
 /// The tokenizer of the bundled model.
-fn tokenizer() -> Arc<Tokenizer> {
+pub(super) fn tokenizer() -> Arc<Tokenizer> {
     let gguf = Gguf::open("../../profiles/demo/demo.gguf".as_ref()).unwrap();
     let source = TokenizerSource::from_gguf(&gguf).unwrap();
     Arc::new(Tokenizer::new(source).unwrap())
@@ -46,7 +46,7 @@ fn tools(choice: Choice, parallel: bool) -> Tools {
 }
 
 /// Whether a grammar takes a whole text, and nothing that it only begins.
-fn takes(grammar: &Grammar, tokenizer: &Tokenizer, text: &str) -> bool {
+pub(super) fn takes(grammar: &Grammar, tokenizer: &Tokenizer, text: &str) -> bool {
     let mut guide = grammar.begin();
     let is_allowed = |mask: &[u32], token: u32| mask[token as usize / 32] >> (token % 32) & 1 == 1;
     for token in tokenizer.encode(text, false).unwrap() {

@@ -17,14 +17,15 @@ use axum::http::StatusCode;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use std::future::poll_fn;
 use std::io;
 use std::net::TcpListener;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tier_plan_runtime::batcher::Batcher;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -34,6 +35,10 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// Time that connections have to send what is left when the server ends.
 const CLOSING: Duration = Duration::from_secs(2);
+
+/// Time in which a client may send on when it has its answer, and how many bytes.
+const LINGERING: Duration = Duration::from_secs(2);
+const MAX_LINGERING_BYTES: usize = 1 << 20;
 
 /// Bytes of a request's headers, and what is buffered per connection.
 const MAX_HEADER_BYTES: usize = 64 << 10;
@@ -198,13 +203,35 @@ async fn connection(
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(stream), service);
-    let mut connection = pin!(connection);
+    let mut connection = connection;
     // Errors are the client's: it left, or spoke no HTTP.
-    tokio::select! {
-        _ = connection.as_mut() => return,
-        _ = closed.changed() => connection.as_mut().graceful_shutdown(),
+    let ended = tokio::select! {
+        ended = poll_fn(|context| connection.poll_without_shutdown(context)) => ended,
+        _ = closed.changed() => {
+            Pin::new(&mut connection).graceful_shutdown();
+            poll_fn(|context| connection.poll_without_shutdown(context)).await
+        }
+    };
+    if ended.is_ok() {
+        linger(connection.into_parts().io.into_inner()).await;
     }
-    let _ = connection.await;
+}
+
+/// Closes a connection. If what a client still sends were not read, the system would break the
+/// connection off, and the client could lose the end of its answer.
+async fn linger(mut stream: TcpStream) {
+    if stream.shutdown().await.is_err() {
+        return;
+    }
+    let read_rest = async {
+        let (mut rest, mut left) = ([0; 4096], MAX_LINGERING_BYTES);
+        while left > 0
+            && let Ok(n @ 1..) = stream.read(&mut rest).await
+        {
+            left = left.saturating_sub(n);
+        }
+    };
+    let _ = tokio::time::timeout(LINGERING, read_rest).await;
 }
 
 /// Stops admitting after a signal, and ends the engine's work a while later.

@@ -2,7 +2,7 @@
 //! take them from here. The files of the page are apart.
 
 use crate::state::State;
-use crate::{anthropic, live, openai, openapi, plan, responses, utilities};
+use crate::{anthropic, live, llama, openai, openapi, plan, responses, utilities};
 use axum::Router;
 use axum::routing::{MethodFilter, MethodRouter, on};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ macro_rules! route {
 }
 
 /// Every endpoint.
-pub(crate) static ROUTES: [Route; 21] = [
+pub(crate) static ROUTES: [Route; 32] = [
     route!(POST "/v1/chat/completions" => openai::chat),
     route!(POST "/v1/chat/completions/input_tokens" => openai::input_tokens),
     route!(POST "/v1/completions" => openai::completions),
@@ -46,6 +46,18 @@ pub(crate) static ROUTES: [Route; 21] = [
     route!(POST "/detokenize" => utilities::detokenize),
     route!(POST "/apply-template" => utilities::apply_template),
     route!(GET live::PATH => live::live),
+    route!(POST "/completion" => llama::completion),
+    // Other paths of llama.cpp's server.
+    route!(POST "/completions" => llama::completion),
+    route!(POST "/chat/completions" => openai::chat),
+    route!(GET "/models" => openai::models),
+    route!(POST "/infill" => llama::infill),
+    route!(POST "/embedding" => openai::embeddings),
+    route!(POST "/embeddings" => openai::embeddings),
+    route!(POST "/rerank" => llama::rerank),
+    route!(POST "/reranking" => llama::rerank),
+    route!(POST "/v1/rerank" => llama::rerank),
+    route!(POST "/v1/reranking" => llama::rerank),
     route!(GET plan::PATH => plan::show),
     route!(POST plan::PATH => plan::ask),
     route!(GET openapi::PATH => openapi::document),

@@ -2,7 +2,7 @@ use super::*;
 use crate::http::routes::{ROUTES, Route};
 use crate::request::fields::READ;
 use crate::request::{Endpoint, Request};
-use crate::{anthropic, plan, responses, utilities};
+use crate::{anthropic, llama, plan, responses, utilities};
 use axum::routing::MethodFilter;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -14,7 +14,7 @@ mod bodies;
 type Read = fn(&[u8]) -> Result<(), String>;
 
 /// Kinds of bodies: the schema's name, how they are read, and right ones that have every field.
-const KINDS: [(&str, Read, fn() -> Vec<Value>); 9] = [
+const KINDS: [(&str, Read, fn() -> Vec<Value>); 10] = [
     (
         "ChatRequest",
         |body| said(Request::from_body("id", Endpoint::Chat, body)),
@@ -39,6 +39,11 @@ const KINDS: [(&str, Read, fn() -> Vec<Value>); 9] = [
         "ResponseRequest",
         |body| said(responses::request("id", body)),
         bodies::responses,
+    ),
+    (
+        "LlamaRequest",
+        |body| said(llama::request("id", body)),
+        bodies::of_llama,
     ),
     (
         "TokenizeRequest",
@@ -124,6 +129,28 @@ fn walk<'v>(value: &'v Value, visit: &mut impl FnMut(&'v Value)) {
         Value::Object(fields) => fields.values().for_each(|field| walk(field, visit)),
         _ => {}
     }
+}
+
+#[test]
+fn examples_are_right() {
+    let document = parsed();
+    let mut n = 0;
+    walk(&document, &mut |value| {
+        let Some(example) = value.get("example") else {
+            return;
+        };
+        let name = value["schema"]["$ref"].as_str().unwrap();
+        let name = name.rsplit('/').next().unwrap();
+        let (_, read, _) = KINDS.iter().find(|(kind, ..)| *kind == name).expect(name);
+        assert_eq!(
+            check(&document, &value["schema"], example),
+            Ok(()),
+            "{name}"
+        );
+        assert_eq!(read(example.to_string().as_bytes()), Ok(()), "{name}");
+        n += 1;
+    });
+    assert!(n >= KINDS.len(), "{n}");
 }
 
 /// Collects the places of all fields that a schema describes, such as `tools[].function.name`.
@@ -235,7 +262,9 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
 }
 
 /// What a schema leaves to words: how fields depend on each other, and what texts must hold.
-const IN_WORDS: [&str; 16] = [
+const IN_WORDS: [&str; 17] = [
+    // A grammar's syntax.
+    "grammar: line ",
     "as in max_tokens",
     "as in repetition_penalty",
     "a tool that is among",

@@ -6,6 +6,7 @@ import { Conversations, exportConversations } from "./conversations.js";
 import { byId, toast } from "./dom.js";
 import { Machine } from "./machine.js";
 import { setUpPanels } from "./panels.js";
+import { PlanView } from "./plan.js";
 import { Settings } from "./settings.js";
 import { Store, loadSettings, saveSettings } from "./store.js";
 import { path } from "./tree.js";
@@ -184,6 +185,7 @@ async function start() {
     machine.show(scene);
     chat.showProgress(scene);
   };
+  const plan = new PlanView(api);
   const live = new Live(api, { onScene, onState: (name) => machine.state(name) });
   const panels = setUpPanels((open) => live.want("view", open));
   const hooks = {
@@ -199,6 +201,7 @@ async function start() {
       live.want("answer", true);
     },
     ended: () => {
+      plan.look();
       machine.endAnswer(() => live.want("answer", false));
       conversations?.show();
     },
@@ -250,6 +253,7 @@ async function start() {
   byId("prompt").focus();
   document.body.classList.add("is-ready");
   showTiers(api, welcome);
+  plan.look();
 }
 
 /** Says once where the model lies; the machine view goes on by itself. */

@@ -43,7 +43,7 @@ macro_rules! file {
 }
 
 /// Every file. The page itself is at the root.
-static FILES: [File; 24] = [
+static FILES: [File; 25] = [
     File {
         path: ROOT,
         kind: HTML,
@@ -67,6 +67,7 @@ static FILES: [File; 24] = [
     file!("markdown.js", SCRIPT),
     file!("message.js", SCRIPT),
     file!("panels.js", SCRIPT),
+    file!("plan.js", SCRIPT),
     file!("settings.js", SCRIPT),
     file!("store.js", SCRIPT),
     file!("tree.js", SCRIPT),

@@ -139,7 +139,8 @@ impl Replanning {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn json(&self) -> Value {
+    /// Returns what is known; `is_available` says whether plans can be made.
+    fn json(&self, is_available: bool) -> Value {
         let known = self.known();
         let (status, moved, error) = match &known.stage {
             Stage::Idle => ("idle", None, None),
@@ -151,6 +152,7 @@ impl Replanning {
         };
         json!({
             "status": status,
+            "is_available": is_available,
             "uses": known.uses.map(|(texts, tokens)| json!({ "texts": texts, "decoded_tokens": tokens })),
             "proposal": known.proposal,
             "move": moved.map(|moved| json!({
@@ -170,7 +172,10 @@ pub(crate) async fn show(Shared(state): Shared<Arc<State>>) -> Result<Response, 
     if state.loaded().is_none() {
         return Err(ApiError::loading(state.progress()));
     }
-    Ok(json_response(StatusCode::OK, &state.replanning.json()))
+    Ok(json_response(
+        StatusCode::OK,
+        &state.replanning.json(state.replan.is_some()),
+    ))
 }
 
 /// Begins to make a plan.
@@ -191,7 +196,7 @@ pub(crate) async fn ask(
     }
     Ok(json_response(
         StatusCode::ACCEPTED,
-        &state.replanning.json(),
+        &state.replanning.json(state.replan.is_some()),
     ))
 }
 
@@ -253,12 +258,12 @@ mod tests {
     #[test]
     fn what_is_known_is_json() {
         let replanning = Replanning::default();
-        assert_eq!(replanning.json()["status"], "idle");
+        assert_eq!(replanning.json(true)["status"], "idle");
         replanning.known().stage = Stage::Moving(Rearranged {
             total_bytes: 10,
             done_bytes: 4,
             ..Rearranged::default()
         });
-        assert_eq!(replanning.json()["move"]["done_bytes"], 4);
+        assert_eq!(replanning.json(true)["move"]["done_bytes"], 4);
     }
 }

@@ -3,6 +3,7 @@
 use super::fields::{Fields, bad};
 use super::tools::{kind, object};
 use super::{BadLine, Code};
+use crate::grammar::gbnf;
 use serde_json::{Value, json};
 
 /// Longest schema or grammar as text in bytes.
@@ -36,8 +37,13 @@ pub(super) fn format(body: Fields<'_>) -> Result<Format, BadLine> {
         ("guided_regex", "regex"),
         ("guided_choice", "choice"),
         ("guided_grammar", "grammar"),
+        ("grammar", "gbnf"),
     ] {
-        if let Some(value) = body.get(name) {
+        // llama.cpp's clients send an empty grammar for none.
+        if let Some(value) = body
+            .get(name)
+            .filter(|value| name != "grammar" || *value != "")
+        {
             all.push((name, of_kind(&body.place(name), kind, value)?));
         }
     }
@@ -124,13 +130,38 @@ fn of_kind(place: &str, kind: &str, value: &Value) -> Result<Format, BadLine> {
         }
         ("regex", Value::String(text)) if !text.is_empty() => Format::Regex(text.clone()),
         ("regex", _) => return Err(bad(place, Some(value), "a regular expression")),
-        (_, Value::String(text)) if !text.is_empty() => Format::Lark(text.clone()),
+        (_, Value::String(text)) if text.len() > MAX_BYTES => {
+            return Err(too_long(place, text.len()));
+        }
+        ("grammar", Value::String(text)) if !text.is_empty() && !is_gbnf(text) => {
+            Format::Lark(text.clone())
+        }
+        (_, Value::String(text)) if !text.is_empty() => match gbnf::to_lark(text) {
+            Ok(lark) => return Ok(Format::Lark(lark)),
+            Err(why) => {
+                let message = format!("{place}: {why}");
+                return Err(BadLine::new(Code::InvalidRequest, message));
+            }
+        },
         _ => return Err(bad(place, Some(value), "a grammar as text")),
     };
     let n = value.to_string().len();
     if n > MAX_BYTES {
-        let message = format!("{place}: {n} bytes, expected at most {MAX_BYTES}");
-        return Err(BadLine::new(Code::InvalidRequest, message));
+        return Err(too_long(place, n));
     }
     Ok(format)
+}
+
+fn too_long(place: &str, n: usize) -> BadLine {
+    let message = format!("{place}: {n} bytes, expected at most {MAX_BYTES}");
+    BadLine::new(Code::InvalidRequest, message)
+}
+
+/// Whether a grammar is one in GBNF: other engines take both forms in the same field.
+fn is_gbnf(text: &str) -> bool {
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    text.lines().any(|line| {
+        let rest = line.trim_start().trim_start_matches(is_of_name);
+        rest.trim_start().starts_with("::=")
+    })
 }

@@ -9,7 +9,7 @@ pub(crate) mod read;
 #[cfg(test)]
 mod tests;
 pub mod tools;
-mod unsupported;
+pub(crate) mod unsupported;
 pub(crate) mod value;
 
 use fields::{Fields, shown};
@@ -148,8 +148,10 @@ pub struct Sampling {
     pub top_p: Option<f32>,
     /// Share of the highest probability.
     pub min_p: Option<f32>,
-    /// Applies to the whole text.
+    /// Applies to the whole text, unless the next field says otherwise.
     pub repetition_penalty: Option<f32>,
+    /// Number of last tokens that the repetition penalty counts.
+    pub repeat_last_n: Option<usize>,
     /// Applies to generated tokens.
     pub presence_penalty: Option<f32>,
     /// Applies to generated tokens.
@@ -164,8 +166,11 @@ impl Sampling {
     /// Returns the options with those of the command for absent ones.
     pub fn over(&self, defaults: &SamplerConfig) -> SamplerConfig {
         let (repeat_penalty, repeat_last_n) = match self.repetition_penalty {
-            Some(penalty) => (penalty, usize::MAX),
-            None => (defaults.repeat_penalty, defaults.repeat_last_n),
+            Some(penalty) => (penalty, self.repeat_last_n.unwrap_or(usize::MAX)),
+            None => (
+                defaults.repeat_penalty,
+                self.repeat_last_n.unwrap_or(defaults.repeat_last_n),
+            ),
         };
         SamplerConfig {
             temperature: self.temperature.unwrap_or(defaults.temperature),

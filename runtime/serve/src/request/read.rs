@@ -16,7 +16,7 @@ pub(crate) const MAX_TOKENS: usize = 1 << 24;
 const MAX_CHOICES: usize = 128;
 
 /// Most log-probabilities per token beside the token's own.
-const MAX_TOP_LOGPROBS: usize = 20;
+pub(crate) const MAX_TOP_LOGPROBS: usize = 20;
 
 /// Most stop strings per request, and bytes of each.
 const MAX_STOPS: usize = 16;
@@ -29,7 +29,7 @@ const MAX_TOP_K: i128 = (1 << 53) - 1;
 const MAX_BIASES: usize = 1024;
 
 /// Checks the fields of a body.
-pub(super) fn checked(
+pub(crate) fn checked(
     custom_id: &str,
     endpoint: Endpoint,
     body: Fields<'_>,
@@ -293,6 +293,7 @@ pub(crate) fn sampling(body: Fields<'_>) -> Result<Sampling, BadLine> {
         top_p: body.number("top_p")?,
         min_p: body.number("min_p")?,
         repetition_penalty: repetition.or(repeat),
+        repeat_last_n: None,
         presence_penalty: body.number("presence_penalty")?,
         frequency_penalty: body.number("frequency_penalty")?,
         logit_bias: logit_bias(body)?,

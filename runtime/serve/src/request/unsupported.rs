@@ -5,13 +5,14 @@ use super::fields::{Fields, shown};
 use super::{BadLine, Code, Endpoint, Sender};
 use serde_json::{Value, json};
 
-/// A field, and the values beside null, false, 0, and empty ones that change nothing.
-struct Unsupported {
-    name: &'static str,
-    neutral: fn() -> Vec<Value>,
+/// A field that is not implemented, and the values beside null, false, 0, and empty ones that change nothing.
+pub(crate) struct Unsupported {
+    pub name: &'static str,
+    pub neutral: fn() -> Vec<Value>,
 }
 
-const fn never(name: &'static str) -> Unsupported {
+/// Returns a field that has no other neutral values.
+pub(crate) const fn never(name: &'static str) -> Unsupported {
     Unsupported {
         name,
         neutral: Vec::new,
@@ -41,6 +42,7 @@ const OF_SERVER: &[Unsupported] = &[
     never("guided_grammar"),
     never("structured_outputs"),
     never("json_schema"),
+    never("grammar"),
 ];
 
 const UNSUPPORTED: &[Unsupported] = &[
@@ -64,7 +66,6 @@ const UNSUPPORTED: &[Unsupported] = &[
         neutral: || vec![json!(1)],
     },
     // Of other engines that take this format.
-    never("grammar"),
     never("min_tokens"),
     never("stop_token_ids"),
     never("bad_words"),
@@ -97,8 +98,14 @@ pub(super) fn check(body: Fields<'_>, endpoint: Endpoint, sender: Sender) -> Res
         (Sender::Client, Endpoint::Completions) => (OF_CHATS, &[][..]),
         (Sender::Client, Endpoint::Chat) => (&[][..], &[][..]),
     };
-    let all = of_chats.iter().chain(of_server).chain(UNSUPPORTED);
-    let asked = all.into_iter().find_map(|field| {
+    [of_chats, of_server, UNSUPPORTED]
+        .into_iter()
+        .try_for_each(|fields| refuse(body, fields))
+}
+
+/// Refuses a body with one of some fields that asks for something.
+pub(crate) fn refuse(body: Fields<'_>, fields: &[Unsupported]) -> Result<(), BadLine> {
+    let asked = fields.iter().find_map(|field| {
         let value = body.get(field.name)?;
         let changes = !is_neutral(value) && !(field.neutral)().iter().any(|n| equal(n, value));
         changes.then_some((field.name, value))

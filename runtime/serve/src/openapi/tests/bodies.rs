@@ -28,7 +28,7 @@ fn generation() -> Value {
 fn unsupported() -> Value {
     json!({
         "function_call": "none", "modalities": ["text"], "best_of": 1, "length_penalty": 1.0, "typical_p": 1,
-        "echo": false, "grammar": "", "functions": [], "min_tokens": 0, "documents": {},
+        "echo": false, "functions": [], "min_tokens": 0, "documents": {},
     })
 }
 
@@ -57,6 +57,7 @@ fn with_forms(body: &Value) -> Vec<Value> {
         json!({"guided_regex": "a+"}),
         json!({"guided_choice": ["a", "b"]}),
         json!({"guided_grammar": "start: \"a\""}),
+        json!({"grammar": "root ::= \"a\""}),
         json!({"structured_outputs": {"json": schema}}),
         json!({"structured_outputs": {"regex": "a"}}),
         json!({"structured_outputs": {"choice": ["a"]}}),
@@ -107,6 +108,19 @@ pub fn completions() -> Vec<Value> {
     all
 }
 
+pub fn of_llama() -> Vec<Value> {
+    let mut all = with_forms(&json!({"prompt": "a"}));
+    let own = json!({
+        "prompt": [1, 2], "n_predict": 7, "n": 1, "n_probs": 3, "logprobs": 3, "repeat_last_n": 8,
+        "return_tokens": true, "response_fields": ["content"], "n_cmpl": 1, "top_n_sigma": -1.0,
+        "adaptive_target": -1, "t_max_predict_ms": -1, "n_indent": 0, "samplers": [], "tools": [],
+    });
+    all.push(joined(&[generation(), unsupported(), own]));
+    all.push(json!({"prompt": ["a"], "n_predict": -1}));
+    all.push(json!({"prompt": [[1, 2]]}));
+    all
+}
+
 pub fn messages() -> Vec<Value> {
     let own = json!({
         "max_tokens": 7, "stop_sequences": ["a"], "system": [{"type": "text", "text": "s"}],
@@ -116,7 +130,6 @@ pub fn messages() -> Vec<Value> {
         "tool_choice": {"type": "auto", "disable_parallel_tool_use": true},
         "messages": [
             {"role": "user", "content": "a"},
-            {"role": "system", "content": [{"type": "text", "text": "s"}]},
             {"role": "assistant", "content": [
                 {"type": "thinking", "thinking": "t"}, {"type": "redacted_thinking"}, {"type": "text", "text": "b"},
                 {"type": "tool_use", "id": "i", "name": "f", "input": {"x": 1}},
@@ -141,10 +154,10 @@ pub fn responses() -> Vec<Value> {
         "text": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
         "tools": [
             {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": true},
+            {"type": "web_search"},
             {"type": "namespace", "name": "n", "tools": [
                 {"type": "function", "name": "g", "description": "d", "parameters": {"type": "object"}, "strict": true},
             ]},
-            {"type": "web_search"},
         ],
         "tool_choice": {"type": "function", "name": "g", "namespace": "n"}, "truncation": "disabled", "modalities": ["text"],
         "background": false, "previous_response_id": null,
@@ -152,7 +165,7 @@ pub fn responses() -> Vec<Value> {
             {"type": "message", "role": "developer", "content": "d"},
             {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
             {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]},
-            {"type": "function_call", "call_id": "i", "name": "f", "namespace": "n", "arguments": "{}"},
+            {"type": "function_call", "call_id": "i", "name": "g", "namespace": "n", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "i", "output": [{"type": "input_text", "text": "o"}]},
         ],
     });
