@@ -1,9 +1,11 @@
 //! `tier-plan serve`: answers are those that each request has alone, no body and no client harms it,
 //! and it ends soon.
 
+mod agents;
 mod bodies;
 pub mod client;
 mod llama;
+mod metrics;
 mod openapi;
 mod page;
 mod plan;

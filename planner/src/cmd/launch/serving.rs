@@ -358,3 +358,73 @@ fn read_log(
         let _ = to.send(line);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cmd::{self, parse_alone};
+
+    fn parsed(line: &str) -> Result<ServingArgs, clap::Error> {
+        match parse_alone(line.split_whitespace().map(Into::into))? {
+            cmd::Command::Launch(args) => Ok(args.serving),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn options_of_a_server_are_handed_on_as_they_were_given() {
+        let args = parsed(
+            "tier-plan launch codex -m m.gguf -c 4096 -ctk q8_0 -ctv q8_0 --mmap --logit-bias 1+2 --logit-bias 3-4 \
+             --api-key k -- -c x --mmap",
+        );
+        let args = args.unwrap();
+        args.check().unwrap();
+        let line: Vec<String> = args
+            .line()
+            .into_iter()
+            .map(|word| word.into_string().unwrap())
+            .collect();
+        assert_eq!(
+            line[..4],
+            ["serve", "--host=127.0.0.1", "--port=0", "--model=m.gguf"]
+        );
+        for option in [
+            "--context=4096",
+            "--cache-type-k=q8_0",
+            "--cache-type-v=q8_0",
+            "--mmap",
+            "--logit-bias=1+2",
+            "--logit-bias=3-4",
+        ] {
+            let n = line.iter().filter(|word| *word == option).count();
+            assert_eq!(n, 1, "{option} in {line:?}");
+        }
+        assert!(
+            !line.iter().any(|word| word.contains("api-key")),
+            "{line:?}"
+        );
+        // It is a command line of `serve`.
+        let whole = ["tier-plan".to_string()].into_iter().chain(line);
+        assert!(parse_alone(whole.map(Into::into)).is_ok());
+    }
+
+    #[test]
+    fn a_model_and_a_url_exclude_each_other() {
+        assert!(parsed("tier-plan launch codex -m m --url http://a").is_err());
+        assert!(parsed("tier-plan launch codex --server-log f").is_err());
+        assert!(parsed("tier-plan launch other").is_err());
+        assert!(parsed("tier-plan launch").is_err());
+        let alone = parsed("tier-plan launch codex --parallel 2").unwrap();
+        let error = alone.check().unwrap_err().to_string();
+        assert!(
+            error.starts_with("--parallel: an option of a server"),
+            "{error}"
+        );
+        assert!(
+            parsed("tier-plan launch codex -- --parallel 2")
+                .unwrap()
+                .check()
+                .is_ok()
+        );
+    }
+}

@@ -226,3 +226,63 @@ impl Setup {
         lines + "\n"
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_a_client_reads_as_something_else_are_replaced() {
+        for name in ["Qwen3-30B-A3B.Q4_K_M", "org/model:7b", "a"] {
+            assert_eq!(model(name), name);
+        }
+        // A file of opencode's, a mark of Claude Code's, an option, more than a line.
+        let long = "a".repeat(129);
+        for name in [
+            "", "{file:x}", "x[1m]", "-x", "a b", "a\nb", "\u{e9}", "$x", &long,
+        ] {
+            assert_eq!(model(name), "model", "{name}");
+        }
+    }
+
+    #[test]
+    fn hosts_are_those_of_the_url() {
+        for (url, expected) in [
+            ("http://127.0.0.1:8080", "127.0.0.1"),
+            ("http://box", "box"),
+            ("http://box/prefix:1", "box"),
+            ("http://[::1]:8080", "::1"),
+        ] {
+            assert_eq!(host(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn only_the_file_and_the_process_have_the_secret() {
+        let mut setup = Setup::new(&["it's".into(), "--x=1".into()]);
+        setup.secret("KEY", "s3cret");
+        setup.variable("URL", "a b");
+        setup.remove("OLD");
+        setup.option(SETTINGS);
+        setup.settings();
+        assert!(setup.has_option("--x") && !setup.has_option("--y") && !setup.has_option("it"));
+        let shown = setup.shown("client");
+        let expected = "unset OLD\nexport KEY=***\nexport URL='a b'\n\
+            # SETTINGS is a temporary file that has the same variables under \"env\"\n\
+            client SETTINGS 'it'\\''s' '--x=1'\n";
+        assert_eq!(shown, expected.replace("'--x=1'", &quoted("--x=1")));
+        setup.write().unwrap();
+        let path = setup.placed(SETTINGS);
+        let file: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        assert_eq!(
+            file,
+            json!({"env": {"KEY": "s3cret", "URL": "a b", "OLD": ""}})
+        );
+        let mut command = Command::new("client");
+        setup.apply(&mut command);
+        let args: Vec<_> = command.get_args().collect();
+        assert_eq!(args, [path.as_os_str(), "it's".as_ref(), "--x=1".as_ref()]);
+        drop(setup);
+        assert!(!std::path::Path::new(&path).exists());
+    }
+}
