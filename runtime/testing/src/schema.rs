@@ -95,10 +95,8 @@ fn any_of(document: &Value, expected: &Value, value: &Value) -> Result<(), Strin
 }
 
 fn elements(document: &Value, expected: &Value, value: &Value) -> Result<(), String> {
-    let items = value.as_array().into_iter().flatten().enumerate();
-    items
-        .map(|(i, item)| at(&format!("[{i}]"), check(document, expected, item)))
-        .collect()
+    let mut items = value.as_array().into_iter().flatten().enumerate();
+    items.try_for_each(|(i, item)| at(&format!("[{i}]"), check(document, expected, item)))
 }
 
 fn properties(document: &Value, expected: &Value, value: &Value) -> Result<(), String> {
@@ -106,10 +104,8 @@ fn properties(document: &Value, expected: &Value, value: &Value) -> Result<(), S
         .as_object()
         .expect("properties are an object")
         .iter();
-    let there = all.filter_map(|(name, schema)| Some((name, schema, value.get(name)?)));
-    there
-        .map(|(name, schema, value)| at(name, check(document, schema, value)))
-        .collect()
+    let mut there = all.filter_map(|(name, schema)| Some((name, schema, value.get(name)?)));
+    there.try_for_each(|(name, schema, value)| at(name, check(document, schema, value)))
 }
 
 fn required(expected: &Value, value: &Value) -> Result<(), String> {

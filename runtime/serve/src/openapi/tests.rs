@@ -13,8 +13,11 @@ mod bodies;
 /// Reads a body as an endpoint does, up to what needs a model.
 type Read = fn(&[u8]) -> Result<(), String>;
 
+/// Returns right bodies.
+type Bodies = fn() -> Vec<Value>;
+
 /// Kinds of bodies: the schema's name, how they are read, and right ones that have every field.
-const KINDS: [(&str, Read, fn() -> Vec<Value>); 10] = [
+const KINDS: [(&str, Read, Bodies); 10] = [
     (
         "ChatRequest",
         |body| said(Request::from_body("id", Endpoint::Chat, body)),

@@ -193,9 +193,13 @@ fn begin(expr: &Expr, nullable: &[bool], first: &mut Vec<usize>) -> bool {
     match expr {
         Expr::Chars(_) => false,
         Expr::Seq(parts) => parts.iter().all(|part| begin(part, nullable, first)),
-        Expr::Alt(parts) => parts.iter().fold(false, |is_empty, part| {
-            begin(part, nullable, first) || is_empty
-        }),
+        Expr::Alt(parts) => {
+            let mut is_empty = false;
+            for part in parts {
+                is_empty |= begin(part, nullable, first);
+            }
+            is_empty
+        }
         Expr::Repeat { of, min, .. } => begin(of, nullable, first) || *min == 0,
         Expr::Rule(number) => {
             first.push(*number);
