@@ -14,7 +14,7 @@ mod bodies;
 type Read = fn(&[u8]) -> Result<(), String>;
 
 /// Kinds of bodies: the schema's name, how they are read, and right ones that have every field.
-const KINDS: [(&str, Read, fn() -> Vec<Value>); 9] = [
+const KINDS: [(&str, Read, fn() -> Vec<Value>); 10] = [
     (
         "ChatRequest",
         |body| said(Request::from_body("id", Endpoint::Chat, body)),
@@ -262,9 +262,11 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
 }
 
 /// What a schema leaves to words: how fields depend on each other, and what texts must hold.
-const IN_WORDS: [&str; 16] = [
-    "as in max_tokens",
-    "as in repetition_penalty",
+const IN_WORDS: [&str; 18] = [
+    "or one of the two fields",
+    "a pair",
+    "expected -100 to 100",
+    "a name of 1 to",
     "a tool that is among",
     "a second tool",
     "\"logprobs\": true beside it",
