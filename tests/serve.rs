@@ -299,7 +299,15 @@ fn other_endpoints_tell_of_the_model() {
         props["emulated"], false,
         "without a plan nothing is emulated"
     );
-    assert_eq!(server.get("/slots").ok(), json!([]));
+    assert_eq!(props["model_path"], "demo.gguf");
+    let slots = server.get("/slots").ok();
+    let slots = slots.as_array().unwrap();
+    assert_eq!(props["total_slots"], slots.len());
+    assert!(
+        slots
+            .iter()
+            .all(|slot| slot["state"] == "idle" && slot["n_ctx"] == props["n_ctx"])
+    );
     let tokens = server.post("/tokenize", &json!({"content": PROMPT})).ok();
     let text = server.post("/detokenize", &tokens).ok();
     assert_eq!(text["content"].as_str().unwrap().trim_start(), PROMPT);

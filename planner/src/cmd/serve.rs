@@ -141,6 +141,9 @@ impl ServeArgs {
     fn config(&self, model: &Path, sampling: SamplerConfig) -> Result<Config> {
         Ok(Config {
             model: self.alias.clone().unwrap_or_else(|| model_name(model)),
+            file: model
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
             limits: Limits {
                 max_queue: self.max_queue,
                 ..Limits::default()

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 /// Keywords that say nothing of a value.
-const NOTES: [&str; 2] = ["description", "x-event"];
+const NOTES: [&str; 2] = ["description", "contentMediaType"];
 
 /// Checks a value by a schema whose references point into `document`.
 ///
@@ -29,6 +29,7 @@ pub fn check(document: &Value, schema: &Value, value: &Value) -> Result<(), Stri
             "propertyNames" => names(document, expected, value),
             "additionalProperties" => additional(document, fields, expected, value),
             "pattern" => pattern(expected, value),
+            "contentSchema" => content(document, expected, value),
             note if NOTES.contains(&note) => Ok(()),
             limit => limits(limit, expected, value),
         };
@@ -137,6 +138,15 @@ fn additional(
     others.try_for_each(|(name, value)| at(name, check(document, expected, value)))
 }
 
+/// Checks the JSON in a text.
+fn content(document: &Value, expected: &Value, value: &Value) -> Result<(), String> {
+    let Some(text) = value.as_str() else {
+        return Ok(());
+    };
+    let parsed = serde_json::from_str(text).map_err(|error| format!("{text:?}: {error}"))?;
+    at("content", check(document, expected, &parsed))
+}
+
 /// Checks a pattern of the one kind that is used: a class of characters with a number of them.
 fn pattern(expected: &Value, value: &Value) -> Result<(), String> {
     let Some(text) = value.as_str() else {
@@ -223,7 +233,8 @@ mod tests {
         let document = json!({ "a": { "type": "integer", "minimum": 1 } });
         let schema = json!({
             "type": "object", "required": ["n"],
-            "properties": { "n": { "$ref": "#/a" }, "list": { "type": ["array", "null"], "items": { "enum": ["x", 1] } } },
+            "properties": { "n": { "$ref": "#/a" }, "list": { "type": ["array", "null"], "items": { "enum": ["x", 1] } },
+                "json": { "type": "string", "contentMediaType": "application/json", "contentSchema": { "$ref": "#/a" } } },
             "propertyNames": { "pattern": "^[a-z_-]{1,5}$" },
             "additionalProperties": { "anyOf": [{ "const": true }, { "type": "string", "maxLength": 2 }] },
         });
@@ -232,6 +243,7 @@ mod tests {
             json!({"n": 1}),
             json!({"n": 2.0, "list": null, "o_-": "ab"}),
             json!({"n": 7, "list": ["x", 1.0], "b": true}),
+            json!({"n": 7, "json": "7"}),
         ] {
             assert_eq!(fits(good), Ok(()));
         }
@@ -242,6 +254,8 @@ mod tests {
             (json!({"n": 1.5}), "n: 1.5"),
             (json!({"n": 1, "list": ["y"]}), "list: [0]: \"y\""),
             (json!({"n": 1, "o": "abc"}), "o: none of these"),
+            (json!({"n": 1, "json": "{"}), "json: \"{\""),
+            (json!({"n": 1, "json": "0"}), "json: content: 0 is outside"),
             (json!({"n": 1, "longer": "a"}), "\"longer\" does not match"),
         ] {
             let error = fits(bad).unwrap_err();

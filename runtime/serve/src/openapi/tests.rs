@@ -265,11 +265,13 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
 }
 
 /// What a schema leaves to words: how fields depend on each other, and what texts must hold.
-const IN_WORDS: [&str; 17] = [
+const IN_WORDS: [&str; 19] = [
     // A grammar's syntax.
     "grammar: line ",
-    "as in max_tokens",
-    "as in repetition_penalty",
+    "or one of the two fields",
+    "a pair",
+    "expected -100 to 100",
+    "a name of 1 to",
     "a tool that is among",
     "a second tool",
     "\"logprobs\": true beside it",
