@@ -9,7 +9,7 @@ use crate::interrupt::Interrupted;
 use crate::parallel::{self, Routing};
 use crate::prepared::Prepared;
 use crate::printable::printable;
-use crate::replan::replan;
+use crate::replan::worker;
 use crate::session::Session;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
@@ -19,7 +19,6 @@ use std::sync::Arc;
 use tier_plan_runtime::Cancel;
 use tier_plan_runtime::batcher::{Batcher, Options};
 use tier_plan_runtime::formats::safely;
-use tier_plan_runtime::model::shape::{ModelShape, shape_of};
 use tier_plan_runtime::sampler::SamplerConfig;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_serve::prompts::Chats;
@@ -189,8 +188,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         tokenizer: Arc::clone(&tokenizer),
         chats,
         replan: args.profile_out.is_some().then(|| {
-            let shape = shape_of(prepared.gguf(), prepared.spec());
-            Arc::new(Replanner { shape }) as Arc<dyn Replan>
+            let model = model.to_path_buf();
+            Arc::new(Replanner { model }) as Arc<dyn Replan>
         }),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
@@ -267,12 +266,12 @@ fn answer(
 
 /// Makes plans for the model that is served.
 struct Replanner {
-    shape: ModelShape,
+    model: PathBuf,
 }
 
 impl Replan for Replanner {
     fn replan(&self, question: &Question) -> Result<Replanned, String> {
-        replan(&self.shape, question).map_err(|error| format!("{error:#}"))
+        worker::ask(&self.model, question).map_err(|error| format!("{error:#}"))
     }
 }
 
