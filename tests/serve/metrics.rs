@@ -52,9 +52,10 @@ fn the_dashboard_has_every_metric_and_no_other() {
     let metrics = announced(&text);
     assert!(metrics.len() > 15, "{text}");
     let has_sample = |sample: &String| {
-        let rest = |line: &str| line.strip_prefix(sample.as_str()).map(str::to_string);
-        let values = text.lines().filter_map(rest);
-        values.into_iter().any(|rest| rest.starts_with([' ', '{']))
+        let mut values = text
+            .lines()
+            .filter_map(|line| line.strip_prefix(sample.as_str()));
+        values.any(|rest| rest.starts_with([' ', '{']))
     };
     for (name, samples) in &metrics {
         assert!(name.starts_with(PREFIX), "{name}");
