@@ -63,3 +63,109 @@ pub fn parts(form: u8, prompt: &str, pieces: &[&str]) -> String {
     came.into_iter().for_each(|part| add(&mut parts, part));
     format!("{parts:?}")
 }
+
+#[cfg(test)]
+#[path = "../../fuzz/src/serve/mod.rs"]
+mod checks;
+
+#[cfg(test)]
+mod tests {
+    use super::checks::check;
+    use crate::calls::forms;
+    use proptest::prelude::*;
+
+    /// Words of calls, JSON, grammars, and bodies.
+    const WORDS: [&str; 64] = [
+        "{",
+        "}",
+        "[",
+        "]",
+        "\"",
+        "\\",
+        ":",
+        ",",
+        " ",
+        "\n",
+        "f",
+        "g",
+        "a",
+        "1",
+        "null",
+        "\"a\"",
+        "{}",
+        "\"name\": \"f\"",
+        "\"arguments\": {",
+        "\"parameters\": {}",
+        "<function=f>",
+        "</function>",
+        "<parameter=a>",
+        "</parameter>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "<invoke name=\"f\">",
+        "</invoke>",
+        "<parameter name=\"b\">",
+        "<think>",
+        "</think>",
+        "<|channel|>",
+        "commentary to=functions.f",
+        "<|message|>",
+        "<|call|>",
+        "<|end|>",
+        "<|start|>assistant",
+        "[CALL_ID]",
+        "[ARGS]",
+        "call:f{",
+        "<|\"|>",
+        "```json",
+        "root ::= ",
+        "\nx ::= ",
+        "x",
+        "root",
+        "(",
+        ")",
+        "|",
+        "*",
+        "+",
+        "?",
+        "{2,3}",
+        "[^a-c]",
+        ".",
+        "# ",
+        "\\x41",
+        "{\"prompt\":",
+        "{\"messages\":[",
+        "\"tools\":[",
+        "\"grammar\":",
+        "é",
+    ];
+
+    fn any_input() -> impl Strategy<Value = Vec<u8>> {
+        let word = proptest::sample::select(&WORDS[..]).prop_map(String::from);
+        let mark = any::<(u8, u8)>().prop_map(|(form, mark)| {
+            let marks: Vec<&str> = forms::numbered(form.into()).shown().collect();
+            let mark = marks.get(usize::from(mark) % marks.len().max(1));
+            mark.copied().unwrap_or_default().to_string()
+        });
+        let part = prop_oneof![4 => word, 2 => mark, 1 => "\\PC{0,3}"];
+        let text = proptest::collection::vec(part, 0..40);
+        let head = proptest::option::of(any::<[u8; 2]>());
+        (head, text).prop_map(|(head, text)| {
+            let mut bytes: Vec<u8> = head.into_iter().flatten().collect();
+            bytes.extend(text.concat().into_bytes());
+            bytes
+        })
+    }
+
+    #[test]
+    fn words_of_all_forms_in_any_order_are_taken_or_refused() {
+        let n_cases = if tier_plan_testing::is_nightly() {
+            200_000
+        } else {
+            400
+        };
+        proptest!(ProptestConfig::with_cases(n_cases), |(bytes in any_input())| check(&bytes));
+    }
+}

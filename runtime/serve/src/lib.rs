@@ -13,6 +13,10 @@
 //! too.
 #![forbid(unsafe_code)]
 
+// The checks of the fuzz target call the crate by its name.
+#[cfg(test)]
+extern crate self as tier_plan_serve;
+
 pub mod answer;
 mod anthropic;
 mod ask;

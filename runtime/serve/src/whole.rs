@@ -38,3 +38,46 @@ pub fn split(text: &str, marks: &[(Range<usize>, ThoughtMark)], prompt: &str) ->
     }
     parts
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ThoughtMark::{Closes, Opens};
+
+    #[test]
+    fn a_whole_answer_has_the_parts_of_a_stream() {
+        let tokens = [("[THINK]", Opens), ("[/THINK]", Closes)];
+        let channels = "<|channel|>analysis<|message|>A.<|end|><|start|>assistant<|channel|>";
+        let call = format!("{channels}commentary to=f <|constrain|>json<|message|>{{}}<|call|>");
+        let answer = format!("{channels}final<|message|>B<|return|>");
+        for (text, prompt, thinking, content) in [
+            ("<think>\nA.\n</think>\n\nB.", "", Some("A."), "B."),
+            ("A.</think>B.", "Q<think>\n", Some("A."), "B."),
+            ("<think>A", "", Some("A"), ""),
+            ("<think></think>B", "", None, "B"),
+            ("B </think>. ", "Q", None, "B </think>. "),
+            ("[THINK]A[/THINK]B", "", Some("A"), "B"),
+            ("B, [THINK]A[/THINK]b", "", Some("A"), "B, b"),
+            ("[THINK]A", "", Some("A"), ""),
+            // A stream has given out the beginning as content before the mark comes.
+            ("A.[/THINK]B", "", None, "A.B"),
+            (&answer, "", Some("A."), "B"),
+            (&call, "", Some("A."), "{}"),
+            ("", "", None, ""),
+        ] {
+            let mut marks: Vec<_> = tokens
+                .iter()
+                .flat_map(|(token, mark)| {
+                    let places = text.match_indices(token);
+                    places.map(|(at, token)| (at..at + token.len(), *mark))
+                })
+                .collect();
+            marks.sort_by_key(|(range, _)| range.start);
+            let expected = Parts {
+                thinking: thinking.map(str::to_string),
+                content: content.to_string(),
+            };
+            assert_eq!(split(text, &marks, prompt), expected, "{text:?}");
+        }
+    }
+}

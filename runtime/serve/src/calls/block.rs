@@ -44,8 +44,11 @@ impl Block {
             calls.extend((form.body)(&mut reader, marks, tools).ok()?);
             at = text.len() - reader.left();
         }
-        (calls.len() == n).then_some(Self {
-            range: start..at,
+        // Readers skip what may be between two calls.
+        let is_after = |c: char| c.is_whitespace() || matches!(c, ',' | ';');
+        let block = text.get(start..at)?.trim_end_matches(is_after);
+        (calls.len() == n).then(|| Self {
+            range: start..start + block.len(),
             calls,
         })
     }
@@ -64,4 +67,72 @@ fn first(form: &Form, text: &str, from: usize, plain: &[Range<usize>]) -> Option
         places.find(|at| !is_plain(at))
     });
     places.min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(name: &str, text: &str, plain: &[Range<usize>], n: usize) -> Option<(String, usize)> {
+        let block = Block::find(Form::named(name), text, 1, plain, &[], n)?;
+        assert!(block.calls.iter().all(|call| call.name == "f"), "{block:?}");
+        Some((text[block.range.clone()].to_string(), block.calls.len()))
+    }
+
+    #[test]
+    fn calls_of_every_kind_of_form_are_found() {
+        for (name, call) in [
+            (
+                "Hermes",
+                "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": \"</tool_call>\"}}\n</tool_call>",
+            ),
+            (
+                "Qwen3-Coder",
+                "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+            ),
+            (
+                "GLM",
+                "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+            ),
+            (
+                "DeepSeek",
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            ),
+            (
+                "Mistral",
+                "[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {}}]",
+            ),
+            ("Mistral 11", "[TOOL_CALLS]f[ARGS]{\"a\": [1]}"),
+            ("Llama 3", "{\"name\": \"f\", \"parameters\": {}}"),
+        ] {
+            let tools = [Tool {
+                name: "f".into(),
+                description: None,
+                parameters: serde_json::json!({}),
+                strict: false,
+            }];
+            let text = format!("T {call} more");
+            let block = Block::find(Form::named(name), &text, 1, &[], &tools, 1);
+            let block = block.unwrap_or_else(|| panic!("{name}"));
+            assert_eq!(&text[block.range], call, "{name}");
+        }
+    }
+
+    #[test]
+    fn as_many_calls_as_are_wanted_are_found() {
+        let call = "<tool_call>\n{\"name\": \"f\"}\n</tool_call>";
+        let text = format!("T{call}\n{call} {call}x");
+        let found = |n| find("Hermes", &text, &[], n);
+        let two = format!("{call}\n{call}");
+        assert_eq!(found(1), Some((call.to_string(), 1)));
+        assert_eq!(found(2), Some((two, 2)));
+        assert_eq!(found(4), None);
+        // What begins in a text of a message is none.
+        let plain = 1..3;
+        let rest = format!("{call} {call}");
+        assert_eq!(find("Hermes", &text, &[plain], 2), Some((rest, 2)));
+        assert_eq!(find("gpt-oss", &text, &[], 1), None);
+        assert_eq!(find("Hermes", "T<tool_call>{}", &[], 1), None);
+        assert_eq!(find("Hermes", "T", &[], 1), None);
+    }
 }
