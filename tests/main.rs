@@ -23,6 +23,8 @@ mod hostile;
 #[cfg(target_os = "linux")]
 mod inputs;
 mod kept_texts;
+#[cfg(target_os = "linux")]
+mod launch;
 mod main_job;
 mod other_engines;
 #[cfg(target_os = "linux")]

@@ -1,9 +1,11 @@
 //! `tier-plan serve`: answers are those that each request has alone, no body and no client harms it,
 //! and it ends soon.
 
+mod agents;
 mod bodies;
-mod client;
+pub mod client;
 mod llama;
+mod metrics;
 mod openapi;
 mod page;
 mod plan;
@@ -297,7 +299,15 @@ fn other_endpoints_tell_of_the_model() {
         props["emulated"], false,
         "without a plan nothing is emulated"
     );
-    assert_eq!(server.get("/slots").ok(), json!([]));
+    assert_eq!(props["model_path"], "demo.gguf");
+    let slots = server.get("/slots").ok();
+    let slots = slots.as_array().unwrap();
+    assert_eq!(props["total_slots"], slots.len());
+    assert!(
+        slots
+            .iter()
+            .all(|slot| slot["state"] == "idle" && slot["n_ctx"] == props["n_ctx"])
+    );
     let tokens = server.post("/tokenize", &json!({"content": PROMPT})).ok();
     let text = server.post("/detokenize", &tokens).ok();
     assert_eq!(text["content"].as_str().unwrap().trim_start(), PROMPT);

@@ -78,6 +78,17 @@ impl Client {
         self.answer(path, request.call())
     }
 
+    /// Gets what is at a path, whatever the server answers: its status, and the body, null where that
+    /// is not JSON.
+    ///
+    /// # Errors
+    /// When there is no server.
+    pub fn look(&self, path: &str) -> Result<(u16, Value)> {
+        let request = self.agent.get(format!("{}{path}", self.url));
+        let (status, value) = self.read(path, request.call())?;
+        Ok((status, value.unwrap_or_default()))
+    }
+
     /// Posts a body to a path.
     ///
     /// # Errors
@@ -91,12 +102,12 @@ impl Client {
         self.answer(path, request.send(body.to_string()))
     }
 
-    /// Returns the body of an answer, or what the server says is wrong.
-    fn answer(
+    /// Returns the status of an answer, and the body, if that is JSON.
+    fn read(
         &self,
         path: &str,
         answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
-    ) -> Result<Value> {
+    ) -> Result<(u16, Option<Value>)> {
         let mut answer = answer
             .with_context(|| format!("no answer from a server at {}", printable(&self.url)))
             .hint("start one with `tier-plan serve MODEL`, or pass its --url")?;
@@ -105,7 +116,16 @@ impl Client {
             .read_to_string()
             .with_context(|| format!("the answer of {}{path}", printable(&self.url)))?;
         let value = serde_json::from_str::<Value>(&text).ok();
-        let status = answer.status().as_u16();
+        Ok((answer.status().as_u16(), value))
+    }
+
+    /// Returns the body of an answer, or what the server says is wrong.
+    fn answer(
+        &self,
+        path: &str,
+        answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+    ) -> Result<Value> {
+        let (status, value) = self.read(path, answer)?;
         if (200..300).contains(&status) {
             return value.with_context(|| {
                 let url = printable(&self.url);

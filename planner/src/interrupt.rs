@@ -31,6 +31,41 @@ pub fn catch_interrupts() -> Catching {
     Catching(())
 }
 
+/// Has signals do nothing while the guard lives, for a program that runs another one in the
+/// foreground. A terminal sends Ctrl-C to both; see [`hand_on`] for other signals.
+pub fn note_signals() -> Catching {
+    signals::set_action(OnSignal::Note);
+    signals::handle(&INTERRUPTED, NOTICE);
+    Catching(())
+}
+
+/// Sends SIGTERM or SIGHUP on to a program, if one came since the last call.
+pub fn hand_on(to: &std::process::Child) {
+    // The terminal has sent a Ctrl-C to that program, too.
+    if let Some(signal) = signals::taken()
+        && signal != signals::SIGINT
+    {
+        // Fails where the program has ended.
+        let _ = signals::send(to.id(), signal);
+    }
+}
+
+/// Ends this program as SIGTERM does once standard input ends, so that it does not outlive the
+/// program that holds the other end.
+///
+/// # Errors
+/// When the system refuses a thread.
+pub fn end_with_input() -> std::io::Result<()> {
+    let watch = || {
+        let ended = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        if ended.is_ok() && signals::send(std::process::id(), signals::SIGTERM).is_err() {
+            std::process::exit(1);
+        }
+    };
+    let thread = std::thread::Builder::new().name("parent".into());
+    thread.spawn(watch).map(drop)
+}
+
 /// Returns whether a signal asked for an end.
 pub fn interrupted() -> bool {
     INTERRUPTED.is_requested()

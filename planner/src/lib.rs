@@ -40,6 +40,7 @@ pub mod session;
 pub mod solve;
 pub mod special;
 pub mod store;
+mod subprocess;
 pub mod text;
 pub mod trial;
 pub mod verify;

@@ -3,14 +3,18 @@
 
 use std::process::ExitCode;
 use tier_plan_planner::chat::jinja::worker;
+use tier_plan_planner::cmd::launch::Ended;
 use tier_plan_planner::interrupt::{self, Interrupted};
-use tier_plan_planner::{cmd, print};
+use tier_plan_planner::{cmd, print, replan};
 use tier_plan_runtime::RunError;
 use tier_plan_runtime::formats::safely;
 
 fn main() -> ExitCode {
     if worker::is_requested(std::env::args_os()) {
         return worker::serve();
+    }
+    if replan::worker::is_requested(std::env::args_os()) {
+        return replan::worker::serve(std::env::args_os());
     }
     tier_plan_runtime::gguf::report_bus_errors();
     safely::ignore_file_size_signal();
@@ -19,6 +23,11 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     let ended = cmd::dispatch(command);
+    if let Err(error) = &ended
+        && let Some(Ended(code)) = error.downcast_ref()
+    {
+        return ExitCode::from(*code);
+    }
     match &ended {
         // No message after Ctrl-C, since the user knows.
         Err(error) if !error.is::<Interrupted>() && !is_canceled(error) => print::error(error),

@@ -49,10 +49,15 @@ pub(super) fn fits(document: &Value, method: &str, path: &str, answer: &Answer) 
             check(document, &content["schema"], &answer.json()).unwrap_or_else(say);
         }
         "text/event-stream" => {
-            for (_, event) in answer.events() {
-                if event != "[DONE]" {
-                    check(document, &content["x-event"], &event).unwrap_or_else(say);
+            for (name, data) in answer.events() {
+                let data = data
+                    .as_str()
+                    .map_or_else(|| data.to_string(), str::to_string);
+                let mut event = json!({ "data": data });
+                if let Some(name) = name {
+                    event["event"] = name.into();
                 }
+                check(document, &content["schema"], &event).unwrap_or_else(say);
             }
         }
         _ => check(document, &content["schema"], &text.as_str().into()).unwrap_or_else(say),

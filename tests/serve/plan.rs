@@ -20,6 +20,24 @@ fn texts(server: &Served) -> Vec<Value> {
     PROMPTS.iter().map(ask).collect()
 }
 
+/// Makes a plan over emulated tiers without a profile, so that there is something to gain, and returns
+/// its path.
+fn planned(path: &str) -> String {
+    let model = demo_model();
+    let model = model.to_str().unwrap();
+    let args = [
+        "solve",
+        model,
+        "--machine",
+        "demo-emulated",
+        "--output",
+        path,
+    ];
+    let solved = run_in(std::path::Path::new("."), &args);
+    assert!(solved.status.success(), "{}", stderr(&solved));
+    path.to_string()
+}
+
 /// Waits until a plan is made, and pins and slots have moved.
 fn settled(server: &Served) -> Value {
     let until = Instant::now() + Duration::from_secs(120);
@@ -37,20 +55,7 @@ fn settled(server: &Served) -> Value {
 fn a_plan_of_what_texts_chose_is_moved_to_while_they_are_answered() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
-    let (model, plan, uses) = (demo_model(), path("placement.toml"), path("use.profile"));
-    // Without a profile, so that there is something to gain.
-    let model = model.to_str().unwrap();
-    let args = [
-        "solve",
-        model,
-        "--machine",
-        "demo-emulated",
-        "--output",
-        &plan,
-    ];
-    let solved = run_in(folder.path(), &args);
-    assert!(solved.status.success(), "{}", stderr(&solved));
-
+    let (plan, uses) = (planned(&path("placement.toml")), path("use.profile"));
     let mut server = Served::start(&["--plan", &plan, "--profile-out", &uses]);
     assert_eq!(server.get("/plan").ok()["status"], "idle");
     let early = server.post("/plan", &json!({}));
@@ -122,17 +127,7 @@ fn a_plan_of_what_texts_chose_is_moved_to_while_they_are_answered() {
 fn the_command_asks_the_server() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
-    let (model, plan, uses) = (demo_model(), path("placement.toml"), path("use.profile"));
-    let model = model.to_str().unwrap();
-    let args = [
-        "solve",
-        model,
-        "--machine",
-        "demo-emulated",
-        "--output",
-        &plan,
-    ];
-    assert!(run_in(folder.path(), &args).status.success());
+    let (plan, uses) = (planned(&path("placement.toml")), path("use.profile"));
     let key = ["--api-key", "secret"];
     let options = ["--plan", &plan, "--profile-out", &uses];
     let server = Served::start(&[&options[..], &key[..]].concat());

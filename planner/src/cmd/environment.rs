@@ -20,6 +20,8 @@ const PER_COMMAND: &[(&str, &str)] = &[
     ("bench", "repeat"),
     ("compare", "n-predict"),
     ("demo", "n-predict"),
+    ("launch", "parallel"),
+    ("launch", "print"),
     ("logits", "tokens"),
     ("perplexity", "context"),
     ("perplexity", "file"),

@@ -13,6 +13,7 @@ mod environment;
 pub mod explain;
 pub mod export;
 pub mod inspect;
+pub mod launch;
 pub mod logits;
 pub mod pack;
 pub mod perplexity;
@@ -86,6 +87,7 @@ pub enum Command {
     Run(run::RunArgs),
     Batch(batch::BatchArgs),
     Serve(serve::ServeArgs),
+    Launch(launch::LaunchArgs),
     Replan(replan::ReplanArgs),
     Compare(compare::CompareArgs),
     Bench(bench::BenchArgs),
@@ -144,6 +146,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Run(args) => run::run(&args),
         Command::Batch(args) => batch::run(&args),
         Command::Serve(args) => serve::run(&args),
+        Command::Launch(args) => launch::run(&args),
         Command::Replan(args) => replan::run(&args),
         Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -9,7 +9,7 @@ use crate::interrupt::Interrupted;
 use crate::parallel::{self, Routing};
 use crate::prepared::Prepared;
 use crate::printable::printable;
-use crate::replan::replan;
+use crate::replan::worker;
 use crate::session::Session;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
@@ -19,7 +19,6 @@ use std::sync::Arc;
 use tier_plan_runtime::Cancel;
 use tier_plan_runtime::batcher::{Batcher, Options};
 use tier_plan_runtime::formats::safely;
-use tier_plan_runtime::model::shape::{ModelShape, shape_of};
 use tier_plan_runtime::sampler::SamplerConfig;
 use tier_plan_runtime::tokenizer::Tokenizer;
 use tier_plan_serve::prompts::Chats;
@@ -82,6 +81,9 @@ pub struct ServeArgs {
     /// Write the log as JSON, one object per line
     #[arg(long, help_heading = "Server")]
     pub log_json: bool,
+    /// End when standard input does, so that no server outlives the program that started it
+    #[arg(long, hide = true)]
+    pub end_with_input: bool,
     /// Most milliseconds between two tokens of a text while prompts are read, or `auto` for what the
     /// predicted steps suggest
     #[arg(
@@ -138,6 +140,9 @@ impl ServeArgs {
     fn config(&self, model: &Path, sampling: SamplerConfig) -> Result<Config> {
         Ok(Config {
             model: self.alias.clone().unwrap_or_else(|| model_name(model)),
+            file: model
+                .file_name()
+                .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
             limits: Limits {
                 max_queue: self.max_queue,
                 ..Limits::default()
@@ -155,6 +160,9 @@ impl ServeArgs {
 /// # Errors
 /// When an option is invalid, the address is taken, or the model cannot be loaded.
 pub fn run(args: &ServeArgs) -> Result<()> {
+    if args.end_with_input {
+        crate::interrupt::end_with_input().context("watching standard input")?;
+    }
     let model = args.model.path()?;
     let sampling = args.texts.sampling.checked()?;
     args.texts.kept.bytes()?;
@@ -180,8 +188,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         tokenizer: Arc::clone(&tokenizer),
         chats,
         replan: args.profile_out.is_some().then(|| {
-            let shape = shape_of(prepared.gguf(), prepared.spec());
-            Arc::new(Replanner { shape }) as Arc<dyn Replan>
+            let model = model.to_path_buf();
+            Arc::new(Replanner { model }) as Arc<dyn Replan>
         }),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
@@ -258,12 +266,12 @@ fn answer(
 
 /// Makes plans for the model that is served.
 struct Replanner {
-    shape: ModelShape,
+    model: PathBuf,
 }
 
 impl Replan for Replanner {
     fn replan(&self, question: &Question) -> Result<Replanned, String> {
-        replan(&self.shape, question).map_err(|error| format!("{error:#}"))
+        worker::ask(&self.model, question).map_err(|error| format!("{error:#}"))
     }
 }
 

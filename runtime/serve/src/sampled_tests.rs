@@ -140,7 +140,8 @@ fn what_differs_is_as_the_template_prints_it() {
     let mut before = rendered(PROMPT, "", &[]);
     before.text = format!("{PROMPT}\nuser: {user}\nassistant:");
     let start = before.text.find(&user).unwrap();
-    before.plain.push(start..start + user.len());
+    let of_user = start..start + user.len();
+    before.plain = Vec::from([of_user]);
     let replayed = case.apply(before.clone(), message("i", same.clone()));
     assert_eq!(replayed, before.into());
     // Where nothing is known of the texts, nothing is put back.

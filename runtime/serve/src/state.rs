@@ -68,6 +68,8 @@ pub struct Security {
 pub struct Config {
     /// Name of the model in answers.
     pub model: String,
+    /// Name of the model's file, without its folder.
+    pub file: String,
     /// Bounds.
     pub limits: Limits,
     /// Who may use it.

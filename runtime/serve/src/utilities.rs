@@ -52,18 +52,28 @@ pub(crate) async fn metrics(Shared(state): Shared<Arc<State>>) -> Response {
 pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Response {
     let sampling = &state.config.sampling;
     let loaded = state.loaded();
+    let spelled = |token: Option<u32>| {
+        let bytes = token.map_or(&[][..], |token| state.tokenizer.piece(token));
+        String::from_utf8_lossy(bytes).into_owned()
+    };
     let value = json!({
         "model_alias": state.config.model,
+        "model_path": state.config.file,
         "total_slots": loaded.map(|loaded| loaded.max_texts),
         "n_ctx": state.context,
         "n_vocab": state.n_vocab,
         "has_chat_template": state.chats.is_some(),
+        "chat_template": state.chats.as_ref().map_or("", |chats| chats.source()),
+        "bos_token": spelled(state.tokenizer.bos()),
+        "eos_token": spelled(state.tokenizer.eos()),
+        "modalities": { "vision": false, "audio": false },
         "build_info": concat!("tier-plan ", env!("CARGO_PKG_VERSION")),
         "uptime_s": state.started.elapsed().as_secs(),
         "tiers": loaded.map(|loaded| loaded.promise().tiers.clone()),
         "emulated": loaded.map(|loaded| loaded.promise().emulated),
         "predicted_tok_s": loaded.and_then(|loaded| loaded.promise().decode_tok_s),
         "default_generation_settings": { "n_ctx": state.context, "params": {
+            "seed": sampling.seed,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
             "top_p": sampling.top_p,
@@ -76,11 +86,12 @@ pub(crate) async fn props(Shared(state): Shared<Arc<State>>) -> Response {
     json_response(StatusCode::OK, &value)
 }
 
-/// Answers `/slots`: the texts at work and waiting.
+/// Answers `/slots`: as many places as there are texts at once, each with its text or idle, and the
+/// texts that wait for one.
 pub(crate) async fn slots(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
-    if state.loaded().is_none() {
+    let Some(loaded) = state.loaded() else {
         return Err(ApiError::loading(state.progress()));
-    }
+    };
     let (reply, answer) = oneshot::channel();
     let sent = state.inbox.send(Command::Status(reply));
     sent.map_err(|_| ApiError::stopping())?;
@@ -89,8 +100,31 @@ pub(crate) async fn slots(Shared(state): Shared<Arc<State>>) -> Result<Response,
         Ok(Err(_)) => return Err(ApiError::stopping()),
         Err(_) => return Err(ApiError::slow_step()),
     };
-    let list: Vec<Value> = statuses.iter().map(slot).collect();
+    let (at_work, waiting): (Vec<_>, Vec<_>) = statuses.iter().partition(|s| is_at_work(s));
+    let n_idle = loaded.max_texts.saturating_sub(at_work.len());
+    let idle = json!({
+        "id": -1,
+        "is_processing": false,
+        "state": "idle",
+        "n_prompt_tokens": 0,
+        "n_prompt_done": null,
+        "n_decoded": 0,
+    });
+    let mut list: Vec<Value> = at_work.into_iter().map(slot).collect();
+    list.extend(std::iter::repeat_n(idle, n_idle));
+    list.extend(waiting.into_iter().map(slot));
+    for place in &mut list {
+        place["n_ctx"] = state.context.into();
+    }
     Ok(json_response(StatusCode::OK, &Value::from(list)))
+}
+
+/// Whether a text is computed in steps.
+fn is_at_work(status: &TextStatus) -> bool {
+    matches!(
+        status.state,
+        TextState::Running | TextState::InPrompt { .. }
+    )
 }
 
 /// Returns what a text is doing.
@@ -103,7 +137,7 @@ pub(crate) fn slot(status: &TextStatus) -> Value {
     };
     json!({
         "id": status.id.0,
-        "is_processing": matches!(status.state, TextState::Running | TextState::InPrompt { .. }),
+        "is_processing": is_at_work(status),
         "state": name,
         "n_prompt_tokens": status.n_prompt,
         "n_prompt_done": done,

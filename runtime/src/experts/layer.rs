@@ -8,11 +8,10 @@ use super::view::{Bias, ExpertView, ViewLinear};
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Extent, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
-use std::collections::BTreeMap;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{ExpertLinear, GateUp, MoeSpec, TensorId};
-use tier_plan_formats::placement::{Pins, SlotPolicy, TierIdx};
+use tier_plan_formats::placement::{SlotPolicy, TierIdx};
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
 
@@ -61,7 +60,11 @@ pub(crate) enum ExpertBacking {
     /// In the mapped file, where it computes.
     Mapped,
     /// In a tier's arena, where it computes.
-    Pinned { tier: TierIdx, bytes: ArenaSlice },
+    Pinned {
+        tier: TierIdx,
+        bytes: ArenaSlice,
+        layout: Layout,
+    },
     /// In the memory of the GPU of this tier, where it computes.
     Gpu(TierIdx),
     /// On the slow tier. It shares the layer's slots and staging with the other pooled experts.
@@ -84,13 +87,13 @@ pub(crate) struct LayerExperts {
     expert_ffn: usize,
     /// Whether experts have gates.
     is_gated: bool,
-    expert_bytes: usize,
+    pub(super) expert_bytes: usize,
     /// Bytes of a buffer with room for whole pages.
-    paged_bytes: usize,
+    pub(super) paged_bytes: usize,
     /// The layout of the layer's experts in slots and staging.
     pub(super) layout: Layout,
     /// `[n_expert]`.
-    backings: Vec<ExpertBacking>,
+    pub(super) backings: Vec<ExpertBacking>,
     copy: Option<PackedCopy>,
     pub(super) cache: SlotCache,
     pub(super) policy: SlotPolicy,
@@ -103,7 +106,7 @@ pub(crate) struct LayerExperts {
 
 impl Part {
     /// Returns the location of an expert's slice in the model's file.
-    fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
+    pub(super) fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
         let info = &gguf.tensors()[self.tensor];
         Extent::of_slice(info, expert, self.n_slices)
     }
@@ -185,39 +188,16 @@ impl LayerExperts {
 
     /// Makes a tier's arena the backing of an expert, whose bytes are [packed](Layout::Packed).
     pub(crate) fn pin(&mut self, expert: usize, tier: TierIdx, bytes: ArenaSlice) {
-        self.backings[expert] = ExpertBacking::Pinned { tier, bytes };
+        self.backings[expert] = ExpertBacking::Pinned {
+            tier,
+            bytes,
+            layout: Layout::Packed,
+        };
     }
 
     /// Makes the GPU of a tier the backing of an expert.
     pub(crate) fn pin_on_gpu(&mut self, expert: usize, tier: TierIdx) {
         self.backings[expert] = ExpertBacking::Gpu(tier);
-    }
-
-    /// Makes a pinned expert one of those on the slow tier, and returns its memory. Has no effect on
-    /// others.
-    pub(super) fn unpin(&mut self, expert: ExpertId) -> Option<ArenaSlice> {
-        let backing = self.backings.get_mut(expert.index())?;
-        if !matches!(backing, ExpertBacking::Pinned { .. }) {
-            return None;
-        }
-        match std::mem::replace(backing, ExpertBacking::Pooled) {
-            ExpertBacking::Pinned { bytes, .. } => Some(bytes),
-            _ => None,
-        }
-    }
-
-    /// Whether the expert has no other copy than that on the slow tier.
-    pub(super) fn is_on_slow_tier(&self, expert: ExpertId) -> bool {
-        let backing = self.backings.get(expert.index());
-        matches!(backing, Some(ExpertBacking::Mapped | ExpertBacking::Pooled))
-    }
-
-    /// Returns the memory of a pinned expert.
-    pub(super) fn pinned_mut(&mut self, expert: ExpertId) -> Option<&mut ArenaSlice> {
-        match self.backings.get_mut(expert.index()) {
-            Some(ExpertBacking::Pinned { bytes, .. }) => Some(bytes),
-            _ => None,
-        }
     }
 
     /// Makes all experts on the slow tier share the slots or, where there are none and the tier is
@@ -233,32 +213,6 @@ impl LayerExperts {
                 };
             }
         }
-    }
-
-    /// Returns whether a buffer of the layer has room for what is read of an expert on the slow
-    /// tier. A packed copy that leaves the expert out makes buffers too small for the pages around
-    /// its matrices.
-    pub(super) fn has_room_for(&self, gguf: &Gguf, expert: ExpertId) -> bool {
-        let pages = |part: &Part| part.extent(gguf, expert.index()).pages_bytes();
-        self.layout == Layout::Packed
-            || self.extent_in_copy(expert.index()).is_some()
-            || self.parts.iter().map(pages).sum::<usize>() <= self.paged_bytes
-    }
-
-    /// Returns the pinned experts by tier, ascending.
-    pub(super) fn pins(&self) -> Vec<Pins> {
-        let mut pins = BTreeMap::<usize, Vec<u32>>::new();
-        for (expert, backing) in self.backings.iter().enumerate() {
-            if let ExpertBacking::Pinned { tier, .. } | ExpertBacking::Gpu(tier) = backing {
-                pins.entry(tier.get()).or_default().push(expert as u32);
-            }
-        }
-        pins.into_iter()
-            .map(|(tier, experts)| Pins {
-                tier: TierIdx::new(tier),
-                experts,
-            })
-            .collect()
     }
 
     pub(super) fn backing(&self, expert: ExpertId) -> &ExpertBacking {
@@ -383,7 +337,7 @@ impl LayerExperts {
     }
 
     /// Returns the location of an expert in the contiguous copy, if that has it.
-    fn extent_in_copy(&self, expert: usize) -> Option<Extent> {
+    pub(super) fn extent_in_copy(&self, expert: usize) -> Option<Extent> {
         let copy = self.copy.as_ref()?;
         let offset = copy.offsets.get(expert).copied().flatten()?;
         Some(Extent {

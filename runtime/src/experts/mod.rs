@@ -19,6 +19,7 @@ mod gpu;
 mod ids;
 pub(crate) mod layer;
 pub mod pack;
+mod pins;
 pub(crate) mod prefetch;
 pub(crate) mod rearrange;
 #[cfg(test)]

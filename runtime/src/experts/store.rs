@@ -429,21 +429,20 @@ impl ExpertStore {
     pub(crate) fn view<'a>(&'a self, step: &'a Step, at: usize) -> (ExpertView<'a>, TierIdx) {
         let layer = &self.layers[step.layer];
         let (expert, state) = (step.expert(StepPos::new(at)), &step.states[at]);
-        let (bytes, tier): (&[u8], TierIdx) = match state {
+        let (bytes, tier, layout): (&[u8], TierIdx, Layout) = match state {
             ExpertState::InSlot(slot) => match &layer.slots[slot.index()] {
-                Some(buffer) => (buffer, layer.slot_tier),
+                Some(buffer) => (buffer, layer.slot_tier, layer.layout),
                 None => unreachable!("a slot in use has its buffer"),
             },
-            ExpertState::Staged(buffer) => (buffer, self.staging_tier),
+            ExpertState::Staged(buffer) => (buffer, self.staging_tier, layer.layout),
             _ => match layer.backing(expert) {
-                ExpertBacking::Pinned { tier, bytes } => (bytes, *tier),
+                ExpertBacking::Pinned {
+                    tier,
+                    bytes,
+                    layout,
+                } => (bytes, *tier, *layout),
                 _ => return (self.mapped_view(layer, expert), self.mapped_tier),
             },
-        };
-        let layout = if matches!(state, ExpertState::InPlace) {
-            Layout::Packed
-        } else {
-            layer.layout
         };
         (self.view_in(step.layer, expert, bytes, layout), tier)
     }

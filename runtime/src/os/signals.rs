@@ -16,10 +16,13 @@ static ENDS_AT_ONCE: AtomicBool = AtomicBool::new(true);
 /// Whether the first Ctrl-C only prints the notice.
 static AT_PROMPT: AtomicBool = AtomicBool::new(false);
 
+/// Whether signals are only noted.
+static ONLY_NOTED: AtomicBool = AtomicBool::new(false);
+
 /// The last signal that came; 0 for none.
 static LAST: AtomicI32 = AtomicI32::new(0);
 
-/// What a first signal does. A second one ends the process in any case.
+/// What a first signal does. A second one ends the process, unless signals are only noted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnSignal {
     /// Ends the process.
@@ -28,12 +31,48 @@ pub enum OnSignal {
     Cancel,
     /// Ctrl-C prints how to end; others end the process.
     AtPrompt,
+    /// Does nothing but what [`taken`] tells, however often it comes.
+    Note,
 }
 
 /// Sets what a first signal does from now on.
 pub fn set_action(action: OnSignal) {
     AT_PROMPT.store(action == OnSignal::AtPrompt, Ordering::SeqCst);
     ENDS_AT_ONCE.store(action == OnSignal::End, Ordering::SeqCst);
+    ONLY_NOTED.store(action == OnSignal::Note, Ordering::SeqCst);
+}
+
+/// Returns the signal that came since the last call, if one did.
+pub fn taken() -> Option<i32> {
+    match LAST.swap(0, Ordering::SeqCst) {
+        0 => None,
+        signal => Some(signal),
+    }
+}
+
+/// Sends a signal to a process of this user.
+///
+/// # Errors
+/// When there is no such process, or the system has no signals.
+#[cfg(unix)]
+pub fn send(process: u32, signal: i32) -> std::io::Result<()> {
+    // Zero and negative numbers would mean groups of processes.
+    let process = i32::try_from(process).ok().filter(|process| *process > 0);
+    let process = process.ok_or(std::io::ErrorKind::InvalidInput)?;
+    // SAFETY: the call takes no pointers.
+    match unsafe { libc::kill(process, signal) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Sends nothing.
+///
+/// # Errors
+/// Always.
+#[cfg(not(unix))]
+pub fn send(_: u32, _: i32) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
 }
 
 /// Returns the signal that came, if it is one that asks the whole program to end: SIGTERM or SIGHUP.
@@ -53,10 +92,19 @@ pub fn exit_code() -> u8 {
     128 + signal as u8
 }
 
+/// The signal of Ctrl-C.
 #[cfg(unix)]
-const SIGINT: i32 = libc::SIGINT;
+pub const SIGINT: i32 = libc::SIGINT;
+/// The signal of Ctrl-C.
 #[cfg(not(unix))]
-const SIGINT: i32 = 2;
+pub const SIGINT: i32 = 2;
+
+/// The signal that asks a program to end.
+#[cfg(unix)]
+pub const SIGTERM: i32 = libc::SIGTERM;
+/// The signal that asks a program to end.
+#[cfg(not(unix))]
+pub const SIGTERM: i32 = 15;
 
 /// Has SIGINT, SIGTERM and SIGHUP do what [`set_action`] says, with `cancel` as the request and
 /// `notice` as what [`OnSignal::AtPrompt`] prints. A signal that the process was started to ignore,
@@ -94,6 +142,9 @@ pub fn handle(_: &Cancel, _: &'static str) {}
 #[cfg(unix)]
 extern "C" fn on_signal(signal: libc::c_int) {
     LAST.store(signal, Ordering::SeqCst);
+    if ONLY_NOTED.load(Ordering::SeqCst) {
+        return;
+    }
     let handled = HANDLED.get();
     let requested = handled.is_none_or(|(cancel, _)| cancel.request());
     let prompting = AT_PROMPT.load(Ordering::SeqCst);

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 /// Keywords that say nothing of a value.
-const NOTES: [&str; 2] = ["description", "x-event"];
+const NOTES: [&str; 2] = ["description", "contentMediaType"];
 
 /// Checks a value by a schema whose references point into `document`.
 ///
@@ -29,6 +29,7 @@ pub fn check(document: &Value, schema: &Value, value: &Value) -> Result<(), Stri
             "propertyNames" => names(document, expected, value),
             "additionalProperties" => additional(document, fields, expected, value),
             "pattern" => pattern(expected, value),
+            "contentSchema" => content(document, expected, value),
             note if NOTES.contains(&note) => Ok(()),
             limit => limits(limit, expected, value),
         };
@@ -95,10 +96,8 @@ fn any_of(document: &Value, expected: &Value, value: &Value) -> Result<(), Strin
 }
 
 fn elements(document: &Value, expected: &Value, value: &Value) -> Result<(), String> {
-    let items = value.as_array().into_iter().flatten().enumerate();
-    items
-        .map(|(i, item)| at(&format!("[{i}]"), check(document, expected, item)))
-        .collect()
+    let mut items = value.as_array().into_iter().flatten().enumerate();
+    items.try_for_each(|(i, item)| at(&format!("[{i}]"), check(document, expected, item)))
 }
 
 fn properties(document: &Value, expected: &Value, value: &Value) -> Result<(), String> {
@@ -106,10 +105,8 @@ fn properties(document: &Value, expected: &Value, value: &Value) -> Result<(), S
         .as_object()
         .expect("properties are an object")
         .iter();
-    let there = all.filter_map(|(name, schema)| Some((name, schema, value.get(name)?)));
-    there
-        .map(|(name, schema, value)| at(name, check(document, schema, value)))
-        .collect()
+    let mut there = all.filter_map(|(name, schema)| Some((name, schema, value.get(name)?)));
+    there.try_for_each(|(name, schema, value)| at(name, check(document, schema, value)))
 }
 
 fn required(expected: &Value, value: &Value) -> Result<(), String> {
@@ -139,6 +136,15 @@ fn additional(
     let others = value.as_object().into_iter().flatten();
     let mut others = others.filter(|(name, _)| known.get(name.as_str()).is_none());
     others.try_for_each(|(name, value)| at(name, check(document, expected, value)))
+}
+
+/// Checks the JSON in a text.
+fn content(document: &Value, expected: &Value, value: &Value) -> Result<(), String> {
+    let Some(text) = value.as_str() else {
+        return Ok(());
+    };
+    let parsed = serde_json::from_str(text).map_err(|error| format!("{text:?}: {error}"))?;
+    at("content", check(document, expected, &parsed))
 }
 
 /// Checks a pattern of the one kind that is used: a class of characters with a number of them.
@@ -227,7 +233,8 @@ mod tests {
         let document = json!({ "a": { "type": "integer", "minimum": 1 } });
         let schema = json!({
             "type": "object", "required": ["n"],
-            "properties": { "n": { "$ref": "#/a" }, "list": { "type": ["array", "null"], "items": { "enum": ["x", 1] } } },
+            "properties": { "n": { "$ref": "#/a" }, "list": { "type": ["array", "null"], "items": { "enum": ["x", 1] } },
+                "json": { "type": "string", "contentMediaType": "application/json", "contentSchema": { "$ref": "#/a" } } },
             "propertyNames": { "pattern": "^[a-z_-]{1,5}$" },
             "additionalProperties": { "anyOf": [{ "const": true }, { "type": "string", "maxLength": 2 }] },
         });
@@ -236,6 +243,7 @@ mod tests {
             json!({"n": 1}),
             json!({"n": 2.0, "list": null, "o_-": "ab"}),
             json!({"n": 7, "list": ["x", 1.0], "b": true}),
+            json!({"n": 7, "json": "7"}),
         ] {
             assert_eq!(fits(good), Ok(()));
         }
@@ -246,6 +254,8 @@ mod tests {
             (json!({"n": 1.5}), "n: 1.5"),
             (json!({"n": 1, "list": ["y"]}), "list: [0]: \"y\""),
             (json!({"n": 1, "o": "abc"}), "o: none of these"),
+            (json!({"n": 1, "json": "{"}), "json: \"{\""),
+            (json!({"n": 1, "json": "0"}), "json: content: 0 is outside"),
             (json!({"n": 1, "longer": "a"}), "\"longer\" does not match"),
         ] {
             let error = fits(bad).unwrap_err();

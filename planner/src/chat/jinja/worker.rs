@@ -7,6 +7,7 @@
 
 use super::{Compiled, FUEL, Surroundings};
 use crate::interrupt::{Interrupted, interrupted};
+use crate::subprocess;
 use anyhow::{Context, Result, anyhow};
 use minijinja::value::Value;
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use serde_json::{Map, Value as Json};
 use std::borrow::Cow;
 use std::ffi::OsString;
 use std::io::{BufWriter, Read, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, ExitCode, ExitStatus};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 use tier_plan_runtime::os::{ProcessLimits, limit_process};
@@ -199,23 +200,7 @@ struct Worker(Child);
 
 impl Worker {
     fn start() -> std::io::Result<Self> {
-        // The link also leads to a program whose file was replaced since it started.
-        let program = if cfg!(target_os = "linux") {
-            "/proc/self/exe".into()
-        } else {
-            std::env::current_exe()?
-        };
-        let mut command = Command::new(program);
-        // Ctrl-C on the terminal is the parent's to hear.
-        #[cfg(unix)]
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        command
-            .arg(ARGUMENT)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .map(Self)
+        subprocess::command(ARGUMENT)?.spawn().map(Self)
     }
 
     fn pipes(&mut self) -> Option<(ChildStdin, ChildStdout)> {

@@ -27,7 +27,7 @@ const ALLOWED_HEADERS: &str =
     "authorization, content-type, x-api-key, anthropic-version, anthropic-beta";
 
 /// Paths that need no key.
-const OPEN_PATHS: [&str; 2] = ["/health", openapi::PATH];
+const OPEN_PATHS: [&str; 3] = ["/health", "/v1/health", openapi::PATH];
 
 /// A request that has no answer yet.
 struct Pending {

@@ -27,7 +27,7 @@ macro_rules! route {
 }
 
 /// Every endpoint.
-pub(crate) static ROUTES: [Route; 32] = [
+pub(crate) static ROUTES: [Route; 36] = [
     route!(POST "/v1/chat/completions" => openai::chat),
     route!(POST "/v1/chat/completions/input_tokens" => openai::input_tokens),
     route!(POST "/v1/completions" => openai::completions),
@@ -50,7 +50,11 @@ pub(crate) static ROUTES: [Route; 32] = [
     // Other paths of llama.cpp's server.
     route!(POST "/completions" => llama::completion),
     route!(POST "/chat/completions" => openai::chat),
+    route!(POST "/chat/completions/input_tokens" => openai::input_tokens),
+    route!(POST "/responses" => responses::responses),
+    route!(POST "/responses/input_tokens" => responses::input_tokens),
     route!(GET "/models" => openai::models),
+    route!(GET "/v1/health" => utilities::health),
     route!(POST "/infill" => llama::infill),
     route!(POST "/embedding" => openai::embeddings),
     route!(POST "/embeddings" => openai::embeddings),

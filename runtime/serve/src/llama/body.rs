@@ -59,14 +59,6 @@ pub(crate) fn request(id: &str, bytes: &[u8]) -> Result<(Request, Form), BadLine
     if request.n != 1 {
         return Err(body.bad("n", "1 answer in this form; /v1/completions gives several"));
     }
-    let asked = n_predict(body)?;
-    match (asked, request.max_tokens) {
-        (Some(n), Some(other)) if n != other => {
-            let expected = format!("{other} as in max_tokens, or one of the two fields");
-            return Err(body.bad("n_predict", &expected));
-        }
-        (asked, other) => request.max_tokens = asked.or(other),
-    }
     if body.get("seed").and_then(whole).is_some_and(is_any_seed) {
         request.sampling.seed = None;
     }
@@ -83,22 +75,6 @@ pub(crate) fn request(id: &str, bytes: &[u8]) -> Result<(Request, Form), BadLine
     // Tokens come with their log-probabilities.
     request.logprobs = n_probs.or(form.has_tokens.then_some(0));
     Ok((request, form))
-}
-
-/// Reads the most tokens of the answer; -1 is as many as fit.
-fn n_predict(body: Fields<'_>) -> Result<Option<usize>, BadLine> {
-    let n = body.get("n_predict").map(|value| whole(value).unwrap_or(0));
-    match n {
-        None | Some(-1) => Ok(n.map(|_| MAX_TOKENS)),
-        Some(n) => match usize::try_from(n) {
-            Ok(n) if (1..=MAX_TOKENS).contains(&n) => Ok(Some(n)),
-            _ => {
-                let expected =
-                    format!("a whole number from 1 to {MAX_TOKENS}, or -1 for as many as fit");
-                Err(body.bad("n_predict", &expected))
-            }
-        },
-    }
 }
 
 /// Whether a seed asks for another one each time.
@@ -178,7 +154,7 @@ mod tests {
             (json!({"prompt": "a", "n_predict": "7"}), "n_predict: \"7\""),
             (
                 json!({"prompt": "a", "n_predict": 7, "max_tokens": 8}),
-                "n_predict: 7, expected 8",
+                "n_predict: 7, expected 8 as in max_tokens",
             ),
             (json!({"prompt": "a", "n_probs": 21}), "n_probs: 21"),
             (json!({"prompt": "a", "n": 2}), "n: 2, expected 1 answer"),

@@ -13,8 +13,11 @@ mod bodies;
 /// Reads a body as an endpoint does, up to what needs a model.
 type Read = fn(&[u8]) -> Result<(), String>;
 
+/// Returns right bodies.
+type Bodies = fn() -> Vec<Value>;
+
 /// Kinds of bodies: the schema's name, how they are read, and right ones that have every field.
-const KINDS: [(&str, Read, fn() -> Vec<Value>); 10] = [
+const KINDS: [(&str, Read, Bodies); 10] = [
     (
         "ChatRequest",
         |body| said(Request::from_body("id", Endpoint::Chat, body)),
@@ -262,11 +265,13 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
 }
 
 /// What a schema leaves to words: how fields depend on each other, and what texts must hold.
-const IN_WORDS: [&str; 17] = [
+const IN_WORDS: [&str; 19] = [
     // A grammar's syntax.
     "grammar: line ",
-    "as in max_tokens",
-    "as in repetition_penalty",
+    "or one of the two fields",
+    "a pair",
+    "expected -100 to 100",
+    "a name of 1 to",
     "a tool that is among",
     "a second tool",
     "\"logprobs\": true beside it",

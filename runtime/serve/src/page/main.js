@@ -185,6 +185,7 @@ async function start() {
     machine.show(scene);
     chat.showProgress(scene);
   };
+  const plan = new PlanView(api);
   const live = new Live(api, { onScene, onState: (name) => machine.state(name) });
   const panels = setUpPanels((open) => live.want("view", open));
   const hooks = {
@@ -200,6 +201,7 @@ async function start() {
       live.want("answer", true);
     },
     ended: () => {
+      plan.look();
       machine.endAnswer(() => live.want("answer", false));
       conversations?.show();
     },
@@ -251,7 +253,7 @@ async function start() {
   byId("prompt").focus();
   document.body.classList.add("is-ready");
   showTiers(api, welcome);
-  new PlanView(api).look();
+  plan.look();
 }
 
 /** Says once where the model lies; the machine view goes on by itself. */

@@ -3,9 +3,8 @@
 import { byId, el } from "./dom.js";
 import { bytes, isNumber, many, percent, short } from "./format.js";
 
-/** How often a server that plans or moves is asked how far it is, and one that does neither. */
-const SOON_MS = 500;
-const LATE_MS = 15_000;
+/** How often a server that plans or moves is asked how far it is. */
+const POLL_MS = 500;
 
 /** Least gain that is worth a word. */
 const MIN_GAIN = 0.01;
@@ -43,7 +42,7 @@ export class PlanView {
     document.addEventListener("visibilitychange", () => this.look());
   }
 
-  /** Asks the server how far it is, and again later. */
+  /** Asks the server how far it is, and goes on while it has something to do. */
   async look() {
     clearTimeout(this.#timer);
     if (document.hidden) return;
@@ -84,6 +83,6 @@ export class PlanView {
     this.#ask.disabled = busy;
     this.#apply.disabled = busy;
     this.#apply.hidden = status !== "ready" || proposal.gain < MIN_GAIN;
-    this.#timer = setTimeout(() => this.look(), busy ? SOON_MS : LATE_MS);
+    if (busy) this.#timer = setTimeout(() => this.look(), POLL_MS);
   }
 }

@@ -95,6 +95,11 @@ pub(crate) fn variables(body: Fields<'_>) -> Result<Map<String, Value>, BadLine>
         let message = format!("{place}: \"{name}\" is set by the server, expected other names");
         return Err(BadLine::new(Code::InvalidRequest, message));
     }
+    if body.flag("add_generation_prompt")? == Some(false) {
+        let place = body.place("add_generation_prompt");
+        let message = format!("{place}: false is not supported, expected true");
+        return Err(BadLine::new(Code::Unsupported, message));
+    }
     if let Some(effort) = body.text("reasoning_effort")? {
         if !EFFORTS.contains(&effort) {
             let expected = "\"none\", \"minimal\", \"low\", \"medium\", \"high\", or \"xhigh\"";
@@ -266,15 +271,36 @@ pub(crate) fn tokens(place: &str, items: &[Value]) -> Result<Vec<u32>, BadLine> 
 }
 
 fn max_tokens(body: Fields<'_>) -> Result<Option<usize>, BadLine> {
-    let old = body.count("max_tokens", 1..=MAX_TOKENS)?;
-    let new = body.count("max_completion_tokens", 1..=MAX_TOKENS)?;
-    match (old, new) {
-        (Some(old), Some(new)) if old != new => Err(body.bad(
+    let all = [
+        ("max_tokens", body.count("max_tokens", 1..=MAX_TOKENS)?),
+        (
             "max_completion_tokens",
-            &format!("{old} as in max_tokens, or one of the two fields"),
-        )),
-        _ => Ok(new.or(old)),
+            body.count("max_completion_tokens", 1..=MAX_TOKENS)?,
+        ),
+        ("n_predict", n_predict(body)?),
+    ];
+    let mut given = all.iter().filter_map(|(name, n)| Some((*name, (*n)?)));
+    let Some((first, n)) = given.next() else {
+        return Ok(None);
+    };
+    match given.find(|(_, other)| *other != n) {
+        Some((name, _)) => {
+            let expected = format!("{n} as in {first}, or one of the two fields");
+            Err(body.bad(name, &expected))
+        }
+        None => Ok(Some(n)),
     }
+}
+
+/// Reads llama.cpp's name for the most tokens of an answer; -1 is as many as fit.
+fn n_predict(body: Fields<'_>) -> Result<Option<usize>, BadLine> {
+    let expected = format!("a whole number from 1 to {MAX_TOKENS}, or -1 for as many as fit");
+    let read = |value: &Value| match whole(value) {
+        Some(-1) => Ok(MAX_TOKENS),
+        Some(n) if (1..=MAX_TOKENS as i128).contains(&n) => Ok(n as usize),
+        _ => Err(body.bad("n_predict", &expected)),
+    };
+    body.get("n_predict").map(read).transpose()
 }
 
 pub(crate) fn sampling(body: Fields<'_>) -> Result<Sampling, BadLine> {
@@ -375,31 +401,41 @@ fn logprobs(body: Fields<'_>, endpoint: Endpoint) -> Result<Option<usize>, BadLi
 }
 
 fn logit_bias(body: Fields<'_>) -> Result<Vec<LogitBias>, BadLine> {
-    let expected = format!("an object of at most {MAX_BIASES} token ids, each with -100 to 100");
-    let entries = match body.get("logit_bias") {
+    let place = body.place("logit_bias");
+    let mut biases = match body.get("logit_bias") {
         None => return Ok(Vec::new()),
-        Some(Value::Object(entries)) if entries.len() <= MAX_BIASES => entries,
-        Some(_) => return Err(body.bad("logit_bias", &expected)),
-    };
-    let mut biases = Vec::with_capacity(entries.len());
-    for (key, value) in entries {
-        let key_shown = shown(&Value::from(key.as_str()));
-        let place = format!("{}[{key_shown}]", body.place("logit_bias"));
-        let token = key.parse::<u32>().ok();
-        let token = token.filter(|_| key.bytes().all(|b| b.is_ascii_digit()));
-        let (Some(token), Some(bias)) = (token, value.as_f64()) else {
-            return Err(bad(
-                &place,
-                Some(value),
-                "a token id with a number from -100 to 100",
-            ));
-        };
-        if !(-100.0..=100.0).contains(&bias) {
-            return Err(bad(&place, Some(value), "-100 to 100"));
+        Some(Value::Object(entries)) if entries.len() <= MAX_BIASES => {
+            let one = |(key, value): (&String, &Value)| {
+                let token = key.parse::<u32>().ok();
+                let token = token.filter(|_| key.bytes().all(|b| b.is_ascii_digit()));
+                let key = shown(&Value::from(key.as_str()));
+                bias(&format!("{place}[{key}]"), token, value)
+            };
+            entries.iter().map(one).collect::<Result<Vec<_>, _>>()?
         }
-        let bias = bias as f32;
-        biases.push(LogitBias { token, bias });
-    }
+        // As llama.cpp has them.
+        Some(Value::Array(pairs)) if pairs.len() <= MAX_BIASES => {
+            let one = |(i, pair): (usize, &Value)| match pair.as_array().map(Vec::as_slice) {
+                Some([token, value]) => {
+                    let token = whole(token).and_then(|n| u32::try_from(n).ok());
+                    bias(&format!("{place}[{i}]"), token, value)
+                }
+                _ => Err(bad(&format!("{place}[{i}]"), Some(pair), "a pair")),
+            };
+            let pairs = pairs.iter().enumerate().map(one);
+            let mut biases = pairs.collect::<Result<Vec<_>, _>>()?;
+            // Lists of forbidden words have tokens several times.
+            biases.sort_by_key(|b| b.token);
+            biases.dedup();
+            biases
+        }
+        Some(_) => {
+            let expected = format!(
+                "an object of at most {MAX_BIASES} token ids, each with -100 to 100, or an array of such pairs"
+            );
+            return Err(body.bad("logit_bias", &expected));
+        }
+    };
     biases.sort_by_key(|b| b.token);
     match biases
         .windows(2)
@@ -416,4 +452,21 @@ fn logit_bias(body: Fields<'_>) -> Result<Vec<LogitBias>, BadLine> {
         )),
         None => Ok(biases),
     }
+}
+
+/// Reads the bias of a token; false practically forbids it.
+fn bias(place: &str, token: Option<u32>, value: &Value) -> Result<LogitBias, BadLine> {
+    let found = match value {
+        Value::Bool(false) => Some(-100.0),
+        value => value.as_f64(),
+    };
+    let (Some(token), Some(found)) = (token, found) else {
+        let expected = "a token id with a number from -100 to 100";
+        return Err(bad(place, Some(value), expected));
+    };
+    if !(-100.0..=100.0).contains(&found) {
+        return Err(bad(place, Some(value), "-100 to 100"));
+    }
+    let bias = found as f32;
+    Ok(LogitBias { token, bias })
 }

@@ -96,6 +96,46 @@ fn a_seed_depends_on_the_name_unless_it_is_given() {
     assert_ne!(of("a", r#"{"prompt":"a"}"#), of("b", r#"{"prompt":"a"}"#));
 }
 
+#[test]
+fn names_and_forms_of_llama_cpp_are_taken() {
+    let of = |more: &str| {
+        body(
+            Endpoint::Completions,
+            &format!(r#"{{"prompt":"a",{more}}}"#),
+        )
+    };
+    assert_eq!(of(r#""n_predict":7"#).unwrap().max_tokens, Some(7));
+    let all = of(r#""n_predict":-1"#).unwrap().max_tokens;
+    assert_eq!(all, Some(read::MAX_TOKENS));
+    let other = of(r#""n_predict":7,"max_completion_tokens":8"#).unwrap_err();
+    assert!(
+        other
+            .message
+            .starts_with("n_predict: 7, expected 8 as in max_completion_tokens"),
+        "{}",
+        other.message
+    );
+    let biases = of(r#""logit_bias":[[9,1.5],[7,false],[9,1.5]]"#).unwrap();
+    let expected = [(7, -100.0), (9, 1.5)].map(|(token, bias)| LogitBias { token, bias });
+    assert_eq!(biases.sampling.logit_bias, expected);
+    for (pairs, words) in [
+        ("[[7,1],[7,2]]", "logit_bias: token 7 is there twice"),
+        ("[[7]]", "logit_bias[0]: an array, expected a pair"),
+        ("[[-7,1]]", "logit_bias[0]: 1, expected a token id"),
+        ("[[7,101]]", "logit_bias[0]: 101, expected -100 to 100"),
+        ("{\"+7\":1}", "logit_bias[\"+7\"]: 1, expected a token id"),
+    ] {
+        let bad = of(&format!(r#""logit_bias":{pairs}"#)).unwrap_err();
+        assert!(bad.message.starts_with(words), "{words} in {}", bad.message);
+    }
+    let refused = body(
+        Endpoint::Chat,
+        r#"{"messages":[{"role":"user","content":"a"}],"add_generation_prompt":false}"#,
+    );
+    let refused = refused.unwrap_err();
+    assert_eq!(refused.code, Code::Unsupported, "{}", refused.message);
+}
+
 proptest! {
     #[test]
     fn any_bytes_give_a_request_or_one_line(bytes in prop::collection::vec(any::<u8>(), 0..200)) {

@@ -249,7 +249,7 @@ pub(crate) fn tool(fields: Fields<'_>, schema: &str) -> Result<Tool, BadLine> {
     })
 }
 
-fn is_name(name: &str) -> bool {
+pub(crate) fn is_name(name: &str) -> bool {
     let fits = |b: u8| b.is_ascii_alphanumeric() || b"_-.:/".contains(&b);
     (1..=MAX_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits)
 }

@@ -4,8 +4,9 @@ use crate::experts::cache::{NONE, Policy, SlotCache};
 use tier_plan_formats::placement::SlotPolicy;
 
 impl SlotCache {
-    /// Gives up all slots but `n`. The experts that the policy would evict first lose theirs. Returns
-    /// the old number of each slot that stays, by its new one.
+    /// Gives up all slots but `n`: empty ones, those first that were emptied last, then those of the
+    /// experts that the policy would evict first. Returns the old number of each slot that stays, by its
+    /// new one.
     pub fn keep_slots(&mut self, n: u32) -> Vec<u32> {
         if n >= self.table.n_slots {
             return (0..self.table.n_slots).collect();
@@ -16,7 +17,8 @@ impl SlotCache {
 
         let mut kept: Vec<u32> = self.resident().map(|(_, slot)| slot).collect();
         let n_empty = n as usize - kept.len();
-        kept.extend(self.table.unused.iter().rev().take(n_empty));
+        // Those that were emptied last go first.
+        kept.extend(self.table.unused.iter().take(n_empty));
         kept.sort_unstable();
         let mut new_number = vec![NONE; self.table.n_slots as usize];
         for (new, old) in kept.iter().enumerate() {

@@ -94,7 +94,8 @@ pub fn chats() -> Vec<Value> {
     all.push(joined(&[
         body,
         tools(),
-        json!({"tool_choice": {"type": "function", "name": "f"}, "stop": "a"}),
+        json!({"tool_choice": {"type": "function", "name": "f"}, "stop": "a", "n_predict": -1}),
+        json!({"logit_bias": [[7, 1.5], [8, false]], "add_generation_prompt": true}),
     ]));
     all
 }
@@ -111,7 +112,7 @@ pub fn completions() -> Vec<Value> {
 pub fn of_llama() -> Vec<Value> {
     let mut all = with_forms(&json!({"prompt": "a"}));
     let own = json!({
-        "prompt": [1, 2], "n_predict": 7, "n": 1, "n_probs": 3, "logprobs": 3, "repeat_last_n": 8,
+        "prompt": [1, 2], "n_predict": 7.0, "n": 1, "n_probs": 3, "logprobs": 3, "repeat_last_n": 8,
         "return_tokens": true, "response_fields": ["content"], "n_cmpl": 1, "top_n_sigma": -1.0,
         "adaptive_target": -1, "t_max_predict_ms": -1, "n_indent": 0, "samplers": [], "tools": [],
     });
@@ -171,7 +172,16 @@ pub fn responses() -> Vec<Value> {
     });
     let other =
         json!({"input": "a", "text": {"format": {"type": "json_object"}}, "tool_choice": "auto"});
-    vec![joined(&[sampling(), own]), other]
+    let function = json!({"type": "function", "name": "f", "description": "d", "parameters": {}, "strict": false});
+    let with_namespace = json!({
+        "input": [
+            {"type": "function_call", "call_id": "i", "namespace": "n", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "i", "output": "o"},
+        ],
+        "tools": [{"type": "namespace", "name": "n", "tools": [function]}],
+        "tool_choice": {"type": "function", "namespace": "n", "name": "f"},
+    });
+    vec![joined(&[sampling(), own]), other, with_namespace]
 }
 
 pub fn to_tokenize() -> Vec<Value> {
@@ -184,7 +194,8 @@ pub fn to_detokenize() -> Vec<Value> {
 
 pub fn to_render() -> Vec<Value> {
     let own = json!({"messages": conversation()});
-    let named = json!({"tool_choice": {"type": "function", "name": "f"}});
+    let named =
+        json!({"tool_choice": {"type": "function", "name": "f"}, "add_generation_prompt": true});
     vec![
         joined(&[own.clone(), tools(), of_template()]),
         joined(&[own, tools(), named]),

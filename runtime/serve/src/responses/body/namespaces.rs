@@ -12,6 +12,22 @@ use serde_json::Value;
 /// the model sees.
 const HOSTED: [&str; 3] = ["web_search", "web_search_preview", "web_search_2025_08_26"];
 
+/// Longest names of a namespace and of a function in one, in bytes. Together they are as long as the
+/// name of another function may be.
+const MAX_NAMESPACE_BYTES: usize = 62;
+const MAX_INNER_BYTES: usize = 64;
+
+/// Returns a name of bounded length.
+fn name_of<'v>(fields: Fields<'v>, max_bytes: usize) -> Result<&'v str, BadLine> {
+    let name = fields.text("name")?;
+    let fits = |name: &&str| name.len() <= max_bytes && tools::is_name(name);
+    name.filter(fits).ok_or_else(|| {
+        let expected =
+            format!("a name of 1 to {max_bytes} letters, digits, or characters of \"_-.:/\"");
+        fields.bad("name", &expected)
+    })
+}
+
 /// Returns the name under which the model sees a function of a namespace.
 fn full_name(namespace: &str, name: &str) -> String {
     format!("{namespace}__{name}")
@@ -50,17 +66,14 @@ pub(super) fn tool(place: &str, item: &Value) -> Result<Vec<Tool>, BadLine> {
         Some("function") => Ok(vec![tools::tool(fields, "parameters")?]),
         Some(kind) if HOSTED.contains(&kind) => Ok(Vec::new()),
         Some("namespace") => {
-            let Some(namespace) = fields.text("name")? else {
-                return Err(fields.bad("name", "the name of a namespace"));
-            };
+            let namespace = name_of(fields, MAX_NAMESPACE_BYTES)?;
             tools::list(fields, |place, item| {
                 let inner = tools::object(place, item)?;
                 match (inner.text("type")?, item) {
                     (Some("function"), Value::Object(object)) => {
+                        let name = full_name(namespace, name_of(inner, MAX_INNER_BYTES)?);
                         let mut object = object.clone();
-                        if let Some(name) = inner.text("name")? {
-                            object.insert("name".into(), full_name(namespace, name).into());
-                        }
+                        object.insert("name".into(), name.into());
                         tools::tool(Fields::new(&object, place), "parameters")
                     }
                     _ => Err(tools::kind(inner, "\"function\"")),
@@ -137,7 +150,7 @@ mod tests {
             ),
             (
                 json!({"type": "namespace", "name": "n n", "tools": [{"type": "function", "name": "f"}]}),
-                "tools[0].tools[0].name: \"n n__f\"",
+                "tools[0].name: \"n n\"",
             ),
         ] {
             let bad = read(json!({"input": "a", "tools": [tool]})).unwrap_err();

@@ -1,21 +1,24 @@
 //! Pins and slots where another plan wants them, while steps go on.
 //!
-//! What the plan has no use for is given up between two steps, and its memory becomes
-//! [holes](Holes). New slots take theirs from these at once. New pins are copied from slots or read
-//! behind all other reads. Until its bytes are there, an expert is on the slow tier like any other,
-//! so a step never waits for any of this, and what it computes does not depend on it.
+//! The layers change one after the other. What the plan has no use for in a layer is given up between
+//! two steps, and its memory becomes [holes](Holes). A slot that is given up while it holds an expert
+//! that is to be pinned becomes its pin as it is. New slots take memory from the holes at once. Other
+//! new pins are copied from slots or read behind all other reads. Until its bytes are there, an expert
+//! is on the slow tier like any other, so a step never waits for any of this, and what it computes does
+//! not depend on it.
 //!
 //! Where no hole is large enough, buffers slide together, a bounded number of bytes between two
 //! steps.
 
+mod room;
+
 use super::ids::{ExpertId, LayerExpert, SlotId};
-use super::layer::{ExpertBacking, LayerExperts, Layout};
+use super::layer::{LayerExperts, Layout};
 use super::store::ExpertStore;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Completion, FileTier, Priority};
-use crate::tiers::holes::{Holes, skipped};
-use crate::tiers::source::ALIGN;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use crate::tiers::holes::Holes;
+use std::collections::{BTreeMap, VecDeque};
 use tier_plan_formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 
 /// Set in the keys of reads of new pins; the two bits above are clear.
@@ -77,7 +80,9 @@ pub(super) struct Rearranger {
     /// By tier.
     holes: Vec<Holes>,
     is_active: bool,
-    /// Without memory, the largest first.
+    /// Layers that have not changed yet, by position.
+    to: VecDeque<(usize, LayerPlacement)>,
+    /// Without memory.
     pins: Vec<NewPin>,
     /// Without memory.
     slots: Vec<NewSlots>,
@@ -88,15 +93,6 @@ pub(super) struct Rearranger {
     landed: Vec<(NewPin, ArenaSlice)>,
     next_key: u64,
     report: Rearranged,
-}
-
-/// What has a buffer that can be moved.
-#[derive(Debug, Clone, Copy)]
-enum Owner {
-    Pin(LayerExpert),
-    Slot(usize, SlotId),
-    Staging(usize),
-    Ready(usize),
 }
 
 impl Rearranger {
@@ -150,6 +146,11 @@ impl Rearranger {
         self.free(tier, memory);
     }
 
+    /// Whether no new pin is being read or waits for that.
+    fn is_idle(&self) -> bool {
+        self.ready.is_empty() && self.reading.is_empty() && self.landed.is_empty()
+    }
+
     /// Whether nothing waits for memory.
     fn all_placed(&self) -> bool {
         self.pins.is_empty() && self.slots.is_empty()
@@ -162,40 +163,49 @@ impl ExpertStore {
     /// called only between steps, and while no rearrangement is under way.
     pub(crate) fn rearrange(&mut self, layers: &[LayerPlacement]) {
         self.drop_predictions();
-        let (mut pins, mut slots) = (Vec::new(), Vec::new());
-        for (layer, wanted) in layers.iter().enumerate().take(self.layers.len()) {
-            self.give_up_pins(layer, wanted);
-            self.give_up_slots(layer, wanted);
-            let in_layer = &self.layers[layer];
-            let n = wanted.slots.saturating_sub(in_layer.cache.n_slots());
-            if n > 0 {
-                slots.push(NewSlots { layer, n });
-            }
-            let bytes = in_layer.expert_bytes();
-            for Pins { tier, experts } in &wanted.pinned {
-                let experts = experts.iter().copied().map(ExpertId::new);
-                let new = experts.filter(|expert| in_layer.is_on_slow_tier(*expert));
-                pins.extend(new.map(|expert| NewPin {
-                    target: LayerExpert { layer, expert },
-                    tier: *tier,
-                    bytes,
-                }));
-            }
-        }
-        pins.sort_by_key(|pin| std::cmp::Reverse(pin.bytes));
-        slots.sort_by_key(|s| std::cmp::Reverse(self.layers[s.layer].expert_bytes()));
-        let rearranger = &mut self.rearranger;
-        rearranger.report = Rearranged {
-            total_bytes: pins.iter().map(|pin| pin.bytes as u64).sum(),
+        let to: VecDeque<_> = layers.iter().cloned().enumerate().collect();
+        let to_be_pinned = |(layer, wanted): &(usize, LayerPlacement)| {
+            let in_layer = self.layers.get(*layer)?;
+            let pins = wanted.pinned.iter();
+            let new = pins
+                .map(|pins| in_layer.not_on_tier(pins).count())
+                .sum::<usize>();
+            Some((new * in_layer.expert_bytes()) as u64)
+        };
+        self.rearranger.report = Rearranged {
+            total_bytes: to.iter().filter_map(to_be_pinned).sum(),
             ..Rearranged::default()
         };
-        rearranger.is_active = true;
-        (rearranger.pins, rearranger.slots) = (pins, slots);
+        self.rearranger.to = to;
+        self.rearranger.is_active = true;
+    }
+
+    /// Begins with the next layer.
+    fn begin_layer(&mut self) {
+        let Some((layer, wanted)) = self.rearranger.to.pop_front() else {
+            return;
+        };
+        if layer >= self.layers.len() {
+            return;
+        }
+        self.give_up_pins(layer, &wanted);
+        self.give_up_slots(layer, &wanted);
+        let in_layer = &self.layers[layer];
+        let n = wanted.slots.saturating_sub(in_layer.cache.n_slots());
+        if n > 0 {
+            self.rearranger.slots.push(NewSlots { layer, n });
+        }
+        let bytes = in_layer.expert_bytes();
+        for pins in &wanted.pinned {
+            let new = in_layer.not_on_tier(pins).map(|expert| NewPin {
+                target: LayerExpert { layer, expert },
+                tier: pins.tier,
+                bytes,
+            });
+            self.rearranger.pins.extend(new);
+        }
         self.place();
-        let is_mapped = self.n_staging == 0;
-        self.layers
-            .iter_mut()
-            .for_each(|layer| layer.set_homes(is_mapped));
+        self.layers[layer].set_homes(self.n_staging == 0);
     }
 
     /// Returns an expert, with the position of its layer, that `layers` does not pin and buffers have
@@ -233,7 +243,7 @@ impl ExpertStore {
     }
 
     /// Gives up the slots of a layer that are too many or on another tier, and changes the policy of
-    /// the others.
+    /// the others. Those that hold what is to be pinned on their tier become pins.
     fn give_up_slots(&mut self, layer: usize, wanted: &LayerPlacement) {
         let in_layer = &mut self.layers[layer];
         let tier = in_layer.slot_tier;
@@ -242,7 +252,18 @@ impl ExpertStore {
         } else {
             0
         };
-        if n < in_layer.cache.n_slots() {
+        let surplus = in_layer.cache.n_slots().saturating_sub(n);
+        if surplus > 0 {
+            let pins = wanted.pinned.iter().filter(|pins| pins.tier == tier);
+            let new = pins.flat_map(|pins| in_layer.not_on_tier(pins));
+            let in_slots = new.filter(|expert| in_layer.cache.contains(expert.get()));
+            let in_slots: Vec<ExpertId> = in_slots.take(surplus as usize).collect();
+            for expert in &in_slots {
+                in_layer.pin_in_slot(*expert);
+            }
+            let bytes = in_slots.len() * in_layer.expert_bytes();
+            self.rearranger.report.done_bytes += bytes as u64;
+
             let kept = in_layer.cache.keep_slots(n);
             let mut old = std::mem::take(&mut in_layer.slots);
             in_layer.slots = kept.iter().map(|slot| old[*slot as usize].take()).collect();
@@ -291,20 +312,22 @@ impl ExpertStore {
         for (pin, buffer) in std::mem::take(&mut self.rearranger.landed) {
             self.pin(pin, buffer);
         }
+        if self.rearranger.is_idle() {
+            self.begin_layer();
+        }
         let mut left = COPIED_BETWEEN_STEPS;
         self.fill_ready(&mut left);
-        if !self.rearranger.all_placed() && left > 0 {
-            let has_moved = self.slide(&mut left);
+        // Layers that are still to change may give up what is missing.
+        if self.rearranger.to.is_empty() && !self.rearranger.all_placed() && left > 0 {
+            let mut has_moved = self.pack_pins(&mut left);
+            has_moved |= self.slide(&mut left);
             self.place();
             if !has_moved && self.rearranger.reading.is_empty() {
                 self.leave_out();
             }
         }
         let rearranger = &mut self.rearranger;
-        let is_done = rearranger.all_placed()
-            && rearranger.ready.is_empty()
-            && rearranger.reading.is_empty()
-            && rearranger.landed.is_empty();
+        let is_done = rearranger.is_idle() && rearranger.all_placed() && rearranger.to.is_empty();
         rearranger.is_active = !is_done;
         is_done.then_some(rearranger.report)
     }
@@ -377,105 +400,6 @@ impl ExpertStore {
         self.rearranger.report.done_bytes += pin.bytes as u64;
     }
 
-    /// Slides buffers into the holes before them, on tiers where something waits for memory. Returns
-    /// whether any has moved.
-    fn slide(&mut self, left: &mut usize) -> bool {
-        let slots = self.rearranger.slots.iter();
-        let slots = slots.map(|slots| self.layers[slots.layer].slot_tier);
-        let pins = self.rearranger.pins.iter().map(|pin| pin.tier);
-        let tiers: BTreeSet<TierIdx> = pins.chain(slots).collect();
-        let mut owners = self.owners();
-        owners.sort_unstable_by_key(|(address, _)| *address);
-        let mut has_moved = false;
-        for tier in tiers {
-            for (address, owner) in &owners {
-                if *left == 0 {
-                    return has_moved;
-                }
-                let Some(hole) = self.rearranger.holes(tier).take_before(*address) else {
-                    continue;
-                };
-                let moved = self.slide_into(tier, hole, *owner);
-                has_moved |= moved > 0;
-                *left = left.saturating_sub(moved);
-            }
-        }
-        has_moved
-    }
-
-    /// Slides a buffer into the hole that ends where it begins. Returns the bytes of the buffer, or
-    /// 0 if it stays.
-    fn slide_into(&mut self, tier: TierIdx, hole: ArenaSlice, owner: Owner) -> usize {
-        let align = match owner {
-            Owner::Slot(layer, _) => self.layers[layer].alignment(),
-            Owner::Staging(_) => ALIGN,
-            Owner::Pin(_) | Owner::Ready(_) => 1,
-        };
-        let skipped = skipped(hole.address(), align);
-        let (nothing, hole) = hole.split(0);
-        let Some(buffer) = self.lend(owner).filter(|_| skipped < hole.capacity()) else {
-            self.rearranger.free(tier, hole);
-            return 0;
-        };
-        let buffer = std::mem::replace(buffer, nothing);
-        let (len, capacity, gap) = (buffer.len(), buffer.capacity(), hole.capacity());
-        let (moved, buffer) = match hole.join(buffer.restored()) {
-            Ok(mut whole) => {
-                whole.copy_within(gap..gap + len, skipped);
-                let (before, rest) = whole.split(skipped);
-                let (buffer, after) = rest.split(capacity);
-                self.rearranger.free(tier, before);
-                self.rearranger.free(tier, after);
-                (capacity, buffer)
-            }
-            // Neighbors in memory that are of two arenas.
-            Err((hole, buffer)) => {
-                self.rearranger.free(tier, hole);
-                (0, buffer)
-            }
-        };
-        if let Some(place) = self.lend(owner) {
-            *place = buffer;
-            place.truncate(len);
-        }
-        moved
-    }
-
-    /// Returns the addresses of all buffers that can be moved between two steps.
-    fn owners(&self) -> Vec<(usize, Owner)> {
-        let mut owners = Vec::new();
-        for (layer, in_layer) in self.layers.iter().enumerate() {
-            for expert in (0..in_layer.n_expert() as u32).map(ExpertId::new) {
-                if let ExpertBacking::Pinned { bytes, .. } = in_layer.backing(expert) {
-                    owners.push((bytes.address(), Owner::Pin(LayerExpert { layer, expert })));
-                }
-            }
-            for (slot, bytes) in in_layer.slots.iter().enumerate() {
-                let slot = SlotId::new(slot as u32);
-                owners.extend(
-                    bytes
-                        .iter()
-                        .map(|b| (b.address(), Owner::Slot(layer, slot))),
-                );
-            }
-        }
-        let staging = self.staging.iter().enumerate();
-        owners.extend(staging.map(|(i, bytes)| (bytes.address(), Owner::Staging(i))));
-        let ready = self.rearranger.ready.iter().enumerate();
-        owners.extend(ready.map(|(i, (_, bytes))| (bytes.address(), Owner::Ready(i))));
-        owners
-    }
-
-    /// Returns the buffer of an owner.
-    fn lend(&mut self, owner: Owner) -> Option<&mut ArenaSlice> {
-        match owner {
-            Owner::Pin(LayerExpert { layer, expert }) => self.layers[layer].pinned_mut(expert),
-            Owner::Slot(layer, slot) => self.layers[layer].slots[slot.index()].as_mut(),
-            Owner::Staging(i) => self.staging.get_mut(i),
-            Owner::Ready(i) => self.rearranger.ready.get_mut(i).map(|(_, bytes)| bytes),
-        }
-    }
-
     /// Returns where the experts of each layer are.
     pub(crate) fn arrangement(&self) -> Vec<Arrangement> {
         let of_layer = |layer: &LayerExperts| Arrangement {
@@ -496,6 +420,9 @@ impl ExpertStore {
         for layer in self.layers.iter().filter(|layer| !layer.slots_on_gpu) {
             let pad = layer.buffer_bytes(layer.layout) - layer.buffer_bytes(Layout::Packed);
             *padding.entry(layer.slot_tier).or_default() += pad * layer.slots.len();
+            for (tier, pad) in layer.pin_padding() {
+                *padding.entry(tier).or_default() += pad;
+            }
         }
         let last = padding.keys().last().map_or(0, |tier| tier.get() + 1);
         let of_tier = |tier| {

@@ -1,6 +1,8 @@
 //! A better plan for a loaded model, of what its texts choose: pins and slots elsewhere, all else as it
 //! is.
 
+pub mod worker;
+
 use crate::cost::predict;
 use crate::profile::Evidence;
 use crate::solve::options::{Objective, Policy};
