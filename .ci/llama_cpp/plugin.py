@@ -90,15 +90,27 @@ def start(server, timeout_seconds=60):
         raise TimeoutError("the server is not ready")
 
 
-def make_request(server, *args, ask=utils.ServerProcess.make_request, **more):
-    result = ask(server, *args, **more)
+def filled(server, data):
+    """Returns a body with the server's seed, which llama.cpp gives to every request, and without an early end."""
+    if isinstance(data, dict) and ("prompt" in data or "messages" in data):
+        return {"seed": server.seed, "ignore_eos": True, **data}
+    return data
+
+
+def make_request(server, method, path, data=None, *args, ask=utils.ServerProcess.make_request, **more):
+    result = ask(server, method, path, filled(server, data), *args, **more)
     if isinstance(result.body, dict) and "choices" in result.body:
         # The build of llama.cpp, which tests look at before all else.
         result.body.setdefault("system_fingerprint", "b0")
     return result
 
 
+def make_stream_request(server, method, path, data=None, *args, ask=utils.ServerProcess.make_stream_request, **more):
+    return ask(server, method, path, filled(server, data), *args, **more)
+
+
 utils.ServerProcess.start = start
+utils.ServerProcess.make_stream_request = make_stream_request
 utils.ServerProcess.make_request = make_request
 utils.ServerPreset.load_all = staticmethod(lambda: None)
 # The texts that tests expect are of other models.
