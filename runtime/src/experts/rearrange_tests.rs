@@ -357,3 +357,43 @@ fn a_slot_that_is_given_up_becomes_the_pin_of_its_expert() {
         assert_eq!(held_bytes(&store), held);
     }
 }
+
+#[test]
+fn a_pin_that_buffers_have_no_room_for_stays_where_it_is() {
+    let setup = Setup {
+        policy: SlotPolicy::Lru,
+        slots: 2,
+        staging: 2,
+        layout: Layout::WholePages,
+        copy: None,
+        on_gpu: false,
+        damaged: None,
+    };
+    let mut store = store(&setup, &Arc::default());
+    // A packed copy of the even experts, for buffers that hold no others.
+    let layer = &mut store.layers[0];
+    let places: Vec<_> = (0..8u64).map(|e| (e % 2 == 0).then_some(e << 16)).collect();
+    layer.use_copy(1, &places, |expert| expert % 2 == 0);
+    let bytes = layer.expert_bytes();
+    let mut arena = Arena::new("pins", 2 * bytes as u64).unwrap();
+    for expert in [2, 3] {
+        layer.pin(expert, TIERS[0], arena.take(bytes).unwrap());
+    }
+    let too_large = |tier: TierIdx, experts: &[u32]| {
+        let plan = LayerPlacement {
+            layer: 0,
+            pinned: vec![Pins {
+                tier,
+                experts: experts.to_vec(),
+            }],
+            slots: 2,
+            slot_tier: TIERS[0],
+            policy: SlotPolicy::Lru,
+        };
+        store.too_large(&[plan])
+    };
+    assert_eq!(too_large(TIERS[0], &[3]), None, "expert 2 is in the copy");
+    assert_eq!(too_large(TIERS[0], &[2]), Some((0, 3)));
+    let why = "it is on the slow tier until it is on the other one";
+    assert_eq!(too_large(TIERS[1], &[2, 3]), Some((0, 3)), "{why}");
+}

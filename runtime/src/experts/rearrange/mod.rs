@@ -208,17 +208,23 @@ impl ExpertStore {
         self.layers[layer].set_homes(self.n_staging == 0);
     }
 
-    /// Returns an expert, with the position of its layer, that `layers` does not pin and buffers have
-    /// no room for, if there is one.
+    /// Returns an expert, with the position of its layer, that loses its pin and that buffers have no
+    /// room for, if there is one.
     pub(crate) fn too_large(&self, layers: &[LayerPlacement]) -> Option<(usize, u32)> {
         let leaving = |(layer, wanted): (usize, &LayerPlacement)| {
             let in_layer = self.layers.get(layer)?;
-            let is_wanted = |e: &u32| wanted.pinned.iter().any(|pins| pins.experts.contains(e));
-            let pinned = in_layer.pins().into_iter().flat_map(|pins| pins.experts);
-            let leaving = pinned.filter(|expert| !is_wanted(expert));
-            let mut too_large =
-                leaving.filter(|e| !in_layer.has_room_for(&self.gguf, ExpertId::new(*e)));
-            too_large.next().map(|expert| (layer, expert))
+            // One that moves to another tier is on the slow one meanwhile.
+            let stays = |tier, e: &u32| {
+                let mut on_tier = wanted.pinned.iter().filter(|pins| pins.tier == tier);
+                on_tier.any(|pins| pins.experts.contains(e))
+            };
+            let has_room = |e: &u32| in_layer.has_room_for(&self.gguf, ExpertId::new(*e));
+            let too_large = |pins: Pins| {
+                let mut experts = pins.experts.into_iter();
+                experts.find(|e| !stays(pins.tier, e) && !has_room(e))
+            };
+            let expert = in_layer.pins().into_iter().find_map(too_large)?;
+            Some((layer, expert))
         };
         layers.iter().enumerate().find_map(leaving)
     }
