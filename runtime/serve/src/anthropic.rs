@@ -2,7 +2,7 @@
 
 mod body;
 
-use crate::ask::{self, Answering, Delta, Prepared, mark_logged, prepare};
+use crate::ask::{self, Answering, Delta, prepare};
 use crate::calls::Part;
 use crate::error::{ApiError, Protocol, json_response};
 use crate::http;
@@ -50,14 +50,8 @@ async fn count(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Resp
 
 async fn answer(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     let received = Instant::now();
-    let bytes = http::body::read(&state, &headers, body).await?;
-    let id = state.new_id();
-    let prepared = prepare(&state, move |state| {
-        let request = request(&id, &bytes)?;
-        drop(bytes);
-        Prepared::new(state, request)
-    })
-    .await?;
+    let read = |id: &str, body: &[u8]| Ok((request(id, body)?, ()));
+    let (prepared, ()) = ask::receive(&state, &headers, body, read).await?;
     let mut answering = Answering::begin(&state, prepared, "/v1/messages", received)?;
     if answering.request.stream.wanted {
         return Ok(sse::response(answering, Events::default()));
@@ -76,10 +70,7 @@ async fn answer(state: Arc<State>, headers: HeaderMap, body: Body) -> Result<Res
     message["stop_reason"] = end.reason.into();
     message["stop_sequence"] = end.sequence.into();
     add_truth(&mut message, &answering);
-    answering.log(200, None);
-    let mut response = json_response(StatusCode::OK, &message);
-    mark_logged(&mut response);
-    Ok(response)
+    Ok(answering.answered(&message))
 }
 
 /// Returns the block of a part of an answer.

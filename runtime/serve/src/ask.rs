@@ -2,8 +2,9 @@
 
 use crate::answer::{Choice, Finish, Place};
 use crate::calls::{Call, Part, add};
-use crate::error::ApiError;
+use crate::error::{ApiError, json_response};
 use crate::grammar::Wanted;
+use crate::http::body;
 use crate::job::{Command, Job, JobEvent, What, most_events};
 use crate::log::{Entry, Texts};
 use crate::request::{BadLine, Code, Endpoint, Request};
@@ -11,7 +12,10 @@ use crate::sampled::Origin;
 use crate::state::State;
 use crate::thought::{CallOptions, Splitter};
 use crate::truth::{Counts, Timings};
+use axum::body::Body;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
+use serde_json::Value;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -135,6 +139,24 @@ pub(crate) async fn prepare<T: Send + 'static>(
             "the request could not be read",
         ))
     })
+}
+
+/// Receives a body, and prepares the texts that it asks for. `read` takes the name of the request and
+/// the body, and returns the request with what its answer needs beside it.
+pub(crate) async fn receive<T: Send + 'static>(
+    state: &Arc<State>,
+    headers: &HeaderMap,
+    body: Body,
+    read: impl FnOnce(&str, &[u8]) -> Result<(Request, T), BadLine> + Send + 'static,
+) -> Result<(Prepared, T), ApiError> {
+    let bytes = body::read(state, headers, body).await?;
+    let id = state.new_id();
+    prepare(state, move |state| {
+        let (request, beside) = read(&id, &bytes)?;
+        drop(bytes);
+        Ok((Prepared::new(state, request)?, beside))
+    })
+    .await
 }
 
 /// What came of a text.
@@ -381,6 +403,14 @@ impl Answering {
                 choice
             })
             .collect()
+    }
+
+    /// Returns the response to a request whose texts have all ended.
+    pub fn answered(&mut self, answer: &Value) -> Response {
+        self.log(200, None);
+        let mut response = json_response(StatusCode::OK, answer);
+        mark_logged(&mut response);
+        response
     }
 
     /// Returns the response to a request that failed after it was queued.

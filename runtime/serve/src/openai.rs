@@ -1,7 +1,7 @@
 //! OpenAI's endpoints: chats, completions, and the list of models.
 
 use crate::answer::{Answered, chat_logprobs, old_logprobs, tool_call};
-use crate::ask::{Answering, Delta, Prepared, count_tokens, finish, mark_logged, prepare};
+use crate::ask::{Answering, Delta, count_tokens, finish, prepare, receive};
 use crate::calls::Part;
 use crate::error::{ApiError, json_response};
 use crate::http::body;
@@ -43,14 +43,8 @@ async fn answer(
     body: Body,
 ) -> Result<Response, ApiError> {
     let received = Instant::now();
-    let bytes = body::read(&state, &headers, body).await?;
-    let id = state.new_id();
-    let prepared = prepare(&state, move |state| {
-        let request = Request::from_body(&id, endpoint, &bytes)?;
-        drop(bytes);
-        Prepared::new(state, request)
-    })
-    .await?;
+    let read = move |id: &str, body: &[u8]| Ok((Request::from_body(id, endpoint, body)?, ()));
+    let (prepared, ()) = receive(&state, &headers, body, read).await?;
     let path = match endpoint {
         Endpoint::Chat => "/v1/chat/completions",
         Endpoint::Completions => "/v1/completions",
@@ -76,10 +70,7 @@ async fn answer(
     let mut value = answered.body();
     value["usage"] = usage(&answering);
     add_truth(&mut value, &answering);
-    answering.log(200, None);
-    let mut response = json_response(StatusCode::OK, &value);
-    mark_logged(&mut response);
-    Ok(response)
+    Ok(answering.answered(&value))
 }
 
 /// Answers `/v1/chat/completions/input_tokens`: tokens of a chat's prompt.

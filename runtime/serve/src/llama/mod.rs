@@ -3,10 +3,9 @@
 mod body;
 
 use crate::answer::finite;
-use crate::ask::{Answering, Delta, Prepared, mark_logged, prepare};
+use crate::ask::{Answering, Delta, Prepared, receive};
 use crate::calls::Part;
-use crate::error::{ApiError, json_response};
-use crate::http;
+use crate::error::ApiError;
 use crate::openai::add_truth;
 use crate::request::{Prompt, Request};
 use crate::sse::{self, Format};
@@ -33,14 +32,7 @@ pub(crate) async fn completion(
     body: Body,
 ) -> Result<Response, ApiError> {
     let received = Instant::now();
-    let bytes = http::body::read(&state, &headers, body).await?;
-    let id = state.new_id();
-    let (prepared, form) = prepare(&state, move |state| {
-        let (request, form) = request(&id, &bytes)?;
-        drop(bytes);
-        Ok((Prepared::new(state, request)?, form))
-    })
-    .await?;
+    let (prepared, form) = receive(&state, &headers, body, request).await?;
     let chunks = Chunks {
         settings: settings(&prepared.options, &prepared.request, &form),
         prompt: prompt(&state.tokenizer, &prepared),
@@ -56,10 +48,7 @@ pub(crate) async fn completion(
         Err(error) => return Ok(answering.failed(error)),
     };
     let answer = chunks.ended(&answering, &content(&text.parts), &text.tokens);
-    answering.log(200, None);
-    let mut response = json_response(StatusCode::OK, &chunks.cut(answer));
-    mark_logged(&mut response);
-    Ok(response)
+    Ok(answering.answered(&chunks.cut(answer)))
 }
 
 /// Refuses to fill a gap in a text.

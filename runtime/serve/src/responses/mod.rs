@@ -4,7 +4,7 @@
 
 mod body;
 
-use crate::ask::{Answering, Collected, Delta, Prepared, count_tokens, mark_logged, prepare};
+use crate::ask::{Answering, Collected, Delta, count_tokens, prepare, receive};
 use crate::calls::Part;
 use crate::error::{ApiError, json_response};
 use crate::http;
@@ -29,14 +29,7 @@ pub(crate) async fn responses(
     body: Body,
 ) -> Result<Response, ApiError> {
     let received = Instant::now();
-    let bytes = http::body::read(&state, &headers, body).await?;
-    let id = state.new_id();
-    let (prepared, echo) = prepare(&state, move |state| {
-        let (request, echo) = request(&id, &bytes)?;
-        drop(bytes);
-        Ok((Prepared::new(state, request)?, echo))
-    })
-    .await?;
+    let (prepared, echo) = receive(&state, &headers, body, request).await?;
     let mut answering = Answering::begin(&state, prepared, "/v1/responses", received)?;
     if answering.request.stream.wanted {
         return Ok(sse::response(answering, Events::new(echo)));
@@ -49,10 +42,7 @@ pub(crate) async fn responses(
     let items = items(&echo, &answering, &parts);
     let mut response = ended(&echo, &answering, items);
     add_truth(&mut response, &answering);
-    answering.log(200, None);
-    let mut response = json_response(StatusCode::OK, &response);
-    mark_logged(&mut response);
-    Ok(response)
+    Ok(answering.answered(&response))
 }
 
 /// Answers `/v1/responses/input_tokens`.
