@@ -140,7 +140,11 @@ fn print_text(args: &ReplanArgs, found: &Value) {
         println!("{name:<14} {speed:>14} {hits:>9.1}%");
     }
     let gain = 100.0 * proposal["gain"].as_f64().unwrap_or(0.0);
-    println!("{gain:+.1} % tokens per second, predicted");
+    let rates = match predicted["then"]["decode_tok_s"].is_null() {
+        true => " at supposed rates of memory and drive",
+        false => "",
+    };
+    println!("{gain:+.1} % tokens per second, predicted{rates}");
     println!(
         "pins: {} new ({}), {} dropped; slots: {} → {}",
         proposal["new_pins"],

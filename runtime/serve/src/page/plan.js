@@ -16,9 +16,10 @@ function predictedText({ gain, predicted, new_pin_bytes }) {
   const speeds = isNumber(now.decode_tok_s) && isNumber(then.decode_tok_s)
     ? `${short(now.decode_tok_s)} → ${short(then.decode_tok_s)} tokens/s, `
     : "";
+  const rates = isNumber(then.decode_tok_s) ? "" : " at supposed rates of memory and drive";
   const hits = `hits ${percent(now.hit_rate)} → ${percent(then.hit_rate)}`;
   if (gain < MIN_GAIN) return `The present plan is about as fast as any, by prediction${tiers}: ${speeds}${hits}.`;
-  return `Predicted for these texts${tiers}: ${speeds}${hits}, ${percent(gain)} faster. ${bytes(new_pin_bytes)} would move.`;
+  return `Predicted for these texts${tiers}: ${speeds}${hits}, ${percent(gain)} faster${rates}. ${bytes(new_pin_bytes)} would move.`;
 }
 
 function movedText({ failed_pins, left_pins, left_slots }) {
