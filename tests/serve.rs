@@ -12,7 +12,7 @@ mod plan;
 mod profile;
 mod responses;
 mod streams;
-mod tools;
+pub mod tools;
 
 use crate::common::{demo_model, json, piped, run_in, send, tier_plan};
 use client::{Answer, Served};

@@ -12,7 +12,7 @@ const TEMPLATE: &str = r#"{% if tools %}Tools:{% for tool in tools %} {{ tool | 
 
 {% endfor %}assistant:"#;
 
-fn schema() -> Value {
+pub fn schema() -> Value {
     json!({
         "type": "object",
         "properties": {

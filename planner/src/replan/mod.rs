@@ -254,6 +254,12 @@ mod tests {
         solve::solve(&problem, &Options::default()).unwrap().plan
     }
 
+    /// Returns the bytes of pins and slots by tier.
+    fn held(plan: &Placement) -> PerTier<u64> {
+        let tiers = plan.tiers.iter();
+        tiers.map(|t| t.bytes.pinned + t.bytes.slots).collect()
+    }
+
     fn question(plan: &Placement, room: &PerTier<u64>, uses: Profile) -> Question {
         Question {
             plan: plan.clone(),
@@ -266,11 +272,7 @@ mod tests {
     #[test]
     fn experts_follow_what_texts_choose_and_all_else_stays() {
         let (shape, plan) = (model(), solved(&uses(0)));
-        let room: PerTier<u64> = plan
-            .tiers
-            .iter()
-            .map(|t| t.bytes.pinned + t.bytes.slots)
-            .collect();
+        let room = held(&plan);
         let ask = |uses| replan(&shape, &question(&plan, &room, uses));
         let again = ask(uses(0)).unwrap();
         assert!(
@@ -309,11 +311,7 @@ mod tests {
     fn a_plan_without_rates_predicts_none() {
         let (shape, mut plan) = (model(), solved(&uses(0)));
         plan.predicted = Prediction::default();
-        let room: PerTier<u64> = plan
-            .tiers
-            .iter()
-            .map(|t| t.bytes.pinned + t.bytes.slots)
-            .collect();
+        let room = held(&plan);
         let ask = |uses| replan(&shape, &question(&plan, &room, uses));
         let other = ask(uses(8)).unwrap();
         assert_eq!(other.plan.predicted, Prediction::default());

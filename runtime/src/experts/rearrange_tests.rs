@@ -162,6 +162,19 @@ fn add_tier(store: &mut ExpertStore, n: usize) -> [usize; 2] {
     [slots.sum(), bytes]
 }
 
+/// Returns what a store with as many slots per layer is made from, all of whose experts are in one file.
+fn setup(slots: usize, staging: usize, layout: Layout) -> Setup {
+    Setup {
+        policy: SlotPolicy::Lru,
+        slots,
+        staging,
+        layout,
+        copy: None,
+        on_gpu: false,
+        damaged: None,
+    }
+}
+
 /// Comes to the end of a rearrangement.
 fn finish(store: &mut ExpertStore) -> Rearranged {
     for _ in 0..100_000 {
@@ -186,9 +199,7 @@ proptest! {
         failing in proptest::collection::vec(1u64..200, 0..8),
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
-        let setup = Setup {
-            policy: SlotPolicy::Lru, slots, staging, layout, copy: None, on_gpu: false, damaged: None,
-        };
+        let setup = setup(slots, staging, layout);
         let mut store = store(&setup, &Arc::new(Mutex::new((0, failing))));
         let room = add_tier(&mut store, second);
         let all = held_bytes(&store);
@@ -216,15 +227,7 @@ proptest! {
 #[test]
 fn scattered_holes_become_one() {
     // Pins of two layers lie between each other, and slots for whole pages are larger than pins.
-    let setup = Setup {
-        policy: SlotPolicy::Lru,
-        slots: 3,
-        staging: 2,
-        layout: Layout::WholePages,
-        copy: None,
-        on_gpu: false,
-        damaged: None,
-    };
+    let setup = setup(3, 2, Layout::WholePages);
     let mut store = store(&setup, &Arc::default());
     let n_layers = store.layers.len();
     let plan = |pins: &[u32], slots: u32| -> Vec<LayerPlacement> {
@@ -260,15 +263,7 @@ fn scattered_holes_become_one() {
 
 #[test]
 fn a_new_pin_is_copied_from_its_slot() {
-    let setup = Setup {
-        policy: SlotPolicy::Lru,
-        slots: 2,
-        staging: 2,
-        layout: Layout::WholePages,
-        copy: None,
-        on_gpu: false,
-        damaged: None,
-    };
+    let setup = setup(2, 2, Layout::WholePages);
     // No read after the first two succeeds.
     let reads = Arc::new(Mutex::new((0, Vec::new())));
     let mut store = store(&setup, &reads);
@@ -314,15 +309,7 @@ fn a_new_pin_is_copied_from_its_slot() {
 #[test]
 fn a_slot_that_is_given_up_becomes_the_pin_of_its_expert() {
     for layout in [Layout::Packed, Layout::WholePages] {
-        let setup = Setup {
-            policy: SlotPolicy::Lru,
-            slots: 3,
-            staging: 4,
-            layout,
-            copy: None,
-            on_gpu: false,
-            damaged: None,
-        };
+        let setup = setup(3, 4, layout);
         let reads = Arc::new(Mutex::new((0, Vec::new())));
         let mut store = store(&setup, &reads);
         let held = held_bytes(&store);
@@ -360,15 +347,7 @@ fn a_slot_that_is_given_up_becomes_the_pin_of_its_expert() {
 
 #[test]
 fn a_pin_that_buffers_have_no_room_for_stays_where_it_is() {
-    let setup = Setup {
-        policy: SlotPolicy::Lru,
-        slots: 2,
-        staging: 2,
-        layout: Layout::WholePages,
-        copy: None,
-        on_gpu: false,
-        damaged: None,
-    };
+    let setup = setup(2, 2, Layout::WholePages);
     let mut store = store(&setup, &Arc::default());
     // A packed copy of the even experts, for buffers that hold no others.
     let layer = &mut store.layers[0];

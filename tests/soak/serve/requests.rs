@@ -1,5 +1,6 @@
 //! What the clients ask for.
 
+use crate::serve::tools::schema;
 use serde_json::{Value, json};
 use tier_plan_testing::Random;
 
@@ -100,18 +101,6 @@ fn prompt(i: usize, draw: &mut Random) -> String {
         text += SENTENCES[draw.below(SENTENCES.len() as u64) as usize];
     }
     text
-}
-
-fn schema() -> Value {
-    json!({
-        "type": "object",
-        "properties": {
-            "city": {"type": "string", "enum": ["Paris", "Rome"]},
-            "days": {"type": "integer", "minimum": 1, "maximum": 9},
-        },
-        "required": ["city", "days"],
-        "additionalProperties": false,
-    })
 }
 
 fn completion(prompt: String, i: usize) -> Value {

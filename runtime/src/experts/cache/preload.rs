@@ -38,13 +38,13 @@ impl SlotCache {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::experts::cache::Access;
     use proptest::prelude::*;
     use tier_plan_formats::placement::SlotPolicy;
 
-    const POLICIES: [SlotPolicy; 3] = [
+    pub(in crate::experts::cache) const POLICIES: [SlotPolicy; 3] = [
         SlotPolicy::Lru,
         SlotPolicy::Lfu { half_life: 8 },
         SlotPolicy::Adaptive {

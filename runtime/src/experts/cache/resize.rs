@@ -77,17 +77,8 @@ impl SlotCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::experts::cache::preload::tests::POLICIES;
     use proptest::prelude::*;
-
-    const POLICIES: [SlotPolicy; 3] = [
-        SlotPolicy::Lru,
-        SlotPolicy::Lfu { half_life: 8 },
-        SlotPolicy::Adaptive {
-            half_life: 8,
-            recent_half_life: 2,
-            recent_weight: 4,
-        },
-    ];
 
     fn experts(cache: &SlotCache) -> Vec<u32> {
         cache.resident().map(|(expert, _)| expert).collect()
