@@ -4,7 +4,8 @@ use std::ffi::OsStr;
 use std::io;
 use std::process::{Command, Stdio};
 
-/// Returns a command that runs this program with an argument of its own, with pipes to and from it.
+/// Returns a command that runs this program with an argument, with pipes to and from it. It says nothing
+/// on standard error.
 ///
 /// # Errors
 /// When the system does not tell where the program is.

@@ -2,7 +2,7 @@
 
 use crate::chat::SharedDialect;
 use crate::cmd::args::sampling;
-use crate::cmd::args::{MaxStep, ModelArgs, TextsArgs};
+use crate::cmd::args::{MaxStep, ModelArgs, TextsArgs, check_key};
 use crate::cmd::batch::{Asked, Parallel, Speeds, model_name, template};
 use crate::hint::HintExt;
 use crate::interrupt::Interrupted;
@@ -11,7 +11,7 @@ use crate::prepared::Prepared;
 use crate::printable::printable;
 use crate::replan::worker;
 use crate::session::Session;
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -106,11 +106,7 @@ impl ServeArgs {
     /// Checks who may use the server.
     fn security(&self) -> Result<Security> {
         if let Some(key) = &self.api_key {
-            let fits = !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
-            ensure!(
-                fits,
-                "--api-key: a key with other characters, expected visible ASCII without spaces"
-            );
+            check_key(key)?;
         }
         if !self.host.is_loopback() && self.api_key.is_none() {
             let open = format!(

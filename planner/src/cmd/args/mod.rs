@@ -18,7 +18,7 @@ pub use kv::KvArgs;
 pub use memory::{BudgetArgs, MemoryArgs, StoreArgs, VerifyArgs};
 pub use model::{ModelArgs, ModelOption, ModelOrShape, check_profile};
 pub use sampling::SamplingArgs;
-pub use server::ServerArgs;
+pub use server::{ServerArgs, check_key};
 pub use texts::TextsArgs;
 pub use value::{MaxStep, Seed, TokenLimit, context as context_value};
 

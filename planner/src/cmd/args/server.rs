@@ -1,7 +1,7 @@
 //! Which server to ask.
 
 use crate::client::Client;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 
 /// A running `tier-plan serve`.
@@ -18,11 +18,32 @@ pub struct ServerArgs {
 }
 
 impl ServerArgs {
+    /// Checks the key, which goes into a header.
+    ///
+    /// # Errors
+    /// When it has characters that no header may have.
+    pub fn check(&self) -> Result<()> {
+        self.api_key.as_deref().map_or(Ok(()), check_key)
+    }
+
     /// Returns a client of the server.
     ///
     /// # Errors
-    /// When the URL is none of a server.
+    /// When the URL is none of a server, or the key has characters that no header may have.
     pub fn client(&self) -> Result<Client> {
+        self.check()?;
         Client::new(&self.url, self.api_key.as_deref())
     }
+}
+
+/// Checks a server's key, which goes into a header.
+///
+/// # Errors
+/// When it has characters that no header may have.
+pub fn check_key(key: &str) -> Result<()> {
+    ensure!(
+        !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic()),
+        "--api-key: a key with other characters, expected visible ASCII without spaces"
+    );
+    Ok(())
 }

@@ -12,7 +12,7 @@ use crate::cmd::batch::model_name;
 use crate::hint::HintExt;
 use crate::interrupt;
 use crate::printable::printable;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use clients::Client;
 use serving::{Serving, ServingArgs};
@@ -90,13 +90,7 @@ impl std::error::Error for Ended {}
 /// [`Ended`] with the exit code of an agent that fails.
 pub fn run(args: &LaunchArgs) -> Result<()> {
     let client = args.client.client();
-    if let Some(key) = &args.server.api_key {
-        let fits = !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
-        ensure!(
-            fits,
-            "--api-key: a key with other characters, expected visible ASCII without spaces"
-        );
-    }
+    args.server.check()?;
     args.serving.check()?;
     if args.print {
         return print(args, client);

@@ -6,12 +6,12 @@ use crate::cmd::serve::ServeArgs;
 use crate::export::shell;
 use crate::hint::HintExt;
 use crate::progress;
+use crate::subprocess;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 use indicatif::ProgressBar;
 use serde_json::json;
-use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -26,9 +26,6 @@ const POLL: Duration = Duration::from_millis(250);
 
 /// Time that a server has to end.
 const GRACE: Duration = Duration::from_secs(15);
-
-/// Lines of a server's log that are kept to say why it ended.
-const KEPT_LINES: usize = 1;
 
 /// Options of `serve` that are not for a server of one client.
 const LEFT_OUT: [&str; 6] = ["model", "host", "port", "cors", "api_key", "end_with_input"];
@@ -137,25 +134,18 @@ impl ServingArgs {
         }
     }
 
-    /// Returns the arguments of the program.
-    fn line(&self) -> Vec<OsString> {
-        let mut line: Vec<OsString> = ["serve", "--host=127.0.0.1", "--port=0"]
-            .map(Into::into)
-            .into();
+    /// Returns the options of `serve`.
+    fn options(&self) -> impl Iterator<Item = OsString> {
         let mut model = OsString::from("--model=");
         model.push(self.model.as_deref().unwrap_or_default());
-        line.push(model);
-        line.extend(self.options.iter().cloned());
-        line
+        let own = ["--host=127.0.0.1", "--port=0"].map(OsString::from);
+        own.into_iter().chain([model]).chain(self.options.clone())
     }
 
     /// Returns the command line for a shell.
     pub fn shown(&self) -> String {
-        let words = self
-            .line()
-            .into_iter()
-            .map(|word| shell::shown(Path::new(&word)));
-        format!("tier-plan {} &", words.collect::<Vec<_>>().join(" "))
+        let words = self.options().map(|word| shell::shown(Path::new(&word)));
+        format!("tier-plan serve {} &", words.collect::<Vec<_>>().join(" "))
     }
 }
 
@@ -166,7 +156,8 @@ pub(super) struct Serving {
     input: Option<ChildStdin>,
     /// The log, until the server is ready.
     lines: Option<Receiver<String>>,
-    last: Arc<Mutex<VecDeque<String>>>,
+    /// The last line of the log, which says why the server has ended.
+    last: Arc<Mutex<Option<String>>>,
     ended: bool,
 }
 
@@ -181,23 +172,12 @@ impl Serving {
             File::create(path).with_context(name)
         });
         let log = log.transpose()?;
-        // The link also leads to a program whose file was replaced since it started.
-        let program = match cfg!(target_os = "linux") {
-            true => "/proc/self/exe".into(),
-            false => std::env::current_exe().context("the path of this program")?,
-        };
-        let mut command = std::process::Command::new(program);
-        command.args(args.line()).arg("--end-with-input");
+        let mut command = subprocess::command("serve").context("the path of this program")?;
+        command.args(args.options()).arg("--end-with-input");
         if let Some(key) = key {
             command.env("TIER_PLAN_API_KEY", key);
         }
-        // Ctrl-C on the terminal is the client's to hear.
-        #[cfg(unix)]
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().context("starting a server")?;
         let (sender, lines) = channel();
         let last = Arc::default();
@@ -259,8 +239,7 @@ impl Serving {
         let status = self.child.try_wait().ok().flatten()?;
         self.ended = true;
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let line = last.back().cloned();
-        Some(line.unwrap_or_else(|| status.to_string()))
+        Some(last.clone().unwrap_or_else(|| status.to_string()))
     }
 }
 
@@ -340,7 +319,7 @@ fn refusal(client: &Client) -> Option<String> {
 fn read_log(
     from: impl BufRead,
     to: &Sender<String>,
-    last: &Mutex<VecDeque<String>>,
+    last: &Mutex<Option<String>>,
     mut log: Option<File>,
 ) {
     for line in from.split(b'\n') {
@@ -350,11 +329,7 @@ fn read_log(
             let _ = file.write_all(&line).and_then(|()| file.write_all(b"\n"));
         }
         let line = String::from_utf8_lossy(&line).into_owned();
-        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.len() == KEPT_LINES {
-            last.pop_front();
-        }
-        last.push_back(line.clone());
+        *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(line.clone());
         let _ = to.send(line);
     }
 }
@@ -379,14 +354,11 @@ mod tests {
         );
         let args = args.unwrap();
         args.check().unwrap();
-        let line: Vec<String> = args
-            .line()
-            .into_iter()
-            .map(|word| word.into_string().unwrap())
-            .collect();
+        let options = args.options().map(|word| word.into_string().unwrap());
+        let line: Vec<String> = options.collect();
         assert_eq!(
-            line[..4],
-            ["serve", "--host=127.0.0.1", "--port=0", "--model=m.gguf"]
+            line[..3],
+            ["--host=127.0.0.1", "--port=0", "--model=m.gguf"]
         );
         for option in [
             "--context=4096",
@@ -404,7 +376,8 @@ mod tests {
             "{line:?}"
         );
         // It is a command line of `serve`.
-        let whole = ["tier-plan".to_string()].into_iter().chain(line);
+        let whole = ["tier-plan", "serve"].map(String::from);
+        let whole = whole.into_iter().chain(line);
         assert!(parse_alone(whole.map(Into::into)).is_ok());
     }
 

@@ -197,13 +197,12 @@ async fn connection(
     // Events are small, and each is wanted at once.
     let _ = stream.set_nodelay(true);
     let service = TowerToHyperService::new(router);
-    let connection = http1::Builder::new()
+    let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(state.config.limits.header_time)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(stream), service);
-    let mut connection = connection;
     // Errors are the client's: it left, or spoke no HTTP.
     let ended = tokio::select! {
         ended = poll_fn(|context| connection.poll_without_shutdown(context)) => ended,
