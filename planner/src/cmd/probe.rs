@@ -166,9 +166,17 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
     println!();
     for tier in &machine.tiers {
         println!(
-            "{}: {} GB/s, {}",
+            "{}: {} GB/s{}, {}",
             tier.name,
             digits(tier.read_gbps),
+            machine
+                .extras
+                .spread
+                .get(&tier.name)
+                .map_or(String::new(), |iqr| format!(
+                    " (the middle half of repetitions spans {:.1} %)",
+                    iqr * 100.0
+                )),
             show_bytes(tier.capacity_bytes)
         );
     }
@@ -231,6 +239,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "type": k.ty.to_string(),
             "gbps": k.gbps.value,
             "spread": k.gbps.spread,
+            "iqr": k.gbps.iqr,
             "batch_gflops": k.batch_gflops.value,
             "share": k.share,
         })).collect::<Vec<_>>(),
@@ -238,6 +247,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "path": found.disk_path,
             "gbps": found.disk.gbps.value,
             "spread": found.disk.gbps.spread,
+            "iqr": found.disk.gbps.iqr,
             "latency_us": found.disk.latency_us.value,
             "direct": found.disk.direct,
             "piece_bytes": found.disk.piece_bytes,
@@ -287,6 +297,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "read_gbps": t.read_gbps,
             "latency_us": t.latency_us,
             "capacity_bytes": t.capacity_bytes,
+            "spread": machine.extras.spread.get(&t.name),
         })).collect::<Vec<_>>(),
         "doubts": found.doubts,
     })

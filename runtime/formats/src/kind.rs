@@ -41,7 +41,7 @@ pub(super) struct Kind {
 pub(super) const MACHINE: Kind = Kind {
     format: "tier-plan machine",
     what: "machine file",
-    newest: 4,
+    newest: 5,
     limit_bytes: 1 << 20,
     hint: "profiles/machines holds examples",
 };
@@ -62,7 +62,7 @@ pub(super) const PROFILE: Kind = Kind {
 pub(super) const RECORD: Kind = Kind {
     format: "tier-plan run record",
     what: "run record",
-    newest: 3,
+    newest: 4,
     limit_bytes: 64 << 20,
     hint: "`tier-plan run` can write one",
 };

@@ -133,11 +133,11 @@ fn the_demo_machine_is_emulated_throughout() {
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
-        (v1_with("version = 1", "version = 5"), "machine file version 5, but this program reads up to version 4; update tier-plan"),
+        (v1_with("version = 1", "version = 6"), "machine file version 6, but this program reads up to version 5; update tier-plan"),
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
-        (v1_with("version = 1\n", ""), "no version; write `version = 4`"),
+        (v1_with("version = 1\n", ""), "no version; write `version = 5`"),
         (v1_with("version = 1", "version = \"1\""), "line 4: invalid type"),
         (v1_with("kind = \"vram\"", "kind = \"hbm\""), "line 11: unknown variant `hbm`, expected one of `vram`, `dram`, `pmem`, `cxl`, `nvme`"),
         (v1_with("latency_us = 10", "latency_ns = 10"), "line 14: unknown field `latency_ns`"),
@@ -443,7 +443,7 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 .map(|rate| (tiers[0].name.clone(), rate))
                 .into_iter()
                 .collect();
-            let links = link
+            let links: BTreeMap<String, Link> = link
                 .map(|link| (tiers[0].name.clone(), link))
                 .into_iter()
                 .collect();
@@ -454,6 +454,10 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 watts,
                 watts_source,
                 usd_per_gb,
+                spread: links
+                    .iter()
+                    .map(|(name, link)| (name.clone(), link.to_gbps))
+                    .collect(),
                 prompt_gflops,
                 links,
                 calibration,
@@ -780,6 +784,48 @@ fn version_4_means_what_it_meant() {
     ] {
         assert!(V4.contains(from), "{from}");
         let error = load(&V4.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+const V5: &str = include_str!("../../../tests/data/formats/machine.v5.toml");
+
+#[test]
+fn version_5_means_what_it_meant() {
+    let machine = load(V5).unwrap();
+    let spread = &machine.extras.spread;
+    assert_eq!(
+        (spread.get("dram"), spread.get("nvme")),
+        (Some(&0.035), Some(&0.25))
+    );
+    assert_eq!(
+        machine.encode(),
+        V5,
+        "the writer lays out version 5 as it always did"
+    );
+    // A file without the key is of an older version.
+    let mut without = machine.clone();
+    without.extras.spread.clear();
+    assert!(without.encode().contains("\nversion = 1\n"));
+    for (from, to, words) in [
+        (
+            "version = 5",
+            "version = 4",
+            "spread is a key of version 5; write `version = 5`, or leave it out",
+        ),
+        (
+            "spread = 0.25",
+            "spread = -0.25",
+            "spread of tier 'nvme' is -0.25",
+        ),
+        (
+            "spread = 0.25",
+            "spread = nan",
+            "spread of tier 'nvme' is NaN",
+        ),
+    ] {
+        assert!(V5.contains(from), "{from}");
+        let error = load(&V5.replacen(from, to, 1)).unwrap_err();
         assert!(error.contains(words), "{error}");
     }
 }

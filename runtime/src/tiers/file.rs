@@ -8,14 +8,17 @@
 //! bounce buffer, at the price of a copy.
 
 mod check;
+mod clock;
 mod stream;
 
 pub use check::{SliceChecksum, compare};
+pub use clock::DriveUse;
 pub use stream::stream;
 
 use super::arena::{Arena, ArenaSlice};
 use super::source::{ALIGN, ReadAt, Source};
 pub use super::source::{ReadError, ReadMode};
+use clock::DriveClock;
 use std::cell::UnsafeCell;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -191,6 +194,7 @@ struct Queue {
     background: VecDeque<Job>,
     demand_in_flight: usize,
     background_in_flight: usize,
+    clock: DriveClock,
     closed: bool,
 }
 
@@ -306,6 +310,11 @@ impl FileTier {
     /// copy.
     pub fn is_direct(&self) -> bool {
         self.shared.sources.iter().any(|s| s.alignment() > 1)
+    }
+
+    /// Returns what all reads so far brought, and how long they took.
+    pub fn usage(&self) -> DriveUse {
+        lock(&self.shared.queue).clock.usage(Instant::now())
     }
 
     /// Fails if a file has changed since it was opened.
@@ -545,14 +554,24 @@ fn read_loop(shared: &Shared, completions: &Sender<Completion>) {
                 None => queue = shared.ready.wait(queue).unwrap_or_else(|e| e.into_inner()),
             }
         };
+        queue.clock.begin(Instant::now());
         drop(queue);
         let has_failed = lock(&job.request.error).is_some();
-        if !has_failed && let Err(error) = run(&shared.sources[job.source], &job, &mut bounce) {
-            lock(&job.request.error).get_or_insert(error);
+        let mut bytes = 0;
+        if !has_failed {
+            match run(&shared.sources[job.source], &job, &mut bounce) {
+                Ok(()) => bytes = (job.need - job.skip) as u64,
+                Err(error) => {
+                    lock(&job.request.error).get_or_insert(error);
+                }
+            }
         }
-        if lock(&shared.queue).end(priority) {
+        let mut queue = lock(&shared.queue);
+        queue.clock.end(Instant::now(), bytes);
+        if queue.end(priority) {
             shared.ready.notify_all();
         }
+        drop(queue);
         if job.request.jobs_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             verify(&shared.sources, &job.request);
             if completions.send(finished(&job.request)).is_err() {

@@ -1,4 +1,4 @@
-//! The text of versions 1 to 4 of a machine file, as it is read.
+//! The text of versions 1 to 5 of a machine file, as it is read.
 
 use super::{Accelerator, Calibration, Extras, Link, Machine, Tier, TierKind};
 use crate::kind::toml_words;
@@ -24,6 +24,10 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
             "watts_source and link are keys of version 3; write `version = 3`, or leave them out";
         return Err(what.into());
     }
+    if wire.version < 5 && wire.tier.iter().any(|t| t.spread.is_some()) {
+        let what = "spread is a key of version 5; write `version = 5`, or leave it out";
+        return Err(what.into());
+    }
     for tier in &wire.tier {
         check_unit(
             &tier.name,
@@ -46,6 +50,10 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
         .tier
         .iter()
         .filter_map(|t| Some((t.name.clone(), t.prompt_gflops?)));
+    let spread = wire
+        .tier
+        .iter()
+        .filter_map(|t| Some((t.name.clone(), t.spread?)));
     Ok(Machine {
         id: SourceId {
             name: wire.name.clone(),
@@ -59,6 +67,7 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
             watts_source: wire.watts_source,
             usd_per_gb: prices.collect(),
             prompt_gflops: products.collect(),
+            spread: spread.collect(),
             links: links.collect(),
             calibration: wire.calibration.map(Calibration::from),
         },
@@ -185,6 +194,7 @@ struct WireTier {
     emulated: bool,
     usd_per_gb: Option<f64>,
     prompt_gflops: Option<f64>,
+    spread: Option<f64>,
     node: Option<u32>,
     device: Option<u32>,
     link_gbps: Option<f64>,
