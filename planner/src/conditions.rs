@@ -30,6 +30,10 @@ const LAST_BURST_TIME: Duration = Duration::from_millis(15);
 const MIN_DRIVE_BYTES: u64 = 8 << 20;
 const MIN_DRIVE_BURSTS: u64 = 8;
 
+/// Shortest time that tells who had the processors, in seconds: the system counts in ticks of up to
+/// a hundredth.
+const MIN_WINDOW_S: f64 = 0.1;
+
 /// Share of the processors from which on a machine counts as quiet.
 const QUIET_SHARE: f64 = 0.95;
 
@@ -131,6 +135,9 @@ impl Given {
         predicted: Option<&Prediction>,
         evidence: impl FnOnce() -> Option<Evidence>,
     ) -> Option<Conditions> {
+        if self.usage.seconds < MIN_WINDOW_S {
+            return None;
+        }
         let real = plan.tiers.iter().any(|t| !t.tier.emulated);
         let as_planned = self.observed.is_as_planned(plan);
         let now = predicted.filter(|_| real && !as_planned).map(|was| {
@@ -146,7 +153,7 @@ impl Given {
 
     /// Whether others took much of the processors.
     pub fn is_busy(&self) -> bool {
-        is_busy(&processors(&self.usage))
+        self.usage.seconds >= MIN_WINDOW_S && is_busy(&processors(&self.usage))
     }
 
     /// Returns what to record, with the plan's prediction at these rates.

@@ -60,6 +60,14 @@ fn a_quiet_run_is_told_as_before() {
 }
 
 #[test]
+fn a_moment_tells_nothing() {
+    let mut short = given(Some(0.3), Some(5.0));
+    short.usage.seconds = 0.05;
+    assert_eq!(conditions(&short, false), None);
+    assert!(!short.is_busy());
+}
+
+#[test]
 fn evidence_is_asked_for_only_where_rates_differ() {
     let (plan, shape, _) = planned(false);
     let never = || panic!("nothing differs");

@@ -1,7 +1,8 @@
 //! `tier-plan compare`: plans and run records side by side in a report.
 
+mod tables;
+
 use crate::cmd::args::{JsonArgs, ThreadArgs, at_least_one};
-use crate::conditions::{busy_line, describe};
 use crate::hint::HintExt;
 use crate::json::path_json;
 use crate::printable::printable;
@@ -16,9 +17,10 @@ use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
+use tables::{table, within_line};
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::formats::profile::{self, Profile, Split};
-use tier_plan_runtime::formats::record::{self, ParallelPrediction, RunRecord};
+use tier_plan_runtime::formats::record::{self, RunRecord};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::units::show_utc;
 
@@ -251,6 +253,9 @@ pub fn finish(
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         table(&report.plans);
+        within_line(&report.plans)
+            .into_iter()
+            .for_each(|line| println!("{line}"));
         for sentence in report::headline(&report) {
             println!("{sentence}");
         }
@@ -260,141 +265,4 @@ pub fn finish(
         println!("report: {}", page.display());
     }
     Ok(())
-}
-
-/// Returns decoded tokens per second over all records of a plan.
-fn measured_tok_s(entry: &PlanEntry) -> Option<f64> {
-    let tokens: u64 = entry.records.iter().map(|r| r.decode_tokens).sum();
-    let seconds: f64 = entry.records.iter().map(|r| r.decode_s).sum();
-    (seconds > 0.0).then(|| tokens as f64 / seconds)
-}
-
-fn predicted_tok_s(entry: &PlanEntry) -> Option<f64> {
-    let predicted = entry
-        .records
-        .iter()
-        .find_map(|r| r.predicted.as_ref())
-        .map(|p| p.decode_tok_s);
-    predicted
-        .or_else(|| entry.placement.as_ref().map(|p| p.predicted.decode_tok_s))
-        .filter(|t| *t > 0.0)
-}
-
-/// Prints the steps of several texts that benchmarks recorded, if there are any.
-fn parallel_table(plans: &[PlanEntry]) {
-    let records = plans
-        .iter()
-        .flat_map(|p| p.records.iter().map(move |r| (p, r)));
-    let steps: Vec<_> = records
-        .flat_map(|(p, r)| r.parallel.iter().map(move |steps| (p, steps)))
-        .collect();
-    if steps.is_empty() {
-        return;
-    }
-    println!(
-        "{:<20} {:>6} {:>16} {:>16} {:>8} {:>16} {:>8}",
-        "several texts at once",
-        "texts",
-        "measured tok/s",
-        "predicted tok/s",
-        "differs",
-        "with its rates",
-        "differs"
-    );
-    for (entry, steps) in steps {
-        let measured = steps.decode_tok_s;
-        let cells = |predicted: Option<ParallelPrediction>| {
-            let tok_s = predicted
-                .map(|p| p.decode_tok_s)
-                .filter(|tok_s| *tok_s > 0.0);
-            let off = |tok_s: f64| format!("{:+.1}%", (measured / tok_s - 1.0) * 100.0);
-            let shown = tok_s.map_or("-".to_string(), |tok_s| format!("{tok_s:.1}"));
-            (shown, tok_s.map_or("-".to_string(), off))
-        };
-        let (planned, now) = (
-            cells(steps.predicted),
-            cells(steps.observed.or(steps.predicted)),
-        );
-        println!(
-            "{:<20} {:>6} {measured:>16.1} {:>16} {:>8} {:>16} {:>8}",
-            printable(&entry.name),
-            steps.texts,
-            planned.0,
-            planned.1,
-            now.0,
-            now.1
-        );
-    }
-}
-
-/// Prints the predictions with the rates that the runs had, where those were not as planned.
-fn observed_table(plans: &[PlanEntry]) {
-    println!("runs whose machine gave other rates than their plans count on:");
-    println!(
-        "{:<20} {:>16} {:>16} {:>8}  what differed in the first of them",
-        "plan", "measured tok/s", "with its rates", "differs"
-    );
-    for entry in plans {
-        let (Some(now), Some(measured)) = (entry.observed_tok_s(), measured_tok_s(entry)) else {
-            continue;
-        };
-        let first = entry.records.iter().find_map(|r| r.conditions.as_ref());
-        println!(
-            "{:<20} {measured:>16.1} {now:>16.1} {:>8}  {}",
-            printable(&entry.name),
-            format!("{:+.1}%", (measured / now - 1.0) * 100.0),
-            first.map_or(String::new(), describe)
-        );
-    }
-}
-
-fn hit_rate(entry: &PlanEntry) -> Option<f64> {
-    let layers = || entry.records.iter().flat_map(|r| &r.layers);
-    let misses: u64 = layers().map(|l| l.misses).sum();
-    let all: u64 = layers()
-        .map(|l| l.pinned_hits + l.slot_hits + l.misses)
-        .sum();
-    (all > 0).then(|| 1.0 - misses as f64 / all as f64)
-}
-
-/// Prints the plans, fastest first.
-fn table(plans: &[PlanEntry]) {
-    let emulated = plans.iter().any(|p| p.records.iter().any(|r| r.emulated));
-    let mut sorted: Vec<&PlanEntry> = plans.iter().collect();
-    sorted.sort_by(|a, b| {
-        measured_tok_s(b)
-            .unwrap_or(0.0)
-            .total_cmp(&measured_tok_s(a).unwrap_or(0.0))
-    });
-    println!(
-        "{:<20} {:>16} {:>16} {:>8} {:>10}",
-        "plan", "measured tok/s", "predicted tok/s", "differs", "hit rate"
-    );
-    let show = |value: Option<f64>| value.map_or("-".to_string(), |v| format!("{v:.1}"));
-    for entry in sorted {
-        let (measured, predicted) = (measured_tok_s(entry), predicted_tok_s(entry));
-        let differs = measured
-            .zip(predicted)
-            .map(|(m, p)| format!("{:+.1}%", (m / p - 1.0) * 100.0));
-        println!(
-            "{:<20} {:>16} {:>16} {:>8} {:>10}",
-            printable(&entry.name),
-            show(measured),
-            show(predicted),
-            differs.unwrap_or_else(|| "-".into()),
-            hit_rate(entry).map_or("-".into(), |h| format!("{:.1}%", h * 100.0))
-        );
-    }
-    parallel_table(plans);
-    if plans.iter().any(|p| p.observed_tok_s().is_some()) {
-        observed_table(plans);
-    }
-    let records = plans.iter().flat_map(|p| &p.records);
-    let unknown = |r: &&RunRecord| r.conditions.as_ref().is_some_and(|c| c.predicted.is_none());
-    if let Some(line) = busy_line(records.filter(unknown)) {
-        println!("{line}");
-    }
-    if emulated {
-        println!("(measured on emulated tiers: their rates are declared, not this machine's)");
-    }
 }
