@@ -11,7 +11,7 @@ fn machine(emulated: bool) -> Machine {
     let text = format!(
         "format = \"tier-plan machine\"\nversion = 2\nname = \"m\"\nlayer_overhead_us = 20\ntoken_overhead_us = 200\n\
          [[tier]]\nname = \"dram\"\nkind = \"dram\"\ncapacity = \"64GiB\"\nread_gbps = 30\nlatency_us = 0\n\
-         emulated = {emulated}\nprompt_gflops = 500\nsource = \"test\"\n\
+         emulated = {emulated}\nprompt_gflops = 5000\nsource = \"test\"\n\
          [[tier]]\nname = \"nvme\"\nkind = \"nvme\"\ncapacity = \"1TB\"\nread_gbps = 2\nlatency_us = 100\n\
          emulated = {emulated}\nsource = \"test\"\n"
     );
@@ -27,7 +27,7 @@ fn planned(gib: u64, emulated: bool) -> (Placement, Known, Evidence) {
         shape: &known.sizes,
         profile: None,
         machine: &machine,
-        budgets: vec![gib << 30, 1 << 40],
+        budgets: vec![gib << 30, 900 << 30],
         context: 4096,
         sequences: 1,
         kv_type: KvType::F16,
@@ -115,7 +115,7 @@ fn both_causes_multiply() {
             .predicted
             .prompt_gflops
             .iter()
-            .all(|rate| (*rate - 400.0).abs() < 1e-9)
+            .all(|rate| (*rate - 4000.0).abs() < 1e-9)
     );
     let now = given.predict(&plan, &known.sizes, Some(&evidence), plan.predicted.at);
     assert_eq!(now, predict(&replaced, &known.sizes, &evidence));
