@@ -35,7 +35,7 @@ use super::cache::Access;
 use super::checksums::{Checksums, TensorSlice};
 use super::gpu::GpuExperts;
 use super::ids::{ExpertId, SlotId, StepPos};
-use super::layer::{ExpertBacking, LayerExperts, Layout};
+use super::layer::{ExpertBacking, LayerExperts, Layout, Rows};
 use super::prefetch::{Prefetcher, StepRead};
 use super::rearrange::Rearranger;
 use super::step::{DeferredMove, ExpertState, HeldExpert, LoadTarget, SlotRefill};
@@ -306,13 +306,13 @@ impl ExpertStore {
             return;
         };
         let spans = experts.spans(&self.gguf, expert.index(), experts.layout);
-        let checks = experts.checks(
+        let finish = experts.finish(
             &self.gguf,
             self.checksums.as_deref(),
             expert.index(),
             experts.layout,
         );
-        files.submit_checked(key, &spans, checks, buffer, priority);
+        files.submit_finished(key, &spans, finish, buffer, priority);
     }
 
     /// Waits for one read of the step and returns the position that it made ready.
@@ -456,7 +456,7 @@ impl ExpertStore {
         layout: Layout,
     ) -> ExpertView<'a> {
         let layer = &self.layers[layer];
-        layer.view(Some(expert), |part| {
+        layer.view(Some(expert), Rows::OfBuffer, |part| {
             let at = layer
                 .slice_location(&self.gguf, part, expert.index(), layout)
                 .buffer_offset;
@@ -470,7 +470,7 @@ impl ExpertStore {
         layer: &LayerExperts,
         expert: ExpertId,
     ) -> ExpertView<'a> {
-        layer.view(Some(expert), |part| {
+        layer.view(Some(expert), Rows::OfFile, |part| {
             let tensor = &self.gguf.tensors()[part.tensor];
             self.gguf.slice(tensor, expert.index(), part.n_slices)
         })

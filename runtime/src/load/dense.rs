@@ -13,6 +13,7 @@ use tier_plan_formats::model::ModelError;
 use tier_plan_formats::model::spec::{MoeSpec, TensorId};
 use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
+use tier_plan_kernels::{BAND_ROWS, RowOrder, Weights};
 
 /// Refuses a table of experts by token, `[n_vocab, n_used]`, with an expert that the layer lacks, or
 /// with the same one twice for a token.
@@ -45,12 +46,12 @@ impl Loader<'_> {
             .collect();
         let (gguf, spec) = (self.model.gguf(), self.model.spec());
         let mut weights = DenseWeights::new(Arc::clone(gguf)).with_scales(&spec.scales);
-        let matrices = spec.matrices();
+        let (matrices, in_bands) = (spec.matrices(), spec.matrices_in_bands(BAND_ROWS));
         for group in spec.dense_groups() {
             let tier = tiers[&(group.kind, group.layer)];
             for id in group.tensors {
                 let storage = if matrices.contains(&id) {
-                    self.matrix(id, tier)?
+                    self.matrix(id, tier, in_bands.contains(&id))?
                 } else {
                     WeightStorage::Vector(self.vector(id)?)
                 };
@@ -69,13 +70,28 @@ impl Loader<'_> {
         Ok(weights)
     }
 
-    fn matrix(&mut self, id: TensorId, tier: TierIdx) -> Result<WeightStorage, LoadError> {
+    /// Loads a matrix. `in_bands` says whether its rows may be interleaved.
+    fn matrix(
+        &mut self,
+        id: TensorId,
+        tier: TierIdx,
+        in_bands: bool,
+    ) -> Result<WeightStorage, LoadError> {
         if let Some(device) = self.devices.of(tier) {
             return Ok(WeightStorage::Device(Arc::new(self.to_device(id, device)?)));
         }
         if let Storage::Arena { dense, .. } = &mut self.storage[tier] {
-            let piece = dense.take(self.model.gguf().tensors()[id].n_bytes as usize)?;
-            return Ok(WeightStorage::ArenaSlice(self.whole_tensor(id, piece)?));
+            let tensor = &self.model.gguf().tensors()[id];
+            let piece = dense.take(tensor.n_bytes as usize)?;
+            let rows = usize::try_from(tensor.rows()).unwrap_or(0);
+            let faster = in_bands && self.kernels.prefers_bands(tensor.ty);
+            let order = if faster && Weights::has_bands(tensor.ty, rows) {
+                RowOrder::Interleaved
+            } else {
+                RowOrder::Sequential
+            };
+            let piece = self.whole_tensor(id, order, piece)?;
+            return Ok(WeightStorage::ArenaSlice(piece, order));
         }
         if self.options.checks.is_some() {
             self.mapped_tensor(id)?;
@@ -90,7 +106,7 @@ impl Loader<'_> {
             Buffer::of_bytes(device, self.mapped_tensor(id)?)
         } else {
             let piece = Arena::new("", n_bytes)?.take(n_bytes as usize)?;
-            Buffer::of_bytes(device, &self.whole_tensor(id, piece)?)
+            Buffer::of_bytes(device, &self.whole_tensor(id, RowOrder::Sequential, piece)?)
         };
         copied.map_err(|source| LoadError::Gpu {
             plan: self.plan.name.clone(),
@@ -111,7 +127,11 @@ impl Loader<'_> {
             dequantize_row(tensor.ty, self.mapped_tensor(id)?, &mut values);
         } else {
             let piece = Arena::new("", tensor.n_bytes)?.take(tensor.n_bytes as usize)?;
-            dequantize_row(tensor.ty, &self.whole_tensor(id, piece)?, &mut values);
+            dequantize_row(
+                tensor.ty,
+                &self.whole_tensor(id, RowOrder::Sequential, piece)?,
+                &mut values,
+            );
         }
         Ok(values)
     }
