@@ -47,15 +47,6 @@ pub(crate) enum Layout {
     WholePages,
 }
 
-/// Whose order an expert's rows have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rows {
-    /// That of the file.
-    OfFile,
-    /// That of slots, staging, and pins in main memory.
-    OfBuffer,
-}
-
 /// One of an expert's matrices, as indices of its parts.
 struct Matrix {
     weight: usize,
@@ -118,6 +109,14 @@ pub(crate) struct LayerExperts {
 }
 
 impl Part {
+    /// Returns the order of a matrix's rows in buffers.
+    pub(super) fn order_in_buffers(&self) -> RowOrder {
+        match self.band_row_bytes {
+            Some(_) => RowOrder::Interleaved,
+            None => RowOrder::Sequential,
+        }
+    }
+
     /// Returns the location of an expert's slice in the model's file.
     pub(super) fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
         let info = &gguf.tensors()[self.tensor];
@@ -191,15 +190,12 @@ impl LayerExperts {
         self
     }
 
-    /// Has buffers hold the rows of matrices interleaved where these kernels are faster then.
-    pub(crate) fn interleave(&mut self, kernels: Kernels) {
+    /// Has buffers hold the rows of these matrices interleaved, as the kernels read them.
+    pub(crate) fn interleave(&mut self, kernels: Kernels, matrices: &[TensorId]) {
         self.kernels = kernels;
         for matrix in &self.matrices {
             let part = &mut self.parts[matrix.weight];
-            // The halves of a fused matrix are multiplied apart.
-            let fits = Weights::has_bands(part.ty, matrix.n_out)
-                && Weights::has_bands(part.ty, self.expert_ffn.min(matrix.n_out));
-            if fits && kernels.prefers_bands(part.ty) {
+            if matrices.contains(&part.tensor) {
                 part.band_row_bytes = Some(part.slice_bytes / matrix.n_out);
             }
         }
@@ -277,8 +273,9 @@ impl LayerExperts {
     /// Returns the matrices of an expert whose slices are [packed](Layout::Packed) in `bytes`, for
     /// a GPU: without factors, for which GPUs have no kernels.
     pub(crate) fn packed<'a>(&self, bytes: &'a [u8]) -> ExpertView<'a> {
-        self.view(None, Rows::OfFile, |part| {
-            &bytes[part.packed_offset..][..part.slice_bytes]
+        self.view(None, |part| {
+            let slice = &bytes[part.packed_offset..][..part.slice_bytes];
+            (slice, RowOrder::Sequential)
         })
     }
 
@@ -479,24 +476,20 @@ impl LayerExperts {
         self.parts.iter().map(check).collect()
     }
 
-    /// Returns the matrices of an expert whose slices `bytes_of` returns. `expert` says whose
+    /// Returns the matrices of an expert whose slices `slice_of` returns. `expert` says whose
     /// factors they have.
     pub(super) fn view<'a>(
         &self,
         expert: Option<ExpertId>,
-        rows: Rows,
-        bytes_of: impl Fn(&Part) -> &'a [u8],
+        slice_of: impl Fn(&Part) -> (&'a [u8], RowOrder),
     ) -> ExpertView<'a> {
         let linear = |matrix: &Matrix| {
             let (weight, bias) = (
                 &self.parts[matrix.weight],
                 matrix.bias.map(|part| &self.parts[part]),
             );
-            let order = match rows {
-                Rows::OfBuffer if weight.band_row_bytes.is_some() => RowOrder::Interleaved,
-                Rows::OfBuffer | Rows::OfFile => RowOrder::Sequential,
-            };
-            let weights = Weights::new(weight.ty, bytes_of(weight), matrix.n_out, matrix.n_in)
+            let (bytes, order) = slice_of(weight);
+            let weights = Weights::new(weight.ty, bytes, matrix.n_out, matrix.n_in)
                 .and_then(|weights| weights.in_order(order))
                 .unwrap_or_else(|| {
                     unreachable!("an expert's slices have the sizes that its shape gives")
@@ -506,7 +499,7 @@ impl LayerExperts {
                 weights: weights.scaled(scale.copied().unwrap_or(1.0)),
                 bias: bias.map(|part| Bias {
                     ty: part.ty,
-                    bytes: bytes_of(part),
+                    bytes: slice_of(part).0,
                 }),
             }
         };

@@ -35,7 +35,7 @@ use super::cache::Access;
 use super::checksums::{Checksums, TensorSlice};
 use super::gpu::GpuExperts;
 use super::ids::{ExpertId, SlotId, StepPos};
-use super::layer::{ExpertBacking, LayerExperts, Layout, Rows};
+use super::layer::{ExpertBacking, LayerExperts, Layout};
 use super::prefetch::{Prefetcher, StepRead};
 use super::rearrange::Rearranger;
 use super::step::{DeferredMove, ExpertState, HeldExpert, LoadTarget, SlotRefill};
@@ -456,11 +456,11 @@ impl ExpertStore {
         layout: Layout,
     ) -> ExpertView<'a> {
         let layer = &self.layers[layer];
-        layer.view(Some(expert), Rows::OfBuffer, |part| {
+        layer.view(Some(expert), |part| {
             let at = layer
                 .slice_location(&self.gguf, part, expert.index(), layout)
                 .buffer_offset;
-            &bytes[at..at + part.slice_bytes]
+            (&bytes[at..at + part.slice_bytes], part.order_in_buffers())
         })
     }
 
@@ -470,9 +470,10 @@ impl ExpertStore {
         layer: &LayerExperts,
         expert: ExpertId,
     ) -> ExpertView<'a> {
-        layer.view(Some(expert), Rows::OfFile, |part| {
+        layer.view(Some(expert), |part| {
             let tensor = &self.gguf.tensors()[part.tensor];
-            self.gguf.slice(tensor, expert.index(), part.n_slices)
+            let slice = self.gguf.slice(tensor, expert.index(), part.n_slices);
+            (slice, self.gguf.row_order(part.tensor))
         })
     }
 

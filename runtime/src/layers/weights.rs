@@ -97,7 +97,7 @@ impl DenseWeights {
     pub(crate) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
         let tensor = &self.gguf.tensors()[id];
         let (bytes, order): (&[u8], RowOrder) = match &self.held[id] {
-            Some((_, WeightStorage::Mapped)) => (self.gguf.bytes(tensor), RowOrder::Sequential),
+            Some((_, WeightStorage::Mapped)) => (self.gguf.bytes(tensor), self.gguf.row_order(id)),
             Some((_, WeightStorage::ArenaSlice(piece, order))) => (piece, *order),
             _ => {
                 unreachable!("a tensor that the model description calls a matrix is held as bytes")

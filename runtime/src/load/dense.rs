@@ -1,7 +1,7 @@
 //! Loading the dense tensors: everything but routed experts.
 
-use super::Loader;
 use super::storage::Storage;
+use super::{Loader, bands};
 use crate::error::LoadError;
 use crate::layers::weights::{DenseWeights, WeightStorage};
 use crate::tiers::arena::Arena;
@@ -12,8 +12,8 @@ use tier_plan_cuda::{Buffer, Device};
 use tier_plan_formats::model::ModelError;
 use tier_plan_formats::model::spec::{MoeSpec, TensorId};
 use tier_plan_formats::placement::TierIdx;
+use tier_plan_kernels::RowOrder;
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
-use tier_plan_kernels::{BAND_ROWS, RowOrder, Weights};
 
 /// Refuses a table of experts by token, `[n_vocab, n_used]`, with an expert that the layer lacks, or
 /// with the same one twice for a token.
@@ -46,12 +46,17 @@ impl Loader<'_> {
             .collect();
         let (gguf, spec) = (self.model.gguf(), self.model.spec());
         let mut weights = DenseWeights::new(Arc::clone(gguf)).with_scales(&spec.scales);
-        let (matrices, in_bands) = (spec.matrices(), spec.matrices_in_bands(BAND_ROWS));
+        let matrices = spec.matrices();
+        let in_bands = bands::dense(self.kernels, gguf, spec);
         for group in spec.dense_groups() {
             let tier = tiers[&(group.kind, group.layer)];
             for id in group.tensors {
                 let storage = if matrices.contains(&id) {
-                    self.matrix(id, tier, in_bands.contains(&id))?
+                    let order = match in_bands.contains(&id) {
+                        true => RowOrder::Interleaved,
+                        false => RowOrder::Sequential,
+                    };
+                    self.matrix(id, tier, order)?
                 } else {
                     WeightStorage::Vector(self.vector(id)?)
                 };
@@ -70,26 +75,18 @@ impl Loader<'_> {
         Ok(weights)
     }
 
-    /// Loads a matrix. `in_bands` says whether its rows may be interleaved.
+    /// Loads a matrix. In an arena its rows are in this order.
     fn matrix(
         &mut self,
         id: TensorId,
         tier: TierIdx,
-        in_bands: bool,
+        order: RowOrder,
     ) -> Result<WeightStorage, LoadError> {
         if let Some(device) = self.devices.of(tier) {
             return Ok(WeightStorage::Device(Arc::new(self.to_device(id, device)?)));
         }
         if let Storage::Arena { dense, .. } = &mut self.storage[tier] {
-            let tensor = &self.model.gguf().tensors()[id];
-            let piece = dense.take(tensor.n_bytes as usize)?;
-            let rows = usize::try_from(tensor.rows()).unwrap_or(0);
-            let faster = in_bands && self.kernels.prefers_bands(tensor.ty);
-            let order = if faster && Weights::has_bands(tensor.ty, rows) {
-                RowOrder::Interleaved
-            } else {
-                RowOrder::Sequential
-            };
+            let piece = dense.take(self.model.gguf().tensors()[id].n_bytes as usize)?;
             let piece = self.whole_tensor(id, order, piece)?;
             return Ok(WeightStorage::ArenaSlice(piece, order));
         }

@@ -1,8 +1,8 @@
 //! Loading the routed experts: pins them, makes slots and staging, and hands all of it to the
 //! store.
 
-use super::Loader;
 use super::storage::{Storage, is_mapped, largest};
+use super::{Loader, bands};
 use crate::error::LoadError;
 use crate::experts::layer::{ExpertBacking, LayerExperts, Layout};
 use crate::experts::store::ExpertStore;
@@ -14,6 +14,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::Model;
+use tier_plan_formats::model::spec::ExpertLinear;
 use tier_plan_formats::placement::{LayerPlacement, Pins, Placement, PlanTier, TierIdx};
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::threads::physical_cores;
@@ -46,7 +47,13 @@ pub(super) fn layers(
         let mut layer =
             LayerExperts::new(gguf, moe, homes, placed.slot_tier).with_scales(&model.spec().scales);
         if in_bands {
-            layer.interleave(kernels);
+            let faster = |l: &&ExpertLinear| bands::expert(kernels, gguf, moe, l);
+            let matrices: Vec<_> = moe
+                .expert_linears()
+                .filter(faster)
+                .map(|l| l.weight)
+                .collect();
+            layer.interleave(kernels, &matrices);
         }
         if let Some(places) = pack.and_then(|pack| pack.places(placed.layer)) {
             let pinned: HashSet<u32> = placed

@@ -1,6 +1,7 @@
 //! Loading a model as a plan says: checks the plan, reserves the tiers' memory, fills it, and
 //! counts.
 
+pub(crate) mod bands;
 mod check;
 mod dense;
 mod experts;
