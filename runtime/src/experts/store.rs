@@ -306,13 +306,13 @@ impl ExpertStore {
             return;
         };
         let spans = experts.spans(&self.gguf, expert.index(), experts.layout);
-        let checks = experts.checks(
+        let finish = experts.finish(
             &self.gguf,
             self.checksums.as_deref(),
             expert.index(),
             experts.layout,
         );
-        files.submit_checked(key, &spans, checks, buffer, priority);
+        files.submit_finished(key, &spans, finish, buffer, priority);
     }
 
     /// Waits for one read of the step and returns the position that it made ready.
@@ -460,7 +460,7 @@ impl ExpertStore {
             let at = layer
                 .slice_location(&self.gguf, part, expert.index(), layout)
                 .buffer_offset;
-            &bytes[at..at + part.slice_bytes]
+            (&bytes[at..at + part.slice_bytes], part.order_in_buffers())
         })
     }
 
@@ -472,7 +472,8 @@ impl ExpertStore {
     ) -> ExpertView<'a> {
         layer.view(Some(expert), |part| {
             let tensor = &self.gguf.tensors()[part.tensor];
-            self.gguf.slice(tensor, expert.index(), part.n_slices)
+            let slice = self.gguf.slice(tensor, expert.index(), part.n_slices);
+            (slice, self.gguf.row_order(part.tensor))
         })
     }
 

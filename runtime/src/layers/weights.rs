@@ -8,15 +8,15 @@ use tier_plan_formats::gguf::{Advice, Gguf};
 use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{Linear, TensorId};
 use tier_plan_formats::placement::TierIdx;
-use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
+use tier_plan_kernels::{RowOrder, Weights};
 
 /// Storage of one tensor.
 pub(crate) enum WeightStorage {
     /// In place in the mapped file.
     Mapped,
-    /// In a tier's arena.
-    ArenaSlice(ArenaSlice),
+    /// In a tier's arena, with its rows in this order.
+    ArenaSlice(ArenaSlice, RowOrder),
     /// In the memory of a GPU.
     Device(Arc<Buffer>),
     /// A vector of parameters, decoded to `f32`. A GPU that uses it has a copy.
@@ -96,14 +96,15 @@ impl DenseWeights {
     /// Returns a matrix that the CPU can read, `[n_out, n_in]`, with its factor.
     pub(crate) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
         let tensor = &self.gguf.tensors()[id];
-        let bytes: &[u8] = match &self.held[id] {
-            Some((_, WeightStorage::Mapped)) => self.gguf.bytes(tensor),
-            Some((_, WeightStorage::ArenaSlice(piece))) => piece,
+        let (bytes, order): (&[u8], RowOrder) = match &self.held[id] {
+            Some((_, WeightStorage::Mapped)) => (self.gguf.bytes(tensor), self.gguf.row_order(id)),
+            Some((_, WeightStorage::ArenaSlice(piece, order))) => (piece, *order),
             _ => {
                 unreachable!("a tensor that the model description calls a matrix is held as bytes")
             }
         };
         Weights::new(tensor.ty, bytes, n_out, n_in)
+            .and_then(|weights| weights.in_order(order))
             .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
             .scaled(self.scales.of_matrix(id))
     }
@@ -116,13 +117,16 @@ impl DenseWeights {
             return None;
         };
         let (tier, storage) = self.held[id].as_ref()?;
-        let bytes: &[u8] = match storage {
-            WeightStorage::Mapped if self.gguf.is_copied() => self.gguf.bytes(tensor),
-            WeightStorage::ArenaSlice(piece) => piece,
+        let (bytes, order): (&[u8], RowOrder) = match storage {
+            WeightStorage::Mapped if self.gguf.is_copied() => {
+                (self.gguf.bytes(tensor), self.gguf.row_order(id))
+            }
+            WeightStorage::ArenaSlice(piece, order) => (piece, *order),
             _ => return None,
         };
-        let matrix = Weights::new(tensor.ty, bytes, n_out as usize, n_in as usize)?;
-        Some((*tier, matrix))
+        let (n_out, n_in) = (usize::try_from(n_out).ok()?, usize::try_from(n_in).ok()?);
+        let matrix = Weights::new(tensor.ty, bytes, n_out, n_in)?;
+        Some((*tier, matrix.in_order(order)?))
     }
 
     /// Has the system read rows of a matrix that is in place in the mapped file, before they are
