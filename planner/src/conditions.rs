@@ -127,7 +127,7 @@ pub fn evidence_of(plan: &Placement, model: &Path, shape: &ModelShape) -> Option
 
 impl Given {
     /// Returns what to record of the conditions of a run that was `predicted`, `None` where the
-    /// machine gave what the plan counts on. `evidence` is asked for only where it did not.
+    /// machine gave what the plan counts on, and without a prediction. `evidence` is asked for only where it did not.
     pub fn conditions(
         &self,
         plan: &Placement,
@@ -135,19 +135,14 @@ impl Given {
         predicted: Option<&Prediction>,
         evidence: impl FnOnce() -> Option<Evidence>,
     ) -> Option<Conditions> {
-        if self.usage.seconds < MIN_WINDOW_S {
-            return None;
-        }
+        let was = predicted.filter(|_| self.usage.seconds >= MIN_WINDOW_S)?;
         let real = plan.tiers.iter().any(|t| !t.tier.emulated);
         let as_planned = self.observed.is_as_planned(plan);
-        let now = predicted.filter(|_| real && !as_planned).map(|was| {
-            self.observed
-                .predict(plan, shape, evidence().as_ref(), was.at)
-        });
+        let observed = || self.observed.predict(plan, shape, evidence().as_ref(), was.at);
+        let now = (real && !as_planned).then(observed);
         let differs = now
             .as_ref()
-            .zip(predicted)
-            .is_some_and(|(now, was)| differs(now.decode_tok_s, was.decode_tok_s));
+            .is_some_and(|now| differs(now.decode_tok_s, was.decode_tok_s));
         (self.is_busy() || differs).then(|| self.with_prediction(plan, now))
     }
 
@@ -269,8 +264,8 @@ pub fn prediction_line(
     }
 }
 
-/// Returns the sentence on a busy machine for runs whose prediction does not know of it: those on
-/// emulated tiers, and those without a plan's prediction. `None` where no run was disturbed.
+/// Returns the sentence on a busy machine for runs whose prediction does not know of it, those on
+/// emulated tiers. `None` where no run was disturbed.
 pub fn busy_line<'a>(records: impl Iterator<Item = &'a RunRecord>) -> Option<String> {
     let worst = records
         .filter_map(|record| Some((record, record.conditions.as_ref()?)))

@@ -137,12 +137,10 @@ fn a_busy_machine_is_told_of_emulated_runs_that_know_no_rates() {
 }
 
 #[test]
-fn a_run_without_a_prediction_can_be_busy_too() {
+fn a_run_without_a_prediction_has_nothing_to_hold_rates_against() {
     let (plan, shape, _) = planned(false);
-    let busy = given(Some(0.6), Some(9.0)).conditions(&plan, &shape, None, || None);
-    assert_eq!(busy.map(|c| c.predicted), Some(None));
-    let quiet = given(Some(0.99), Some(9.0)).conditions(&plan, &shape, None, || None);
-    assert_eq!(quiet, None);
+    let busy = given(Some(0.6), Some(9.0));
+    assert_eq!(busy.conditions(&plan, &shape, None, || None), None);
 }
 
 #[test]

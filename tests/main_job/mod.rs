@@ -242,7 +242,7 @@ fn run(folder: &Path, model: &str, plan: Option<&Path>, record: &str) -> Value {
     }
     let mut file: Value = serde_json::from_slice(&fs::read(folder.join(record)).unwrap()).unwrap();
     assert_eq!(file["format"], "tier-plan run record");
-    // A run on a busy machine says so, whatever else it has.
+    // A predicted run on a busy machine says so.
     let version = match (&file["conditions"], &file["predicted"]) {
         (Value::Null, Value::Null) => 1,
         (Value::Null, _) => 2,
