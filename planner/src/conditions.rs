@@ -138,8 +138,11 @@ impl Given {
         let was = predicted.filter(|_| self.usage.seconds >= MIN_WINDOW_S)?;
         let real = plan.tiers.iter().any(|t| !t.tier.emulated);
         let as_planned = self.observed.is_as_planned(plan);
-        let observed = || self.observed.predict(plan, shape, evidence().as_ref(), was.at);
-        let now = (real && !as_planned).then(observed);
+        let now = (real && !as_planned).then(|| {
+            let evidence = evidence();
+            self.observed
+                .predict(plan, shape, evidence.as_ref(), was.at)
+        });
         let differs = now
             .as_ref()
             .is_some_and(|now| differs(now.decode_tok_s, was.decode_tok_s));
@@ -267,7 +270,9 @@ pub fn prediction_line(
 /// Returns the sentence on a busy machine for runs whose prediction does not know of it, those on
 /// emulated tiers. `None` where no run was disturbed.
 pub fn busy_line<'a>(records: impl Iterator<Item = &'a RunRecord>) -> Option<String> {
+    let records: Vec<&RunRecord> = records.collect();
     let worst = records
+        .iter()
         .filter_map(|record| Some((record, record.conditions.as_ref()?)))
         .filter(|(_, conditions)| is_busy(&conditions.processors))
         .min_by(|(_, a), (_, b)| {
@@ -276,12 +281,17 @@ pub fn busy_line<'a>(records: impl Iterator<Item = &'a RunRecord>) -> Option<Str
         });
     let (record, conditions) = worst?;
     let so = if record.emulated {
-        "work took longer than emulated tiers declare, so measured speeds are too low"
+        "work took longer than emulated tiers declare, so measured speeds may be too low"
     } else {
-        "measured speeds are too low"
+        "measured speeds may be too low"
+    };
+    let of = if records.len() > 1 {
+        " in the worst run"
+    } else {
+        ""
     };
     Some(format!(
-        "this machine was busy: {} in the worst run; {so}; run again on a quiet machine",
+        "this machine was busy: {}{of}; {so}; run again on a quiet machine",
         describe_processors(&conditions.processors)
     ))
 }
