@@ -135,7 +135,8 @@ fn a_slow_drive_takes_over_where_experts_are_missed() {
     };
     let slow = predict(0.5, Some(&evidence));
     assert!(slow.decode_tok_s < 0.5 * was.decode_tok_s, "{slow:?}");
-    assert_eq!(slow.dense_s, was.dense_s);
+    // Rows of the embedding may be on the drive; what memory reads takes as long as before.
+    assert_eq!(slow.dense_s.first(), was.dense_s.first());
     assert!(slow.expert_critical_s > 2.0 * was.expert_critical_s);
     // Without evidence it is estimated: the order and most of the size stay.
     near(predict(0.5, None).token_s(), slow.token_s(), 0.15);
