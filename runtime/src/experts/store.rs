@@ -216,7 +216,7 @@ impl ExpertStore {
             return;
         }
         while step.next_read < step.states.len()
-            && step.in_flight < MIN_READ_WINDOW.max(self.staging.len())
+            && step.in_flight < MIN_READ_WINDOW.max(self.n_staging)
         {
             let at = StepPos::new(step.next_read);
             let on_gpu = self.layers[step.layer].slots_on_gpu;
@@ -484,7 +484,7 @@ impl ExpertStore {
         {
             self.release_staged(step, at, buffer);
         }
-        while let Some(i) = step.held.iter().position(|held| held.after == at) {
+        while let Some(i) = step.held.iter().position(|held| held.after == Some(at)) {
             let HeldExpert {
                 expert,
                 slot,
@@ -508,21 +508,21 @@ impl ExpertStore {
         let Some(DeferredMove { slot, after, .. }) = deferred else {
             return self.free_staging(buffer);
         };
-        match after.filter(|after| !step.is_released(*after)) {
-            None => self.move_to_slot(step.layer, expert, slot, buffer),
-            // One buffer stays free, or reads could not go on.
-            Some(after) if self.staging.len() > 1 => {
-                step.held.push(HeldExpert {
-                    expert,
-                    slot,
-                    bytes: buffer,
-                    after,
-                });
-            }
-            Some(_) => {
-                step.refills.push(SlotRefill { at, slot });
-                self.free_staging(buffer);
-            }
+        let after = after.filter(|after| !step.is_released(*after));
+        if after.is_none() && !self.is_away(step.layer, slot) {
+            return self.move_to_slot(step.layer, expert, slot, buffer);
+        }
+        // One buffer stays free, or reads could not go on.
+        if self.staging.len() > 1 {
+            step.held.push(HeldExpert {
+                expert,
+                slot,
+                bytes: buffer,
+                after,
+            });
+        } else {
+            step.refills.push(SlotRefill { at, slot });
+            self.free_staging(buffer);
         }
     }
 
@@ -542,6 +542,19 @@ impl ExpertStore {
     /// # Errors
     /// When a read fails, as in [`wait`](Self::wait).
     pub(crate) fn finish(&mut self, step: &mut Step) -> Result<(), ReadError> {
+        while let Some(HeldExpert {
+            expert,
+            slot,
+            bytes,
+            ..
+        }) = step.held.pop()
+        {
+            if let Err(error) = self.wait_for_slot(step.layer, slot) {
+                self.free_staging(bytes);
+                return Err(error);
+            }
+            self.move_to_slot(step.layer, expert, slot, bytes);
+        }
         while let Some(SlotRefill { at, slot }) = step.refills.pop() {
             let expert = step.expert(at);
             if self.layers[step.layer].slots_on_gpu && self.n_staging == 0 {
@@ -549,6 +562,7 @@ impl ExpertStore {
                 continue;
             }
             let target = LoadTarget::Slot(slot);
+            self.wait_for_slot(step.layer, slot)?;
             let Some(buffer) = self.take_buffer(step.layer, target) else {
                 self.layers[step.layer].cache.forget(expert.get());
                 continue;

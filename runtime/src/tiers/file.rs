@@ -96,6 +96,9 @@ impl Span {
 pub enum Priority {
     /// A computation waits for the read.
     Demand,
+    /// A step that is about to begin will need the read. Served once no [demand](Self::Demand) read
+    /// waits, beside those in flight, so that the device never runs empty between two steps.
+    Next,
     /// The read may be useful later. Served only while no [demand](Self::Demand) read is pending.
     Idle,
     /// Served after all [idle](Self::Idle) reads, a few at once. Never canceled.
@@ -187,6 +190,7 @@ struct Job {
 #[derive(Default)]
 struct Queue {
     demand: VecDeque<Job>,
+    next: VecDeque<Job>,
     idle: VecDeque<Job>,
     background: VecDeque<Job>,
     demand_in_flight: usize,
@@ -195,12 +199,15 @@ struct Queue {
 }
 
 impl Queue {
-    /// Takes the next job with its priority. Returns `None` while a demand read is in flight and no
-    /// other demand read waits: idle and background reads must not delay it.
-    fn next(&mut self) -> Option<(Job, Priority)> {
+    /// Takes the next job with its priority. Returns `None` while a demand read is in flight and only
+    /// idle and background reads wait, which must not delay it.
+    fn take(&mut self) -> Option<(Job, Priority)> {
         if let Some(job) = self.demand.pop_front() {
             self.demand_in_flight += 1;
             return Some((job, Priority::Demand));
+        }
+        if let Some(job) = self.next.pop_front() {
+            return Some((job, Priority::Next));
         }
         if self.demand_in_flight > 0 {
             return None;
@@ -220,7 +227,7 @@ impl Queue {
     fn end(&mut self, priority: Priority) -> bool {
         match priority {
             Priority::Demand => self.demand_in_flight -= 1,
-            Priority::Idle => {}
+            Priority::Next | Priority::Idle => {}
             Priority::Background => self.background_in_flight -= 1,
         }
         self.demand_in_flight == 0 && !(self.idle.is_empty() && self.background.is_empty())
@@ -375,6 +382,7 @@ impl FileTier {
         let mut queue = lock(&self.shared.queue);
         let queue = match priority {
             Priority::Demand => &mut queue.demand,
+            Priority::Next => &mut queue.next,
             Priority::Idle => &mut queue.idle,
             Priority::Background => &mut queue.background,
         };
@@ -417,16 +425,20 @@ impl FileTier {
         jobs
     }
 
-    /// Promotes the [idle](Priority::Idle) requests with these keys to [demand](Priority::Demand),
-    /// and cancels the jobs of all other idle requests that have not begun.
+    /// Promotes the requests with these keys that wait at the priorities [next](Priority::Next) and
+    /// [idle](Priority::Idle) to [demand](Priority::Demand), and cancels the jobs of all others there
+    /// that have not begun.
     ///
     /// A canceled request still completes, with [`ReadError::Stopped`].
-    pub fn resolve_idle(&self, promoted: &[u64]) {
+    pub fn resolve_predicted(&self, promoted: &[u64]) {
         let mut queue = lock(&self.shared.queue);
-        let idle = std::mem::take(&mut queue.idle);
-        let (kept, canceled): (Vec<Job>, Vec<Job>) = idle
-            .into_iter()
-            .partition(|j| promoted.contains(&j.request.key));
+        let (next, idle) = (
+            std::mem::take(&mut queue.next),
+            std::mem::take(&mut queue.idle),
+        );
+        let waiting = next.into_iter().chain(idle);
+        let (kept, canceled): (Vec<Job>, Vec<Job>) =
+            waiting.partition(|j| promoted.contains(&j.request.key));
         let n_kept = kept.len();
         queue.demand.extend(kept);
         drop(queue);
@@ -540,7 +552,7 @@ fn read_loop(shared: &Shared, completions: &Sender<Completion>) {
             if queue.closed {
                 return;
             }
-            match queue.next() {
+            match queue.take() {
                 Some(next) => break next,
                 None => queue = shared.ready.wait(queue).unwrap_or_else(|e| e.into_inner()),
             }
