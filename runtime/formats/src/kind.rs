@@ -41,14 +41,14 @@ pub(super) struct Kind {
 pub(super) const MACHINE: Kind = Kind {
     format: "tier-plan machine",
     what: "machine file",
-    newest: 4,
+    newest: 5,
     limit_bytes: 1 << 20,
     hint: "profiles/machines holds examples",
 };
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
-    newest: 8,
+    newest: 9,
     limit_bytes: 64 << 20,
     hint: "`tier-plan solve` writes one",
 };

@@ -130,14 +130,33 @@ fn the_demo_machine_is_emulated_throughout() {
 }
 
 #[test]
+fn a_drive_may_say_how_it_is_read() {
+    let text = include_str!("../../../tests/data/formats/machine.v5.toml");
+    let machine = load(text).unwrap();
+    let io = BTreeMap::from([("nvme".to_string(), DriveIo::Buffered)]);
+    assert_eq!(machine.extras.io, io);
+    assert!(machine.encode().contains("version = 5\n"));
+    assert_eq!(load(&machine.encode()).unwrap().extras, machine.extras);
+    let elsewhere = text.replacen("node = 2\n", "io = \"direct\"\n", 1);
+    let emulated = text.replacen("emulated = false\nio", "emulated = true\nio", 1);
+    for text in [elsewhere, emulated] {
+        let error = load(&text).unwrap_err();
+        assert!(error.contains("has the key io, but is not a drive that is read"), "{error}");
+    }
+    let unknown = load(&text.replacen("\"buffered\"", "\"fast\"", 1)).unwrap_err();
+    assert!(unknown.contains("unknown variant `fast`, expected `direct` or `buffered`"), "{unknown}");
+}
+
+#[test]
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
-        (v1_with("version = 1", "version = 5"), "machine file version 5, but this program reads up to version 4; update tier-plan"),
+        (v1_with("version = 1", "version = 6"), "machine file version 6, but this program reads up to version 5; update tier-plan"),
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
+        (v1_with("kind = \"nvme\"", "kind = \"nvme\"\nio = \"direct\""), "io is a key of version 5; write `version = 5`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
-        (v1_with("version = 1\n", ""), "no version; write `version = 4`"),
+        (v1_with("version = 1\n", ""), "no version; write `version = 5`"),
         (v1_with("version = 1", "version = \"1\""), "line 4: invalid type"),
         (v1_with("kind = \"vram\"", "kind = \"hbm\""), "line 11: unknown variant `hbm`, expected one of `vram`, `dram`, `pmem`, `cxl`, `nvme`"),
         (v1_with("latency_us = 10", "latency_ns = 10"), "line 14: unknown field `latency_ns`"),

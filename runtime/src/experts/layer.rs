@@ -3,6 +3,7 @@
 
 use super::cache::SlotCache;
 use super::checksums::{Checksums, TensorSlice};
+use super::copies::LayerCopy;
 use super::ids::{ExpertId, SlotId};
 use super::view::{Bias, ExpertView, ViewLinear};
 use crate::tiers::arena::ArenaSlice;
@@ -95,6 +96,8 @@ pub(crate) struct LayerExperts {
     /// `[n_expert]`.
     pub(super) backings: Vec<ExpertBacking>,
     copy: Option<PackedCopy>,
+    /// Copies on other drives, which reads are shared with.
+    pub(super) copies: Vec<LayerCopy>,
     pub(super) cache: SlotCache,
     pub(super) policy: SlotPolicy,
     /// `[n_slots]`; `None` while a read into the slot is in flight. Empty where the slots are on a
@@ -159,6 +162,7 @@ impl LayerExperts {
             is_gated: !matches!(moe.gate_up, GateUp::Up(_)),
             backings,
             copy: None,
+            copies: Vec::new(),
             cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
             policy: SlotPolicy::Lru,
             slots: Vec::new(),

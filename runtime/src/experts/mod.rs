@@ -16,6 +16,7 @@
 pub mod cache;
 pub mod checksums;
 mod claim;
+pub mod copies;
 #[cfg(test)]
 mod claim_tests;
 pub mod counters;

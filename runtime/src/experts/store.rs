@@ -33,6 +33,7 @@
 
 use super::cache::Access;
 use super::checksums::{Checksums, TensorSlice};
+use super::copies::ExpertReads;
 use super::gpu::GpuExperts;
 use super::ids::{ExpertId, SlotId, StepPos};
 use super::layer::{ExpertBacking, LayerExperts, Layout};
@@ -305,13 +306,8 @@ impl ExpertStore {
         let (Some(files), experts) = (&self.files, &self.layers[layer]) else {
             return;
         };
-        let spans = experts.spans(&self.gguf, expert.index(), experts.layout);
-        let checks = experts.checks(
-            &self.gguf,
-            self.checksums.as_deref(),
-            expert.index(),
-            experts.layout,
-        );
+        let ExpertReads { spans, checks } =
+            experts.reads(&self.gguf, files, self.checksums.as_deref(), expert);
         files.submit_checked(key, &spans, checks, buffer, priority);
     }
 
