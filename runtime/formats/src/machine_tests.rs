@@ -141,10 +141,16 @@ fn a_drive_may_say_how_it_is_read() {
     let emulated = text.replacen("emulated = false\nio", "emulated = true\nio", 1);
     for text in [elsewhere, emulated] {
         let error = load(&text).unwrap_err();
-        assert!(error.contains("has the key io, but is not a drive that is read"), "{error}");
+        assert!(
+            error.contains("has the key io, but is not a drive that is read"),
+            "{error}"
+        );
     }
     let unknown = load(&text.replacen("\"buffered\"", "\"fast\"", 1)).unwrap_err();
-    assert!(unknown.contains("unknown variant `fast`, expected `direct` or `buffered`"), "{unknown}");
+    assert!(
+        unknown.contains("unknown variant `fast`, expected `direct` or `buffered`"),
+        "{unknown}"
+    );
 }
 
 #[test]

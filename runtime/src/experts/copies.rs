@@ -108,6 +108,7 @@ fn model_parts(gguf: &Gguf, path: &Path) -> Result<Vec<PathBuf>, FormatError> {
         && copy.n_parts() == gguf.n_parts()
         && copy.tensors().iter().zip(gguf.tensors()).all(|(a, b)| {
             (&a.name, a.ty, &a.dims, a.part, a.offset) == (&b.name, b.ty, &b.dims, b.part, b.offset)
+                && a.slices == b.slices
         });
     if copy.id().hash != gguf.id().hash || !same {
         let model = gguf.path().display();
@@ -139,7 +140,10 @@ impl LayerCopy {
                 part: first_part + extent.part,
                 ..extent
             }),
-            LayerCopy::Packed { part: file, offsets } => Some(Extent {
+            LayerCopy::Packed {
+                part: file,
+                offsets,
+            } => Some(Extent {
                 part: *file,
                 offset: offsets.get(expert.index()).copied().flatten()? + part.packed_offset as u64,
                 len: extent.len,
@@ -224,7 +228,8 @@ impl LayerExperts {
             spans: Vec::with_capacity(locations.len()),
             checks: Vec::new(),
         };
-        let is_whole = self.layout == Layout::WholePages && self.extent_in_copy(expert.index()).is_none();
+        let is_whole =
+            self.layout == Layout::WholePages && self.extent_in_copy(expert.index()).is_none();
         for (part, location) in self.parts.iter().zip(locations) {
             let SliceLocation {
                 extent,
@@ -237,7 +242,8 @@ impl LayerExperts {
                 at,
                 whole_pages: has_room,
             });
-            let check = checksums.map(|sums| sums.slice(gguf, part.tensor, expert.index(), at, extent));
+            let check =
+                checksums.map(|sums| sums.slice(gguf, part.tensor, expert.index(), at, extent));
             reads.checks.extend(check);
         }
         reads

@@ -16,9 +16,9 @@
 pub mod cache;
 pub mod checksums;
 mod claim;
-pub mod copies;
 #[cfg(test)]
 mod claim_tests;
+pub mod copies;
 pub mod counters;
 mod gpu;
 mod ids;

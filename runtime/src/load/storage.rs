@@ -70,7 +70,11 @@ pub(super) fn reserve(
 /// Returns the copies on other drives that reads from the last tier are shared with: none where that is
 /// emulated, since its own rate is declared.
 pub(super) fn copies<'a>(slow: &Tier, options: &'a LoadOptions) -> &'a [ExpertFiles] {
-    if slow.is_drive() { &options.copies } else { &[] }
+    if slow.is_drive() {
+        &options.copies
+    } else {
+        &[]
+    }
 }
 
 /// Returns the part of the last tier's rate that copies leave to the model's own drive.

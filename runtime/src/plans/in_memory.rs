@@ -5,8 +5,8 @@ use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
-    DensePlacement, HomeReads, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy,
-    SolverReport, TierIdx,
+    DensePlacement, HomeReads, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction,
+    SlotPolicy, SolverReport, TierIdx,
 };
 use tier_plan_formats::source_id::SourceId;
 

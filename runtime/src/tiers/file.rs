@@ -16,9 +16,9 @@ pub use check::{SliceChecksum, compare};
 pub use stream::stream;
 
 use super::arena::{Arena, ArenaSlice};
-use drive::{Drive, READER_THREADS, read_loop};
 use super::source::{ALIGN, ReadAt, Source};
 pub use super::source::{ReadError, ReadMode};
+use drive::{Drive, READER_THREADS, read_loop};
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::path::PathBuf;

@@ -3,8 +3,8 @@
 //! Stops at the first violation: a hostile file could break more rules than fit in memory.
 
 use super::{
-    HomeReads, LayerPlacement, MAX_COPIES, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Pins, Placement, PlanTier, SlotPolicy,
-    TierIdx, Violation,
+    HomeReads, LayerPlacement, MAX_COPIES, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Pins, Placement,
+    PlanTier, SlotPolicy, TierIdx, Violation,
 };
 use crate::machine::{Medium, check_tiers};
 use crate::model::shape::DenseKind;

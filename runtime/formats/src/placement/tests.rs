@@ -304,10 +304,22 @@ fn version_9_says_how_the_drive_is_read() {
     let real = "latency_us = 40.0\nemulated = false";
     assert_eq!(without.encode(), V8.replacen(emulated, real, 1));
     for (from, to, why) in [
-        ("version = 9", "version = 8", "io and copies are keys of version 9"),
+        (
+            "version = 9",
+            "version = 8",
+            "io and copies are keys of version 9",
+        ),
         ("\"buffered\"", "\"mapped\"", "unknown variant `mapped`"),
-        ("share = 0.5", "share = 0.75", "the share of the copy \"/mnt/b/demo.experts\" is 0.25"),
-        ("share = 0.5", "share = 0.0", "the share of the copy \"/mnt/c/demo.gguf\" is 0, expected above 0"),
+        (
+            "share = 0.5",
+            "share = 0.75",
+            "the share of the copy \"/mnt/b/demo.experts\" is 0.25",
+        ),
+        (
+            "share = 0.5",
+            "share = 0.0",
+            "the share of the copy \"/mnt/c/demo.gguf\" is 0, expected above 0",
+        ),
         ("share = 0.5", "share = nan", "is NaN, expected above 0"),
         ("share = 0.5", "speed = 0.5", "unknown field `speed`"),
         ("/mnt/c/demo.gguf", "", "the file of a copy is empty"),
@@ -319,7 +331,12 @@ fn version_9_says_how_the_drive_is_read() {
     }
     let many = "copies = [".to_string() + &"{ file = \"x\", share = 0.01 }, ".repeat(8) + "{";
     let error = load(&V9.replacen("copies = [{", &many, 1)).unwrap_err();
-    assert!(error.to_string().contains("names 10 copies, but 7 are the most"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains("names 10 copies, but 7 are the most"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //! writes it.
 
 use super::{
-    DensePlacement, ExpertCopy, Goal, HomeReads, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction,
-    SlotPolicy, SolverReport, TierBytes, TierIdx,
+    DensePlacement, ExpertCopy, Goal, HomeReads, LayerPlacement, PerTier, Pins, Placement,
+    PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes, TierIdx,
 };
 use crate::kind::toml_words;
 use crate::machine::{Accelerator, Tier, WireIo, WireKind, check_unit};

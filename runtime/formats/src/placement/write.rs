@@ -2,7 +2,8 @@
 
 use super::wire::BY_LAYER;
 use super::{
-    HomeReads, LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy, TierIdx,
+    HomeReads, LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy,
+    TierIdx,
 };
 use crate::machine::Accelerator;
 use crate::model::shape::DenseKind;

@@ -246,7 +246,11 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                     };
                     let (dense, layers, solver, predicted) = body;
                     let is_drive = tiers[last].is_drive();
-                    let reads = if is_drive { reads } else { HomeReads::default() };
+                    let reads = if is_drive {
+                        reads
+                    } else {
+                        HomeReads::default()
+                    };
                     let mut plan = Placement {
                         name,
                         model,
