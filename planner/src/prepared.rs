@@ -16,7 +16,6 @@ use tier_plan_runtime::formats::placement::{Placement, PlanTier};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::model::{describe, shape::shape_of};
-use tier_plan_runtime::threads::physical_cores;
 use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
@@ -163,7 +162,7 @@ impl<'a> Prepared<'a> {
     pub fn load(mut self) -> Result<Session> {
         let watch = self.watch.as_deref();
         if self.copies {
-            copy_to_memory(&mut self.gguf, self.options.threads, watch)?;
+            copy_to_memory(&mut self.gguf, &self.options, watch)?;
         }
         let loaded = Session::load_with(Arc::new(self.gguf), &self.plan, &self.options, watch);
         let mut session = loaded.map_err(|e| naming(self.model, e))?;
@@ -247,12 +246,11 @@ pub(crate) fn check_memory(plan: &Placement) -> Result<()> {
 /// When the file can't be read: looking at the mapped bytes would end the process.
 fn copy_to_memory(
     gguf: &mut Gguf,
-    threads: Option<usize>,
+    options: &LoadOptions,
     watch: Option<&dyn Fn(u64, u64)>,
 ) -> Result<()> {
     let bar = progress::bytes("reading the model");
-    let threads = threads.unwrap_or_else(physical_cores);
-    let copied = gguf.copy_to_memory(threads, &mut |done, total| {
+    let copied = tier_plan_runtime::copy_to_memory(gguf, options, &mut |done, total| {
         bar.set_length(total);
         bar.set_position(done);
         watch.inspect(|watch| watch(done, total));

@@ -8,7 +8,9 @@ use memmap2::MmapMut;
 use std::hint::black_box;
 use std::time::Duration;
 use tier_plan_kernels::quant::TensorType;
-use tier_plan_kernels::{Activations, Kernels, OutMatrix, Weights, needs_quants, q8_row_bytes};
+use tier_plan_kernels::{
+    Activations, BAND_ROWS, Kernels, OutMatrix, RowOrder, Weights, needs_quants, q8_row_bytes,
+};
 
 const COLS: usize = 2048;
 
@@ -18,7 +20,7 @@ fn weights(ty: TensorType, bytes: usize) -> (MmapMut, usize) {
     let row = ty
         .row_bytes(COLS as u64)
         .expect("2048 columns are whole blocks") as usize;
-    let rows = (bytes / row).max(1);
+    let rows = (bytes / row).next_multiple_of(BAND_ROWS);
     let mut out = MmapMut::map_anon(rows * row).expect("memory");
     #[cfg(target_os = "linux")]
     let _ = out.advise(memmap2::Advice::HugePage);
@@ -59,7 +61,18 @@ fn matmul(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[K
         let (bytes, rows) = weights(ty, bytes);
         let w = Weights::new(ty, &bytes, rows, COLS).expect("whole rows");
         let mut out = vec![0.0; tokens * rows];
-        for k in isas {
+        // The same bytes serve as bands: what they stand for does not matter here.
+        let bands = w.in_order(RowOrder::Interleaved);
+        let orders = [
+            (ty.name().to_string(), Some(w)),
+            (format!("{ty}-bands"), bands),
+        ];
+        let orders = orders.into_iter().filter_map(|(name, w)| Some((name, w?)));
+        for ((name, w), k) in orders.flat_map(|order| isas.iter().map(move |k| (order.clone(), k)))
+        {
+            if w.order() == RowOrder::Interleaved && !k.prefers_bands(ty) {
+                continue;
+            }
             let mut acts = Activations::new(tokens, COLS);
             acts.fill(*k, tokens, COLS, &x, needs_quants(ty));
             group.throughput(if tokens == 1 {
@@ -67,7 +80,7 @@ fn matmul(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[K
             } else {
                 Throughput::Elements((tokens * rows * COLS) as u64)
             });
-            group.bench_function(BenchmarkId::new(ty.name(), k.isa()), |b| {
+            group.bench_function(BenchmarkId::new(&name, k.isa()), |b| {
                 // SAFETY: one thread.
                 b.iter(|| unsafe {
                     k.matmul(

@@ -23,7 +23,8 @@
 //!
 //! `sums` is for formats with minimums: `sum of (scale * code - min) * x` is
 //! `scale * dot - min * sum of x`. It is kept per 16 values, since some formats have a minimum per
-//! 16.
+//! 16 and, for what takes a run at a time, per run. `offsets` are for codes that are stored with an
+//! offset: `offset * (negated sum of q)` takes it off, in whole numbers.
 
 use super::Kernels;
 use crate::quant::block::GROUP;
@@ -40,6 +41,12 @@ pub(super) struct ActBlock {
     pub scale: [f32; 16],
     /// `scale * sum of q` of each 16 values, in the order of the row.
     pub sums: [f32; 16],
+    /// `scale * sum of q` of each run.
+    pub run_sums: [f32; 8],
+    /// Negated sum of `q` of each run.
+    pub run_offsets: [i32; 8],
+    /// Negated sum of `q` of each 16 values.
+    pub offsets: [i32; 16],
 }
 
 impl ActBlock {
@@ -47,6 +54,9 @@ impl ActBlock {
         q: [0; GROUP],
         scale: [0.0; 16],
         sums: [0.0; 16],
+        run_sums: [0.0; 8],
+        run_offsets: [0; 8],
+        offsets: [0; 16],
     };
 }
 
@@ -407,6 +417,7 @@ fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
         largest = largest.max(v.to_bits() & 0x7fff_ffff);
     }
     let (scale, inverse) = run_scale(f32::from_bits(largest));
+    let mut both = 0;
     for half in 0..2 {
         let mut sum = 0;
         for eight in 2 * half..2 * half + 2 {
@@ -419,6 +430,10 @@ fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
             }
         }
         block.sums[2 * run + half] = scale * sum as f32;
+        block.offsets[2 * run + half] = -sum;
+        both += sum;
     }
+    block.run_sums[run] = scale * both as f32;
+    block.run_offsets[run] = -both;
     block.scale[2 * run..][..2].fill(scale);
 }

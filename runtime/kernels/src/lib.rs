@@ -54,6 +54,7 @@
 //! | [`quant`] | block formats: sizes, layouts, scalar dequantization |
 //! | `activations` | 8-bit activations and their layout |
 //! | `matmul`, `panel` | how a matmul is cut into panels, and the loops of a panel |
+//! | `bands` | weight rows in another order, which AVX-512 and AMX read faster |
 //! | `scalar`, `x86`, `neon` | the dot products of each instruction set |
 //! | `rows`, `delta`, `ops` | attention rows, gated delta net, and element-wise operations |
 //! | [`pooled`], [`threads`] | matmuls spread over a thread pool |
@@ -63,6 +64,7 @@
 mod activations;
 #[macro_use]
 mod ops;
+mod bands;
 mod cores;
 mod delta;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -90,6 +92,7 @@ mod weights;
 mod x86;
 
 pub use activations::{ActView, Activations, Q8Row};
+pub use bands::{BAND_ROWS, RowOrder};
 pub use delta::{ChannelDeltaStep, DeltaStep, MAX_CONV_TAPS, delta_columns};
 pub use isa::{ISA_VARIABLE, Isa, IsaError, Kernels, UnknownIsa};
 pub use rows::{StoredRows, q8_row_bytes};

@@ -11,6 +11,7 @@
 //!         kernel[N](rows of the block, the tokens)   # from the second time on, weights are cached
 //! ```
 
+use super::bands::{self, BAND_ROWS, RowOrder};
 use super::panel::Panel;
 use super::{ActView, Kernels, OutMatrix, Weights, needs_quants, scalar};
 use std::ops::Range;
@@ -30,7 +31,7 @@ impl Kernels {
     /// No other thread reads or writes the columns `rows` of `out` at the same time.
     ///
     /// # Panics
-    /// When `rows` are out of bounds, the columns of `w` and `x` differ, `out` is too small, or `x`
+    /// When `rows` are out of bounds or cut a band of interleaved rows, the columns of `w` and `x` differ, `out` is too small, or `x`
     /// lacks the form that the type needs.
     pub unsafe fn matmul(
         self,
@@ -93,6 +94,23 @@ impl Kernels {
             }
             return;
         }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = self.bands_kernel(w.ty()) {
+            let panel = Panel {
+                weights: bytes,
+                row_bytes: w.row_bytes(),
+                first_row: rows.start,
+                x,
+                out,
+            };
+            // SAFETY: `self` proves the instructions, the rest was asserted before; writes are the
+            // caller's promise.
+            return unsafe { kernel(&panel, w.order()) };
+        }
+        if w.order() == RowOrder::Interleaved {
+            // SAFETY: the caller's.
+            return unsafe { self.separated(w, rows, bytes, x, out) };
+        }
         let kernels = match self.isa() {
             #[cfg(target_arch = "x86_64")]
             crate::Isa::Amx => super::x86::avx512::panels::<true>(w.ty()),
@@ -152,6 +170,41 @@ impl Kernels {
                 unsafe { kernels[count - 1](&panel) };
                 token = next;
             }
+        }
+    }
+
+    /// Returns the kernel of this instruction set that computes a type in bands.
+    #[cfg(target_arch = "x86_64")]
+    fn bands_kernel(self, ty: crate::quant::TensorType) -> Option<super::x86::bands::BandsFn> {
+        match self.isa() {
+            crate::Isa::Amx => super::x86::bands::kernel::<true>(ty),
+            crate::Isa::Avx512 => super::x86::bands::kernel::<false>(ty),
+            _ => None,
+        }
+    }
+
+    /// Computes the products of interleaved rows with kernels that take rows one by one.
+    ///
+    /// # Safety
+    /// As [`products`](Self::products).
+    unsafe fn separated(
+        self,
+        w: Weights<'_>,
+        rows: Range<usize>,
+        bytes: &[u8],
+        x: ActView<'_>,
+        out: OutMatrix<'_>,
+    ) {
+        let Some(layout) = bands::layout(w.ty()) else {
+            unreachable!("interleaved rows have a layout");
+        };
+        let separated = w.in_order(RowOrder::Sequential).unwrap_or(w);
+        let mut band_rows = vec![0; BAND_ROWS * w.row_bytes()];
+        for (i, band) in bytes.chunks_exact(BAND_ROWS * w.row_bytes()).enumerate() {
+            layout.separate(w.row_bytes(), band, &mut band_rows);
+            let first = rows.start + i * BAND_ROWS;
+            // SAFETY: the caller's.
+            unsafe { self.products(separated, first..first + BAND_ROWS, &band_rows, x, out) };
         }
     }
 }

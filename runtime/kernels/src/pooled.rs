@@ -1,6 +1,7 @@
 //! Matmuls spread over the thread pool.
 
 use super::{ActView, Kernels, OutMatrix, Weights};
+use crate::bands::BAND_ROWS;
 use crate::threads::ThreadPool;
 
 /// Chunks of rows per thread, so that a thread that is held up does not hold up the others.
@@ -12,11 +13,8 @@ const BATCH_CHUNKS_PER_THREAD: usize = 3;
 /// Fewest tokens of a batch.
 const MIN_BATCH_TOKENS: usize = 16;
 
-/// Fewest rows per chunk; chunks are multiples of it.
-const MIN_CHUNK_ROWS: usize = 8;
-
-/// Fewest rows per chunk of a batch: what one pass of the widest kernel takes.
-const MIN_BATCH_CHUNK_ROWS: usize = 16;
+/// Fewest rows per chunk; chunks are multiples of it, and so whole bands.
+const MIN_CHUNK_ROWS: usize = BAND_ROWS;
 
 /// One matmul: `out[t, r] = sum over c of w[r, c] * x[t, c]`.
 pub struct MatJob<'a> {
@@ -53,16 +51,16 @@ pub fn matmul_all(pool: &ThreadPool, kernels: Kernels, jobs: &[MatJob<'_>]) {
         .map(|job| job.w.n_rows() * job.w.row_bytes())
         .sum();
     let is_batch = jobs.iter().all(|job| job.x.rows() >= MIN_BATCH_TOKENS);
-    let (chunks, min_rows) = if is_batch {
-        (BATCH_CHUNKS_PER_THREAD, MIN_BATCH_CHUNK_ROWS)
+    let chunks = if is_batch {
+        BATCH_CHUNKS_PER_THREAD
     } else {
-        (CHUNKS_PER_THREAD, MIN_CHUNK_ROWS)
+        CHUNKS_PER_THREAD
     };
     let chunk_bytes = bytes / (pool.n_threads() * chunks) + 1;
     let chunk_rows = |job: &MatJob<'_>| {
         (chunk_bytes / job.w.row_bytes().max(1))
-            .next_multiple_of(min_rows)
-            .max(min_rows)
+            .next_multiple_of(MIN_CHUNK_ROWS)
+            .max(MIN_CHUNK_ROWS)
     };
     // By job: the chunks up to its last, and its rows per chunk.
     let mut total = 0;

@@ -177,6 +177,53 @@ fn matmul_has_the_same_bits_with_any_other_tokens_and_rows() {
 }
 
 #[test]
+fn interleaved_rows_give_the_same_bits() {
+    /// Enough for tiles, with some tokens left over.
+    const TOKENS: usize = 75;
+    let mut rng = Rng(12);
+    for k in Kernels::available() {
+        for ty in TensorType::ALL {
+            let rows = 3 * BAND_ROWS;
+            if !Weights::has_bands(ty, rows) {
+                assert!(!k.prefers_bands(ty), "{ty}");
+                continue;
+            }
+            for &cols in columns(ty) {
+                let sequential = random_weights(ty, rows, cols, &mut rng);
+                let w = Weights::new(ty, &sequential, rows, cols).unwrap();
+                let mut bytes = sequential.clone();
+                k.interleave(ty, w.row_bytes(), &mut bytes);
+                let bands = Weights::new(ty, &bytes, rows, cols).unwrap();
+                let bands = bands.in_order(RowOrder::Interleaved).unwrap();
+                assert!(bands.row(0).is_none() && bands.rows(8..rows).is_none());
+                let mut scratch = Vec::new();
+                for row in [0, 21, rows - 1] {
+                    assert_eq!(bands.row_in(row, &mut scratch), w.row(row), "{ty}");
+                }
+                assert_eq!(bands.row_in(rows, &mut scratch), None);
+                let x = rng.normals(TOKENS * cols);
+                let mut acts = Activations::new(TOKENS, cols);
+                acts.fill(k, TOKENS, cols, &x, true);
+                for (tokens, part) in [(1, 0..rows), (5, 16..48), (16, 16..32), (TOKENS, 0..rows)] {
+                    let x = acts.view().rows_range(0..tokens);
+                    let [want, got] = [w, bands].map(|w| {
+                        let mut out = vec![-1.0; tokens * rows];
+                        // SAFETY: one thread.
+                        unsafe { k.matmul(w, part.clone(), x, OutMatrix::new(&mut out, rows)) };
+                        out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                    });
+                    assert!(
+                        want == got,
+                        "{} {ty} {cols} columns, {tokens} tokens",
+                        k.isa()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_factor_multiplies_every_product_once() {
     let (rows, cols, tokens) = (37, 256, 43);
     let mut rng = Rng(9);

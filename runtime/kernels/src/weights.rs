@@ -1,5 +1,6 @@
 //! Operands of a matmul: a weight matrix laid out as in the file, and an output that threads share.
 
+use crate::bands::{self, BAND_ROWS, RowOrder};
 use crate::quant::TensorType;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -11,7 +12,7 @@ pub fn needs_quants(ty: TensorType) -> bool {
     ty.block_len() > 1
 }
 
-/// A `[n_rows, n_cols]` weight matrix, its rows packed as in the file.
+/// A `[n_rows, n_cols]` weight matrix, its rows packed as in the file or [interleaved](RowOrder).
 ///
 /// ```
 /// use tier_plan_kernels::Weights;
@@ -29,6 +30,7 @@ pub struct Weights<'a> {
     n_rows: usize,
     n_cols: usize,
     row_bytes: usize,
+    order: RowOrder,
     scale: f32,
 }
 
@@ -45,8 +47,28 @@ impl<'a> Weights<'a> {
             n_rows,
             n_cols,
             row_bytes,
+            order: RowOrder::Sequential,
             scale: 1.0,
         })
+    }
+
+    /// Whether a matrix of `n_rows` rows can be interleaved.
+    #[inline]
+    pub fn has_bands(ty: TensorType, n_rows: usize) -> bool {
+        bands::layout(ty).is_some() && n_rows.is_multiple_of(BAND_ROWS)
+    }
+
+    /// Returns the matrix with its rows in this order, or `None` if its bytes can't be.
+    #[inline]
+    pub fn in_order(self, order: RowOrder) -> Option<Self> {
+        let fits = order == RowOrder::Sequential || Self::has_bands(self.ty, self.n_rows);
+        fits.then_some(Self { order, ..self })
+    }
+
+    /// Returns the order of the rows.
+    #[inline]
+    pub fn order(&self) -> RowOrder {
+        self.order
     }
 
     /// Returns the matrix with a factor on all of its products.
@@ -104,16 +126,40 @@ impl<'a> Weights<'a> {
         self.bytes
     }
 
-    /// Returns the bytes of a row, or `None` past the end.
+    /// Returns the bytes of a row, or `None` past the end and where rows are interleaved.
     #[inline]
     pub fn row(&self, row: usize) -> Option<&'a [u8]> {
-        (row < self.n_rows).then(|| &self.bytes[row * self.row_bytes..][..self.row_bytes])
+        (row < self.n_rows && self.order == RowOrder::Sequential)
+            .then(|| &self.bytes[row * self.row_bytes..][..self.row_bytes])
     }
 
-    /// Returns the matrix of a range of rows, or `None` where the range is out of bounds.
+    /// Returns the bytes of a row in the order of the file, in `scratch` where rows are interleaved;
+    /// `None` past the end.
+    pub fn row_in<'s>(&self, row: usize, scratch: &'s mut Vec<u8>) -> Option<&'s [u8]>
+    where
+        'a: 's,
+    {
+        let layout = match self.order {
+            RowOrder::Sequential => return self.row(row),
+            RowOrder::Interleaved => bands::layout(self.ty)?,
+        };
+        let band_bytes = BAND_ROWS * self.row_bytes;
+        let band = self
+            .bytes
+            .get(row / BAND_ROWS * band_bytes..)?
+            .get(..band_bytes)?;
+        scratch.resize(self.row_bytes, 0);
+        layout.row(self.row_bytes, band, row % BAND_ROWS, scratch);
+        Some(scratch)
+    }
+
+    /// Returns the matrix of a range of rows, or `None` where the range is out of bounds or, of
+    /// interleaved rows, not whole bands.
     #[inline]
     pub fn rows(&self, rows: Range<usize>) -> Option<Weights<'a>> {
-        if rows.start > rows.end || rows.end > self.n_rows {
+        let is_cut = |at: usize| self.order == RowOrder::Interleaved && at % BAND_ROWS != 0;
+        if rows.start > rows.end || rows.end > self.n_rows || is_cut(rows.start) || is_cut(rows.end)
+        {
             return None;
         }
         let bytes = &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes];

@@ -99,9 +99,10 @@ impl Cpu {
             .weights
             .matrix(spec.embedding, spec.n_vocab, spec.hidden);
         let width = spec.residual_width();
+        let mut scratch = Vec::new();
         for (token, row) in tokens.iter().zip(self.x.chunks_exact_mut(width)) {
             let row = &mut row[..spec.hidden];
-            if let Some(bytes) = table.row(*token as usize) {
+            if let Some(bytes) = table.row_in(*token as usize, &mut scratch) {
                 dequantize_row(table.ty(), bytes, row);
             }
             if spec.embedding_scale != 1.0 {

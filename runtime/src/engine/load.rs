@@ -61,7 +61,7 @@ impl Engine {
             experts: mut store,
             devices,
             mut memory,
-        } = load(&model, plan, options, give, progress)?;
+        } = load(&model, plan, options, give, kernels, progress)?;
         store.cancel = options.cancel.clone();
         let places = Places::new(plan, spec.layers.len());
         let sequences = Sequences::new(spec, plan, &places, &weights)?;

@@ -12,7 +12,7 @@ use super::checksums::Checksums;
 use super::ids::ExpertId;
 use super::layer::{LayerExperts, Layout, Part, SliceLocation};
 use super::pack::Pack;
-use crate::tiers::file::{Extent, FileTier, SliceChecksum, Span};
+use crate::tiers::file::{Extent, FileTier, Finish, Span};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tier_plan_formats::FormatError;
@@ -155,7 +155,7 @@ impl LayerCopy {
 /// The reads of one expert from one file.
 pub(super) struct ExpertReads {
     pub(super) spans: Vec<Span>,
-    pub(super) checks: Vec<SliceChecksum>,
+    pub(super) finish: Finish,
 }
 
 impl LayerExperts {
@@ -175,7 +175,7 @@ impl LayerExperts {
     ) -> ExpertReads {
         let own = || ExpertReads {
             spans: self.spans(gguf, expert.index(), self.layout),
-            checks: self.checks(gguf, checksums, expert.index(), self.layout),
+            finish: self.finish(gguf, checksums, expert.index(), self.layout),
         };
         if self.copies.is_empty() {
             return own();
@@ -226,7 +226,7 @@ impl LayerExperts {
     ) -> ExpertReads {
         let mut reads = ExpertReads {
             spans: Vec::with_capacity(locations.len()),
-            checks: Vec::new(),
+            finish: self.finish(gguf, None, expert.index(), self.layout),
         };
         let is_whole =
             self.layout == Layout::WholePages && self.extent_in_copy(expert.index()).is_none();
@@ -244,7 +244,7 @@ impl LayerExperts {
             });
             let check =
                 checksums.map(|sums| sums.slice(gguf, part.tensor, expert.index(), at, extent));
-            reads.checks.extend(check);
+            reads.finish.checks.extend(check);
         }
         reads
     }

@@ -7,14 +7,14 @@ use super::copies::LayerCopy;
 use super::ids::{ExpertId, SlotId};
 use super::view::{Bias, ExpertView, ViewLinear};
 use crate::tiers::arena::ArenaSlice;
-use crate::tiers::file::{Extent, SliceChecksum, Span};
+use crate::tiers::file::{BandsInBuffer, Extent, Finish, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{ExpertLinear, GateUp, MoeSpec, TensorId};
 use tier_plan_formats::placement::{SlotPolicy, TierIdx};
-use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
+use tier_plan_kernels::{Kernels, RowOrder, Weights};
 
 /// One of the tensors that hold all experts of a layer, of which each expert has a slice.
 pub(super) struct Part {
@@ -25,6 +25,8 @@ pub(super) struct Part {
     /// Offset of the slice's first page in a buffer of [whole pages](Layout::WholePages).
     page_offset: usize,
     pub(super) slice_bytes: usize,
+    /// Bytes per row of interleaved rows; `None` where buffers hold them in the order of the file.
+    band_row_bytes: Option<usize>,
     /// Slices of the tensor: one per expert.
     pub(super) n_slices: usize,
 }
@@ -98,6 +100,8 @@ pub(crate) struct LayerExperts {
     copy: Option<PackedCopy>,
     /// Copies on other drives, which reads are shared with.
     pub(super) copies: Vec<LayerCopy>,
+    /// Interleaves what is read into buffers.
+    kernels: Kernels,
     pub(super) cache: SlotCache,
     pub(super) policy: SlotPolicy,
     /// `[n_slots]`; `None` while a read into the slot is in flight. Empty where the slots are on a
@@ -108,6 +112,14 @@ pub(crate) struct LayerExperts {
 }
 
 impl Part {
+    /// Returns the order of a matrix's rows in buffers.
+    pub(super) fn order_in_buffers(&self) -> RowOrder {
+        match self.band_row_bytes {
+            Some(_) => RowOrder::Interleaved,
+            None => RowOrder::Sequential,
+        }
+    }
+
     /// Returns the location of an expert's slice in the model's file.
     pub(super) fn extent(&self, gguf: &Gguf, expert: usize) -> Extent {
         let info = &gguf.tensors()[self.tensor];
@@ -133,6 +145,7 @@ impl LayerExperts {
                 packed_offset: expert_bytes,
                 page_offset: paged_bytes,
                 slice_bytes,
+                band_row_bytes: None,
                 n_slices: moe.n_expert,
             };
             expert_bytes += slice_bytes;
@@ -163,6 +176,7 @@ impl LayerExperts {
             backings,
             copy: None,
             copies: Vec::new(),
+            kernels: Kernels::SCALAR,
             cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
             policy: SlotPolicy::Lru,
             slots: Vec::new(),
@@ -178,6 +192,17 @@ impl LayerExperts {
             matrix.scales = scales.of_experts(tensor).unwrap_or_default().to_vec();
         }
         self
+    }
+
+    /// Has buffers hold the rows of these matrices interleaved, as the kernels read them.
+    pub(crate) fn interleave(&mut self, kernels: Kernels, matrices: &[TensorId]) {
+        self.kernels = kernels;
+        for matrix in &self.matrices {
+            let part = &mut self.parts[matrix.weight];
+            if matrices.contains(&part.tensor) {
+                part.band_row_bytes = Some(part.slice_bytes / matrix.n_out);
+            }
+        }
     }
 
     /// Makes a layer whose experts are all pooled, without slots.
@@ -253,7 +278,8 @@ impl LayerExperts {
     /// a GPU: without factors, for which GPUs have no kernels.
     pub(crate) fn packed<'a>(&self, bytes: &'a [u8]) -> ExpertView<'a> {
         self.view(None, |part| {
-            &bytes[part.packed_offset..][..part.slice_bytes]
+            let slice = &bytes[part.packed_offset..][..part.slice_bytes];
+            (slice, RowOrder::Sequential)
         })
     }
 
@@ -407,9 +433,34 @@ impl LayerExperts {
         }
     }
 
+    /// Returns what is done with an expert's bytes once they are in a buffer with this layout:
+    /// compared with `checksums`, if there are some, and interleaved.
+    pub(crate) fn finish(
+        &self,
+        gguf: &Gguf,
+        checksums: Option<&Checksums>,
+        expert: usize,
+        layout: Layout,
+    ) -> Finish {
+        let bands = self.parts.iter().filter_map(|part| {
+            let at = self
+                .slice_location(gguf, part, expert, layout)
+                .buffer_offset;
+            Some(BandsInBuffer {
+                kernels: self.kernels,
+                ty: part.ty,
+                range: at..at + part.slice_bytes,
+                row_bytes: part.band_row_bytes?,
+            })
+        });
+        let bands = bands.collect();
+        let checks = self.checks(gguf, checksums, expert, layout);
+        Finish { checks, bands }
+    }
+
     /// Returns the checksums that an expert's slices must have in a buffer with this layout; none
     /// without `checksums`.
-    pub(crate) fn checks(
+    fn checks(
         &self,
         gguf: &Gguf,
         checksums: Option<&Checksums>,
@@ -429,19 +480,21 @@ impl LayerExperts {
         self.parts.iter().map(check).collect()
     }
 
-    /// Returns the matrices of an expert whose slices `bytes_of` returns. `expert` says whose
+    /// Returns the matrices of an expert whose slices `slice_of` returns. `expert` says whose
     /// factors they have.
     pub(super) fn view<'a>(
         &self,
         expert: Option<ExpertId>,
-        bytes_of: impl Fn(&Part) -> &'a [u8],
+        slice_of: impl Fn(&Part) -> (&'a [u8], RowOrder),
     ) -> ExpertView<'a> {
         let linear = |matrix: &Matrix| {
             let (weight, bias) = (
                 &self.parts[matrix.weight],
                 matrix.bias.map(|part| &self.parts[part]),
             );
-            let weights = Weights::new(weight.ty, bytes_of(weight), matrix.n_out, matrix.n_in)
+            let (bytes, order) = slice_of(weight);
+            let weights = Weights::new(weight.ty, bytes, matrix.n_out, matrix.n_in)
+                .and_then(|weights| weights.in_order(order))
                 .unwrap_or_else(|| {
                     unreachable!("an expert's slices have the sizes that its shape gives")
                 });
@@ -450,7 +503,7 @@ impl LayerExperts {
                 weights: weights.scaled(scale.copied().unwrap_or(1.0)),
                 bias: bias.map(|part| Bias {
                     ty: part.ty,
-                    bytes: bytes_of(part),
+                    bytes: slice_of(part).0,
                 }),
             }
         };

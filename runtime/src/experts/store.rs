@@ -306,9 +306,9 @@ impl ExpertStore {
         let (Some(files), experts) = (&self.files, &self.layers[layer]) else {
             return;
         };
-        let ExpertReads { spans, checks } =
+        let ExpertReads { spans, finish } =
             experts.reads(&self.gguf, files, self.checksums.as_deref(), expert);
-        files.submit_checked(key, &spans, checks, buffer, priority);
+        files.submit_finished(key, &spans, finish, buffer, priority);
     }
 
     /// Waits for one read of the step and returns the position that it made ready.
@@ -456,7 +456,7 @@ impl ExpertStore {
             let at = layer
                 .slice_location(&self.gguf, part, expert.index(), layout)
                 .buffer_offset;
-            &bytes[at..at + part.slice_bytes]
+            (&bytes[at..at + part.slice_bytes], part.order_in_buffers())
         })
     }
 
@@ -468,7 +468,8 @@ impl ExpertStore {
     ) -> ExpertView<'a> {
         layer.view(Some(expert), |part| {
             let tensor = &self.gguf.tensors()[part.tensor];
-            self.gguf.slice(tensor, expert.index(), part.n_slices)
+            let slice = self.gguf.slice(tensor, expert.index(), part.n_slices);
+            (slice, self.gguf.row_order(part.tensor))
         })
     }
 

@@ -8,15 +8,15 @@ use tier_plan_formats::gguf::{Advice, Gguf};
 use tier_plan_formats::model::Scales;
 use tier_plan_formats::model::spec::{Linear, TensorId};
 use tier_plan_formats::placement::TierIdx;
-use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::TensorType;
+use tier_plan_kernels::{RowOrder, Weights};
 
 /// Storage of one tensor.
 pub(crate) enum WeightStorage {
     /// In place in the mapped file.
     Mapped,
-    /// In a tier's arena.
-    ArenaSlice(ArenaSlice),
+    /// In a tier's arena, with its rows in this order.
+    ArenaSlice(ArenaSlice, RowOrder),
     /// In the memory of a GPU.
     Device(Arc<Buffer>),
     /// A vector of parameters, decoded to `f32`. A GPU that uses it has a copy.
@@ -96,14 +96,15 @@ impl DenseWeights {
     /// Returns a matrix that the CPU can read, `[n_out, n_in]`, with its factor.
     pub(crate) fn matrix(&self, id: TensorId, n_out: usize, n_in: usize) -> Weights<'_> {
         let tensor = &self.gguf.tensors()[id];
-        let bytes: &[u8] = match &self.held[id] {
-            Some((_, WeightStorage::Mapped)) => self.gguf.bytes(tensor),
-            Some((_, WeightStorage::ArenaSlice(piece))) => piece,
+        let (bytes, order): (&[u8], RowOrder) = match &self.held[id] {
+            Some((_, WeightStorage::Mapped)) => (self.gguf.bytes(tensor), self.gguf.row_order(id)),
+            Some((_, WeightStorage::ArenaSlice(piece, order))) => (piece, *order),
             _ => {
                 unreachable!("a tensor that the model description calls a matrix is held as bytes")
             }
         };
         Weights::new(tensor.ty, bytes, n_out, n_in)
+            .and_then(|weights| weights.in_order(order))
             .unwrap_or_else(|| unreachable!("shapes are checked when the model is described"))
             .scaled(self.scales.of_matrix(id))
     }

@@ -1,7 +1,7 @@
 //! Loading the dense tensors: everything but routed experts.
 
-use super::Loader;
 use super::storage::Storage;
+use super::{Loader, bands};
 use crate::error::LoadError;
 use crate::layers::weights::{DenseWeights, WeightStorage};
 use crate::tiers::arena::Arena;
@@ -12,6 +12,7 @@ use tier_plan_cuda::{Buffer, Device};
 use tier_plan_formats::model::ModelError;
 use tier_plan_formats::model::spec::{MoeSpec, TensorId};
 use tier_plan_formats::placement::TierIdx;
+use tier_plan_kernels::RowOrder;
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
 
 /// Refuses a table of experts by token, `[n_vocab, n_used]`, with an expert that the layer lacks, or
@@ -46,11 +47,16 @@ impl Loader<'_> {
         let (gguf, spec) = (self.model.gguf(), self.model.spec());
         let mut weights = DenseWeights::new(Arc::clone(gguf)).with_scales(&spec.scales);
         let matrices = spec.matrices();
+        let in_bands = bands::dense(self.kernels, gguf, spec);
         for group in spec.dense_groups() {
             let tier = tiers[&(group.kind, group.layer)];
             for id in group.tensors {
                 let storage = if matrices.contains(&id) {
-                    self.matrix(id, tier)?
+                    let order = match in_bands.contains(&id) {
+                        true => RowOrder::Interleaved,
+                        false => RowOrder::Sequential,
+                    };
+                    self.matrix(id, tier, order)?
                 } else {
                     WeightStorage::Vector(self.vector(id)?)
                 };
@@ -69,13 +75,20 @@ impl Loader<'_> {
         Ok(weights)
     }
 
-    fn matrix(&mut self, id: TensorId, tier: TierIdx) -> Result<WeightStorage, LoadError> {
+    /// Loads a matrix. In an arena its rows are in this order.
+    fn matrix(
+        &mut self,
+        id: TensorId,
+        tier: TierIdx,
+        order: RowOrder,
+    ) -> Result<WeightStorage, LoadError> {
         if let Some(device) = self.devices.of(tier) {
             return Ok(WeightStorage::Device(Arc::new(self.to_device(id, device)?)));
         }
         if let Storage::Arena { dense, .. } = &mut self.storage[tier] {
             let piece = dense.take(self.model.gguf().tensors()[id].n_bytes as usize)?;
-            return Ok(WeightStorage::ArenaSlice(self.whole_tensor(id, piece)?));
+            let piece = self.whole_tensor(id, order, piece)?;
+            return Ok(WeightStorage::ArenaSlice(piece, order));
         }
         if self.options.checks.is_some() {
             self.mapped_tensor(id)?;
@@ -90,7 +103,7 @@ impl Loader<'_> {
             Buffer::of_bytes(device, self.mapped_tensor(id)?)
         } else {
             let piece = Arena::new("", n_bytes)?.take(n_bytes as usize)?;
-            Buffer::of_bytes(device, &self.whole_tensor(id, piece)?)
+            Buffer::of_bytes(device, &self.whole_tensor(id, RowOrder::Sequential, piece)?)
         };
         copied.map_err(|source| LoadError::Gpu {
             plan: self.plan.name.clone(),
@@ -111,7 +124,11 @@ impl Loader<'_> {
             dequantize_row(tensor.ty, self.mapped_tensor(id)?, &mut values);
         } else {
             let piece = Arena::new("", tensor.n_bytes)?.take(tensor.n_bytes as usize)?;
-            dequantize_row(tensor.ty, &self.whole_tensor(id, piece)?, &mut values);
+            dequantize_row(
+                tensor.ty,
+                &self.whole_tensor(id, RowOrder::Sequential, piece)?,
+                &mut values,
+            );
         }
         Ok(values)
     }

@@ -1,8 +1,8 @@
 //! Loading the routed experts: pins them, makes slots and staging, and hands all of it to the
 //! store.
 
-use super::Loader;
 use super::storage::{Storage, is_mapped, largest};
+use super::{Loader, bands};
 use crate::error::LoadError;
 use crate::experts::layer::{ExpertBacking, LayerExperts, Layout};
 use crate::experts::store::ExpertStore;
@@ -14,17 +14,26 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::Model;
-use tier_plan_formats::placement::{LayerPlacement, Pins, Placement, TierIdx};
+use tier_plan_formats::model::spec::ExpertLinear;
+use tier_plan_formats::placement::{LayerPlacement, Pins, Placement, PlanTier, TierIdx};
+use tier_plan_kernels::Kernels;
 use tier_plan_kernels::threads::physical_cores;
 
 /// Returns the experts of each MoE layer where they are before any is pinned.
-pub(super) fn layers(model: &Model, plan: &Placement, options: &LoadOptions) -> Vec<LayerExperts> {
+pub(super) fn layers(
+    model: &Model,
+    plan: &Placement,
+    options: &LoadOptions,
+    kernels: Kernels,
+) -> Vec<LayerExperts> {
     let gguf = model.gguf();
     let slow = &plan.tiers[plan.home_tier()].tier;
     let pack = options
         .pack
         .as_ref()
         .filter(|_| slow.kind == TierKind::Nvme);
+    // Experts may be copied to a GPU, which reads them in the order of the file.
+    let in_bands = !plan.tiers.iter().any(PlanTier::uses_gpu);
     let mut layers = Vec::with_capacity(plan.layers.len());
     for (placed, (_, moe)) in plan.layers.iter().zip(model.spec().moe_layers()) {
         let home = || {
@@ -37,6 +46,15 @@ pub(super) fn layers(model: &Model, plan: &Placement, options: &LoadOptions) -> 
         let homes = (0..moe.n_expert).map(|_| home()).collect();
         let mut layer =
             LayerExperts::new(gguf, moe, homes, placed.slot_tier).with_scales(&model.spec().scales);
+        if in_bands {
+            let faster = |l: &&ExpertLinear| bands::expert(kernels, gguf, moe, l);
+            let matrices: Vec<_> = moe
+                .expert_linears()
+                .filter(faster)
+                .map(|l| l.weight)
+                .collect();
+            layer.interleave(kernels, &matrices);
+        }
         if let Some(places) = pack.and_then(|pack| pack.places(placed.layer)) {
             let pinned: HashSet<u32> = placed
                 .pinned
@@ -184,8 +202,8 @@ impl Loader<'_> {
     ) -> Result<ArenaSlice, LoadError> {
         let (gguf, expert) = (self.model.gguf(), expert as usize);
         let spans = layer.spans(gguf, expert, Layout::Packed);
-        let checks = layer.checks(gguf, self.options.checks.as_deref(), expert, Layout::Packed);
-        self.read(&spans, checks, into)
+        let finish = layer.finish(gguf, self.options.checks.as_deref(), expert, Layout::Packed);
+        self.read(&spans, finish, into)
     }
 
     fn make_slots(

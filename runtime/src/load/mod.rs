@@ -1,6 +1,7 @@
 //! Loading a model as a plan says: checks the plan, reserves the tiers' memory, fills it, and
 //! counts.
 
+pub(crate) mod bands;
 mod check;
 mod dense;
 mod experts;
@@ -15,13 +16,14 @@ use crate::gpu::{fits, parts};
 use crate::layers::weights::DenseWeights;
 use crate::options::{LoadOptions, Progress};
 use crate::tiers::arena::ArenaSlice;
-use crate::tiers::file::{Extent, SliceChecksum, Span};
+use crate::tiers::file::{BandsInBuffer, Extent, Finish, Span};
 use storage::{Files, Storage};
 use tier_plan_cuda::experts::PinnedExperts;
 use tier_plan_formats::gguf::Advice;
 use tier_plan_formats::model::Model;
 use tier_plan_formats::model::spec::TensorId;
 use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
+use tier_plan_kernels::{Kernels, RowOrder};
 
 /// A model whose tensors are where the plan puts them.
 pub(crate) struct Loaded {
@@ -48,6 +50,7 @@ pub(crate) fn load(
     plan: &Placement,
     options: &LoadOptions,
     give: Option<GiveDevice<'_>>,
+    kernels: Kernels,
     progress: Progress<'_>,
 ) -> Result<Loaded, LoadError> {
     check::plan(model.shape(), plan)?;
@@ -59,7 +62,7 @@ pub(crate) fn load(
 
     let gpu_experts = to_gpu::open(plan, &devices)?;
     let files = Files::open(model.gguf(), plan, options)?;
-    let layers = experts::layers(model, plan, options);
+    let layers = experts::layers(model, plan, options, kernels);
     let (layout, padding_bytes) = storage::layout(plan, &layers, files.are_direct());
     let storage = storage::reserve(plan, &padding_bytes)?;
     if !storage.iter().any(|s| matches!(s, Storage::Mapped)) {
@@ -82,6 +85,7 @@ pub(crate) fn load(
         model,
         plan,
         options,
+        kernels,
         devices,
         gpu_experts,
         files,
@@ -122,6 +126,7 @@ struct Loader<'a> {
     model: &'a Model,
     plan: &'a Placement,
     options: &'a LoadOptions,
+    kernels: Kernels,
     devices: Devices,
     /// Experts in a GPU's memory.
     gpu_experts: PerTier<Option<PinnedExperts>>,
@@ -160,17 +165,22 @@ impl Loader<'_> {
     fn read(
         &self,
         spans: &[Span],
-        checks: Vec<SliceChecksum>,
+        finish: Finish,
         into: ArenaSlice,
     ) -> Result<ArenaSlice, LoadError> {
         match &self.files.tier {
-            Some(files) => Ok(files.read_checked(spans, checks, into)?),
+            Some(files) => Ok(files.read_finished(spans, finish, into)?),
             None => unreachable!("files are open wherever a tier has an arena"),
         }
     }
 
-    /// Reads a tensor as the only content of a buffer.
-    fn whole_tensor(&self, id: TensorId, into: ArenaSlice) -> Result<ArenaSlice, LoadError> {
+    /// Reads a tensor as the only content of a buffer, with its rows in this order.
+    fn whole_tensor(
+        &self,
+        id: TensorId,
+        order: RowOrder,
+        into: ArenaSlice,
+    ) -> Result<ArenaSlice, LoadError> {
         let gguf = self.model.gguf();
         let tensor = &gguf.tensors()[id];
         let extent = Extent {
@@ -183,13 +193,25 @@ impl Loader<'_> {
             .checks
             .as_ref()
             .map(|checks| checks.slice(gguf, id, 0, 0, extent));
+        let bands = match order {
+            RowOrder::Sequential => Vec::new(),
+            RowOrder::Interleaved => vec![BandsInBuffer {
+                kernels: self.kernels,
+                ty: tensor.ty,
+                range: 0..extent.len,
+                row_bytes: extent.len / tensor.rows().max(1) as usize,
+            }],
+        };
         self.read(
             &[Span {
                 extent,
                 at: 0,
                 whole_pages: false,
             }],
-            check.into_iter().collect(),
+            Finish {
+                checks: check.into_iter().collect(),
+                bands,
+            },
             into,
         )
     }

@@ -10,9 +10,11 @@
 
 mod check;
 mod drive;
+mod finish;
 mod stream;
 
 pub use check::{SliceChecksum, compare};
+pub use finish::{BandsInBuffer, Finish};
 pub use stream::stream;
 
 use super::arena::{Arena, ArenaSlice};
@@ -150,12 +152,12 @@ struct Request {
     jobs_left: AtomicUsize,
     /// The first error of a job.
     error: Mutex<Option<ReadError>>,
-    /// Compared by the last job, once all bytes are there.
-    checks: Vec<SliceChecksum>,
+    /// Done by the last job, once all bytes are there.
+    finish: Finish,
 }
 
 // SAFETY: `base` points into `buffer`, which stays until the last job has ended. Jobs write
-// disjoint ranges of it (checked in `submit_checked`). Only the last job touches `buffer` itself,
+// disjoint ranges of it (checked in `submit_finished`). Only the last job touches `buffer` itself,
 // after all others have counted themselves out of `jobs_left` (acquire-release).
 unsafe impl Send for Request {}
 // SAFETY: the fields that threads share are atomics, mutexes, or governed by the rule above.
@@ -343,19 +345,19 @@ impl FileTier {
     /// # Panics
     /// When a span does not fit the buffer, or two overlap.
     pub fn submit(&self, key: u64, spans: &[Span], into: ArenaSlice, priority: Priority) {
-        self.submit_checked(key, spans, Vec::new(), into, priority);
+        self.submit_finished(key, spans, Finish::default(), into, priority);
     }
 
-    /// Submits a request like [`submit`](Self::submit) whose bytes must have the checksums in
-    /// `checks`. The request completes with [`ReadError::Damaged`] otherwise.
+    /// Submits a request like [`submit`](Self::submit) whose bytes are finished once they are
+    /// there. The request completes with [`ReadError::Damaged`] if a checksum differs.
     ///
     /// # Panics
-    /// When a span does not fit the buffer, two overlap, or a check reaches past the buffer.
-    pub fn submit_checked(
+    /// When a span does not fit the buffer, two overlap, or `finish` reaches past the buffer.
+    pub fn submit_finished(
         &self,
         key: u64,
         spans: &[Span],
-        checks: Vec<SliceChecksum>,
+        finish: Finish,
         mut into: ArenaSlice,
         priority: Priority,
     ) {
@@ -367,11 +369,7 @@ impl FileTier {
             ranges.windows(2).all(|w| w[0].end <= w[1].start),
             "{spans:?} overlap"
         );
-        let fits = |c: &SliceChecksum| {
-            c.at.checked_add(c.extent.len)
-                .is_some_and(|end| end <= into.len())
-        };
-        assert!(checks.iter().all(fits), "{checks:?} in {}", into.len());
+        assert!(finish.fits(into.len()), "{finish:?} in {}", into.len());
         let base = into.as_mut_ptr();
         let request = Arc::new(Request {
             key,
@@ -380,7 +378,7 @@ impl FileTier {
             base,
             jobs_left: AtomicUsize::new(0),
             error: Mutex::default(),
-            checks,
+            finish,
         });
         let jobs: Vec<Job> = spans
             .iter()
@@ -414,7 +412,7 @@ impl FileTier {
             let to = (from + MAX_READ_BYTES as u64).min(end);
             let skip = offset.saturating_sub(from) as usize;
             let at = span.at + (from.max(offset) - offset) as usize;
-            // With whole pages the head lies in the buffer, as `submit_checked` has checked.
+            // With whole pages the head lies in the buffer, as `submit_finished` has checked.
             let in_place = align == 1
                 || (span.whole_pages && (request.base as usize + at - skip).is_multiple_of(ALIGN));
             let need = (to - from) as usize;
@@ -473,20 +471,20 @@ impl FileTier {
     /// # Errors
     /// When the read fails.
     pub fn read(&self, spans: &[Span], into: ArenaSlice) -> Result<ArenaSlice, ReadError> {
-        self.read_checked(spans, Vec::new(), into)
+        self.read_finished(spans, Finish::default(), into)
     }
 
-    /// Reads the spans like [`read`](Self::read) and compares the bytes with `checks`.
+    /// Reads the spans like [`read`](Self::read) and finishes the bytes.
     ///
     /// # Errors
     /// When the read fails, or a checksum differs.
-    pub fn read_checked(
+    pub fn read_finished(
         &self,
         spans: &[Span],
-        checks: Vec<SliceChecksum>,
+        finish: Finish,
         into: ArenaSlice,
     ) -> Result<ArenaSlice, ReadError> {
-        self.submit_checked(0, spans, checks, into, Priority::Demand);
+        self.submit_finished(0, spans, finish, into, Priority::Demand);
         let completion = self.wait()?;
         completion.result.map(|()| completion.buffer)
     }
@@ -505,20 +503,16 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Compares a request's bytes with its checksums. Called by its last job, before it gives back the
-/// buffer.
-fn verify(sources: &[Source], request: &Request) {
+/// Finishes a request's bytes. Called by its last job, before it gives back the buffer.
+fn finish(sources: &[Source], request: &Request) {
     let mut error = lock(&request.error);
-    if error.is_some() || request.checks.is_empty() {
+    if error.is_some() {
         return;
     }
     // SAFETY: no job is left, so no other thread touches the buffer.
-    let buffer = unsafe { (*request.buffer.get()).as_ref() };
+    let buffer = unsafe { (*request.buffer.get()).as_mut() };
     let buffer = buffer.unwrap_or_else(|| unreachable!("a request has its buffer until it ends"));
-    *error = request
-        .checks
-        .iter()
-        .find_map(|check| check.verify(buffer, &sources[check.extent.part]).err());
+    *error = request.finish.run(buffer, sources).err();
 }
 
 /// Takes a finished request's buffer and result. Called by its last job.
@@ -542,7 +536,7 @@ fn finished(request: &Request) -> Completion {
 /// Reads for one job; `bounce` is the reader's own buffer, allocated when it is first needed.
 fn run(source: &Source, job: &Job, bounce: &mut Option<ArenaSlice>) -> Result<(), ReadError> {
     if !job.bounced {
-        // SAFETY: `submit_checked` has checked that the span's writable range lies in the buffer
+        // SAFETY: `submit_finished` has checked that the span's writable range lies in the buffer
         // and overlaps no other span's. Jobs of one span are consecutive parts of it. The buffer
         // lives until this job has counted itself out.
         let into = unsafe {

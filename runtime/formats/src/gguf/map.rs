@@ -171,6 +171,11 @@ impl Copied {
     pub(super) fn bytes(&self) -> &[u8] {
         &self.0
     }
+
+    /// Returns all bytes of the file, to be arranged anew.
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
 }
 
 /// Says what it means that a read ended before its bytes came.

@@ -5,6 +5,7 @@
 //! what a block means `quant`'s. A file must not be changed while it is open.
 
 mod ask;
+mod bands;
 #[allow(
     unsafe_code,
     reason = "a signal handler is installed through the system's C interface"
@@ -43,6 +44,7 @@ use map::{Copied, Map};
 use split::{MAX_PARTS, PartName};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use tier_plan_kernels::RowOrder;
 use xxhash_rust::xxh3::Xxh3;
 
 /// An open model: one file, or all parts of a split one.
@@ -53,6 +55,8 @@ pub struct Gguf {
     metadata: Vec<(String, Value)>,
     keys: HashMap<String, usize>,
     tensors: Vec<TensorInfo>,
+    /// By tensor: the order of its rows, that of the file unless they were interleaved in memory.
+    row_orders: Vec<RowOrder>,
     names: HashMap<String, usize>,
     id: SourceId,
 }
@@ -217,6 +221,7 @@ impl Gguf {
             parts,
             metadata,
             keys,
+            row_orders: vec![RowOrder::default(); tensors.len()],
             tensors,
             names,
             id,

@@ -34,7 +34,7 @@ pub use streams::{
     BankConnection, Connection, Connections, GatedConnection, LowRankConnection, Sinkhorn,
     StreamsEnd, StreamsSpec,
 };
-pub use tensors::{DenseGroup, Tensors};
+pub use tensors::{DenseGroup, MatrixPart, Tensors};
 
 use super::Scales;
 

@@ -1,4 +1,5 @@
-//! Matmul kernels for AVX-512 with VNNI, the 8-bit dot product.
+//! Matmul kernels for AVX-512 with VNNI, the 8-bit dot product, of the formats that are not computed
+//! in `bands`.
 //!
 //! 256 weights are unpacked straight into four registers in the order of the activations
 //! (`avx512_unpack`), and multiplied from there with up to 8 tokens:
@@ -52,23 +53,24 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         TensorType::F32 => panel_fns!(float, F32; 1 2 3 4),
         TensorType::F16 => panel_fns!(float, F16; 1 2 3 4),
         TensorType::BF16 => panel_fns!(float, Bf16; 1 2 3 4),
+        // Computed in `bands`.
+        TensorType::Q4_0
+        | TensorType::Q4_1
+        | TensorType::Q5_0
+        | TensorType::Q5_1
+        | TensorType::Q8_0
+        | TensorType::Q4_K
+        | TensorType::Q5_K
+        | TensorType::Q6_K
+        | TensorType::IQ4_NL
+        | TensorType::IQ4_XS
+        | TensorType::MXFP4 => &[],
         // `Weights` has none of these.
         TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
             &[]
         }
-        TensorType::Q4_0 => panel_fns!(quantized, unpack::Q4_0; 1 2 3 4 5 6 7 8),
-        TensorType::Q4_1 => panel_fns!(quantized, unpack::Q4_1; 1 2 3 4 5 6 7 8),
-        TensorType::Q5_0 => panel_fns!(quantized, unpack::Q5_0; 1 2 3 4 5 6 7 8),
-        TensorType::Q5_1 => panel_fns!(quantized, unpack::Q5_1; 1 2 3 4 5 6 7 8),
-        TensorType::Q8_0 => panel_fns!(quantized, unpack::Q8_0; 1 2 3 4 5 6 7 8),
         TensorType::Q2_K => panel_fns!(quantized, unpack::Q2_K; 1 2 3 4 5 6 7 8),
         TensorType::Q3_K => panel_fns!(quantized, unpack::Q3_K; 1 2 3 4 5 6 7 8),
-        TensorType::Q4_K => panel_fns!(quantized, unpack::Q4_K; 1 2 3 4 5 6 7 8),
-        TensorType::Q5_K => panel_fns!(quantized, unpack::Q5_K; 1 2 3 4 5 6 7 8),
-        TensorType::Q6_K => panel_fns!(quantized, unpack::Q6_K; 1 2 3 4 5 6 7 8),
-        TensorType::IQ4_NL => panel_fns!(quantized, unpack::IQ4_NL; 1 2 3 4 5 6 7 8),
-        TensorType::IQ4_XS => panel_fns!(quantized, unpack::IQ4_XS; 1 2 3 4 5 6 7 8),
-        TensorType::MXFP4 => panel_fns!(quantized, unpack::MXFP4; 1 2 3 4 5 6 7 8),
         TensorType::IQ2_XXS => panel_fns!(quantized, unpack::IQ2_XXS; 1 2 3 4 5 6 7 8),
         TensorType::IQ2_XS => panel_fns!(quantized, unpack::IQ2_XS; 1 2 3 4 5 6 7 8),
         TensorType::IQ2_S => panel_fns!(quantized, unpack::IQ2_S; 1 2 3 4 5 6 7 8),
@@ -155,6 +157,7 @@ pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
     let [low, high] = x.map(|x| _mm512_and_si512(_mm512_castps_si512(x), magnitude));
     let largest = _mm512_reduce_max_epu32(_mm512_max_epu32(low, high));
     let (scale, inverse) = run_scale(f32::from_bits(largest));
+    let mut both = 0;
     for (half, x) in x.into_iter().enumerate() {
         let q = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
         let bytes = _mm512_cvtepi32_epi8(q);
@@ -163,8 +166,13 @@ pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
             let to = &mut block.q[8 * place(4 * run + 2 * half + i)..][..8];
             to.copy_from_slice(&eight.to_le_bytes().map(|b| b as i8));
         }
-        block.sums[2 * run + half] = scale * _mm512_reduce_add_epi32(q) as f32;
+        let sum = _mm512_reduce_add_epi32(q);
+        block.sums[2 * run + half] = scale * sum as f32;
+        block.offsets[2 * run + half] = -sum;
+        both += sum;
     }
+    block.run_sums[run] = scale * both as f32;
+    block.run_offsets[run] = -both;
     block.scale[2 * run..][..2].fill(scale);
 }
 

@@ -6,6 +6,7 @@ pub(super) mod avx512;
 mod avx512_few_bits;
 mod avx512_grids;
 mod avx512_unpack;
+pub(super) mod bands;
 mod lanes;
 pub(super) mod rows;
 
@@ -29,5 +30,20 @@ pub(super) fn prefetch(p: *const u8, bytes: usize) {
             _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(L1_PREFETCH_BYTES + offset).cast());
         }
         offset += 64;
+    }
+}
+
+/// Prefetches `bytes` bytes at `p` of rows that are read 16 at a time: what comes next in the row
+/// into the first-level cache, and the same piece of the row `band_bytes` later, which is read
+/// after this one, into the second-level cache.
+#[inline(always)]
+pub(super) fn prefetch_rows(p: *const u8, bytes: usize, band_bytes: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+    for offset in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(band_bytes + offset).cast());
+            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(2 * bytes + offset).cast());
+        }
     }
 }

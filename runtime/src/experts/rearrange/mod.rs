@@ -378,10 +378,10 @@ impl ExpertStore {
             let LayerExpert { layer, expert } = pin.target;
             let (layer, sums) = (&self.layers[layer], self.checksums.as_deref());
             let spans = layer.spans(&self.gguf, expert.index(), Layout::Packed);
-            let checks = layer.checks(&self.gguf, sums, expert.index(), Layout::Packed);
+            let finish = layer.finish(&self.gguf, sums, expert.index(), Layout::Packed);
             let key = PIN_KEY_BIT | self.rearranger.next_key;
             self.rearranger.next_key = (self.rearranger.next_key + 1) % PIN_KEY_BIT;
-            FileTier::submit_checked(files, key, &spans, checks, buffer, Priority::Background);
+            FileTier::submit_finished(files, key, &spans, finish, buffer, Priority::Background);
             self.rearranger.reading.push(PinRead { key, pin });
         }
     }

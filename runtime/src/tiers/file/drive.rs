@@ -1,6 +1,6 @@
 //! One drive: the reads that wait for it, and the threads that make them.
 
-use super::{Completion, Job, Priority, Shared, finished, lock, run, verify};
+use super::{Completion, Job, Priority, Shared, finish, finished, lock, run};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -183,7 +183,7 @@ pub(super) fn read_loop(shared: &Shared, drive: usize, completions: &Sender<Comp
         }
         drive.end(&job, priority);
         if job.request.jobs_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            verify(&shared.sources, &job.request);
+            finish(&shared.sources, &job.request);
             if completions.send(finished(&job.request)).is_err() {
                 return;
             }

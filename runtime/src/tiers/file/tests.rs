@@ -439,12 +439,12 @@ fn bytes_that_are_not_what_they_were_are_named() {
     let spans = [span(700, 400, 0)];
     let read = trial
         .tier
-        .read_checked(&spans, vec![check(right)], piece(400))
+        .read_finished(&spans, vec![check(right)].into(), piece(400))
         .unwrap();
     assert_eq!(read[..], bytes[700..1100]);
     let error = trial
         .tier
-        .read_checked(&spans, vec![check(right), check(7)], piece(400))
+        .read_finished(&spans, vec![check(right), check(7)].into(), piece(400))
         .err()
         .unwrap()
         .to_string();
@@ -460,7 +460,7 @@ fn bytes_that_are_not_what_they_were_are_named() {
     let failing = super::tests::trial(&[EACCES], 1);
     let error = failing
         .tier
-        .read_checked(&spans, vec![check(7)], piece(400))
+        .read_finished(&spans, vec![check(7)].into(), piece(400))
         .err()
         .unwrap();
     assert!(matches!(error, ReadError::Io { .. }), "{error}");

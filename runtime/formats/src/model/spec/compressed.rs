@@ -1,6 +1,6 @@
 //! Attention to near tokens and to compressed far ones, as data.
 
-use super::{Linear, LowRank, RopeSpec, TensorId, Tensors};
+use super::{Linear, LowRank, MatrixPart, RopeSpec, TensorId, Tensors};
 
 /// Attention of DeepSeek-V4: one vector per token is the key and the value of all heads. A token
 /// attends to the vectors of the last `window` tokens and, in layers with a compressor, to one
@@ -146,13 +146,17 @@ impl CompressedSpec {
         let mut tensors = Tensors::default();
         let own = [&self.q_down.down, &self.q, &self.kv, &self.o_down, &self.o];
         tensors.linears(own);
+        // Each group's rows are multiplied with its own heads.
+        let rank = self.o_down.n_out / self.n_group.max(1);
+        tensors.parts.push(MatrixPart {
+            tensor: self.o_down.weight,
+            rows: 0..rank,
+        });
         tensors
             .vectors
             .extend([self.q_down.norm, self.kv_norm, self.sinks]);
         for compressor in self.compressors() {
-            let Tensors { matrices, vectors } = compressor.tensors();
-            tensors.matrices.extend(matrices);
-            tensors.vectors.extend(vectors);
+            tensors = tensors.and(compressor.tensors());
         }
         if let Some(index) = self.far.and_then(|far| far.index) {
             tensors.linears([&index.q, &index.weights]);

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::model::shape::DenseKind;
 use std::collections::HashSet;
+use std::ops::Range;
 
 /// The tensors of one dense placement group.
 #[derive(Debug, Clone)]
@@ -25,6 +26,17 @@ pub struct Tensors {
     pub matrices: Vec<TensorId>,
     /// Vectors of parameters, decoded to `f32`.
     pub vectors: Vec<TensorId>,
+    /// Rows that are multiplied on their own, of matrices that are read no other way.
+    pub parts: Vec<MatrixPart>,
+}
+
+/// Rows of a matrix that are multiplied on their own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MatrixPart {
+    /// The matrix.
+    pub tensor: TensorId,
+    /// Its rows.
+    pub rows: Range<usize>,
 }
 
 impl Tensors {
@@ -36,12 +48,17 @@ impl Tensors {
             }
             self.vectors
                 .extend(linear.bias.filter(|bias| !self.vectors.contains(bias)));
+            self.parts.push(MatrixPart {
+                tensor: linear.weight,
+                rows: linear.first_row..linear.first_row + linear.n_out,
+            });
         }
     }
 
-    fn and(mut self, other: Self) -> Self {
+    pub(super) fn and(mut self, other: Self) -> Self {
         self.matrices.extend(other.matrices);
         self.vectors.extend(other.vectors);
+        self.parts.extend(other.parts);
         self
     }
 
@@ -278,29 +295,45 @@ impl ModelSpec {
     /// of parameters.
     pub fn matrices(&self) -> HashSet<TensorId> {
         let mut ids = HashSet::from([self.embedding, self.output]);
-        ids.extend(
-            self.token_inputs
-                .iter()
-                .flat_map(|own| [own.table, own.proj.weight]),
-        );
+        ids.extend(self.token_inputs.iter().map(|own| own.table));
         ids.extend(self.ngrams.iter().map(|ngrams| ngrams.table));
-        ids.extend(self.streams.iter().flat_map(|s| s.end.tensors().matrices));
+        ids.extend(self.dense_tensors().matrices);
+        ids
+    }
+
+    /// Returns the dense matrices that are only multiplied, and only by `rows` rows or multiples of
+    /// as many that begin at a multiple.
+    pub fn matrices_in_bands(&self, rows: usize) -> HashSet<TensorId> {
+        let mut parts = self.dense_tensors().parts;
+        parts.push(MatrixPart {
+            tensor: self.output,
+            rows: 0..self.n_vocab,
+        });
+        let is_cut = |part: &&MatrixPart| {
+            !part.rows.start.is_multiple_of(rows) || !part.rows.end.is_multiple_of(rows)
+        };
+        let cut: HashSet<TensorId> = parts.iter().filter(is_cut).map(|p| p.tensor).collect();
+        let all = parts.iter().map(|part| part.tensor);
+        all.filter(|id| !cut.contains(id)).collect()
+    }
+
+    /// Returns what all parts of the network read but for routed experts, tables, and the head.
+    fn dense_tensors(&self) -> Tensors {
+        let mut tensors = Tensors::default();
+        tensors.linears(self.token_inputs.iter().map(|own| &own.proj));
+        let mut all: Vec<Tensors> = vec![tensors];
+        all.extend(self.streams.iter().map(|s| s.end.tensors()));
         for layer in &self.layers {
-            ids.extend(layer.mixer_tensors().matrices);
-            ids.extend(layer.end_tensors().matrices);
+            all.extend([layer.mixer_tensors(), layer.end_tensors()]);
             match &layer.ffn {
-                Ffn::Dense(ffn) => ids.extend(ffn.tensors().matrices),
+                Ffn::Dense(ffn) => all.push(ffn.tensors()),
                 Ffn::Moe(moe) => {
-                    ids.extend(moe.router_tensors().matrices);
-                    ids.extend(
-                        moe.shared
-                            .iter()
-                            .flat_map(|shared| shared.tensors().matrices),
-                    );
+                    all.push(moe.router_tensors());
+                    all.extend(moe.shared.iter().map(|shared| shared.tensors()));
                 }
                 Ffn::None => {}
             }
         }
-        ids
+        all.into_iter().fold(Tensors::default(), Tensors::and)
     }
 }

@@ -1,4 +1,5 @@
-//! Matmul kernels for AMX: tiles of 8-bit integers, for prompts.
+//! Matmul kernels for AMX: tiles of 8-bit integers, for prompts, of the formats that are not computed
+//! in `bands`.
 //!
 //! A tile product (`tdpbusd`) multiplies 16 weight rows by 16 tokens over up to 64 bytes, and adds
 //! up integers. But values may only be added as integers while they share both scales. So a product
@@ -35,19 +36,20 @@ mod detect;
 mod pack;
 
 pub(crate) use detect::available;
+pub(super) use pack::{Line, transpose};
 
 use super::avx512_unpack::{self as unpack, MAX_GROUP_BYTES, Unpack};
 use crate::panel::{Panel, PanelFn};
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
-use pack::{Buffers, Line, pack_rows, pack_tokens, transpose};
+use pack::{Buffers, pack_rows, pack_tokens};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
 
 /// Tokens per tile product.
-const TILE_TOKENS: usize = 16;
+pub(super) const TILE_TOKENS: usize = 16;
 
 /// Fewest tokens for which packing pays.
 const MIN_TOKENS: usize = 20;
@@ -79,22 +81,23 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
     let kernel: PanelFn = match ty {
         _ if tokens < MIN_TOKENS => return None,
         TensorType::F32 | TensorType::F16 | TensorType::BF16 => return None,
+        // Computed in `bands`.
+        TensorType::Q4_0
+        | TensorType::Q4_1
+        | TensorType::Q5_0
+        | TensorType::Q5_1
+        | TensorType::Q8_0
+        | TensorType::Q4_K
+        | TensorType::Q5_K
+        | TensorType::Q6_K
+        | TensorType::IQ4_NL
+        | TensorType::IQ4_XS
+        | TensorType::MXFP4 => return None,
         TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
             return None;
         }
-        TensorType::Q4_0 => matmul_panel::<unpack::Q4_0>,
-        TensorType::Q4_1 => matmul_panel::<unpack::Q4_1>,
-        TensorType::Q5_0 => matmul_panel::<unpack::Q5_0>,
-        TensorType::Q5_1 => matmul_panel::<unpack::Q5_1>,
-        TensorType::Q8_0 => matmul_panel::<unpack::Q8_0>,
         TensorType::Q2_K => matmul_panel::<unpack::Q2_K>,
         TensorType::Q3_K => matmul_panel::<unpack::Q3_K>,
-        TensorType::Q4_K => matmul_panel::<unpack::Q4_K>,
-        TensorType::Q5_K => matmul_panel::<unpack::Q5_K>,
-        TensorType::Q6_K => matmul_panel::<unpack::Q6_K>,
-        TensorType::IQ4_NL => matmul_panel::<unpack::IQ4_NL>,
-        TensorType::IQ4_XS => matmul_panel::<unpack::IQ4_XS>,
-        TensorType::MXFP4 => matmul_panel::<unpack::MXFP4>,
         TensorType::IQ2_XXS => matmul_panel::<unpack::IQ2_XXS>,
         TensorType::IQ2_XS => matmul_panel::<unpack::IQ2_XS>,
         TensorType::IQ2_S => matmul_panel::<unpack::IQ2_S>,
@@ -197,10 +200,10 @@ unsafe fn matmul_panel<U: Unpack>(panel: &Panel<'_>) {
     });
 }
 
-/// Configures tile 0 for results, tile 1 for `bytes` bytes of each row, tile 2 for as many of each
-/// token.
+/// Configures tile 0 for results, tile 1 for `bytes` bytes of each row of the left side, tile 2 for
+/// as many of each column of the right side.
 #[inline]
-fn configure(bytes: usize) {
+pub(super) fn configure(bytes: usize) {
     let mut config = TileConfig {
         palette: 1,
         start_row: 0,
@@ -210,8 +213,8 @@ fn configure(bytes: usize) {
     };
     config.row_bytes[..3].copy_from_slice(&[64, bytes as u16, 64]);
     config.rows[..3].copy_from_slice(&[TILE_ROWS as u8, TILE_ROWS as u8, (bytes / 4) as u8]);
-    // SAFETY: a valid configuration of palette 1; only `matmul_panel` runs this, on a processor
-    // with tiles.
+    // SAFETY: a valid configuration of palette 1; only kernels of `Isa::Amx` run this, on a
+    // processor with tiles.
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &raw const config, options(readonly, nostack, preserves_flags))
     };

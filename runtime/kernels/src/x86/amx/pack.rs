@@ -10,7 +10,11 @@ use std::arch::x86_64::*;
 /// A cache line, to which scratch memory is aligned.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub(super) struct Line([u8; 64]);
+pub(in crate::x86) struct Line([u8; 64]);
+
+impl Line {
+    pub(in crate::x86) const ZERO: Line = Line([0; 64]);
+}
 
 /// Parts of a thread's scratch memory, for a format with `lanes` lanes (8 of 32 values or 16 of
 /// 16).
@@ -43,7 +47,7 @@ impl Buffers {
         let sums = panels * lanes * TILE_ROWS;
         let all = x + x_scales + w + w_unsorted + w_scales + sums;
         if scratch.len() < all {
-            scratch.resize(all, Line([0; 64]));
+            scratch.resize(all, Line::ZERO);
         }
         let base = scratch.as_mut_ptr();
         // SAFETY: the parts lie one after another within the `all` lines there are.
@@ -229,7 +233,7 @@ unsafe fn pack_group<U: Unpack>(tile: Tile, row: usize, g: usize, groups: usize,
 /// Transposes 16 rows of 16 columns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub(super) fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+pub(in crate::x86) fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
     let zero = _mm512_setzero_si512();
     let (mut quads, mut out) = ([zero; 16], [zero; 16]);
     // Of each four rows, column `c` of every four columns.
