@@ -16,6 +16,7 @@ pub mod catalogue;
 pub mod chat;
 pub mod client;
 pub mod cmd;
+pub mod conditions;
 pub mod context;
 pub mod cost;
 pub mod diff;

@@ -5,6 +5,7 @@
 //! macros of equal names end the program quietly on standard output, and continue without standard
 //! error. What they print has no control characters, wherever its parts come from.
 
+use crate::conditions::{busy_line, prediction_line};
 use crate::printable::{lines, one_line, printable};
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
@@ -113,12 +114,20 @@ pub fn speed(record: &RunRecord) {
     if let Some(predicted) = &record.predicted
         && record.decode_tokens > 0
     {
-        let measured = record.decode_tok_s();
-        eprintln!(
-            "predicted {:.1} tok/s, measured {measured:.1}{emulated} ({:+.1} %)",
+        let line = prediction_line(
             predicted.decode_tok_s,
-            (measured / predicted.decode_tok_s - 1.0) * 100.0
+            record.decode_tok_s(),
+            emulated,
+            record.conditions.as_ref(),
         );
+        eprintln!("{line}");
+    }
+    let observed = record
+        .conditions
+        .as_ref()
+        .and_then(|c| c.predicted.as_ref());
+    if let Some(line) = busy_line([record].into_iter()).filter(|_| observed.is_none()) {
+        eprintln!("{line}");
     }
 }
 

@@ -1,7 +1,9 @@
 //! Trials: runs the same prompts under one plan after another.
 
+use crate::conditions::Watch;
 use crate::host;
 use crate::interrupt::Interrupted;
+use crate::profile::Evidence;
 use crate::profile::collect::Settings;
 use crate::profile::prompts::Prompt;
 use crate::profile::replay::{LayerTrace, hit_curve};
@@ -38,6 +40,8 @@ pub struct Trial<'a> {
     pub settings: Settings,
     /// Threads.
     pub threads: Option<usize>,
+    /// Profile that plans were made from, if they were made from one and it is at hand.
+    pub profile: Option<&'a Profile>,
 }
 
 impl Trial<'_> {
@@ -98,7 +102,13 @@ impl Trial<'_> {
             draft: 0,
         };
         let mut sampler = self.settings.sampler();
-        let go_on = |_: &Engine, _| ControlFlow::Continue(());
+        let mut watch: Option<Watch> = None;
+        let go_on = |engine: &Engine, _| {
+            watch
+                .get_or_insert_with(|| Watch::begin(engine))
+                .between_tokens(engine);
+            ControlFlow::Continue(())
+        };
         let generated = generate(&mut session.engine, &tokens, &mut sampler, &limits, go_on)?;
         if generated.stop == Stop::Canceled {
             return Err(Interrupted.into());
@@ -108,7 +118,27 @@ impl Trial<'_> {
             host: host::describe(),
             first_token_s: loading_s + generated.first_token.as_secs_f64(),
         };
-        Ok(record(&session.engine, &generated, &circumstances))
+        let engine = &session.engine;
+        let mut record = record(engine, &generated, &circumstances);
+        if let Some(mut watch) = watch {
+            watch.count_reads(engine);
+            let given = watch.end(engine);
+            given.add_to(&mut record, engine, || self.evidence(engine));
+        }
+        Ok(record)
+    }
+
+    /// Returns how the experts are used by the evidence that a plan was made from.
+    fn evidence(&self, engine: &Engine) -> Option<Evidence> {
+        let wanted = engine.plan().profile.as_ref();
+        let found = self
+            .profile
+            .filter(|found| wanted.is_some_and(|wanted| wanted.hash == found.id.hash));
+        match (wanted, found) {
+            (None, _) => Evidence::uniform(engine.shape()).ok(),
+            (Some(_), Some(profile)) => Evidence::new(engine.shape(), Some(profile)).ok(),
+            (Some(_), None) => None,
+        }
     }
 
     /// Returns the greedy continuation of the first prompt under a plan.

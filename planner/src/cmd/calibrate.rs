@@ -158,6 +158,15 @@ fn notes(fit: &Fit, records: &[(String, RunRecord)]) -> Vec<String> {
             records.len()
         ));
     }
+    let disturbed = records.iter().filter(|(_, r)| r.conditions.is_some());
+    match disturbed.count() {
+        0 => {}
+        n => notes.push(format!(
+            "{n} of the {} runs had other rates than their plans count on, as their records say: a fit to them is for \
+             such times; leave them out for quiet ones",
+            records.len()
+        )),
+    }
     let models: std::collections::BTreeSet<&str> = records
         .iter()
         .filter_map(|(_, r)| r.model.as_ref().map(|m| m.hash.as_str()))

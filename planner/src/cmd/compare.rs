@@ -1,5 +1,7 @@
 //! `tier-plan compare`: plans and run records side by side in a report.
 
+mod tables;
+
 use crate::cmd::args::{JsonArgs, ThreadArgs, at_least_one};
 use crate::hint::HintExt;
 use crate::json::path_json;
@@ -15,6 +17,7 @@ use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
+use tables::{table, within_line};
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::formats::profile::{self, Profile, Split};
 use tier_plan_runtime::formats::record::{self, RunRecord};
@@ -165,6 +168,7 @@ fn try_plans(
         prompts,
         settings,
         threads: args.threads.checked()?,
+        profile,
     };
     plans
         .iter()
@@ -249,6 +253,9 @@ pub fn finish(
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         table(&report.plans);
+        within_line(&report.plans)
+            .into_iter()
+            .for_each(|line| println!("{line}"));
         for sentence in report::headline(&report) {
             println!("{sentence}");
         }
@@ -258,64 +265,4 @@ pub fn finish(
         println!("report: {}", page.display());
     }
     Ok(())
-}
-
-/// Returns decoded tokens per second over all records of a plan.
-fn measured_tok_s(entry: &PlanEntry) -> Option<f64> {
-    let tokens: u64 = entry.records.iter().map(|r| r.decode_tokens).sum();
-    let seconds: f64 = entry.records.iter().map(|r| r.decode_s).sum();
-    (seconds > 0.0).then(|| tokens as f64 / seconds)
-}
-
-fn predicted_tok_s(entry: &PlanEntry) -> Option<f64> {
-    let predicted = entry
-        .records
-        .iter()
-        .find_map(|r| r.predicted.as_ref())
-        .map(|p| p.decode_tok_s);
-    predicted
-        .or_else(|| entry.placement.as_ref().map(|p| p.predicted.decode_tok_s))
-        .filter(|t| *t > 0.0)
-}
-
-fn hit_rate(entry: &PlanEntry) -> Option<f64> {
-    let layers = || entry.records.iter().flat_map(|r| &r.layers);
-    let misses: u64 = layers().map(|l| l.misses).sum();
-    let all: u64 = layers()
-        .map(|l| l.pinned_hits + l.slot_hits + l.misses)
-        .sum();
-    (all > 0).then(|| 1.0 - misses as f64 / all as f64)
-}
-
-/// Prints the plans, fastest first.
-fn table(plans: &[PlanEntry]) {
-    let emulated = plans.iter().any(|p| p.records.iter().any(|r| r.emulated));
-    let mut sorted: Vec<&PlanEntry> = plans.iter().collect();
-    sorted.sort_by(|a, b| {
-        measured_tok_s(b)
-            .unwrap_or(0.0)
-            .total_cmp(&measured_tok_s(a).unwrap_or(0.0))
-    });
-    println!(
-        "{:<20} {:>16} {:>16} {:>8} {:>10}",
-        "plan", "measured tok/s", "predicted tok/s", "differs", "hit rate"
-    );
-    let show = |value: Option<f64>| value.map_or("-".to_string(), |v| format!("{v:.1}"));
-    for entry in sorted {
-        let (measured, predicted) = (measured_tok_s(entry), predicted_tok_s(entry));
-        let differs = measured
-            .zip(predicted)
-            .map(|(m, p)| format!("{:+.1}%", (m / p - 1.0) * 100.0));
-        println!(
-            "{:<20} {:>16} {:>16} {:>8} {:>10}",
-            printable(&entry.name),
-            show(measured),
-            show(predicted),
-            differs.unwrap_or_else(|| "-".into()),
-            hit_rate(entry).map_or("-".into(), |h| format!("{:.1}%", h * 100.0))
-        );
-    }
-    if emulated {
-        println!("(measured on emulated tiers: their rates are declared, not this machine's)");
-    }
 }

@@ -249,6 +249,7 @@ fn same_text(model: &Path, plans: &[PathBuf], threads: Option<usize>) -> Result<
         prompts,
         settings,
         threads,
+        profile: None,
     };
     let mut expected = None;
     for path in plans {

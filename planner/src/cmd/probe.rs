@@ -175,9 +175,17 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
     println!();
     for tier in &machine.tiers {
         println!(
-            "{}: {} GB/s, {}",
+            "{}: {} GB/s{}, {}",
             tier.name,
             digits(tier.read_gbps),
+            machine
+                .extras
+                .spread
+                .get(&tier.name)
+                .map_or(String::new(), |iqr| format!(
+                    " (the middle half of repetitions spans {:.1} %)",
+                    iqr * 100.0
+                )),
             show_bytes(tier.capacity_bytes)
         );
     }
@@ -240,6 +248,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "type": k.ty.to_string(),
             "gbps": k.gbps.value,
             "spread": k.gbps.spread,
+            "iqr": k.gbps.iqr,
             "batch_gflops": k.batch_gflops.value,
             "share": k.share,
         })).collect::<Vec<_>>(),
@@ -247,6 +256,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "path": found.disk_path,
             "gbps": found.disk.gbps.value,
             "spread": found.disk.gbps.spread,
+            "iqr": found.disk.gbps.iqr,
             "latency_us": found.disk.latency_us.value,
             "direct": found.disk.direct,
             "io": found.disk.io.map(|io| json!({
@@ -301,6 +311,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "read_gbps": t.read_gbps,
             "latency_us": t.latency_us,
             "capacity_bytes": t.capacity_bytes,
+            "spread": machine.extras.spread.get(&t.name),
         })).collect::<Vec<_>>(),
         "doubts": found.doubts,
     })

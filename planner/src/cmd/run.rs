@@ -6,6 +6,7 @@ use crate::cmd::args::{
     ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs,
 };
 use crate::cmd::args::{SamplingArgs, StoreArgs, TokenLimit, context_value};
+use crate::conditions::{Given, Watch, evidence_of};
 use crate::hint::HintExt;
 use crate::opening::Opening;
 use crate::prepared::Prepared;
@@ -212,13 +213,20 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     let _catching = crate::interrupt::catch_interrupts();
     let loading_s = session.started.elapsed().as_secs_f64();
-    let (generated, answer) = print_answer(&mut session, &tokenizer, &prompt, args, &options)?;
+    let Answer {
+        generated,
+        text: answer,
+        given,
+    } = print_answer(&mut session, &tokenizer, &prompt, args, &options)?;
     let circumstances = Circumstances {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
         first_token_s: loading_s + generated.first_token.as_secs_f64(),
     };
-    let record = record(&session.engine, &generated, &circumstances);
+    let mut record = record(&session.engine, &generated, &circumstances);
+    given.add_to(&mut record, &session.engine, || {
+        evidence_of(session.engine.plan(), options.model, session.engine.shape())
+    });
     if let Some(path) = &args.record {
         record.write(path)?;
     }
@@ -251,15 +259,21 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
 }
 
-/// Generates the answer, and prints it as it comes unless JSON is asked for. Returns it with its
-/// text.
+/// An answer, and what the machine gave while it was generated.
+struct Answer {
+    generated: Generated,
+    text: String,
+    given: Given,
+}
+
+/// Generates the answer, and prints it as it comes unless JSON is asked for.
 fn print_answer(
     session: &mut Session,
     tokenizer: &Tokenizer,
     prompt: &[u32],
     args: &RunArgs,
     options: &RunOptions<'_>,
-) -> Result<(Generated, String)> {
+) -> Result<Answer> {
     let as_text = !args.format.json;
     let mut stream = tokenizer.stream();
     let mut output = std::io::stdout().lock();
@@ -273,12 +287,16 @@ fn print_answer(
         draft: args.draft,
     };
     let mut sampler = Sampler::new(options.sampling.clone());
+    let mut watch: Option<Watch> = None;
     let generated = generate(
         &mut session.engine,
         prompt,
         &mut sampler,
         &limits,
-        |_, token| {
+        |engine, token| {
+            watch
+                .get_or_insert_with(|| Watch::begin(engine))
+                .between_tokens(engine);
             let piece = stream.push(token);
             if as_text
                 && let Err(error) = output
@@ -296,6 +314,10 @@ fn print_answer(
             }
         },
     )?;
+    let given = watch.map_or_else(Given::default, |mut watch| {
+        watch.count_reads(&session.engine);
+        watch.end(&session.engine)
+    });
     let tail = stream.finish();
     answer.push_str(&tail);
     if as_text && write_error.is_none() {
@@ -305,7 +327,11 @@ fn print_answer(
     // A reader that has gone, as in `| head`, has what it wanted, and the record is still kept.
     match write_error {
         Some(error) if error.kind() != ErrorKind::BrokenPipe => print::cannot_print(&error),
-        _ => Ok((generated, answer)),
+        _ => Ok(Answer {
+            generated,
+            text: answer,
+            given,
+        }),
     }
 }
 

@@ -50,6 +50,7 @@
 
 pub mod batch;
 pub mod fit;
+pub mod observed;
 pub mod prompt;
 pub mod steps;
 

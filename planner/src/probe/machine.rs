@@ -92,6 +92,16 @@ impl Findings {
             }
             tiers.push(gpu.tier(name, self.fixed.token_us, day));
         }
+        let part = |iqr: f64| (iqr * 1e3).round() / 1e3;
+        let spread = [
+            ("dram", self.compute_iqr),
+            (slow.name.as_str(), self.disk.gbps.iqr),
+        ];
+        let spread = spread
+            .into_iter()
+            .filter(|(name, _)| *name == slow.name || tiers.iter().any(|t| t.name == *name))
+            .map(|(name, iqr)| (name.to_string(), part(iqr)))
+            .collect();
         tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
         let slowest = tiers.last().map_or(compute, |t| t.read_gbps);
         tiers.push(Tier {
@@ -106,6 +116,7 @@ impl Findings {
             token_overhead_us: rounded(self.fixed.token_us),
             extras: Extras {
                 prompt_gflops,
+                spread,
                 links,
                 io: io.into_iter().collect(),
                 watts: self.power.watts,

@@ -1,7 +1,7 @@
 //! Measures main memory with the expert stage of a decoded token, over more bytes than any cache
 //! holds.
 
-use super::Measured;
+use super::measured::{Measured, Repeats};
 use anyhow::{Context, Result};
 use std::time::{Duration, Instant};
 use tier_plan_runtime::kernels::pooled::{MatJob, matmul_all};
@@ -23,8 +23,18 @@ const EXPERTS: usize = 8;
 /// Values per expert: gate, up, and down.
 const VALUES: usize = 3 * HIDDEN * WIDTH;
 
-/// Timed passes over the memory per figure, after one warm-up pass.
-const PASSES: usize = 5;
+/// Fewest timed passes over the memory per figure, after one warm-up pass, and the time after which
+/// there are no more.
+const PASSES: Repeats = Repeats {
+    least: 5,
+    time: Duration::from_millis(1500),
+};
+
+/// The same for prompt work.
+const BATCH_PASSES: Repeats = Repeats {
+    least: 3,
+    time: Duration::from_millis(800),
+};
 
 /// Prompt tokens multiplied together: the micro-batch of a dense stage.
 const BATCH_TOKENS: usize = 512;
@@ -81,7 +91,7 @@ impl Memory {
     /// Returns the rate of matvecs over all threads, in 10⁹ bytes of weights per second.
     pub fn matvec_gbps(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
         self.pass_gbps(pool, ty);
-        Measured::of((0..PASSES).map(|_| self.pass_gbps(pool, ty)).collect())
+        PASSES.measure(|| self.pass_gbps(pool, ty))
     }
 
     /// Returns the matvec rate of one pass over the memory, in 10⁹ bytes per second.
@@ -191,7 +201,7 @@ impl Memory {
             operations / start.elapsed().as_secs_f64().max(1e-9) / 1e9
         };
         pass(2);
-        Measured::of((0..3).map(|_| pass(BATCH_EXPERTS)).collect())
+        BATCH_PASSES.measure(|| pass(BATCH_EXPERTS))
     }
 
     /// Returns the time for all threads to enter an empty parallel loop, in microseconds.

@@ -4,6 +4,7 @@
 //! run, on all threads, from huge pages. They are read from the drive by the engine's readers, in
 //! expert-sized pieces, with direct I/O.
 
+mod busy;
 pub mod disk;
 pub mod fixed;
 pub mod gpu;
@@ -13,6 +14,7 @@ pub mod memory;
 pub mod nodes;
 pub mod power;
 
+use crate::conditions::processors;
 use crate::{host, progress};
 use anyhow::{Context, Result, ensure};
 use disk::{Disk, DiskRate};
@@ -29,6 +31,7 @@ use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::model::describe;
 use tier_plan_runtime::model::spec::ModelSpec;
+use tier_plan_runtime::os::processors::{Reading, Usage};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
@@ -150,6 +153,8 @@ pub struct Findings {
     /// Compute rate of the formats that one token of the model reads (Q4_K without a model), in 10⁹
     /// bytes per second.
     pub compute_gbps: f64,
+    /// Interquartile range of its repetitions, as a part of their median.
+    pub compute_iqr: f64,
     /// Prompt rate of the same formats, in 10⁹ floating-point operations per second.
     pub prompt_gflops: f64,
     /// Bytes of main memory that plans may use.
@@ -182,7 +187,8 @@ pub struct Findings {
 /// When the model cannot be opened or has no routed experts, when too little memory is free, or
 /// when the drive cannot be read or written.
 pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
-    let mut doubts: Vec<String> = busy().into_iter().collect();
+    let mut doubts = Vec::new();
+    let (load, before) = (busy::load(), Reading::now());
     let kernels = Kernels::from_env()?;
     // An impossible request fails before anything is measured.
     let numa_nodes = if settings.numa_tiers {
@@ -236,9 +242,16 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     };
 
     let mut compute_gbps = mean_rate(&rates);
+    let of_main = rates.iter().find(|r| r.ty == main).map(|r| r.gbps);
+    let mut compute = of_main.unwrap_or_default();
     let mut fixed = fixed::measure(&pool, &mut memory)?;
     if let Some(path) = settings.model {
         let own = fixed::own_layers(path, pool.n_threads());
+        if let Ok(own) = &own
+            && own.expert_gbps.value < compute_gbps
+        {
+            compute = own.expert_gbps;
+        }
         adopt_own_layers(own, &mut compute_gbps, &mut fixed, &mut doubts);
     }
     bar.inc(1);
@@ -270,6 +283,14 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let nodes = nodes::measure(numa_nodes, kernels, &pool, &work.formats, limit_bytes)?;
     let gpu_power: Vec<Part> = gpus.found.iter().map(|gpu| gpu.power.clone()).collect();
     bar.finish_and_clear();
+    let usage = Usage::between(&before, &Reading::now(), pool.n_threads());
+    let signs = busy::Signs {
+        processors: processors(&usage),
+        load,
+        memory_drift: compute.spread,
+        drive_drift: disk_rate.gbps.spread,
+    };
+    doubts.splice(0..0, signs.doubt());
 
     let (dram_bytes, dram_bytes_from) = dram_capacity(limit.as_ref());
     let disk_bytes =
@@ -284,6 +305,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         prompt_gflops: LAYER_EFFICIENCY * mean_gflops(&rates),
         kernels: rates,
         compute_gbps,
+        compute_iqr: compute.iqr,
         dram_bytes,
         dram_bytes_from,
         disk: disk_rate,
@@ -451,15 +473,6 @@ fn mean_gflops(rates: &[KernelRate]) -> f64 {
         .find(|r| r.ty == TensorType::Q4_K)
         .map_or(0.0, |r| r.batch_gflops.value);
     if all > 0.0 { all / seconds } else { q4_k }
-}
-
-/// Returns a warning if other programs keep the machine busy.
-fn busy() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/loadavg").ok()?;
-    let load: f64 = text.split_whitespace().next()?.parse().ok()?;
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let is_busy = load > 0.5 * cores as f64;
-    is_busy.then(|| format!("the machine is busy: a load of {load} on {cores} cores"))
 }
 
 fn open(path: &Path) -> Result<(Gguf, ModelSpec)> {

@@ -6,6 +6,7 @@ fn findings() -> Findings {
     let of = |value| Measured {
         value,
         spread: 0.01,
+        iqr: 0.0125,
     };
     Findings {
         when: "2026-11-22T17:00:00Z".into(),
@@ -21,6 +22,7 @@ fn findings() -> Findings {
             share: None,
         }],
         compute_gbps: 20.5234,
+        compute_iqr: 0.0321,
         prompt_gflops: 950.04,
         dram_bytes: 20 << 30,
         dram_bytes_from: "the memory that is free".into(),
@@ -75,6 +77,7 @@ fn a_machine_is_written_that_reads_back() {
         back.extras,
         Extras {
             prompt_gflops: [("dram".to_string(), 950.0)].into(),
+            spread: [("dram".to_string(), 0.032), ("nvme".to_string(), 0.013)].into(),
             ..Extras::default()
         }
     );
@@ -278,11 +281,11 @@ fn the_mean_rate_is_that_of_the_whole_token() {
         ty,
         gbps: Measured {
             value: rate,
-            spread: 0.0,
+            ..Measured::default()
         },
         batch_gflops: Measured {
             value: rate,
-            spread: 0.0,
+            ..Measured::default()
         },
         share,
     };
@@ -313,16 +316,11 @@ fn repetitions_have_a_median_and_a_spread() {
         Measured::of(vec![3.0, 1.0, 2.0]),
         Measured {
             value: 2.0,
-            spread: 1.0
+            spread: 1.0,
+            iqr: 0.5
         }
     );
-    assert_eq!(
-        Measured::of(vec![]),
-        Measured {
-            value: 0.0,
-            spread: 0.0
-        }
-    );
+    assert_eq!(Measured::of(vec![]), Measured::default());
     // One slow moment among many is no spread worth a warning.
     let mut many = vec![10.0; 100];
     many[50] = 5.0;

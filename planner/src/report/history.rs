@@ -36,24 +36,49 @@ pub(super) fn keep(dir: &Path, report: &Report) -> Result<()> {
     Ok(())
 }
 
-/// Compares a record with its prediction. `None` without a prediction or a measurement.
-pub(super) fn past(record: &RunRecord, report: &str, is_new: bool) -> Option<PastRun> {
-    let predicted = record.predicted.as_ref()?;
+/// Compares a record with its predictions: of one text, and of each number of texts at once. Leaves
+/// out what was not predicted or not measured.
+pub(super) fn past(record: &RunRecord, report: &str, is_new: bool) -> Vec<PastRun> {
     let name = |id: &Option<tier_plan_runtime::formats::SourceId>| {
         id.as_ref().map_or(String::new(), |i| i.name.clone())
     };
-    let run = PastRun {
+    let run = |plan: String, predicted_tok_s, measured_tok_s, observed_tok_s| PastRun {
         report: report.to_string(),
-        plan: record.plan.clone(),
+        plan,
         model: name(&record.model),
         machine: name(&record.machine),
         when: record.when.clone(),
         emulated: record.emulated,
         is_new,
-        predicted_tok_s: predicted.decode_tok_s,
-        measured_tok_s: record.decode_tok_s(),
+        predicted_tok_s,
+        measured_tok_s,
+        observed_tok_s,
     };
-    run.is_sound().then_some(run)
+    let now = record
+        .conditions
+        .as_ref()
+        .and_then(|c| c.predicted.as_ref());
+    let alone = record.predicted.as_ref().map(|predicted| {
+        run(
+            record.plan.clone(),
+            predicted.decode_tok_s,
+            record.decode_tok_s(),
+            now.map(|p| p.decode_tok_s).filter(|tok_s| *tok_s > 0.0),
+        )
+    });
+    let together = record.parallel.iter().filter_map(|steps| {
+        Some(run(
+            format!("{}, {} at once", record.plan, steps.texts),
+            steps.predicted?.decode_tok_s,
+            steps.decode_tok_s,
+            steps
+                .observed
+                .map(|p| p.decode_tok_s)
+                .filter(|tok_s| *tok_s > 0.0),
+        ))
+    });
+    let all = alone.into_iter().chain(together);
+    all.filter(PastRun::is_sound).collect()
 }
 
 /// Reads the runs that the reports in a folder have kept. Returns them with the number of
@@ -100,6 +125,75 @@ fn names(folder: &Path) -> Vec<PathBuf> {
 mod tests {
     use super::*;
     use crate::report::sample;
+
+    #[test]
+    fn texts_at_once_are_runs_of_their_own() {
+        use tier_plan_runtime::formats::placement::Prediction;
+        use tier_plan_runtime::formats::record::{Conditions, ParallelPrediction, ParallelRecord};
+        let of = |decode_tok_s| {
+            Some(ParallelPrediction {
+                decode_tok_s,
+                gap_s: 0.1,
+            })
+        };
+        let steps = |texts, decode_tok_s, predicted, observed| ParallelRecord {
+            texts,
+            decode_tok_s,
+            predicted,
+            observed,
+            ..ParallelRecord::default()
+        };
+        let record = RunRecord {
+            plan: "p".into(),
+            decode_tokens: 10,
+            decode_s: 1.0,
+            predicted: Some(Prediction {
+                decode_tok_s: 12.5,
+                ..Prediction::default()
+            }),
+            conditions: Some(Conditions {
+                predicted: Some(Prediction {
+                    decode_tok_s: 10.0,
+                    ..Prediction::default()
+                }),
+                ..Conditions::default()
+            }),
+            parallel: vec![
+                steps(2, 20.0, of(25.0), of(16.0)),
+                steps(4, 30.0, of(30.0), None),
+                steps(8, 40.0, None, None),
+            ],
+            ..RunRecord::default()
+        };
+        let runs = past(&record, "r", true);
+        let told: Vec<(&str, f64, f64)> = runs
+            .iter()
+            .map(|run| (run.plan.as_str(), run.error(), run.observed_error()))
+            .collect();
+        let (names, errors): (Vec<&str>, Vec<[f64; 2]>) =
+            told.into_iter().map(|(name, a, b)| (name, [a, b])).unzip();
+        assert_eq!(names, ["p", "p, 2 at once", "p, 4 at once"]);
+        let wanted = [[-0.2, 0.0], [-0.2, 0.25], [0.0, 0.0]];
+        for (errors, wanted) in errors.iter().zip(wanted) {
+            assert!(
+                errors
+                    .iter()
+                    .zip(wanted)
+                    .all(|(a, b)| (a - b).abs() < 1e-12),
+                "{errors:?}"
+            );
+        }
+        let report = Report {
+            history: runs,
+            ..Report::default()
+        };
+        let line = super::super::history_line(&report).unwrap();
+        assert_eq!(
+            line,
+            "Of all 3 runs that reports here have kept, 1 were predicted to 10 % or better with the rates of their \
+             plans, and 2 with the rates that each run had."
+        );
+    }
 
     #[test]
     fn what_a_report_keeps_the_next_one_finds() -> Result<()> {

@@ -37,6 +37,22 @@ pub struct PlanEntry {
     pub records: Vec<RunRecord>,
 }
 
+impl PlanEntry {
+    /// Returns the decode rate that is predicted with the rates of the runs, all their tokens by all
+    /// their seconds; `None` where no run had other rates than planned.
+    pub fn observed_tok_s(&self) -> Option<f64> {
+        let has_own = |r: &RunRecord| r.conditions.as_ref().is_some_and(|c| c.predicted.is_some());
+        self.records.iter().find(|r| has_own(r))?;
+        let times = self.records.iter().filter_map(|r| {
+            let tok_s = r.observed_tok_s().filter(|tok_s| *tok_s > 0.0)?;
+            let tokens = r.decode_tokens as f64;
+            Some((tokens, tokens / tok_s))
+        });
+        let (tokens, seconds) = times.fold((0.0, 0.0), |(a, b), (c, d)| (a + c, b + d));
+        (seconds > 0.0).then(|| tokens / seconds)
+    }
+}
+
 /// Hit rate of one layer by its number of slots.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HitCurve {
@@ -94,12 +110,20 @@ pub struct PastRun {
     pub predicted_tok_s: f64,
     /// Measured decode rate, in tokens per second.
     pub measured_tok_s: f64,
+    /// Decode rate that is predicted with the rates of the run, where those were not as planned.
+    pub observed_tok_s: Option<f64>,
 }
 
 impl PastRun {
     /// Returns measured / predicted − 1.
     pub fn error(&self) -> f64 {
         self.measured_tok_s / self.predicted_tok_s - 1.0
+    }
+
+    /// Returns measured / predicted with the rates of the run − 1; those are the planned ones where no
+    /// others were recorded.
+    pub fn observed_error(&self) -> f64 {
+        self.measured_tok_s / self.observed_tok_s.unwrap_or(self.predicted_tok_s) - 1.0
     }
 
     /// Whether both speeds are positive numbers.
@@ -117,7 +141,7 @@ impl Report {
             .plans
             .iter()
             .flat_map(|p| &p.records)
-            .filter_map(|r| history::past(r, "", true));
+            .flat_map(|r| history::past(r, "", true));
         let own: Vec<PastRun> = own.collect();
         // Records given as files may be ones that a report kept.
         let same = |a: &PastRun, b: &PastRun| {
@@ -265,8 +289,16 @@ pub fn history_line(report: &Report) -> Option<String> {
     } else {
         ""
     };
+    let known = report.history.iter().filter(|r| r.is_sound());
+    let observed = known.clone().any(|r| r.observed_tok_s.is_some()).then(|| {
+        let within = known.filter(|r| r.observed_error().abs() <= 0.1).count();
+        format!(" with the rates of their plans, and {within} with the rates that each run had")
+    });
     (runs > 1).then(|| {
-        format!("Of all {runs} runs that reports here have kept{how}, {within} were predicted to 10 % or better.")
+        format!(
+            "Of all {runs} runs that reports here have kept{how}, {within} were predicted to 10 % or better{}.",
+            observed.unwrap_or_default()
+        )
     })
 }
 

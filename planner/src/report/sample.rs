@@ -434,6 +434,7 @@ fn record(placement: &Placement, rate: f64, emulated: bool, rng: &mut Rng) -> Ru
             .collect(),
         predicted: Some(placement.predicted.clone()),
         parallel: Vec::new(),
+        conditions: None,
         output: vec![1, 2, 3],
     }
 }

@@ -100,7 +100,7 @@ fn plan(p: &PlanView<'_>) -> Value {
         .find_map(|r| r.machine.as_ref())
         .or(placement.map(|p| &p.machine));
     let sum = |of: fn(&LayerSums) -> f64| of(&layer_sums(p));
-    json!({
+    let mut value = json!({
         "plan": p.name(),
         "status": p.status,
         "gap": json_number(p.gap),
@@ -124,7 +124,11 @@ fn plan(p: &PlanView<'_>) -> Value {
         "objective_s": json_number(placement.map(|p| p.solver.objective_s)),
         "bound_s": json_number(placement.and_then(|p| p.solver.bound_s)),
         "tiers": p.tiers.iter().map(tier).collect::<Vec<_>>(),
-    })
+    });
+    if let Some(observed) = p.observed_tok_s() {
+        value["observed_decode_tok_s"] = json_number(Some(observed));
+    }
+    value
 }
 
 struct LayerSums {

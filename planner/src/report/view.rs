@@ -91,6 +91,12 @@ impl PlanView<'_> {
             .filter(|v| v.is_finite() && *v > 0.0)
     }
 
+    /// Returns the decode rate that is predicted with the rates of the runs, all their tokens by all
+    /// their seconds; `None` where no run had other rates than planned.
+    pub(super) fn observed_tok_s(&self) -> Option<f64> {
+        self.entry.observed_tok_s()
+    }
+
     /// Returns the bytes in all tiers but the last, which holds whatever is left.
     pub(super) fn faster_bytes(&self) -> Option<u64> {
         let (_, faster) = self.tiers.split_last()?;

@@ -244,6 +244,9 @@ pub struct Extras {
     /// Matmul rate of prompts with weights on a tier, by tier name, in 10⁹ floating-point
     /// operations per second (a multiply-accumulate is two).
     pub prompt_gflops: BTreeMap<String, f64>,
+    /// Relative spread of the repetitions that `read_gbps` is the median of, by tier name: their
+    /// interquartile range over the median.
+    pub spread: BTreeMap<String, f64>,
     /// Rates of the link to an accelerator, by the name of its tier.
     pub links: BTreeMap<String, Link>,
     /// The runs that rates and fixed times were fitted to, if they were.
@@ -305,6 +308,7 @@ impl Default for Extras {
             io: BTreeMap::new(),
             usd_per_gb: BTreeMap::new(),
             prompt_gflops: BTreeMap::new(),
+            spread: BTreeMap::new(),
             links: BTreeMap::new(),
             calibration: None,
         }

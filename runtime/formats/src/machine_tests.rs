@@ -468,17 +468,27 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 .map(|rate| (tiers[0].name.clone(), rate))
                 .into_iter()
                 .collect();
-            let links = link
+            let links: BTreeMap<String, Link> = link
                 .map(|link| (tiers[0].name.clone(), link))
                 .into_iter()
+                .collect();
+            let drives = tiers.iter().filter(|t| t.kind == TierKind::Nvme);
+            let io = drives
+                .filter(|t| !t.emulated)
+                .map(|t| (t.name.clone(), DriveIo::Buffered))
                 .collect();
             let extras = Extras {
                 efficiency,
                 load_gbps,
+                io,
                 price_usd,
                 watts,
                 watts_source,
                 usd_per_gb,
+                spread: links
+                    .iter()
+                    .map(|(name, link)| (name.clone(), link.to_gbps))
+                    .collect(),
                 prompt_gflops,
                 links,
                 calibration,
@@ -805,6 +815,49 @@ fn version_4_means_what_it_meant() {
     ] {
         assert!(V4.contains(from), "{from}");
         let error = load(&V4.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+const V5: &str = include_str!("../../../tests/data/formats/machine.v5.toml");
+
+#[test]
+fn version_5_means_what_it_meant() {
+    let machine = load(V5).unwrap();
+    let spread = &machine.extras.spread;
+    assert_eq!(
+        (spread.get("dram0"), spread.get("nvme")),
+        (Some(&0.035), Some(&0.25))
+    );
+    assert_eq!(
+        machine.encode(),
+        V5,
+        "the writer lays out version 5 as it always did"
+    );
+    // A file without the keys is of an older version.
+    let mut without = machine.clone();
+    without.extras.spread.clear();
+    without.extras.io.clear();
+    assert!(without.encode().contains("\nversion = 4\n"));
+    for (from, to, words) in [
+        (
+            "version = 5",
+            "version = 4",
+            "spread is a key of version 5; write `version = 5`, or leave it out",
+        ),
+        (
+            "spread = 0.25",
+            "spread = -0.25",
+            "spread of tier 'nvme' is -0.25",
+        ),
+        (
+            "spread = 0.25",
+            "spread = nan",
+            "spread of tier 'nvme' is NaN",
+        ),
+    ] {
+        assert!(V5.contains(from), "{from}");
+        let error = load(&V5.replacen(from, to, 1)).unwrap_err();
         assert!(error.contains(words), "{error}");
     }
 }

@@ -1,6 +1,10 @@
 //! `*.record.json`: what a run did and how fast, beside what its plan predicted.
 
+mod conditions;
 mod wire;
+mod wire_parts;
+
+pub use conditions::{Conditions, Processors, TierRate};
 
 #[cfg(test)]
 mod tests;
@@ -69,6 +73,8 @@ pub struct ParallelRecord {
     pub distinct_experts: f64,
     /// What was predicted.
     pub predicted: Option<ParallelPrediction>,
+    /// What is predicted with the rates of the run, where [conditions](Conditions) were recorded.
+    pub observed: Option<ParallelPrediction>,
 }
 
 /// What was predicted of steps of several texts.
@@ -121,6 +127,8 @@ pub struct RunRecord {
     pub predicted: Option<Prediction>,
     /// What a benchmark measured with several texts at once.
     pub parallel: Vec<ParallelRecord>,
+    /// What the machine gave meanwhile, where that was not what the plan counted on.
+    pub conditions: Option<Conditions>,
     /// Ids of the decoded tokens, so that runs can be compared.
     pub output: Vec<u32>,
 }
@@ -129,6 +137,15 @@ impl RunRecord {
     /// Returns the tokens per second while decoding, 0 when nothing was decoded.
     pub fn decode_tok_s(&self) -> f64 {
         rate(self.decode_tokens, self.decode_s)
+    }
+
+    /// Returns the tokens per second that the plan predicts with the rates of the run: those that it
+    /// predicted anyway where the run had the rates that the plan counts on. `None` without a
+    /// prediction.
+    pub fn observed_tok_s(&self) -> Option<f64> {
+        let observed = self.conditions.as_ref().and_then(|c| c.predicted.as_ref());
+        let predicted = observed.or(self.predicted.as_ref())?;
+        Some(predicted.decode_tok_s)
     }
 
     /// Returns the tokens per second of prompt processing, 0 when there was no prompt.

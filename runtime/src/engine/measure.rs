@@ -69,6 +69,7 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
             plan.predicted_at(engine.shape(), u32::try_from(middle).unwrap_or(u32::MAX))
         }),
         parallel: Vec::new(),
+        conditions: None,
         output: generated.tokens.clone(),
     }
 }

@@ -10,6 +10,7 @@ use crate::experts::counters::{Counters, PrefetchCount};
 use crate::experts::store::Step;
 use crate::layers::index::{Layer, LayerIdx, MoeIdx};
 use crate::layers::mixer::CacheReads;
+use crate::tiers::file::DriveUse;
 use crate::tiers::pace::{Missed, Pacer, StageBytes, settle};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -20,6 +21,8 @@ use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 /// Clocks, counters and pacing of an engine.
 pub(crate) struct Meter {
     counters: Counters,
+    /// What the reads of experts had brought when the last step ended.
+    drive: DriveUse,
     /// Present where a tier is emulated.
     pacer: Option<Pacer>,
     /// By layer.
@@ -117,6 +120,7 @@ impl Meter {
         let tied_bytes = if spec.tied() { row_bytes } else { 0 };
         Self {
             counters: Counters::new(tiers.len(), plan.layers.len()),
+            drive: DriveUse::default(),
             cancel: cancel.clone(),
             pacer: Pacer::new(&tiers, plan.layer_overhead_us, plan.token_overhead_us),
             dense: dense.collect(),
@@ -373,6 +377,14 @@ impl Meter {
                 self.counters.prompt += time;
             }
         }
+    }
+
+    /// Counts what the reads of experts, `all` so far, brought since the last step.
+    pub(crate) fn count_reads(&mut self, all: DriveUse, phase: Phase) {
+        if phase == Phase::Decode {
+            self.counters.drive += all.since(self.drive);
+        }
+        self.drive = all;
     }
 
     /// Takes back `n` decoded tokens, which were not to be. Their time stays.

@@ -10,6 +10,7 @@ mod apart;
 mod apart_tests;
 mod backend;
 mod batch;
+pub mod burst;
 mod cpu;
 pub mod draft;
 mod experts;
@@ -231,6 +232,8 @@ impl Engine {
             }
         }
         self.meter.finish_step(start, phase, n_tokens(rows));
+        self.meter
+            .count_reads(self.experts.store.drive_usage(), phase);
         self.meter
             .count_prefetched(self.experts.store.take_prefetch_count());
     }

@@ -1,5 +1,6 @@
 //! Counters of a run: time and bytes per tier, hits and misses per layer.
 
+use crate::tiers::file::DriveUse;
 use crate::tiers::pace::StageBytes;
 use std::time::Duration;
 use tier_plan_formats::placement::PerTier;
@@ -72,6 +73,8 @@ pub struct Counters {
     /// time of a stage that mixes tiers is shared out by bytes. On emulated tiers it is shared out
     /// by the declared times of the stage's paths.
     pub busy: PerTier<Duration>,
+    /// What the reads of experts brought while decoding, prefetches and other idle reads included.
+    pub drive: DriveUse,
     /// Prefetched experts, for prompts and while decoding.
     pub prefetch: PrefetchCount,
     /// `[n_moe_layers]`.

@@ -29,6 +29,7 @@ pub(crate) mod prefetch;
 pub(crate) mod rearrange;
 #[cfg(test)]
 mod rearrange_tests;
+mod resident;
 mod step;
 pub(crate) mod store;
 #[cfg(test)]

@@ -70,7 +70,7 @@ pub(crate) struct ExpertStore {
     /// Staging buffers in all; 0 where the slow tier is mapped.
     pub(super) n_staging: usize,
     pub(super) staging_tier: TierIdx,
-    mapped_tier: TierIdx,
+    pub(super) mapped_tier: TierIdx,
     /// Scratch of [`begin`](Self::begin).
     accesses: Vec<Access>,
     /// Scratch of [`begin`](Self::begin).

@@ -109,6 +109,26 @@ impl DenseWeights {
             .scaled(self.scales.of_matrix(id))
     }
 
+    /// Returns a matrix that lies in main memory, with its tier; none of a mapped file that was not
+    /// copied there, as its pages may have to be read.
+    pub(crate) fn in_memory(&self, id: TensorId) -> Option<(TierIdx, Weights<'_>)> {
+        let tensor = &self.gguf.tensors()[id];
+        let &[n_in, n_out] = tensor.dims.as_slice() else {
+            return None;
+        };
+        let (tier, storage) = self.held[id].as_ref()?;
+        let (bytes, order): (&[u8], RowOrder) = match storage {
+            WeightStorage::Mapped if self.gguf.is_copied() => {
+                (self.gguf.bytes(tensor), self.gguf.row_order(id))
+            }
+            WeightStorage::ArenaSlice(piece, order) => (piece, *order),
+            _ => return None,
+        };
+        let (n_out, n_in) = (usize::try_from(n_out).ok()?, usize::try_from(n_in).ok()?);
+        let matrix = Weights::new(tensor.ty, bytes, n_out, n_in)?;
+        Some((*tier, matrix.in_order(order)?))
+    }
+
     /// Has the system read rows of a matrix that is in place in the mapped file, before they are
     /// needed. A hint only.
     pub(crate) fn read_ahead(&self, id: TensorId, rows: &[u64]) {

@@ -1,6 +1,7 @@
 //! Calls of the operating system that the standard library lacks: limits of this process, signals
 //! that ask it to end, and the local time.
 
+pub mod processors;
 pub mod signals;
 
 use std::io;

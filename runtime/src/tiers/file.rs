@@ -9,11 +9,13 @@
 //! bounce buffer, at the price of a copy.
 
 mod check;
+mod clock;
 mod drive;
 mod finish;
 mod stream;
 
 pub use check::{SliceChecksum, compare};
+pub use clock::DriveUse;
 pub use finish::{BandsInBuffer, Finish};
 pub use stream::stream;
 
@@ -329,6 +331,16 @@ impl FileTier {
     /// copy.
     pub fn is_direct(&self) -> bool {
         self.shared.sources.iter().any(|s| s.alignment() > 1)
+    }
+
+    /// Returns what all reads so far brought, and how long they took.
+    pub fn usage(&self) -> DriveUse {
+        let now = Instant::now();
+        let drives = self.shared.drives.iter().map(|drive| drive.usage(now));
+        drives.fold(DriveUse::default(), |mut all, one| {
+            all += one;
+            all
+        })
     }
 
     /// Fails if a file has changed since it was opened.

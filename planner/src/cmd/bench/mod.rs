@@ -13,8 +13,10 @@ use crate::parallel::{check_texts, routing};
 use crate::prepared::Prepared;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use tier_plan_runtime::formats::record::{Conditions, RunRecord};
 use tier_plan_runtime::formats::safely;
 
 /// Options of `tier-plan bench`.
@@ -214,6 +216,16 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let routing = routing(args.routing.as_deref(), options.model, &prepared)?;
     parallel::run(args, &options.texts, &mut prepared.load()?, routing)
+}
+
+/// Returns the conditions as a run record has them.
+fn conditions_json(conditions: &Conditions) -> Result<Value> {
+    let record = RunRecord {
+        conditions: Some(conditions.clone()),
+        ..RunRecord::default()
+    };
+    let mut value: Value = serde_json::from_str(&record.encode())?;
+    Ok(value["conditions"].take())
 }
 
 fn greedy(logits: &[f32]) -> u32 {

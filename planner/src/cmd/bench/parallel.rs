@@ -4,6 +4,7 @@
 use super::joining::{self, Joining};
 use super::{BenchArgs, Count, greedy, median, prompt};
 use crate::cmd::args::MaxStep;
+use crate::conditions::{Given, Watch, describe, differs};
 use crate::cost::steps::{Predictor, StepPrediction};
 use crate::parallel::{Routing, choose};
 use crate::printable::printable;
@@ -16,7 +17,7 @@ use std::time::{Instant, SystemTime};
 use tier_plan_runtime::engine::generate::{Generated, Stop};
 use tier_plan_runtime::engine::measure::{Circumstances, record};
 use tier_plan_runtime::engine::{Rows, SequenceId};
-use tier_plan_runtime::formats::record::{ParallelPrediction, ParallelRecord};
+use tier_plan_runtime::formats::record::{Conditions, ParallelPrediction, ParallelRecord};
 use tier_plan_runtime::units::show_utc;
 use tier_plan_runtime::{Engine, LogitsMode, RunError};
 
@@ -84,7 +85,13 @@ fn begin(engine: &mut Engine, prompts: &[Vec<u32>]) -> Result<Texts, RunError> {
     Ok(texts)
 }
 
-fn repeat(engine: &mut Engine, texts: u32, n_prompt: u32, n_gen: u32) -> Result<Sample, RunError> {
+fn repeat(
+    engine: &mut Engine,
+    texts: u32,
+    args: &BenchArgs,
+    watch: &mut Watch,
+) -> Result<Sample, RunError> {
+    let (n_prompt, n_gen) = (args.n_prompt, args.n_gen);
     let n_vocab = engine.spec().n_vocab;
     // Decoding needs at least one token before it.
     let prompts: Vec<Vec<u32>> = (0..texts)
@@ -99,7 +106,9 @@ fn repeat(engine: &mut Engine, texts: u32, n_prompt: u32, n_gen: u32) -> Result<
         let started = Instant::now();
         texts.step(engine)?;
         gaps_s.push(started.elapsed().as_secs_f64());
+        watch.between_tokens(engine);
     }
+    watch.count_reads(engine);
     let layers = &engine.counters().layers;
     let accesses: u64 = layers
         .iter()
@@ -129,20 +138,41 @@ pub(super) fn run(
     let (counts, mut notes) = resolve(args, counts, session, &routing);
     let mut joined = Vec::new();
     let mut measured = Vec::with_capacity(counts.len());
+    let mut conditions: Option<Conditions> = None;
     let repetitions = counts.len() as u64 * (u64::from(args.repeat) + 1);
     let bar = progress::count("measuring", repetitions);
     for &texts in &counts {
         let mut samples = Vec::new();
         // The first repetition is the warm-up.
+        let mut watch = Watch::begin(&session.engine);
         for repetition in 0..=args.repeat {
-            let sample = repeat(&mut session.engine, texts, args.n_prompt, args.n_gen)?;
+            if repetition == 1 {
+                watch = Watch::begin(&session.engine);
+            }
+            let sample = repeat(&mut session.engine, texts, args, &mut watch)?;
             if repetition > 0 {
                 samples.push(sample);
             }
             bar.inc(1);
         }
-        let predicted = predict(args, session, &routing, texts);
-        measured.push(summary(args, texts, &samples, predicted));
+        let given = watch.end(&session.engine);
+        let mut steps = summary(
+            args,
+            texts,
+            &samples,
+            predict(args, session, &routing, texts),
+        );
+        steps.observed = observe(args, session, &routing, texts, &given);
+        if steps.observed.is_some() || given.is_busy() {
+            let now = given.with_prediction(session.engine.plan(), None);
+            let share = |c: &Conditions| c.processors.share.unwrap_or(1.0);
+            // Of several, the one with the least of the processors.
+            conditions = match conditions {
+                Some(before) if share(&before) <= share(&now) => Some(before),
+                _ => Some(now),
+            };
+        }
+        measured.push(steps);
         if let Some(step) = args.max_step_ms
             && texts > 1
         {
@@ -160,7 +190,7 @@ pub(super) fn run(
     bar.finish_and_clear();
     session.keep()?;
     if let Some(path) = &args.record {
-        write_record(session, &measured, path)?;
+        write_record(session, &measured, conditions.clone(), path)?;
     }
     if let Routing::Unknown(Some(why)) = routing {
         notes.push(why);
@@ -168,9 +198,13 @@ pub(super) fn run(
     if args.format.json {
         let mut value = as_json(args, session, &measured, &notes);
         value["joining"] = joined.iter().map(Joining::as_json).collect();
+        if let Some(conditions) = &conditions {
+            value["conditions"] = super::conditions_json(conditions)?;
+        }
         println!("{}", serde_json::to_string_pretty(&value)?);
     } else {
         print(session, &measured);
+        print_observed(&measured, conditions.as_ref());
         joined.iter().for_each(|joining| println!("{joining}"));
         notes.iter().for_each(|note| println!("note: {note}"));
     }
@@ -207,8 +241,8 @@ fn predictor<'a>(
     session: &'a Session,
     routing: &'a Routing,
 ) -> Option<Predictor<'a>> {
-    let at = args.n_prompt.max(1) + args.n_gen.div_ceil(2);
-    routing.predictor(session.engine.plan(), session.engine.shape(), at)
+    let (plan, shape) = (session.engine.plan(), session.engine.shape());
+    routing.predictor(plan, shape, middle(args))
 }
 
 /// Predicts a step for the middle of the decoded tokens.
@@ -220,6 +254,38 @@ fn predict(
 ) -> Option<StepPrediction> {
     let predictor = predictor(args, session, routing)?;
     predictor.step(texts).filter(|_| args.n_gen > 0)
+}
+
+/// Predicts a step with the rates that the machine gave meanwhile; `None` where that says the same
+/// as the plan.
+fn observe(
+    args: &BenchArgs,
+    session: &Session,
+    routing: &Routing,
+    texts: u32,
+    given: &Given,
+) -> Option<ParallelPrediction> {
+    let planned = predict(args, session, routing, texts)?;
+    let (plan, shape) = (session.engine.plan(), session.engine.shape());
+    let Routing::Known(evidence) = routing else {
+        return None;
+    };
+    if given.observed.is_as_planned(plan) || plan.tiers.iter().all(|t| t.tier.emulated) {
+        return None;
+    }
+    let at = middle(args);
+    let mut now = given.observed.replaced(plan);
+    now.predicted = given.observed.predict(plan, shape, Some(evidence), at);
+    let step = routing.predictor(&now, shape, at)?.step(texts)?;
+    differs(step.tok_s(), planned.tok_s()).then_some(ParallelPrediction {
+        decode_tok_s: step.tok_s(),
+        gap_s: step.seconds,
+    })
+}
+
+/// Returns the position in the middle of the decoded tokens.
+fn middle(args: &BenchArgs) -> u32 {
+    args.n_prompt.max(1) + args.n_gen.div_ceil(2)
 }
 
 fn summary(
@@ -244,6 +310,7 @@ fn summary(
             decode_tok_s: step.tok_s(),
             gap_s: step.seconds,
         }),
+        observed: None,
     }
 }
 
@@ -256,7 +323,12 @@ pub(super) fn percentile(values: &[f64], share: f64) -> f64 {
     value.copied().unwrap_or(0.0)
 }
 
-fn write_record(session: &Session, measured: &[ParallelRecord], path: &Path) -> Result<()> {
+fn write_record(
+    session: &Session,
+    measured: &[ParallelRecord],
+    conditions: Option<Conditions>,
+    path: &Path,
+) -> Result<()> {
     let circumstances = Circumstances {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
@@ -275,6 +347,7 @@ fn write_record(session: &Session, measured: &[ParallelRecord], path: &Path) -> 
         (tier.read_bytes, tier.busy_s) = (0, 0.0);
     }
     record.parallel = measured.to_vec();
+    record.conditions = conditions;
     Ok(record.write(path)?)
 }
 
@@ -297,6 +370,14 @@ fn as_json(
             "predicted_decode_tok_s": m.predicted.map(|p| p.decode_tok_s),
             "predicted_gap_s": m.predicted.map(|p| p.gap_s),
         })
+    };
+    let row = |m: &ParallelRecord| {
+        let mut value = row(m);
+        if let Some(observed) = m.observed {
+            value["observed_decode_tok_s"] = observed.decode_tok_s.into();
+            value["observed_gap_s"] = observed.gap_s.into();
+        }
+        value
     };
     json!({
         "model": plan.model.name,
@@ -356,6 +437,27 @@ fn print(session: &Session, measured: &[ParallelRecord]) {
     }
     println!(
         "experts: distinct ones per layer and step; gap: between two tokens of a text; predicted: decode tok/s"
+    );
+}
+
+/// Prints what the rates of the benchmark predict, where those were not as planned.
+fn print_observed(measured: &[ParallelRecord], conditions: Option<&Conditions>) {
+    let Some(conditions) = conditions else {
+        return;
+    };
+    for m in measured {
+        let Some(observed) = m.observed else { continue };
+        println!(
+            "{:>6} texts: {:.2} tok/s predicted with the rates of this benchmark, measured {:+.1} %",
+            m.texts,
+            observed.decode_tok_s,
+            (m.decode_tok_s / observed.decode_tok_s - 1.0) * 100.0
+        );
+    }
+    println!(
+        "its machine gave: {}; {}",
+        describe(conditions),
+        crate::conditions::describe_processors(&conditions.processors)
     );
 }
 

@@ -1,11 +1,14 @@
 //! One text: prompt and decode speed, where the time goes, and how near it is to main memory's rate.
 
-use super::{BenchArgs, greedy, median, prompt};
+use super::{BenchArgs, conditions_json, greedy, median, prompt};
+use crate::conditions::{Watch, busy_line, evidence_of, prediction_line};
 use crate::printable::printable;
 use crate::session::Session;
 use anyhow::Result;
 use serde_json::json;
 use tier_plan_runtime::LogitsMode;
+use tier_plan_runtime::formats::placement::Prediction;
+use tier_plan_runtime::formats::record::{Conditions, RunRecord};
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 use tier_plan_runtime::tiers::limits::memory_left;
@@ -36,17 +39,34 @@ pub(super) fn run(args: &BenchArgs, session: &mut Session) -> Result<()> {
     let prompt = prompt(session.engine.spec().n_vocab, 0, args.n_prompt);
     let mut samples = Vec::new();
     // The first repetition is the warm-up.
-    for repetition in 0..=args.repeat {
-        let sample = repeat(session, &prompt, args.n_gen)?;
-        if repetition > 0 {
-            samples.push(sample);
-        }
+    repeat(
+        session,
+        &prompt,
+        args.n_gen,
+        &mut Watch::begin(&session.engine),
+    )?;
+    let mut watch = Watch::begin(&session.engine);
+    for _ in 0..args.repeat {
+        samples.push(repeat(session, &prompt, args.n_gen, &mut watch)?);
     }
+    let given = watch.end(&session.engine);
     session.keep()?;
-    report(args, session, &samples)
+    let (plan, shape) = (session.engine.plan(), session.engine.shape());
+    let predicted = predicted(args, session);
+    let conditions = given.conditions(plan, shape, predicted.as_ref(), || {
+        evidence_of(plan, args.model.path().ok()?, shape)
+    });
+    report(args, session, &samples, conditions.as_ref())
 }
 
-fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> {
+/// Returns what the plan predicts for the middle of the decoded tokens.
+fn predicted(args: &BenchArgs, session: &Session) -> Option<Prediction> {
+    let (plan, shape) = (session.engine.plan(), session.engine.shape());
+    let at = args.n_prompt.max(1).saturating_add(args.n_gen.div_ceil(2));
+    (plan.predicted.decode_tok_s > 0.0 && args.n_gen > 0).then(|| plan.predicted_at(shape, at))
+}
+
+fn repeat(session: &mut Session, prompt: &[u32], tokens: u32, watch: &mut Watch) -> Result<Sample> {
     let engine = &mut session.engine;
     engine.clear();
     engine.reset_counters();
@@ -64,7 +84,9 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32) -> Result<Sample> 
     engine.reset_counters();
     for _ in 0..tokens {
         next = greedy(engine.forward(&[next], LogitsMode::Last)?);
+        watch.between_tokens(engine);
     }
+    watch.count_reads(engine);
     let counters = engine.counters();
     let misses: u64 = counters.layers.iter().map(|l| l.misses).sum();
     let accesses: u64 = counters
@@ -122,7 +144,12 @@ fn dram_gbps(session: &Session) -> Option<f64> {
         .ok()
 }
 
-fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()> {
+fn report(
+    args: &BenchArgs,
+    session: &Session,
+    samples: &[Sample],
+    conditions: Option<&Conditions>,
+) -> Result<()> {
     let rates = |seconds: fn(&Sample) -> f64, n: u32| -> Vec<f64> {
         samples
             .iter()
@@ -168,7 +195,7 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
     let dram = dram_gbps(session);
     if args.format.json {
-        let value = json!({
+        let mut value = json!({
             "model": plan.model.name,
             "plan": plan.name,
             "emulated": emulated,
@@ -190,6 +217,9 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
             "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
             "runs": { "prompt_tok_s": prompt, "decode_tok_s": decode, "decode_gbps": gbps },
         });
+        if let Some(conditions) = conditions {
+            value["conditions"] = conditions_json(conditions)?;
+        }
         println!("{}", serde_json::to_string_pretty(&value)?);
         return Ok(());
     }
@@ -239,7 +269,39 @@ fn report(args: &BenchArgs, session: &Session, samples: &[Sample]) -> Result<()>
         );
     }
     print_prefetches(samples);
+    print_conditions(args, session, median(&decode), conditions);
     Ok(())
+}
+
+/// Prints the predictions as planned and with the rates of the benchmark, where those differ.
+fn print_conditions(
+    args: &BenchArgs,
+    session: &Session,
+    decode_tok_s: f64,
+    conditions: Option<&Conditions>,
+) {
+    let emulated = session.engine.plan().tiers.iter().any(|t| t.tier.emulated);
+    let note = if emulated { " on emulated tiers" } else { "" };
+    let now = conditions.and_then(|c| c.predicted.as_ref());
+    match predicted(args, session).filter(|_| now.is_some()) {
+        Some(planned) => {
+            let planned = planned.decode_tok_s;
+            println!(
+                "{}",
+                prediction_line(planned, decode_tok_s, note, conditions)
+            );
+        }
+        None => {
+            let record = RunRecord {
+                emulated,
+                conditions: conditions.cloned(),
+                ..RunRecord::default()
+            };
+            busy_line([&record].into_iter())
+                .into_iter()
+                .for_each(|line| println!("{line}"));
+        }
+    }
 }
 
 /// Prints how many prefetched experts were used.

@@ -276,7 +276,7 @@ fn title(runs: &[&PastRun]) -> String {
 }
 
 fn data(runs: &[&PastRun]) -> Table {
-    let mut data = Table::new(&[
+    let mut head = vec![
         "when",
         "report",
         "plan",
@@ -286,9 +286,14 @@ fn data(runs: &[&PastRun]) -> Table {
         "predicted_decode_tok_s",
         "decode_tok_s",
         "prediction_error",
-    ]);
+    ];
+    let is_observed = runs.iter().any(|run| run.observed_tok_s.is_some());
+    if is_observed {
+        head.extend(["observed_decode_tok_s", "observed_error"]);
+    }
+    let mut data = Table::new(&head);
     for run in in_order(runs) {
-        data.push([
+        let mut row = vec![
             run.when.clone(),
             run.report.clone(),
             run.plan.clone(),
@@ -298,7 +303,12 @@ fn data(runs: &[&PastRun]) -> Table {
             number(Some(run.predicted_tok_s)),
             number(Some(run.measured_tok_s)),
             number(Some(run.error())),
-        ]);
+        ];
+        if is_observed {
+            row.push(number(run.observed_tok_s));
+            row.push(number(Some(run.observed_error())));
+        }
+        data.push(row);
     }
     data
 }
@@ -320,6 +330,7 @@ mod tests {
             is_new: i % 2 == 0,
             predicted_tok_s,
             measured_tok_s,
+            observed_tok_s: (i % 5 == 0).then_some(measured_tok_s),
         };
         pairs.iter().enumerate().map(run).collect()
     }

@@ -278,6 +278,7 @@ mod tests {
                     decode_tok_s: tok_s,
                     gap_s: f64::from(texts) / tok_s,
                 }),
+                observed: None,
             };
             let record = RunRecord {
                 plan: name.to_string(),

@@ -64,6 +64,9 @@ impl Extras {
                 "10^9 floating-point operations per second",
             )?;
         }
+        for (tier, spread) in &self.spread {
+            check_amount(&format!("spread of tier '{tier}'"), *spread)?;
+        }
         for (tier, link) in &self.links {
             for (key, rate) in link.rates() {
                 check_rate(&format!("link.{key} of tier '{tier}'"), rate, GBPS)?;

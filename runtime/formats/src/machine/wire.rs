@@ -24,6 +24,10 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
             "watts_source and link are keys of version 3; write `version = 3`, or leave them out";
         return Err(what.into());
     }
+    if wire.version < 5 && wire.tier.iter().any(|t| t.spread.is_some()) {
+        let what = "spread is a key of version 5; write `version = 5`, or leave it out";
+        return Err(what.into());
+    }
     for tier in &wire.tier {
         check_unit(
             &tier.name,
@@ -53,6 +57,10 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
         .tier
         .iter()
         .filter_map(|t| Some((t.name.clone(), t.prompt_gflops?)));
+    let spread = wire
+        .tier
+        .iter()
+        .filter_map(|t| Some((t.name.clone(), t.spread?)));
     Ok(Machine {
         id: SourceId {
             name: wire.name.clone(),
@@ -67,6 +75,7 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
             io: io.collect(),
             usd_per_gb: prices.collect(),
             prompt_gflops: products.collect(),
+            spread: spread.collect(),
             links: links.collect(),
             calibration: wire.calibration.map(Calibration::from),
         },
@@ -193,6 +202,7 @@ struct WireTier {
     emulated: bool,
     usd_per_gb: Option<f64>,
     prompt_gflops: Option<f64>,
+    spread: Option<f64>,
     node: Option<u32>,
     device: Option<u32>,
     link_gbps: Option<f64>,

@@ -64,7 +64,7 @@ impl Machine {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
         match () {
-            () if !extras.io.is_empty() => 5,
+            () if !extras.io.is_empty() || !extras.spread.is_empty() => 5,
             () if self
                 .tiers
                 .iter()
@@ -104,6 +104,9 @@ fn encode_tier(tier: &Tier, extras: &Extras, out: &mut String) {
     }
     if let Some(rate) = extras.prompt_gflops.get(&tier.name) {
         out.push_str(&format!("prompt_gflops = {}\n", float(*rate)));
+    }
+    if let Some(spread) = extras.spread.get(&tier.name) {
+        out.push_str(&format!("spread = {}\n", float(*spread)));
     }
     if let Some(link) = extras.links.get(&tier.name) {
         let rates = link

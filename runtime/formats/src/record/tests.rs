@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 const V1: &str = include_str!("../../../../tests/data/formats/record.v1.json");
 const V2: &str = include_str!("../../../../tests/data/formats/record.v2.json");
+const V4: &str = include_str!("../../../../tests/data/formats/record.v4.json");
 const V3: &str = include_str!("../../../../tests/data/formats/record.v3.json");
 
 fn load(text: &str) -> Result<RunRecord, String> {
@@ -78,6 +79,7 @@ fn version_1_means_what_it_meant() {
             prompt_gflops: PerTier::default(),
         }),
         parallel: Vec::new(),
+        conditions: None,
         output: vec![5, 4095, 17],
     };
     let record = load(V1).unwrap();
@@ -108,6 +110,7 @@ fn version_1_means_what_it_meant() {
         gap_p95_s: 0.25,
         distinct_experts: 6.5,
         predicted,
+        observed: None,
     };
     let predicted = ParallelPrediction {
         decode_tok_s: 31.25,
@@ -116,6 +119,88 @@ fn version_1_means_what_it_meant() {
     want.parallel = vec![steps(1, 8.0, None), steps(4, 32.0, Some(predicted))];
     assert_eq!(load(V3), Ok(want.clone()));
     assert_eq!(want.encode(), V3);
+    let now = want.predicted.clone().map(|p| Prediction {
+        decode_tok_s: 5.5,
+        overhead_s: 0.0003,
+        ..p
+    });
+    want.conditions = Some(Conditions {
+        processors: Processors {
+            share: Some(0.8125),
+            stolen: Some(0.03125),
+            others: Some(0.5),
+            count: Some(2.0),
+            pressure: None,
+            preempted_per_s: Some(125.5),
+        },
+        rates: vec![TierRate {
+            name: "dram".into(),
+            planned_gbps: 33.0,
+            measured_gbps: 26.25,
+        }],
+        predicted: now,
+    });
+    want.parallel[1].observed = Some(ParallelPrediction {
+        decode_tok_s: 25.0,
+        gap_s: 0.16,
+    });
+    assert_eq!(want.encode(), V4);
+    assert_eq!(load(V4), Ok(want.clone()));
+    assert_eq!(want.observed_tok_s(), Some(5.5));
+    want.conditions = None;
+    assert_eq!(want.observed_tok_s(), Some(6.25));
+    want.predicted = None;
+    assert_eq!(want.observed_tok_s(), None);
+}
+
+#[test]
+fn conditions_are_checked() {
+    for (from, to, why) in [
+        (
+            "\"share\": 0.8125",
+            "\"share\": 1.5",
+            "conditions.processors.share is 1.5, but must be between 0 and 1",
+        ),
+        (
+            "\"stolen\": 0.03125",
+            "\"stolen\": -0.5",
+            "conditions.processors.stolen is -0.5",
+        ),
+        (
+            "\"others\": 0.5",
+            "\"others\": -1",
+            "conditions.processors.others is -1",
+        ),
+        (
+            "\"measured_gbps\": 26.25",
+            "\"measured_gbps\": -1",
+            "measured_gbps of tier 'dram' in conditions is -1",
+        ),
+        (
+            "\"overhead_s\": 0.0003",
+            "\"overhead_s\": -3",
+            "conditions.predicted.overhead_s is -3",
+        ),
+        (
+            "\"gap_s\": 0.16",
+            "\"gap_s\": -1",
+            "observed.gap_s of 4 texts is -1",
+        ),
+        (
+            "\"pressure\": null",
+            "\"load\": null",
+            "unknown field `load`",
+        ),
+        (
+            "\"version\": 4",
+            "\"version\": 3",
+            "conditions and observed are keys of version 4",
+        ),
+    ] {
+        assert!(V4.contains(from), "{from}");
+        let error = load(&V4.replacen(from, to, 1)).expect_err(to);
+        assert!(error.contains(why), "wanted {why:?}, got {error:?}");
+    }
 }
 
 #[test]
@@ -136,15 +221,15 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "\"version\": 1",
-            "\"version\": 4",
-            "run record version 4, but this program reads up to version 3; update tier-plan",
+            "\"version\": 5",
+            "run record version 5, but this program reads up to version 4; update tier-plan",
         ),
         (
             "\"version\": 1",
             "\"version\": 0",
             "version is 0, but versions start at 1",
         ),
-        ("\"version\": 1,", "", "no version; write `version = 3`"),
+        ("\"version\": 1,", "", "no version; write `version = 4`"),
         (
             "\"isa\"",
             "\"simd\"",
@@ -368,6 +453,10 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
                 decode_tok_s,
                 gap_s,
             }),
+            observed: predicted.map(|(gap_s, decode_tok_s)| ParallelPrediction {
+                decode_tok_s,
+                gap_s,
+            }),
         });
     let parallel = vec(steps, 0..3).prop_map(|mut all| {
         (1..)
@@ -403,7 +492,21 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
                 let [plan, plan_status, when, host, isa, _] = words;
                 let (prompt_s, decode_s, first_token_s, plan_gap) = times;
                 let (tiers, layers, parallel, output) = lists;
+                let conditions = emulated.then(|| Conditions {
+                    processors: Processors {
+                        share: Some(1.0),
+                        others: plan_gap,
+                        ..Processors::default()
+                    },
+                    rates: vec![TierRate {
+                        name: host.clone(),
+                        planned_gbps: prompt_s,
+                        measured_gbps: decode_s,
+                    }],
+                    predicted: predicted.clone(),
+                });
                 RunRecord {
+                    conditions,
                     plan,
                     plan_status,
                     plan_gap,

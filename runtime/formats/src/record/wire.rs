@@ -1,9 +1,10 @@
-//! The JSON of versions 1 to 3 of a run record.
+//! The JSON of versions 1 to 4 of a run record.
 //!
 //! Rates that follow from counts and times are written for readers of the file, and computed again
 //! when it is read.
 
-use super::{LayerRecord, ParallelPrediction, ParallelRecord, RECORD, RunRecord, TierRecord};
+use super::wire_parts::{WireConditions, WireParallel, WirePrediction};
+use super::{Conditions, LayerRecord, ParallelRecord, RECORD, RunRecord, TierRecord};
 use crate::placement::Prediction;
 use crate::source_id::SourceId;
 use crate::text::check_amount;
@@ -40,6 +41,8 @@ struct Wire {
     layers: Vec<WireLayer>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     parallel: Vec<WireParallel>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    conditions: Option<WireConditions>,
     /// Last, because [`encode`] writes its items on one line.
     output: Vec<u32>,
 }
@@ -49,26 +52,6 @@ struct Wire {
 struct WireSource {
     name: String,
     hash: String,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WirePrediction {
-    decode_tok_s: f64,
-    prompt_tok_s: f64,
-    overhead_s: f64,
-    dense_s: Vec<f64>,
-    expert_s: Vec<f64>,
-    expert_critical_s: f64,
-    hit_rate: f64,
-    read_bytes: Vec<f64>,
-    emulated: bool,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    at: Option<u32>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    kv_s: Option<f64>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    prompt_gflops: Vec<f64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -99,59 +82,6 @@ struct WireLayer {
     waited_s: Option<f64>,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WireParallel {
-    texts: u32,
-    prompt_tok_s: f64,
-    decode_tok_s: f64,
-    gap_s: f64,
-    gap_p95_s: f64,
-    distinct_experts: f64,
-    predicted: Option<WireParallelPrediction>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WireParallelPrediction {
-    decode_tok_s: f64,
-    gap_s: f64,
-}
-
-impl From<&ParallelRecord> for WireParallel {
-    fn from(record: &ParallelRecord) -> Self {
-        Self {
-            texts: record.texts,
-            prompt_tok_s: record.prompt_tok_s,
-            decode_tok_s: record.decode_tok_s,
-            gap_s: record.gap_s,
-            gap_p95_s: record.gap_p95_s,
-            distinct_experts: record.distinct_experts,
-            predicted: record.predicted.map(|p| WireParallelPrediction {
-                decode_tok_s: p.decode_tok_s,
-                gap_s: p.gap_s,
-            }),
-        }
-    }
-}
-
-impl From<WireParallel> for ParallelRecord {
-    fn from(wire: WireParallel) -> Self {
-        Self {
-            texts: wire.texts,
-            prompt_tok_s: wire.prompt_tok_s,
-            decode_tok_s: wire.decode_tok_s,
-            gap_s: wire.gap_s,
-            gap_p95_s: wire.gap_p95_s,
-            distinct_experts: wire.distinct_experts,
-            predicted: wire.predicted.map(|p| ParallelPrediction {
-                decode_tok_s: p.decode_tok_s,
-                gap_s: p.gap_s,
-            }),
-        }
-    }
-}
-
 impl From<&SourceId> for WireSource {
     fn from(id: &SourceId) -> WireSource {
         WireSource {
@@ -174,12 +104,13 @@ impl From<WireSource> for SourceId {
 pub(super) fn encode(record: &RunRecord) -> String {
     let is_of_2 = |p: &Prediction| p.at > 0 || p.kv_s > 0.0 || !p.prompt_gflops.is_empty();
     let reads = |l: &LayerRecord| l.missed_bytes > 0 || l.reading_s > 0.0 || l.waited_s > 0.0;
-    let of_3 = !record.parallel.is_empty();
+    let of_4 = record.conditions.is_some() || record.parallel.iter().any(|p| p.observed.is_some());
+    let of_3 = of_4 || !record.parallel.is_empty();
     let of_2 =
         of_3 || record.predicted.as_ref().is_some_and(is_of_2) || record.layers.iter().any(reads);
     let wire = Wire {
         format: RECORD.format.into(),
-        version: 1 + u64::from(of_2) + u64::from(of_3),
+        version: 1 + u64::from(of_2) + u64::from(of_3) + u64::from(of_4),
         plan: record.plan.clone(),
         status: record.plan_status.clone(),
         gap: record.plan_gap,
@@ -198,20 +129,10 @@ pub(super) fn encode(record: &RunRecord) -> String {
         decode_tok_s: record.decode_tok_s(),
         predicted_decode_tok_s: record.predicted.as_ref().map(|p| p.decode_tok_s),
         first_token_s: record.first_token_s,
-        predicted: record.predicted.as_ref().map(|p| WirePrediction {
-            decode_tok_s: p.decode_tok_s,
-            prompt_tok_s: p.prompt_tok_s,
-            overhead_s: p.overhead_s,
-            dense_s: p.dense_s.clone().into(),
-            expert_s: p.expert_s.clone().into(),
-            expert_critical_s: p.expert_critical_s,
-            hit_rate: p.hit_rate,
-            read_bytes: p.read_bytes.clone().into(),
-            emulated: p.emulated,
-            at: of_2.then_some(p.at),
-            kv_s: of_2.then_some(p.kv_s),
-            prompt_gflops: p.prompt_gflops.clone().into(),
-        }),
+        predicted: record
+            .predicted
+            .as_ref()
+            .map(|p| WirePrediction::new(p, of_2)),
         tiers: record
             .tiers
             .iter()
@@ -240,6 +161,7 @@ pub(super) fn encode(record: &RunRecord) -> String {
             })
             .collect(),
         parallel: record.parallel.iter().map(WireParallel::from).collect(),
+        conditions: record.conditions.as_ref().map(WireConditions::from),
         output: Vec::new(),
     };
     // A struct of strings and numbers has no way to fail; if it did, the empty text would be
@@ -274,6 +196,13 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
     if wire.version < 3 && !wire.parallel.is_empty() {
         return Err(
             "parallel is a key of version 3; write `\"version\": 3`, or leave it out".into(),
+        );
+    }
+    let observed = wire.parallel.iter().any(|p| p.observed.is_some());
+    if wire.version < 4 && (wire.conditions.is_some() || observed) {
+        return Err(
+            "conditions and observed are keys of version 4; write `\"version\": 4`, or leave them out"
+                .into(),
         );
     }
     Ok(RunRecord {
@@ -319,21 +248,9 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
                 waited_s: l.waited_s.unwrap_or(0.0),
             })
             .collect(),
-        predicted: wire.predicted.map(|p| Prediction {
-            decode_tok_s: p.decode_tok_s,
-            prompt_tok_s: p.prompt_tok_s,
-            overhead_s: p.overhead_s,
-            dense_s: p.dense_s.into(),
-            expert_s: p.expert_s.into(),
-            expert_critical_s: p.expert_critical_s,
-            hit_rate: p.hit_rate,
-            read_bytes: p.read_bytes.into(),
-            emulated: p.emulated,
-            at: p.at.unwrap_or(0),
-            kv_s: p.kv_s.unwrap_or(0.0),
-            prompt_gflops: p.prompt_gflops.into(),
-        }),
+        predicted: wire.predicted.map(Prediction::from),
         parallel: wire.parallel.into_iter().map(Into::into).collect(),
+        conditions: wire.conditions.map(Conditions::from),
         output: wire.output,
     })
 }
@@ -367,9 +284,20 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         )?;
     }
     check_parallel(&record.parallel)?;
-    let Some(predicted) = &record.predicted else {
-        return Ok(());
-    };
+    if let Some(predicted) = &record.predicted {
+        check_prediction("predicted", predicted)?;
+    }
+    if let Some(conditions) = &record.conditions {
+        conditions.check()?;
+        if let Some(predicted) = &conditions.predicted {
+            check_prediction("conditions.predicted", predicted)?;
+        }
+    }
+    Ok(())
+}
+
+/// Says what is wrong with the numbers of a prediction under this key.
+fn check_prediction(key: &str, predicted: &Prediction) -> Result<(), String> {
     let scalars = [
         ("decode_tok_s", predicted.decode_tok_s),
         ("prompt_tok_s", predicted.prompt_tok_s),
@@ -388,7 +316,7 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         .into_iter()
         .flat_map(|(what, parts)| parts.iter().map(move |&x| (what, x)));
     for (what, x) in scalars.into_iter().chain(parts) {
-        check_amount(&format!("predicted.{what}"), x)?;
+        check_amount(&format!("{key}.{what}"), x)?;
     }
     Ok(())
 }
@@ -405,6 +333,7 @@ fn check_parallel(parallel: &[ParallelRecord]) -> Result<(), String> {
         }
         before = texts;
         let predicted = steps.predicted.unwrap_or_default();
+        let observed = steps.observed.unwrap_or_default();
         for (what, x) in [
             ("prompt_tok_s", steps.prompt_tok_s),
             ("decode_tok_s", steps.decode_tok_s),
@@ -413,6 +342,8 @@ fn check_parallel(parallel: &[ParallelRecord]) -> Result<(), String> {
             ("distinct_experts", steps.distinct_experts),
             ("predicted.decode_tok_s", predicted.decode_tok_s),
             ("predicted.gap_s", predicted.gap_s),
+            ("observed.decode_tok_s", observed.decode_tok_s),
+            ("observed.gap_s", observed.gap_s),
         ] {
             check_amount(&format!("{what} of {texts} texts"), x)?;
         }

@@ -1,10 +1,12 @@
 //! One drive: the reads that wait for it, and the threads that make them.
 
+use super::clock::{DriveClock, DriveUse};
 use super::{Completion, Job, Priority, Shared, finish, finished, lock, run};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex};
+use std::time::Instant;
 
 /// Reader threads per drive, and so reads in flight at once. Drives reach their rate only at high
 /// queue depths, and a thread that waits for a drive costs little.
@@ -23,6 +25,7 @@ struct Queue {
     background: VecDeque<Job>,
     demand_in_flight: usize,
     background_in_flight: usize,
+    clock: DriveClock,
     closed: bool,
 }
 
@@ -144,6 +147,11 @@ impl Drive {
         canceled
     }
 
+    /// Returns what all reads so far brought, and how long they took.
+    pub(super) fn usage(&self, now: Instant) -> DriveUse {
+        lock(&self.queue).clock.usage(now)
+    }
+
     /// Ends the reader threads once they have ended what they are at.
     pub(super) fn close(&self) {
         lock(&self.queue).closed = true;
@@ -158,15 +166,21 @@ impl Drive {
                 return None;
             }
             match queue.take() {
-                Some(next) => return Some(next),
+                Some(next) => {
+                    queue.clock.begin(Instant::now());
+                    return Some(next);
+                }
                 None => queue = self.ready.wait(queue).unwrap_or_else(|e| e.into_inner()),
             }
         }
     }
 
-    fn end(&self, job: &Job, priority: Priority) {
+    /// Counts a job out that brought `bytes`.
+    fn end(&self, job: &Job, priority: Priority, bytes: u64) {
         self.count_out(job, priority);
-        if lock(&self.queue).end(priority) {
+        let mut queue = lock(&self.queue);
+        queue.clock.end(Instant::now(), bytes);
+        if queue.end(priority) {
             self.ready.notify_all();
         }
     }
@@ -178,10 +192,16 @@ pub(super) fn read_loop(shared: &Shared, drive: usize, completions: &Sender<Comp
     let drive = &shared.drives[drive];
     while let Some((job, priority)) = drive.next() {
         let has_failed = lock(&job.request.error).is_some();
-        if !has_failed && let Err(error) = run(&shared.sources[job.source], &job, &mut bounce) {
-            lock(&job.request.error).get_or_insert(error);
+        let mut bytes = 0;
+        if !has_failed {
+            match run(&shared.sources[job.source], &job, &mut bounce) {
+                Ok(()) => bytes = (job.need - job.skip) as u64,
+                Err(error) => {
+                    lock(&job.request.error).get_or_insert(error);
+                }
+            }
         }
-        drive.end(&job, priority);
+        drive.end(&job, priority, bytes);
         if job.request.jobs_left.fetch_sub(1, Ordering::AcqRel) == 1 {
             finish(&shared.sources, &job.request);
             if completions.send(finished(&job.request)).is_err() {

@@ -4,6 +4,7 @@ use super::*;
 use proptest::prelude::*;
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::Condvar;
 use std::sync::atomic::{AtomicU8, AtomicU64};
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
