@@ -64,6 +64,7 @@ impl<'a> Prepared<'a> {
         let checks = verify::checks(&gguf, &spec, opening.verify)?;
         let start = Start::read(&gguf, opening.slots, opening.warm)?;
         let (pack, note) = store::pack(&gguf, &spec, &plan, opening.pack)?.unzip();
+        let copies = store::copies(&gguf, &spec, &plan);
         Ok(Self {
             model,
             gguf,
@@ -76,6 +77,7 @@ impl<'a> Prepared<'a> {
                 batch,
                 checks,
                 pack,
+                copies,
                 stream: None,
                 cancel: crate::interrupt::request(),
             },

@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 use tier_plan_runtime::Engine;
+use tier_plan_runtime::experts::copies::ExpertFiles;
 use tier_plan_runtime::experts::pack::Pack;
 use tier_plan_runtime::formats::machine::TierKind;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::{ExpertCopy, Placement};
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::slots::{LayerSlots, Slots};
 use tier_plan_runtime::formats::{profile, safely, slots};
@@ -59,6 +60,17 @@ pub fn pack(
         let sentence = sentence(&pack);
         (Arc::new(pack), sentence)
     }))
+}
+
+/// Opens the copies of the experts that a plan names. One that is unusable is a warning, and its drive
+/// gets no reads.
+pub fn copies(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Vec<ExpertFiles> {
+    let open = |copy: &ExpertCopy| {
+        ExpertFiles::open(gguf, spec, Path::new(&copy.file), copy.share)
+            .map_err(|error| eprintln!("warning: {error}; reads are not shared with it"))
+            .ok()
+    };
+    plan.reads.copies.iter().filter_map(open).collect()
 }
 
 fn sentence(pack: &Pack) -> String {

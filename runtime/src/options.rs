@@ -2,6 +2,7 @@
 
 use crate::cancel::Cancel;
 use crate::experts::checksums::Checksums;
+use crate::experts::copies::ExpertFiles;
 use crate::experts::pack::Pack;
 use std::sync::Arc;
 use tier_plan_formats::model::kv::CacheRoom;
@@ -21,6 +22,8 @@ pub struct LoadOptions {
     pub checks: Option<Arc<Checksums>>,
     /// A copy that experts are read from, where the plan reads them from files at all.
     pub pack: Option<Arc<Pack>>,
+    /// Further copies on other drives, which these reads are shared with.
+    pub copies: Vec<ExpertFiles>,
     /// Rates that decide which experts of main memory are streamed to a GPU for prompts. Where
     /// `None`, the link is measured and the CPU's rate is the plan's.
     pub stream: Option<StreamRates>,

@@ -125,6 +125,15 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
             "; through the page cache"
         }
     );
+    if let Some(io) = disk.io {
+        println!(
+            "  {} at once with direct I/O {:.2} GB/s, through the page cache {:.2} GB/s: plans will use {} I/O",
+            disk.bursts.last().map_or(0, |burst| burst.experts),
+            io.direct_gbps,
+            io.buffered_gbps,
+            io.best().as_str()
+        );
+    }
     for burst in disk.bursts {
         println!("  {} at once: {:.2} GB/s", burst.experts, burst.gbps);
     }
@@ -250,6 +259,11 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "iqr": found.disk.gbps.iqr,
             "latency_us": found.disk.latency_us.value,
             "direct": found.disk.direct,
+            "io": found.disk.io.map(|io| json!({
+                "best": io.best().as_str(),
+                "direct_gbps": io.direct_gbps,
+                "buffered_gbps": io.buffered_gbps,
+            })),
             "piece_bytes": found.disk.piece_bytes,
             "bytes": found.disk_bytes,
             "bursts": found.disk.bursts.iter().map(|b| json!({"experts": b.experts, "gbps": b.gbps})).collect::<Vec<_>>(),

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tier_plan_runtime::formats::machine::DriveIo;
 use tier_plan_runtime::formats::safely::{Synced, Temporary};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::spec::ModelSpec;
@@ -20,6 +21,9 @@ use tier_plan_runtime::units::show_bytes;
 /// Experts requested at once, one burst size after the other.
 const BURSTS: [usize; 4] = [1, 2, 4, 8];
 
+/// Most experts requested at once.
+const MAX_BURST: usize = 8;
+
 /// Bytes of the file that is written where no model is given.
 const FILE_BYTES: usize = 1 << 30;
 
@@ -28,6 +32,33 @@ const SLICE_BYTES: usize = 864 << 10;
 
 /// Page-sized reads for one latency figure.
 const SMALL_READS: usize = 100;
+
+/// Gain of the page cache over direct I/O, as a factor, from which on it is used: it takes memory and
+/// time of the cores, which such a measurement does not count.
+const MIN_BUFFERED_GAIN: f64 = 1.05;
+
+/// Fewest bursts per way of reading.
+const MIN_ROUNDS: usize = 5;
+
+/// Rates of the two ways of reading a drive, in 10⁹ bytes per second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct IoRates {
+    /// With direct I/O.
+    pub direct_gbps: f64,
+    /// Through the page cache, from which the bytes are dropped.
+    pub buffered_gbps: f64,
+}
+
+impl IoRates {
+    /// Returns the way to read.
+    pub fn best(&self) -> DriveIo {
+        if self.buffered_gbps > MIN_BUFFERED_GAIN * self.direct_gbps {
+            DriveIo::Buffered
+        } else {
+            DriveIo::Direct
+        }
+    }
+}
 
 /// Rate and latency of a drive.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,6 +69,8 @@ pub struct DiskRate {
     pub latency_us: Measured,
     /// Whether reads used direct I/O.
     pub direct: bool,
+    /// Both ways of reading, where either was possible and `TIER_PLAN_IO` asked for neither.
+    pub io: Option<IoRates>,
     /// Mean bytes per expert.
     pub piece_bytes: u64,
     /// Rates by the number of experts requested at once, latency included.
@@ -63,7 +96,7 @@ impl DiskRate {
                 self.gbps.spread * 100.0
             ));
         }
-        if !self.direct {
+        if !self.direct && self.io.is_none() {
             doubts.push(format!(
                 "the file system of {} has no direct I/O, so what was measured may be the page cache",
                 path.display()
@@ -80,14 +113,41 @@ struct Burst {
     seconds: f64,
 }
 
-/// Files that contain experts, and the buffers to read them into.
-pub struct Disk {
+/// Open files, to be read in the ways that are possible.
+struct Opened {
     files: FileTier,
+    /// The files once more, to be read through the page cache; none where it is settled how they are
+    /// read.
+    buffered: Option<FileTier>,
+}
+
+impl Opened {
+    fn new(paths: &[PathBuf]) -> Result<Self> {
+        let files = FileTier::open(paths, ReadMode::from_env()?)?;
+        let is_settled = std::env::var_os("TIER_PLAN_IO").is_some() || !files.is_direct();
+        let buffered = (!is_settled).then(|| FileTier::open(paths, ReadMode::Buffered));
+        Ok(Self {
+            files,
+            buffered: buffered.transpose()?,
+        })
+    }
+}
+
+/// Places of experts in files, and the buffers to read them into.
+struct Experts {
     /// `[expert][slice]`.
-    experts: Vec<Vec<Extent>>,
+    extents: Vec<Vec<Extent>>,
     buffers: Vec<ArenaSlice>,
     /// State of a xorshift generator that picks experts.
     state: u64,
+}
+
+/// Files that contain experts.
+pub struct Disk {
+    opened: Opened,
+    /// Found when it was measured how to read.
+    io: Option<IoRates>,
+    experts: Experts,
 }
 
 impl Disk {
@@ -108,7 +168,7 @@ impl Disk {
                 (0..moe.n_expert).map(|e| moe.expert_tensors().map(|id| slice(id, e)).collect()),
             );
         }
-        Self::of(FileTier::open(&paths, ReadMode::from_env()?)?, experts)
+        Self::of(Opened::new(&paths)?, experts)
     }
 
     /// Checks that [`of_folder`](Self::of_folder) has a folder to write to and space in it.
@@ -153,7 +213,7 @@ impl Disk {
                 folder.display()
             )
         })?;
-        let files = FileTier::open(&[file.path().to_path_buf()], ReadMode::from_env()?)?;
+        let files = Opened::new(&[file.path().to_path_buf()])?;
         let slice = |at: usize| Extent {
             part: 0,
             offset: at as u64,
@@ -173,31 +233,58 @@ impl Disk {
         Self::of(files, experts)
     }
 
-    fn of(files: FileTier, experts: Vec<Vec<Extent>>) -> Result<Self> {
-        let room = experts
+    fn of(opened: Opened, extents: Vec<Vec<Extent>>) -> Result<Self> {
+        let room = extents
             .iter()
             .map(|e| e.iter().map(Extent::pages_bytes).sum())
             .max()
             .unwrap_or(0);
         ensure!(room > 0, "the model's experts have no bytes");
-        let most = BURSTS.into_iter().max().unwrap_or(1);
-        let mut arena = Arena::new("buffers of experts", (room * most) as u64)?;
-        let buffers = (0..most)
+        let mut arena = Arena::new("buffers of experts", (room * MAX_BURST) as u64)?;
+        let buffers = (0..MAX_BURST)
             .map(|_| arena.take(room))
             .collect::<Result<_, _>>()?;
         Ok(Self {
-            files,
-            experts,
-            buffers,
-            state: 0x2545_f491_4f6c_dd1d,
+            opened,
+            io: None,
+            experts: Experts {
+                extents,
+                buffers,
+                state: 0x2545_f491_4f6c_dd1d,
+            },
         })
     }
 
-    fn random(&mut self, below: usize) -> usize {
-        self.state ^= self.state << 13;
-        self.state ^= self.state >> 7;
-        self.state ^= self.state << 17;
-        (self.state % below.max(1) as u64) as usize
+    /// Settles how the drive is read from now on: measures both ways by turns for about `time`, and
+    /// takes the faster one. Has no effect where it is settled.
+    ///
+    /// # Errors
+    /// When a read fails.
+    pub fn choose_io(&mut self, time: Duration) -> Result<()> {
+        let Some(buffered) = self.opened.buffered.take() else {
+            return Ok(());
+        };
+        let (mut direct, mut cached) = (Vec::new(), Vec::new());
+        let start = Instant::now();
+        while direct.len() < MIN_ROUNDS || start.elapsed() < time {
+            for (files, rates) in [(&self.opened.files, &mut direct), (&buffered, &mut cached)] {
+                let picked = self.experts.pick(MAX_BURST);
+                // Earlier uses of the file may have left these bytes in the page cache, and this read
+                // drops them.
+                self.experts.read(&buffered, &picked)?;
+                let Burst { bytes, seconds } = self.experts.read(files, &picked)?;
+                rates.push(bytes / seconds / 1e9);
+            }
+        }
+        let io = IoRates {
+            direct_gbps: Measured::of_many(&direct).value,
+            buffered_gbps: Measured::of_many(&cached).value,
+        };
+        if io.best() == DriveIo::Buffered {
+            self.opened.files = buffered;
+        }
+        self.io = Some(io);
+        Ok(())
     }
 
     /// Reads random experts for about `time` and returns the rates.
@@ -238,7 +325,8 @@ impl Disk {
         Ok(DiskRate {
             gbps: Measured::of_many(&rounds),
             latency_us,
-            direct: self.files.is_direct(),
+            direct: self.opened.files.is_direct(),
+            io: self.io,
             piece_bytes: total_bytes as u64 / total_experts.max(1),
             bursts,
         })
@@ -246,16 +334,66 @@ impl Disk {
 
     /// Reads `n` random experts at once.
     fn burst(&mut self, n: usize) -> Result<Burst> {
+        let picked = self.experts.pick(n);
+        self.experts.read(&self.opened.files, &picked)
+    }
+
+    /// Times single reads of one page.
+    fn latency_us(&mut self) -> Result<Measured> {
+        let mut times = Vec::with_capacity(SMALL_READS);
+        for _ in 0..SMALL_READS {
+            let expert = self.experts.random();
+            let Some(&Extent { part, offset, .. }) = self.experts.extents[expert].first() else {
+                break;
+            };
+            let extent = Extent {
+                part,
+                offset: offset / ALIGN as u64 * ALIGN as u64,
+                len: ALIGN,
+            };
+            let Some(buffer) = self.experts.buffers.pop() else {
+                break;
+            };
+            let start = Instant::now();
+            let read = self.opened.files.read(
+                &[Span {
+                    extent,
+                    at: 0,
+                    whole_pages: true,
+                }],
+                buffer,
+            )?;
+            times.push(start.elapsed().as_secs_f64() * 1e6);
+            self.experts.buffers.push(read);
+        }
+        Ok(Measured::of_many(&times))
+    }
+}
+
+impl Experts {
+    fn random(&mut self) -> usize {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        (self.state % self.extents.len().max(1) as u64) as usize
+    }
+
+    /// Returns `n` random experts.
+    fn pick(&mut self, n: usize) -> Vec<usize> {
+        (0..n).map(|_| self.random()).collect()
+    }
+
+    /// Reads experts at once, at most as many as there are buffers.
+    fn read(&mut self, files: &FileTier, picked: &[usize]) -> Result<Burst> {
         let mut bytes = 0;
         let start = Instant::now();
         let mut submitted = 0;
-        for key in 0..n {
-            let expert = self.random(self.experts.len());
+        for (key, expert) in picked.iter().enumerate() {
             let Some(buffer) = self.buffers.pop() else {
                 break;
             };
             let mut room = 0;
-            let spans: Vec<Span> = self.experts[expert]
+            let spans: Vec<Span> = self.extents[*expert]
                 .iter()
                 .map(|&extent| {
                     let span = Span {
@@ -268,13 +406,12 @@ impl Disk {
                     span
                 })
                 .collect();
-            self.files
-                .submit(key as u64, &spans, buffer, Priority::Demand);
+            files.submit(key as u64, &spans, buffer, Priority::Demand);
             submitted += 1;
         }
         let mut failed = None;
         for _ in 0..submitted {
-            let completion = self.files.wait()?;
+            let completion = files.wait()?;
             self.buffers.push(completion.buffer);
             failed = failed.or(completion.result.err());
         }
@@ -286,37 +423,6 @@ impl Disk {
             }),
             Some(error) => Err(error.into()),
         }
-    }
-
-    /// Times single reads of one page.
-    fn latency_us(&mut self) -> Result<Measured> {
-        let mut times = Vec::with_capacity(SMALL_READS);
-        for _ in 0..SMALL_READS {
-            let expert = self.random(self.experts.len());
-            let Some(&Extent { part, offset, .. }) = self.experts[expert].first() else {
-                break;
-            };
-            let extent = Extent {
-                part,
-                offset: offset / ALIGN as u64 * ALIGN as u64,
-                len: ALIGN,
-            };
-            let Some(buffer) = self.buffers.pop() else {
-                break;
-            };
-            let start = Instant::now();
-            let read = self.files.read(
-                &[Span {
-                    extent,
-                    at: 0,
-                    whole_pages: true,
-                }],
-                buffer,
-            )?;
-            times.push(start.elapsed().as_secs_f64() * 1e6);
-            self.buffers.push(read);
-        }
-        Ok(Measured::of_many(&times))
     }
 }
 

@@ -56,6 +56,8 @@ impl Findings {
                 self.disk.gbps.value
             ),
         };
+        // Where the environment chose, the next run's may choose otherwise.
+        let io = self.disk.io.map(|io| (slow.name.clone(), io.best()));
         let how = format!(
             "matvecs of {of} with {} threads and {} kernels",
             self.threads, self.isa
@@ -116,6 +118,7 @@ impl Findings {
                 prompt_gflops,
                 spread,
                 links,
+                io: io.into_iter().collect(),
                 watts: self.power.watts,
                 watts_source: self.power.watts.map(|_| self.power.how.clone()),
                 ..Extras::default()

@@ -47,6 +47,9 @@ const MIN_MEMORY_BYTES: u64 = 64 << 20;
 /// Time spent on the drive per figure.
 const DRIVE_TIME: Duration = Duration::from_secs(6);
 
+/// Time spent on the two ways of reading the drive.
+const IO_TIME: Duration = Duration::from_secs(2);
+
 /// Time that memory and drive are used at once.
 const CONTENTION_TIME: Duration = Duration::from_secs(3);
 
@@ -261,6 +264,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         }
     };
     bar.inc(1);
+    disk.choose_io(IO_TIME)?;
     let disk_rate = disk.measure(DRIVE_TIME)?;
     doubts.extend(disk_rate.doubts(&disk_path));
     bar.inc(2);

@@ -1,6 +1,6 @@
-use super::disk::BurstRate;
+use super::disk::{BurstRate, IoRates};
 use super::*;
-use tier_plan_runtime::formats::machine::{Accelerator, Extras, TierKind};
+use tier_plan_runtime::formats::machine::{Accelerator, DriveIo, Extras, TierKind};
 
 fn findings() -> Findings {
     let of = |value| Measured {
@@ -30,6 +30,7 @@ fn findings() -> Findings {
             gbps: of(1.23456),
             latency_us: of(87.65),
             direct: true,
+            io: None,
             piece_bytes: 2_654_208,
             bursts: [(1, 1.0), (2, 1.1), (4, 1.2), (8, 1.3)]
                 .map(|(experts, gbps)| BurstRate { experts, gbps }),
@@ -352,16 +353,49 @@ fn shares_are_of_a_tokens_bytes() {
 }
 
 #[test]
+fn the_page_cache_must_be_clearly_faster() {
+    for (direct_gbps, buffered_gbps, best) in [
+        (1.0, 1.04, DriveIo::Direct),
+        (1.0, 1.06, DriveIo::Buffered),
+        (2.0, 1.0, DriveIo::Direct),
+    ] {
+        let io = IoRates {
+            direct_gbps,
+            buffered_gbps,
+        };
+        assert_eq!(io.best(), best, "{io:?}");
+        let mut found = findings();
+        found.disk.io = Some(io);
+        let machine = found.machine();
+        let text = machine.encode();
+        let io = format!("io = \"{}\"", best.as_str());
+        assert!(
+            text.contains("version = 5\n") && text.contains(&io),
+            "{text}"
+        );
+        let back = tier_plan_runtime::formats::machine::decode(text.as_bytes(), Path::new("m"));
+        assert_eq!(back.unwrap().extras.io["nvme"], best);
+    }
+    // What the environment asked for is not written.
+    assert!(findings().machine().extras.io.is_empty());
+}
+
+#[test]
 fn a_drive_is_read_in_experts() {
     let path = crate::bundled::path("demo/demo.gguf").unwrap();
     let (gguf, spec) = open(&path).unwrap();
     let mut disk = Disk::of_model(&gguf, &spec).unwrap();
+    disk.choose_io(Duration::ZERO).unwrap();
     let rate = disk.measure(Duration::ZERO).unwrap();
     assert!(
         rate.gbps.value > 0.0 && rate.latency_us.value > 0.0,
         "{rate:?}"
     );
     assert!((40_000..60_000).contains(&rate.piece_bytes), "{rate:?}");
+    if let Some(io) = rate.io {
+        assert!(io.direct_gbps > 0.0 && io.buffered_gbps > 0.0, "{io:?}");
+        assert_eq!(rate.direct, io.best() == DriveIo::Direct);
+    }
 }
 
 #[test]

@@ -5,8 +5,8 @@ use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy,
-    SolverReport, TierBytes, TierIdx,
+    DensePlacement, HomeReads, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction,
+    SlotPolicy, SolverReport, TierBytes, TierIdx,
 };
 use tier_plan_runtime::formats::profile::{Profile, PromptTrace, Split};
 use tier_plan_runtime::formats::record::{LayerRecord, RunRecord, TierRecord};
@@ -248,6 +248,7 @@ fn placement(
         sequences: 1,
         checkpoints: 0,
         window_chunk: None,
+        reads: HomeReads::default(),
         kv_tier: TierIdx::FIRST,
         kv_type: KvType::F16,
         staging_tier: TierIdx::new(fast - 1),

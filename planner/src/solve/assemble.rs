@@ -7,7 +7,7 @@ use super::verify;
 use crate::cost::{self, predict, token_s};
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, PerTier, Placement, PlanTier, Prediction, SolverReport, TierIdx,
+    DensePlacement, HomeReads, PerTier, Placement, PlanTier, Prediction, SolverReport, TierIdx,
 };
 use tier_plan_runtime::model::shape::DenseKind;
 
@@ -53,6 +53,16 @@ pub(super) fn verified(instance: &Instance<'_>, plan: Placement) -> Result<Place
     Ok(plan)
 }
 
+/// Returns how the machine's last tier is read fastest, if it is known.
+fn reads(instance: &Instance<'_>) -> HomeReads {
+    let last = instance.capacity.tiers.last();
+    let io = &instance.problem.machine.extras.io;
+    HomeReads {
+        io: last.and_then(|tier| io.get(&tier.name).copied()),
+        copies: Vec::new(),
+    }
+}
+
 /// Makes a predicted plan of a draft. Its solver report is left to fill in.
 pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Placement {
     let Instance {
@@ -84,6 +94,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         kv_type: problem.kv_type,
         staging_tier: capacity.staging_tier,
         staging_experts: capacity.staging_experts,
+        reads: reads(instance),
         tiers: empty_tiers(instance.capacity),
         dense,
         layers: draft.layers.clone(),

@@ -6,7 +6,7 @@ mod wire;
 mod write;
 
 pub(crate) use check::check_tiers;
-pub(super) use wire::{WireKind, check_unit};
+pub(super) use wire::{WireIo, WireKind, check_unit};
 
 use super::kind::MACHINE;
 use crate::source_id::SourceId;
@@ -70,6 +70,25 @@ pub enum Medium {
 impl fmt::Display for TierKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+/// How the files of a drive are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DriveIo {
+    /// Past the page cache (`O_DIRECT`), where the file system supports that.
+    Direct,
+    /// Through the page cache, then dropped from it.
+    Buffered,
+}
+
+impl DriveIo {
+    /// Its name in files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            DriveIo::Direct => "direct",
+            DriveIo::Buffered => "buffered",
+        }
     }
 }
 
@@ -218,6 +237,8 @@ pub struct Extras {
     pub watts: Option<f64>,
     /// Source of `watts`.
     pub watts_source: Option<String>,
+    /// By name of a drive's tier, how its files are read fastest.
+    pub io: BTreeMap<String, DriveIo>,
     /// Price of more capacity by tier name, in US dollars per 10⁹ bytes.
     pub usd_per_gb: BTreeMap<String, f64>,
     /// Matmul rate of prompts with weights on a tier, by tier name, in 10⁹ floating-point
@@ -284,6 +305,7 @@ impl Default for Extras {
             price_usd: None,
             watts: None,
             watts_source: None,
+            io: BTreeMap::new(),
             usd_per_gb: BTreeMap::new(),
             prompt_gflops: BTreeMap::new(),
             spread: BTreeMap::new(),

@@ -130,11 +130,36 @@ fn the_demo_machine_is_emulated_throughout() {
 }
 
 #[test]
+fn a_drive_may_say_how_it_is_read() {
+    let text = include_str!("../../../tests/data/formats/machine.v5.toml");
+    let machine = load(text).unwrap();
+    let io = BTreeMap::from([("nvme".to_string(), DriveIo::Buffered)]);
+    assert_eq!(machine.extras.io, io);
+    assert!(machine.encode().contains("version = 5\n"));
+    assert_eq!(load(&machine.encode()).unwrap().extras, machine.extras);
+    let elsewhere = text.replacen("node = 2\n", "io = \"direct\"\n", 1);
+    let emulated = text.replacen("emulated = false\nio", "emulated = true\nio", 1);
+    for text in [elsewhere, emulated] {
+        let error = load(&text).unwrap_err();
+        assert!(
+            error.contains("has the key io, but is not a drive that is read"),
+            "{error}"
+        );
+    }
+    let unknown = load(&text.replacen("\"buffered\"", "\"fast\"", 1)).unwrap_err();
+    assert!(
+        unknown.contains("unknown variant `fast`, expected `direct` or `buffered`"),
+        "{unknown}"
+    );
+}
+
+#[test]
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
         (v1_with("version = 1", "version = 6"), "machine file version 6, but this program reads up to version 5; update tier-plan"),
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
+        (v1_with("kind = \"nvme\"", "kind = \"nvme\"\nio = \"direct\""), "io is a key of version 5; write `version = 5`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
         (v1_with("version = 1\n", ""), "no version; write `version = 5`"),
@@ -447,9 +472,15 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 .map(|link| (tiers[0].name.clone(), link))
                 .into_iter()
                 .collect();
+            let drives = tiers.iter().filter(|t| t.kind == TierKind::Nvme);
+            let io = drives
+                .filter(|t| !t.emulated)
+                .map(|t| (t.name.clone(), DriveIo::Buffered))
+                .collect();
             let extras = Extras {
                 efficiency,
                 load_gbps,
+                io,
                 price_usd,
                 watts,
                 watts_source,
@@ -795,7 +826,7 @@ fn version_5_means_what_it_meant() {
     let machine = load(V5).unwrap();
     let spread = &machine.extras.spread;
     assert_eq!(
-        (spread.get("dram"), spread.get("nvme")),
+        (spread.get("dram0"), spread.get("nvme")),
         (Some(&0.035), Some(&0.25))
     );
     assert_eq!(
@@ -803,10 +834,11 @@ fn version_5_means_what_it_meant() {
         V5,
         "the writer lays out version 5 as it always did"
     );
-    // A file without the key is of an older version.
+    // A file without the keys is of an older version.
     let mut without = machine.clone();
     without.extras.spread.clear();
-    assert!(without.encode().contains("\nversion = 1\n"));
+    without.extras.io.clear();
+    assert!(without.encode().contains("\nversion = 4\n"));
     for (from, to, words) in [
         (
             "version = 5",

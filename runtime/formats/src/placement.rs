@@ -16,7 +16,7 @@ pub use validate::validate;
 pub use violation::Violation;
 
 use super::kind::PLACEMENT;
-use super::machine::Tier;
+use super::machine::{DriveIo, Tier};
 use crate::model::kv::{CacheRoom, KvType};
 use crate::model::shape::{CacheShape, DenseKind, ModelShape};
 use crate::source_id::SourceId;
@@ -323,6 +323,8 @@ pub struct Placement {
     pub staging_experts: u32,
     /// The tiers, fastest first.
     pub tiers: PerTier<PlanTier>,
+    /// How experts are read from the last tier.
+    pub reads: HomeReads,
     /// Every dense group of the model once; a plan that was read has them by kind, then by layer.
     pub dense: Vec<DensePlacement>,
     /// Every layer with routed experts once, ascending. What is not pinned is pooled and lives on
@@ -333,6 +335,35 @@ pub struct Placement {
     /// The predicted speed.
     pub predicted: Prediction,
 }
+
+/// A copy of the model's experts on another drive.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertCopy {
+    /// Path of the file: the model once more (the first part of a split one), or packed experts.
+    pub file: String,
+    /// Part of the last tier's rate that this copy's drive has, above 0; the model's own drive has
+    /// what all copies leave.
+    pub share: f64,
+}
+
+/// How experts are read from the last tier.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct HomeReads {
+    /// With direct I/O or through the page cache; none leaves it to the program.
+    pub io: Option<DriveIo>,
+    /// Copies that reads are shared with, each on a drive of its own.
+    pub copies: Vec<ExpertCopy>,
+}
+
+impl HomeReads {
+    /// Returns the part of the last tier's rate that the model's own drive has.
+    pub fn own_share(&self) -> f64 {
+        1.0 - self.copies.iter().map(|copy| copy.share).sum::<f64>()
+    }
+}
+
+/// Most copies of the experts that a plan has.
+pub(crate) const MAX_COPIES: usize = 7;
 
 /// Reads a plan from the bytes of its file. `path` is only named in errors.
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Placement, FormatError> {

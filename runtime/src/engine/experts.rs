@@ -89,7 +89,8 @@ impl Experts {
             .score(layer.index, &backends.buffers.experts[..layer.spec.n_used])
     }
 
-    /// Starts to read the experts of the next layer where tokens alone choose them.
+    /// Starts to read the experts of the next layer where tokens alone choose them, and those of a
+    /// layer of which no router was asked where a batch will use most of them.
     ///
     /// # Errors
     /// When a GPU fails.
@@ -104,6 +105,9 @@ impl Experts {
         if next.chooses_by_token() {
             self.prefetch(spec, next, on, place, backends)?;
             self.store.start_predicted();
+        } else if let Some(moe) = next.moe.filter(|_| !on.batch.single) {
+            let (layer, n_used) = (moe.index.get(), moe.spec.n_used);
+            self.store.read_most(layer, n_used, on.batch.len());
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 
 use super::cache::SlotCache;
 use super::checksums::{Checksums, TensorSlice};
+use super::copies::LayerCopy;
 use super::ids::{ExpertId, SlotId};
 use super::view::{Bias, ExpertView, ViewLinear};
 use crate::tiers::arena::ArenaSlice;
@@ -97,6 +98,8 @@ pub(crate) struct LayerExperts {
     /// `[n_expert]`.
     pub(super) backings: Vec<ExpertBacking>,
     copy: Option<PackedCopy>,
+    /// Copies on other drives, which reads are shared with.
+    pub(super) copies: Vec<LayerCopy>,
     /// Interleaves what is read into buffers.
     kernels: Kernels,
     pub(super) cache: SlotCache,
@@ -172,6 +175,7 @@ impl LayerExperts {
             is_gated: !matches!(moe.gate_up, GateUp::Up(_)),
             backings,
             copy: None,
+            copies: Vec::new(),
             kernels: Kernels::SCALAR,
             cache: SlotCache::new(moe.n_expert as u32, 0, SlotPolicy::Lru),
             policy: SlotPolicy::Lru,

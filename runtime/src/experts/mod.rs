@@ -3,7 +3,8 @@
 //! - [`cache`] decides which experts are in a layer's slots. It works on integers, and the planner
 //!   replays it.
 //! - `store` moves the bytes as the cache says; `step` is one layer's accesses to it.
-//! - `prefetch` and `warmup` read experts before a router selects them, while the drive is idle.
+//! - `prefetch` and `warmup` read experts before a router selects them; `claim` gives a step what was
+//!   read for it.
 //! - `rearrange` moves pins and slots to where another plan wants them, between steps.
 //! - `gpu` computes experts and fills slots on GPUs.
 //! - [`pack`] and [`checksums`] make and use the files beside a model that speed up and verify
@@ -14,6 +15,10 @@
 
 pub mod cache;
 pub mod checksums;
+mod claim;
+#[cfg(test)]
+mod claim_tests;
+pub mod copies;
 pub mod counters;
 mod gpu;
 mod ids;

@@ -1,20 +1,27 @@
 //! Speculative prefetch. While no demand read is pending, reads the experts that the next layer's
 //! router is predicted to select.
 //!
-//! A prefetch never changes what the slots hold. It is read into staging, and the step that turns
-//! out to need the expert claims it, whether the read has landed or is still in flight. Unclaimed
-//! prefetches give their buffers back when the step of their layer begins.
+//! A prefetch never changes which experts have slots. It is read into staging, and the step that
+//! turns out to need the expert claims it ([`claim`](super::claim)), whether the read has landed or
+//! is still in flight. Unclaimed prefetches give their buffers back when the step of their layer
+//! begins.
+//!
+//! A batch uses most experts of a layer, so that a drive would be idle wherever a layer's reads end
+//! before the next layer's begin. What is predicted for a batch is therefore read without a pause
+//! after the reads of the step under way, also into the buffers of empty slots: these are lent until
+//! the next layer's step begins. After a cold start that is most of the memory of a plan.
 //!
 //! Predictions are scored whether they are read or not. While fewer than half of the recent ones
 //! were right, nothing is prefetched.
 //!
 //! Where tokens alone choose a layer's experts, the prediction is exact: it is not scored, and as much
-//! of it is read as there is staging for, before any layer is computed.
+//! of it is read as there are buffers for, before any layer is computed. Nor is it scored that a large
+//! batch will use all experts of a layer of which no router has been asked.
 
 use super::counters::PrefetchCount;
 use super::ids::{ExpertId, LayerExpert, SlotId, StepPos};
 use super::rearrange::Rearranger;
-use super::step::{DeferredMove, ExpertState, LoadTarget, Step};
+use super::step::Step;
 use super::store::ExpertStore;
 use super::warmup::Warmup;
 use crate::tiers::arena::ArenaSlice;
@@ -35,6 +42,10 @@ pub(super) const RESERVED_STAGING_BUFFERS: usize = 2;
 /// prefetching can resume.
 const TRY_EVERY: u32 = 16;
 
+/// Largest expected share of experts that a batch leaves out for which all of a layer are read before
+/// its router is asked.
+const MAX_LEFT_OUT: f64 = 0.25;
+
 /// Scored predictions after which older ones lose half their weight.
 const ACCURACY_WINDOW: u32 = 256;
 
@@ -53,6 +64,12 @@ impl Accuracy {
         self.right >= self.wrong
     }
 
+    /// Whether predictions are right so often that their reads may take turns with those of the step
+    /// under way: at most one in eight is wrong.
+    fn is_high(&self) -> bool {
+        self.right / 7 >= self.wrong
+    }
+
     fn add(&mut self, is_right: bool) {
         *(if is_right {
             &mut self.right
@@ -66,23 +83,34 @@ impl Accuracy {
     }
 }
 
-enum PrefetchState {
+pub(super) enum PrefetchState {
     Reading,
-    Landed(StagedExpert),
+    Landed(LandedExpert),
     /// In flight; the step waits for it at this position.
     Claimed(StepPos),
 }
 
 /// A prefetched expert's bytes, and when they were read.
-struct StagedExpert {
-    bytes: ArenaSlice,
-    time: ReadTime,
+pub(super) struct LandedExpert {
+    /// `None` where they are in the slot that was lent.
+    pub(super) staged: Option<ArenaSlice>,
+    pub(super) time: ReadTime,
 }
 
-struct Prefetch {
-    key: u64,
-    target: LayerExpert,
-    state: PrefetchState,
+pub(super) struct Prefetch {
+    pub(super) key: u64,
+    pub(super) target: LayerExpert,
+    /// The empty slot of the target's layer that lends its buffer; `None` for a staging buffer.
+    pub(super) slot: Option<SlotId>,
+    pub(super) state: PrefetchState,
+}
+
+/// A prefetch in flight that no prediction wants any more; its buffer is still to come back.
+pub(super) struct Abandoned {
+    pub(super) key: u64,
+    pub(super) layer: usize,
+    /// As in [`Prefetch`].
+    pub(super) slot: Option<SlotId>,
 }
 
 /// What a prediction is made from.
@@ -94,6 +122,8 @@ pub(crate) enum Foresight {
     Batch,
     /// The tokens themselves, which choose the experts without the router.
     Exact,
+    /// The number of tokens, so many that they use most experts.
+    Share,
 }
 
 impl Foresight {
@@ -112,18 +142,16 @@ struct Prediction {
     /// How many of them are or were being prefetched.
     n_started: usize,
     from: Foresight,
-    /// Whether it is exact, or accuracy was sufficient when it was made.
-    is_read: bool,
+    /// That of its reads; `None` where accuracy was too low for any when it was made.
+    priority: Option<Priority>,
 }
 
 /// Predictions, the prefetches that they started, and their accuracy.
 pub(super) struct Prefetcher {
     is_enabled: bool,
-    max_per_batch: usize,
-    prefetches: Vec<Prefetch>,
-    /// Prefetches in flight that no prediction wants any more; their buffers are still to come
-    /// back.
-    abandoned: usize,
+    max_staged: usize,
+    pub(super) prefetches: Vec<Prefetch>,
+    pub(super) abandoned: Vec<Abandoned>,
     next_key: u64,
     /// The latest prediction.
     prediction: Option<Prediction>,
@@ -131,7 +159,7 @@ pub(super) struct Prefetcher {
     due: Option<Prediction>,
     token_accuracy: Accuracy,
     batch_accuracy: Accuracy,
-    count: PrefetchCount,
+    pub(super) count: PrefetchCount,
 }
 
 /// A finished read of a step's expert.
@@ -146,9 +174,9 @@ impl Prefetcher {
     pub(super) fn new(is_enabled: bool, n_staging: usize) -> Self {
         Self {
             is_enabled: is_enabled && n_staging > RESERVED_STAGING_BUFFERS,
-            max_per_batch: n_staging.saturating_sub(RESERVED_STAGING_BUFFERS),
+            max_staged: n_staging.saturating_sub(RESERVED_STAGING_BUFFERS),
             prefetches: Vec::new(),
-            abandoned: 0,
+            abandoned: Vec::new(),
             next_key: PREFETCH_KEY_BIT,
             prediction: None,
             due: None,
@@ -158,9 +186,19 @@ impl Prefetcher {
         }
     }
 
+    /// Whether there are prefetches, claimed or not, or some whose buffers are still to come back.
+    pub(super) fn is_used(&self) -> bool {
+        !self.prefetches.is_empty() || !self.abandoned.is_empty()
+    }
+
+    /// Forgets all predictions; what was started of them goes on.
+    pub(super) fn forget_predictions(&mut self) {
+        (self.prediction, self.due) = (None, None);
+    }
+
     /// Whether a prefetch is in flight, so that its buffer is still to come back.
     pub(super) fn is_reading(&self) -> bool {
-        self.abandoned > 0
+        !self.abandoned.is_empty()
             || self
                 .prefetches
                 .iter()
@@ -178,7 +216,7 @@ impl Prefetcher {
 
     /// Scores the prediction of the layer of a beginning step, and drops those that are no longer
     /// due.
-    fn score(&mut self, step: &Step) {
+    pub(super) fn score(&mut self, step: &Step) {
         // A prediction of an earlier layer is left over from a pass that ended early.
         let past = [
             self.due.take(),
@@ -192,15 +230,15 @@ impl Prefetcher {
         else {
             return;
         };
-        let n_scored = if prediction.is_read {
-            prediction.n_started
-        } else {
-            prediction.experts.len()
+        let n_scored = match prediction.priority {
+            Some(_) => prediction.n_started,
+            None => prediction.experts.len(),
         };
-        if prediction.from == Foresight::Exact {
-            return;
-        }
-        let accuracy = self.accuracy(prediction.from == Foresight::Batch);
+        let accuracy = match prediction.from {
+            Foresight::Token => &mut self.token_accuracy,
+            Foresight::Batch => &mut self.batch_accuracy,
+            Foresight::Exact | Foresight::Share => return,
+        };
         for expert in &prediction.experts[..n_scored] {
             accuracy.add(step.experts().contains(expert));
         }
@@ -246,24 +284,49 @@ impl ExpertStore {
             |e: &u32| in_layer.is_pooled(ExpertId::new(*e)) && !in_layer.cache.contains(*e);
         let most = match from {
             Foresight::Token => MAX_PREFETCHES_PER_TOKEN,
-            Foresight::Batch | Foresight::Exact => self.prefetcher.max_per_batch,
+            Foresight::Batch | Foresight::Exact | Foresight::Share => {
+                self.prefetcher.max_staged + in_layer.cache.unused().len()
+            }
         };
         let experts: Vec<u32> = experts.filter(is_missing).take(most).collect();
-        let is_read = match from {
-            Foresight::Exact => true,
-            from => self
-                .prefetcher
-                .accuracy(from == Foresight::Batch)
-                .is_sufficient(),
+        let of_router = |accuracy: &Accuracy, often| match accuracy.is_sufficient() {
+            true if accuracy.is_high() => Some(often),
+            true => Some(Priority::Idle),
+            false => None,
+        };
+        let priority = match from {
+            Foresight::Token => of_router(&self.prefetcher.token_accuracy, Priority::Idle),
+            Foresight::Batch => of_router(&self.prefetcher.batch_accuracy, Priority::Next),
+            Foresight::Exact => Some(Priority::Idle),
+            Foresight::Share => Some(Priority::Next),
         };
         let prediction = Prediction {
             layer,
             experts,
             n_started: 0,
             from,
-            is_read,
+            priority,
         };
         self.prefetcher.due = self.prefetcher.prediction.replace(prediction);
+    }
+
+    /// Starts to read a layer's experts in the order of the file where a batch is expected to use most
+    /// of those that are missing: if each token chose `n_used` of all experts alike, an expert would
+    /// be left out by all of them with the probability `(1 - n_used / n_expert)^n_tokens`. Routers
+    /// favor some experts, and a warm layer has those, so most experts must be missing, too.
+    pub(crate) fn read_most(&mut self, layer: usize, n_used: usize, n_tokens: usize) {
+        let Some(in_layer) = self.layers.get(layer).filter(|_| self.can_prefetch()) else {
+            return;
+        };
+        let n_expert = in_layer.n_expert() as u32;
+        let spared = 1.0 - (n_used as f64 / f64::from(n_expert)).min(1.0);
+        let left_out = spared.powi(i32::try_from(n_tokens).unwrap_or(i32::MAX));
+        let pooled = (0..n_expert).filter(|e| in_layer.is_pooled(ExpertId::new(*e)));
+        let missing = pooled.filter(|e| !in_layer.cache.contains(*e)).count();
+        if left_out <= MAX_LEFT_OUT && 2 * missing >= n_expert as usize {
+            self.predict(layer, 0..n_expert, Foresight::Share);
+            self.start_predicted();
+        }
     }
 
     /// Returns the outcomes of prefetches since the last call.
@@ -274,7 +337,9 @@ impl ExpertStore {
     /// Returns the staging buffers that prefetches and warm-up reads hold.
     #[cfg(test)]
     pub(super) fn buffers_ahead(&self) -> usize {
-        self.prefetcher.prefetches.len() + self.prefetcher.abandoned + self.warmup.buffers()
+        let slots = self.prefetcher.prefetches.iter().map(|p| p.slot);
+        let slots = slots.chain(self.prefetcher.abandoned.iter().map(|a| a.slot));
+        slots.filter(Option::is_none).count() + self.warmup.buffers()
     }
 
     /// Starts prefetches and warm-up reads, once the step has submitted all reads of its own.
@@ -287,140 +352,45 @@ impl ExpertStore {
     }
 
     fn start_prefetches(&mut self, under_way: Option<usize>) {
-        while self.staging.len() > RESERVED_STAGING_BUFFERS
-            && let Some(target) = self.next_target(under_way)
-            && let Some(buffer) = self.take_staging(target.layer)
+        while let Some((target, priority)) = self.next_target(under_way)
+            && let Some((slot, buffer)) = self.take_prefetch_buffer(target.layer)
         {
+            if let Some(prediction) = &mut self.prefetcher.prediction {
+                prediction.n_started += 1;
+            }
             let key = self.prefetcher.next_key;
             self.prefetcher.next_key = PREFETCH_KEY_BIT | key.wrapping_add(1);
-            self.start_read(key, target.layer, target.expert, buffer, Priority::Idle);
+            self.start_read(key, target.layer, target.expert, buffer, priority);
             self.prefetcher.prefetches.push(Prefetch {
                 key,
                 target,
+                slot,
                 state: PrefetchState::Reading,
             });
         }
     }
 
-    /// Takes the next expert to prefetch from the latest prediction, unless that is of the layer
-    /// whose step is under way.
-    fn next_target(&mut self, under_way: Option<usize>) -> Option<LayerExpert> {
-        let prediction = self.prefetcher.prediction.as_mut()?;
-        if !prediction.is_read || Some(prediction.layer) == under_way {
+    /// Returns the next expert to prefetch of the latest prediction, unless that is of the layer whose
+    /// step is under way.
+    fn next_target(&self, under_way: Option<usize>) -> Option<(LayerExpert, Priority)> {
+        let prediction = self.prefetcher.prediction.as_ref()?;
+        if Some(prediction.layer) == under_way {
             return None;
         }
         let expert = ExpertId::new(*prediction.experts.get(prediction.n_started)?);
-        prediction.n_started += 1;
-        Some(LayerExpert {
-            layer: prediction.layer,
-            expert,
-        })
+        let layer = prediction.layer;
+        Some((LayerExpert { layer, expert }, prediction.priority?))
     }
 
-    /// Gives the beginning step what was prefetched for it, and takes back the buffers of the rest.
-    pub(super) fn claim_prefetches(&mut self, step: &mut Step) {
-        self.prefetcher.score(step);
-        if !self.prefetcher.prefetches.is_empty() || self.warmup.is_reading() {
-            self.poll_completions();
+    /// Takes a buffer for the prefetch of an expert of a layer: that of an empty slot, or one of
+    /// staging that demand reads can spare.
+    fn take_prefetch_buffer(&mut self, layer: usize) -> Option<(Option<SlotId>, ArenaSlice)> {
+        if let Some((slot, buffer)) = self.lend_slot(layer) {
+            return Some((Some(slot), buffer));
         }
-        if self.prefetcher.prefetches.is_empty() {
-            return;
-        }
-        let mut claimed = Vec::new();
-        let on_gpu = self.layers[step.layer].slots_on_gpu;
-        for at in (0..step.states.len()).map(StepPos::new) {
-            let (target, deferred) = match *step.state(at) {
-                // A GPU's slot is filled from staging as soon as the bytes are there.
-                ExpertState::NeedsSlot { slot, after: None } if on_gpu => {
-                    (LoadTarget::Slot(slot), None)
-                }
-                ExpertState::NeedsSlot { slot, after } => {
-                    (LoadTarget::Staging, Some(DeferredMove { at, slot, after }))
-                }
-                ExpertState::NeedsStaging => (LoadTarget::Staging, None),
-                _ => continue,
-            };
-            let wanted = LayerExpert {
-                layer: step.layer,
-                expert: step.expert(at),
-            };
-            let Some(i) = self
-                .prefetcher
-                .prefetches
-                .iter()
-                .position(|p| p.target == wanted)
-            else {
-                continue;
-            };
-            self.prefetcher.count.useful += 1;
-            step.deferred.extend(deferred);
-            claimed.extend(self.claim(step, at, target, i));
-        }
-        self.drop_unclaimed(&claimed);
-    }
-
-    /// Gives prefetch `i` to the step's expert at a position. Returns its key if it is still in
-    /// flight.
-    fn claim(&mut self, step: &mut Step, at: StepPos, target: LoadTarget, i: usize) -> Option<u64> {
-        let prefetch = &mut self.prefetcher.prefetches[i];
-        if let PrefetchState::Reading = prefetch.state {
-            prefetch.state = PrefetchState::Claimed(at);
-            step.set_state(at, ExpertState::Loading(target));
-            step.in_flight += 1;
-            return Some(prefetch.key);
-        }
-        if let PrefetchState::Landed(StagedExpert { bytes, time }) =
-            self.prefetcher.prefetches.swap_remove(i).state
-        {
-            self.prefetcher.count.in_time += 1;
-            step.add_read_time(time);
-            let state = match target {
-                LoadTarget::Staging => ExpertState::Staged(bytes),
-                LoadTarget::Slot(slot) => self.fill_from_prefetch(step, at, slot, bytes),
-            };
-            step.set_state(at, state);
-        }
-        None
-    }
-
-    /// Copies a prefetched expert to its slot on a GPU and frees the buffer.
-    fn fill_from_prefetch(
-        &mut self,
-        step: &Step,
-        at: StepPos,
-        slot: SlotId,
-        bytes: ArenaSlice,
-    ) -> ExpertState {
-        self.fill_gpu_slot(step.layer, step.expert(at), slot, Some(&bytes));
-        self.free_staging(bytes);
-        ExpertState::InSlot(slot)
-    }
-
-    /// Drops all predictions and their prefetches.
-    pub(super) fn drop_predictions(&mut self) {
-        (self.prefetcher.prediction, self.prefetcher.due) = (None, None);
-        self.drop_unclaimed(&[]);
-    }
-
-    /// Drops all prefetches that no step has claimed. Reads with the keys `claimed` become demand
-    /// reads.
-    fn drop_unclaimed(&mut self, claimed: &[u64]) {
-        for prefetch in std::mem::take(&mut self.prefetcher.prefetches) {
-            match prefetch.state {
-                PrefetchState::Claimed(_) => self.prefetcher.prefetches.push(prefetch),
-                PrefetchState::Landed(StagedExpert { bytes, .. }) => {
-                    self.prefetcher.count.wasted += 1;
-                    self.free_staging(bytes);
-                }
-                PrefetchState::Reading => {
-                    self.prefetcher.count.wasted += 1;
-                    self.prefetcher.abandoned += 1;
-                }
-            }
-        }
-        if let Some(files) = &self.files {
-            files.resolve_idle(claimed);
-        }
+        let can_spare = self.staging.len() > RESERVED_STAGING_BUFFERS;
+        let buffer = can_spare.then(|| self.take_staging(layer)).flatten()?;
+        Some((None, buffer))
     }
 
     /// Takes a finished read. A step's read is returned; all others are put away.
@@ -447,11 +417,17 @@ impl ExpertStore {
                 time,
             });
         }
+        let abandoned = &mut self.prefetcher.abandoned;
+        if let Some(i) = abandoned.iter().position(|a| a.key == key) {
+            let Abandoned { layer, slot, .. } = abandoned.swap_remove(i);
+            self.free_prefetch_buffer(layer, slot, buffer);
+            return None;
+        }
         let Some(i) = self.prefetcher.prefetches.iter().position(|p| p.key == key) else {
-            self.prefetcher.abandoned = self.prefetcher.abandoned.saturating_sub(1);
             self.free_staging(buffer);
             return None;
         };
+        let Prefetch { target, slot, .. } = self.prefetcher.prefetches[i];
         if let PrefetchState::Claimed(at) = self.prefetcher.prefetches[i].state {
             self.prefetcher.prefetches.swap_remove(i);
             return Some(StepRead {
@@ -461,17 +437,21 @@ impl ExpertStore {
                 time,
             });
         }
-        if result.is_ok() {
-            self.prefetcher.prefetches[i].state = PrefetchState::Landed(StagedExpert {
-                bytes: buffer,
-                time,
-            });
-        } else {
+        if result.is_err() {
             // If a step needs the expert after all, it reads it again, and a failure reaches its
             // caller.
             self.prefetcher.prefetches.swap_remove(i);
-            self.free_staging(buffer);
+            self.free_prefetch_buffer(target.layer, slot, buffer);
+            return None;
         }
+        let staged = match slot {
+            Some(slot) => {
+                self.layers[target.layer].slots[slot.index()] = Some(buffer);
+                None
+            }
+            None => Some(buffer),
+        };
+        self.prefetcher.prefetches[i].state = PrefetchState::Landed(LandedExpert { staged, time });
         None
     }
 }

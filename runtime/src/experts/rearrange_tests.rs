@@ -5,10 +5,10 @@ use super::ids::{ExpertId, LayerExpert};
 use super::layer::{ExpertBacking, Layout};
 use super::rearrange::Rearranged;
 use super::store::ExpertStore;
-use super::tests::{Choice, Setup, TestStep, steps, store, take};
+use super::tests::{Choice, Reads, Setup, TestStep, steps, store, take};
 use crate::tiers::arena::{Arena, ArenaSlice};
 use proptest::prelude::*;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tier_plan_formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 
 /// Tiers with memory for experts; the one between them is the slow one.
@@ -200,7 +200,7 @@ proptest! {
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
         let setup = setup(slots, staging, layout);
-        let mut store = store(&setup, &Arc::new(Mutex::new((0, failing))));
+        let mut store = store(&setup, &Reads::failing(failing));
         let room = add_tier(&mut store, second);
         let all = held_bytes(&store);
         for (wanted, steps) in &plans {
@@ -265,12 +265,12 @@ fn scattered_holes_become_one() {
 fn a_new_pin_is_copied_from_its_slot() {
     let setup = setup(2, 2, Layout::WholePages);
     // No read after the first two succeeds.
-    let reads = Arc::new(Mutex::new((0, Vec::new())));
+    let reads = Reads::failing(Vec::new());
     let mut store = store(&setup, &reads);
     add_tier(&mut store, 2);
     take(&mut store, 0, &[6, 7], false).unwrap();
-    let n_reads = reads.lock().unwrap().0;
-    reads.lock().unwrap().1 = (n_reads + 1..n_reads + 1000).collect();
+    let n_reads = reads.lock().unwrap().count;
+    reads.lock().unwrap().failing = (n_reads + 1..n_reads + 1000).collect();
     let mut plan = placements(&store, &[], [0, 0]);
     for layer in 0..store.layers.len() {
         let experts = if layer == 0 { vec![7] } else { Vec::new() };
@@ -310,11 +310,11 @@ fn a_new_pin_is_copied_from_its_slot() {
 fn a_slot_that_is_given_up_becomes_the_pin_of_its_expert() {
     for layout in [Layout::Packed, Layout::WholePages] {
         let setup = setup(3, 4, layout);
-        let reads = Arc::new(Mutex::new((0, Vec::new())));
+        let reads = Reads::failing(Vec::new());
         let mut store = store(&setup, &reads);
         let held = held_bytes(&store);
         (0..store.layers.len()).for_each(|l| take(&mut store, l, &[5, 6, 7], false).unwrap());
-        let n_reads = reads.lock().unwrap().0;
+        let n_reads = reads.lock().unwrap().count;
         let layer = |layer| LayerPlacement {
             layer,
             pinned: vec![Pins {
@@ -330,7 +330,7 @@ fn a_slot_that_is_given_up_becomes_the_pin_of_its_expert() {
         let ended = finish(&mut store);
         check_arrangement(&store, &plan, ended);
         check_pins(&store);
-        assert_eq!(reads.lock().unwrap().0, n_reads, "nothing is read");
+        assert_eq!(reads.lock().unwrap().count, n_reads, "nothing is read");
         for layer in 0..store.layers.len() {
             let mut step = store.begin(layer, &[5, 6, 7], vec![5, 6, 7]);
             assert_eq!((step.pinned_hits, step.slot_hits, step.misses), (2, 1, 0));

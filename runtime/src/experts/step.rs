@@ -49,8 +49,9 @@ pub(super) struct HeldExpert {
     pub(super) expert: ExpertId,
     pub(super) slot: SlotId,
     pub(super) bytes: ArenaSlice,
-    /// The expert that uses the slot until it has computed.
-    pub(super) after: StepPos,
+    /// The expert that uses the slot until it has computed; `None` where the slot's buffer is with a
+    /// read that nothing needs any more.
+    pub(super) after: Option<StepPos>,
 }
 
 /// A slot that is read, perhaps again, when the step ends: there was no staging buffer to keep the

@@ -33,6 +33,7 @@
 
 use super::cache::Access;
 use super::checksums::{Checksums, TensorSlice};
+use super::copies::ExpertReads;
 use super::gpu::GpuExperts;
 use super::ids::{ExpertId, SlotId, StepPos};
 use super::layer::{ExpertBacking, LayerExperts, Layout};
@@ -216,7 +217,7 @@ impl ExpertStore {
             return;
         }
         while step.next_read < step.states.len()
-            && step.in_flight < MIN_READ_WINDOW.max(self.staging.len())
+            && step.in_flight < MIN_READ_WINDOW.max(self.n_staging)
         {
             let at = StepPos::new(step.next_read);
             let on_gpu = self.layers[step.layer].slots_on_gpu;
@@ -305,13 +306,8 @@ impl ExpertStore {
         let (Some(files), experts) = (&self.files, &self.layers[layer]) else {
             return;
         };
-        let spans = experts.spans(&self.gguf, expert.index(), experts.layout);
-        let finish = experts.finish(
-            &self.gguf,
-            self.checksums.as_deref(),
-            expert.index(),
-            experts.layout,
-        );
+        let ExpertReads { spans, finish } =
+            experts.reads(&self.gguf, files, self.checksums.as_deref(), expert);
         files.submit_finished(key, &spans, finish, buffer, priority);
     }
 
@@ -485,7 +481,7 @@ impl ExpertStore {
         {
             self.release_staged(step, at, buffer);
         }
-        while let Some(i) = step.held.iter().position(|held| held.after == at) {
+        while let Some(i) = step.held.iter().position(|held| held.after == Some(at)) {
             let HeldExpert {
                 expert,
                 slot,
@@ -509,21 +505,21 @@ impl ExpertStore {
         let Some(DeferredMove { slot, after, .. }) = deferred else {
             return self.free_staging(buffer);
         };
-        match after.filter(|after| !step.is_released(*after)) {
-            None => self.move_to_slot(step.layer, expert, slot, buffer),
-            // One buffer stays free, or reads could not go on.
-            Some(after) if self.staging.len() > 1 => {
-                step.held.push(HeldExpert {
-                    expert,
-                    slot,
-                    bytes: buffer,
-                    after,
-                });
-            }
-            Some(_) => {
-                step.refills.push(SlotRefill { at, slot });
-                self.free_staging(buffer);
-            }
+        let after = after.filter(|after| !step.is_released(*after));
+        if after.is_none() && !self.is_away(step.layer, slot) {
+            return self.move_to_slot(step.layer, expert, slot, buffer);
+        }
+        // One buffer stays free, or reads could not go on.
+        if self.staging.len() > 1 {
+            step.held.push(HeldExpert {
+                expert,
+                slot,
+                bytes: buffer,
+                after,
+            });
+        } else {
+            step.refills.push(SlotRefill { at, slot });
+            self.free_staging(buffer);
         }
     }
 
@@ -543,6 +539,19 @@ impl ExpertStore {
     /// # Errors
     /// When a read fails, as in [`wait`](Self::wait).
     pub(crate) fn finish(&mut self, step: &mut Step) -> Result<(), ReadError> {
+        while let Some(HeldExpert {
+            expert,
+            slot,
+            bytes,
+            ..
+        }) = step.held.pop()
+        {
+            if let Err(error) = self.wait_for_slot(step.layer, slot) {
+                self.free_staging(bytes);
+                return Err(error);
+            }
+            self.move_to_slot(step.layer, expert, slot, bytes);
+        }
         while let Some(SlotRefill { at, slot }) = step.refills.pop() {
             let expert = step.expert(at);
             if self.layers[step.layer].slots_on_gpu && self.n_staging == 0 {
@@ -550,6 +559,7 @@ impl ExpertStore {
                 continue;
             }
             let target = LoadTarget::Slot(slot);
+            self.wait_for_slot(step.layer, slot)?;
             let Some(buffer) = self.take_buffer(step.layer, target) else {
                 self.layers[step.layer].cache.forget(expert.get());
                 continue;

@@ -17,6 +17,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::time::Duration;
 use tier_plan_cuda::experts::PinnedExperts;
 use tier_plan_cuda::{Device, shim};
 use tier_plan_formats::gguf::Gguf;
@@ -24,20 +25,47 @@ use tier_plan_formats::model::describe;
 use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
 use tier_plan_formats::placement::{SlotPolicy, TierIdx};
 
+/// What reads do, and those that were made.
+#[derive(Default)]
+pub(super) struct Reads {
+    pub(super) count: u64,
+    /// Numbers of reads that fail, from 1.
+    pub(super) failing: Vec<u64>,
+    /// One read in so many takes a while longer; 0 for none.
+    pub(super) slow_every: u64,
+    /// Offsets and lengths of all reads.
+    pub(super) log: Vec<(u64, usize)>,
+}
+
+impl Reads {
+    pub(super) fn failing(failing: Vec<u64>) -> Arc<Mutex<Self>> {
+        Arc::new(Mutex::new(Self {
+            failing,
+            ..Self::default()
+        }))
+    }
+}
+
 /// The file in memory; reads fail whose numbers are listed.
 struct Faulty {
     bytes: Arc<Vec<u8>>,
-    failing: Arc<Mutex<(u64, Vec<u64>)>>,
+    reads: Arc<Mutex<Reads>>,
     alignment: usize,
 }
 
 impl ReadAt for Faulty {
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        let mut failing = self.failing.lock().unwrap();
-        failing.0 += 1;
-        if failing.1.contains(&failing.0) {
+        let mut reads = self.reads.lock().unwrap();
+        reads.count += 1;
+        reads.log.push((offset, into.len()));
+        if reads.failing.contains(&reads.count) {
             // Not one that is tried again.
             return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let is_slow = reads.slow_every > 0 && reads.count.is_multiple_of(reads.slow_every);
+        drop(reads);
+        if is_slow {
+            std::thread::sleep(Duration::from_micros(300));
         }
         let bytes = &self.bytes[offset as usize..];
         let n = bytes.len().min(into.len());
@@ -105,7 +133,7 @@ fn copy_of(
     (copy, places)
 }
 
-pub(super) fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> ExpertStore {
+pub(super) fn store(setup: &Setup, reads: &Arc<Mutex<Reads>>) -> ExpertStore {
     let (gguf, spec, path) = fixture();
     let moes: Vec<&MoeSpec> = spec.moe_layers().map(|(_, moe)| moe).collect();
     let mut layers: Vec<LayerExperts> = moes
@@ -162,7 +190,7 @@ pub(super) fn store(setup: &Setup, failing: &Arc<Mutex<(u64, Vec<u64>)>>) -> Exp
     };
     let faulty = |bytes| Faulty {
         bytes: Arc::new(bytes),
-        failing: Arc::clone(failing),
+        reads: Arc::clone(reads),
         alignment,
     };
     let named = |path, bytes| NamedReader {
@@ -267,6 +295,32 @@ pub(super) fn take(
     store.finish(&mut step)
 }
 
+/// Fails unless every buffer is where it belongs, or in a read for a later step.
+pub(super) fn check_buffers(store: &ExpertStore, staging: usize) {
+    if staging > 0 {
+        let all = store.staging.len() + store.buffers_ahead();
+        assert_eq!(all, staging, "all staging buffers are known");
+    }
+    for (at, layer) in store.layers.iter().enumerate() {
+        for (slot, buffer) in layer.slots.iter().enumerate() {
+            let slot = SlotId::new(slot as u32);
+            assert_eq!(buffer.is_none(), store.is_lent(at, slot), "slot {slot:?}");
+        }
+    }
+}
+
+/// Ends all reads for later steps. Fails unless all buffers come back.
+pub(super) fn drain(store: &mut ExpertStore, staging: usize) {
+    store.drop_predictions();
+    while store.prefetcher.is_used() || store.buffers_ahead() > 0 {
+        let completion = store.files.as_ref().unwrap().wait().unwrap();
+        assert!(store.take_completion(completion).is_none());
+    }
+    assert_eq!(store.staging.len(), staging, "all buffers came back");
+    let mut slots = store.layers.iter().flat_map(|l| &l.slots);
+    assert!(slots.all(Option::is_some), "all slots came back");
+}
+
 /// A layer and some of its experts.
 #[derive(Clone, Debug)]
 pub(super) struct Choice {
@@ -324,9 +378,9 @@ proptest! {
         failing in proptest::collection::vec(1u64..120, 0..12),
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
-        let failing = Arc::new(Mutex::new((0, failing)));
+        let reads = Reads::failing(failing);
         let setup = Setup { policy, slots, staging, layout, copy, on_gpu, damaged: None };
-        let mut store = store(&setup, &failing);
+        let mut store = store(&setup, &reads);
         let may_warm = store.warm_up(&warm).unwrap();
         prop_assert!(may_warm <= (slots * store.layers.len()) as u64);
         let in_flight = |used: &[u32]| staging > 0 && used.len() > staging;
@@ -348,17 +402,9 @@ proptest! {
                 prop_assert!(error.to_string().contains("gpt-oss.gguf"), "{}", error);
                 failed += 1;
             }
-            if staging > 0 {
-                prop_assert_eq!(store.staging.len() + store.buffers_ahead(), staging, "all buffers are known");
-            }
-            prop_assert!(store.layers.iter().all(|l| l.slots.iter().all(Option::is_some)));
+            check_buffers(&store, staging);
         }
-        store.drop_predictions();
-        while store.buffers_ahead() > 0 {
-            let completion = store.files.as_ref().unwrap().wait().unwrap();
-            prop_assert!(store.take_completion(completion).is_none());
-        }
-        prop_assert_eq!(store.staging.len(), staging, "all buffers came back");
+        drain(&mut store, staging);
         prop_assert!(store.warmed() <= may_warm);
         for layer in &store.layers {
             for (expert, slot) in layer.cache.resident().filter(|_| on_gpu) {
@@ -376,8 +422,8 @@ proptest! {
                 }
             }
         }
-        let (reads, failing) = &*failing.lock().unwrap();
-        let due = failing.iter().any(|number| number <= reads);
+        let reads = reads.lock().unwrap();
+        let due = reads.failing.iter().any(|number| *number <= reads.count);
         // A failed prefetch is not reported.
         let told = if predicted || may_warm > 0 { failed == 0 || due } else { (failed > 0) == due };
         prop_assert!(told, "{} failed", failed);

@@ -38,6 +38,11 @@ pub(super) struct Warmup {
 }
 
 impl Warmup {
+    /// Whether nothing is being read, or waits to be.
+    pub(super) fn is_done(&self) -> bool {
+        self.queue.is_empty() && self.in_flight.is_empty()
+    }
+
     /// Whether a warm-up read is in flight, so that its buffer is still to come back.
     pub(super) fn is_reading(&self) -> bool {
         !self.in_flight.is_empty()
@@ -65,6 +70,7 @@ impl ExpertStore {
         if self.files.is_none() {
             return Ok(0);
         }
+        self.reclaim_slots();
         if self.n_staging == 0 && self.warmup.buffer.is_none() {
             let len = self
                 .layers

@@ -66,6 +66,11 @@ pub(super) fn layers(
                 !pinned.contains(&(expert as u32))
             });
         }
+        let mut first = gguf.n_parts() + usize::from(pack.is_some());
+        for copy in super::storage::copies(slow, options) {
+            layer.add_copy(copy.of_layer(placed.layer, first));
+            first += copy.paths().len();
+        }
         layers.push(layer);
     }
     layers

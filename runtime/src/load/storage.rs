@@ -1,10 +1,11 @@
 //! What holds the bytes of each tier: arenas, the mapped file, files that are read, or a GPU.
 
 use crate::error::LoadError;
+use crate::experts::copies::ExpertFiles;
 use crate::experts::layer::{LayerExperts, Layout};
 use crate::options::LoadOptions;
 use crate::tiers::arena::Arena;
-use crate::tiers::file::{FileTier, ReadMode};
+use crate::tiers::file::{DriveFiles, FileTier, ReadMode};
 use crate::tiers::nodes::Pages;
 use std::path::PathBuf;
 use tier_plan_formats::gguf::Gguf;
@@ -66,6 +67,22 @@ pub(super) fn reserve(
     plan.tiers.enumerate().map(storage).collect()
 }
 
+/// Returns the copies on other drives that reads from the last tier are shared with: none where that is
+/// emulated, since its own rate is declared.
+pub(super) fn copies<'a>(slow: &Tier, options: &'a LoadOptions) -> &'a [ExpertFiles] {
+    if slow.is_drive() {
+        &options.copies
+    } else {
+        &[]
+    }
+}
+
+/// Returns the part of the last tier's rate that copies leave to the model's own drive.
+fn own_share(options: &LoadOptions) -> f64 {
+    let shares: f64 = options.copies.iter().map(ExpertFiles::share).sum();
+    (1.0 - shares).clamp(f64::EPSILON, 1.0)
+}
+
 /// The files of a model.
 pub(super) struct Files {
     /// Absent where nothing is read: all bytes are in place in the mapped file.
@@ -88,7 +105,7 @@ impl Files {
         // An emulated device, and what stands for memory, are read through the page cache.
         let is_device = slow.kind == TierKind::Nvme && !slow.emulated;
         let mode = if is_device {
-            ReadMode::from_env()?
+            ReadMode::from_env_or(plan.reads.io)?
         } else {
             ReadMode::Cached
         };
@@ -103,8 +120,20 @@ impl Files {
             .as_ref()
             .filter(|_| slow.kind == TierKind::Nvme);
         paths.extend(pack.map(|pack| pack.path().to_path_buf()));
+        let mut drives = vec![DriveFiles {
+            paths,
+            mode,
+            read_gbps: slow.read_gbps * own_share(options),
+        }];
+        // The mode was measured on the model's own drive.
+        let mode_of_copies = ReadMode::from_env_or(None)?;
+        drives.extend(copies(slow, options).iter().map(|copy| DriveFiles {
+            paths: copy.paths(),
+            mode: mode_of_copies,
+            read_gbps: slow.read_gbps * copy.share(),
+        }));
         Ok(Self {
-            tier: Some(FileTier::open(&paths, mode)?),
+            tier: Some(FileTier::open_on(&drives)?),
             mode,
         })
     }

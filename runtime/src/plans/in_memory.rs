@@ -5,8 +5,8 @@ use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
-    DensePlacement, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction, SlotPolicy,
-    SolverReport, TierIdx,
+    DensePlacement, HomeReads, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction,
+    SlotPolicy, SolverReport, TierIdx,
 };
 use tier_plan_formats::source_id::SourceId;
 
@@ -58,6 +58,7 @@ pub fn in_memory_with(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -> P
         kv_type,
         staging_tier: TierIdx::FIRST,
         staging_experts: 0,
+        reads: HomeReads::default(),
         tiers: PerTier::from([PlanTier::new(dram, 0)]),
         dense: shape
             .dense

@@ -1,7 +1,8 @@
 //! The slow tier as files: reader threads keep many reads in flight while other threads compute.
 //!
 //! A request reads some [spans](Span) into one buffer. Each span is cut at 1 MiB into
-//! jobs, which the readers take in order of [priority](Priority).
+//! jobs, which the readers take in order of [priority](Priority). Files may be on several drives, each
+//! with readers of its own, so that a slow drive keeps none of another one's readers.
 //!
 //! Direct I/O (`O_DIRECT`) reads whole pages only. They go straight into the buffer where it has
 //! room for them at an aligned address. Otherwise they go through the reader's own page-aligned
@@ -9,6 +10,7 @@
 
 mod check;
 mod clock;
+mod drive;
 mod finish;
 mod stream;
 
@@ -20,21 +22,16 @@ pub use stream::stream;
 use super::arena::{Arena, ArenaSlice};
 use super::source::{ALIGN, ReadAt, Source};
 pub use super::source::{ReadError, ReadMode};
-use clock::DriveClock;
+use drive::{Drive, READER_THREADS, read_loop};
 use std::cell::UnsafeCell;
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tier_plan_formats::gguf::TensorInfo;
-
-/// Reader threads, and so reads in flight at once. Drives reach their rate only at high queue
-/// depths, and a thread that waits for a drive costs little.
-const READER_THREADS: usize = 16;
 
 /// Most bytes that one read asks the system for.
 const MAX_READ_BYTES: usize = 1 << 20;
@@ -101,15 +98,14 @@ impl Span {
 pub enum Priority {
     /// A computation waits for the read.
     Demand,
+    /// A step that is about to begin will need the read. Served once no [demand](Self::Demand) read
+    /// waits, beside those in flight, so that the device never runs empty between two steps.
+    Next,
     /// The read may be useful later. Served only while no [demand](Self::Demand) read is pending.
     Idle,
     /// Served after all [idle](Self::Idle) reads, a few at once. Never canceled.
     Background,
 }
-
-/// [Background](Priority::Background) reads in flight at once: few, so that a demand read that
-/// comes meanwhile finds the device nearly idle.
-const MAX_BACKGROUND_READS: usize = 2;
 
 /// The time that a request took: from its submission to the end of its last job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,56 +184,12 @@ struct Job {
     bounced: bool,
 }
 
-/// Waiting jobs by priority, and what the readers are doing.
-#[derive(Default)]
-struct Queue {
-    demand: VecDeque<Job>,
-    idle: VecDeque<Job>,
-    background: VecDeque<Job>,
-    demand_in_flight: usize,
-    background_in_flight: usize,
-    clock: DriveClock,
-    closed: bool,
-}
-
-impl Queue {
-    /// Takes the next job with its priority. Returns `None` while a demand read is in flight and no
-    /// other demand read waits: idle and background reads must not delay it.
-    fn next(&mut self) -> Option<(Job, Priority)> {
-        if let Some(job) = self.demand.pop_front() {
-            self.demand_in_flight += 1;
-            return Some((job, Priority::Demand));
-        }
-        if self.demand_in_flight > 0 {
-            return None;
-        }
-        if let Some(job) = self.idle.pop_front() {
-            return Some((job, Priority::Idle));
-        }
-        if self.background_in_flight >= MAX_BACKGROUND_READS {
-            return None;
-        }
-        let job = self.background.pop_front()?;
-        self.background_in_flight += 1;
-        Some((job, Priority::Background))
-    }
-
-    /// Counts a finished job out. Returns whether lower-priority jobs may begin now.
-    fn end(&mut self, priority: Priority) -> bool {
-        match priority {
-            Priority::Demand => self.demand_in_flight -= 1,
-            Priority::Idle => {}
-            Priority::Background => self.background_in_flight -= 1,
-        }
-        self.demand_in_flight == 0 && !(self.idle.is_empty() && self.background.is_empty())
-    }
-}
-
 /// What readers and submitters share.
 struct Shared {
-    queue: Mutex<Queue>,
-    ready: Condvar,
+    drives: Vec<Drive>,
     sources: Vec<Source>,
+    /// `[sources]`: the drive that each is on.
+    drive_of: Vec<usize>,
 }
 
 /// Something to read from, and the path that names it in errors.
@@ -245,6 +197,25 @@ struct Shared {
 pub struct NamedReader {
     pub path: PathBuf,
     pub reader: Box<dyn ReadAt>,
+}
+
+/// Readers of files on one drive.
+pub struct DriveReaders {
+    /// The files, in the order of their indices.
+    pub files: Vec<NamedReader>,
+    /// Rate of the drive, in 10⁹ bytes per second. Only its relation to other drives' matters.
+    pub read_gbps: f64,
+}
+
+/// Files on one drive.
+#[derive(Debug, Clone)]
+pub struct DriveFiles {
+    /// Paths of the files, in the order of their indices.
+    pub paths: Vec<PathBuf>,
+    /// How they are read.
+    pub mode: ReadMode,
+    /// As in [`DriveReaders`].
+    pub read_gbps: f64,
 }
 
 /// Open files with the threads that read them.
@@ -261,12 +232,26 @@ impl FileTier {
     /// # Errors
     /// When a file can't be opened, or the system allows no thread.
     pub fn open(paths: &[PathBuf], mode: ReadMode) -> Result<Self, ReadError> {
-        Self::start(
-            paths
-                .iter()
-                .map(|path| Source::open(path, mode))
-                .collect::<Result<_, _>>()?,
-        )
+        Self::open_on(&[DriveFiles {
+            paths: paths.to_vec(),
+            mode,
+            read_gbps: 1.0,
+        }])
+    }
+
+    /// Opens files on several drives, and starts the reader threads of each. The files of the first
+    /// drive have the first indices, and so on.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_on(drives: &[DriveFiles]) -> Result<Self, ReadError> {
+        let mut all = Vec::new();
+        for drive in drives {
+            let open = |path: &PathBuf| Source::open(path, drive.mode);
+            let sources = drive.paths.iter().map(open).collect::<Result<_, _>>()?;
+            all.push((sources, drive.read_gbps));
+        }
+        Self::start(all)
     }
 
     /// Starts reader threads over anything that implements [`ReadAt`].
@@ -274,26 +259,53 @@ impl FileTier {
     /// # Errors
     /// When a reader has no [stamp](ReadAt::stamp).
     pub fn from_readers(readers: Vec<NamedReader>) -> Result<Self, ReadError> {
-        let source = |named: NamedReader| Source::new(&named.path, named.reader);
-        Self::start(readers.into_iter().map(source).collect::<Result<_, _>>()?)
+        Self::from_drives(vec![DriveReaders {
+            files: readers,
+            read_gbps: 1.0,
+        }])
     }
 
-    fn start(sources: Vec<Source>) -> Result<Self, ReadError> {
+    /// Starts reader threads like [`open_on`](Self::open_on), over anything that implements
+    /// [`ReadAt`].
+    ///
+    /// # Errors
+    /// As [`from_readers`](Self::from_readers).
+    pub fn from_drives(drives: Vec<DriveReaders>) -> Result<Self, ReadError> {
+        let source = |named: NamedReader| Source::new(&named.path, named.reader);
+        let mut all = Vec::new();
+        for drive in drives {
+            let sources = drive.files.into_iter().map(source);
+            all.push((sources.collect::<Result<_, _>>()?, drive.read_gbps));
+        }
+        Self::start(all)
+    }
+
+    fn start(all: Vec<(Vec<Source>, f64)>) -> Result<Self, ReadError> {
+        let (mut drives, mut sources, mut drive_of) = (Vec::new(), Vec::new(), Vec::new());
+        for (of_drive, read_gbps) in all {
+            drive_of.extend(std::iter::repeat_n(drives.len(), of_drive.len()));
+            sources.extend(of_drive);
+            drives.push(Drive::new(read_gbps));
+        }
+        let n_drives = drives.len();
         let shared = Arc::new(Shared {
-            queue: Mutex::default(),
-            ready: Condvar::new(),
+            drives,
             sources,
+            drive_of,
         });
         let (sender, completions) = channel();
-        let start = |i| {
+        let start = |drive, i| {
             let (shared, sender) = (Arc::clone(&shared), sender.clone());
             std::thread::Builder::new()
-                .name(format!("read-{i}"))
-                .spawn(move || read_loop(&shared, &sender))
+                .name(format!("read-{drive}.{i}"))
+                .spawn(move || read_loop(&shared, drive, &sender))
         };
-        // Fewer readers are slower; without any, no request would ever complete.
-        let mut readers = vec![start(0).map_err(ReadError::Thread)?];
-        readers.extend((1..READER_THREADS).map_while(|i| start(i).ok()));
+        let mut readers = Vec::new();
+        for drive in 0..n_drives {
+            // Fewer readers are slower; without any, no request would ever complete.
+            readers.push(start(drive, 0).map_err(ReadError::Thread)?);
+            readers.extend((1..READER_THREADS).map_while(|i| start(drive, i).ok()));
+        }
         Ok(Self {
             shared,
             sender,
@@ -302,7 +314,14 @@ impl FileTier {
         })
     }
 
-    /// Returns the most memory, in bytes, that the reader threads take beside the callers' buffers.
+    /// Returns the seconds after which `bytes` of a file that are requested now will have been read, by
+    /// what its drive still has to read and the rate of that drive.
+    pub fn seconds_until_read(&self, part: usize, bytes: u64) -> f64 {
+        self.shared.drives[self.shared.drive_of[part]].seconds_until(bytes)
+    }
+
+    /// Returns the most memory, in bytes, that the reader threads of one drive take beside the callers'
+    /// buffers.
     pub fn working_bytes() -> u64 {
         // Per thread: a bounce buffer, and the part of its stack that it touches.
         READER_THREADS as u64 * (MAX_READ_BYTES + 2 * ALIGN + (16 << 10)) as u64
@@ -316,7 +335,12 @@ impl FileTier {
 
     /// Returns what all reads so far brought, and how long they took.
     pub fn usage(&self) -> DriveUse {
-        lock(&self.shared.queue).clock.usage(Instant::now())
+        let now = Instant::now();
+        let drives = self.shared.drives.iter().map(|drive| drive.usage(now));
+        drives.fold(DriveUse::default(), |mut all, one| {
+            all += one;
+            all
+        })
     }
 
     /// Fails if a file has changed since it was opened.
@@ -379,16 +403,13 @@ impl FileTier {
                 .unwrap_or_else(|_| unreachable!("the receiver is in this value"));
             return;
         }
-        let mut queue = lock(&self.shared.queue);
-        let queue = match priority {
-            Priority::Demand => &mut queue.demand,
-            Priority::Idle => &mut queue.idle,
-            Priority::Background => &mut queue.background,
-        };
-        let n = jobs.len();
-        queue.extend(jobs);
-        for _ in 0..n.min(READER_THREADS) {
-            self.shared.ready.notify_one();
+        // An expert is on one drive, as a rule.
+        let mut jobs = jobs;
+        while let Some(drive) = jobs.first().map(|job| self.shared.drive_of[job.source]) {
+            let of_drive = |job: &Job| self.shared.drive_of[job.source] == drive;
+            let (here, elsewhere) = jobs.into_iter().partition(of_drive);
+            self.shared.drives[drive].submit(here, priority);
+            jobs = elsewhere;
         }
     }
 
@@ -424,23 +445,14 @@ impl FileTier {
         jobs
     }
 
-    /// Promotes the [idle](Priority::Idle) requests with these keys to [demand](Priority::Demand),
-    /// and cancels the jobs of all other idle requests that have not begun.
+    /// Promotes the requests with these keys that wait at the priorities [next](Priority::Next) and
+    /// [idle](Priority::Idle) to [demand](Priority::Demand), and cancels the jobs of all others there
+    /// that have not begun.
     ///
     /// A canceled request still completes, with [`ReadError::Stopped`].
-    pub fn resolve_idle(&self, promoted: &[u64]) {
-        let mut queue = lock(&self.shared.queue);
-        let idle = std::mem::take(&mut queue.idle);
-        let (kept, canceled): (Vec<Job>, Vec<Job>) = idle
-            .into_iter()
-            .partition(|j| promoted.contains(&j.request.key));
-        let n_kept = kept.len();
-        queue.demand.extend(kept);
-        drop(queue);
-        for _ in 0..n_kept.min(READER_THREADS) {
-            self.shared.ready.notify_one();
-        }
-        for job in canceled {
+    pub fn resolve_predicted(&self, promoted: &[u64]) {
+        let drives = self.shared.drives.iter();
+        for job in drives.flat_map(|drive| drive.promote(promoted)) {
             lock(&job.request.error).get_or_insert(ReadError::Stopped);
             if job.request.jobs_left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 self.sender
@@ -492,8 +504,7 @@ impl FileTier {
 
 impl Drop for FileTier {
     fn drop(&mut self) {
-        lock(&self.shared.queue).closed = true;
-        self.shared.ready.notify_all();
+        self.shared.drives.iter().for_each(Drive::close);
         for reader in self.readers.drain(..) {
             let _ = reader.join();
         }
@@ -531,47 +542,6 @@ fn finished(request: &Request) -> Completion {
         buffer,
         result,
         time,
-    }
-}
-
-/// Runs one reader thread until the queue is closed or the receiver is gone.
-fn read_loop(shared: &Shared, completions: &Sender<Completion>) {
-    let mut bounce = None;
-    loop {
-        let mut queue = lock(&shared.queue);
-        let (job, priority) = loop {
-            if queue.closed {
-                return;
-            }
-            match queue.next() {
-                Some(next) => break next,
-                None => queue = shared.ready.wait(queue).unwrap_or_else(|e| e.into_inner()),
-            }
-        };
-        queue.clock.begin(Instant::now());
-        drop(queue);
-        let has_failed = lock(&job.request.error).is_some();
-        let mut bytes = 0;
-        if !has_failed {
-            match run(&shared.sources[job.source], &job, &mut bounce) {
-                Ok(()) => bytes = (job.need - job.skip) as u64,
-                Err(error) => {
-                    lock(&job.request.error).get_or_insert(error);
-                }
-            }
-        }
-        let mut queue = lock(&shared.queue);
-        queue.clock.end(Instant::now(), bytes);
-        if queue.end(priority) {
-            shared.ready.notify_all();
-        }
-        drop(queue);
-        if job.request.jobs_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            finish(&shared.sources, &job.request);
-            if completions.send(finished(&job.request)).is_err() {
-                return;
-            }
-        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use thiserror::Error;
+use tier_plan_formats::machine::DriveIo;
 
 /// Alignment of direct I/O in bytes: offsets, lengths, and buffer addresses are multiples of it. It
 /// is the page size, which every block device accepts.
@@ -107,7 +108,17 @@ impl ReadMode {
     /// # Errors
     /// [`ReadError::Mode`] when the variable names no mode.
     pub fn from_env() -> Result<Self, ReadError> {
+        Self::from_env_or(None)
+    }
+
+    /// Returns the mode for a block device that was measured: that of `TIER_PLAN_IO`, or `measured`, or
+    /// [`Direct`](Self::Direct).
+    ///
+    /// # Errors
+    /// [`ReadError::Mode`] when the variable names no mode.
+    pub fn from_env_or(measured: Option<DriveIo>) -> Result<Self, ReadError> {
         match std::env::var_os("TIER_PLAN_IO") {
+            None if measured == Some(DriveIo::Buffered) => Ok(Self::Buffered),
             None => Ok(Self::Direct),
             Some(mode) if mode == "direct" => Ok(Self::Direct),
             Some(mode) if mode == "buffered" => Ok(Self::Buffered),

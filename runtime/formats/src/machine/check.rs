@@ -17,6 +17,16 @@ impl Machine {
         check_amount("layer_overhead_us", self.layer_overhead_us)?;
         check_amount("token_overhead_us", self.token_overhead_us)?;
         check_tiers(self.tiers.iter())?;
+        let is_drive = |name: &String| {
+            let tier = self.tiers.iter().find(|tier| tier.name == *name);
+            tier.is_some_and(Tier::is_drive)
+        };
+        if let Some(name) = self.extras.io.keys().find(|name| !is_drive(name)) {
+            return Err(format!(
+                "tier '{name}' has the key io, but is not a drive that is read: only tiers of kind \"nvme\" that are \
+                 not emulated have it; leave it out"
+            ));
+        }
         for pair in self.tiers.windows(2) {
             if pair[0].read_gbps < pair[1].read_gbps {
                 return Err(format!(

@@ -1,6 +1,6 @@
 //! The text of versions 1 to 5 of a machine file, as it is read.
 
-use super::{Accelerator, Calibration, Extras, Link, Machine, Tier, TierKind};
+use super::{Accelerator, Calibration, DriveIo, Extras, Link, Machine, Tier, TierKind};
 use crate::kind::toml_words;
 use crate::source_id::SourceId;
 use crate::units::parse_bytes;
@@ -38,6 +38,13 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
         )?;
         tier.accelerator().check_version((wire.version, 4))?;
     }
+    if wire.version < 5 && wire.tier.iter().any(|t| t.io.is_some()) {
+        return Err("io is a key of version 5; write `version = 5`, or leave it out".into());
+    }
+    let io = wire
+        .tier
+        .iter()
+        .filter_map(|t| Some((t.name.clone(), DriveIo::from(t.io?))));
     let links = wire
         .tier
         .iter()
@@ -65,6 +72,7 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
             price_usd: wire.price_usd,
             watts: wire.watts,
             watts_source: wire.watts_source,
+            io: io.collect(),
             usd_per_gb: prices.collect(),
             prompt_gflops: products.collect(),
             spread: spread.collect(),
@@ -200,6 +208,7 @@ struct WireTier {
     link_gbps: Option<f64>,
     layer_us: Option<f64>,
     resident_layer_us: Option<f64>,
+    io: Option<WireIo>,
     link: Option<WireLink>,
     source: String,
 }
@@ -253,6 +262,23 @@ impl From<WireKind> for TierKind {
             WireKind::Pmem => TierKind::Pmem,
             WireKind::Cxl => TierKind::Cxl,
             WireKind::Nvme => TierKind::Nvme,
+        }
+    }
+}
+
+/// [`DriveIo`] as files spell it.
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum WireIo {
+    Direct,
+    Buffered,
+}
+
+impl From<WireIo> for DriveIo {
+    fn from(io: WireIo) -> DriveIo {
+        match io {
+            WireIo::Direct => DriveIo::Direct,
+            WireIo::Buffered => DriveIo::Buffered,
         }
     }
 }

@@ -64,7 +64,7 @@ impl Machine {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
         match () {
-            () if !extras.spread.is_empty() => 5,
+            () if !extras.io.is_empty() || !extras.spread.is_empty() => 5,
             () if self
                 .tiers
                 .iter()
@@ -95,6 +95,9 @@ fn encode_tier(tier: &Tier, extras: &Extras, out: &mut String) {
     }
     for (key, value) in tier.accelerator.keys() {
         out.push_str(&format!("{key} = {}\n", float(value)));
+    }
+    if let Some(io) = extras.io.get(&tier.name) {
+        out.push_str(&format!("io = {}\n", quote(io.as_str())));
     }
     if let Some(price) = extras.usd_per_gb.get(&tier.name) {
         out.push_str(&format!("usd_per_gb = {}\n", float(*price)));

@@ -2,7 +2,7 @@ mod any;
 mod model;
 
 use super::*;
-use crate::machine::{Accelerator, TierKind};
+use crate::machine::{Accelerator, DriveIo, TierKind};
 
 const V1: &str = include_str!("../../../../tests/data/formats/placement.v1.toml");
 const V2: &str = include_str!("../../../../tests/data/formats/placement.v2.toml");
@@ -13,6 +13,7 @@ const V5: &str = include_str!("../../../../tests/data/formats/placement.v5.toml"
 const V6: &str = include_str!("../../../../tests/data/formats/placement.v6.toml");
 const V7: &str = include_str!("../../../../tests/data/formats/placement.v7.toml");
 const V8: &str = include_str!("../../../../tests/data/formats/placement.v8.toml");
+const V9: &str = include_str!("../../../../tests/data/formats/placement.v9.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())
@@ -85,6 +86,7 @@ fn versions_mean_what_they_meant() {
         kv_type: KvType::F16,
         staging_tier: dram,
         staging_experts: 4,
+        reads: HomeReads::default(),
         tiers: PerTier::from([
             lines(
                 tier("vram", TierKind::Vram, 3 << 20, 8.0, 5.0),
@@ -278,6 +280,62 @@ fn version_8_has_token_tables() {
     assert!(
         text.contains("dense.token_table is a key of version 8"),
         "{text}"
+    );
+}
+
+#[test]
+fn version_9_says_how_the_drive_is_read() {
+    let plan = load(V9).unwrap();
+    let copy = |file: &str, share| ExpertCopy {
+        file: file.into(),
+        share,
+    };
+    let copies = vec![
+        copy("/mnt/b/demo.experts", 0.25),
+        copy("/mnt/c/demo.gguf", 0.5),
+    ];
+    let io = Some(DriveIo::Buffered);
+    assert_eq!(plan.reads, HomeReads { io, copies });
+    assert_eq!(plan.reads.own_share(), 0.25);
+    assert_eq!(plan.encode(), V9, "a plan with a key of version 9 says so");
+    let mut without = plan.clone();
+    without.reads = HomeReads::default();
+    let emulated = "latency_us = 40.0\nemulated = true";
+    let real = "latency_us = 40.0\nemulated = false";
+    assert_eq!(without.encode(), V8.replacen(emulated, real, 1));
+    for (from, to, why) in [
+        (
+            "version = 9",
+            "version = 8",
+            "io and copies are keys of version 9",
+        ),
+        ("\"buffered\"", "\"mapped\"", "unknown variant `mapped`"),
+        (
+            "share = 0.5",
+            "share = 0.75",
+            "the share of the copy \"/mnt/b/demo.experts\" is 0.25",
+        ),
+        (
+            "share = 0.5",
+            "share = 0.0",
+            "the share of the copy \"/mnt/c/demo.gguf\" is 0, expected above 0",
+        ),
+        ("share = 0.5", "share = nan", "is NaN, expected above 0"),
+        ("share = 0.5", "speed = 0.5", "unknown field `speed`"),
+        ("/mnt/c/demo.gguf", "", "the file of a copy is empty"),
+        (real, emulated, "the last tier is not a drive that is read"),
+    ] {
+        assert!(V9.contains(from), "{from}");
+        let error = load(&V9.replacen(from, to, 1)).unwrap_err().to_string();
+        assert!(error.contains(why), "{why}: {error}");
+    }
+    let many = "copies = [".to_string() + &"{ file = \"x\", share = 0.01 }, ".repeat(8) + "{";
+    let error = load(&V9.replacen("copies = [{", &many, 1)).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("names 10 copies, but 7 are the most"),
+        "{error}"
     );
 }
 

@@ -1,12 +1,12 @@
-//! The text of versions 1 to 7 of a plan, read through wire structs for safety; [`super::write`]
+//! The text of versions 1 to 9 of a plan, read through wire structs for safety; [`super::write`]
 //! writes it.
 
 use super::{
-    DensePlacement, Goal, LayerPlacement, PerTier, Pins, Placement, PlanTier, Prediction,
-    SlotPolicy, SolverReport, TierBytes, TierIdx,
+    DensePlacement, ExpertCopy, Goal, HomeReads, LayerPlacement, PerTier, Pins, Placement,
+    PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes, TierIdx,
 };
 use crate::kind::toml_words;
-use crate::machine::{Accelerator, Tier, WireKind, check_unit};
+use crate::machine::{Accelerator, Tier, WireIo, WireKind, check_unit};
 use crate::model::kv::KvType;
 use crate::model::shape::DenseKind;
 use crate::ranges::{self, Allowance, MAX_EXPERT, MAX_LAYER};
@@ -60,6 +60,11 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             "dense.token_table is a key of version 8; write `version = 8`, or leave it out".into(),
         );
     }
+    if (wire.io.is_some() || !wire.copies.is_empty()) && wire.version < 9 {
+        return Err(
+            "io and copies are keys of version 9; write `version = 9`, or leave them out".into(),
+        );
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
@@ -84,6 +89,10 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         kv_type,
         staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
         staging_experts: wire.staging.experts,
+        reads: HomeReads {
+            io: wire.io.map(Into::into),
+            copies: wire.copies.into_iter().map(ExpertCopy::from).collect(),
+        },
         dense,
         layers,
         solver,
@@ -316,6 +325,9 @@ struct Wire {
     kv_tier: String,
     kv_type: Option<String>,
     staging: WireStaging,
+    io: Option<WireIo>,
+    #[serde(default)]
+    copies: Vec<WireCopy>,
     layer_overhead_us: f64,
     token_overhead_us: f64,
     made_from: WireMadeFrom,
@@ -333,6 +345,22 @@ struct Wire {
 struct WireStaging {
     tier: String,
     experts: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireCopy {
+    file: String,
+    share: f64,
+}
+
+impl From<WireCopy> for ExpertCopy {
+    fn from(wire: WireCopy) -> ExpertCopy {
+        ExpertCopy {
+            file: wire.file,
+            share: wire.share,
+        }
+    }
 }
 
 #[derive(Deserialize)]

@@ -2,7 +2,8 @@
 
 use super::wire::BY_LAYER;
 use super::{
-    LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy, TierIdx,
+    HomeReads, LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy,
+    TierIdx,
 };
 use crate::machine::Accelerator;
 use crate::model::shape::DenseKind;
@@ -38,6 +39,17 @@ pub(super) fn encode(plan: &Placement) -> String {
         "staging",
         format!("{{ tier = {staging}, experts = {} }}", plan.staging_experts),
     );
+    if let Some(io) = plan.reads.io {
+        out.field("io", quote(io.as_str()));
+    }
+    if !plan.reads.copies.is_empty() {
+        let copies = plan.reads.copies.iter().map(|copy| {
+            let (file, share) = (quote(&copy.file), float(copy.share));
+            format!("{{ file = {file}, share = {share} }}")
+        });
+        let copies: Vec<String> = copies.collect();
+        out.field("copies", format!("[{}]", copies.join(", ")));
+    }
     out.field("layer_overhead_us", float(plan.layer_overhead_us));
     out.field("token_overhead_us", float(plan.token_overhead_us));
 
@@ -249,6 +261,7 @@ fn version(plan: &Placement) -> u64 {
         }])
         .chain(plan.window_chunk.map(|_| 7))
         .chain(has_table.then_some(8))
+        .chain((plan.reads != HomeReads::default()).then_some(9))
         .fold(2, u64::max)
 }
 

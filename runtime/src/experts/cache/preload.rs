@@ -8,6 +8,11 @@ impl SlotCache {
         self.table.unused.len() as u32
     }
 
+    /// Returns the empty slots, the one that will be filled last first.
+    pub fn unused(&self) -> &[u32] {
+        &self.table.unused
+    }
+
     /// Gives an expert an empty slot, as if it had been used before all others, so that it is the
     /// first to leave. Of several preloaded experts the one preloaded first stays longest.
     ///

@@ -146,6 +146,11 @@ impl Rearranger {
         self.free(tier, memory);
     }
 
+    /// Whether a rearrangement is under way.
+    pub(super) fn is_active(&self) -> bool {
+        self.is_active
+    }
+
     /// Whether no new pin is being read or waits for that.
     fn is_idle(&self) -> bool {
         self.ready.is_empty() && self.reading.is_empty() && self.landed.is_empty()
@@ -162,7 +167,7 @@ impl ExpertStore {
     /// What they take together on a tier must not be more than pins and slots take there now. May be
     /// called only between steps, and while no rearrangement is under way.
     pub(crate) fn rearrange(&mut self, layers: &[LayerPlacement]) {
-        self.drop_predictions();
+        self.reclaim_slots();
         let to: VecDeque<_> = layers.iter().cloned().enumerate().collect();
         let to_be_pinned = |(layer, wanted): &(usize, LayerPlacement)| {
             let in_layer = self.layers.get(*layer)?;

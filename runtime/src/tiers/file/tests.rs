@@ -4,6 +4,7 @@ use super::*;
 use proptest::prelude::*;
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::Condvar;
 use std::sync::atomic::{AtomicU8, AtomicU64};
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
@@ -403,7 +404,7 @@ fn what_is_given_up_leaves_the_background_alone() {
     tier.submit(3, &[span(0, 500, 0)], piece(500), Priority::Idle);
     tier.submit(4, &[span(500, 500, 0)], piece(500), Priority::Idle);
     tier.submit(5, &[span(1000, 500, 0)], piece(500), Priority::Background);
-    tier.resolve_idle(&[4]);
+    tier.resolve_predicted(&[4]);
     let given_up = tier.wait().unwrap();
     assert!(matches!(
         (given_up.key, &given_up.result),

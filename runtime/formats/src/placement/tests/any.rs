@@ -130,6 +130,13 @@ fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
     )
 }
 
+fn any_reads() -> impl Strategy<Value = HomeReads> {
+    let io = prop_oneof![Just(DriveIo::Direct), Just(DriveIo::Buffered)];
+    let copy = ("[ -~]{1,20}", 0.001f64..0.14).prop_map(|(file, share)| ExpertCopy { file, share });
+    (proptest::option::of(io), vec(copy, 0..=MAX_COPIES))
+        .prop_map(|(io, copies)| HomeReads { io, copies })
+}
+
 fn any_solver() -> impl Strategy<Value = SolverReport> {
     let option = || proptest::option::of(any_amount());
     let goal = (
@@ -205,6 +212,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
             body,
             any_amount(),
             any_amount(),
+            any_reads(),
         )
             .prop_map(
                 |(
@@ -215,6 +223,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                     body,
                     a,
                     b,
+                    reads,
                 )| {
                     let memory = memory(&tiers);
                     let last = tiers.len() - 1;
@@ -236,6 +245,12 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                         }
                     };
                     let (dense, layers, solver, predicted) = body;
+                    let is_drive = tiers[last].is_drive();
+                    let reads = if is_drive {
+                        reads
+                    } else {
+                        HomeReads::default()
+                    };
                     let mut plan = Placement {
                         name,
                         model,
@@ -251,6 +266,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                         kv_type,
                         staging_tier: memory[staging.index(memory.len())],
                         staging_experts,
+                        reads,
                         tiers: tiers.into_iter().zip(lines).enumerate().map(line).collect(),
                         dense,
                         layers,
