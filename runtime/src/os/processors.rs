@@ -7,12 +7,12 @@
 //!
 //! # The share of the processors
 //! A loop of all threads ends with the last of them, and stages of a token are shorter than the
-//! milliseconds for which the system takes a thread off its processor. So nothing gets done while
-//! any one compute thread waits: of `n` threads that get shares `s_i` of the time that they ask
-//! for, tokens get `Π s_i`. This is how small disturbances of single processors add up in programs
-//! with barriers (Petrini, Kerbyson, Pakin: *The Case of the Missing Supercomputer Performance*,
-//! SC 2003). A hypervisor takes each processor alike, so its part `σ` of the busy time counts once
-//! per thread: `Π s_i · (1 − σ)`.
+//! milliseconds for which the system takes a thread off its processor. So hardly anything gets done
+//! while a compute thread waits, and tokens get the share of the thread that waits most: `min s_i ·
+//! (1 − σ)`, where a thread has the share `s_i` of the time that it asks for, and a hypervisor takes
+//! `σ` of the busy time. The shares are not multiplied with each other: a thread that has to wait for
+//! another one gives its processor away meanwhile, so that most of its own waiting falls into the
+//! same time.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -240,8 +240,8 @@ fn differences(before: &Reading, after: &Reading) -> Vec<ThreadTime> {
     after.threads.iter().map(since).collect()
 }
 
-/// Returns the share of the time that tokens get: `Π ran / (ran + waited) · (1 − stolen)` over the
-/// `n_threads` threads that ran or waited most.
+/// Returns the share of the time that tokens get: the least `ran / (ran + waited)` of the `n_threads`
+/// threads that ran or waited most, times `1 − stolen`.
 fn share(threads: &[ThreadTime], n_threads: usize, stolen: f64, seconds: f64) -> Option<f64> {
     let active = |t: &ThreadTime| t.ran_ns as f64 + t.waited_ns as f64;
     let mut threads: Vec<&ThreadTime> = threads
@@ -250,8 +250,10 @@ fn share(threads: &[ThreadTime], n_threads: usize, stolen: f64, seconds: f64) ->
         .collect();
     threads.sort_by(|a, b| active(b).total_cmp(&active(a)));
     let shares = threads.iter().take(n_threads);
-    let shares = shares.map(|t| t.ran_ns as f64 / active(t) * (1.0 - stolen).max(0.0));
-    (!threads.is_empty()).then(|| shares.product::<f64>().max(f64::MIN_POSITIVE))
+    let least = shares
+        .map(|t| t.ran_ns as f64 / active(t))
+        .fold(1.0, f64::min);
+    (!threads.is_empty()).then(|| (least * (1.0 - stolen)).max(f64::MIN_POSITIVE))
 }
 
 #[cfg(test)]

@@ -49,12 +49,22 @@ fn a_busy_thread_beside_one_of_two_takes_half() {
 }
 
 #[test]
-fn stolen_time_counts_once_per_thread() {
+fn stolen_time_counts_once() {
     let before = reading(&[(1, 0, 0), (2, 0, 0)], [0, 0, 0]);
     let after = reading(&[(1, 9_000, 0), (2, 9_000, 0)], [1800, 0, 200]);
     let usage = Usage::of(&before, &after, 2, 10.0);
     near(usage.stolen, 0.1);
-    near(usage.share, 0.81);
+    near(usage.share, 0.9);
+}
+
+#[test]
+fn the_thread_that_waits_most_holds_up_the_others() {
+    let before = reading(&[(1, 0, 0), (2, 0, 0), (3, 0, 0)], [0, 0, 0]);
+    let after = reading(
+        &[(1, 7_000, 3_000), (2, 4_000, 6_000), (3, 9_000, 0)],
+        [2000, 0, 0],
+    );
+    near(Usage::of(&before, &after, 3, 10.0).share, 0.4);
 }
 
 #[test]
