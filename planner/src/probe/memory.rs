@@ -119,8 +119,9 @@ impl Memory {
             .take(stages * times)
         {
             let experts = stage.chunks_exact(expert_bytes(ty));
-            let matrices: Vec<[Weights<'_>; 3]> =
-                experts.filter_map(|expert| matrices(self.kernels, ty, expert)).collect();
+            let matrices: Vec<[Weights<'_>; 3]> = experts
+                .filter_map(|expert| matrices(self.kernels, ty, expert))
+                .collect();
             let x = self.x.view();
             let mut jobs = Vec::with_capacity(2 * EXPERTS);
             let rows = self

@@ -157,7 +157,8 @@ impl<'a> Weights<'a> {
     /// interleaved rows, not whole bands.
     #[inline]
     pub fn rows(&self, rows: Range<usize>) -> Option<Weights<'a>> {
-        let is_cut = |at: usize| self.order == RowOrder::Interleaved && at % BAND_ROWS != 0;
+        let is_cut =
+            |at: usize| self.order == RowOrder::Interleaved && !at.is_multiple_of(BAND_ROWS);
         if rows.start > rows.end || rows.end > self.n_rows || is_cut(rows.start) || is_cut(rows.end)
         {
             return None;
