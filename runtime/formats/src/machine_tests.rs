@@ -427,7 +427,12 @@ fn any_machine() -> impl Strategy<Value = Machine> {
             }
         },
     );
-    let of_3 = (proptest::option::of(link), proptest::option::of(any_text()));
+    let io = prop_oneof![Just(DriveIo::Direct), Just(DriveIo::Buffered)];
+    let of_3 = (
+        proptest::option::of(link),
+        proptest::option::of(any_text()),
+        proptest::option::of(io),
+    );
     let extras = (
         0.01f64..=1.0,
         proptest::option::of(0.1f64..100.0),
@@ -453,7 +458,7 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 watts,
                 each,
                 (gflops, calibration),
-                (link, watts_source),
+                (link, watts_source, io),
             ) = extras;
             tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
             let id = SourceId {
@@ -472,11 +477,8 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 .map(|link| (tiers[0].name.clone(), link))
                 .into_iter()
                 .collect();
-            let drives = tiers.iter().filter(|t| t.kind == TierKind::Nvme);
-            let io = drives
-                .filter(|t| !t.emulated)
-                .map(|t| (t.name.clone(), DriveIo::Buffered))
-                .collect();
+            let drive = tiers.iter().find(|tier| tier.is_drive());
+            let io = io.zip(drive).map(|(io, tier)| (tier.name.clone(), io));
             let extras = Extras {
                 efficiency,
                 load_gbps,
@@ -484,6 +486,7 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 price_usd,
                 watts,
                 watts_source,
+                io: io.into_iter().collect(),
                 usd_per_gb,
                 spread: links
                     .iter()

@@ -389,6 +389,64 @@ fn a_device_that_stalls_delays_nothing_else_and_is_outlived() {
 }
 
 #[test]
+fn reads_for_the_next_step_go_on_beside_demand_reads() {
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let source = Stalling {
+        bytes: content(50_000),
+        from: 40_000,
+        gate: Arc::clone(&gate),
+    };
+    let tier = FileTier::from_readers(vec![named(source)]).unwrap();
+    tier.submit(1, &[span(45_000, 500, 0)], piece(500), Priority::Demand);
+    // The first is under way before the others are asked for, whoever of the readers has it.
+    tier.submit(2, &[span(0, 500, 0)], piece(500), Priority::Demand);
+    assert_eq!(tier.wait().unwrap().key, 2);
+    assert_eq!(tier.seconds_until_read(0, 500), 1000.0 / 1e9, "one is left");
+    tier.submit(3, &[span(0, 500, 0)], piece(500), Priority::Idle);
+    tier.submit(4, &[span(500, 500, 0)], piece(500), Priority::Next);
+    assert_eq!(tier.wait().unwrap().key, 4, "beside the stalled one");
+    assert!(tier.poll().is_none(), "idle reads must wait");
+    tier.resolve_predicted(&[3]);
+    assert_eq!(tier.wait().unwrap().key, 3, "wanted now");
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    assert_eq!(tier.wait().unwrap().key, 1);
+    assert_eq!(tier.seconds_until_read(0, 0), 0.0, "nothing is left");
+}
+
+#[test]
+fn a_slow_drive_keeps_no_reader_of_another() {
+    let gate = Arc::new((Mutex::new(false), Condvar::new()));
+    let source = |from| Stalling {
+        bytes: content(50_000),
+        from,
+        gate: Arc::clone(&gate),
+    };
+    let drive = |from| DriveReaders {
+        files: vec![named(source(from))],
+        read_gbps: 1.0,
+    };
+    let tier = FileTier::from_drives(vec![drive(0), drive(50_000)]).unwrap();
+    let on = |part, key: u64| {
+        let mut span = span(key * 100, 100, 0);
+        span.extent.part = part;
+        tier.submit(key, &[span], piece(100), Priority::Demand);
+    };
+    // More than one drive has readers for.
+    (0..2 * READER_THREADS as u64).for_each(|key| on(0, key));
+    (100..110).for_each(|key| on(1, key));
+    let mut keys: Vec<u64> = (0..10).map(|_| tier.wait().unwrap().key).collect();
+    keys.sort_unstable();
+    assert_eq!(keys, (100..110).collect::<Vec<_>>());
+    assert!(tier.seconds_until_read(0, 1) > tier.seconds_until_read(1, 1));
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+    for _ in 0..2 * READER_THREADS {
+        tier.wait().unwrap().result.unwrap();
+    }
+}
+
+#[test]
 fn what_is_given_up_leaves_the_background_alone() {
     let gate = Arc::new((Mutex::new(false), Condvar::new()));
     let source = Stalling {
