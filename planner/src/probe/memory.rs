@@ -5,7 +5,7 @@ use super::measured::{Measured, Repeats};
 use anyhow::{Context, Result};
 use std::time::{Duration, Instant};
 use tier_plan_runtime::kernels::pooled::{MatJob, matmul_all};
-use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
+use tier_plan_runtime::kernels::{Activations, Kernels, RowOrder, Weights, needs_quants};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::arena::{Arena, ArenaSlice};
@@ -120,7 +120,7 @@ impl Memory {
         {
             let experts = stage.chunks_exact(expert_bytes(ty));
             let matrices: Vec<[Weights<'_>; 3]> =
-                experts.filter_map(|expert| matrices(ty, expert)).collect();
+                experts.filter_map(|expert| matrices(self.kernels, ty, expert)).collect();
             let x = self.x.view();
             let mut jobs = Vec::with_capacity(2 * EXPERTS);
             let rows = self
@@ -170,7 +170,7 @@ impl Memory {
             let mut done = 0;
             let experts = memory
                 .chunks_exact(expert_bytes(ty).max(1))
-                .filter_map(|expert| matrices(ty, expert));
+                .filter_map(|expert| matrices(self.kernels, ty, expert));
             for [w_gate, w_up, w_down] in experts.take(most) {
                 let jobs = [
                     MatJob::new(w_gate, x.view(), &mut gate),
@@ -223,14 +223,19 @@ fn expert_bytes(ty: TensorType) -> usize {
         .map_or(0, |bytes| bytes as usize)
 }
 
-/// Splits an expert into gate, up, and down.
-fn matrices(ty: TensorType, expert: &[u8]) -> Option<[Weights<'_>; 3]> {
+/// Splits an expert into gate, up, and down, with their rows in the order that an engine keeps. Any
+/// bytes are valid in either order.
+fn matrices(kernels: Kernels, ty: TensorType, expert: &[u8]) -> Option<[Weights<'_>; 3]> {
     let (gate, rest) = expert.split_at_checked(expert.len() / 3)?;
     let (up, down) = rest.split_at_checked(rest.len() / 2)?;
+    let order = match kernels.prefers_bands(ty) {
+        true => RowOrder::Interleaved,
+        false => RowOrder::Sequential,
+    };
     Some([
-        Weights::new(ty, gate, WIDTH, HIDDEN)?,
-        Weights::new(ty, up, WIDTH, HIDDEN)?,
-        Weights::new(ty, down, HIDDEN, WIDTH)?,
+        Weights::new(ty, gate, WIDTH, HIDDEN)?.in_order(order)?,
+        Weights::new(ty, up, WIDTH, HIDDEN)?.in_order(order)?,
+        Weights::new(ty, down, HIDDEN, WIDTH)?.in_order(order)?,
     ])
 }
 

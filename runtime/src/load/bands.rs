@@ -59,3 +59,66 @@ pub(super) fn expert(kernels: Kernels, gguf: &Gguf, moe: &MoeSpec, of: &ExpertLi
     let fits = Weights::has_bands(ty, of.n_out) && Weights::has_bands(ty, moe.expert_ffn);
     fits && kernels.prefers_bands(ty)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Engine, LogitsMode};
+    use crate::plans::in_memory::all_in_memory;
+    use std::sync::Arc;
+    use tier_plan_formats::model::kv::KvType;
+    use tier_plan_formats::model::shape::shape_of;
+    use tier_plan_kernels::RowOrder;
+    use tier_plan_testing::{data, demo_model, models};
+
+    /// Returns the logits of a prompt and of two tokens after it, as bits.
+    fn logits(gguf: Gguf) -> Vec<u32> {
+        let spec = describe(&gguf).unwrap();
+        let (shape, n_vocab) = (shape_of(&gguf, &spec), spec.n_vocab as u32);
+        let plan = all_in_memory(&shape, 64, KvType::F16);
+        let options = LoadOptions {
+            threads: Some(2),
+            ..LoadOptions::default()
+        };
+        let mut engine = Engine::load(Arc::new(gguf), &plan, &options, &mut |_, _| {}).unwrap();
+        let tokens: Vec<u32> = (0..29).map(|i| (i * 37 + 5) % n_vocab).collect();
+        let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
+        for token in [3, 8] {
+            all.extend_from_slice(engine.forward(&[token], LogitsMode::Last).unwrap());
+        }
+        all.into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn a_copied_model_has_the_same_bits_as_a_mapped_one() {
+        let fixtures = ["arch", "arch2"].into_iter().flat_map(|folder| {
+            let named = move |name| data(&format!("{folder}/{name}.gguf"));
+            models(folder).into_iter().map(named)
+        });
+        let mut interleaved = 0;
+        for path in fixtures.chain([demo_model()]) {
+            let mut copied = Gguf::open(&path).unwrap();
+            copy_to_memory(&mut copied, &LoadOptions::default(), &mut |_, _| {}).unwrap();
+            let orders = 0..copied.tensors().len();
+            interleaved += orders
+                .filter(|id| copied.row_order(*id) == RowOrder::Interleaved)
+                .count();
+            let mapped = Gguf::open(&path).unwrap();
+            assert!(logits(copied) == logits(mapped), "{}", path.display());
+        }
+        let kernels = Kernels::from_env().unwrap();
+        let prefers = kernels.prefers_bands(tier_plan_kernels::quant::TensorType::Q4_K);
+        assert_eq!(interleaved > 0, prefers);
+    }
+
+    #[test]
+    fn rows_that_are_read_or_cut_stay_in_order() {
+        let gguf = Gguf::open(&demo_model()).unwrap();
+        let spec = describe(&gguf).unwrap();
+        let all = spec.matrices_in_bands(BAND_ROWS);
+        assert!(all.contains(&spec.output) && !all.is_empty());
+        assert!(all.is_subset(&spec.matrices()));
+        // A part that begins or ends within a band keeps the whole matrix out.
+        assert!(spec.matrices_in_bands(7).len() < all.len());
+    }
+}
