@@ -32,7 +32,7 @@ const MIN_DRIVE_BURSTS: u64 = 8;
 
 /// Shortest time that tells who had the processors, in seconds: the system counts in ticks of up to
 /// a hundredth.
-const MIN_WINDOW_S: f64 = 0.1;
+const MIN_WINDOW_S: f64 = 0.2;
 
 /// Share of the processors from which on a machine counts as quiet.
 const QUIET_SHARE: f64 = 0.95;

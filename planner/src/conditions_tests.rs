@@ -62,7 +62,7 @@ fn a_quiet_run_is_told_as_before() {
 #[test]
 fn a_moment_tells_nothing() {
     let mut short = given(Some(0.3), Some(5.0));
-    short.usage.seconds = 0.05;
+    short.usage.seconds = 0.15;
     assert_eq!(conditions(&short, false), None);
     assert!(!short.is_busy());
 }

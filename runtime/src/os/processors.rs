@@ -6,13 +6,11 @@
 //! moment, and [`Usage::between`] what two of them say about the time between.
 //!
 //! # The share of the processors
-//! A loop of all threads ends with the last of them, and stages of a token are shorter than the
-//! milliseconds for which the system takes a thread off its processor. So hardly anything gets done
-//! while a compute thread waits, and tokens get the share of the thread that waits most: `min s_i ·
-//! (1 − σ)`, where a thread has the share `s_i` of the time that it asks for, and a hypervisor takes
-//! `σ` of the busy time. The shares are not multiplied with each other: a thread that has to wait for
-//! another one gives its processor away meanwhile, so that most of its own waiting falls into the
-//! same time.
+//! One thread, the caller, begins every loop and waits for its end, so nothing gets done while it is
+//! kept off its processor. A worker that is kept off only lacks in a loop: the others do its part
+//! (see the pool of `tier-plan-kernels`). So tokens get `s_0 · (1 + Σ s_i) / n · (1 − σ)` of what `n`
+//! threads could do, where a thread has the share `s_i` of the time that it asks for, `s_0` is that
+//! of the caller, and a hypervisor takes `σ` of the busy time.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -53,6 +51,8 @@ pub struct MachineTicks {
 #[derive(Debug, Clone, Default)]
 pub struct Reading {
     at: Option<Instant>,
+    /// Number of the thread that reads, which is the one that begins loops.
+    caller: Option<u32>,
     /// By thread number.
     threads: BTreeMap<u32, ThreadTime>,
     machine: Option<MachineTicks>,
@@ -89,8 +89,11 @@ impl Reading {
                 preempted = Some(preempted.unwrap_or(0u64).saturating_add(times));
             }
         }
+        let own = fs::read_link(proc.join("thread-self")).unwrap_or_default();
+        let own = own.file_name().and_then(|name| name.to_str());
         Self {
             at: Some(Instant::now()),
+            caller: own.and_then(|id| id.parse().ok()),
             threads,
             machine: machine_ticks(&text("stat")),
             own: process_ticks(&text("self/stat")),
@@ -210,7 +213,8 @@ impl Usage {
         };
         Self {
             seconds,
-            share: share(&threads, n_threads, stolen.unwrap_or(0.0), seconds),
+            share: share(&threads, after.caller, n_threads, seconds)
+                .map(|share| (share * (1.0 - stolen.unwrap_or(0.0))).max(f64::MIN_POSITIVE)),
             stolen,
             others: machine
                 .zip(own)
@@ -226,34 +230,47 @@ impl Usage {
 }
 
 /// Returns what each thread of the second reading ran and waited since the first.
-fn differences(before: &Reading, after: &Reading) -> Vec<ThreadTime> {
+fn differences(before: &Reading, after: &Reading) -> BTreeMap<u32, ThreadTime> {
     let since = |(id, now): (&u32, &ThreadTime)| {
         // A thread that is new has counted from 0, and so has one whose number was given again.
         let then = before.threads.get(id).copied().unwrap_or_default();
         let is_same = then.ran_ns <= now.ran_ns && then.waited_ns <= now.waited_ns;
         let then = if is_same { then } else { ThreadTime::default() };
-        ThreadTime {
+        let time = ThreadTime {
             ran_ns: now.ran_ns - then.ran_ns,
             waited_ns: now.waited_ns - then.waited_ns,
-        }
+        };
+        (*id, time)
     };
     after.threads.iter().map(since).collect()
 }
 
-/// Returns the share of the time that tokens get: the least `ran / (ran + waited)` of the `n_threads`
-/// threads that ran or waited most, times `1 − stolen`.
-fn share(threads: &[ThreadTime], n_threads: usize, stolen: f64, seconds: f64) -> Option<f64> {
+/// Returns the share of the time that tokens get, without what a hypervisor takes: that of the
+/// caller, times the mean presence of the `n_threads` threads while it runs. Workers are those of the
+/// other threads that ran or waited most; one that hardly did either had nothing to do.
+fn share(
+    threads: &BTreeMap<u32, ThreadTime>,
+    caller: Option<u32>,
+    n_threads: usize,
+    seconds: f64,
+) -> Option<f64> {
     let active = |t: &ThreadTime| t.ran_ns as f64 + t.waited_ns as f64;
-    let mut threads: Vec<&ThreadTime> = threads
+    let mut known: Vec<(u32, ThreadTime)> = threads
         .iter()
-        .filter(|t| active(t) >= MIN_ACTIVE_SHARE * seconds * 1e9)
+        .map(|(id, time)| (*id, *time))
+        .filter(|(_, time)| active(time) >= MIN_ACTIVE_SHARE * seconds * 1e9)
         .collect();
-    threads.sort_by(|a, b| active(b).total_cmp(&active(a)));
-    let shares = threads.iter().take(n_threads);
-    let least = shares
-        .map(|t| t.ran_ns as f64 / active(t))
-        .fold(1.0, f64::min);
-    (!threads.is_empty()).then(|| (least * (1.0 - stolen)).max(f64::MIN_POSITIVE))
+    known.sort_by(|(_, a), (_, b)| active(b).total_cmp(&active(a)));
+    let first = known.iter().position(|(id, _)| Some(*id) == caller);
+    let first = (!known.is_empty()).then(|| known.remove(first.unwrap_or(0)))?;
+    let of = |(_, time): &(u32, ThreadTime)| time.ran_ns as f64 / active(time);
+    let workers = n_threads.max(1) - 1;
+    let lacking: f64 = known
+        .iter()
+        .take(workers)
+        .map(|worker| 1.0 - of(worker))
+        .sum();
+    Some(of(&first) * (1.0 - lacking / (workers + 1) as f64))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ fn reading(threads: &[(u32, u64, u64)], machine: [u64; 3]) -> Reading {
     let [busy, idle, stolen] = machine;
     Reading {
         at: Some(Instant::now()),
+        caller: Some(1),
         threads: threads.iter().map(time).collect(),
         machine: Some(MachineTicks { busy, idle, stolen }),
         own: Some(threads.iter().map(|t| t.1 / 10).sum()),
@@ -36,13 +37,17 @@ fn quiet_threads_have_the_processors() {
 }
 
 #[test]
-fn a_busy_thread_beside_one_of_two_takes_half() {
+fn a_busy_thread_beside_one_of_two_takes_a_part() {
     // Both processors are busy; one of them is shared with another program.
     let before = reading(&[(1, 5_000, 40), (2, 70, 90)], [0, 0, 0]);
     let mut after = reading(&[(1, 15_000, 40), (2, 5_070, 5_090)], [2000, 0, 0]);
     (after.pressure_us, after.preempted) = (Some(5_000_000), Some(2_500));
     let usage = Usage::of(&before, &after, 2, 10.0);
-    near(usage.share, 0.5);
+    near(usage.share, 0.75);
+    // Beside the caller, it takes half.
+    let mut caller = after.clone();
+    caller.caller = Some(2);
+    near(Usage::of(&before, &caller, 2, 10.0).share, 0.5);
     near(usage.others, 0.5);
     near(usage.pressure, 0.5);
     near(usage.preempted_per_s, 250.0);
@@ -58,13 +63,14 @@ fn stolen_time_counts_once() {
 }
 
 #[test]
-fn the_thread_that_waits_most_holds_up_the_others() {
+fn workers_that_are_kept_off_lack_in_part() {
     let before = reading(&[(1, 0, 0), (2, 0, 0), (3, 0, 0)], [0, 0, 0]);
-    let after = reading(
-        &[(1, 7_000, 3_000), (2, 4_000, 6_000), (3, 9_000, 0)],
-        [2000, 0, 0],
-    );
-    near(Usage::of(&before, &after, 3, 10.0).share, 0.4);
+    let after = [(1, 7_000, 3_000), (2, 4_000, 6_000), (3, 9_000, 0)];
+    let after = reading(&after, [2000, 0, 0]);
+    near(Usage::of(&before, &after, 3, 10.0).share, 0.7 * 2.4 / 3.0);
+    // A worker that never runs leaves the work to the caller.
+    let after = reading(&[(1, 8_000, 2_000), (2, 0, 10_000)], [2000, 0, 0]);
+    near(Usage::of(&before, &after, 2, 10.0).share, 0.4);
 }
 
 #[test]
@@ -206,6 +212,7 @@ proptest! {
                 (id as u32, ThreadTime { ran_ns, waited_ns })
             };
             Reading {
+                caller: Some(2),
                 threads: times.iter().enumerate().map(time).collect(),
                 machine: Some(MachineTicks { busy, idle, stolen }),
                 own: Some(stolen),
