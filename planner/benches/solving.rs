@@ -13,6 +13,8 @@ use tier_plan_planner::profile::pattern::Pattern;
 use tier_plan_planner::profile::synthetic::{Routing, profile};
 use tier_plan_planner::solve::options::Strategy;
 use tier_plan_planner::solve::{Options, Problem, solve_with_evidence};
+use tier_plan_planner::whatif::purchase::purchases;
+use tier_plan_planner::whatif::{Question, Supposed, answer_supposing};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Machine, Tier, TierKind};
@@ -209,5 +211,43 @@ fn solving(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, solving);
+/// Times the whole answer of `tier-plan what-if`: three patterns of routing, and what to buy next.
+fn what_if(c: &mut Criterion) {
+    let mut group = c.benchmark_group("what-if");
+    group.sample_size(10);
+    for (model, machine) in [
+        ("kimi-k2.5", "article-optane-4090"),
+        ("kimi-k2.5", "article-4090x4"),
+        ("glm-4.6", "xeon-6248x2-ada"),
+        ("qwen3-30b-a3b", "desktop-5090-gen5"),
+    ] {
+        let (Ok(known), Ok(machine)) = (
+            catalogue::model(Path::new(model), None),
+            catalogue::machine(Path::new(machine)),
+        ) else {
+            continue;
+        };
+        let question = Question {
+            known: &known,
+            machine: &machine,
+            budgets: machine.tiers.iter().map(|t| t.capacity_bytes).collect(),
+            profile: None,
+            context: 4096,
+            sequences: 1,
+            at: None,
+            kv_type: KvType::F16,
+            time_limit_s: 60.0,
+        };
+        let ask = || {
+            let supposed = Supposed::new(&question).ok()?;
+            let answer = answer_supposing(&question, &supposed).ok()?;
+            Some(purchases(&question, &answer, &supposed))
+        };
+        group.bench_function(format!("{model}, {}", machine.name), |b| {
+            b.iter(|| black_box(ask()))
+        });
+    }
+}
+
+criterion_group!(benches, solving, what_if);
 criterion_main!(benches);

@@ -273,6 +273,7 @@ impl SolveOptions {
         let solver = Options {
             strategy: args.strategy.into(),
             policy: args.policy.into(),
+            depth: crate::solve::options::Depth::Full,
             time_limit_s: time_limit(args.time_limit)?,
             objective: args.objective.into(),
             batch: args.batch,

@@ -11,7 +11,7 @@ use crate::report;
 use crate::solve::time_limit;
 use crate::whatif::purchase::{Purchase, purchases};
 use crate::whatif::sweep::{Range, Sweep, at_size, sweep};
-use crate::whatif::{Answer, Question, answer, as_json, bound, purchases_json};
+use crate::whatif::{Answer, Question, Supposed, answer_supposing, as_json, bound, purchases_json};
 use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
@@ -95,7 +95,7 @@ pub struct WhatIfArgs {
     #[arg(
         long,
         value_name = "SECONDS",
-        default_value_t = 3.0,
+        default_value_t = 10.0,
         help_heading = "Prediction"
     )]
     pub time_limit: f64,
@@ -209,15 +209,20 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
     if let (Some(range), Some(question)) = (&options.range, questions.first()) {
         return run_sweep(args, question, range);
     }
-    let answers: Vec<Result<Answer>> = questions.iter().map(answer).collect();
-    let bought = questions
-        .iter()
-        .zip(&answers)
-        .map(|(question, answer)| match answer {
-            Ok(answer) => purchases(question, answer),
-            Err(_) => Ok(Vec::new()),
+    let (mut answers, mut bought) = (Vec::new(), Vec::new());
+    for question in &questions {
+        let asked = Supposed::new(question).and_then(|supposed| {
+            let answer = answer_supposing(question, &supposed)?;
+            let bought = purchases(question, &answer, &supposed);
+            Ok((answer, bought))
         });
-    let bought = bought.collect::<Result<Vec<_>>>()?;
+        let (answer, of_tiers) = match asked {
+            Ok((answer, of_tiers)) => (Ok(answer), of_tiers),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        answers.push(answer);
+        bought.push(of_tiers);
+    }
     if args.format.json {
         let mut values: Vec<Value> = questions
             .iter()
@@ -434,13 +439,18 @@ fn table(questions: &[Question<'_>], answers: &[Result<Answer>]) {
 
 fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Result<()> {
     let bar = progress::count("sweeping", range.sizes.len() as u64);
-    let swept = sweep(question, range, |done| bar.set_position(done as u64))?;
+    let supposed = Supposed::new(question)?;
+    let swept = sweep(question, &supposed, range, |done| {
+        bar.set_position(done as u64)
+    })?;
     bar.finish_and_clear();
     let rows = rows(&swept);
     // Past the knee more of this tier gains little, so other tiers are priced there.
     let after = swept.knee.and_then(|knee| swept.points.get(knee));
     let bought = match after.and_then(|point| Some((point, point.answer.as_ref().ok()?))) {
-        Some((point, answer)) => after_knee(question, &swept, point.bytes, answer)?,
+        Some((point, answer)) => {
+            after_knee(question, &swept.tier, point.bytes, (answer, &supposed))
+        }
         None => Vec::new(),
     };
     let value = json!({
@@ -528,12 +538,12 @@ fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Resul
 /// Returns the purchases at the size where more of the swept tier stops to pay.
 fn after_knee(
     question: &Question<'_>,
-    swept: &Sweep,
+    tier: &str,
     bytes: u64,
-    answer: &Answer,
-) -> Result<Vec<Purchase>> {
-    let Some((machine, budgets)) = at_size(question, &swept.tier, bytes) else {
-        return Ok(Vec::new());
+    (answer, supposed): (&Answer, &Supposed),
+) -> Vec<Purchase> {
+    let Some((machine, budgets)) = at_size(question, tier, bytes) else {
+        return Vec::new();
     };
     purchases(
         &Question {
@@ -542,6 +552,7 @@ fn after_knee(
             ..question.clone()
         },
         answer,
+        supposed,
     )
 }
 

@@ -58,6 +58,8 @@ use crate::profile::prefetch::Prefetch;
 use crate::profile::replay::{LayerTrace, Positions, play};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::OnceLock;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
@@ -71,6 +73,9 @@ pub const BATCH: u32 = 512;
 
 /// Least accuracy of predictions at which the engine prefetches.
 const MIN_PREFETCH_ACCURACY: f64 = 0.5;
+
+/// Experts of a layer up to which logarithms of factorials are kept.
+const USUAL_EXPERTS: usize = 1024;
 
 /// Relative difference of two times that is rounding.
 const TIME_TOLERANCE: f64 = 1e-9;
@@ -363,6 +368,41 @@ pub fn outcomes(
     }
 }
 
+/// The outcomes of a plan's layers, replayed once for layers that are alike and placed alike.
+#[derive(Default)]
+struct Replays<'a> {
+    known: Vec<(&'a LayerPlacement, &'a LayerEvidence, Rc<Outcomes>)>,
+}
+
+impl<'a> Replays<'a> {
+    /// Returns the outcomes of one layer; the tiers are those of the layers before.
+    fn outcomes(
+        &mut self,
+        layer: &'a LayerPlacement,
+        evidence: &'a LayerEvidence,
+        tiers: &PerTier<Tier>,
+        staging: TierIdx,
+    ) -> Rc<Outcomes> {
+        let is_same = |(placed, of, _): &&(&LayerPlacement, &LayerEvidence, _)| {
+            evidence.is_like(of) && is_placed_alike(placed, layer)
+        };
+        if let Some((.., known)) = self.known.iter().find(is_same) {
+            return known.clone();
+        }
+        let found = Rc::new(outcomes(layer, evidence, tiers, staging));
+        if evidence.class.is_some() {
+            self.known.push((layer, evidence, found.clone()));
+        }
+        found
+    }
+}
+
+/// Whether two layers have the same experts in the same places.
+fn is_placed_alike(one: &LayerPlacement, other: &LayerPlacement) -> bool {
+    (one.slots, one.slot_tier, one.policy) == (other.slots, other.slot_tier, other.policy)
+        && one.pinned == other.pinned
+}
+
 /// Returns `[n_expert]` tiers of a layer's pinned experts.
 fn pinned_on(layer: &LayerPlacement, n_expert: usize) -> Vec<Option<TierIdx>> {
     let mut pinned_on = vec![None; n_expert];
@@ -382,7 +422,16 @@ fn pinned_on(layer: &LayerPlacement, n_expert: usize) -> Vec<Option<TierIdx>> {
 /// hypergeometric distribution).
 pub fn draw(groups: &[u32], k: u32, mut each: impl FnMut(&[u32], f64)) {
     let total: u32 = groups.iter().sum();
-    let ln_fact = ln_factorials(total as usize);
+    // Logarithms for the usual counts are made once.
+    static USUAL: OnceLock<Vec<f64>> = OnceLock::new();
+    let usual = USUAL.get_or_init(|| ln_factorials(USUAL_EXPERTS));
+    let made;
+    let ln_fact = if total as usize <= USUAL_EXPERTS {
+        usual
+    } else {
+        made = ln_factorials(total as usize);
+        &made
+    };
     let ln_choose =
         |n: u32, k: u32| ln_fact[n as usize] - ln_fact[k as usize] - ln_fact[(n - k) as usize];
     let all = ln_choose(total, k.min(total));
@@ -577,13 +626,14 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         .for_each(|(s, latency_s)| *s += latency_s);
     let (mut expert_s, mut critical) = (PerTier::from_fn(n, |_| 0.0), 0.0);
     let (mut accesses, mut missed) = (0.0, 0.0);
+    let mut replays = Replays::default();
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.prefetch);
-        let outcomes = outcomes(layer, evidence, &tiers, plan.staging_tier);
+        let outcomes = replays.outcomes(layer, evidence, &tiers, plan.staging_tier);
         let to = layer.brought_to(plan.staging_tier);
         critical += stage_mean_s(&stage, &outcomes, to);
         accesses += f64::from(evidence.shape.n_used);
-        for (experts, share) in &outcomes {
+        for (experts, share) in outcomes.iter() {
             missed += share * experts[n - 1..].iter().copied().map(f64::from).sum::<f64>();
             for (path, &count) in experts.iter().enumerate() {
                 let tier = TierIdx::new(path.min(n - 1));

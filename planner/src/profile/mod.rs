@@ -48,6 +48,17 @@ pub struct LayerEvidence {
     pub class: Option<u32>,
 }
 
+impl LayerEvidence {
+    /// Whether all that is known of a layer is known of another one, too.
+    pub fn is_like(&self, other: &LayerEvidence) -> bool {
+        let sizes = |shape: ExpertShape| ExpertShape { layer: 0, ..shape };
+        self.class.is_some()
+            && self.class == other.class
+            && sizes(self.shape) == sizes(other.shape)
+            && self.prefetch == other.prefetch
+    }
+}
+
 /// Evidence about a model's routing.
 #[derive(Debug, Clone)]
 pub struct Evidence {

@@ -3,10 +3,12 @@
 //! Attention on a real GPU has its layer's KV cache there, which attention's columns say. All other
 //! caches lie on one tier. Each tier that has room for them gives an instance of its own.
 //!
-//! 1. Each instance gets a part of the time at first.
+//! 1. Each instance gets an equal part of the time that is left, and begins with the columns and
+//!    prices of those before it.
 //! 2. The prices that one ends with bound an instance that differs by the cache alone, so some
 //!    instances need not be solved.
-//! 3. The rest of the time goes to the best instance, then to those that may still be better.
+//! 3. The rest of the time goes to the best instance that ran out of it, then to others that may
+//!    still be better.
 //!
 //! The reported bound is the least over all instances.
 
@@ -17,9 +19,6 @@ use super::problem::instance::{Instance, MAX_ROUNDING_GAP};
 use anyhow::{Context, Result};
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::Placement;
-
-/// Share of the time that all instances together get in the first round.
-const FIRST_ROUND_SHARE: f64 = 0.3;
 
 /// The best plan over all KV tiers.
 pub(super) struct Best {
@@ -103,8 +102,10 @@ struct Attempt<'a, 'b> {
     bound: Option<f64>,
     /// Seconds that the instance's plans take at least by the prices alone.
     lagrangian_s: f64,
-    /// Whether it had all the time there was.
-    had_all_time: bool,
+    /// Whether all columns were listed.
+    is_complete: bool,
+    /// Whether its search ended because its part of the time did.
+    is_cut_short: bool,
 }
 
 impl<'a, 'b> Attempt<'a, 'b> {
@@ -112,7 +113,6 @@ impl<'a, 'b> Attempt<'a, 'b> {
         instance: &'a Instance<'b>,
         baselines: &'a BaselinePlans,
         deadline: Instant,
-        had_all_time: bool,
     ) -> Result<Self> {
         let Optimum {
             plan,
@@ -121,6 +121,7 @@ impl<'a, 'b> Attempt<'a, 'b> {
         } = solve_instance(instance, baselines, Instant::now(), deadline)?;
         let lagrangian_s = optimized.lagrangian_bound + instance.token_fixed_s();
         let value = instance.value(&plan);
+        let is_complete = optimized.is_complete;
         let gap = optimized.bound.and_then(|bound| instance.gap(&plan, bound));
         let bound = gap.map(|gap| value * (1.0 - gap));
         let best = Best {
@@ -136,7 +137,8 @@ impl<'a, 'b> Attempt<'a, 'b> {
             value,
             bound,
             lagrangian_s,
-            had_all_time,
+            is_complete,
+            is_cut_short: Instant::now() >= deadline,
         })
     }
 
@@ -160,12 +162,22 @@ impl<'a, 'b> Attempt<'a, 'b> {
         Some(self.lagrangian_s + moved + here.priced_left(prices) - there.priced_left(prices))
     }
 
+    /// Returns the relative gap that is good enough: none where all columns were listed.
+    fn tolerance(&self) -> f64 {
+        if self.is_complete {
+            MAX_ROUNDING_GAP
+        } else {
+            self.instance.depth.tolerance()
+        }
+    }
+
     /// Whether more time may find something better than `value`.
     fn is_open(&self, value: f64) -> bool {
-        !self.had_all_time
+        let tolerance = self.tolerance();
+        self.is_cut_short
             && self
                 .bound
-                .is_none_or(|bound| bound < value * (1.0 - MAX_ROUNDING_GAP))
+                .is_none_or(|bound| bound < value * (1.0 - tolerance))
     }
 }
 
@@ -176,15 +188,13 @@ fn search(
     deadline: Instant,
 ) -> Result<Best> {
     if let ([only], [baselines]) = (instances, baselines) {
-        return Ok(Attempt::new(only, baselines, deadline, true)?.best);
+        return Ok(Attempt::new(only, baselines, deadline)?.best);
     }
-    let time = deadline.saturating_duration_since(start);
-    let part = time.mul_f64(FIRST_ROUND_SHARE / instances.len().max(1) as f64);
     let mut attempts: Vec<Attempt<'_, '_>> = Vec::new();
     // Least bound of the instances that were not solved.
     let mut skipped_bound = f64::INFINITY;
     let mut first_error = None;
-    for (instance, baselines) in instances.iter().zip(baselines) {
+    for (at, (instance, baselines)) in instances.iter().zip(baselines).enumerate() {
         let least = attempts
             .iter()
             .map(|a| a.value)
@@ -198,16 +208,14 @@ fn search(
             .plans
             .iter()
             .any(|plan| instance.value(plan) < least);
-        if bound >= least && !beaten_by_baseline {
+        let tolerance = attempts.first().map_or(0.0, Attempt::tolerance);
+        if bound >= least * (1.0 - tolerance) && !beaten_by_baseline {
             skipped_bound = skipped_bound.min(bound);
             continue;
         }
-        match Attempt::new(
-            instance,
-            baselines,
-            deadline.min(Instant::now() + part),
-            false,
-        ) {
+        let now = Instant::now();
+        let part = deadline.saturating_duration_since(now) / (instances.len() - at) as u32;
+        match Attempt::new(instance, baselines, now + part) {
             Ok(attempt) => attempts.push(attempt),
             Err(error) => {
                 first_error.get_or_insert(error);
@@ -225,9 +233,9 @@ fn search(
         else {
             break;
         };
-        open.had_all_time = true;
+        open.is_cut_short = false;
         // Both bounds hold, each for the columns tried, and the first round's plan stays known.
-        if let Ok(again) = Attempt::new(open.instance, open.baselines, deadline, true)
+        if let Ok(again) = Attempt::new(open.instance, open.baselines, deadline)
             && again.value <= open.value
         {
             *open = again;

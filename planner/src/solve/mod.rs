@@ -17,6 +17,7 @@ mod assemble;
 pub mod baselines;
 pub mod bound;
 mod cpu_only;
+mod generate;
 mod kv_tier;
 mod optimize;
 mod optimum;
@@ -31,6 +32,7 @@ mod translate;
 pub mod verify;
 
 pub use problem::Problem;
+pub use problem::pool::ColumnPool;
 pub use shadow_prices::shadow_prices;
 pub use solution::Solution;
 
@@ -38,7 +40,7 @@ use crate::cost::move_to;
 use crate::profile::Evidence;
 use anyhow::{Context, Result, ensure};
 use baselines::Baseline;
-use options::{Backend, Objective, Policy, Strategy};
+use options::{Backend, Depth, Objective, Policy, Strategy};
 use problem::capacity::Capacity;
 use problem::constraints::Constraints;
 use problem::instance::Instance;
@@ -55,6 +57,8 @@ pub struct Options {
     pub policy: Policy,
     /// Seconds after which the search stops improving.
     pub time_limit_s: f64,
+    /// How far it goes where not all columns can be listed.
+    pub depth: Depth,
     /// Quantity that the plan minimizes.
     pub objective: Objective,
     /// Sequences that are decoded together, for [`Objective::Throughput`].
@@ -75,6 +79,7 @@ impl Default for Options {
             strategy: Strategy::Optimal,
             policy: Policy::Lru,
             time_limit_s: 10.0,
+            depth: Depth::default(),
             objective: Objective::Latency,
             batch: None,
             backend: Backend::default(),
@@ -119,6 +124,22 @@ pub fn solve_with_evidence(
     evidence: &Evidence,
     options: &Options,
 ) -> Result<Solution> {
+    solve_with_pool(problem, evidence, &ColumnPool::default(), options)
+}
+
+/// Makes the plan from evidence, beginning with the columns that a pool has.
+///
+/// The pool must come from problems of the same model and evidence, on tiers of the same rates and
+/// latencies. It is added to.
+///
+/// # Errors
+/// As [`solve`].
+pub fn solve_with_pool(
+    problem: &Problem<'_>,
+    evidence: &Evidence,
+    pool: &ColumnPool,
+    options: &Options,
+) -> Result<Solution> {
     let start = Instant::now();
     let Options {
         objective,
@@ -143,6 +164,8 @@ pub fn solve_with_evidence(
             objective: &objective,
             constraints,
             backend: *backend,
+            pool,
+            depth: options.depth,
         })
         .collect();
 
@@ -152,7 +175,6 @@ pub fn solve_with_evidence(
         Some(baseline) => kv_tier::best_baseline(&instances, baseline)?,
         None => kv_tier::optimum(&instances, start, deadline(start, options.time_limit_s)?)?,
     };
-
     // Sentences about it.
     let summary = if baseline.is_none() && objective.is_latency() {
         summarize(&best.plan, &best.baselines, &best.prices, problem)
@@ -176,7 +198,6 @@ pub fn solve_with_evidence(
         ceiling_hit_rate,
         summary,
     };
-
     // The slots' policies, and the position that predictions are for.
     if let Some(policy) = policy::to_apply(options.policy, options.strategy) {
         solution.notes.extend(policy::refill(

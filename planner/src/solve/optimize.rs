@@ -1,25 +1,27 @@
 //! Column generation: prices, more columns where prices favor them, an integer choice, and a proof.
 //!
-//! The grid of [`enumerate`](super::problem::enumerate) lists the first columns.
-//! [`generate_columns`] alternates between the dual prices of all columns and the pricing of new
-//! ones. [`optimize`] then finds an integer choice, tries columns around it, and closes what gap it
-//! can by label setting and by the integer program.
+//! [`generate`](super::generate) lists columns and finds their dual prices. [`optimize`] then finds
+//! an integer choice, tries columns around it, and closes what gap it can by label setting and by
+//! the integer program. On an incomplete list, the bound is over the columns tried, so that the
+//! search ends at the instance's tolerance.
 
 use super::bound::lagrangian::{self, DualSolution};
-use super::bound::pricing;
+use super::bound::pricing::Pricer;
+use super::generate::{Generated, generate};
 use super::options::Backend;
 use super::primal::choice::{Choice, Master, PricedColumn};
+use super::primal::exchange::Ending;
 use super::primal::mip::Limits;
 use super::primal::{exchange, greedy, label_setting, mip, rounding};
 use super::problem::capacity::Capacity;
-use super::problem::columns::{self, Charge, Config, Item, Meaning};
+use super::problem::columns::{self, Charge, Item};
 use super::problem::draft::Draft;
 use super::problem::enumerate::ColumnEnumerator;
 use super::problem::instance::{Instance, MAX_ROUNDING_GAP};
 use super::report::infeasible;
 use super::translate;
 use anyhow::{Result, bail};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tier_plan_runtime::kernels::scoped::spawn_or_run;
 
 /// Where a plan's integer choice came from. The dual prices, and with them the bound, are always
@@ -42,37 +44,8 @@ impl Origin {
     }
 }
 
-/// Seconds that the first prices may take past the deadline. A bound is owed however slow the
-/// machine is: without prices nothing else works.
-const MIN_PRICING_TIME: Duration = Duration::from_secs(2);
-
-/// Columns per shared item that the grid is refined around, since its members take several.
-const MAX_REFINED_PER_SHARED_ITEM: usize = 3;
-
-/// Rounds in which the grid is refined.
-const MAX_REFINEMENT_ROUNDS: u32 = 3;
-
-/// Relative gain of the bound below which a pricing round counts as settled.
-const SETTLED_BOUND_GAIN: f64 = 2e-5;
-
-/// Share of the time left that goes to generating columns.
-const PRICING_TIME_SHARE: f64 = 0.6;
-
-/// Pricing rounds at most.
-const MAX_PRICING_ROUNDS: usize = 40;
-
-/// First pricing rounds that start descents in every region, since prices are far off then.
-const THOROUGH_ROUNDS: usize = 2;
-
 /// Times that columns around the incumbent's are added.
 const MAX_WIDENING_ROUNDS: usize = 2;
-
-/// Relative gap at which no columns around the incumbent are added.
-const MIN_GAP_TO_WIDEN: f64 = 2e-4;
-
-/// Columns that survive reduced-cost fixing up to which the integer program is solved on an
-/// incomplete list. The time for more is better spent on a bound over all columns.
-const MAX_MIP_COLUMNS_INCOMPLETE: usize = 400;
 
 /// Starting points with a gap above this multiple of the best are skipped: single exchanges cannot
 /// make up for so much.
@@ -93,6 +66,8 @@ pub(super) struct Optimized {
     pub(super) origin: Origin,
     /// Whether all columns there are were listed.
     pub(super) is_complete: bool,
+    /// Whether the deadline ended the search for a choice.
+    pub(super) is_cut_short: bool,
     pub(super) n_columns: usize,
     /// `[tiers]` dual price of a byte.
     pub(super) price: Vec<f64>,
@@ -118,15 +93,91 @@ pub(super) fn optimize(
     } = *instance;
     let shape = problem.shape;
     let seconds = deadline.saturating_duration_since(start).as_secs_f64();
+    let seconds = instance.depth.grid_s(seconds);
     let enumerator = ColumnEnumerator::new(shape, evidence, capacity, charge, constraints, seconds);
-    let mut items = columns::dense_items(shape, capacity, charge, constraints);
-    items.extend(enumerator.items());
-    let known: Vec<Vec<Vec<usize>>> = drafts
-        .iter()
-        .filter_map(|draft| translate::columns_of_draft(instance, &enumerator, &mut items, draft))
-        .collect();
-    let mut dual = generate_columns(instance, &enumerator, &mut items, capacity, deadline)?;
+    let dense = columns::dense_items(shape, capacity, charge, constraints);
+    let Generated {
+        mut items,
+        mut dual,
+        known,
+    } = generate(instance, &enumerator, dense, drafts, deadline)?;
+    let pricer = Pricer {
+        enumerator: &enumerator,
+        pool: instance.pool,
+    };
 
+    // TICK
+    if std::env::var_os("TP_G").is_some() {
+        let n = dual.price.len();
+        for a in items
+            .iter()
+            .filter(|i| !i.layers().is_empty())
+            .skip(2)
+            .take(1)
+        {
+            let (c0, v0) = a.cheapest(&dual.price).unwrap();
+            let super::problem::columns::Meaning::Experts { configs: ca, .. } = &a.meaning else {
+                continue;
+            };
+            eprintln!(
+                "members {} ours {} {:?} of {}",
+                a.count(),
+                v0,
+                ca[c0],
+                a.len()
+            );
+            let ne = evidence.layers[a.layers()[0]].shape.n_expert as u16;
+            let mut all = Vec::new();
+            for c0 in 0..=ne {
+                for c1 in c0..=ne {
+                    for (slots, t) in [(0u16, 1usize), (ne - c1, 0), (ne - c1, 1)] {
+                        if slots > 0 && slots < 8 {
+                            continue;
+                        }
+                        let mut cuts = [0u16; super::problem::capacity::MAX_FAST];
+                        cuts[0] = c0;
+                        cuts[1] = c1;
+                        all.push(super::problem::columns::Config {
+                            cuts,
+                            slots,
+                            slot_tier: tier_plan_runtime::formats::placement::TierIdx::new(t),
+                        });
+                    }
+                }
+            }
+            let mut copy = vec![Item::of_layers(a.layers().to_vec())];
+            let pr = Pricer {
+                enumerator: &enumerator,
+                pool: &super::problem::pool::ColumnPool::default(),
+            };
+            pr.add_configs(&mut copy, |_| all.clone());
+            let b = &copy[0];
+            let mut order: Vec<usize> = (0..b.len()).collect();
+            order.sort_by(|&x, &y| {
+                b.value(x, n, &dual.price)
+                    .total_cmp(&b.value(y, n, &dual.price))
+            });
+            let super::problem::columns::Meaning::Experts { configs: cb, .. } = &b.meaning else {
+                continue;
+            };
+            for &x in order.iter().take(6) {
+                eprintln!("   all {} {:?}", b.value(x, n, &dual.price), cb[x]);
+            }
+        }
+        eprintln!("price {:?} left {:?}", dual.price, capacity.left_bytes);
+    }
+    // TICK END
+    let is_complete = enumerator.grid.is_full;
+    let ending = Ending {
+        tolerance: if is_complete {
+            MAX_ROUNDING_GAP
+        } else {
+            instance.depth.tolerance()
+        },
+        fruitless_triples: instance.depth.fruitless_triples(),
+        choices: instance.depth.exchanged_choices(),
+        deadline,
+    };
     let known = known
         .into_iter()
         .filter_map(|columns| Choice::new(&items, capacity, columns))
@@ -138,22 +189,18 @@ pub(super) fn optimize(
             dual: &dual,
         },
         known,
-        deadline,
+        ending,
     );
     let incumbent = if enumerator.prices_off_grid {
-        widen(
-            &enumerator,
-            &mut items,
+        let widening = Widening {
+            pricer,
             capacity,
-            &mut dual,
-            incumbent,
-            deadline,
-        )?
+            ending,
+        };
+        widening.widen(&mut items, &mut dual, incumbent)?
     } else {
         incumbent
     };
-
-    let is_complete = enumerator.grid.is_full;
     let master = Master {
         items: &items,
         capacity,
@@ -163,140 +210,40 @@ pub(super) fn optimize(
         choice,
         bound,
         origin,
-    } = prove(&master, is_complete, incumbent, instance.backend, deadline);
+    } = prove(&master, is_complete, ending, incumbent, instance.backend);
+    let is_cut_short = Instant::now() >= deadline;
     let Some(choice) = choice else {
         bail!(infeasible::no_division(problem, capacity, constraints))
     };
-    let bound_over_all = if enumerator.prices_off_grid {
-        pricing::bound_over_all(
-            &enumerator,
-            &mut items,
-            &dual.price,
-            BOUND_TOLERANCE,
-            deadline,
-        )
+    let bound_over_all = if enumerator.prices_off_grid && instance.depth.bounds_all() {
+        pricer.bound_over_all(&mut items, &dual.price, BOUND_TOLERANCE, deadline)
     } else {
         None
     };
+    let draft = translate::draft_of_choice(instance, &enumerator, &items, &choice);
+    if enumerator.prices_off_grid {
+        instance.pool.keep(&dual.price, &draft);
+    }
     Ok(Optimized {
-        draft: translate::draft_of_choice(instance, &enumerator, &items, &choice),
+        draft,
         bound: Some(bound.min(choice.cost_s)),
         lagrangian_bound: dual.bound_s,
         bound_over_all: bound_over_all.map(|sum| sum - capacity.priced_left(&dual.price)),
         origin,
         is_complete,
+        is_cut_short,
         n_columns: items.iter().map(Item::len).sum(),
         price: dual.price,
     })
 }
 
-/// Finds dual prices, adding columns that they favor until the bound settles or time runs out.
-pub(super) fn generate_columns(
-    instance: &Instance<'_>,
-    enumerator: &ColumnEnumerator<'_>,
-    items: &mut [Item],
-    capacity: &Capacity,
-    deadline: Instant,
-) -> Result<DualSolution> {
-    let soon = Instant::now() + MIN_PRICING_TIME;
-    let dual = lagrangian::maximize(items, capacity, None, deadline.max(soon))?;
-    if enumerator.prices_off_grid {
-        price_off_grid(enumerator, items, capacity, dual, deadline)
-    } else if !enumerator.grid.is_full {
-        refine_grid(instance, enumerator, items, capacity, dual, deadline)
-    } else {
-        Ok(dual)
-    }
-}
-
-/// Prices columns off the grid, for most of the time that is left.
-fn price_off_grid(
-    enumerator: &ColumnEnumerator<'_>,
-    items: &mut [Item],
-    capacity: &Capacity,
-    mut dual: DualSolution,
-    deadline: Instant,
-) -> Result<DualSolution> {
-    let begin = Instant::now();
-    let end = begin
-        + deadline
-            .saturating_duration_since(begin)
-            .mul_f64(PRICING_TIME_SHARE);
-    let mut settled_rounds = 0;
-    for round in 0..MAX_PRICING_ROUNDS {
-        let started = Instant::now();
-        let before = dual.bound_s;
-        // Descents start everywhere at first, and again when the known columns bring nothing more.
-        let thorough = round < THOROUGH_ROUNDS || settled_rounds > 0;
-        let added = pricing::add_cheapest(enumerator, items, &dual.price, thorough, end);
-        // The old prices' value is no bound over more columns.
-        let until = end.max(Instant::now() + started.elapsed());
-        dual = lagrangian::maximize(items, capacity, Some(&dual.price), until)?;
-        let settled = before - dual.bound_s <= SETTLED_BOUND_GAIN * dual.bound_s.abs();
-        settled_rounds = if settled { settled_rounds + 1 } else { 0 };
-        let out_of_time = Instant::now() + started.elapsed() > end;
-        if (added == 0 && thorough) || settled_rounds > 1 || out_of_time {
-            break;
-        }
-    }
-    Ok(dual)
-}
-
-/// Adds the counts between the grid's points around the cheapest columns, and prices again.
-fn refine_grid(
-    instance: &Instance<'_>,
-    enumerator: &ColumnEnumerator<'_>,
-    items: &mut [Item],
-    capacity: &Capacity,
-    mut dual: DualSolution,
-    deadline: Instant,
-) -> Result<DualSolution> {
-    let begin = Instant::now();
-    let end = begin
-        + deadline
-            .saturating_duration_since(begin)
-            .mul_f64(PRICING_TIME_SHARE);
-    let fast = instance.capacity.fast();
-    for round in 0..MAX_REFINEMENT_ROUNDS {
-        let started = Instant::now();
-        for item in items.iter_mut() {
-            if Instant::now() >= end {
-                break;
-            }
-            let Meaning::Experts { layers, configs } = &item.meaning else {
-                continue;
-            };
-            let (layer, is_shared) = (layers[0], layers.len() > 1);
-            let count = if is_shared {
-                MAX_REFINED_PER_SHARED_ITEM
-            } else {
-                1
-            };
-            let centers: Vec<Config> = item
-                .cheapest_apart(&dual.price, count)
-                .into_iter()
-                .map(|c| configs[c])
-                .collect();
-            let shape = &instance.evidence.layers[layer].shape;
-            for center in centers {
-                let max_cut = enumerator.max_cut(layer);
-                let axes = enumerator
-                    .grid
-                    .axes_around(&center, shape, max_cut, fast, round);
-                enumerator.extend(item, &axes);
-            }
-        }
-        // The old prices' value is no bound over more columns.
-        dual = lagrangian::maximize(items, capacity, Some(&dual.price), end)?;
-        if Instant::now() + started.elapsed() > end {
-            break;
-        }
-    }
-    Ok(dual)
-}
-
 /// Finds a choice near the bound: improves several starting points, then the best of those further.
-fn find_incumbent(master: &Master<'_>, known: Vec<Choice>, deadline: Instant) -> Option<Choice> {
+fn find_incumbent(master: &Master<'_>, known: Vec<Choice>, ending: Ending) -> Option<Choice> {
+    let Ending {
+        tolerance,
+        deadline,
+        ..
+    } = ending;
     let ranked = master.reduced_costs(f64::INFINITY);
     let bound_s = master.dual.bound_s;
     let begin = Instant::now();
@@ -313,7 +260,7 @@ fn find_incumbent(master: &Master<'_>, known: Vec<Choice>, deadline: Instant) ->
             .iter()
             .map(|c| c.cost_s)
             .fold(f64::INFINITY, f64::min);
-        let is_good = least - bound_s <= MAX_ROUNDING_GAP * least;
+        let is_good = least - bound_s <= tolerance * least;
         if !improved.is_empty() && (is_good || Instant::now() >= part) {
             break;
         }
@@ -324,73 +271,78 @@ fn find_incumbent(master: &Master<'_>, known: Vec<Choice>, deadline: Instant) ->
     }
     improved.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
     improved.dedup();
-    exchange_search(master, &ranked, improved, deadline)
+    exchange_search(master, &ranked, improved, ending)
 }
 
-/// Improves as many choices as there are cores by exchange search, and returns the best.
+/// Improves the first choices by exchange search, side by side, and returns the best.
 ///
 /// `choices` come cheapest first. Takes half of the time that is left.
 fn exchange_search(
     master: &Master<'_>,
     ranked: &[Vec<PricedColumn>],
     choices: Vec<Choice>,
-    deadline: Instant,
+    ending: Ending,
 ) -> Option<Choice> {
     let first = choices.first()?;
     let gap_s = first.cost_s - master.dual.bound_s;
-    if gap_s <= MAX_ROUNDING_GAP * first.cost_s {
+    if gap_s <= ending.tolerance * first.cost_s {
         return choices.into_iter().next();
     }
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let lists = exchange::CandidateLists::new(master, ranked, gap_s);
     let now = Instant::now();
-    let end = now + deadline.saturating_duration_since(now) / 2;
+    let deadline = now + ending.deadline.saturating_duration_since(now) / 2;
+    let ending = Ending { deadline, ..ending };
     std::thread::scope(|scope| {
         let running: Vec<_> = choices
             .into_iter()
-            .take(threads)
-            .map(|choice| spawn_or_run(scope, || exchange::exchange(&lists, choice, 1, end)))
+            .take(ending.choices)
+            .map(|choice| spawn_or_run(scope, || exchange::exchange(&lists, choice, 1, ending)))
             .collect();
         let done = running.into_iter().filter_map(|thread| thread.join().ok());
         done.min_by(|a, b| a.cost_s.total_cmp(&b.cost_s))
     })
 }
 
-/// Adds columns around the incumbent's, and improves it with them while its gap is wide.
-fn widen(
-    enumerator: &ColumnEnumerator<'_>,
-    items: &mut [Item],
-    capacity: &Capacity,
-    dual: &mut DualSolution,
-    mut incumbent: Option<Choice>,
-    deadline: Instant,
-) -> Result<Option<Choice>> {
-    for _ in 0..MAX_WIDENING_ROUNDS {
-        let now = Instant::now();
-        let left = deadline.saturating_duration_since(now);
-        let is_wide = |c: &mut Choice| {
-            c.cost_s - dual.bound_s > MIN_GAP_TO_WIDEN * c.cost_s && !left.is_zero()
-        };
-        let Some(choice) = incumbent.take_if(is_wide) else {
-            break;
-        };
-        pricing::add_around(
-            enumerator,
-            items,
-            &choice.columns,
-            &dual.price,
-            now + left / 3,
-        );
-        *dual = lagrangian::maximize(items, capacity, Some(&dual.price), now + left / 2)?;
-        let master = Master {
-            items,
-            capacity,
-            dual,
-        };
-        let ranked = master.reduced_costs(f64::INFINITY);
-        incumbent = exchange_search(&master, &ranked, vec![choice], deadline);
+/// Adds columns around a choice's, which may go together where those at hand do not.
+struct Widening<'a> {
+    pricer: Pricer<'a>,
+    capacity: &'a Capacity,
+    ending: Ending,
+}
+
+impl Widening<'_> {
+    /// Adds columns around the incumbent's, and improves it with them while its gap is wide.
+    fn widen(
+        &self,
+        items: &mut [Item],
+        dual: &mut DualSolution,
+        mut incumbent: Option<Choice>,
+    ) -> Result<Option<Choice>> {
+        let Widening {
+            capacity, ending, ..
+        } = *self;
+        for _ in 0..MAX_WIDENING_ROUNDS {
+            let now = Instant::now();
+            let left = ending.deadline.saturating_duration_since(now);
+            let is_wide = |c: &mut Choice| {
+                c.cost_s - dual.bound_s > ending.tolerance * c.cost_s && !left.is_zero()
+            };
+            let Some(choice) = incumbent.take_if(is_wide) else {
+                break;
+            };
+            let (price, soon) = (&dual.price, now + left / 3);
+            self.pricer.add_around(items, &choice.columns, price, soon);
+            *dual = lagrangian::maximize(items, capacity, Some(&dual.price), now + left / 2)?;
+            let master = Master {
+                items,
+                capacity,
+                dual,
+            };
+            let ranked = master.reduced_costs(f64::INFINITY);
+            incumbent = exchange_search(&master, &ranked, vec![choice], ending);
+        }
+        Ok(incumbent)
     }
-    Ok(incumbent)
 }
 
 /// The best choice known, the least cost of any, and where they came from.
@@ -404,10 +356,15 @@ struct Proof {
 fn prove(
     master: &Master<'_>,
     is_complete: bool,
+    ending: Ending,
     incumbent: Option<Choice>,
     backend: Backend,
-    deadline: Instant,
 ) -> Proof {
+    let Ending {
+        tolerance,
+        deadline,
+        ..
+    } = ending;
     let mut proof = Proof {
         choice: incumbent,
         bound: master.dual.bound_s,
@@ -417,7 +374,7 @@ fn prove(
         proof
             .choice
             .as_ref()
-            .is_none_or(|c| c.cost_s - proof.bound > MAX_ROUNDING_GAP * c.cost_s)
+            .is_none_or(|c| c.cost_s - proof.bound > tolerance * c.cost_s)
     };
     // On an incomplete list, far too many columns survive to prove more.
     if let (true, true, Some(known)) = (is_complete, is_open(&proof), &proof.choice) {
@@ -431,14 +388,11 @@ fn prove(
     let left_s = deadline
         .saturating_duration_since(Instant::now())
         .as_secs_f64();
-    if is_open(&proof) && (left_s > 0.0 || proof.choice.is_none()) {
-        let max_columns = if is_complete {
-            mip::MAX_COLUMNS
-        } else {
-            MAX_MIP_COLUMNS_INCOMPLETE
-        };
+    // On an incomplete list, the integer program seldom finds more than exchange search has.
+    let is_worth = is_complete && left_s > 0.0 || proof.choice.is_none();
+    if is_open(&proof) && is_worth {
         let limits = Limits {
-            max_columns,
+            max_columns: mip::MAX_COLUMNS,
             seconds: left_s.max(1.0),
         };
         let found = mip::solve(master, proof.choice.as_ref(), limits, backend);

@@ -26,6 +26,9 @@ const MAX_TANGENTS: u32 = 4;
 /// Name of plans that the search makes.
 const PLAN_NAME: &str = "ilp";
 
+/// Said of a plan whose search the time limit ended.
+const CUT_SHORT_NOTE: &str = "the time limit ended the search, so that another run may come to another plan; a larger --time-limit lets it end by itself";
+
 /// The best plan of an instance.
 pub(super) struct Optimum {
     pub(super) plan: Placement,
@@ -78,6 +81,9 @@ pub(super) fn optimum(
     report_proof(instance, &mut plan, &optimized);
     if !optimized.is_complete {
         notes.push(incomplete_note(instance, &plan, &optimized));
+    }
+    if optimized.is_cut_short {
+        notes.push(CUT_SHORT_NOTE.to_string());
     }
     let value = instance.value(&plan);
     let least = instance.least(baselines.plans.iter());

@@ -50,6 +50,58 @@ impl Backend {
     }
 }
 
+/// How far a search goes where not all columns can be listed.
+///
+/// The bound is over the columns tried then, so that nothing is gained by closing the gap to it
+/// altogether.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Depth {
+    /// As far as predictions show: for questions that take several plans.
+    Quick,
+    /// As far as anything is gained.
+    #[default]
+    Full,
+}
+
+impl Depth {
+    /// Returns the seconds that a grid is made for, of those that the search has.
+    pub(super) fn grid_s(self, limit_s: f64) -> f64 {
+        match self {
+            Depth::Quick => 0.1,
+            Depth::Full => limit_s.clamp(2.0, 60.0),
+        }
+    }
+
+    /// Returns the relative gap at which a search ends.
+    pub(super) fn tolerance(self) -> f64 {
+        match self {
+            Depth::Quick => 3e-5,
+            Depth::Full => 1e-5,
+        }
+    }
+
+    /// Returns the triples in a row without a gain after which exchange search ends.
+    pub(super) fn fruitless_triples(self) -> usize {
+        match self {
+            Depth::Quick => 300,
+            Depth::Full => 6000,
+        }
+    }
+
+    /// Returns the choices that exchange search improves side by side.
+    pub(super) fn exchanged_choices(self) -> usize {
+        match self {
+            Depth::Quick => 1,
+            Depth::Full => 2,
+        }
+    }
+
+    /// Whether the time that is left goes to a bound over the columns that were not tried.
+    pub(super) fn bounds_all(self) -> bool {
+        self == Depth::Full
+    }
+}
+
 /// Quantity that a plan minimizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Objective {

@@ -1,13 +1,14 @@
 //! Shadow prices: the worth of one more byte of each tier, from the master LP's dual.
 
-use super::optimize::generate_columns;
-use super::options::{Backend, Objective};
+use super::generate::generate;
+use super::options::{Backend, Depth, Objective};
 use super::problem::capacity::Capacity;
 use super::problem::columns::{self, Charge};
 use super::problem::constraints::Constraints;
 use super::problem::enumerate::ColumnEnumerator;
 use super::problem::instance::Instance;
 use super::problem::objective::ObjectiveFunction;
+use super::problem::pool::ColumnPool;
 use super::{Problem, deadline};
 use crate::profile::Evidence;
 use anyhow::Result;
@@ -40,6 +41,8 @@ pub fn shadow_prices(
         objective,
         constraints: &constraints,
         backend,
+        pool: &ColumnPool::default(),
+        depth: Depth::Quick,
     };
     let charge = Charge::linear(objective);
     let deadline = deadline(Instant::now(), time_limit_s)?;
@@ -50,9 +53,10 @@ pub fn shadow_prices(
         capacity,
         &charge,
         &constraints,
-        time_limit_s,
+        instance.depth.grid_s(time_limit_s),
     );
-    let mut items = columns::dense_items(shape, capacity, &charge, &constraints);
-    items.extend(enumerator.items());
-    Ok(generate_columns(&instance, &enumerator, &mut items, capacity, deadline)?.price)
+    let dense = columns::dense_items(shape, capacity, &charge, &constraints);
+    Ok(generate(&instance, &enumerator, dense, &[], deadline)?
+        .dual
+        .price)
 }

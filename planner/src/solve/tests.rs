@@ -657,6 +657,8 @@ mod gpus;
 
 mod goals;
 
+mod warm;
+
 /// Both solvers of the integer program find choices of the same cost.
 #[cfg(feature = "highs")]
 #[test]

@@ -41,6 +41,26 @@ pub(super) fn columns_of_draft(
     Some(chosen)
 }
 
+/// Returns `[items]` configurations that drafts are made of.
+pub(super) fn configs_of_drafts(
+    instance: &Instance<'_>,
+    enumerator: &ColumnEnumerator<'_>,
+    items: &[Item],
+    drafts: &[Draft],
+) -> Vec<Vec<Config>> {
+    let of_item = |item: &Item| {
+        let layers = item.layers().iter();
+        let of_layer = |&at: &usize| {
+            let config =
+                move |draft: &Draft| config_of(instance, enumerator, at, draft.layers.get(at)?);
+            drafts.iter().filter_map(config)
+        };
+        let configs: BTreeSet<Config> = layers.flat_map(of_layer).collect();
+        configs.into_iter().collect()
+    };
+    items.iter().map(of_item).collect()
+}
+
 /// Returns the configuration that a placement of the layer at this position stands for.
 fn config_of(
     instance: &Instance<'_>,

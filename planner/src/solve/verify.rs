@@ -407,8 +407,21 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         }
     }
     total += caches_s(plan, shape);
+    // Layers of which the same is known, placed alike, take as long.
+    let mut known: Vec<(&LayerPlacement, &LayerEvidence, f64)> = Vec::new();
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
-        total += match &evidence.judged {
+        let is_same = |(placed, of, _): &&(&LayerPlacement, &LayerEvidence, f64)| {
+            let placed = LayerPlacement {
+                layer: layer.layer,
+                ..(*placed).clone()
+            };
+            evidence.is_like(of) && placed == *layer
+        };
+        if let Some((.., seconds)) = known.iter().find(is_same) {
+            total += seconds;
+            continue;
+        }
+        let seconds = match &evidence.judged {
             Judged::Recorded(_) => stepped_s(plan, layer, evidence),
             Judged::Uniform => {
                 let tiers: PerTier<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
@@ -418,6 +431,8 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
                 cost::stage_mean_s(&stage, &found, layer.brought_to(plan.staging_tier))
             }
         };
+        known.push((layer, evidence, seconds));
+        total += seconds;
     }
     total
 }

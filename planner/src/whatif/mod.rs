@@ -14,8 +14,8 @@ use crate::json::tier_json;
 use crate::parallel;
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
-use crate::solve::options::Strategy;
-use crate::solve::{Options, Problem, Solution, solve_with_evidence};
+use crate::solve::options::{Depth, Strategy};
+use crate::solve::{ColumnPool, Options, Problem, Solution, solve_with_pool};
 use anyhow::Result;
 use purchase::Purchase;
 use serde_json::{Value, json};
@@ -23,6 +23,7 @@ use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Machine, TierKind};
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::profile::Profile;
+use tier_plan_runtime::kernels::scoped::spawn_or_run;
 
 /// A question: which model, on which machine, within which budgets.
 #[derive(Debug, Clone)]
@@ -143,23 +144,54 @@ pub fn bound(plan: &Placement) -> Bound {
     }
 }
 
-/// Returns the patterns of routing to suppose, by name; only the profile, if there is one.
-fn supposed(question: &Question<'_>) -> Result<Vec<(&'static str, Evidence)>> {
-    let shape = &question.known.sizes;
-    if let Some(profile) = question.profile {
-        return Ok(vec![("profile", Evidence::new(shape, Some(profile))?)]);
+/// The patterns of routing to suppose, each with the columns that were priced for it.
+///
+/// Questions may share them that differ by budgets and by the capacities of tiers.
+#[derive(Debug, Clone)]
+pub struct Supposed {
+    routings: Vec<Routing>,
+}
+
+/// A pattern of routing.
+#[derive(Debug, Clone)]
+struct Routing {
+    name: &'static str,
+    evidence: Evidence,
+    pool: ColumnPool,
+}
+
+impl Supposed {
+    /// Supposes every pattern of routing; only the profile, if there is one.
+    ///
+    /// # Errors
+    /// Fails if the routing makes no sense for the model.
+    pub fn new(question: &Question<'_>) -> Result<Self> {
+        let shape = &question.known.sizes;
+        let named = if let Some(profile) = question.profile {
+            vec![("profile", Evidence::new(shape, Some(profile))?)]
+        } else if shape.experts.is_empty() {
+            vec![("dense", Evidence::uniform(shape)?)]
+        } else {
+            let of = |pattern: Pattern| Ok((pattern.name(), Evidence::supposed(shape, pattern)?));
+            Pattern::ALL.into_iter().map(of).collect::<Result<_>>()?
+        };
+        let routing = |(name, evidence)| Routing {
+            name,
+            evidence,
+            pool: ColumnPool::default(),
+        };
+        Ok(Supposed {
+            routings: named.into_iter().map(routing).collect(),
+        })
     }
-    if shape.experts.is_empty() {
-        return Ok(vec![("dense", Evidence::uniform(shape)?)]);
+
+    fn named(&self, name: &str) -> Option<&Routing> {
+        self.routings.iter().find(|routing| routing.name == name)
     }
-    Pattern::ALL
-        .into_iter()
-        .map(|pattern| Ok((pattern.name(), Evidence::supposed(shape, pattern)?)))
-        .collect()
 }
 
 /// Solves for one pattern of routing. Slots keep LRU, since nothing is recorded to learn from.
-fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
+fn plan_for(question: &Question<'_>, evidence: &Evidence, pool: &ColumnPool) -> Result<Solution> {
     let problem = Problem {
         shape: &question.known.sizes,
         profile: question.profile,
@@ -173,10 +205,11 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
     let options = Options {
         strategy: Strategy::Optimal,
         time_limit_s,
+        depth: Depth::Quick,
         position,
         ..Options::default()
     };
-    solve_with_evidence(&problem, evidence, &options)
+    solve_with_pool(&problem, evidence, pool, &options)
 }
 
 /// Answers a question.
@@ -185,28 +218,17 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence) -> Result<Solution> {
 /// Fails if there is no plan: the model does not fit the budgets, or the machine file makes no
 /// sense.
 pub fn answer(question: &Question<'_>) -> Result<Answer> {
+    answer_supposing(question, &Supposed::new(question)?)
+}
+
+/// Answers a question for patterns of routing, which keep what was priced for them.
+///
+/// # Errors
+/// As [`answer`].
+pub fn answer_supposing(question: &Question<'_>, supposed: &Supposed) -> Result<Answer> {
     let machine = question.machine;
-    let supposed = supposed(question)?;
-    let mut cases = Vec::with_capacity(supposed.len());
-    for (routing, evidence) in &supposed {
-        let solved = plan_for(question, evidence)?;
-        let predictor = Predictor {
-            plan: &solved.plan,
-            shape: &question.known.sizes,
-            evidence,
-            at: solved.plan.predicted.at,
-        };
-        let steps = match question.sequences {
-            1 => Vec::new(),
-            most => parallel::predictions(&predictor, most),
-        };
-        cases.push(Case {
-            routing,
-            steps,
-            plan: solved.plan,
-            notes: solved.notes,
-        });
-    }
+    let cases = side_by_side(&supposed.routings, |routing| case_of(question, routing));
+    let mut cases = cases.into_iter().collect::<Result<Vec<_>>>()?;
     cases.sort_by(|a, b| a.decode_tok_s().total_cmp(&b.decode_tok_s()));
     let mut answer = Answer {
         cases,
@@ -216,6 +238,46 @@ pub fn answer(question: &Question<'_>) -> Result<Answer> {
     };
     answer.load_s = answer.middle().and_then(|case| load_s(&case.plan, machine));
     Ok(answer)
+}
+
+/// Answers a question for one pattern of routing.
+fn case_of(question: &Question<'_>, routing: &Routing) -> Result<Case> {
+    let Routing {
+        name,
+        evidence,
+        pool,
+    } = routing;
+    let solved = plan_for(question, evidence, pool)?;
+    let predictor = Predictor {
+        plan: &solved.plan,
+        shape: &question.known.sizes,
+        evidence,
+        at: solved.plan.predicted.at,
+    };
+    let steps = match question.sequences {
+        1 => Vec::new(),
+        most => parallel::predictions(&predictor, most),
+    };
+    Ok(Case {
+        routing: name,
+        steps,
+        plan: solved.plan,
+        notes: solved.notes,
+    })
+}
+
+/// Returns what `each` makes of every item, in their order, with a thread for each of them.
+///
+/// Items are a few solves of a second or less, so that threads beyond the cores cost nothing.
+fn side_by_side<I: Sync, T: Send>(items: &[I], each: impl Fn(&I) -> T + Sync) -> Vec<T> {
+    let each = &each;
+    let mut made: Vec<Option<T>> = items.iter().map(|_| None).collect();
+    std::thread::scope(|scope| {
+        for (item, made) in items.iter().zip(&mut made) {
+            spawn_or_run(scope, move || *made = Some(each(item)));
+        }
+    });
+    made.into_iter().flatten().collect()
 }
 
 /// Returns the seconds to fill the tiers.

@@ -1,8 +1,8 @@
 //! Finds what to buy next: the same money spent on each tier in turn, and solved again.
 
 use super::sweep::resized;
-use super::{Answer, Question, plan_for, supposed};
-use anyhow::Result;
+use super::{Answer, Question, Supposed, plan_for, side_by_side};
+use tier_plan_runtime::formats::machine::{Machine, Tier};
 
 /// US dollars to spend where the machine has no price.
 const DEFAULT_SPEND_USD: f64 = 500.0;
@@ -37,62 +37,65 @@ impl Purchase {
 
 /// Returns what the same money buys of every tier whose price is known, the best first.
 ///
-/// # Errors
-/// Fails if the routing makes no sense for the model.
-pub fn purchases(question: &Question<'_>, answer: &Answer) -> Result<Vec<Purchase>> {
-    let machine = question.machine;
+/// The columns that were priced for the answer are where each purchase begins.
+pub fn purchases(question: &Question<'_>, answer: &Answer, supposed: &Supposed) -> Vec<Purchase> {
     let Some(middle) = answer.middle() else {
-        return Ok(Vec::new());
+        return Vec::new();
     };
-    let Some((_, evidence)) = supposed(question)?
-        .into_iter()
-        .find(|(routing, _)| *routing == middle.routing)
-    else {
-        return Ok(Vec::new());
+    let Some(routing) = supposed.named(middle.routing) else {
+        return Vec::new();
     };
-    let usd = machine
-        .extras
-        .price_usd
-        .filter(|price| *price > 0.0)
-        .map_or(DEFAULT_SPEND_USD, |price| price * SPEND_SHARE);
-    let mut found = Vec::new();
-    for (at, tier) in machine.tiers.iter().enumerate() {
-        let Some(each) = machine
-            .extras
-            .usd_per_gb
-            .get(&tier.name)
-            .filter(|each| **each > 0.0)
-        else {
-            continue;
-        };
-        let bytes = (usd / each * 1e9) as u64;
-        let Some(capacity) = tier
-            .capacity_bytes
-            .checked_add(bytes)
-            .filter(|all| i64::try_from(*all).is_ok())
-        else {
-            continue;
-        };
-        let larger = resized(machine, at, capacity);
-        let mut budgets = question.budgets.clone();
-        budgets[at] = budgets[at].saturating_add(bytes);
+    let extras = &question.machine.extras;
+    let price = extras.price_usd.filter(|price| *price > 0.0);
+    let usd = price.map_or(DEFAULT_SPEND_USD, |price| price * SPEND_SHARE);
+    let offers = offers(question, usd);
+    let bought = side_by_side(&offers, |offer| {
         let larger = Question {
-            machine: &larger,
-            budgets,
+            machine: &offer.machine,
+            budgets: offer.budgets.clone(),
             ..question.clone()
         };
+        // Purchases do not see each other's columns, so that they can be made side by side.
+        let plan = plan_for(&larger, &routing.evidence, &routing.pool.clone());
         // More bytes always fit, so a failure here is a timeout and no purchase.
-        let Ok(plan) = plan_for(&larger, &evidence) else {
-            continue;
-        };
-        found.push(Purchase {
-            tier: tier.name.clone(),
-            bytes,
+        plan.ok().map(|solved| Purchase {
+            tier: offer.tier.clone(),
+            bytes: offer.bytes,
             usd,
             before_tok_s: middle.decode_tok_s(),
-            tok_s: plan.plan.predicted.decode_tok_s,
-        });
-    }
+            tok_s: solved.plan.predicted.decode_tok_s,
+        })
+    });
+    let mut found: Vec<Purchase> = bought.into_iter().flatten().collect();
     found.sort_by(|a, b| b.tok_s.total_cmp(&a.tok_s));
-    Ok(found)
+    found
+}
+
+/// The machine with more bytes of one tier.
+struct Offer {
+    tier: String,
+    bytes: u64,
+    machine: Machine,
+    budgets: Vec<u64>,
+}
+
+/// Returns what some dollars buy of each tier with a price.
+fn offers(question: &Question<'_>, usd: f64) -> Vec<Offer> {
+    let machine = question.machine;
+    let offer = |(at, tier): (usize, &Tier)| {
+        let prices = &machine.extras.usd_per_gb;
+        let each = prices.get(&tier.name).filter(|each| **each > 0.0)?;
+        let bytes = (usd / each * 1e9) as u64;
+        let capacity = tier.capacity_bytes.checked_add(bytes);
+        let capacity = capacity.filter(|all| i64::try_from(*all).is_ok())?;
+        let mut budgets = question.budgets.clone();
+        budgets[at] = budgets[at].saturating_add(bytes);
+        Some(Offer {
+            tier: tier.name.clone(),
+            bytes,
+            machine: resized(machine, at, capacity),
+            budgets,
+        })
+    };
+    machine.tiers.iter().enumerate().filter_map(offer).collect()
 }

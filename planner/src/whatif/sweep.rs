@@ -1,6 +1,6 @@
 //! Sweeps a tier's size: asks one question for a tier of one size after another.
 
-use super::{Answer, Question, answer};
+use super::{Answer, Question, Supposed, answer_supposing};
 use anyhow::{Context, Result, bail, ensure};
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::units::parse_bytes;
@@ -113,11 +113,17 @@ pub fn at_size(question: &Question<'_>, tier: &str, bytes: u64) -> Option<(Machi
     Some((resized(question.machine, at, bytes), budgets))
 }
 
-/// Asks the question for every size, calling `each` after it.
+/// Asks the question for every size, calling `each` after it. A size begins with the columns that
+/// were priced for those before.
 ///
 /// # Errors
 /// Fails if the machine has no such tier.
-pub fn sweep(question: &Question<'_>, range: &Range, mut each: impl FnMut(usize)) -> Result<Sweep> {
+pub fn sweep(
+    question: &Question<'_>,
+    supposed: &Supposed,
+    range: &Range,
+    mut each: impl FnMut(usize),
+) -> Result<Sweep> {
     let tiers = &question.machine.tiers;
     if !tiers.iter().any(|t| t.name == range.tier) {
         let names: Vec<&str> = tiers.iter().map(|t| t.name.as_str()).collect();
@@ -133,13 +139,14 @@ pub fn sweep(question: &Question<'_>, range: &Range, mut each: impl FnMut(usize)
         let Some((machine, budgets)) = at_size(question, &range.tier, bytes) else {
             continue;
         };
+        let question = Question {
+            machine: &machine,
+            budgets,
+            ..question.clone()
+        };
         points.push(Point {
             bytes,
-            answer: answer(&Question {
-                machine: &machine,
-                budgets,
-                ..question.clone()
-            }),
+            answer: answer_supposing(&question, supposed),
         });
         each(done + 1);
     }

@@ -22,11 +22,12 @@
 mod tighten;
 mod token_times;
 
-use super::local_descent::{LocalDescent, SlotRange, TimedConfig};
+use super::local_descent::{LocalDescent, ROUGH_STEPS, SlotRange, TimedConfig};
 use crate::cost::ExpertStage;
 use crate::profile::LayerEvidence;
 use crate::solve::problem::capacity::{Capacity, MAX_FAST};
 use crate::solve::problem::columns::Config;
+use crate::solve::problem::pool::Priced;
 use crate::solve::problem::reuse_table::ReuseTable;
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -89,13 +90,36 @@ impl<'a> LayerSearch<'a> {
         }
     }
 
+    /// Keeps the layer's experts from some tiers. The bound is over all tiers then, which holds.
+    #[must_use]
+    pub fn forbidding(self, tiers: &BTreeSet<TierIdx>) -> Self {
+        LayerSearch {
+            descent: self.descent.forbidding(tiers),
+        }
+    }
+
+    /// Takes configurations as priced.
+    #[must_use]
+    pub fn knowing(self, known: Priced) -> Self {
+        LayerSearch {
+            descent: self.descent.knowing(known),
+        }
+    }
+
+    /// Returns all configurations that were priced.
+    pub fn into_known(self) -> Priced {
+        self.descent.into_known()
+    }
+
     /// Returns the configurations that descents from some known ones lead to, the cheapest first.
     ///
-    /// A `thorough` search also descends from where the weighted means are least.
+    /// At most `descents` are made, at least [`MIN_DESCENTS`] where the search is `thorough`: that
+    /// also descends from where the weighted means are least.
     pub fn cheapest(
         &mut self,
         start: &[Config],
         thorough: bool,
+        descents: usize,
         deadline: Instant,
     ) -> Vec<TimedConfig> {
         start.iter().for_each(|config| {
@@ -111,7 +135,7 @@ impl<'a> LayerSearch<'a> {
                 if Instant::now() >= deadline {
                     break;
                 }
-                self.tighten(&mut region);
+                self.sample(&mut region);
                 let (point, means) = (region.point, self.descent.timed.means(&region.point));
                 region
                     .mean
@@ -123,8 +147,22 @@ impl<'a> LayerSearch<'a> {
                 }
             }
         }
-        let descents = start.len().max(MIN_DESCENTS);
-        self.descent.cheapest(begin, descents, deadline)
+        let descents = if thorough {
+            descents.max(MIN_DESCENTS)
+        } else {
+            descents
+        };
+        let found = self.descent.cheapest(begin, descents, deadline);
+        if !thorough {
+            return found;
+        }
+        self.descent.scan(&ROUGH_STEPS, deadline);
+        self.descent.by_value()
+    }
+
+    /// Returns the mean seconds of a configuration.
+    pub fn seconds(&mut self, config: &Config) -> f64 {
+        self.descent.seconds(config)
     }
 
     /// Returns the configurations around some, the cheapest first.

@@ -6,8 +6,10 @@
 use crate::cost::{self, ExpertStage};
 use crate::solve::problem::capacity::{Capacity, MAX_FAST};
 use crate::solve::problem::columns::Config;
-use std::collections::{BTreeSet, HashMap};
+use crate::solve::problem::pool::Priced;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
+use tier_plan_runtime::formats::placement::TierIdx;
 use tier_plan_runtime::model::shape::ExpertShape;
 
 /// Experts that the first steps of a descent move.
@@ -18,6 +20,17 @@ const STEPS_AROUND_MINIMUM: [u16; 2] = [2, 3];
 
 /// Step lengths that are priced around the columns of a choice.
 const STEPS_AROUND_CHOICE: [u16; 5] = [1, 2, 3, 5, 8];
+
+/// Times that the surroundings of the cheapest configurations are priced.
+const MAX_SCANS: usize = 4;
+
+/// Step lengths that are priced then where experts are used alike.
+pub(super) const SMOOTH_STEPS: [u16; 8] = [1, 2, 3, 5, 8, 13, 21, 34];
+
+/// Step lengths that are priced then where tokens were recorded.
+pub(super) const ROUGH_STEPS: [u16; 20] = [
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+];
 
 /// Mean time of a layer's expert stage under any configuration.
 pub trait StageTime {
@@ -101,7 +114,10 @@ pub struct LocalDescent<'a, T> {
     expert_bytes: u64,
     /// `[tiers]` worth of an expert's bytes, in seconds.
     pub(super) expert_price_s: [f64; MAX_FAST + 1],
-    known: HashMap<Config, f64>,
+    /// `[tiers]` whether the layer's experts may be there.
+    is_allowed: [bool; MAX_FAST + 1],
+    /// Configurations that were priced, fitting or not.
+    pub(super) known: Priced,
 }
 
 impl<'a, T: StageTime> LocalDescent<'a, T> {
@@ -120,8 +136,28 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
             n_used: shape.n_used as u16,
             expert_bytes,
             expert_price_s,
-            known: HashMap::new(),
+            is_allowed: [true; MAX_FAST + 1],
+            known: Priced::new(),
         }
+    }
+
+    /// Keeps the layer's experts from some tiers.
+    #[must_use]
+    pub fn forbidding(mut self, tiers: &BTreeSet<TierIdx>) -> Self {
+        tiers.iter().for_each(|t| self.is_allowed[t.get()] = false);
+        self
+    }
+
+    /// Takes configurations as priced.
+    #[must_use]
+    pub fn knowing(mut self, known: Priced) -> Self {
+        self.known = known;
+        self
+    }
+
+    /// Returns all configurations that were priced.
+    pub fn into_known(self) -> Priced {
+        self.known
     }
 
     /// Descends from the best of some configurations, and returns all that were priced.
@@ -158,8 +194,39 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
         self.by_value()
     }
 
+    /// Prices steps around the cheapest configuration per tier of slots, and moves on while that
+    /// finds a cheaper one.
+    ///
+    /// The longest of several paths bends wherever another one becomes the longest, and means over
+    /// a finite number of tokens are rough. So descents end in places that are nearly the best.
+    pub(super) fn scan(&mut self, steps: &[u16], deadline: Instant) {
+        let mut scanned: BTreeSet<Config> = BTreeSet::new();
+        for _ in 0..MAX_SCANS {
+            let mut cheapest: BTreeMap<Option<TierIdx>, TimedConfig> = BTreeMap::new();
+            for timed in self.by_value() {
+                let slot_tier = (timed.config.slots > 0).then_some(timed.config.slot_tier);
+                cheapest.entry(slot_tier).or_insert(timed);
+            }
+            let centers: Vec<Config> = cheapest
+                .into_values()
+                .map(|timed| timed.config)
+                .filter(|config| scanned.insert(*config))
+                .collect();
+            if centers.is_empty() || Instant::now() >= deadline {
+                return;
+            }
+            for center in centers {
+                for &step in steps {
+                    self.neighbors(&center, step).iter().for_each(|c| {
+                        self.seconds(c);
+                    });
+                }
+            }
+        }
+    }
+
     /// Returns the priced configurations that fit, the cheapest first.
-    fn by_value(&self) -> Vec<TimedConfig> {
+    pub(super) fn by_value(&self) -> Vec<TimedConfig> {
         let known = self.known.iter().map(|(config, seconds)| TimedConfig {
             config: *config,
             seconds: *seconds,
@@ -215,7 +282,7 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
         self.seconds(config) + self.priced_bytes(config)
     }
 
-    /// Whether a configuration's bytes fit the tiers, with nothing beside them.
+    /// Whether a configuration's tiers are allowed and its bytes fit them, with nothing beside.
     pub(super) fn fits(&self, config: &Config) -> bool {
         let fast = self.capacity.fast();
         let last_cut = config.last_cut(fast);
@@ -228,8 +295,9 @@ impl<'a, T: StageTime> LocalDescent<'a, T> {
             } else {
                 0
             };
-            let experts = u64::from(pins(tier)) + u64::from(slots) + home;
-            experts * self.expert_bytes <= self.capacity.left_bytes[tier]
+            let placed = u64::from(pins(tier)) + u64::from(slots);
+            (placed == 0 || self.is_allowed[tier])
+                && (placed + home) * self.expert_bytes <= self.capacity.left_bytes[tier]
         })
     }
 

@@ -10,7 +10,7 @@ use super::choice::{Choice, Master, PricedColumn};
 use crate::profile::synthetic::Random;
 use crate::solve::problem::capacity::MAX_ROWS;
 use crate::solve::problem::columns::Item;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
 /// Columns per item that are candidates.
@@ -22,14 +22,11 @@ const MAX_TRIPLE_CANDIDATES: usize = 200;
 /// Candidates from which on a member takes part in triples, if there are enough such members.
 const MIN_TRIPLE_CANDIDATES: usize = 8;
 
-/// Triples in a row without a gain after which the search ends.
-const MAX_FRUITLESS_TRIPLES: usize = 6000;
-
 /// Least gain that counts, relative to the bound.
 const MIN_RELATIVE_GAIN: f64 = 1e-10;
 
-/// Relative gap at which the search ends.
-const MAX_RELATIVE_GAP: f64 = 1e-6;
+/// Relative gap at which the search ends at the latest.
+const LEAST_TOLERANCE: f64 = 1e-6;
 
 /// `[rows]` bytes, zero beyond the rows there are.
 type RowBytes = [u64; MAX_ROWS];
@@ -149,6 +146,19 @@ struct Freed {
     gap_s: f64,
 }
 
+/// When a search for a choice ends.
+#[derive(Debug, Clone, Copy)]
+pub struct Ending {
+    /// Relative gap that is good enough.
+    pub tolerance: f64,
+    /// Triples in a row without a gain.
+    pub fruitless_triples: usize,
+    /// Choices that are improved side by side.
+    pub choices: usize,
+    /// The time at the latest.
+    pub deadline: Instant,
+}
+
 struct ExchangeSearch<'a> {
     lists: &'a CandidateLists<'a>,
     n_rows: usize,
@@ -157,18 +167,13 @@ struct ExchangeSearch<'a> {
     spare: RowBytes,
     min_gain_s: f64,
     max_gap_s: f64,
-    deadline: Instant,
+    ending: Ending,
 }
 
 /// Improves a choice until no pair, and no triple that was drawn, can be given better columns.
 ///
-/// Ends early at the deadline. The order of trials depends on `seed` alone.
-pub fn exchange(
-    lists: &CandidateLists<'_>,
-    choice: Choice,
-    seed: u64,
-    deadline: Instant,
-) -> Choice {
+/// The order of trials depends on `seed` alone.
+pub fn exchange(lists: &CandidateLists<'_>, choice: Choice, seed: u64, ending: Ending) -> Choice {
     let Master {
         items,
         capacity,
@@ -203,7 +208,7 @@ pub fn exchange(
         }
     }
     let min_gain_s = MIN_RELATIVE_GAIN * dual.bound_s.abs();
-    let max_gap_s = MAX_RELATIVE_GAP * dual.bound_s.abs();
+    let max_gap_s = ending.tolerance.max(LEAST_TOLERANCE) * dual.bound_s.abs();
     let mut search = ExchangeSearch {
         lists,
         n_rows,
@@ -211,7 +216,7 @@ pub fn exchange(
         spare,
         min_gain_s,
         max_gap_s,
-        deadline,
+        ending,
     };
     search.run(&mut Random::new(seed));
     let mut columns = choice.columns.clone();
@@ -247,27 +252,37 @@ impl<'a> ExchangeSearch<'a> {
             return;
         }
         self.exchange_pairs(random);
-        let n_candidates = |unit: usize| self.list(unit).by_bytes_s.len();
-        let all = 0..self.units.len();
-        let mut drawn: Vec<usize> = all
-            .clone()
-            .filter(|&unit| n_candidates(unit) >= MIN_TRIPLE_CANDIDATES)
-            .collect();
-        if drawn.len() < 3 {
-            drawn = all.collect();
-        }
+        let mut drawn = self.drawn();
         let mut fruitless = 0;
-        while fruitless < MAX_FRUITLESS_TRIPLES
+        while fruitless < self.ending.fruitless_triples
             && self.gap_s() > self.max_gap_s
-            && Instant::now() < self.deadline
+            && Instant::now() < self.ending.deadline
         {
             if self.exchange_three(&drawn, random) {
                 fruitless = 0;
                 self.exchange_pairs(random);
+                drawn = self.drawn();
             } else {
                 fruitless += 1;
             }
         }
+    }
+
+    /// Returns the units that triples are drawn from: those with enough candidates, and no more than
+    /// three with the same item and column, since others would only repeat their trials.
+    fn drawn(&self) -> Vec<usize> {
+        let n_candidates = |unit: usize| self.list(unit).by_bytes_s.len();
+        let mut seen: HashMap<(usize, u32), u32> = HashMap::new();
+        let is_new = |&unit: &usize| {
+            let Unit { item, current, .. } = self.units[unit];
+            let times = seen.entry((item, current.column)).or_default();
+            *times += 1;
+            *times <= 3
+        };
+        let distinct: Vec<usize> = (0..self.units.len()).filter(is_new).collect();
+        let has_choice = |&&unit: &&usize| n_candidates(unit) >= MIN_TRIPLE_CANDIDATES;
+        let drawn: Vec<usize> = distinct.iter().filter(has_choice).copied().collect();
+        if drawn.len() < 3 { distinct } else { drawn }
     }
 
     /// Tries all pairs until none gains. Pairs of equal items and columns are tried once.
@@ -285,7 +300,7 @@ impl<'a> ExchangeSearch<'a> {
                     if !tried.insert(pair) {
                         continue;
                     }
-                    if Instant::now() >= self.deadline {
+                    if Instant::now() >= self.ending.deadline {
                         return;
                     }
                     if self.exchange_two(first, second) {
@@ -554,7 +569,7 @@ mod tests {
                 let lists = CandidateLists::new(&master, &ranked, f64::INFINITY);
                 let choice = Choice::new(items, &capacity, columns);
                 let choice = choice.ok_or_else(|| TestCaseError::fail("does not fit"))?;
-                let better = exchange(&lists, choice.clone(), 1, far());
+                let better = exchange(&lists, choice.clone(), 1, Ending { tolerance: 0.0, fruitless_triples: 6000, choices: 1, deadline: far() });
                 prop_assert!(better.cost_s <= choice.cost_s && better.cost_s >= dual.bound_s * (1.0 - 1e-9));
                 prop_assert!(Choice::new(items, &capacity, better.columns.clone()).is_some());
                 Ok(better.cost_s)

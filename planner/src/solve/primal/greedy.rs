@@ -6,6 +6,7 @@
 
 use super::choice::{Choice, Master, PricedColumn, used_bytes};
 use crate::solve::problem::columns::Item;
+use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
 /// Columns per item that pairs are tried with.
@@ -281,6 +282,26 @@ impl LocalSearch<'_> {
         self.choice.columns[item][member] = column;
     }
 
+    /// Returns the first unit of each item and column: what goes for one of them goes for all.
+    fn distinct(&self) -> Vec<usize> {
+        let mut seen = HashSet::new();
+        let is_new = |&unit: &usize| seen.insert((self.units[unit].item, self.current(unit)));
+        (0..self.units.len()).filter(is_new).collect()
+    }
+
+    /// Returns the first two units of each item and column.
+    fn distinct_pairs(&self) -> Vec<usize> {
+        let mut seen: HashMap<(usize, usize), u32> = HashMap::new();
+        let is_new = |&unit: &usize| {
+            let times = seen
+                .entry((self.units[unit].item, self.current(unit)))
+                .or_default();
+            *times += 1;
+            *times <= 2
+        };
+        (0..self.units.len()).filter(is_new).collect()
+    }
+
     /// Returns the best change of one unit, as unit and column.
     ///
     /// `columns_of` gives the columns of an item that are tried.
@@ -289,7 +310,7 @@ impl LocalSearch<'_> {
         let mut best_gain_s = MIN_RELATIVE_GAIN * self.choice.cost_s;
         let mut last_item = usize::MAX;
         let mut columns = Vec::new();
-        for unit in 0..self.units.len() {
+        for unit in self.distinct() {
             let item = self.units[unit].item;
             if item != last_item {
                 (columns, last_item) = (columns_of(item), item);
@@ -310,9 +331,14 @@ impl LocalSearch<'_> {
     /// Returns whether anything changed; `false` once the deadline passes.
     fn change_pairs(&mut self, shortlist: &[Vec<usize>], deadline: Instant) -> bool {
         let mut changed = false;
+        // Units whose item and column brought nothing since the last change.
+        let mut fruitless = HashSet::new();
         for first in 0..self.units.len() {
             if Instant::now() >= deadline {
                 return false;
+            }
+            if !fruitless.insert((self.units[first].item, self.current(first))) {
+                continue;
             }
             if let Some(PairChange {
                 to_first,
@@ -324,6 +350,7 @@ impl LocalSearch<'_> {
                 self.set(first, to_first);
                 self.set(second, to_second);
                 changed = true;
+                fruitless.clear();
             }
         }
         changed
@@ -331,6 +358,7 @@ impl LocalSearch<'_> {
 
     fn best_pair(&self, first: usize, shortlist: &[Vec<usize>]) -> Option<PairChange> {
         let mut best: Option<PairChange> = None;
+        let seconds = self.distinct_pairs();
         for &to_first in &shortlist[self.units[first].item] {
             let first_gain_s = self.gain_s(first, to_first);
             if first_gain_s <= 0.0 {
@@ -339,7 +367,7 @@ impl LocalSearch<'_> {
             let left: Vec<i128> = (0..self.n_rows)
                 .map(|t| self.spare[t] - self.extra_bytes(first, to_first, t))
                 .collect();
-            for second in (0..self.units.len()).filter(|&unit| unit != first) {
+            for second in seconds.iter().copied().filter(|&unit| unit != first) {
                 for &to_second in &shortlist[self.units[second].item] {
                     let gain_s = first_gain_s + self.gain_s(second, to_second);
                     let least = MIN_RELATIVE_GAIN * self.choice.cost_s;

@@ -138,6 +138,26 @@ impl Item {
         }
     }
 
+    /// Returns the positions of its layers with experts; none of dense groups.
+    pub fn layers(&self) -> &[usize] {
+        match &self.meaning {
+            Meaning::Dense { .. } => &[],
+            Meaning::Experts { layers, .. } => layers,
+        }
+    }
+
+    /// Returns an item of layers without columns.
+    pub fn of_layers(layers: Vec<usize>) -> Self {
+        Item {
+            meaning: Meaning::Experts {
+                layers,
+                configs: Vec::new(),
+            },
+            cost_s: Vec::new(),
+            bytes: Vec::new(),
+        }
+    }
+
     /// Returns the number of columns.
     pub fn len(&self) -> usize {
         self.cost_s.len()

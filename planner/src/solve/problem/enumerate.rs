@@ -11,18 +11,19 @@ use super::capacity::{Capacity, MAX_FAST};
 use super::columns::{Charge, Config, Item, Meaning};
 use super::constraints::{Constraints, LayerConstraints};
 use super::grid::{Axes, Grid};
+use super::pool::PoolKey;
 use super::reuse_table::ReuseTable;
 use crate::cost::batch::{self, PassStage, Spread, Step, Use};
 use crate::cost::{ExpertStage, outcomes, stage_mean_s};
 use crate::profile::{Evidence, Judged, LayerEvidence};
 use layer::LayerColumns;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, TierIdx};
 use tier_plan_runtime::kernels::scoped::spawn_or_run;
 use tier_plan_runtime::model::shape::ModelShape;
 
-/// Share of the time limit spent on the initial grid when pricing will refine it.
-const INITIAL_GRID_TIME_SHARE: f64 = 0.4;
+/// Items of layers above which pricing begins with groups of layers.
+const MAX_GROUPS: usize = 8;
 
 /// Rank of an expert that is fixed to a tier: this plus the tier, beyond every rank.
 const FIXED_RANK: u16 = 1 << 15;
@@ -58,7 +59,7 @@ pub(crate) struct FixedExperts {
     per_tier: PerTier<u16>,
     /// The largest last cut: experts of higher ranks stay on the last tier.
     max_cut: u16,
-    constraints: LayerConstraints,
+    pub(crate) constraints: LayerConstraints,
 }
 
 impl FixedExperts {
@@ -130,15 +131,15 @@ impl<'a> ColumnEnumerator<'a> {
             of_layer.forbidden.extend(tiers);
             of_layer
         };
-        let layers = evidence.layers.iter();
-        let is_free = layers.clone().all(|l| of_layer(l.shape.layer).is_empty());
+        let mut layers = evidence.layers.iter();
+        let is_free = layers.all(|l| of_layer(l.shape.layer).fixed.is_empty());
         let is_plain = charge.is_plain() && is_free;
         let can_step = |layer: &LayerEvidence| {
             matches!(layer.judged, Judged::Uniform) || ReuseTable::is_possible(layer)
         };
         let prices_off_grid = is_plain && !grid.is_full && evidence.layers.iter().all(can_step);
         if prices_off_grid {
-            grid = Grid::new(evidence, capacity, seconds * INITIAL_GRID_TIME_SHARE);
+            grid = Grid::coarse(evidence, capacity);
         }
         let home = capacity.home();
         let fixed = evidence
@@ -209,66 +210,106 @@ impl<'a> ColumnEnumerator<'a> {
         self.fixed[at].max_cut
     }
 
+    /// Returns what the priced columns of the layer at position `at` are known by.
+    pub(crate) fn pool_key(&self, at: usize) -> PoolKey {
+        let layer = &self.evidence.layers[at];
+        let LayerConstraints { fixed, forbidden } = &self.fixed[at].constraints;
+        let Some(class) = layer.class.filter(|_| fixed.is_empty()) else {
+            return PoolKey::Layer(at);
+        };
+        // What the token chooses is read while the dense stage before runs.
+        let prefetch = layer.prefetch;
+        let ahead = prefetch.is_exact.then_some(prefetch.dense_bytes);
+        PoolKey::Alike {
+            class,
+            n_expert: layer.shape.n_expert,
+            n_used: layer.shape.n_used,
+            expert_bytes: layer.shape.expert_bytes,
+            ahead_bytes: ahead,
+            forbidden: forbidden.clone(),
+        }
+    }
+
     /// Returns the layers that share their columns, by position.
     fn alike(&self) -> Vec<Vec<usize>> {
         let mut alike: Vec<Vec<usize>> = Vec::new();
-        let mut classes: BTreeMap<([u64; 5], &BTreeSet<TierIdx>), usize> = BTreeMap::new();
-        for (at, layer) in self.evidence.layers.iter().enumerate() {
-            let LayerConstraints { fixed, forbidden } = &self.fixed[at].constraints;
-            match layer.class.filter(|_| fixed.is_empty()) {
-                None => alike.push(vec![at]),
-                Some(class) => {
-                    let counts = [class, layer.shape.n_expert, layer.shape.n_used].map(u64::from);
-                    let [class, n_expert, n_used] = counts;
-                    // What the token chooses is read while the dense stage before runs.
-                    let prefetch = layer.prefetch;
-                    let ahead = prefetch.is_exact.then_some(prefetch.dense_bytes);
-                    let ahead = ahead.map_or(0, |bytes| bytes.saturating_add(1));
-                    let key = [class, n_expert, n_used, layer.shape.expert_bytes, ahead];
-                    let place = *classes.entry((key, forbidden)).or_insert_with(|| {
-                        alike.push(Vec::new());
-                        alike.len() - 1
-                    });
-                    alike[place].push(at);
-                }
-            }
+        let mut places: BTreeMap<PoolKey, usize> = BTreeMap::new();
+        for at in 0..self.evidence.layers.len() {
+            let place = *places.entry(self.pool_key(at)).or_insert_with(|| {
+                alike.push(Vec::new());
+                alike.len() - 1
+            });
+            alike[place].push(at);
         }
         alike
     }
 
+    /// Returns all layers' items without columns.
+    pub(crate) fn empty_items(&self) -> Vec<Item> {
+        self.alike().into_iter().map(Item::of_layers).collect()
+    }
+
+    /// Returns groups of layers of the same sizes as items without columns, and the group of each
+    /// of [`empty_items`](Self::empty_items).
+    ///
+    /// A group is priced as the layer in its middle is, which comes first.
+    pub(crate) fn groups(&self) -> (Vec<Item>, Vec<usize>) {
+        let alike = self.alike();
+        let mut by_size: BTreeMap<(u32, u32, u64, bool), Vec<usize>> = BTreeMap::new();
+        for (at, layers) in alike.iter().enumerate() {
+            let shape = &self.evidence.layers[layers[0]].shape;
+            let key = (
+                shape.n_expert,
+                shape.n_used,
+                shape.expert_bytes,
+                shape.by_token,
+            );
+            by_size.entry(key).or_default().push(at);
+        }
+        let per_group = alike.len().div_ceil(MAX_GROUPS).max(1);
+        let mut group_of = vec![0; alike.len()];
+        let mut groups = Vec::new();
+        for members in by_size.values().flat_map(|all| all.chunks(per_group)) {
+            members.iter().for_each(|&at| group_of[at] = groups.len());
+            let mut layers: Vec<usize> =
+                members.iter().flat_map(|&at| &alike[at]).copied().collect();
+            let middle = layers.len() / 2;
+            layers[..=middle].rotate_right(1);
+            groups.push(Item::of_layers(layers));
+        }
+        (groups, group_of)
+    }
+
     /// Returns all layers' items with the columns on the grid, enumerated on all cores.
     pub fn items(&self) -> Vec<Item> {
-        let alike = self.alike();
+        let mut items = self.empty_items();
+        self.list(&mut items);
+        items
+    }
+
+    /// Adds to items without columns those on the grid, enumerated on all cores.
+    pub(crate) fn list(&self, items: &mut [Item]) {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = threads.min(alike.len().max(1));
-        let mut items: Vec<Option<Item>> = vec![None; alike.len()];
+        let threads = threads.min(items.len().max(1));
         std::thread::scope(|scope| {
-            let chunk = alike.len().div_ceil(threads).max(1);
-            for (members, items) in alike.chunks(chunk).zip(items.chunks_mut(chunk)) {
+            let chunk = items.len().div_ceil(threads).max(1);
+            for items in items.chunks_mut(chunk) {
                 spawn_or_run(scope, move || {
-                    for (layers, item) in members.iter().zip(items) {
-                        let cuts = self.grid.axis(0, self.max_cut(layers[0]));
+                    for item in items {
+                        let Some(&first) = item.layers().first() else {
+                            continue;
+                        };
+                        let cuts = self.grid.axis(0, self.max_cut(first));
                         let axes = Axes {
                             last_cuts: cuts.clone(),
                             cuts,
                             slots: None,
                         };
-                        let meaning = Meaning::Experts {
-                            layers: layers.clone(),
-                            configs: Vec::new(),
-                        };
-                        let mut listed = Item {
-                            meaning,
-                            cost_s: Vec::new(),
-                            bytes: Vec::new(),
-                        };
-                        self.extend(&mut listed, &axes);
-                        *item = Some(listed);
+                        self.extend(item, &axes);
                     }
                 });
             }
         });
-        items.into_iter().flatten().collect()
     }
 
     /// Adds the columns on the given axes that fit the tiers and are not dominated.

@@ -3,7 +3,7 @@
 
 use super::capacity::Capacity;
 use super::columns::Config;
-use crate::profile::{Evidence, Judged};
+use crate::profile::{Evidence, Judged, LayerEvidence};
 use std::collections::BTreeSet;
 use tier_plan_runtime::model::shape::ExpertShape;
 
@@ -13,14 +13,14 @@ const MAX_EVENTS_PER_S: f64 = 5e7;
 /// Columns over all layers that a grid may have per second there is.
 const MAX_COLUMNS_PER_S: f64 = 1.5e5;
 
-/// Seconds that a grid is made for at least: small models are listed whole, however short the time.
-const MIN_GRID_S: f64 = 2.0;
-
-/// Seconds that a grid is made for at most.
-const MAX_GRID_S: f64 = 60.0;
-
 /// Points per axis that every grid has, where a layer has as many counts.
 const MIN_POINTS: usize = 8;
+
+/// Points per axis of the coarse grid at most and at least.
+const COARSE_POINTS: [usize; 2] = [8, 4];
+
+/// Replay events that one layer's columns on the coarse grid may cost: some milliseconds.
+const MAX_COARSE_EVENTS: f64 = 2e6;
 
 /// Steps to each side of a column around which the grid is refined. A few rounds come down to steps
 /// of one, and each round stays cheap.
@@ -44,7 +44,6 @@ struct Work {
 impl Grid {
     /// Makes the finest grid whose columns take a part of `seconds` to price.
     pub fn new(evidence: &Evidence, capacity: &Capacity, seconds: f64) -> Self {
-        let seconds = seconds.clamp(MIN_GRID_S, MAX_GRID_S);
         let all = evidence
             .layers
             .iter()
@@ -62,6 +61,28 @@ impl Grid {
         Grid {
             points,
             is_full: points == all,
+        }
+    }
+
+    /// Makes a grid of few points, from which pricing finds the way to the others.
+    pub fn coarse(evidence: &Evidence, capacity: &Capacity) -> Self {
+        let [mut points, least] = COARSE_POINTS;
+        let ways = (1 + capacity.slot_tiers().len()) as f64;
+        let events = |layer: &LayerEvidence| match &layer.judged {
+            Judged::Recorded(trace) => (trace.tokens() * trace.n_used()) as f64,
+            Judged::Uniform => {
+                let used = layer.shape.n_used as usize;
+                sequences(used + 1, capacity.fast()) * used as f64
+            }
+        };
+        let most = evidence.layers.iter().map(events).fold(0.0, f64::max);
+        while points > least && sequences(points, capacity.fast()) * ways * most > MAX_COARSE_EVENTS
+        {
+            points -= 1;
+        }
+        Grid {
+            points,
+            is_full: false,
         }
     }
 
@@ -151,6 +172,11 @@ impl Grid {
     }
 }
 
+/// Returns the non-decreasing sequences of `fast` cuts among some points.
+fn sequences(points: usize, fast: usize) -> f64 {
+    (0..fast).fold(1.0, |n, at| n * (points + at) as f64 / (at as f64 + 1.0))
+}
+
 fn work(evidence: &Evidence, capacity: &Capacity, points: usize) -> Work {
     let fast = capacity.fast();
     let no_slots = capacity.slot_tiers().len() == 0;
@@ -171,8 +197,7 @@ fn work(evidence: &Evidence, capacity: &Capacity, points: usize) -> Work {
             continue;
         }
         let axis = points.min(layer.shape.n_expert as usize + 1) as f64;
-        // Non-decreasing sequences of `fast` cuts.
-        let cuts = (0..fast).fold(1.0, |n, at| n * (axis + at as f64) / (at as f64 + 1.0));
+        let cuts = sequences(axis as usize, fast);
         if let Judged::Recorded(trace) = &layer.judged {
             work.events +=
                 cuts * slot_tiers * trace.tokens() as f64 * f64::from(layer.shape.n_used);

@@ -5,9 +5,10 @@ use super::capacity::Capacity;
 use super::columns::{self, Charge};
 use super::constraints::Constraints;
 use super::objective::ObjectiveFunction;
+use super::pool::ColumnPool;
 use crate::cost::{self, batch::Step};
 use crate::profile::Evidence;
-use crate::solve::options::{Backend, Objective};
+use crate::solve::options::{Backend, Depth, Objective};
 use tier_plan_runtime::formats::placement::Placement;
 
 /// Relative gap that is rounding.
@@ -22,6 +23,10 @@ pub(crate) struct Instance<'a> {
     pub(crate) objective: &'a ObjectiveFunction,
     pub(crate) constraints: &'a Constraints,
     pub(crate) backend: Backend,
+    /// Columns that were priced before.
+    pub(crate) pool: &'a ColumnPool,
+    /// How far a search on an incomplete list of columns goes.
+    pub(crate) depth: Depth,
 }
 
 impl Instance<'_> {

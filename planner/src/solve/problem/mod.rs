@@ -13,6 +13,7 @@ pub mod grid;
 mod hint;
 pub mod instance;
 pub mod objective;
+pub mod pool;
 pub mod reuse_table;
 
 pub(crate) use hint::hint;

@@ -100,7 +100,7 @@ proptest! {
         prop_assert!(bound <= least * (1.0 + 1e-9), "{bound} {least}");
         prop_assert!(bound >= least * (1.0 - 2e-4), "{bound} {least}");
         // What local descent returns is priced as the cost model prices it.
-        for timed in layer.cheapest(&[none], true, soon()) {
+        for timed in layer.cheapest(&[none], true, 4, soon()) {
             let (config, seconds) = (timed.config, timed.seconds);
             let placed = config.placement(0, &evidence.layers[0].order, capacity.fast());
             let stage = cost::ExpertStage::new(&capacity.tiers, 1_000_000, evidence.layers[0].prefetch);

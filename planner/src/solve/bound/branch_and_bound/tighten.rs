@@ -5,10 +5,14 @@ use crate::cost::PathTime;
 use crate::solve::bound::local_descent::SlotRange;
 use crate::solve::problem::capacity::MAX_FAST;
 use crate::solve::problem::columns::Config;
+use crate::solve::problem::reuse_table::ReusedChoice;
 use tier_plan_runtime::formats::placement::TierIdx;
 
 /// Width of the softmax over paths at first, as a share of a token's time.
 const FIRST_SOFTMAX_WIDTH: f32 = 0.1;
+
+/// Last cuts that are looked at to find the begin of a descent.
+const SAMPLED_CUTS: usize = 48;
 
 /// First table: what fixed weights make of the paths.
 struct PathWeights {
@@ -48,6 +52,23 @@ struct SlotChoice {
 impl LayerSearch<'_> {
     /// Finds the least weighted mean over a region, which bounds it.
     pub(super) fn tighten(&self, region: &mut Region) {
+        let (bound, point) = self.least(region, 1);
+        if bound > region.bound || !bound.is_finite() {
+            region.bound = bound;
+        }
+        region.point = point;
+    }
+
+    /// Finds where the weighted mean over a region is about least, by a part of the last cuts.
+    ///
+    /// That bounds nothing, but is a good place to begin a descent.
+    pub(super) fn sample(&self, region: &mut Region) {
+        let cuts = self.descent.timed.table.n_expert + 1;
+        region.point = self.least(region, cuts.div_ceil(SAMPLED_CUTS)).1;
+    }
+
+    /// Returns the least weighted mean over every `stride`th last cut of a region, and where it is.
+    fn least(&self, region: &Region, stride: usize) -> (f64, Config) {
         let fast = self.descent.capacity.fast();
         let weights = self.path_weights(region);
         let prefix = self.prefix_costs(&weights);
@@ -55,6 +76,7 @@ impl LayerSearch<'_> {
         let transfers = self.transfer_costs(region, &weights);
         // Two sums for each position: additions to one would wait for each other.
         let mut sums = vec![[0.0f64; 2]; self.descent.timed.table.n_expert + 1];
+        let mut row = Vec::new();
         let mut bound = f64::INFINITY;
         let mut point = region.point;
         let last_cuts = if fast == 0 {
@@ -62,7 +84,7 @@ impl LayerSearch<'_> {
         } else {
             usize::from(region.low[fast - 1])..=usize::from(region.high[fast - 1])
         };
-        for last in last_cuts {
+        for last in last_cuts.step_by(stride) {
             let pinned = if fast > 0 {
                 prefix[fast - 1][last]
             } else {
@@ -72,7 +94,8 @@ impl LayerSearch<'_> {
             if !base.is_finite() {
                 continue;
             }
-            let Some(choice) = self.best_slots(region, last, &transfers, &mut sums) else {
+            let Some(choice) = self.best_slots(region, last, &transfers, &mut sums, &mut row)
+            else {
                 continue;
             };
             let value = base + choice.cost;
@@ -88,10 +111,7 @@ impl LayerSearch<'_> {
                 };
             }
         }
-        if bound > region.bound || !bound.is_finite() {
-            region.bound = bound;
-        }
-        region.point = point;
+        (bound, point)
     }
 
     /// Returns the tier that the pooled experts of a region compute on.
@@ -258,13 +278,14 @@ impl LayerSearch<'_> {
 
     /// Fifth pass: the number of slots that is best for a last cut.
     ///
-    /// `sums` is scratch space. Returns `None` if the region has no number of slots for the cut.
+    /// `sums` and `row` are scratch space. Returns `None` if the region has no number of slots for the cut.
     fn best_slots(
         &self,
         region: &Region,
         last: usize,
         transfers: &TransferCosts,
         sums: &mut [[f64; 2]],
+        row: &mut Vec<ReusedChoice>,
     ) -> Option<SlotChoice> {
         let (miss_s, cold_s) = match transfers {
             TransferCosts::Staged(by_cut) => {
@@ -285,7 +306,8 @@ impl LayerSearch<'_> {
         let bottom = low - 1;
         let sums = &mut sums[..=usize::from(high - bottom)];
         sums.fill([0.0; 2]);
-        for (at, choice) in self.descent.timed.table.row(last as u16).iter().enumerate() {
+        self.descent.timed.table.row(last as u16, row);
+        for (at, choice) in row.iter().enumerate() {
             let place = choice.position.clamp(bottom, high) - bottom;
             sums[usize::from(place)][at & 1] += miss_s[choice.key as usize];
         }

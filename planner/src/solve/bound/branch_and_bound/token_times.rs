@@ -16,13 +16,24 @@ pub(super) struct TokenTimes<'a> {
     pub(super) compute: [PathTime; MAX_FAST + 1],
     /// `[tiers]` time of experts that are transferred there.
     pub(super) transfer: [PathTime; MAX_FAST + 1],
+    /// `[tiers][used + 1]` seconds by the number of experts that compute from there.
+    compute_s: Vec<f64>,
+    /// `[tiers][used + 1]` seconds by the number of experts that are transferred there.
+    transfer_s: Vec<f64>,
 }
 
 impl StageTime for TokenTimes<'_> {
     fn seconds(&self, config: &Config) -> f64 {
         let mut sum = 0.0;
-        self.for_each_token(config, |_, times| {
-            sum += times.iter().copied().fold(0.0, f64::max)
+        let stride = self.table.used + 1;
+        let n = self.capacity.tiers.len();
+        let transfer_s = &self.transfer_s[config.slot_tier.get() * stride..][..stride];
+        self.for_each_token(config, |_, counts| {
+            let mut longest = transfer_s[usize::from(counts[n])];
+            for (&count, of_tier) in counts[..n].iter().zip(self.compute_s.chunks_exact(stride)) {
+                longest = longest.max(of_tier[usize::from(count)]);
+            }
+            sum += longest;
         });
         sum / self.table.tokens as f64
     }
@@ -38,88 +49,79 @@ impl<'a> TokenTimes<'a> {
             compute[tier] = stage.path(tier, TierIdx::new(tier));
             transfer[tier] = stage.path(n, TierIdx::new(tier));
         }
+        let by_count = |paths: &[PathTime]| {
+            let of_path = |path: &PathTime| {
+                let path = *path;
+                (0..=table.used).map(move |count| path.seconds(count as f64))
+            };
+            paths.iter().flat_map(of_path).collect()
+        };
         TokenTimes {
             table,
             capacity,
             compute,
             transfer,
+            compute_s: by_count(&compute[..n]),
+            transfer_s: by_count(&transfer[..n]),
         }
     }
 
-    /// Calls `each` with every token's path times under a configuration.
-    fn for_each_token(&self, config: &Config, mut each: impl FnMut(usize, &[f64; MAX_PATHS])) {
+    /// Calls `each` with every token's experts on each path under a configuration.
+    fn for_each_token(&self, config: &Config, mut each: impl FnMut(usize, &[u16; MAX_PATHS])) {
         let (table, fast) = (self.table, self.capacity.fast());
         let n = self.capacity.tiers.len();
-        // `[token]` misses among the pooled choices that were used before.
-        let mut missed_again = vec![0u16; table.tokens];
-        if config.slots > 0 {
-            for choice in table.row(config.last_cut(fast)) {
-                missed_again[choice.token()] += u16::from(choice.position >= config.slots);
-            }
-        }
-        let choices = table
-            .ranks
-            .chunks_exact(table.used)
-            .zip(table.cold.chunks_exact(table.used));
-        for (token, ((ranks, cold), missed_again)) in choices.zip(missed_again).enumerate() {
+        let (has_slots, last_cut) = (config.slots > 0, config.last_cut(fast));
+        // Where pooled experts compute.
+        let pool_tier = if has_slots {
+            config.slot_tier.get()
+        } else if self.capacity.in_place {
+            fast
+        } else {
+            self.capacity.staging_tier.get()
+        };
+        for (token, ranks) in table.ranks.chunks_exact(table.used).enumerate() {
             let mut counts = [0u16; MAX_PATHS];
-            let (mut tier, mut pooled, mut missed) = (0, 0u16, missed_again);
-            for (&rank, &cold) in ranks.iter().zip(cold) {
+            let (mut tier, mut pooled, mut missed) = (0, 0u16, 0u16);
+            for (at, &rank) in ranks.iter().enumerate() {
                 while tier < fast && rank >= config.cuts[tier] {
                     tier += 1;
                 }
                 if tier < fast {
                     counts[tier] += 1;
-                } else {
-                    pooled += 1;
-                    missed += u16::from(cold);
+                    continue;
+                }
+                pooled += 1;
+                if has_slots {
+                    let choice = token * table.used + at;
+                    let is_missed =
+                        table.cold[choice] || table.position(choice, last_cut) >= config.slots;
+                    missed += u16::from(is_missed);
                 }
             }
-            if config.slots > 0 {
-                counts[config.slot_tier.get()] += pooled;
-                counts[n] = missed;
+            counts[pool_tier] += pooled;
+            counts[n] = if has_slots {
+                missed
             } else if self.capacity.in_place {
-                counts[fast] = pooled;
+                0
             } else {
-                counts[self.capacity.staging_tier.get()] += pooled;
-                counts[n] = pooled;
-            }
-            each(token, &self.path_times(&counts, config.slot_tier.get()));
+                pooled
+            };
+            each(token, &counts);
         }
-    }
-
-    /// Returns the seconds of each path, with missed experts transferred to `slot_tier`.
-    fn path_times(&self, counts: &[u16; MAX_PATHS], slot_tier: usize) -> [f64; MAX_PATHS] {
-        let n = self.capacity.tiers.len();
-        let mut times = [0.0; MAX_PATHS];
-        for path in 0..n {
-            if counts[path] > 0 {
-                let PathTime {
-                    per_expert_s,
-                    fixed_s,
-                } = self.compute[path];
-                times[path] = fixed_s + f64::from(counts[path]) * per_expert_s;
-            }
-        }
-        if counts[n] > 0 {
-            let PathTime {
-                per_expert_s,
-                fixed_s,
-            } = self.transfer[slot_tier];
-            times[n] = (fixed_s + f64::from(counts[n]) * per_expert_s).max(0.0);
-        }
-        times
     }
 
     /// Returns `[token, path]` times under a configuration.
     pub(super) fn means(&self, config: &Config) -> Vec<f32> {
         let n = self.capacity.tiers.len() + 1;
         let mut means = vec![0.0; self.table.tokens * n];
-        self.for_each_token(config, |token, times| {
-            means[token * n..][..n]
-                .iter_mut()
-                .zip(times)
-                .for_each(|(m, t)| *m = *t as f32);
+        let stride = self.table.used + 1;
+        let paths = self.compute_s.chunks_exact(stride);
+        let to = &self.transfer_s[config.slot_tier.get() * stride..][..stride];
+        let paths: Vec<&[f64]> = paths.chain([to]).collect();
+        self.for_each_token(config, |token, counts| {
+            for ((mean, path), &count) in means[token * n..].iter_mut().zip(&paths).zip(counts) {
+                *mean = path[usize::from(count)] as f32;
+            }
         });
         means
     }
