@@ -482,7 +482,6 @@ fn any_machine() -> impl Strategy<Value = Machine> {
             let extras = Extras {
                 efficiency,
                 load_gbps,
-                io,
                 price_usd,
                 watts,
                 watts_source,
