@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_copied_model_has_the_same_bits_as_a_mapped_one() {
-        let fixtures = ["arch", "arch2"].into_iter().flat_map(|folder| {
+        let fixtures = ["arch", "arch2", "quant"].into_iter().flat_map(|folder| {
             let named = move |name| data(&format!("{folder}/{name}.gguf"));
             models(folder).into_iter().map(named)
         });

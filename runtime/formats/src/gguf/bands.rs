@@ -29,14 +29,13 @@ impl Gguf {
     /// Interleaves the rows of tensors, by index, in the copy that
     /// [`copy_to_memory`](Self::copy_to_memory) made, on `threads` threads; a stack of matrices
     /// matrix by matrix. Does nothing where nothing was copied. The tensors are no longer in the
-    /// order of the file then: see [`row_order`](Self::row_order). Also does nothing where tensors
-    /// of the file overlap, since each has an order of its own.
+    /// order of the file then: see [`row_order`](Self::row_order).
     ///
     /// # Panics
     /// If a tensor has no bands: a type without, or a number of rows per matrix that is no multiple
     /// of [`BAND_ROWS`].
     pub fn interleave(&mut self, kernels: Kernels, tensors: &[usize], threads: usize) {
-        if !self.is_copied() || self.has_overlaps() {
+        if !self.is_copied() {
             return;
         }
         let mut by_part: Vec<Vec<Matrix>> = self.parts.iter().map(|_| Vec::new()).collect();
@@ -62,15 +61,6 @@ impl Gguf {
             matrices.sort_unstable_by_key(|m| m.bytes.start);
             interleave(kernels, copied.bytes_mut(), &matrices, threads);
         }
-    }
-
-    /// Whether two tensors share bytes of a file.
-    fn has_overlaps(&self) -> bool {
-        let mut all: Vec<SlicePlace> = self.tensors.iter().flat_map(places).collect();
-        all.sort_unstable_by_key(|place| (place.part, place.offset));
-        all.windows(2).any(|pair| {
-            pair[0].part == pair[1].part && pair[0].offset + pair[0].n_bytes > pair[1].offset
-        })
     }
 }
 
@@ -110,4 +100,62 @@ fn interleave(kernels: Kernels, memory: &mut [u8], matrices: &[Matrix], threads:
         }
         work();
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::{Path, PathBuf};
+    use tier_plan_kernels::Weights;
+
+    fn data() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/quant/Q8_0.gguf")
+    }
+
+    /// Returns the ids of a model's matrices that can be interleaved.
+    fn matrices(gguf: &Gguf) -> Vec<usize> {
+        let fits = |t: &TensorInfo| Weights::has_bands(t.ty, rows_per_matrix(t));
+        let all = gguf.tensors().iter().enumerate();
+        all.filter(|(_, t)| fits(t)).map(|(id, _)| id).collect()
+    }
+
+    fn copied(path: &Path) -> Gguf {
+        let mut gguf = Gguf::open(path).unwrap();
+        gguf.copy_to_memory(2, &mut |_, _| {}).unwrap();
+        gguf
+    }
+
+    #[test]
+    fn every_matrix_of_a_stack_is_interleaved_by_itself() {
+        let path = data();
+        let mapped = Gguf::open(&path).unwrap();
+        let mut gguf = copied(&path);
+        let ids = matrices(&gguf);
+        assert!(ids.iter().any(|id| gguf.tensors()[*id].dims.len() == 3));
+        gguf.interleave(Kernels::SCALAR, &ids, 3);
+        for (id, tensor) in mapped.tensors().iter().enumerate() {
+            let interleaved = gguf.row_order(id) == RowOrder::Interleaved;
+            assert_eq!(interleaved, ids.contains(&id), "{}", tensor.name);
+            let mut expected = mapped.bytes(tensor).to_vec();
+            if interleaved {
+                let matrix_bytes = expected.len() / places(tensor).count();
+                let row_bytes = matrix_bytes / rows_per_matrix(tensor);
+                for matrix in expected.chunks_exact_mut(matrix_bytes) {
+                    Kernels::SCALAR.interleave(tensor.ty, row_bytes, matrix);
+                }
+            }
+            assert!(
+                gguf.bytes(&gguf.tensors()[id]) == expected,
+                "{}",
+                tensor.name
+            );
+        }
+        // Done once, and only in memory.
+        let before = gguf.bytes(&gguf.tensors()[ids[0]]).to_vec();
+        gguf.interleave(Kernels::SCALAR, &ids, 1);
+        assert!(gguf.bytes(&gguf.tensors()[ids[0]]) == before);
+        let mut mapped = mapped;
+        mapped.interleave(Kernels::SCALAR, &ids, 1);
+        assert_eq!(mapped.row_order(ids[0]), RowOrder::Sequential);
+    }
 }
