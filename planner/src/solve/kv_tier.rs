@@ -272,7 +272,7 @@ fn search(
     let is_plain = first.instance.objective.is_latency() && !first.is_complete;
     if is_plain
         && first.instance.depth.bounds_all()
-        && let Some(bound) = bound_over_all(first.instance, deadline)?
+        && let Ok(Some(bound)) = bound_over_all(first.instance, deadline)
         && let Some(gap) = first.instance.gap(&first.best.plan, bound)
     {
         first.best.notes.push(format!(
