@@ -3,8 +3,8 @@
 //! Attention on a real GPU has its layer's KV cache there, which attention's columns say. All other
 //! caches lie on one tier. Each tier that has room for them gives an instance of its own.
 //!
-//! 1. Each instance gets an equal part of the time that is left, and begins with the columns and
-//!    prices of those before it.
+//! 1. Each instance gets a part of the time that is left, and begins with the columns and prices of
+//!    those before it.
 //! 2. The prices that one ends with bound an instance that differs by the cache alone, so some
 //!    instances need not be solved.
 //! 3. The rest of the time goes to the best instance that ran out of it, then to others that may
@@ -14,11 +14,15 @@
 
 use super::assemble::{BaselinePlans, baseline_plans};
 use super::baselines::Baseline;
+use super::optimize::bound_over_all;
 use super::optimum::{Optimum, optimum as solve_instance};
 use super::problem::instance::{Instance, MAX_ROUNDING_GAP};
 use anyhow::{Context, Result};
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::Placement;
+
+/// Part of the time left that an instance may take, if others follow.
+const PART_OF_ONE: f64 = 0.6;
 
 /// The best plan over all KV tiers.
 pub(super) struct Best {
@@ -190,11 +194,19 @@ fn search(
     if let ([only], [baselines]) = (instances, baselines) {
         return Ok(Attempt::new(only, baselines, deadline)?.best);
     }
+    // A bound over all columns takes all the time there is, so it comes last.
+    let searched: Vec<Instance<'_>> = instances
+        .iter()
+        .map(|instance| Instance {
+            bounds_all: false,
+            ..*instance
+        })
+        .collect();
     let mut attempts: Vec<Attempt<'_, '_>> = Vec::new();
     // Least bound of the instances that were not solved.
     let mut skipped_bound = f64::INFINITY;
     let mut first_error = None;
-    for (at, (instance, baselines)) in instances.iter().zip(baselines).enumerate() {
+    for (at, (instance, baselines)) in searched.iter().zip(baselines).enumerate() {
         let least = attempts
             .iter()
             .map(|a| a.value)
@@ -214,7 +226,14 @@ fn search(
             continue;
         }
         let now = Instant::now();
-        let part = deadline.saturating_duration_since(now) / (instances.len() - at) as u32;
+        // Those after the first begin with its columns, and need less.
+        let left = deadline.saturating_duration_since(now);
+        let is_last = at + 1 == searched.len();
+        let part = if is_last {
+            left
+        } else {
+            left.mul_f64(PART_OF_ONE)
+        };
         match Attempt::new(instance, baselines, now + part) {
             Ok(attempt) => attempts.push(attempt),
             Err(error) => {
@@ -250,6 +269,17 @@ fn search(
         .map(|a| a.bound)
         .try_fold(skipped_bound, |least, bound| Some(least.min(bound?)));
     lower_proof(&mut first.best.plan, first.value, others);
+    let is_plain = first.instance.objective.is_latency() && !first.is_complete;
+    if is_plain
+        && first.instance.depth.bounds_all()
+        && let Ok(Some(bound)) = bound_over_all(first.instance, deadline)
+        && let Some(gap) = first.instance.gap(&first.best.plan, bound)
+    {
+        first.best.notes.push(format!(
+            "over every count of pins and slots the gap is proven to be at most {:.2} %",
+            gap * 100.0
+        ));
+    }
     first.best.plan.solver.solve_s = start.elapsed().as_secs_f64();
     Ok(first.best)
 }

@@ -166,6 +166,7 @@ pub fn solve_with_pool(
             backend: *backend,
             pool,
             depth: options.depth,
+            bounds_all: options.depth.bounds_all(),
         })
         .collect();
 

@@ -106,67 +106,6 @@ pub(super) fn optimize(
         pool: instance.pool,
     };
 
-    // TICK
-    if std::env::var_os("TP_G").is_some() {
-        let n = dual.price.len();
-        for a in items
-            .iter()
-            .filter(|i| !i.layers().is_empty())
-            .skip(2)
-            .take(1)
-        {
-            let (c0, v0) = a.cheapest(&dual.price).unwrap();
-            let super::problem::columns::Meaning::Experts { configs: ca, .. } = &a.meaning else {
-                continue;
-            };
-            eprintln!(
-                "members {} ours {} {:?} of {}",
-                a.count(),
-                v0,
-                ca[c0],
-                a.len()
-            );
-            let ne = evidence.layers[a.layers()[0]].shape.n_expert as u16;
-            let mut all = Vec::new();
-            for c0 in 0..=ne {
-                for c1 in c0..=ne {
-                    for (slots, t) in [(0u16, 1usize), (ne - c1, 0), (ne - c1, 1)] {
-                        if slots > 0 && slots < 8 {
-                            continue;
-                        }
-                        let mut cuts = [0u16; super::problem::capacity::MAX_FAST];
-                        cuts[0] = c0;
-                        cuts[1] = c1;
-                        all.push(super::problem::columns::Config {
-                            cuts,
-                            slots,
-                            slot_tier: tier_plan_runtime::formats::placement::TierIdx::new(t),
-                        });
-                    }
-                }
-            }
-            let mut copy = vec![Item::of_layers(a.layers().to_vec())];
-            let pr = Pricer {
-                enumerator: &enumerator,
-                pool: &super::problem::pool::ColumnPool::default(),
-            };
-            pr.add_configs(&mut copy, |_| all.clone());
-            let b = &copy[0];
-            let mut order: Vec<usize> = (0..b.len()).collect();
-            order.sort_by(|&x, &y| {
-                b.value(x, n, &dual.price)
-                    .total_cmp(&b.value(y, n, &dual.price))
-            });
-            let super::problem::columns::Meaning::Experts { configs: cb, .. } = &b.meaning else {
-                continue;
-            };
-            for &x in order.iter().take(6) {
-                eprintln!("   all {} {:?}", b.value(x, n, &dual.price), cb[x]);
-            }
-        }
-        eprintln!("price {:?} left {:?}", dual.price, capacity.left_bytes);
-    }
-    // TICK END
     let is_complete = enumerator.grid.is_full;
     let ending = Ending {
         tolerance: if is_complete {
@@ -215,7 +154,7 @@ pub(super) fn optimize(
     let Some(choice) = choice else {
         bail!(infeasible::no_division(problem, capacity, constraints))
     };
-    let bound_over_all = if enumerator.prices_off_grid && instance.depth.bounds_all() {
+    let bound_over_all = if enumerator.prices_off_grid && instance.bounds_all {
         pricer.bound_over_all(&mut items, &dual.price, BOUND_TOLERANCE, deadline)
     } else {
         None
@@ -235,6 +174,37 @@ pub(super) fn optimize(
         n_columns: items.iter().map(Item::len).sum(),
         price: dual.price,
     })
+}
+
+/// Returns the least cost of any choice of all columns there are, as far as the deadline allows.
+///
+/// Begins with the columns of the searches before. Returns `None` where nothing was found out.
+pub(super) fn bound_over_all(instance: &Instance<'_>, deadline: Instant) -> Result<Option<f64>> {
+    let Instance {
+        problem,
+        evidence,
+        capacity,
+        constraints,
+        ..
+    } = *instance;
+    let shape = problem.shape;
+    let charge = Charge::linear(instance.objective);
+    let seconds = instance.depth.grid_s(0.0);
+    let enumerator =
+        ColumnEnumerator::new(shape, evidence, capacity, &charge, constraints, seconds);
+    if !enumerator.prices_off_grid {
+        return Ok(None);
+    }
+    let dense = columns::dense_items(shape, capacity, &charge, constraints);
+    let Generated {
+        mut items, dual, ..
+    } = generate(instance, &enumerator, dense, &[], deadline)?;
+    let pricer = Pricer {
+        enumerator: &enumerator,
+        pool: instance.pool,
+    };
+    let sum = pricer.bound_over_all(&mut items, &dual.price, BOUND_TOLERANCE, deadline);
+    Ok(sum.map(|sum| sum - capacity.priced_left(&dual.price)))
 }
 
 /// Finds a choice near the bound: improves several starting points, then the best of those further.

@@ -43,6 +43,7 @@ pub fn shadow_prices(
         backend,
         pool: &ColumnPool::default(),
         depth: Depth::Quick,
+        bounds_all: false,
     };
     let charge = Charge::linear(objective);
     let deadline = deadline(Instant::now(), time_limit_s)?;

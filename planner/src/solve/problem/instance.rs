@@ -27,6 +27,8 @@ pub(crate) struct Instance<'a> {
     pub(crate) pool: &'a ColumnPool,
     /// How far a search on an incomplete list of columns goes.
     pub(crate) depth: Depth,
+    /// Whether the time that is left goes to a bound over the columns that were not tried.
+    pub(crate) bounds_all: bool,
 }
 
 impl Instance<'_> {
