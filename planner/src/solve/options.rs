@@ -67,7 +67,7 @@ impl Depth {
     /// Returns the seconds that a grid is made for, of those that the search has.
     pub(super) fn grid_s(self, limit_s: f64) -> f64 {
         match self {
-            Depth::Quick => 0.1,
+            Depth::Quick => 0.5,
             Depth::Full => limit_s.clamp(2.0, 60.0),
         }
     }

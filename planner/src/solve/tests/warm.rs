@@ -34,7 +34,7 @@ const MAX_GAP: f64 = 0.01;
 proptest! {
     #![proptest_config(cases(120))]
 
-    /// One layer of 12 experts on four tiers has more columns than a quick search lists.
+    /// One layer of 12 experts on four tiers, against all of its columns.
     #[test]
     fn quick_searches_are_near_the_optimum_warm_and_cold(
         seed in 0u64..u64::MAX / 2,
