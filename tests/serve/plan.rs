@@ -107,14 +107,11 @@ fn a_plan_of_what_texts_chose_is_moved_to_while_they_are_answered() {
     let found = settled(&server);
     assert_eq!(found["status"], "moved", "{found}");
     let moved = &found["move"];
-    // A plan that fills its tiers to the last byte may leave a pin out, and says so.
-    let left_pins = moved["left_pins"].as_u64().unwrap();
-    let left_bytes = moved["total_bytes"].as_u64().unwrap() - moved["done_bytes"].as_u64().unwrap();
-    assert!(
-        left_pins <= 1 && (left_pins == 0) == (left_bytes == 0),
-        "{found}"
+    assert_eq!(moved["done_bytes"], moved["total_bytes"], "{found}");
+    assert_eq!(
+        (&moved["failed_pins"], &moved["left_pins"]),
+        (&json!(0), &json!(0))
     );
-    assert_eq!(moved["failed_pins"], 0, "{found}");
     assert_eq!(texts(&server), expected, "after they have moved");
     assert!(predicted() > before);
     let gauge = format!("tier_plan_predicted_tokens_per_second {}", predicted());

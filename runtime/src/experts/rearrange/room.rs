@@ -5,7 +5,6 @@ use crate::experts::ids::{ExpertId, LayerExpert, SlotId};
 use crate::experts::layer::ExpertBacking;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::holes::skipped;
-use crate::tiers::source::ALIGN;
 use std::collections::BTreeSet;
 use tier_plan_formats::placement::TierIdx;
 
@@ -69,7 +68,8 @@ impl ExpertStore {
     fn slide_into(&mut self, tier: TierIdx, hole: ArenaSlice, owner: Owner) -> usize {
         let align = match owner {
             Owner::Slot(layer, _) => self.layers[layer].alignment(),
-            Owner::Staging(_) => ALIGN,
+            // Whole pages need it; else a gap would be lost in a tier that is full to the last byte.
+            Owner::Staging(_) => self.layers.iter().map(|l| l.alignment()).max().unwrap_or(1),
             Owner::Pin(_) | Owner::Ready(_) => 1,
         };
         let skipped = skipped(hole.address(), align);
