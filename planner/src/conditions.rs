@@ -127,7 +127,8 @@ pub fn evidence_of(plan: &Placement, model: &Path, shape: &ModelShape) -> Option
 
 impl Given {
     /// Returns what to record of the conditions of a run that was `predicted`, `None` where the
-    /// machine gave what the plan counts on, and without a prediction. `evidence` is asked for only where it did not.
+    /// machine gave what the plan counts on, and without a prediction. `evidence` is asked for only
+    /// where it did not.
     pub fn conditions(
         &self,
         plan: &Placement,

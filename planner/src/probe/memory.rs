@@ -5,7 +5,7 @@ use super::measured::{Measured, Repeats};
 use anyhow::{Context, Result};
 use std::time::{Duration, Instant};
 use tier_plan_runtime::kernels::pooled::{MatJob, matmul_all};
-use tier_plan_runtime::kernels::{Activations, Kernels, RowOrder, Weights, needs_quants};
+use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::arena::{Arena, ArenaSlice};
@@ -229,14 +229,14 @@ fn expert_bytes(ty: TensorType) -> usize {
 fn matrices(kernels: Kernels, ty: TensorType, expert: &[u8]) -> Option<[Weights<'_>; 3]> {
     let (gate, rest) = expert.split_at_checked(expert.len() / 3)?;
     let (up, down) = rest.split_at_checked(rest.len() / 2)?;
-    let order = match kernels.prefers_bands(ty) {
-        true => RowOrder::Interleaved,
-        false => RowOrder::Sequential,
+    let matrix = |bytes, n_rows, n_cols| {
+        let order = kernels.fastest_order(ty, n_rows);
+        Weights::new(ty, bytes, n_rows, n_cols)?.in_order(order)
     };
     Some([
-        Weights::new(ty, gate, WIDTH, HIDDEN)?.in_order(order)?,
-        Weights::new(ty, up, WIDTH, HIDDEN)?.in_order(order)?,
-        Weights::new(ty, down, HIDDEN, WIDTH)?.in_order(order)?,
+        matrix(gate, WIDTH, HIDDEN)?,
+        matrix(up, WIDTH, HIDDEN)?,
+        matrix(down, HIDDEN, WIDTH)?,
     ])
 }
 

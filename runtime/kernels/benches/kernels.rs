@@ -70,7 +70,7 @@ fn matmul(c: &mut Criterion, group: &str, bytes: usize, tokens: usize, isas: &[K
         let orders = orders.into_iter().filter_map(|(name, w)| Some((name, w?)));
         for ((name, w), k) in orders.flat_map(|order| isas.iter().map(move |k| (order.clone(), k)))
         {
-            if w.order() == RowOrder::Interleaved && !k.prefers_bands(ty) {
+            if w.order() == RowOrder::Interleaved && k.fastest_order(ty, rows) != w.order() {
                 continue;
             }
             let mut acts = Activations::new(tokens, COLS);

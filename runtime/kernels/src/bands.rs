@@ -18,7 +18,7 @@
 //!                 ...
 //! ```
 
-use super::{Isa, Kernels};
+use super::{Isa, Kernels, Weights};
 use crate::quant::TensorType;
 use std::ops::Range;
 
@@ -148,10 +148,14 @@ pub(crate) const fn layout(ty: TensorType) -> Option<BandLayout> {
 }
 
 impl Kernels {
-    /// Whether these kernels multiply weights of this type faster where rows are
-    /// [interleaved](RowOrder::Interleaved).
-    pub fn prefers_bands(self, ty: TensorType) -> bool {
-        matches!(self.isa(), Isa::Avx512 | Isa::Amx) && layout(ty).is_some()
+    /// Returns the order in which these kernels multiply a matrix of `n_rows` rows the fastest.
+    pub fn fastest_order(self, ty: TensorType, n_rows: usize) -> RowOrder {
+        let has_kernels = matches!(self.isa(), Isa::Avx512 | Isa::Amx);
+        if has_kernels && Weights::has_bands(ty, n_rows) {
+            RowOrder::Interleaved
+        } else {
+            RowOrder::Sequential
+        }
     }
 
     /// Interleaves the rows of whole bands where they are.

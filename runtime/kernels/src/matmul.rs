@@ -31,8 +31,8 @@ impl Kernels {
     /// No other thread reads or writes the columns `rows` of `out` at the same time.
     ///
     /// # Panics
-    /// When `rows` are out of bounds or cut a band of interleaved rows, the columns of `w` and `x` differ, `out` is too small, or `x`
-    /// lacks the form that the type needs.
+    /// When `rows` are out of bounds or cut a band of interleaved rows, the columns of `w` and `x`
+    /// differ, `out` is too small, or `x` lacks the form that the type needs.
     pub unsafe fn matmul(
         self,
         w: Weights<'_>,
@@ -94,18 +94,18 @@ impl Kernels {
             }
             return;
         }
+        let panel = |weights, first_row, x, out| Panel {
+            weights,
+            row_bytes: w.row_bytes(),
+            first_row,
+            x,
+            out,
+        };
         #[cfg(target_arch = "x86_64")]
         if let Some(kernel) = self.bands_kernel(w.ty()) {
-            let panel = Panel {
-                weights: bytes,
-                row_bytes: w.row_bytes(),
-                first_row: rows.start,
-                x,
-                out,
-            };
             // SAFETY: `self` proves the instructions, the rest was asserted before; writes are the
             // caller's promise.
-            return unsafe { kernel(&panel, w.order()) };
+            return unsafe { kernel(&panel(bytes, rows.start, x, out), w.order()) };
         }
         if w.order() == RowOrder::Interleaved {
             // SAFETY: the caller's.
@@ -125,17 +125,10 @@ impl Kernels {
         #[cfg(target_arch = "x86_64")]
         let (x, out, tokens) = match super::x86::amx::kernel_for(w.ty(), tokens) {
             Some((kernel, count)) if self.isa() == crate::Isa::Amx && !rows.is_empty() => {
-                let (weights, row_bytes, first_row) = (bytes, w.row_bytes(), rows.start);
-                let panel = Panel {
-                    weights,
-                    row_bytes,
-                    first_row,
-                    x: x.rows_range(0..count),
-                    out,
-                };
+                let tiled = panel(bytes, rows.start, x.rows_range(0..count), out);
                 // SAFETY: `self` proves the instructions, the rest was asserted before; writes are
                 // the caller's promise.
-                unsafe { kernel(&panel) };
+                unsafe { kernel(&tiled) };
                 (
                     x.rows_range(count..tokens),
                     out.skip_tokens(count),
@@ -158,13 +151,7 @@ impl Kernels {
                 let count = (tokens - token).min(kernels.len());
                 let next = token + count;
                 let (x, out) = (x.rows_range(token..next), out.skip_tokens(token));
-                let panel = Panel {
-                    weights,
-                    row_bytes: w.row_bytes(),
-                    first_row,
-                    x,
-                    out,
-                };
+                let panel = panel(weights, first_row, x, out);
                 // SAFETY: `self` proves the instructions, the rest was asserted before; writes are
                 // the caller's promise.
                 unsafe { kernels[count - 1](&panel) };

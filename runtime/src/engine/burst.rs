@@ -108,7 +108,8 @@ fn rate(stages: &[StageTime]) -> Option<f64> {
 
 impl Engine {
     /// Multiplies resident weights for about `time`, at least one stage, and adds what it took to
-    /// `bursts`; twice as long where a tier has dense weights and no experts. A caller that wants the rates of a run does so now and then between two tokens.
+    /// `bursts`; twice as long where a tier has dense weights and no experts. A caller that wants the
+    /// rates of a run does so now and then between two tokens.
     ///
     /// Nothing is measured on emulated tiers and GPUs, nor while the caller cancels.
     pub fn burst(&self, time: Duration, bursts: &mut Bursts) {

@@ -60,8 +60,8 @@ impl ExpertStore {
         }
     }
 
-    /// Whether the buffer of a slot in main memory is away: with a read, most likely one that it was lent
-    /// to and that nothing needs any more.
+    /// Whether the buffer of a slot in main memory is away: with a read, most likely one that it was
+    /// lent to and that nothing needs any more.
     pub(super) fn is_away(&self, layer: usize, slot: SlotId) -> bool {
         let layer = &self.layers[layer];
         !layer.slots_on_gpu && layer.slots[slot.index()].is_none()

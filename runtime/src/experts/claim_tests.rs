@@ -6,22 +6,10 @@ use super::layer::Layout;
 use super::prefetch::Foresight;
 use super::step::ExpertState;
 use super::store::ExpertStore;
-use super::tests::{Reads, Setup, check_buffers, drain, fixture, shown, store};
+use super::tests::{Reads, Setup, check_buffers, drain, fixture, setup, shown, store};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
 use tier_plan_formats::placement::SlotPolicy;
-
-fn setup(slots: usize, staging: usize, layout: Layout) -> Setup {
-    Setup {
-        policy: SlotPolicy::Lru,
-        slots,
-        staging,
-        layout,
-        copy: None,
-        on_gpu: false,
-        damaged: None,
-    }
-}
 
 /// Experts per layer, and layers, of the fixture.
 fn sizes() -> (u32, usize) {

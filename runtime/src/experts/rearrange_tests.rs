@@ -5,7 +5,7 @@ use super::ids::{ExpertId, LayerExpert};
 use super::layer::{ExpertBacking, Layout};
 use super::rearrange::Rearranged;
 use super::store::ExpertStore;
-use super::tests::{Choice, Reads, Setup, TestStep, steps, store, take};
+use super::tests::{Choice, Reads, TestStep, setup, steps, store, take};
 use crate::tiers::arena::{Arena, ArenaSlice};
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -160,19 +160,6 @@ fn add_tier(store: &mut ExpertStore, n: usize) -> [usize; 2] {
         .iter()
         .map(|l| l.slots.len() * l.expert_bytes());
     [slots.sum(), bytes]
-}
-
-/// Returns what a store with as many slots per layer is made from, all of whose experts are in one file.
-fn setup(slots: usize, staging: usize, layout: Layout) -> Setup {
-    Setup {
-        policy: SlotPolicy::Lru,
-        slots,
-        staging,
-        layout,
-        copy: None,
-        on_gpu: false,
-        damaged: None,
-    }
 }
 
 /// Comes to the end of a rearrangement.

@@ -108,6 +108,19 @@ pub(super) struct Setup {
     pub(super) damaged: Option<usize>,
 }
 
+/// Returns what a store with as many slots per layer is made from, all of whose experts are in one file.
+pub(super) fn setup(slots: usize, staging: usize, layout: Layout) -> Setup {
+    Setup {
+        policy: SlotPolicy::Lru,
+        slots,
+        staging,
+        layout,
+        copy: None,
+        on_gpu: false,
+        damaged: None,
+    }
+}
+
 /// Makes a copy of every layer's experts, each on a page of its own, and returns their offsets.
 fn copy_of(
     gguf: &Gguf,

@@ -6,7 +6,7 @@ use tier_plan_formats::gguf::{Gguf, GgufError};
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::spec::{ExpertLinear, ModelSpec, MoeSpec, TensorId};
 use tier_plan_kernels::threads::physical_cores;
-use tier_plan_kernels::{BAND_ROWS, Kernels, Weights};
+use tier_plan_kernels::{BAND_ROWS, Kernels, RowOrder};
 
 /// Copies a model's weights to memory, on huge pages where the system has them, and arranges them
 /// for this processor's kernels. A model that has no description stays as it is in the file, and so
@@ -47,7 +47,7 @@ pub(super) fn dense(kernels: Kernels, gguf: &Gguf, spec: &ModelSpec) -> HashSet<
     ids.retain(|id| {
         let tensor = &gguf.tensors()[*id];
         let rows = usize::try_from(tensor.rows());
-        kernels.prefers_bands(tensor.ty) && rows.is_ok_and(|n| Weights::has_bands(tensor.ty, n))
+        rows.is_ok_and(|n| kernels.fastest_order(tensor.ty, n) == RowOrder::Interleaved)
     });
     ids
 }
@@ -56,8 +56,9 @@ pub(super) fn dense(kernels: Kernels, gguf: &Gguf, spec: &ModelSpec) -> HashSet<
 pub(super) fn expert(kernels: Kernels, gguf: &Gguf, moe: &MoeSpec, of: &ExpertLinear) -> bool {
     let ty = gguf.tensors()[of.weight].ty;
     // The halves of a fused matrix are multiplied apart.
-    let fits = Weights::has_bands(ty, of.n_out) && Weights::has_bands(ty, moe.expert_ffn);
-    fits && kernels.prefers_bands(ty)
+    let rows = [of.n_out, moe.expert_ffn];
+    rows.iter()
+        .all(|n| kernels.fastest_order(ty, *n) == RowOrder::Interleaved)
 }
 
 #[cfg(test)]
@@ -68,7 +69,7 @@ mod tests {
     use std::sync::Arc;
     use tier_plan_formats::model::kv::KvType;
     use tier_plan_formats::model::shape::shape_of;
-    use tier_plan_kernels::RowOrder;
+    use tier_plan_kernels::quant::TensorType;
     use tier_plan_testing::{data, demo_model, models};
 
     /// Returns the logits of a prompt and of two tokens after it, as bits.
@@ -107,8 +108,8 @@ mod tests {
             assert!(logits(copied) == logits(mapped), "{}", path.display());
         }
         let kernels = Kernels::from_env().unwrap();
-        let prefers = kernels.prefers_bands(tier_plan_kernels::quant::TensorType::Q4_K);
-        assert_eq!(interleaved > 0, prefers);
+        let order = kernels.fastest_order(TensorType::Q4_K, BAND_ROWS);
+        assert_eq!(interleaved > 0, order == RowOrder::Interleaved);
     }
 
     #[test]

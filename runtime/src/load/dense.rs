@@ -52,9 +52,10 @@ impl Loader<'_> {
             let tier = tiers[&(group.kind, group.layer)];
             for id in group.tensors {
                 let storage = if matrices.contains(&id) {
-                    let order = match in_bands.contains(&id) {
-                        true => RowOrder::Interleaved,
-                        false => RowOrder::Sequential,
+                    let order = if in_bands.contains(&id) {
+                        RowOrder::Interleaved
+                    } else {
+                        RowOrder::Sequential
                     };
                     self.matrix(id, tier, order)?
                 } else {

@@ -16,15 +16,6 @@ pub struct Finish {
     pub bands: Vec<BandsInBuffer>,
 }
 
-impl From<Vec<SliceChecksum>> for Finish {
-    fn from(checks: Vec<SliceChecksum>) -> Self {
-        Self {
-            checks,
-            bands: Vec::new(),
-        }
-    }
-}
-
 /// A matrix in a buffer whose rows are interleaved.
 #[derive(Debug, Clone)]
 pub struct BandsInBuffer {

@@ -388,8 +388,8 @@ fn a_device_that_stalls_delays_nothing_else_and_is_outlived() {
     assert_eq!(take(6), [50, 51, 52, 53, 54, 99]);
 }
 
-#[test]
-fn reads_for_the_next_step_go_on_beside_demand_reads() {
+/// Returns a file of which read 1 stalls until the gate opens, once that read is under way.
+fn stalled() -> (FileTier, Arc<(Mutex<bool>, Condvar)>) {
     let gate = Arc::new((Mutex::new(false), Condvar::new()));
     let source = Stalling {
         bytes: content(50_000),
@@ -398,9 +398,15 @@ fn reads_for_the_next_step_go_on_beside_demand_reads() {
     };
     let tier = FileTier::from_readers(vec![named(source)]).unwrap();
     tier.submit(1, &[span(45_000, 500, 0)], piece(500), Priority::Demand);
-    // The first is under way before the others are asked for, whoever of the readers has it.
+    // It is under way before the others are asked for, whoever of the readers has it.
     tier.submit(2, &[span(0, 500, 0)], piece(500), Priority::Demand);
     assert_eq!(tier.wait().unwrap().key, 2);
+    (tier, gate)
+}
+
+#[test]
+fn reads_for_the_next_step_go_on_beside_demand_reads() {
+    let (tier, gate) = stalled();
     assert_eq!(tier.seconds_until_read(0, 500), 1000.0 / 1e9, "one is left");
     tier.submit(3, &[span(0, 500, 0)], piece(500), Priority::Idle);
     tier.submit(4, &[span(500, 500, 0)], piece(500), Priority::Next);
@@ -448,17 +454,7 @@ fn a_slow_drive_keeps_no_reader_of_another() {
 
 #[test]
 fn what_is_given_up_leaves_the_background_alone() {
-    let gate = Arc::new((Mutex::new(false), Condvar::new()));
-    let source = Stalling {
-        bytes: content(50_000),
-        from: 40_000,
-        gate: Arc::clone(&gate),
-    };
-    let tier = FileTier::from_readers(vec![named(source)]).unwrap();
-    tier.submit(1, &[span(45_000, 500, 0)], piece(500), Priority::Demand);
-    // The first is under way before the others are asked for, whoever of the readers has it.
-    tier.submit(2, &[span(0, 500, 0)], piece(500), Priority::Demand);
-    assert_eq!(tier.wait().unwrap().key, 2);
+    let (tier, gate) = stalled();
     tier.submit(3, &[span(0, 500, 0)], piece(500), Priority::Idle);
     tier.submit(4, &[span(500, 500, 0)], piece(500), Priority::Idle);
     tier.submit(5, &[span(1000, 500, 0)], piece(500), Priority::Background);
@@ -483,6 +479,10 @@ fn what_is_given_up_leaves_the_background_alone() {
 #[cfg(unix)]
 fn bytes_that_are_not_what_they_were_are_named() {
     let bytes = content(50_000);
+    let compared = |checks| Finish {
+        checks,
+        ..Finish::default()
+    };
     let check = |sum: u64| SliceChecksum {
         at: 100,
         extent: Extent {
@@ -498,12 +498,12 @@ fn bytes_that_are_not_what_they_were_are_named() {
     let spans = [span(700, 400, 0)];
     let read = trial
         .tier
-        .read_finished(&spans, vec![check(right)].into(), piece(400))
+        .read_finished(&spans, compared(vec![check(right)]), piece(400))
         .unwrap();
     assert_eq!(read[..], bytes[700..1100]);
     let error = trial
         .tier
-        .read_finished(&spans, vec![check(right), check(7)].into(), piece(400))
+        .read_finished(&spans, compared(vec![check(right), check(7)]), piece(400))
         .err()
         .unwrap()
         .to_string();
@@ -519,7 +519,7 @@ fn bytes_that_are_not_what_they_were_are_named() {
     let failing = super::tests::trial(&[EACCES], 1);
     let error = failing
         .tier
-        .read_finished(&spans, vec![check(7)].into(), piece(400))
+        .read_finished(&spans, compared(vec![check(7)]), piece(400))
         .err()
         .unwrap();
     assert!(matches!(error, ReadError::Io { .. }), "{error}");
