@@ -37,6 +37,12 @@ const MIN_WINDOW_S: f64 = 0.2;
 /// Share of the processors from which on a machine counts as quiet.
 const QUIET_SHARE: f64 = 0.95;
 
+/// Part of all processors that other programs use from which on threads may have waited for them.
+const MIN_OTHERS: f64 = 0.05;
+
+/// Part of the busy time that a hypervisor takes from which on it counts.
+const MIN_STOLEN: f64 = 0.01;
+
 /// Relative difference of the two predictions up to which the rates were those of the plan.
 const QUIET_DIFFERENCE: f64 = 0.05;
 
@@ -102,7 +108,7 @@ impl Watch {
         Given {
             usage,
             observed: Observed {
-                share: usage.share,
+                share: usage.share.filter(|_| has_rivals(&processors(&usage))),
                 gbps,
             },
         }
@@ -200,7 +206,16 @@ pub fn processors(usage: &Usage) -> Processors {
 
 /// Whether other programs, or other machines of the same host, took much of the processors.
 pub fn is_busy(processors: &Processors) -> bool {
-    processors.share.is_some_and(|share| share < QUIET_SHARE)
+    has_rivals(processors) && processors.share.is_some_and(|share| share < QUIET_SHARE)
+}
+
+/// Whether anything but this program may have kept its threads waiting; so where the system does not
+/// tell. Else they waited for one another, as those that compute do for those that read, on a machine
+/// that is quiet.
+fn has_rivals(processors: &Processors) -> bool {
+    let others = processors.others.zip(processors.count);
+    others.is_none_or(|(others, count)| others >= MIN_OTHERS * count)
+        || processors.stolen.is_some_and(|stolen| stolen >= MIN_STOLEN)
 }
 
 /// Says who had the processors, as a clause: `its threads got 81 % of the processors' time, …`.
@@ -219,7 +234,7 @@ pub fn describe_processors(processors: &Processors) -> String {
             .map_or(String::new(), |count| format!(" of {count:.0}"));
         parts.push(format!("other programs used {others:.1}{of} processors"));
     }
-    if let Some(stolen) = processors.stolen.filter(|stolen| *stolen >= 0.01) {
+    if let Some(stolen) = processors.stolen.filter(|stolen| *stolen >= MIN_STOLEN) {
         parts.push(format!("a hypervisor took {}", percent(stolen)));
     }
     parts.join(", ")

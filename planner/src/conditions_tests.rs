@@ -137,6 +137,22 @@ fn a_busy_machine_is_told_of_emulated_runs_that_know_no_rates() {
 }
 
 #[test]
+fn threads_that_wait_for_one_another_make_no_busy_machine() {
+    let waiting = |others: Option<f64>, stolen: f64| Processors {
+        share: Some(0.66),
+        others,
+        stolen: Some(stolen),
+        count: Some(2.0),
+        ..Processors::default()
+    };
+    assert!(!is_busy(&waiting(Some(0.04), 0.0)));
+    assert!(is_busy(&waiting(Some(0.4), 0.0)));
+    assert!(is_busy(&waiting(Some(0.04), 0.05)));
+    // A system that does not tell.
+    assert!(is_busy(&waiting(None, 0.0)));
+}
+
+#[test]
 fn a_run_without_a_prediction_has_nothing_to_hold_rates_against() {
     let (plan, shape, _) = planned(false);
     let busy = given(Some(0.6), Some(9.0));
