@@ -26,6 +26,7 @@ mod kept_texts;
 #[cfg(target_os = "linux")]
 mod launch;
 mod main_job;
+mod numa;
 mod other_engines;
 #[cfg(target_os = "linux")]
 mod outputs;

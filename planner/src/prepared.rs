@@ -18,6 +18,7 @@ use tier_plan_runtime::model::spec::ModelSpec;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
+use tier_plan_runtime::tiers::shards::Shards;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerError};
 use tier_plan_runtime::units::show_bytes;
 use tier_plan_runtime::{Cancel, LoadOptions};
@@ -52,10 +53,7 @@ impl<'a> Prepared<'a> {
     /// When an option is invalid, a file cannot be read, or the model does not fit.
     pub fn open(model: &'a Path, opening: Opening<'_>) -> Result<Self> {
         check_threads(opening.threads)?;
-        opening
-            .numa
-            .map_or(Ok(()), NumaPolicy::apply)
-            .context("--numa")?;
+        let shards = applied(opening.numa)?.map(Arc::new);
         let gguf = Gguf::open(model)?;
         let spec = describe(&gguf).map_err(|e| naming(model, e))?;
         let Chosen { plan, batch, fits } = chosen(&gguf, &spec, &opening)?;
@@ -79,6 +77,7 @@ impl<'a> Prepared<'a> {
                 pack,
                 copies,
                 stream: None,
+                shards,
                 cancel: crate::interrupt::request(),
             },
             start,
@@ -175,6 +174,22 @@ impl<'a> Prepared<'a> {
         session.begin(self.note, self.start)?;
         Ok(session)
     }
+}
+
+/// Makes a NUMA policy that of this process; returns the nodes that it stripes weights over, if any.
+///
+/// # Errors
+/// When a node does not exist, or the system refuses.
+pub(crate) fn applied(policy: Option<NumaPolicy>) -> Result<Option<Shards>> {
+    let Some(policy) = policy else {
+        return Ok(None);
+    };
+    policy.apply().context("--numa")?;
+    let shards = Shards::of(policy).context("--numa")?;
+    if policy == NumaPolicy::Shard && shards.is_none() {
+        eprintln!("note: --numa shard has no effect: this machine has one NUMA node");
+    }
+    Ok(shards)
 }
 
 /// Reads the plan asked for, or chooses one.

@@ -12,9 +12,13 @@ use std::sync::Arc;
 use std::time::Instant;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::tiers::shards::Shards;
 use tier_plan_runtime::tokenizer::{Tokenizer, TokenizerSource};
 use tier_plan_runtime::units::show_bytes;
 use tier_plan_runtime::{Engine, LoadOptions};
+
+/// Part of the weights on the node that reads them below which a hint is given.
+const MIN_SHARE_AT_HOME: f64 = 0.9;
 
 /// A loaded model.
 pub struct Session {
@@ -27,6 +31,8 @@ pub struct Session {
     /// Sentences on where experts come from, beyond the plan.
     notes: Vec<String>,
     start: Option<Start>,
+    /// NUMA nodes that the weights are striped over.
+    pub(crate) shards: Option<Arc<Shards>>,
 }
 
 impl Session {
@@ -78,6 +84,7 @@ impl Session {
             started,
             notes: Vec::new(),
             start: None,
+            shards: options.shards.clone(),
         })
     }
 
@@ -95,6 +102,31 @@ impl Session {
     /// When the file has no tokenizer, or one of an unknown kind.
     pub fn tokenizer_with(&self, pre: Option<&str>) -> Result<Tokenizer> {
         tokenizer_with(&self.gguf, pre)
+    }
+
+    /// Returns a sentence on the NUMA nodes that weights are striped over, and on whose threads have
+    /// read them; `None` where nodes don't matter.
+    pub fn numa_line(&self) -> Option<String> {
+        let shards = self.shards.as_ref()?;
+        let n = shards.n_nodes();
+        let mut line = if shards.is_emulated() {
+            format!("NUMA: threads and weights divided as on {n} emulated nodes")
+        } else {
+            format!("NUMA: weights striped over {n} nodes")
+        };
+        let percent = |part: f64| 100.0 * part;
+        if let Some(share) = shards.share_at_home() {
+            line += &format!(", {:.1} % of them where they should be", percent(share));
+            if share < MIN_SHARE_AT_HOME {
+                line += " (are transparent huge pages off, or a node full?)";
+            }
+        }
+        let reads = self.engine.node_reads();
+        if reads.bytes > 0 {
+            let own = 1.0 - reads.remote_bytes as f64 / reads.bytes as f64;
+            line += &format!("; {:.1} % were read by threads of their node", percent(own));
+        }
+        Some(line)
     }
 
     /// Returns a sentence on the plan, and per tier the planned and the counted bytes.
@@ -151,6 +183,7 @@ impl Session {
                 show_bytes(*resident)
             ));
         }
+        lines.extend(self.numa_line());
         lines.extend(self.notes.iter().cloned());
         lines
     }

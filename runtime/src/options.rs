@@ -4,6 +4,7 @@ use crate::cancel::Cancel;
 use crate::experts::checksums::Checksums;
 use crate::experts::copies::ExpertFiles;
 use crate::experts::pack::Pack;
+use crate::tiers::shards::Shards;
 use std::sync::Arc;
 use tier_plan_formats::model::kv::CacheRoom;
 
@@ -27,6 +28,8 @@ pub struct LoadOptions {
     /// Rates that decide which experts of main memory are streamed to a GPU for prompts. Where
     /// `None`, the link is measured and the CPU's rate is the plan's.
     pub stream: Option<StreamRates>,
+    /// NUMA nodes that weights are striped over, each read by threads of its own.
+    pub shards: Option<Arc<Shards>>,
     /// Polled by every pass, which then fails with
     /// [`RunError::Canceled`](crate::RunError::Canceled).
     pub cancel: Cancel,

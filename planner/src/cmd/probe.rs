@@ -2,6 +2,7 @@
 
 use crate::cmd::args::{JsonArgs, ThreadArgs};
 use crate::json::path_json;
+use crate::prepared::applied;
 use crate::print::digits;
 use crate::printable::printable;
 use crate::probe::disk::Disk;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::safely;
+use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::units::show_bytes;
 
 /// Options of `tier-plan probe`.
@@ -42,8 +44,11 @@ pub struct ProbeArgs {
     #[allow(missing_docs)]
     pub threads: ThreadArgs,
     /// Make each NUMA node a tier, measured by itself
-    #[arg(long)]
+    #[arg(long, conflicts_with = "numa")]
     pub numa_tiers: bool,
+    /// Measure as runs with this NUMA policy compute: `interleave`, `shard`, or the number of a node
+    #[arg(long, value_name = "POLICY")]
+    pub numa: Option<NumaPolicy>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub format: JsonArgs,
@@ -59,11 +64,14 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
     if args.model.is_none() {
         Disk::check_folder(args.slow_dir.as_deref().unwrap_or(Path::new(".")))?;
     }
+    let shards = applied(args.numa)?;
     let found = measure(&Settings {
         model: args.model.as_deref(),
         slow_dir: args.slow_dir.as_deref(),
         threads,
         numa_tiers: args.numa_tiers,
+        numa: args.numa,
+        shards: shards.as_ref(),
     })?;
     let machine = found.machine();
     machine.write(&args.output)?;

@@ -17,6 +17,10 @@ impl Findings {
         let compute = rounded(self.compute_gbps);
         // Experts are read while others compute, and a plan's tiers go from fast to slow.
         let read = rounded(self.disk.gbps.value.min(self.together.disk_gbps)).min(compute);
+        let numa = self
+            .numa
+            .map(|policy| format!(" and --numa {policy}"))
+            .unwrap_or_default();
         let dram = Tier {
             name: "dram".into(),
             kind: TierKind::Dram,
@@ -27,7 +31,7 @@ impl Findings {
             unit: None,
             accelerator: Accelerator::default(),
             source: format!(
-                "measured {day}: matvecs of {of} with {} threads and {} kernels; bare reads {:.1} GB/s; while the drive \
+                "measured {day}: matvecs of {of} with {} threads and {} kernels{numa}; bare reads {:.1} GB/s; while the drive \
                  is read {:.1} GB/s; capacity: {}",
                 self.threads,
                 self.isa,

@@ -36,6 +36,9 @@ use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 use tier_plan_runtime::tiers::limits::{Limit, file_system_space, memory_limit};
+use tier_plan_runtime::tiers::nodes::Pages;
+use tier_plan_runtime::tiers::numa::NumaPolicy;
+use tier_plan_runtime::tiers::shards::Shards;
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
 /// Most bytes of memory to stream through: more than any last-level cache.
@@ -95,6 +98,10 @@ pub struct Settings<'a> {
     pub threads: Option<usize>,
     /// Whether each NUMA node becomes a tier.
     pub numa_tiers: bool,
+    /// NUMA policy of this process, if any.
+    pub numa: Option<NumaPolicy>,
+    /// Nodes that the policy stripes memory over.
+    pub shards: Option<&'a Shards>,
 }
 
 /// The compute rate of one format from main memory.
@@ -148,6 +155,8 @@ pub struct Findings {
     pub model: Option<String>,
     /// Bare read rate of main memory, in 10⁹ bytes per second.
     pub bare_gbps: f64,
+    /// NUMA policy that was measured with, if any.
+    pub numa: Option<NumaPolicy>,
     /// Compute rates by format.
     pub kernels: Vec<KernelRate>,
     /// Compute rate of the formats that one token of the model reads (Q4_K without a model), in 10⁹
@@ -196,11 +205,14 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     } else {
         Vec::new()
     };
-    let pool = ThreadPool::new(
-        settings
-            .threads
-            .unwrap_or_else(tier_plan_runtime::threads::physical_cores),
+    let threads = settings
+        .threads
+        .unwrap_or_else(tier_plan_runtime::threads::physical_cores);
+    let pool = settings.shards.map_or_else(
+        || ThreadPool::new(threads),
+        |shards| shards.pool(Some(threads)),
     );
+    let pages = settings.shards.map_or(Pages::Anywhere, Shards::pages);
     let opened = settings.model.map(open).transpose()?;
     let shares = opened
         .as_ref()
@@ -212,10 +224,10 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     // This process is small, so its present limit is about that of a plan's engine.
     let limit = memory_limit();
     let bytes = bytes_to_measure(limit.as_ref().map(|l| l.bytes))?;
-    let bare_gbps = dram_read_gbps(&pool, kernels, bytes)?;
+    let bare_gbps = dram_read_gbps(&pool, kernels, bytes, &pages)?;
     bar.inc(1);
 
-    let mut memory = Memory::new(kernels, bytes)?;
+    let mut memory = Memory::on(kernels, bytes, &pages)?;
     let meter = Meter::start();
     let mut rates = Vec::new();
     for &ty in &types {
@@ -302,6 +314,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         isa: kernels.isa().to_string(),
         model: opened.map(|(gguf, _)| gguf.id().name),
         bare_gbps,
+        numa: settings.numa,
         prompt_gflops: LAYER_EFFICIENCY * mean_gflops(&rates),
         kernels: rates,
         compute_gbps,

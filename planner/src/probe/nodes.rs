@@ -7,8 +7,8 @@ use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
 use tier_plan_runtime::kernels::Kernels;
 use tier_plan_runtime::quant::TensorType;
 use tier_plan_runtime::threads::ThreadPool;
+use tier_plan_runtime::threads::pin_thread_to_cpus;
 use tier_plan_runtime::tiers::nodes::{Node, Pages};
-use tier_plan_runtime::tiers::numa::pin_thread_to_cpus;
 use tier_plan_runtime::units::show_bytes;
 
 /// The rates of one node's memory.

@@ -15,6 +15,7 @@ fn findings() -> Findings {
         isa: "avx512".into(),
         model: None,
         bare_gbps: 27.5,
+        numa: None,
         kernels: vec![KernelRate {
             ty: TensorType::Q4_K,
             gbps: of(20.52),

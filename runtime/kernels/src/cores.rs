@@ -28,6 +28,34 @@ fn cores_below(root: &Path) -> Option<usize> {
     (!cores.is_empty()).then_some(cores.len())
 }
 
+/// Pins this thread, and those it starts later, to these processors.
+///
+/// # Errors
+/// When the system refuses, or has no such call.
+pub fn pin_thread_to_cpus(processors: &[u32]) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: a `cpu_set_t` is plain bits, all zero when empty.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        for processor in processors.iter().filter(|p| **p < libc::CPU_SETSIZE as u32) {
+            // SAFETY: the processor is below `CPU_SETSIZE`.
+            unsafe { libc::CPU_SET(*processor as usize, &mut set) };
+        }
+        // SAFETY: the system reads the set, whose size in bytes is given.
+        let rc = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = processors;
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+}
+
 /// Most processors in a list: Linux's own limit is 8192.
 const MAX_CPUS: usize = 1 << 16;
 

@@ -83,6 +83,7 @@ pub mod reference;
 mod rows;
 mod scalar;
 pub mod scoped;
+pub mod shards;
 mod stream;
 #[cfg(test)]
 mod tests;

@@ -20,12 +20,13 @@
 //! A worker can only enter an open task, and a closed task is never opened again. So after the
 //! caller has seen 0 inside, no worker can read the borrowed closure.
 
+use crate::shards::{NodeThreads, Reads, enter_node};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
-pub use crate::cores::physical_cores;
+pub use crate::cores::{physical_cores, pin_thread_to_cpus};
 
 /// Reads of the state before a worker sleeps: about 50 us, longer than any serial stretch of a
 /// decode step.
@@ -95,11 +96,24 @@ pub struct ThreadPool {
     give_up: Option<Arc<AtomicBool>>,
     /// Whether a loop was left early.
     gave_up: AtomicBool,
+    /// Threads on each NUMA node; one entry where nodes don't matter.
+    pub(crate) nodes: Vec<usize>,
+    /// Bytes of weights by the node that they were read from.
+    pub(crate) reads: Reads,
 }
 
 impl ThreadPool {
     /// Returns a pool of `threads` threads, at least one: the caller of a loop is one of them.
     pub fn new(threads: usize) -> Self {
+        Self::on_nodes(&[NodeThreads {
+            threads,
+            processors: Vec::new(),
+        }])
+    }
+
+    /// Returns a pool with threads on each of these NUMA nodes. The caller of a loop counts as a
+    /// thread of the first.
+    pub fn on_nodes(nodes: &[NodeThreads]) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             task: UnsafeCell::new(None),
@@ -109,23 +123,41 @@ impl ThreadPool {
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
-        let start = |index| {
+        let start = |(index, node): (usize, usize)| {
             let shared = Arc::clone(&shared);
+            let processors = nodes[node].processors.clone();
             std::thread::Builder::new()
                 .name(format!("compute-{index}"))
-                .spawn(move || worker(&shared))
+                .spawn(move || {
+                    enter_node(node, &processors);
+                    worker(&shared);
+                })
                 .ok()
+                .map(|handle| (node, handle))
         };
+        let of_node = |(node, n): (usize, &NodeThreads)| std::iter::repeat_n(node, n.threads);
+        let places = nodes.iter().enumerate().flat_map(of_node);
         // The first that the system refuses ends it: what is left is for other uses.
-        let workers = (1..threads.clamp(1, most_threads()))
+        let started: Vec<(usize, JoinHandle<()>)> = (0..most_threads())
+            .zip(places)
+            .skip(1)
             .map_while(start)
             .collect();
+        let mut counts = vec![0; nodes.len().max(1)];
+        counts[0] = 1;
+        let mut workers = Vec::with_capacity(started.len());
+        for (node, worker) in started {
+            counts[node] += 1;
+            workers.push(worker);
+        }
         Self {
             shared,
             workers,
             entry: Mutex::new(()),
             give_up: None,
             gave_up: AtomicBool::new(false),
+            nodes: counts,
+            reads: Reads::default(),
         }
     }
 
@@ -142,7 +174,7 @@ impl ThreadPool {
 
     /// Returns whether to leave a loop, and remembers it.
     #[inline]
-    fn gives_up(&self) -> bool {
+    pub(crate) fn gives_up(&self) -> bool {
         let gives_up = self
             .give_up
             .as_ref()
@@ -164,7 +196,7 @@ impl ThreadPool {
     ///
     /// # Panics
     /// When `work` panicked on any thread.
-    fn run_on_all<F: Fn() + Sync>(&self, work: F) {
+    pub(crate) fn run_on_all<F: Fn() + Sync>(&self, work: F) {
         if self.workers.is_empty() {
             return work();
         }

@@ -78,7 +78,10 @@ impl Engine {
             places,
             &sequences.cache.rotations.of_layer,
         )?;
-        let mut pool = ThreadPool::new(options.threads.unwrap_or_else(physical_cores));
+        let mut pool = match &options.shards {
+            Some(shards) => shards.pool(options.threads),
+            None => ThreadPool::new(options.threads.unwrap_or_else(physical_cores)),
+        };
         pool.give_up_when(options.cancel.flag());
         let (batch, micro_batch) = batches(options, plan.room());
         let streams = Streams::new(&StreamSetup {

@@ -90,6 +90,7 @@ use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::model::spec::ModelSpec;
 use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
 use tier_plan_kernels::Kernels;
+use tier_plan_kernels::shards::NodeReads;
 
 /// A loaded model with any number of texts.
 ///
@@ -438,6 +439,12 @@ impl Engine {
     /// the counters tell how good predictions are.
     pub fn score_predictions(&mut self) {
         self.experts.scores_predictions = true;
+    }
+
+    /// Returns how many bytes of weights were read since loading, and by which node's threads; zeros
+    /// where nodes don't matter.
+    pub fn node_reads(&self) -> NodeReads {
+        self.backends.pool.node_reads()
     }
 
     /// Returns the number of compute threads.

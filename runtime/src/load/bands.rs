@@ -21,6 +21,11 @@ pub fn copy_to_memory(
 ) -> Result<(), GgufError> {
     let threads = options.threads.unwrap_or_else(physical_cores);
     gguf.copy_to_memory(threads, progress)?;
+    if let Some(shards) = &options.shards {
+        for bytes in gguf.copied_bytes() {
+            shards.watch(bytes.as_ptr(), bytes.len());
+        }
+    }
     if options.checks.is_none()
         && let (Ok(kernels), Ok(spec)) = (Kernels::from_env(), describe(gguf))
     {

@@ -64,7 +64,7 @@ pub(crate) fn load(
     let files = Files::open(model.gguf(), plan, options)?;
     let layers = experts::layers(model, plan, options, kernels);
     let (layout, padding_bytes) = storage::layout(plan, &layers, files.are_direct());
-    let storage = storage::reserve(plan, &padding_bytes)?;
+    let storage = storage::reserve(plan, &padding_bytes, options.shards.as_deref())?;
     if !storage.iter().any(|s| matches!(s, Storage::Mapped)) {
         // Little of the mapping is looked at from here on; readahead around that would only take up
         // memory.

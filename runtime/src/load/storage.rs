@@ -6,7 +6,8 @@ use crate::experts::layer::{LayerExperts, Layout};
 use crate::options::LoadOptions;
 use crate::tiers::arena::Arena;
 use crate::tiers::file::{DriveFiles, FileTier, ReadMode};
-use crate::tiers::nodes::Pages;
+use crate::tiers::nodes::{Pages, node_of};
+use crate::tiers::shards::Shards;
 use std::path::PathBuf;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::{Tier, TierKind};
@@ -41,10 +42,12 @@ pub(super) fn is_mapped(tier: &Tier) -> bool {
 pub(super) fn reserve(
     plan: &Placement,
     padding_bytes: &PerTier<u64>,
+    shards: Option<&Shards>,
 ) -> Result<PerTier<Storage>, LoadError> {
     let slow = plan.home_tier();
     let storage = |(i, t): (TierIdx, &PlanTier)| {
-        let pages = Pages::of_tier(&t.tier);
+        let shards = shards.filter(|_| node_of(&t.tier).is_none());
+        let pages = shards.map_or_else(|| Pages::of_tier(&t.tier), Shards::pages);
         Ok(match t.tier.kind {
             TierKind::Nvme if i == slow => Storage::File,
             _ if t.uses_gpu() => Storage::Gpu,
@@ -54,6 +57,9 @@ pub(super) fn reserve(
                 let (pins, dense) = (t.bytes.pinned, t.bytes.dense);
                 // Buffers come first: they begin at a page where whole pages are read.
                 let all = Arena::on(&t.tier.name, buffers + pins + dense, &pages)?;
+                if let Some(shards) = shards {
+                    shards.watch(all.start(), all.capacity());
+                }
                 let (buffers, rest) = all.split(buffers);
                 let (pins, dense) = rest.split(pins);
                 Storage::Arena {

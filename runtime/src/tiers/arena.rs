@@ -135,6 +135,16 @@ impl Arena {
         })
     }
 
+    /// Returns the bytes of the arena.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Returns the address of the first byte.
+    pub(crate) fn start(&self) -> *const u8 {
+        self.base
+    }
+
     /// Cuts an arena of which nothing is handed out into its first `bytes`, at most all of them, and
     /// the rest.
     pub(crate) fn split(self, bytes: u64) -> (Self, Self) {

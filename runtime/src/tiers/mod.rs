@@ -14,6 +14,7 @@ pub mod limits;
 pub mod nodes;
 pub mod numa;
 pub mod pace;
+pub mod shards;
 pub mod source;
 
 /// Makes a folder of small files that stands for `/sys` or `/proc` in tests.

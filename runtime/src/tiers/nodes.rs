@@ -7,12 +7,13 @@ use std::fs;
 use std::path::Path;
 use tier_plan_formats::machine::Tier;
 use tier_plan_formats::units::show_bytes;
+use tier_plan_kernels::shards::STRIPE_BYTES;
 
 /// Folder in which Linux lists its NUMA nodes.
 const ROOT: &str = "/sys/devices/system/node";
 
 /// A NUMA node of this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Node {
     /// Number of the node, as in `/sys/devices/system/node/node0`.
     pub number: u32,
@@ -159,8 +160,14 @@ impl Pages {
             Pages::Node(node) => std::slice::from_ref(node),
             Pages::Interleaved(nodes) => nodes.as_slice(),
         };
+        let is_interleaved = matches!(self, Pages::Interleaved(_));
+        let (start, len) = if is_interleaved {
+            whole_stripes(start, len)
+        } else {
+            (start, len)
+        };
         // SAFETY: the caller's promise.
-        unsafe { numa::bind(start, len, nodes, matches!(self, Pages::Interleaved(_))) }
+        unsafe { numa::bind(start, len, nodes, is_interleaved) }
     }
 
     /// Moves the whole pages within `values` to these nodes. Partly covered pages stay where they
@@ -172,6 +179,14 @@ impl Pages {
         // SAFETY: the values are borrowed, and moving their pages does not change them.
         unsafe { self.bind(values.as_ptr().cast(), size_of_val(values)) }
     }
+}
+
+/// Returns the whole stripes within `len` bytes from `start`. Linux counts interleaved huge pages
+/// from where a policy begins: at a stripe, so that addresses tell the node.
+fn whole_stripes(start: *const u8, len: usize) -> (*const u8, usize) {
+    let first = start.addr().next_multiple_of(STRIPE_BYTES);
+    let end = start.addr().saturating_add(len) / STRIPE_BYTES * STRIPE_BYTES;
+    (start.with_addr(first), end.saturating_sub(first))
 }
 
 #[cfg(test)]

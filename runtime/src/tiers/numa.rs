@@ -9,15 +9,25 @@ use std::fs;
 use std::path::Path;
 use std::str::FromStr;
 use thiserror::Error;
+use tier_plan_kernels::threads::pin_thread_to_cpus;
 
 /// Nodes in a mask; Linux supports at most 1024.
 const MAX_NODES: u32 = 1024;
+
+/// Most nodes that can be emulated.
+const MAX_EMULATED_NODES: u32 = 64;
 
 /// Memory placement on a machine with several NUMA nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NumaPolicy {
     /// Pages are interleaved over all nodes, so that reads use the bandwidth of all of them.
     Interleave,
+    /// Weights are striped over all nodes, and each node's threads read their own stripes; see
+    /// [`Shards`](super::shards::Shards).
+    Shard,
+    /// Threads and addresses are divided as [`Shard`](Self::Shard) does for so many nodes, on a
+    /// machine that need not have them: for tests.
+    EmulatedShards(u32),
     /// Memory and threads stay on the node with this number.
     Node(u32),
 }
@@ -26,7 +36,9 @@ pub enum NumaPolicy {
 #[derive(Debug, Error)]
 pub enum NumaError {
     /// The text names no policy.
-    #[error("unknown NUMA policy '{0}': expected `interleave` or the number of a node")]
+    #[error(
+        "unknown NUMA policy '{0}': expected `interleave`, `shard`, `shard:N` for N emulated nodes, or the number of a node"
+    )]
     Unknown(String),
     /// The policy names a node that the machine does not have.
     #[error("this machine has no NUMA node {node}: expected one of {nodes}, or `interleave`")]
@@ -73,6 +85,8 @@ impl fmt::Display for NumaPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             NumaPolicy::Interleave => f.write_str("interleave"),
+            NumaPolicy::Shard => f.write_str("shard"),
+            NumaPolicy::EmulatedShards(nodes) => write!(f, "shard:{nodes}"),
             NumaPolicy::Node(node) => write!(f, "{node}"),
         }
     }
@@ -82,12 +96,17 @@ impl FromStr for NumaPolicy {
     type Err = NumaError;
 
     fn from_str(text: &str) -> Result<Self, NumaError> {
+        let unknown = || NumaError::Unknown(text.to_string());
         match text.trim() {
             "interleave" => Ok(NumaPolicy::Interleave),
-            number => number
-                .parse()
-                .map(NumaPolicy::Node)
-                .map_err(|_| NumaError::Unknown(text.to_string())),
+            "shard" => Ok(NumaPolicy::Shard),
+            other => match other.strip_prefix("shard:") {
+                Some(nodes) => match nodes.parse() {
+                    Ok(n @ 2..=MAX_EMULATED_NODES) => Ok(NumaPolicy::EmulatedShards(n)),
+                    _ => Err(unknown()),
+                },
+                None => other.parse().map(NumaPolicy::Node).map_err(|_| unknown()),
+            },
         }
     }
 }
@@ -107,12 +126,15 @@ impl NumaPolicy {
 
     /// [`apply`](Self::apply) with the nodes that are listed below `root`.
     fn apply_below(self, root: &Path) -> Result<(), NumaError> {
+        if let NumaPolicy::EmulatedShards(_) = self {
+            return Ok(());
+        }
         let read = |name: &str| fs::read_to_string(root.join(name)).ok();
         let online = read("online")
             .and_then(|text| parse_list(&text))
             .ok_or(NumaError::Unavailable)?;
         let nodes = match self {
-            NumaPolicy::Interleave => online,
+            NumaPolicy::Interleave | NumaPolicy::Shard | NumaPolicy::EmulatedShards(_) => online,
             NumaPolicy::Node(node) if online.contains(&node) => vec![node],
             NumaPolicy::Node(node) => {
                 let nodes: Vec<String> = online.iter().map(u32::to_string).collect();
@@ -130,7 +152,7 @@ impl NumaPolicy {
         if let NumaPolicy::Node(node) = self {
             let processors =
                 read(&format!("node{node}/cpulist")).and_then(|text| parse_list(&text));
-            set_processors(&processors.ok_or(NumaError::Unavailable)?).map_err(refused)?;
+            pin_thread_to_cpus(&processors.ok_or(NumaError::Unavailable)?).map_err(refused)?;
         }
         Ok(())
     }
@@ -168,14 +190,6 @@ fn mask(nodes: &[u32]) -> [libc::c_ulong; (MAX_NODES / libc::c_ulong::BITS) as u
         mask[(node / BITS) as usize] |= 1 << (node % BITS);
     }
     mask
-}
-
-/// Pins this thread, and those it starts later, to these processors.
-///
-/// # Errors
-/// When the system refuses.
-pub fn pin_thread_to_cpus(processors: &[u32]) -> std::io::Result<()> {
-    set_processors(processors)
 }
 
 /// Binds the whole pages within `len` bytes from `start` to these nodes, or interleaves them, and
@@ -233,6 +247,42 @@ pub(super) unsafe fn bind(_: *const u8, _: usize, _: &[u32], _: bool) -> std::io
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
+/// Returns the node that each page is on; `None` for one that has no memory yet. Nothing is read
+/// from the addresses.
+///
+/// # Errors
+/// When the system refuses.
+#[cfg(target_os = "linux")]
+pub(super) fn node_of_pages(pages: &[usize]) -> std::io::Result<Vec<Option<u32>>> {
+    let mut nodes: Vec<libc::c_int> = vec![-1; pages.len()];
+    // SAFETY: both arrays have `pages.len()` elements and outlive the call. Without target nodes
+    // nothing is moved, and addresses that are no memory of this process only give an error code.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_move_pages,
+            0 as libc::c_int,
+            pages.len() as libc::c_ulong,
+            pages.as_ptr(),
+            std::ptr::null::<libc::c_int>(),
+            nodes.as_mut_ptr(),
+            0 as libc::c_int,
+        )
+    };
+    if rc < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(nodes
+        .into_iter()
+        .map(|node| u32::try_from(node).ok())
+        .collect())
+}
+
+/// Fails: the node of a page is known on Linux only.
+#[cfg(not(target_os = "linux"))]
+pub(super) fn node_of_pages(_: &[usize]) -> std::io::Result<Vec<Option<u32>>> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
 /// Returns the node that a byte's page is on, and the policy mode of its mapping.
 #[cfg(all(test, target_os = "linux"))]
 pub(super) fn node_of_page(byte: &u8) -> std::io::Result<(u32, libc::c_long)> {
@@ -267,10 +317,10 @@ pub(super) fn node_of_page(byte: &u8) -> std::io::Result<(u32, libc::c_long)> {
 /// Sets the memory policy of this thread and those it starts later.
 #[cfg(target_os = "linux")]
 fn set_policy(policy: NumaPolicy, nodes: &[u32]) -> std::io::Result<()> {
-    let mode = if policy == NumaPolicy::Interleave {
-        MPOL_INTERLEAVE
-    } else {
+    let mode = if let NumaPolicy::Node(_) = policy {
         MPOL_BIND
+    } else {
+        MPOL_INTERLEAVE
     };
     let mask = mask(nodes);
     // SAFETY: the system reads `maxnode - 1` bits of the mask, which is its length.
@@ -289,31 +339,8 @@ fn set_policy(policy: NumaPolicy, nodes: &[u32]) -> std::io::Result<()> {
     }
 }
 
-/// Sets the CPU affinity of this thread.
-#[cfg(target_os = "linux")]
-fn set_processors(processors: &[u32]) -> std::io::Result<()> {
-    // SAFETY: a `cpu_set_t` is plain bits, all zero when empty.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for processor in processors.iter().filter(|p| **p < libc::CPU_SETSIZE as u32) {
-        // SAFETY: the processor is below `CPU_SETSIZE`.
-        unsafe { libc::CPU_SET(*processor as usize, &mut set) };
-    }
-    // SAFETY: the system reads the set, whose size in bytes is given.
-    let rc = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
-    if rc == 0 {
-        Ok(())
-    } else {
-        Err(std::io::Error::last_os_error())
-    }
-}
-
 #[cfg(not(target_os = "linux"))]
 fn set_policy(_: NumaPolicy, _: &[u32]) -> std::io::Result<()> {
-    Err(std::io::ErrorKind::Unsupported.into())
-}
-
-#[cfg(not(target_os = "linux"))]
-fn set_processors(_: &[u32]) -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
@@ -336,7 +363,16 @@ mod tests {
             "interleave".parse::<NumaPolicy>().unwrap(),
             NumaPolicy::Interleave
         );
-        assert_eq!("3".parse::<NumaPolicy>().unwrap(), NumaPolicy::Node(3));
+        for policy in [
+            NumaPolicy::Node(3),
+            NumaPolicy::Shard,
+            NumaPolicy::EmulatedShards(2),
+        ] {
+            assert_eq!(policy.to_string().parse::<NumaPolicy>().unwrap(), policy);
+        }
+        for wrong in ["shard:", "shard:1", "shard:65", "shards"] {
+            assert!(wrong.parse::<NumaPolicy>().is_err(), "{wrong}");
+        }
         assert!(
             "everywhere"
                 .parse::<NumaPolicy>()

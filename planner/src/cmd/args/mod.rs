@@ -61,8 +61,9 @@ pub struct ComputeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub threads: ThreadArgs,
-    /// NUMA policy: `interleave` spreads memory over all nodes, a number keeps memory and threads
-    /// on that node [default: the system's]
+    /// NUMA policy: `shard` stripes weights over all nodes, and each node's threads read their own;
+    /// `interleave` spreads memory only; a number keeps memory and threads on that node
+    /// [default: the system's]
     #[arg(long, value_name = "POLICY")]
     pub numa: Option<NumaPolicy>,
 }

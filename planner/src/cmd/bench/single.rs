@@ -12,6 +12,7 @@ use tier_plan_runtime::formats::record::{Conditions, RunRecord};
 use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 use tier_plan_runtime::tiers::limits::memory_left;
+use tier_plan_runtime::tiers::nodes::Pages;
 use tier_plan_runtime::units::show_bytes;
 
 /// Times and counters of one repetition.
@@ -137,8 +138,17 @@ fn dram_gbps(session: &Session) -> Option<f64> {
         );
         return None;
     }
-    let pool = ThreadPool::new(session.engine.n_threads());
-    let measured = dram_read_gbps(&pool, session.engine.kernels(), bytes);
+    let engine = &session.engine;
+    let measured = match &session.shards {
+        Some(shards) => {
+            let pool = shards.pool(Some(engine.n_threads()));
+            dram_read_gbps(&pool, engine.kernels(), bytes, &shards.pages())
+        }
+        None => {
+            let pool = ThreadPool::new(engine.n_threads());
+            dram_read_gbps(&pool, engine.kernels(), bytes, &Pages::Anywhere)
+        }
+    };
     measured
         .map_err(|error| eprintln!("warning: memory bandwidth not measured: {error}"))
         .ok()
@@ -217,6 +227,16 @@ fn report(
             "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
             "runs": { "prompt_tok_s": prompt, "decode_tok_s": decode, "decode_gbps": gbps },
         });
+        if let Some(shards) = &session.shards {
+            let reads = session.engine.node_reads();
+            value["numa"] = json!({
+                "nodes": shards.n_nodes(),
+                "emulated": shards.is_emulated(),
+                "share_in_place": shards.share_at_home(),
+                "read_bytes": reads.bytes,
+                "remote_bytes": reads.remote_bytes,
+            });
+        }
         if let Some(conditions) = conditions {
             value["conditions"] = conditions_json(conditions)?;
         }
@@ -269,6 +289,9 @@ fn report(
         );
     }
     print_prefetches(samples);
+    if let Some(line) = session.numa_line() {
+        println!("{line}");
+    }
     print_conditions(args, session, median(&decode), conditions);
     Ok(())
 }

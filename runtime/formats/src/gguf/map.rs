@@ -103,6 +103,10 @@ impl Map {
 /// Bytes that a thread copies at a time.
 const COPY_BYTES: usize = 8 << 20;
 
+/// Bytes of a huge page of Linux on x86-64.
+#[cfg(target_os = "linux")]
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
 /// A file's bytes in memory of this process, on huge pages where the system has them.
 #[derive(Debug)]
 pub(super) struct Copied(MmapMut);
@@ -125,7 +129,13 @@ impl Copied {
         }
         let mut memory = MmapMut::map_anon(source.len().max(1))?;
         #[cfg(target_os = "linux")]
-        let _ = memory.advise(memmap2::Advice::HugePage);
+        let _ = {
+            // From the first whole huge page on: Linux interleaves those over NUMA nodes by their
+            // addresses if a range of memory begins at one.
+            let start = memory.as_ptr().align_offset(HUGE_PAGE_BYTES);
+            let len = memory.len().saturating_sub(start);
+            memory.advise_range(memmap2::Advice::HugePage, start.min(memory.len()), len)
+        };
         let chunks = Mutex::new(
             memory[..source.len()]
                 .chunks_mut(COPY_BYTES)

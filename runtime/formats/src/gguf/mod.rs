@@ -305,6 +305,13 @@ impl Gguf {
         self.parts.iter().all(|p| p.copied.is_some())
     }
 
+    /// Returns the memory that [`copy_to_memory`](Self::copy_to_memory) filled, one slice per part.
+    pub fn copied_bytes(&self) -> impl Iterator<Item = &[u8]> {
+        self.parts
+            .iter()
+            .filter_map(|p| p.copied.as_ref().map(Copied::bytes))
+    }
+
     /// Returns a tensor's bytes. Unless they were copied, they are mapped: read from the file when
     /// they are touched, and dropped under memory pressure.
     ///
