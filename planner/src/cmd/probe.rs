@@ -64,6 +64,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         slow_dir: args.slow_dir.as_deref(),
         threads,
         numa_tiers: args.numa_tiers,
+        is_quick: false,
     })?;
     let machine = found.machine();
     machine.write(&args.output)?;

@@ -3,6 +3,7 @@
 use crate::catalogue::{self, Known};
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::context::warn_beyond;
+use crate::hub;
 use crate::parallel::{self, check_texts};
 use crate::print::digits;
 use crate::printable::printable;
@@ -34,12 +35,12 @@ pub struct WhatIfArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelOrShape,
-    /// Machine file, or the name of a bundled machine (optane-768); repeatable
+    /// Machine file, or the name of a bundled machine (optane-768); repeatable [default: this
+    /// machine, by machine.toml in the current folder or a short measurement]
     #[arg(
         short = 'M',
         short_alias = 'm',
         long,
-        required = true,
         value_name = "FILE",
         help_heading = "Machine"
     )]
@@ -125,7 +126,7 @@ impl WhatIfOptions {
         let range = args.sweep.as_deref().map(Range::parse).transpose()?;
         let n_machines = args.machine.len();
         ensure!(
-            range.is_none() || n_machines == 1,
+            range.is_none() || n_machines <= 1,
             "--machine: {n_machines} machines, expected one with --sweep"
         );
         ensure!(
@@ -146,11 +147,7 @@ impl WhatIfOptions {
         check_position(args.at, context)?;
         warn_beyond(context.into(), model.longest_context);
         let sequences = check_texts("--parallel", args.parallel, context)?;
-        let machines = args
-            .machine
-            .iter()
-            .map(|m| catalogue::machine(m))
-            .collect::<Result<Vec<_>>>()?;
+        let machines = machines(&args.machine)?;
         let mut profile = args.profile.as_deref().map(profile::read).transpose()?;
         if let (Some(profile), Some(path)) = (&mut profile, &args.profile) {
             match &model.shape {
@@ -197,6 +194,15 @@ impl WhatIfOptions {
             .map(question)
             .collect()
     }
+}
+
+/// Returns the machines that are named, or this one.
+fn machines(named: &[PathBuf]) -> Result<Vec<Machine>> {
+    if named.is_empty() {
+        let folder = hub::folder().unwrap_or_else(|| PathBuf::from("."));
+        return Ok(hub::this_machine(&folder, true)?.into_iter().collect());
+    }
+    named.iter().map(|m| catalogue::machine(m)).collect()
 }
 
 /// Runs the command.
