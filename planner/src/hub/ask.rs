@@ -83,7 +83,10 @@ fn predicted(known: &Known, machine: &Machine) -> Result<String> {
         0 | 1 => String::new(),
         _ => format!("{} to {} by routing, ", digits(low), digits(high)),
     };
-    Ok(format!("predicted {} tok/s here ({range}bound by {by})", digits(speed)))
+    Ok(format!(
+        "predicted {} tok/s here ({range}bound by {by})",
+        digits(speed)
+    ))
 }
 
 /// Asks whether to fetch, on a terminal. Elsewhere only `--yes` agrees.
@@ -111,7 +114,11 @@ pub fn agree(offer: &Offer<'_>, yes: bool) -> Result<()> {
     };
     let (size, folder) = (show_bytes(offer.bytes), offer.folder.display());
     if !is_terminal {
-        let speed = if speed.is_empty() { speed } else { format!("; {speed}") };
+        let speed = if speed.is_empty() {
+            speed
+        } else {
+            format!("; {speed}")
+        };
         let unasked = anyhow!("{}: {size}{files} to fetch to {folder}{speed}", offer.name);
         let hint = format!(
             "pass --yes to fetch; `tier-plan what-if {}` predicts the speed from the header alone",
@@ -125,7 +132,10 @@ pub fn agree(offer: &Offer<'_>, yes: bool) -> Result<()> {
     screen.flush()?;
     drop(screen);
     let mut line = String::new();
-    std::io::stdin().lock().read_line(&mut line).context("reading the answer")?;
+    std::io::stdin()
+        .lock()
+        .read_line(&mut line)
+        .context("reading the answer")?;
     if is_yes(&line) {
         return Ok(());
     }
@@ -162,6 +172,9 @@ mod tests {
         let machine = catalogue::machine(Path::new("desktop-5070-ddr5")).unwrap();
         let words = predicted(&known, &machine).unwrap();
         assert!(words.starts_with("predicted "), "{words}");
-        assert!(words.contains("tok/s here (") && words.contains("bound by"), "{words}");
+        assert!(
+            words.contains("tok/s here (") && words.contains("bound by"),
+            "{words}"
+        );
     }
 }

@@ -43,7 +43,9 @@ impl Settings {
         let home = match path("HF_HOME") {
             Some(home) => home,
             None => cache_folder(env)
-                .context("no home folder is known; set HF_HOME to the folder of Hugging Face's cache")?
+                .context(
+                    "no home folder is known; set HF_HOME to the folder of Hugging Face's cache",
+                )?
                 .join("huggingface"),
         };
         let cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
@@ -69,7 +71,9 @@ impl Settings {
 
 /// Returns the user's home folder.
 pub fn home(env: Environment<'_>) -> Option<PathBuf> {
-    env("HOME").or_else(|| env("USERPROFILE")).map(PathBuf::from)
+    env("HOME")
+        .or_else(|| env("USERPROFILE"))
+        .map(PathBuf::from)
 }
 
 /// Returns the folder for caches of programs.
@@ -146,7 +150,9 @@ impl RepoCache {
     /// Whether a blob is there with all its bytes.
     pub fn has_blob(&self, file: &Listed) -> bool {
         let blob = file.digest.as_ref().map(|digest| self.blob(digest));
-        blob.is_some_and(|blob| fs::metadata(blob).is_ok_and(|m| m.is_file() && m.len() == file.bytes))
+        blob.is_some_and(|blob| {
+            fs::metadata(blob).is_ok_and(|m| m.is_file() && m.len() == file.bytes)
+        })
     }
 
     /// Adds a file whose blob is there to the snapshot of a commit.
@@ -266,10 +272,16 @@ mod tests {
         let cache = |variables: &[(&str, &str)]| settings(variables).unwrap().cache;
         let home = ("HOME", "/h");
         assert_eq!(cache(&[home]), Path::new("/h/.cache/huggingface/hub"));
-        assert_eq!(cache(&[home, ("XDG_CACHE_HOME", "/x")]), Path::new("/x/huggingface/hub"));
+        assert_eq!(
+            cache(&[home, ("XDG_CACHE_HOME", "/x")]),
+            Path::new("/x/huggingface/hub")
+        );
         assert_eq!(cache(&[home, ("HF_HOME", "/y")]), Path::new("/y/hub"));
         assert_eq!(cache(&[home, ("HF_HOME", "~/y")]), Path::new("/h/y/hub"));
-        assert_eq!(cache(&[("HF_HOME", "/y"), ("HF_HUB_CACHE", "/z")]), Path::new("/z"));
+        assert_eq!(
+            cache(&[("HF_HOME", "/y"), ("HF_HUB_CACHE", "/z")]),
+            Path::new("/z")
+        );
         assert!(settings(&[]).is_err());
     }
 
@@ -284,9 +296,16 @@ mod tests {
         assert_eq!(token(&[("HF_HOME", home)]), "from-file");
         assert_eq!(token(&[("HF_HOME", home), ("HF_TOKEN", " t ")]), "t");
         let path = folder.path().join("token");
-        let elsewhere = [("HF_HOME", "/none"), ("HF_TOKEN_PATH", path.to_str().unwrap())];
+        let elsewhere = [
+            ("HF_HOME", "/none"),
+            ("HF_TOKEN_PATH", path.to_str().unwrap()),
+        ];
         assert_eq!(token(&elsewhere), "from-file");
-        let set = [("HF_HOME", home), ("HF_ENDPOINT", "http://x/"), ("HF_HUB_OFFLINE", "yes")];
+        let set = [
+            ("HF_HOME", home),
+            ("HF_ENDPOINT", "http://x/"),
+            ("HF_HUB_OFFLINE", "yes"),
+        ];
         let set = settings(&set).unwrap();
         assert_eq!((set.endpoint.as_str(), set.is_offline), ("http://x", true));
     }
@@ -297,7 +316,11 @@ mod tests {
         let cache = RepoCache::new(root.path(), "me/m");
         let digest = Digest::Sha256("ab".repeat(32));
         let commit = "0".repeat(40);
-        assert!(cache.blob(&digest).starts_with(root.path().join("models--me--m/blobs")));
+        assert!(
+            cache
+                .blob(&digest)
+                .starts_with(root.path().join("models--me--m/blobs"))
+        );
         fs::create_dir_all(cache.blob(&digest).parent().unwrap()).unwrap();
         fs::write(cache.blob(&digest), b"abc").unwrap();
         for path in ["m.gguf", "Q8_0/deep/m.gguf"] {
@@ -311,7 +334,11 @@ mod tests {
             cache.link(&commit, &file, &digest).unwrap();
             assert_eq!(fs::read(cache.snapshot(&commit, path)).unwrap(), b"abc");
             #[cfg(unix)]
-            assert!(fs::read_link(cache.snapshot(&commit, path)).unwrap().is_relative());
+            assert!(
+                fs::read_link(cache.snapshot(&commit, path))
+                    .unwrap()
+                    .is_relative()
+            );
         }
         assert_eq!(cache.commit("main"), None);
         cache.write_ref("main", &commit).unwrap();

@@ -16,7 +16,9 @@ const DEFAULT_QUANTIZATION: &str = "Q4_K_M";
 const NUMBERED: [&str; 4] = ["IQ", "TQ", "UQ", "Q"];
 
 /// Other names of quantizations, as beginnings.
-const NAMED: [&str; 8] = ["BF16", "F16", "F32", "FP16", "FP32", "MXFP4", "NVFP4", "FP8"];
+const NAMED: [&str; 8] = [
+    "BF16", "F16", "F32", "FP16", "FP32", "MXFP4", "NVFP4", "FP8",
+];
 
 /// Checksum of a file, in lowercase hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,7 +108,9 @@ fn split(path: &str) -> Option<(&str, u32, u32)> {
     let numbered = stem.rsplit_once("-of-").and_then(|(rest, count)| {
         let (name, number) = rest.rsplit_once('-')?;
         let (number, count) = (five_digits(number)?, five_digits(count)?);
-        (1..=count).contains(&number).then_some((name, number, count))
+        (1..=count)
+            .contains(&number)
+            .then_some((name, number, count))
     });
     Some(numbered.unwrap_or((stem, 1, 1)))
 }
@@ -125,7 +129,11 @@ fn label(stem: &str) -> Option<String> {
     let rest = &upper[at..];
     let end = rest.find(['/', '-', '.', ' ']).unwrap_or(rest.len());
     let is_dynamic = upper[..at].ends_with("UD-");
-    Some(format!("{}{}", if is_dynamic { "UD-" } else { "" }, &rest[..end]))
+    Some(format!(
+        "{}{}",
+        if is_dynamic { "UD-" } else { "" },
+        &rest[..end]
+    ))
 }
 
 /// Whether text in capitals begins with the name of a quantization.
@@ -196,7 +204,9 @@ pub fn choose(files: &[Listed], pick: &Pick) -> Result<Vec<Listed>> {
     };
     let model = match (fitting.as_slice(), pick) {
         ([model], _) => model,
-        ([], Pick::Named(named)) => bail!("no model fits '{}'; there are {there}", printable(named)),
+        ([], Pick::Named(named)) => {
+            bail!("no model fits '{}'; there are {there}", printable(named))
+        }
         ([], Pick::Default) => bail!(
             "no quantization is named, and {DEFAULT_QUANTIZATION}, the default, is not there; there are {there}"
         ),
@@ -299,7 +309,10 @@ mod tests {
         ];
         assert_eq!(chosen(&files, &named("UD-Q2_K_XL")), both);
         assert_eq!(chosen(&files, &named("Q2_K_XL")), both);
-        assert_eq!(chosen(&files, &named("m-ud-q2_k_xl-00002-of-00002.gguf")), both);
+        assert_eq!(
+            chosen(&files, &named("m-ud-q2_k_xl-00002-of-00002.gguf")),
+            both
+        );
         for none in ["Q4_K", "BF16", "Q8_0", "K_M_", "mmproj-Q8_0.gguf", "x.gguf"] {
             let error = choose(&files, &named(none)).unwrap_err().to_string();
             assert!(
@@ -318,10 +331,16 @@ mod tests {
             "{error}"
         );
         assert!(error.contains("Q8_0 (1.00 GiB)"), "{error}");
-        assert_eq!(chosen(&files, &named("b/m-Q4_K_M.gguf")), ["b/m-Q4_K_M.gguf"]);
+        assert_eq!(
+            chosen(&files, &named("b/m-Q4_K_M.gguf")),
+            ["b/m-Q4_K_M.gguf"]
+        );
         let files = listed(&["m-Q8_0.gguf", "m-Q2_K.gguf"]);
         let error = choose(&files, &Pick::Default).unwrap_err().to_string();
-        assert!(error.contains("Q4_K_M") && error.contains("Q2_K (1.00 GiB)"), "{error}");
+        assert!(
+            error.contains("Q4_K_M") && error.contains("Q2_K (1.00 GiB)"),
+            "{error}"
+        );
         assert_eq!(chosen(&files[..1], &Pick::Default), ["m-Q8_0.gguf"]);
         assert!(!has_default(&files) && has_default(&listed(&["x.q4_k_m.gguf"])));
         assert!(choose(&listed(&["README.md"]), &Pick::Default).is_err());
@@ -337,7 +356,15 @@ mod tests {
     #[test]
     fn odd_names_do_no_harm() {
         let long = format!("{}.gguf", "é".repeat(3000));
-        let odd = ["é.gguf", ".gguf", "gguf", "", "\u{1b}[31m.gguf", "x-99999-of-00001.gguf", &long];
+        let odd = [
+            "é.gguf",
+            ".gguf",
+            "gguf",
+            "",
+            "\u{1b}[31m.gguf",
+            "x-99999-of-00001.gguf",
+            &long,
+        ];
         for path in odd {
             let files = listed(&[path]);
             for pick in [Pick::Default, named("é"), named("Q4_K_M")] {

@@ -3,17 +3,16 @@
 //! Redirects are followed here, since the token must not go to another host. Answers may be
 //! anything, so lengths are bounded and texts are made printable.
 
+use super::cache::{Settings, is_commit, is_hex};
 use super::choose::{Digest, Listed};
 use super::name::is_inner_path;
-use super::cache::{Settings, is_commit, is_hex};
 use crate::hint::HintExt;
-use crate::interrupt::{Interrupted, interrupted};
 use crate::printable::printable;
 use anyhow::{Context, Error, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use std::fmt;
 use std::io::Read;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use ureq::http::{HeaderMap, Response};
 
 /// Most bytes of a listing.
@@ -93,9 +92,13 @@ impl Client {
         let endpoint = &settings.endpoint;
         let shown = || printable(endpoint);
         let host = origin(endpoint).and_then(|origin| origin.split_once("://"));
-        let is_plain = endpoint.bytes().all(|b| b.is_ascii_graphic()) && !endpoint.contains(['?', '#']);
+        let is_plain =
+            endpoint.bytes().all(|b| b.is_ascii_graphic()) && !endpoint.contains(['?', '#']);
         let Some((_, host)) = host.filter(|_| is_plain) else {
-            bail!("HF_ENDPOINT: \"{}\", expected an address such as https://example.com", shown());
+            bail!(
+                "HF_ENDPOINT: \"{}\", expected an address such as https://example.com",
+                shown()
+            );
         };
         let fits = |token: &String| token.bytes().all(|b| b.is_ascii_graphic());
         ensure!(
@@ -128,7 +131,11 @@ impl Client {
 
     /// Returns the address of a file at a commit.
     pub fn address(&self, repo: &str, commit: &str, path: &str) -> String {
-        format!("{}/{repo}/resolve/{commit}/{}", self.endpoint, escaped(path, true))
+        format!(
+            "{}/{repo}/resolve/{commit}/{}",
+            self.endpoint,
+            escaped(path, true)
+        )
     }
 
     /// Returns what a repository has at a revision.
@@ -137,7 +144,10 @@ impl Client {
     /// When there is no answer or no such repository, or the answer is not a listing.
     pub fn listing(&self, repo: &str, revision: &str) -> Result<Listing> {
         let revision = escaped(revision, false);
-        let url = format!("{}/api/models/{repo}/revision/{revision}?blobs=true", self.endpoint);
+        let url = format!(
+            "{}/api/models/{repo}/revision/{revision}?blobs=true",
+            self.endpoint
+        );
         let mut response = self.get(&url, None)?;
         let body = response.body_mut().with_config().limit(MAX_LISTING_BYTES);
         let text = body
@@ -145,8 +155,12 @@ impl Client {
             .with_context(|| format!("the listing of {repo}"))?;
         let value: Value = serde_json::from_str(&text)
             .with_context(|| format!("the listing of {repo} is not JSON"))?;
-        listing(&value)
-            .with_context(|| format!("the listing of {repo} has no commit and files, so {} is no hub of models", self.endpoint))
+        listing(&value).with_context(|| {
+            format!(
+                "the listing of {repo} has no commit and files, so {} is no hub of models",
+                self.endpoint
+            )
+        })
     }
 
     /// Gets bytes of a file from `start` on, up to `end` where one is given. The server may send
@@ -163,12 +177,18 @@ impl Client {
             206 => {
                 let range = text(headers, "content-range").and_then(content_range);
                 let (start, total) = range.with_context(|| {
-                    format!("{}: part of a file without Content-Range, expected one", shown(url))
+                    format!(
+                        "{}: part of a file without Content-Range, expected one",
+                        shown(url)
+                    )
                 })?;
                 (start, total)
             }
             416 => return Ok(None),
-            _ => (0, text(headers, "content-length").and_then(|n| n.parse().ok())),
+            _ => (
+                0,
+                text(headers, "content-length").and_then(|n| n.parse().ok()),
+            ),
         };
         Ok(Some(Ranged {
             start,
@@ -177,13 +197,10 @@ impl Client {
         }))
     }
 
-    /// Waits before another try; longer after each.
-    ///
-    /// # Errors
-    /// When a signal asks for an end.
-    pub fn wait(&self, failures: u32, asked: Option<Duration>) -> Result<()> {
+    /// Waits before another try: as long as asked, or longer after each.
+    pub fn wait(&self, failures: u32, asked: Option<Duration>) {
         let doubled = self.first_wait * 2u32.pow(failures.saturating_sub(1).min(5));
-        sleep(asked.unwrap_or(doubled))
+        std::thread::sleep(asked.unwrap_or(doubled));
     }
 
     /// Gets an address, with tries as long as the server is busy or cannot be reached.
@@ -201,7 +218,7 @@ impl Client {
                         let tries = format!("{}: {why}{asks}, after {failures} tries", shown(url));
                         return Err(Unreachable(tries).into());
                     }
-                    self.wait(failures, wait)?;
+                    self.wait(failures, wait);
                 }
             }
         }
@@ -224,19 +241,27 @@ impl Client {
                 Err(ureq::Error::BadUri(_) | ureq::Error::Http(_)) => {
                     bail!("{}: not an address that can be asked", shown(&at))
                 }
-                Err(error) => return Ok(Answer::Again(printable(&error.to_string()).into_owned(), None)),
+                Err(error) => {
+                    return Ok(Answer::Again(
+                        printable(&error.to_string()).into_owned(),
+                        None,
+                    ));
+                }
             };
             let status = response.status().as_u16();
             match status {
                 200 | 206 | 416 => return Ok(Answer::Found(Box::new(response))),
                 301 | 302 | 303 | 307 | 308 => {
-                    let location = text(response.headers(), "location")
-                        .with_context(|| format!("{}: a redirect without an address", shown(&at)))?;
+                    let location = text(response.headers(), "location").with_context(|| {
+                        format!("{}: a redirect without an address", shown(&at))
+                    })?;
                     at = redirected(&at, location)?;
                 }
                 408 | 425 | 429 | 500..=599 => {
                     let after = text(response.headers(), "retry-after");
-                    let wait = after.and_then(|s| s.trim().parse().ok()).map(Duration::from_secs);
+                    let wait = after
+                        .and_then(|s| s.trim().parse().ok())
+                        .map(Duration::from_secs);
                     return Ok(Answer::Again(format!("status {status}"), wait));
                 }
                 _ => return Err(self.refusal(url, status, response.headers(), is_ours)),
@@ -269,24 +294,6 @@ impl Client {
     }
 }
 
-/// Waits, unless a signal asks for an end.
-///
-/// # Errors
-/// When one does.
-pub fn sleep(time: Duration) -> Result<()> {
-    let until = Instant::now() + time;
-    loop {
-        if interrupted() {
-            return Err(Interrupted.into());
-        }
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Ok(());
-        }
-        std::thread::sleep(left.min(Duration::from_millis(100)));
-    }
-}
-
 /// Returns an address for a message: without its query, which may hold a signature.
 fn shown(url: &str) -> String {
     let plain = url.split('?').next().unwrap_or(url);
@@ -314,7 +321,9 @@ fn origin(url: &str) -> Option<&str> {
         .iter()
         .find(|scheme| url.starts_with(**scheme))?
         .len();
-    let length = url[start..].find(['/', '?', '#']).unwrap_or(url.len() - start);
+    let length = url[start..]
+        .find(['/', '?', '#'])
+        .unwrap_or(url.len() - start);
     let host = &url[start..start + length];
     (!host.is_empty() && !host.contains('@')).then(|| &url[..start + length])
 }
@@ -330,11 +339,22 @@ fn redirected(from: &str, location: &str) -> Result<String> {
     } else if location.starts_with('/') {
         format!("{base}{location}")
     } else if location.contains("://") || location.is_empty() {
-        bail!("{}: a redirect to {}, expected http:// or https://", shown(from), shown(location));
+        bail!(
+            "{}: a redirect to {}, expected http:// or https://",
+            shown(from),
+            shown(location)
+        );
     } else {
         let path = from.split(['?', '#']).next().unwrap_or(from);
         let folder = path.rsplit_once('/').map_or(path, |(folder, _)| folder);
-        format!("{}/{location}", if folder.len() < base.len() { base } else { folder })
+        format!(
+            "{}/{location}",
+            if folder.len() < base.len() {
+                base
+            } else {
+                folder
+            }
+        )
     };
     ensure!(
         !(from.starts_with("https://") && to.starts_with("http://")),
@@ -362,9 +382,13 @@ fn escaped(path: &str, keeps_slashes: bool) -> String {
 fn listing(value: &Value) -> Option<Listing> {
     let commit = value["sha"].as_str().filter(|sha| is_commit(sha))?;
     let file = |entry: &Value| {
-        let path = entry["rfilename"].as_str().filter(|path| is_inner_path(path))?;
+        let path = entry["rfilename"]
+            .as_str()
+            .filter(|path| is_inner_path(path))?;
         let hex = |value: &Value, len| {
-            let text = value.as_str().filter(|hex: &&str| hex.len() == len && is_hex(hex));
+            let text = value
+                .as_str()
+                .filter(|hex: &&str| hex.len() == len && is_hex(hex));
             text.map(str::to_string)
         };
         let lfs = &entry["lfs"];
@@ -380,7 +404,11 @@ fn listing(value: &Value) -> Option<Listing> {
     };
     Some(Listing {
         commit: commit.to_string(),
-        files: value["siblings"].as_array()?.iter().filter_map(file).collect(),
+        files: value["siblings"]
+            .as_array()?
+            .iter()
+            .filter_map(file)
+            .collect(),
     })
 }
 
@@ -401,7 +429,13 @@ mod tests {
             assert_eq!(redirected(from, location).unwrap(), expected);
         }
         assert_eq!(redirected("http://h:1", "z").unwrap(), "http://h:1/z");
-        for bad in ["http://a.example/z", "file:///etc/passwd", "ftp://x/y", "https://u@x/", ""] {
+        for bad in [
+            "http://a.example/z",
+            "file:///etc/passwd",
+            "ftp://x/y",
+            "https://u@x/",
+            "",
+        ] {
             assert!(redirected(from, bad).is_err(), "{bad}");
         }
     }
@@ -420,7 +454,15 @@ mod tests {
     fn ranges_are_read_strictly() {
         assert_eq!(content_range("bytes 5-9/10"), Some((5, Some(10))));
         assert_eq!(content_range("bytes 5-9/*"), Some((5, None)));
-        for bad in ["", "bytes", "bytes */10", "5-9/10", "bytes 5-9", "bytes a-9/10", "bytes 5-9/x"] {
+        for bad in [
+            "",
+            "bytes",
+            "bytes */10",
+            "5-9/10",
+            "bytes 5-9",
+            "bytes a-9/10",
+            "bytes 5-9/x",
+        ] {
             assert_eq!(content_range(bad), None, "{bad}");
         }
     }
@@ -448,7 +490,11 @@ mod tests {
         assert_eq!(found.files[0].digest, Some(Digest::Sha256(sha)));
         assert_eq!(found.files[1].digest, Some(Digest::Git("c".repeat(40))));
         assert_eq!(found.files[2].digest, None);
-        for bad in [json!(null), json!({"sha": "x", "siblings": []}), json!({"sha": "0".repeat(40)})] {
+        for bad in [
+            json!(null),
+            json!({"sha": "x", "siblings": []}),
+            json!({"sha": "0".repeat(40)}),
+        ] {
             assert_eq!(listing(&bad), None);
         }
     }

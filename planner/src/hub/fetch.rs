@@ -1,10 +1,12 @@
 //! Fetches a file into the cache: goes on where an earlier fetch ended, and checks what came.
+//!
+//! What has come is kept in a file of its own until it is complete. So a signal may end the program
+//! at any moment, and none is caught here.
 
 use super::cache::RepoCache;
 use super::choose::{Digest, Listed};
-use super::client::{Client, MAX_TRIES, Ranged, Unreachable, sleep};
+use super::client::{Client, MAX_TRIES, Ranged, Unreachable};
 use crate::hint::HintExt;
-use crate::interrupt::{Interrupted, interrupted};
 use crate::printable::printable;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ring::digest::{Context as Hasher, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
@@ -27,7 +29,9 @@ pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 /// Returns the bytes of a file that an earlier fetch has left.
 pub fn kept_bytes(cache: &RepoCache, file: &Listed) -> u64 {
     let path = file.digest.as_ref().map(|digest| cache.incomplete(digest));
-    let length = path.and_then(|path| fs::metadata(path).ok()).map_or(0, |m| m.len());
+    let length = path
+        .and_then(|path| fs::metadata(path).ok())
+        .map_or(0, |m| m.len());
     if length > file.bytes { 0 } else { length }
 }
 
@@ -66,7 +70,10 @@ pub fn fetch(
     progress: Progress<'_>,
 ) -> Result<Digest> {
     let Some(digest) = &file.digest else {
-        bail!("{}: the listing has no checksum, expected one", printable(&file.path));
+        bail!(
+            "{}: the listing has no checksum, expected one",
+            printable(&file.path)
+        );
     };
     let (blob, incomplete) = (cache.blob(digest), cache.incomplete(digest));
     for path in [&blob, &cache.lock(digest)] {
@@ -103,7 +110,7 @@ fn lock(path: &Path) -> Result<Option<File>> {
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(Some(file)),
-            Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(200))?,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(200)),
             Err(TryLockError::Error(_)) => return Ok(None),
         }
     }
@@ -160,9 +167,6 @@ impl<'f> Partial<'f> {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error.into()),
             }
-            if interrupted() {
-                return Err(Interrupted.into());
-            }
         }
     }
 
@@ -189,7 +193,11 @@ impl<'f> Partial<'f> {
     fn check(&self) -> Result<(), String> {
         let found = self.hasher.clone().finish();
         let found: String = found.as_ref().iter().map(|b| format!("{b:02x}")).collect();
-        if found == self.digest.hex() { Ok(()) } else { Err(found) }
+        if found == self.digest.hex() {
+            Ok(())
+        } else {
+            Err(found)
+        }
     }
 }
 
@@ -220,10 +228,16 @@ fn receive(
         let Some(ranged) = client.range(url, partial.have, None)? else {
             // No such range: what is there cannot be the beginning of what the server has.
             let short = partial.have == 0;
-            ensure!(!short, "{name}: the server has no byte of it, expected {expected} bytes");
+            ensure!(
+                !short,
+                "{name}: the server has no byte of it, expected {expected} bytes"
+            );
             partial.restart()?;
             failures += 1;
-            ensure!(failures < MAX_TRIES, "{name}: the server refuses every range");
+            ensure!(
+                failures < MAX_TRIES,
+                "{name}: the server refuses every range"
+            );
             continue;
         };
         check_length(partial, &ranged)?;
@@ -247,7 +261,7 @@ fn receive(
             );
             return Err(Unreachable(lost).into());
         }
-        client.wait(failures, None)?;
+        client.wait(failures, None);
     }
     Ok(())
 }
@@ -291,9 +305,6 @@ fn copy(
     let expected = partial.listed.bytes;
     let mut chunk = vec![0; CHUNK_BYTES];
     while partial.have < expected {
-        if interrupted() {
-            return Err(Interrupted.into());
-        }
         let n = match body.read(&mut chunk) {
             Ok(0) => return Ok(Stopped::Short),
             Ok(n) => n,

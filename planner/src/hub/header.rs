@@ -6,7 +6,6 @@
 
 use super::choose::Listed;
 use super::client::Client;
-use crate::interrupt::{Interrupted, interrupted};
 use crate::printable::printable;
 use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
@@ -77,7 +76,9 @@ fn prefix(client: &Client, url: &str, file: &Listed) -> Result<Vec<u8>> {
             Err(error) => error,
         };
         let missing = match &error {
-            GgufError::Truncated { at_least, missing, .. } if *at_least => *missing,
+            GgufError::Truncated {
+                at_least, missing, ..
+            } if *at_least => *missing,
             // The header is there, and the weights are not.
             GgufError::Truncated { .. } => return Ok(bytes),
             _ => return Err(error.into()),
@@ -110,7 +111,10 @@ fn extend(
         let before = bytes.len();
         let name = printable(&file.path);
         let Some(ranged) = client.range(url, before as u64, Some(wanted))? else {
-            bail!("{name}: the server has no bytes from {before} on, expected {}", file.bytes);
+            bail!(
+                "{name}: the server has no bytes from {before} on, expected {}",
+                file.bytes
+            );
         };
         ensure!(
             ranged.total.is_none_or(|total| total == file.bytes),
@@ -127,37 +131,40 @@ fn extend(
             "{name}: the server sends bytes from {} on, expected {before}",
             ranged.start
         );
-        let why = take(ranged.body, bytes, wanted)?;
-        failures = if bytes.len() > before { 1 } else { failures + 1 };
+        let why = take(ranged.body, bytes, wanted);
+        failures = if bytes.len() > before {
+            1
+        } else {
+            failures + 1
+        };
         if (bytes.len() as u64) < wanted {
             ensure!(
                 failures < super::client::MAX_TRIES,
                 "{name}: {why} after {} of {wanted} bytes of the header",
                 bytes.len()
             );
-            client.wait(failures, None)?;
+            client.wait(failures, None);
         }
     }
     Ok(())
 }
 
 /// Takes bytes of an answer until there are `wanted`; returns why it ended.
-fn take(mut body: Box<dyn Read>, bytes: &mut Vec<u8>, wanted: u64) -> Result<String> {
+fn take(mut body: Box<dyn Read>, bytes: &mut Vec<u8>, wanted: u64) -> String {
     let mut chunk = vec![0; 64 << 10];
     loop {
-        if interrupted() {
-            return Err(Interrupted.into());
-        }
         let left = wanted.saturating_sub(bytes.len() as u64);
-        let most = usize::try_from(left).unwrap_or(chunk.len()).min(chunk.len());
+        let most = usize::try_from(left)
+            .unwrap_or(chunk.len())
+            .min(chunk.len());
         if most == 0 {
-            return Ok("complete".to_string());
+            return "complete".to_string();
         }
         match body.read(&mut chunk[..most]) {
-            Ok(0) => return Ok("the connection ended".to_string()),
+            Ok(0) => return "the connection ended".to_string(),
             Ok(n) => bytes.extend_from_slice(&chunk[..n]),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Ok(printable(&error.to_string()).into_owned()),
+            Err(error) => return printable(&error.to_string()).into_owned(),
         }
     }
 }

@@ -59,14 +59,18 @@ pub fn ollama(name: &OllamaName, env: Environment<'_>) -> Result<PathBuf> {
             return Ok(linked("ollama", &[(inside, blob)], env));
         }
     }
-    let there: Vec<String> = folders.iter().flat_map(|folder| manifests(folder)).collect();
+    let there: Vec<String> = folders
+        .iter()
+        .flat_map(|folder| manifests(folder))
+        .collect();
     let searched: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
     let searched = match searched.as_slice() {
         [] => "~/.ollama/models".to_string(),
         all => all.join(" and "),
     };
     let missing = anyhow!("{name}: no such model in {searched}; {}", there_are(&there));
-    Err(missing).hint("set OLLAMA_MODELS to the folder of ollama's models, or pull the model with ollama")
+    Err(missing)
+        .hint("set OLLAMA_MODELS to the folder of ollama's models, or pull the model with ollama")
 }
 
 /// Returns the list of what there is, as the end of a sentence.
@@ -116,12 +120,21 @@ fn model_digest(manifest: &Path) -> Result<String> {
         .filter_map(|layer| layer["digest"].as_str())
         .collect();
     let [digest] = models.as_slice() else {
-        bail!("{}: {} layers with a model, expected one", manifest.display(), models.len());
+        bail!(
+            "{}: {} layers with a model, expected one",
+            manifest.display(),
+            models.len()
+        );
     };
-    let hex = digest.strip_prefix("sha256:").filter(|hex| hex.len() == 64 && is_hex(hex));
+    let hex = digest
+        .strip_prefix("sha256:")
+        .filter(|hex| hex.len() == 64 && is_hex(hex));
     let hex = hex.with_context(|| {
         let found = printable(digest);
-        format!("{}: digest '{found}', expected sha256: and 64 digits", manifest.display())
+        format!(
+            "{}: digest '{found}', expected sha256: and 64 digits",
+            manifest.display()
+        )
     })?;
     Ok(hex.to_string())
 }
@@ -131,8 +144,12 @@ fn model_digest(manifest: &Path) -> Result<String> {
 /// # Errors
 /// When there is none of that name, or several fit.
 pub fn lm_studio(name: &LmStudioName, env: Environment<'_>) -> Result<PathBuf> {
-    let home = home(env).context("no home folder is known, expected one with LM Studio's models")?;
-    let folders = [home.join(".lmstudio/models"), home.join(".cache/lm-studio/models")];
+    let home =
+        home(env).context("no home folder is known, expected one with LM Studio's models")?;
+    let folders = [
+        home.join(".lmstudio/models"),
+        home.join(".cache/lm-studio/models"),
+    ];
     for folder in &folders {
         let repo = folder.join(&name.repo);
         if !repo.is_dir() {
@@ -140,15 +157,28 @@ pub fn lm_studio(name: &LmStudioName, env: Environment<'_>) -> Result<PathBuf> {
         }
         let chosen = choose(&files_below(&repo), &name.pick);
         let parts = chosen.with_context(|| format!("{name} in {}", repo.display()))?;
-        let place = |part: &Listed| (Path::new(&name.repo).join(&part.path), repo.join(&part.path));
+        let place = |part: &Listed| {
+            (
+                Path::new(&name.repo).join(&part.path),
+                repo.join(&part.path),
+            )
+        };
         let links: Vec<_> = parts.iter().map(place).collect();
         return Ok(linked("lmstudio", &links, env));
     }
     let mut there: Vec<String> = Vec::new();
     for publisher in folders.iter().flat_map(|folder| entries(folder)) {
-        let name = publisher.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = publisher
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         for repo in entries(&publisher).iter().filter(|repo| repo.is_dir()) {
-            let repo = repo.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let repo = repo
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             if is_component(&name) && is_component(&repo) {
                 there.push(format!("lmstudio:{name}/{repo}"));
             }
@@ -173,7 +203,10 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
 /// Makes links `[(path inside the folder, file)]` and returns the first; the file itself where
 /// links cannot be made.
 fn linked(of: &str, links: &[(PathBuf, PathBuf)], env: Environment<'_>) -> PathBuf {
-    let file = links.first().map(|(_, file)| file.clone()).unwrap_or_default();
+    let file = links
+        .first()
+        .map(|(_, file)| file.clone())
+        .unwrap_or_default();
     let Some(folder) = cache_folder(env).map(|folder| folder.join("tier-plan").join(of)) else {
         return file;
     };
@@ -190,7 +223,10 @@ fn linked(of: &str, links: &[(PathBuf, PathBuf)], env: Environment<'_>) -> PathB
                 .is_some_and(|parent| fs::create_dir_all(parent).is_ok())
                 && make_link(&target, &path);
         if !is_made {
-            return links.first().map(|(_, file)| file.clone()).unwrap_or_default();
+            return links
+                .first()
+                .map(|(_, file)| file.clone())
+                .unwrap_or_default();
         }
         first.get_or_insert(path);
     }
@@ -240,7 +276,11 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let models = home.path().join(".ollama/models");
         let digits = "ab".repeat(32);
-        let of = |name: &str| models.join("manifests/registry.ollama.ai/library").join(name);
+        let of = |name: &str| {
+            models
+                .join("manifests/registry.ollama.ai/library")
+                .join(name)
+        };
         put(&of("tiny/latest"), &manifest(&format!("sha256:{digits}")));
         put(&models.join(format!("blobs/sha256-{digits}")), b"GGUF");
         let before = files_below(&models);
@@ -248,18 +288,34 @@ mod tests {
             let path = find("ollama:tiny", home.path(), elsewhere).unwrap();
             assert_eq!(fs::read(&path).unwrap(), b"GGUF");
             #[cfg(unix)]
-            assert!(path.ends_with("registry.ollama.ai/library/tiny/tiny-latest.gguf"), "{path:?}");
+            assert!(
+                path.ends_with("registry.ollama.ai/library/tiny/tiny-latest.gguf"),
+                "{path:?}"
+            );
         }
         assert_eq!(files_below(&models), before);
-        let error = find("ollama:tiny:7b", home.path(), None).unwrap_err().to_string();
+        let error = find("ollama:tiny:7b", home.path(), None)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("there are ollama:tiny:latest"), "{error}");
-        for bad in ["sha256:../../x", "md5:00", &format!("sha256:{}", "ab".repeat(31))] {
+        for bad in [
+            "sha256:../../x",
+            "md5:00",
+            &format!("sha256:{}", "ab".repeat(31)),
+        ] {
             put(&of("bad/latest"), &manifest(bad));
-            let error = find("ollama:bad", home.path(), None).unwrap_err().to_string();
+            let error = find("ollama:bad", home.path(), None)
+                .unwrap_err()
+                .to_string();
             assert!(error.contains("64 digits"), "{error}");
         }
-        put(&of("gone/latest"), &manifest(&format!("sha256:{}", "cd".repeat(32))));
-        let error = find("ollama:gone", home.path(), None).unwrap_err().to_string();
+        put(
+            &of("gone/latest"),
+            &manifest(&format!("sha256:{}", "cd".repeat(32))),
+        );
+        let error = find("ollama:gone", home.path(), None)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("is missing"), "{error}");
         put(&of("odd/latest"), b"{");
         assert!(find("ollama:odd", home.path(), None).is_err());
@@ -284,9 +340,18 @@ mod tests {
         assert_eq!(bytes("lmstudio:me/old"), b"4");
         let first = find("lmstudio:me/m-GGUF:q8_0", home.path(), None).unwrap();
         assert!(first.with_file_name("m-Q8_0-00002-of-00002.gguf").is_file());
-        let error = format!("{:#}", find("lmstudio:me/x", home.path(), None).unwrap_err());
-        assert!(error.contains("lmstudio:me/m-GGUF, lmstudio:me/old"), "{error}");
-        let error = format!("{:#}", find("lmstudio:me/old:Q2_K", home.path(), None).unwrap_err());
+        let error = format!(
+            "{:#}",
+            find("lmstudio:me/x", home.path(), None).unwrap_err()
+        );
+        assert!(
+            error.contains("lmstudio:me/m-GGUF, lmstudio:me/old"),
+            "{error}"
+        );
+        let error = format!(
+            "{:#}",
+            find("lmstudio:me/old:Q2_K", home.path(), None).unwrap_err()
+        );
         assert!(error.contains("no model fits 'Q2_K'"), "{error}");
     }
 }

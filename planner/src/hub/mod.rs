@@ -18,7 +18,7 @@ pub use ask::this_machine;
 pub use client::Unreachable;
 
 use crate::hint::HintExt;
-use crate::{catalogue, interrupt, progress};
+use crate::{catalogue, progress};
 use anyhow::{Context, Result, anyhow};
 use ask::{Offer, agree};
 use cache::{Environment, RepoCache, Settings};
@@ -27,9 +27,7 @@ use client::{Client, Listing};
 use header::Headers;
 use name::{HubName, Name, Pick};
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use tier_plan_runtime::units::show_bytes;
 
 /// How much of a model a command needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,7 +101,6 @@ impl<'a> Hub<'a> {
         if let Some((path, true)) = cached {
             return Ok(at(path));
         }
-        let catching = interrupt::catch_interrupts();
         let listing = match (cached, is_offline) {
             (Some((path, _)), true) => return Ok(at(path)),
             (None, true) => {
@@ -112,7 +109,8 @@ impl<'a> Hub<'a> {
                     self.name,
                     self.settings.cache.display()
                 );
-                return Err(missing).hint("unset HF_HUB_OFFLINE, or set HF_HUB_CACHE to the folder that has it");
+                return Err(missing)
+                    .hint("unset HF_HUB_OFFLINE, or set HF_HUB_CACHE to the folder that has it");
             }
             (cached, false) => match (self.list(), cached) {
                 (Ok(listing), _) => listing,
@@ -124,7 +122,10 @@ impl<'a> Hub<'a> {
         };
         let parts = choose(&listing.files, &self.name.pick)
             .with_context(|| self.name.to_string())
-            .hint(format!("name one, such as hf:{}:QUANTIZATION", self.name.repo))?;
+            .hint(format!(
+                "name one, such as hf:{}:QUANTIZATION",
+                self.name.repo
+            ))?;
         let missing: Vec<&Listed> = parts.iter().filter(|f| !self.cache.has_blob(f)).collect();
         if missing.is_empty() {
             return self.linked(&listing, &parts);
@@ -144,8 +145,6 @@ impl<'a> Hub<'a> {
         let left = missing.iter().map(|file| file.bytes - kept(file));
         let bytes = left.fold(0, u64::saturating_add);
         fetch::check_space(&self.settings.cache, bytes)?;
-        // While a question waits, Ctrl-C ends the program.
-        drop(catching);
         let offer = Offer {
             name: &self.name.to_string(),
             bytes,
@@ -194,8 +193,9 @@ impl<'a> Hub<'a> {
 
     /// Fetches files one after another, with one bar for all.
     fn fetch(&self, listing: &Listing, files: &[&Listed]) -> Result<()> {
-        let _catching = interrupt::catch_interrupts();
-        let total = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.bytes));
+        let total = files
+            .iter()
+            .fold(0u64, |sum, file| sum.saturating_add(file.bytes));
         let bar = progress::bytes("fetching");
         bar.set_length(total);
         let mut before = 0;
@@ -215,10 +215,6 @@ impl<'a> Hub<'a> {
             let fetched = fetch::fetch(&self.client, &self.cache, &url, file, &mut show);
             if let Err(error) = fetched {
                 bar.finish_and_clear();
-                if error.is::<interrupt::Interrupted>() && std::io::stderr().is_terminal() {
-                    let (have, all) = (show_bytes(bar.position()), show_bytes(total));
-                    eprintln!("{have} of {all} are there; the same command goes on from them");
-                }
                 return Err(error).with_context(|| self.name.to_string());
             }
             before = before.saturating_add(file.bytes);

@@ -125,8 +125,11 @@ pub fn parse(given: &Path) -> Result<Option<Name>> {
     let name = name.filter(|_| text.len() <= MAX_NAME_BYTES);
     match name {
         Some(name) => Ok(Some(name)),
-        None => Err(anyhow!("{}: not a model's name, expected {form}", printable(text)))
-            .hint("for example hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M"),
+        None => Err(anyhow!(
+            "{}: not a model's name, expected {form}",
+            printable(text)
+        ))
+        .hint("for example hf:unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M"),
     }
 }
 
@@ -254,12 +257,21 @@ mod tests {
             panic!()
         };
         assert_eq!(name.pick, Pick::Named("x.gguf".into()));
-        assert_eq!(read("lmstudio:p/r:Q8_0").unwrap(), read("lmstudio:p/r/Q8_0").unwrap());
+        assert_eq!(
+            read("lmstudio:p/r:Q8_0").unwrap(),
+            read("lmstudio:p/r/Q8_0").unwrap()
+        );
     }
 
     #[test]
     fn paths_are_no_names() {
-        for text in ["model.gguf", "./hf/x.gguf", "C:\\x.gguf", "kimi-k2.5", "http://x"] {
+        for text in [
+            "model.gguf",
+            "./hf/x.gguf",
+            "C:\\x.gguf",
+            "kimi-k2.5",
+            "http://x",
+        ] {
             assert_eq!(read(text), None, "{text}");
         }
     }

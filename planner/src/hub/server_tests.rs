@@ -114,16 +114,25 @@ fn answer(files: &[(&str, Vec<u8>)], request: &Request) -> Reply {
             .collect();
         let known = ["main", COMMIT].iter().any(|r| revision.starts_with(r));
         let listing = json!({"sha": COMMIT, "siblings": siblings}).to_string();
-        return if known { Reply::whole(listing.as_bytes()) } else { Reply::status(404) };
+        return if known {
+            Reply::whole(listing.as_bytes())
+        } else {
+            Reply::status(404)
+        };
     }
     let prefix = format!("/me/m/resolve/{COMMIT}/");
     let path = request.path.strip_prefix(&prefix);
     let file = files.iter().find(|(name, _)| Some(*name) == path);
-    file.map_or(Reply::status(404), |(_, bytes)| Reply::ranged(request, bytes))
+    file.map_or(Reply::status(404), |(_, bytes)| {
+        Reply::ranged(request, bytes)
+    })
 }
 
 fn message(error: &anyhow::Error) -> String {
-    format!("{error:#} {}", crate::hint::hint_for(error).unwrap_or_default())
+    format!(
+        "{error:#} {}",
+        crate::hint::hint_for(error).unwrap_or_default()
+    )
 }
 
 #[test]
@@ -168,8 +177,15 @@ fn a_connection_that_breaks_is_taken_up_again() {
     });
     let (place, file) = (Place::new(&server), listed("m.gguf", &bytes));
     assert!(place.fetch(&file).unwrap().0 == bytes);
-    let starts: Vec<_> = server.requests().iter().map(|r| r.range.unwrap().0).collect();
-    assert_eq!(starts, [0, 150_000, 300_000, 450_000, 600_000, 750_000, 900_000]);
+    let starts: Vec<_> = server
+        .requests()
+        .iter()
+        .map(|r| r.range.unwrap().0)
+        .collect();
+    assert_eq!(
+        starts,
+        [0, 150_000, 300_000, 450_000, 600_000, 750_000, 900_000]
+    );
 }
 
 #[test]
@@ -177,7 +193,11 @@ fn a_server_that_never_gets_further_is_given_up() {
     let bytes = contents(500_000);
     let (served, requests) = (bytes.clone(), AtomicUsize::new(0));
     let server = Server::start(move |request| {
-        let cut = if requests.fetch_add(1, Ordering::Relaxed) == 0 { 100_000 } else { 0 };
+        let cut = if requests.fetch_add(1, Ordering::Relaxed) == 0 {
+            100_000
+        } else {
+            0
+        };
         Reply {
             cut: Some(cut),
             ..Reply::ranged(request, &served)
@@ -186,8 +206,15 @@ fn a_server_that_never_gets_further_is_given_up() {
     let (place, file) = (Place::new(&server), listed("m.gguf", &bytes));
     let error = place.fetch(&file).unwrap_err();
     assert!(error.is::<Unreachable>(), "{error:#}");
-    assert!(message(&error).contains("what was fetched is kept"), "{}", message(&error));
-    assert_eq!(fs::read(place.incomplete(&file)).unwrap(), &bytes[..100_000]);
+    assert!(
+        message(&error).contains("what was fetched is kept"),
+        "{}",
+        message(&error)
+    );
+    assert_eq!(
+        fs::read(place.incomplete(&file)).unwrap(),
+        &bytes[..100_000]
+    );
     assert!(server.requests().len() < 10);
 }
 
@@ -210,7 +237,10 @@ fn a_wrong_checksum_leaves_nothing() {
     let server = Server::start(move |request| Reply::ranged(request, &served));
     let (place, file) = (Place::new(&server), listed("m.gguf", &bytes));
     let error = message(&place.fetch(&file).unwrap_err());
-    assert!(error.contains("checksum") && error.contains(&sha256(&bytes)), "{error}");
+    assert!(
+        error.contains("checksum") && error.contains(&sha256(&bytes)),
+        "{error}"
+    );
     assert!(!place.incomplete(&file).exists());
     // A beginning that belongs to another file, too.
     let server = hub_of(vec![("m.gguf", bytes.clone())]);
@@ -296,7 +326,10 @@ fn the_token_stays_with_its_server() {
     let file = listed("a b/ü.gguf", &bytes);
     assert!(place.fetch(&file).unwrap().0 == bytes);
     let asked = server.requests();
-    assert_eq!(asked[0].path, format!("/me/m/resolve/{COMMIT}/a%20b/%C3%BC.gguf"));
+    assert_eq!(
+        asked[0].path,
+        format!("/me/m/resolve/{COMMIT}/a%20b/%C3%BC.gguf")
+    );
     assert_eq!(asked[1].path, "/second?a=b");
     for request in &asked {
         assert_eq!(request.authorization.as_deref(), Some("Bearer secret"));
@@ -309,7 +342,11 @@ fn the_token_stays_with_its_server() {
 #[test]
 fn redirects_end() {
     let server = Server::start(|_| Reply::status(302).with("location", "/again"));
-    let error = message(&Place::new(&server).fetch(&listed("m.gguf", b"x")).unwrap_err());
+    let error = message(
+        &Place::new(&server)
+            .fetch(&listed("m.gguf", b"x"))
+            .unwrap_err(),
+    );
     assert!(error.contains("more than 10 redirects"), "{error}");
     let server = Server::start(|_| Reply::status(302));
     assert!(Place::new(&server).fetch(&listed("m.gguf", b"x")).is_err());
@@ -331,7 +368,10 @@ fn refusals_say_what_to_do() {
         place.settings.token = token.map(str::to_string);
         let error = place.resolve("hf:me/m:Q8_0", Need::Weights).unwrap_err();
         let text = message(&error);
-        assert!(text.contains(words) && text.contains("is restricted"), "{text}");
+        assert!(
+            text.contains(words) && text.contains("is restricted"),
+            "{text}"
+        );
         assert!(text.contains(&format!("status {status}")), "{text}");
         assert_eq!(server.requests().len(), 1, "asked again after {status}");
     }
@@ -352,11 +392,20 @@ fn a_busy_server_is_asked_again() {
         assert_eq!(place.fetch(&listed("m.gguf", b"abc")).unwrap().0, b"abc");
         assert_eq!(server.requests().len(), 3);
         let server = Server::start(move |_| Reply::status(status));
-        let error = Place::new(&server).fetch(&listed("m.gguf", b"abc")).unwrap_err();
-        assert!(error.is::<Unreachable>() && server.requests().len() == 6, "{error:#}");
+        let error = Place::new(&server)
+            .fetch(&listed("m.gguf", b"abc"))
+            .unwrap_err();
+        assert!(
+            error.is::<Unreachable>() && server.requests().len() == 6,
+            "{error:#}"
+        );
     }
     let server = Server::start(|_| Reply::status(429).with("retry-after", "86400"));
-    let error = message(&Place::new(&server).fetch(&listed("m.gguf", b"x")).unwrap_err());
+    let error = message(
+        &Place::new(&server)
+            .fetch(&listed("m.gguf", b"x"))
+            .unwrap_err(),
+    );
     assert!(error.contains("asks to wait for 86400 s"), "{error}");
     assert_eq!(server.requests().len(), 1);
 }
@@ -377,25 +426,40 @@ fn a_model_is_fetched_by_name_and_found_offline() {
     let server = demo_hub();
     let mut place = Place::new(&server);
     let fetched = place.resolve("hf:me/m", Need::Weights).unwrap().path;
-    assert!(fetched.ends_with(format!("models--me--m/snapshots/{COMMIT}/deep/m-Q4_K_M.gguf")));
+    assert!(fetched.ends_with(format!(
+        "models--me--m/snapshots/{COMMIT}/deep/m-Q4_K_M.gguf"
+    )));
     assert!(fs::read(&fetched).unwrap() == fs::read(demo_model()).unwrap());
     let reference = place.settings.cache.join("models--me--m/refs/main");
     assert_eq!(fs::read_to_string(reference).unwrap(), COMMIT);
     // Both names have the same contents, which are fetched once.
     let asked = server.requests().len();
     place.resolve("hf:me/m:q8_0", Need::Weights).unwrap();
-    assert_eq!(server.requests().len(), asked + 1, "{:?}", server.requests());
+    assert_eq!(
+        server.requests().len(),
+        asked + 1,
+        "{:?}",
+        server.requests()
+    );
     // A cached file needs no server, whether or not one may be asked.
     let asked = server.requests().len();
     for is_offline in [false, true] {
         place.settings.is_offline = is_offline;
-        for name in ["hf:me/m", "hf:me/m:Q4_K_M", "hf:me/m:Q8_0", &format!("hf:me/m@{COMMIT}")] {
+        for name in [
+            "hf:me/m",
+            "hf:me/m:Q4_K_M",
+            "hf:me/m:Q8_0",
+            &format!("hf:me/m@{COMMIT}"),
+        ] {
             place.resolve(name, Need::Weights).unwrap();
             place.resolve(name, Need::Header).unwrap();
         }
     }
     assert_eq!(server.requests().len(), asked);
-    for (name, words) in [("hf:me/m:Q2_K", "HF_HUB_OFFLINE"), ("hf:me/m@other", "not in the cache")] {
+    for (name, words) in [
+        ("hf:me/m:Q2_K", "HF_HUB_OFFLINE"),
+        ("hf:me/m@other", "not in the cache"),
+    ] {
         let error = message(&place.resolve(name, Need::Weights).unwrap_err());
         assert!(error.contains(words), "{error}");
     }
@@ -423,7 +487,10 @@ fn a_header_is_enough_to_know_a_model() {
     let server = demo_hub();
     let place = Place::new(&server);
     let header = place.resolve("hf:me/m:Q8_0", Need::Header).unwrap();
-    let (part, whole) = (Gguf::open(&header.path).unwrap(), Gguf::open(&demo_model()).unwrap());
+    let (part, whole) = (
+        Gguf::open(&header.path).unwrap(),
+        Gguf::open(&demo_model()).unwrap(),
+    );
     assert_eq!(part.id().hash, whole.id().hash);
     assert_eq!(part.tensors(), whole.tensors());
     assert!(!place.settings.cache.exists());
@@ -453,7 +520,9 @@ fn a_header_comes_from_any_server() {
         ..answer(&files, request)
     });
     for server in [whole, breaks] {
-        let header = Place::new(&server).resolve("hf:me/m", Need::Header).unwrap();
+        let header = Place::new(&server)
+            .resolve("hf:me/m", Need::Header)
+            .unwrap();
         assert!(Gguf::open(&header.path).is_ok());
     }
 }
@@ -470,16 +539,24 @@ fn what_is_no_model_is_refused_by_its_header() {
         (b"<!doctype html><html>".repeat(1000), "not a GGUF model"),
         (damaged, "version 99"),
         (endless, "metadata key 0"),
-        (fs::read(demo_model()).unwrap()[..100_000].to_vec(), "cut short"),
+        (
+            fs::read(demo_model()).unwrap()[..100_000].to_vec(),
+            "cut short",
+        ),
     ];
     for (bytes, words) in cases {
         let server = hub_of(vec![("m-Q8_0.gguf", bytes)]);
         let place = Place::new(&server);
         for need in [Need::Header, Need::Weights] {
-            let error = message(&place.resolve("hf:me/m", need).and_then(|found| {
-                Gguf::open(&found.path)?;
-                Ok(())
-            }).unwrap_err());
+            let error = message(
+                &place
+                    .resolve("hf:me/m", need)
+                    .and_then(|found| {
+                        Gguf::open(&found.path)?;
+                        Ok(())
+                    })
+                    .unwrap_err(),
+            );
             assert!(error.contains(words), "{error}");
         }
         assert!(!place.cache().files(COMMIT).iter().any(|_| true));
@@ -502,7 +579,11 @@ fn a_listing_that_leads_elsewhere_writes_nothing_there() {
     assert!(left.is_empty(), "{left:?}");
     for body in ["", "[]", "{\"sha\": 5}", "<html>"] {
         let server = Server::start(move |_| Reply::whole(body.as_bytes()));
-        let error = message(&Place::new(&server).resolve("hf:me/m", Need::Header).unwrap_err());
+        let error = message(
+            &Place::new(&server)
+                .resolve("hf:me/m", Need::Header)
+                .unwrap_err(),
+        );
         assert!(error.contains("the listing of me/m"), "{error}");
     }
 }
@@ -513,6 +594,9 @@ fn too_little_space_is_refused_before_a_byte_of_weights() {
     let deep = folder.path().join("not/there/yet");
     assert!(fetch::check_space(&deep, 1).is_ok());
     let error = message(&fetch::check_space(&deep, u64::MAX / 4).unwrap_err());
-    assert!(error.contains("are free there") && error.contains("not/there/yet"), "{error}");
+    assert!(
+        error.contains("are free there") && error.contains("not/there/yet"),
+        "{error}"
+    );
     assert!(error.contains("HF_HUB_CACHE"), "{error}");
 }

@@ -26,6 +26,8 @@ pub struct Reply {
     pub body: Vec<u8>,
     /// Bytes of the body after which the connection ends.
     pub cut: Option<usize>,
+    /// Whether the connection stays open after that, without another byte.
+    pub hangs: bool,
     /// `Content-Length`, where it is not the body's.
     pub length: Option<usize>,
 }
@@ -152,7 +154,10 @@ fn converse(
     let reply = answer(&request);
     let mut stream = stream;
     let length = reply.length.unwrap_or(reply.body.len());
-    let mut head = format!("HTTP/1.1 {} X\r\ncontent-length: {length}\r\n", reply.status);
+    let mut head = format!(
+        "HTTP/1.1 {} X\r\ncontent-length: {length}\r\n",
+        reply.status
+    );
     for (name, value) in &reply.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
     }
@@ -160,5 +165,10 @@ fn converse(
     stream.write_all(head.as_bytes())?;
     let sent = reply.cut.unwrap_or(reply.body.len()).min(reply.body.len());
     stream.write_all(&reply.body[..sent])?;
-    stream.flush()
+    stream.flush()?;
+    if reply.hangs {
+        // Until the client ends it.
+        reader.read_line(&mut line)?;
+    }
+    Ok(())
 }
