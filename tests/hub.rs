@@ -1,6 +1,8 @@
 //! Models by name, as users type them, against a hub on this machine.
 
-use crate::common::{check_refusal, demo_machine, demo_model, json, stdout, succeeded, tier_plan};
+use crate::common::{
+    check_refusal, demo_machine, demo_model, json, root, stdout, succeeded, tier_plan,
+};
 #[cfg(unix)]
 use crate::common::{piped, send};
 use ring::digest::{SHA256, digest};
@@ -108,13 +110,17 @@ fn predictions_and_inspection_fetch_no_weights() {
     let machine = demo_machine();
     let machine = machine.display();
     let what_if = json(run(&format!(
-        "what-if hf:me/m -M {machine} --json --time-limit 2"
+        "what-if hf:me/m -c 512 -M {machine} --json --time-limit 2"
     )));
     assert_eq!(what_if["fits"], true, "{what_if}");
     // Without -M it is this machine's file.
-    fs::copy(demo_machine(), folder.path().join("machine.toml")).unwrap();
+    let desktop = root().join("profiles/machines/desktop-5070-ddr5.toml");
+    fs::copy(desktop, folder.path().join("machine.toml")).unwrap();
     let here = json(run("what-if hf:me/m --json --time-limit 2"));
-    assert_eq!(here["machine"], what_if["machine"]);
+    assert_eq!(
+        (&here["machine"], &here["fits"]),
+        (&"desktop-5070-ddr5".into(), &true.into())
+    );
     let words = ["predicted", "tok/s here", "--yes"];
     check_refusal(&run("bench hf:me/m:Q8_0 -n 1"), &words);
     succeeded(run("tokenize hf:me/m hello"));

@@ -70,15 +70,7 @@ struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Fetch a model that is given by name without asking
-    #[arg(
-        short,
-        long,
-        global = true,
-        env = "TIER_PLAN_YES",
-        hide_env_values = true,
-        value_parser = clap::builder::BoolishValueParser::new(),
-        help_heading = "Model"
-    )]
+    #[arg(short, long, global = true, help_heading = "Model")]
     yes: bool,
 }
 

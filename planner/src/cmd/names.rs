@@ -33,6 +33,8 @@ fn given(command: &mut Command) -> Option<(PathBuf, Need)> {
         _ => Need::Weights,
     };
     let model = match command {
+        // What is only printed needs no model.
+        Command::Launch(args) if args.print => None,
         Command::Launch(args) => args.serving.model().map(Path::to_path_buf),
         Command::Tokenize(args) => args.inputs().ok().map(|(model, _)| model),
         other => field(other).map(|model| model.clone()),

@@ -13,6 +13,7 @@ mod local;
 mod name;
 #[cfg(test)]
 mod server_tests;
+mod url;
 
 pub use ask::this_machine;
 pub use client::Unreachable;
