@@ -27,8 +27,9 @@ use tier_plan_runtime::units::show_bytes;
 /// Options of `tier-plan what-if`.
 #[derive(Debug, Args)]
 #[command(
-    about = "Predict speed and cost from a model's shape and a machine file; needs neither model nor machine",
+    about = "Predict speed and cost from a model's shape or header and a machine file; needs neither weights nor the machine",
     after_long_help = "Example:\n  tier-plan what-if kimi-k2.5 -M optane-768\n  \
+                       tier-plan what-if hf:OWNER/REPO:Q4_K_M      # on this machine; fetches no weights\n  \
                        tier-plan what-if glm-4.5-air -M desktop-4090-ddr5-nvme --sweep dram=16GiB..96GiB -o sweep"
 )]
 pub struct WhatIfArgs {

@@ -79,9 +79,10 @@ fn predicted(known: &Known, machine: &Machine) -> Result<String> {
     let middle = answer.middle().context("no plan")?;
     let [speed, low, high] = answer.decode_tok_s();
     let by = printable(&bound(&middle.plan).by).into_owned();
-    let range = match answer.cases.len() {
-        0 | 1 => String::new(),
-        _ => format!("{} to {} by routing, ", digits(low), digits(high)),
+    let (low, high) = (digits(low), digits(high));
+    let range = match low == high {
+        true => String::new(),
+        false => format!("{low} to {high} by routing, "),
     };
     Ok(format!(
         "predicted {} tok/s here ({range}bound by {by})",

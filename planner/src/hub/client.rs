@@ -143,13 +143,13 @@ impl Client {
     ///
     /// # Errors
     /// When there is no answer or no such repository, or the answer is not a listing.
-    pub fn listing(&self, repo: &str, revision: &str) -> Result<Listing> {
+    pub fn listing(&self, repo: &str, revision: &str, tries: u32) -> Result<Listing> {
         let revision = escaped(revision, false);
         let url = format!(
             "{}/api/models/{repo}/revision/{revision}?blobs=true",
             self.endpoint
         );
-        let mut response = self.get(&url, None)?;
+        let mut response = self.get(&url, None, tries)?;
         let body = response.body_mut().with_config().limit(MAX_LISTING_BYTES);
         let text = body
             .read_to_string()
@@ -171,7 +171,7 @@ impl Client {
     /// When there is no answer after some tries, or the server refuses.
     pub fn range(&self, url: &str, start: u64, end: Option<u64>) -> Result<Option<Ranged>> {
         let last = end.map_or(String::new(), |end| end.saturating_sub(1).to_string());
-        let response = self.get(url, Some(&format!("bytes={start}-{last}")))?;
+        let response = self.get(url, Some(&format!("bytes={start}-{last}")), MAX_TRIES)?;
         let status = response.status().as_u16();
         let headers = response.headers();
         let (start, total) = match status {
@@ -205,19 +205,20 @@ impl Client {
     }
 
     /// Gets an address, with tries as long as the server is busy or cannot be reached.
-    fn get(&self, url: &str, range: Option<&str>) -> Result<Response<ureq::Body>> {
+    fn get(&self, url: &str, range: Option<&str>, tries: u32) -> Result<Response<ureq::Body>> {
         let mut failures = 0;
         loop {
             match self.once(url, range)? {
                 Answer::Found(response) => return Ok(*response),
                 Answer::Again(why, wait) => {
                     failures += 1;
-                    if failures >= MAX_TRIES || wait.is_some_and(|wait| wait > MAX_WAIT) {
+                    if failures >= tries || wait.is_some_and(|wait| wait > MAX_WAIT) {
                         let asks = wait.map_or(String::new(), |wait| {
                             format!(", and asks to wait for {} s", wait.as_secs())
                         });
-                        let tries = format!("{}: {why}{asks}, after {failures} tries", shown(url));
-                        return Err(Unreachable(tries).into());
+                        let times = if failures == 1 { "try" } else { "tries" };
+                        let why = format!("{}: {why}{asks}, after {failures} {times}", shown(url));
+                        return Err(Unreachable(why).into());
                     }
                     self.wait(failures, wait);
                 }

@@ -11,7 +11,7 @@ use crate::printable::printable;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ring::digest::{Context as Hasher, SHA1_FOR_LEGACY_USE_ONLY, SHA256};
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::Duration;
 use tier_plan_runtime::tiers::limits::file_system_space;
@@ -107,10 +107,16 @@ pub fn fetch(
 /// Takes the lock that other programs take, too; `None` where the file system has no locks.
 fn lock(path: &Path) -> Result<Option<File>> {
     let file = File::create(path).with_context(|| path.display().to_string())?;
+    let mut is_told = !std::io::stderr().is_terminal();
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(Some(file)),
-            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(200)),
+            Err(TryLockError::WouldBlock) => {
+                if !std::mem::replace(&mut is_told, true) {
+                    eprintln!("another program fetches this file; waiting for it");
+                }
+                std::thread::sleep(Duration::from_millis(200));
+            }
             Err(TryLockError::Error(_)) => return Ok(None),
         }
     }

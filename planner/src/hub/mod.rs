@@ -19,8 +19,9 @@ pub use ask::this_machine;
 pub use client::Unreachable;
 
 use crate::hint::HintExt;
+use crate::printable::printable;
 use crate::{catalogue, progress};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use ask::{Offer, agree};
 use cache::{Environment, RepoCache, Settings};
 use choose::{Listed, choose, has_default};
@@ -29,6 +30,9 @@ use header::Headers;
 use name::{HubName, Name, Pick};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+
+/// Tries of asking for a listing: fewer than in the middle of a fetch.
+const LISTING_TRIES: u32 = 3;
 
 /// How much of a model a command needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +117,7 @@ impl<'a> Hub<'a> {
                 return Err(missing)
                     .hint("unset HF_HUB_OFFLINE, or set HF_HUB_CACHE to the folder that has it");
             }
-            (cached, false) => match (self.list(), cached) {
+            (cached, false) => match (self.list(cached.is_some()), cached) {
                 (Ok(listing), _) => listing,
                 (Err(error), Some((path, _))) if error.chain().any(|e| e.is::<Unreachable>()) => {
                     return Ok(at(path));
@@ -127,6 +131,13 @@ impl<'a> Hub<'a> {
                 "name one, such as hf:{}:QUANTIZATION",
                 self.name.repo
             ))?;
+        for file in parts.iter().filter(|file| file.digest.is_none()) {
+            let path = printable(&file.path);
+            bail!(
+                "{}: {path} is listed without a checksum, expected one",
+                self.name
+            );
+        }
         let missing: Vec<&Listed> = parts.iter().filter(|f| !self.cache.has_blob(f)).collect();
         if missing.is_empty() {
             return self.linked(&listing, &parts);
@@ -169,10 +180,14 @@ impl<'a> Hub<'a> {
     }
 
     /// Asks the hub what the repository has.
-    fn list(&self) -> Result<Listing> {
+    fn list(&self, is_cached: bool) -> Result<Listing> {
+        // Where a model is there already, nobody waits for a server that cannot be reached.
+        let tries = if is_cached { 1 } else { LISTING_TRIES };
         let bar = progress::steps();
         bar.set_message(format!("looking at {}", self.name.repo));
-        let listing = self.client.listing(&self.name.repo, &self.name.revision);
+        let listing = self
+            .client
+            .listing(&self.name.repo, &self.name.revision, tries);
         bar.finish_and_clear();
         listing.with_context(|| self.name.to_string())
     }

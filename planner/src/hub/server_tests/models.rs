@@ -100,6 +100,33 @@ fn without_a_connection_what_is_there_is_taken() {
 }
 
 #[test]
+fn a_fetch_waits_for_one_of_another_program() {
+    let server = demo_hub();
+    let place = Place::new(&server);
+    let file = listed("m-Q8_0.gguf", &fs::read(demo_model()).unwrap());
+    let (cache, digest) = (place.cache(), file.digest.clone().unwrap());
+    fs::create_dir_all(cache.lock(&digest).parent().unwrap()).unwrap();
+    fs::create_dir_all(cache.blob(&digest).parent().unwrap()).unwrap();
+    let lock = fs::File::create(cache.lock(&digest)).unwrap();
+    lock.lock().unwrap();
+    std::thread::scope(|scope| {
+        let fetching = scope.spawn(|| place.resolve("hf:me/m:Q8_0", Need::Weights).unwrap().path);
+        // The other program completes the file after the header was read.
+        while server.requests().len() < 2 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        fs::copy(demo_model(), cache.blob(&digest)).unwrap();
+        drop(lock);
+        assert!(Gguf::open(&fetching.join().unwrap()).is_ok());
+    });
+    let weights = server
+        .requests()
+        .into_iter()
+        .filter(|r| matches!(r.range, Some((_, None))));
+    assert_eq!(weights.count(), 0);
+}
+
+#[test]
 fn a_header_is_enough_to_know_a_model() {
     let server = demo_hub();
     let place = Place::new(&server);
