@@ -20,6 +20,8 @@ mod golden_quant;
 #[cfg(target_os = "linux")]
 mod gpu_driver;
 mod hostile;
+#[cfg(unix)]
+mod hub;
 #[cfg(target_os = "linux")]
 mod inputs;
 mod kept_texts;

@@ -3,6 +3,7 @@
 //! The runtime library knows no options, so its errors carry facts only. This module turns them
 //! into advice that names options and commands of the program.
 
+use crate::hub::Unreachable;
 use anyhow::Error;
 use std::fmt;
 use tier_plan_runtime::cuda::CudaError;
@@ -72,6 +73,8 @@ pub fn hint_for(error: &Error) -> Option<String> {
             ))
         } else if let Some(ModelError::NotAModel(other)) = cause.downcast_ref::<ModelError>() {
             Some(of_other(*other).to_string())
+        } else if cause.is::<Unreachable>() {
+            Some("run the same command again later; what was fetched is kept".to_string())
         } else if let Some(TokenizerError::UnknownPre { .. }) = cause.downcast_ref() {
             Some(
                 "choose the pre-tokenizer that fits the model with --tokenizer-pre NAME"

@@ -24,6 +24,7 @@ pub mod explain;
 pub mod export;
 pub mod hint;
 pub mod host;
+pub mod hub;
 pub mod interrupt;
 pub mod json;
 pub mod opening;

@@ -18,11 +18,11 @@ fn main() -> ExitCode {
     }
     tier_plan_runtime::gguf::report_bus_errors();
     safely::ignore_file_size_signal();
-    let command = match cmd::parse(std::env::args_os()) {
-        Ok(command) => command,
+    let line = match cmd::parse(std::env::args_os()) {
+        Ok(line) => line,
         Err(error) => error.exit(),
     };
-    let ended = cmd::dispatch(command);
+    let ended = line.run();
     if let Err(error) = &ended
         && let Some(Ended(code)) = error.downcast_ref()
     {

@@ -35,7 +35,7 @@ use tier_plan_runtime::tokenizer::Tokenizer;
                        The same command goes on where an earlier one was ended."
 )]
 pub struct BatchArgs {
-    /// GGUF file; the first part of a split model
+    /// GGUF file, the first part of a split model, or a name such as hf:OWNER/REPO:Q4_K_M
     #[arg(
         value_name = "MODEL",
         required_unless_present = "model_option",

@@ -66,6 +66,7 @@ pub(super) fn with_variables(command: Command, line: &[OsString]) -> Command {
         .try_get_matches_from(line)
         .ok();
     let given = given.as_ref().and_then(clap::ArgMatches::subcommand);
+    let command = command.mut_args(|arg| with_variable("", arg));
     command.mut_subcommands(|sub| {
         let explicit: HashSet<String> = match given {
             Some((name, matches)) if name == sub.get_name() => matches

@@ -15,6 +15,7 @@ pub mod export;
 pub mod inspect;
 pub mod launch;
 pub mod logits;
+mod names;
 pub mod pack;
 pub mod perplexity;
 pub mod probe;
@@ -68,6 +69,27 @@ Example:
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Fetch a model that is given by name without asking
+    #[arg(short, long, global = true, help_heading = "Model")]
+    yes: bool,
+}
+
+/// A command line: the command, and what holds for every one.
+#[derive(Debug)]
+pub struct Line {
+    command: Command,
+    yes: bool,
+}
+
+impl Line {
+    /// Resolves the model if it is given by name, and runs the command.
+    ///
+    /// # Errors
+    /// Those of the command, and when the model cannot be had.
+    pub fn run(self) -> Result<()> {
+        let (command, _model) = names::resolved(self.command, self.yes)?;
+        dispatch(command)
+    }
 }
 
 /// A subcommand with its options. The help of each stands beside its options.
@@ -104,11 +126,12 @@ pub enum Command {
 ///
 /// # Errors
 /// When it cannot be parsed, or asks for help or the version.
-pub fn parse<I: IntoIterator<Item = OsString>>(line: I) -> Result<Command, clap::Error> {
+pub fn parse<I: IntoIterator<Item = OsString>>(line: I) -> Result<Line, clap::Error> {
     let line = environment::long_names(line);
     let command = environment::with_variables(command(), &line);
     let matches = command.try_get_matches_from(line)?;
-    Ok(Cli::from_arg_matches(&matches)?.command)
+    let Cli { command, yes } = Cli::from_arg_matches(&matches)?;
+    Ok(Line { command, yes })
 }
 
 /// Parses a command line without regard to the environment.

@@ -72,6 +72,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         numa_tiers: args.numa_tiers,
         numa: args.numa,
         shards: shards.as_ref(),
+        is_quick: false,
     })?;
     let machine = found.machine();
     machine.write(&args.output)?;

@@ -35,7 +35,8 @@ const DEFAULT_TOKENS: usize = 128;
 #[command(
     about = "Generate text or chat, from a plan or within the memory that there is",
     after_long_help = "Example:\n  tier-plan run MODEL.gguf -p \"Once upon a time\" -n 100 --temp 0.8 --seed -1\n  \
-                       tier-plan run MODEL.gguf --plan placement.toml        # chat, on a terminal"
+                       tier-plan run MODEL.gguf --plan placement.toml        # chat, on a terminal\n  \
+                       tier-plan run hf:OWNER/REPO:Q4_K_M                     # by name; asks before it fetches"
 )]
 pub struct RunArgs {
     #[command(flatten)]

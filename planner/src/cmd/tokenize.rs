@@ -4,7 +4,7 @@ use crate::cmd::args::PreTokenizerArgs;
 use crate::session::tokenizer_with;
 use anyhow::{Context, Result};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tier_plan_runtime::gguf::Gguf;
 
 /// Options of `tier-plan tokenize`.
@@ -38,6 +38,15 @@ pub struct TokenizeArgs {
 }
 
 impl TokenizeArgs {
+    /// Sets the model, whichever argument it was given as.
+    pub fn set_model(&mut self, model: &Path) {
+        let is_argument = self.second.is_some() || self.model.is_none();
+        if is_argument {
+            self.first = self.second.take();
+        }
+        self.model = Some(model.to_path_buf());
+    }
+
     /// Returns the model and the text, from arguments or options.
     ///
     /// # Errors

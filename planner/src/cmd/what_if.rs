@@ -3,6 +3,7 @@
 use crate::catalogue::{self, Known};
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::context::warn_beyond;
+use crate::hub;
 use crate::parallel::{self, check_texts};
 use crate::print::digits;
 use crate::printable::printable;
@@ -26,20 +27,21 @@ use tier_plan_runtime::units::show_bytes;
 /// Options of `tier-plan what-if`.
 #[derive(Debug, Args)]
 #[command(
-    about = "Predict speed and cost from a model's shape and a machine file; needs neither model nor machine",
+    about = "Predict speed and cost from a model's shape or header and a machine file; needs neither weights nor the machine",
     after_long_help = "Example:\n  tier-plan what-if kimi-k2.5 -M optane-768\n  \
+                       tier-plan what-if hf:OWNER/REPO:Q4_K_M      # on this machine; fetches no weights\n  \
                        tier-plan what-if glm-4.5-air -M desktop-4090-ddr5-nvme --sweep dram=16GiB..96GiB -o sweep"
 )]
 pub struct WhatIfArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub model: ModelOrShape,
-    /// Machine file, or the name of a bundled machine (optane-768); repeatable
+    /// Machine file, or the name of a bundled machine (optane-768); repeatable [default: this
+    /// machine, by machine.toml in the current folder or a short measurement]
     #[arg(
         short = 'M',
         short_alias = 'm',
         long,
-        required = true,
         value_name = "FILE",
         help_heading = "Machine"
     )]
@@ -125,7 +127,7 @@ impl WhatIfOptions {
         let range = args.sweep.as_deref().map(Range::parse).transpose()?;
         let n_machines = args.machine.len();
         ensure!(
-            range.is_none() || n_machines == 1,
+            range.is_none() || n_machines <= 1,
             "--machine: {n_machines} machines, expected one with --sweep"
         );
         ensure!(
@@ -146,11 +148,7 @@ impl WhatIfOptions {
         check_position(args.at, context)?;
         warn_beyond(context.into(), model.longest_context);
         let sequences = check_texts("--parallel", args.parallel, context)?;
-        let machines = args
-            .machine
-            .iter()
-            .map(|m| catalogue::machine(m))
-            .collect::<Result<Vec<_>>>()?;
+        let machines = machines(&args.machine)?;
         let mut profile = args.profile.as_deref().map(profile::read).transpose()?;
         if let (Some(profile), Some(path)) = (&mut profile, &args.profile) {
             match &model.shape {
@@ -197,6 +195,15 @@ impl WhatIfOptions {
             .map(question)
             .collect()
     }
+}
+
+/// Returns the machines that are named, or this one.
+fn machines(named: &[PathBuf]) -> Result<Vec<Machine>> {
+    if named.is_empty() {
+        let folder = hub::folder().unwrap_or_else(|| PathBuf::from("."));
+        return Ok(hub::this_machine(&folder, true)?.into_iter().collect());
+    }
+    named.iter().map(|m| catalogue::machine(m)).collect()
 }
 
 /// Runs the command.

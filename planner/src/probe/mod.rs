@@ -87,6 +87,10 @@ const COMMON_FORMATS: [TensorType; 14] = [
     TensorType::F32,
 ];
 
+/// Formats of a quick measurement, and the part of the time that it takes for the drive.
+const QUICK_FORMATS: [TensorType; 1] = [TensorType::Q4_K];
+const QUICK_DIVISOR: u32 = 4;
+
 /// What to measure, and with what.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Settings<'a> {
@@ -102,6 +106,8 @@ pub struct Settings<'a> {
     pub numa: Option<NumaPolicy>,
     /// Nodes that the policy stripes memory over.
     pub shards: Option<&'a Shards>,
+    /// Whether to measure fewer formats, and the drive for a shorter time.
+    pub is_quick: bool,
 }
 
 /// The compute rate of one format from main memory.
@@ -218,7 +224,11 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         .as_ref()
         .map(|(gguf, spec)| shares(gguf, spec))
         .unwrap_or_default();
-    let types = types_to_measure(&shares);
+    let types = match settings.is_quick {
+        true => QUICK_FORMATS.to_vec(),
+        false => types_to_measure(&shares),
+    };
+    let drive_divisor = if settings.is_quick { QUICK_DIVISOR } else { 1 };
 
     let bar = progress::count("measuring", types.len() as u64 + 7);
     // This process is small, so its present limit is about that of a plan's engine.
@@ -276,8 +286,8 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         }
     };
     bar.inc(1);
-    disk.choose_io(IO_TIME)?;
-    let disk_rate = disk.measure(DRIVE_TIME)?;
+    disk.choose_io(IO_TIME / drive_divisor)?;
+    let disk_rate = disk.measure(DRIVE_TIME / drive_divisor)?;
     doubts.extend(disk_rate.doubts(&disk_path));
     bar.inc(2);
     let together = measure_together(&mut disk, &mut memory, &pool, main)?;

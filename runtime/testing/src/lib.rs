@@ -3,6 +3,7 @@
 //! It knows none of the crates that it helps to test. A crate's unit tests would otherwise see two
 //! copies of that crate.
 
+pub mod http;
 pub mod schema;
 
 use std::path::{Path, PathBuf};

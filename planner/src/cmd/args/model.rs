@@ -12,7 +12,7 @@ use tier_plan_runtime::formats::profile::{self, Profile};
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// GGUF file; the first part of a split model
+    /// GGUF file, the first part of a split model, or a name such as hf:OWNER/REPO:Q4_K_M
     #[arg(
         value_name = "MODEL",
         required_unless_present = "model_option",
@@ -25,6 +25,11 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// Returns the path or name that was given either way.
+    pub fn given_mut(&mut self) -> Option<&mut PathBuf> {
+        self.model.as_mut().or(self.model_option.as_mut())
+    }
+
     /// Returns the path that was given either way.
     ///
     /// # Errors
@@ -42,7 +47,8 @@ impl ModelArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelOrShape {
-    /// GGUF file, or a shape: a .toml file, or a bundled name such as kimi-k2.5
+    /// GGUF file, a name such as hf:OWNER/REPO:Q4_K_M, or a shape: a .toml file, or a bundled name
+    /// such as kimi-k2.5
     #[arg(
         value_name = "MODEL",
         required_unless_present = "model_option",
@@ -58,6 +64,11 @@ pub struct ModelOrShape {
 }
 
 impl ModelOrShape {
+    /// Returns the path or name that was given either way.
+    pub fn given_mut(&mut self) -> Option<&mut PathBuf> {
+        self.model.as_mut().or(self.model_option.as_mut())
+    }
+
     /// Returns the path or name that was given either way.
     ///
     /// # Errors

@@ -119,6 +119,11 @@ impl ServingArgs {
         self.model.as_deref().map(Path::new)
     }
 
+    /// Sets the model to serve.
+    pub fn set_model(&mut self, model: &Path) {
+        self.model = Some(model.as_os_str().to_os_string());
+    }
+
     /// Checks that options of a server come with a model.
     ///
     /// # Errors
