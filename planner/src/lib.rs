@@ -20,6 +20,7 @@ pub mod conditions;
 pub mod context;
 pub mod cost;
 pub mod diff;
+pub mod doctor;
 pub mod explain;
 pub mod export;
 pub mod hint;

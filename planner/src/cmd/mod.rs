@@ -9,6 +9,7 @@ pub mod checksum;
 pub mod compare;
 pub mod demo;
 pub mod diff;
+pub mod doctor;
 mod environment;
 pub mod explain;
 pub mod export;
@@ -77,6 +78,7 @@ pub enum Command {
     Demo(demo::DemoArgs),
     Inspect(inspect::InspectArgs),
     Probe(probe::ProbeArgs),
+    Doctor(doctor::DoctorArgs),
     Calibrate(calibrate::CalibrateArgs),
     Profile(profile::ProfileArgs),
     Solve(solve::SolveArgs),
@@ -140,6 +142,7 @@ pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
