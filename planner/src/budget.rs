@@ -103,11 +103,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
 ///
 /// # Errors
 /// As [`choose`].
-pub fn decide(
-    model: Model<'_>,
-    opening: &Opening<'_>,
-    limit: Option<&Limit>,
-) -> Result<Decision> {
+pub fn decide(model: Model<'_>, opening: &Opening<'_>, limit: Option<&Limit>) -> Result<Decision> {
     let Model {
         gguf,
         spec,

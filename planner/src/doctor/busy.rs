@@ -19,7 +19,10 @@ pub(super) fn checks(
 
 fn load(system: &System, process: &Process, forecast: Option<&Forecast<'_>>) -> Check {
     let id = "busy.load";
-    let Some(load) = system.text("proc/loadavg").and_then(|text| parse_load(&text)) else {
+    let Some(load) = system
+        .text("proc/loadavg")
+        .and_then(|text| parse_load(&text))
+    else {
         return Check::ok(id, "unknown: the system reports no load");
     };
     let processors = process.processors.max(1) as f64;
@@ -112,7 +115,14 @@ mod tests {
     fn pressures_are_parts() {
         let text = "some avg10=4.21 avg60=9.49 avg300=6.31 total=28306513\nfull avg10=0.00 total=0";
         assert_eq!(waited(text), Some(0.0421));
-        for odd in ["", "full avg10=1.0", "some avg10=x", "some avg10=nan", "some avg10=101", "some total=1"] {
+        for odd in [
+            "",
+            "full avg10=1.0",
+            "some avg10=x",
+            "some avg10=nan",
+            "some avg10=101",
+            "some total=1",
+        ] {
             assert_eq!(waited(odd), None, "{odd:?}");
         }
     }

@@ -33,7 +33,17 @@ const BUFFERED: &str = "reads through the page cache gave 1.02 GB/s where direct
 
 /// File systems that are behind a network or another system.
 const REMOTE: [&str; 12] = [
-    "nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuseblk",
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "9p",
+    "virtiofs",
+    "ceph",
+    "glusterfs",
+    "lustre",
+    "fuse.sshfs",
+    "fuseblk",
     "drvfs",
 ];
 
@@ -92,7 +102,12 @@ impl Mount {
 
 /// Replaces the escapes of spaces, tabs, line ends, and backslashes in mount points: `\040`.
 fn unescaped(text: &str) -> String {
-    let escapes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
+    let escapes = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ];
     escapes
         .iter()
         .fold(text.to_string(), |text, (from, to)| text.replace(from, to))
@@ -172,7 +187,10 @@ impl Drive {
     fn file_system(&self) -> Check {
         let id = "drive.file_system";
         let Some(name) = &self.file_system else {
-            return Check::ok(id, format!("{}: unknown: the system lists no mounts", self.folder));
+            return Check::ok(
+                id,
+                format!("{}: unknown: the system lists no mounts", self.folder),
+            );
         };
         let device = match (&self.device, &self.product) {
             (Some(device), Some(product)) => format!(" on {device} ({product})"),
@@ -199,7 +217,9 @@ impl Drive {
         }
         if name == "tmpfs" || name == "ramfs" {
             return check
-                .warning(format!("files on {name} take main memory, and a loaded model has a second copy"))
+                .warning(format!(
+                    "files on {name} take main memory, and a loaded model has a second copy"
+                ))
                 .mend("cp MODEL FOLDER, with a folder on a drive");
         }
         check
@@ -364,7 +384,9 @@ fn some_file(folder: &Path) -> Option<PathBuf> {
 fn trial(folder: &Path) -> Result<Temporary> {
     use std::io::Write;
     let file = Temporary::create(folder).context("none can be made")?;
-    file.file().write_all(&[0; ALIGN]).context("writing one failed")?;
+    file.file()
+        .write_all(&[0; ALIGN])
+        .context("writing one failed")?;
     Ok(file)
 }
 
@@ -410,7 +432,10 @@ fn open(model: Option<&Path>) -> Result<Disk> {
 pub(super) fn rate_check(rate: Option<&Rate>) -> Check {
     let id = "drive.rate";
     match rate {
-        None => Check::ok(id, "not measured; --measure reads the drive for some seconds"),
+        None => Check::ok(
+            id,
+            "not measured; --measure reads the drive for some seconds",
+        ),
         Some(Err(why)) => Check::ok(id, format!("not measured: {why}")),
         Some(Ok(rate)) => {
             let (gbps, us) = (rate.gbps.value, rate.latency_us.value);
@@ -439,7 +464,11 @@ mod tests {
         let mount = Mount::parse(line).unwrap();
         assert_eq!(mount.point, Path::new("/mnt/my disk"));
         assert_eq!(
-            (mount.numbers.as_str(), mount.file_system.as_str(), mount.source.as_str()),
+            (
+                mount.numbers.as_str(),
+                mount.file_system.as_str(),
+                mount.source.as_str()
+            ),
             ("98:0", "ext3", "/dev/root")
         );
         for odd in ["", "36 35", "36 35 98:0 / - ext3", " - ", "1 2 3 4 - "] {
@@ -451,7 +480,10 @@ mod tests {
     fn direct_io_is_tried_without_leaving_anything() {
         let folder = tempfile::tempdir().unwrap();
         let found = try_direct(None, folder.path());
-        assert!(matches!(found, Direct::Works | Direct::Refused), "{found:?}");
+        assert!(
+            matches!(found, Direct::Works | Direct::Refused),
+            "{found:?}"
+        );
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
         // The file of the folder is as good.
         fs::write(folder.path().join("a"), vec![1; 2 * ALIGN]).unwrap();

@@ -24,7 +24,10 @@ pub(super) enum Probed {
     /// It cannot be read.
     Unusable { path: PathBuf, error: String },
     /// It describes a machine, perhaps another one.
-    Read { path: PathBuf, machine: Box<Machine> },
+    Read {
+        path: PathBuf,
+        machine: Box<Machine>,
+    },
 }
 
 impl Probed {
@@ -95,7 +98,10 @@ pub(super) fn machine_check_on(probed: &Probed, limit: Option<&Limit>, host: &st
             ))
             .mend(again);
     }
-    let dram = machine.tiers.iter().filter(|t| t.kind == TierKind::Dram && !t.emulated);
+    let dram = machine
+        .tiers
+        .iter()
+        .filter(|t| t.kind == TierKind::Dram && !t.emulated);
     let planned = dram.fold(0u64, |sum, t| sum.saturating_add(t.capacity_bytes));
     match limit {
         Some(limit) if planned > limit.bytes => check
@@ -124,19 +130,32 @@ pub(super) fn beside(path: &Path, opened: &Opened) -> Vec<Check> {
         }
     };
     let file = path.with_extension("profile");
-    check("model.profile", &file, format!("tier-plan profile {model}"), &|| {
-        Ok(profile::read(&file)?.check_model(&own, &file)?)
-    });
+    check(
+        "model.profile",
+        &file,
+        format!("tier-plan profile {model}"),
+        &|| Ok(profile::read(&file)?.check_model(&own, &file)?),
+    );
     let file = verify::default_path(gguf);
-    check("model.checksums", &file, format!("tier-plan checksum {model}"), &|| {
-        Checksums::bind(gguf, spec, &sums::read(&file)?, &file)?;
-        Ok(())
-    });
+    check(
+        "model.checksums",
+        &file,
+        format!("tier-plan checksum {model}"),
+        &|| {
+            Checksums::bind(gguf, spec, &sums::read(&file)?, &file)?;
+            Ok(())
+        },
+    );
     let file = store::default_pack(gguf);
-    check("model.pack", &file, format!("tier-plan pack {model}"), &|| {
-        Pack::open(gguf, spec, &file)?;
-        Ok(())
-    });
+    check(
+        "model.pack",
+        &file,
+        format!("tier-plan pack {model}"),
+        &|| {
+            Pack::open(gguf, spec, &file)?;
+            Ok(())
+        },
+    );
     let file = Path::new(PLAN);
     let solve = format!("tier-plan solve {model} -M {MACHINE}");
     check("model.plan", file, solve, &|| {

@@ -5,13 +5,13 @@ use super::model::Opened;
 use super::{Cost, Options, Process, Speeds};
 use crate::budget::{self, Decision, Fit};
 use crate::cost::{middle, predict};
+use crate::host;
 use crate::opening::Opening;
 use crate::probe::disk::DiskRate;
 use crate::probe::fixed::Fixed;
 use crate::probe::memory::Memory;
 use crate::probe::{bytes_to_measure, shares};
 use crate::profile::Evidence;
-use crate::host;
 use anyhow::Result;
 use tier_plan_runtime::formats::machine::{Machine, Medium, TierKind};
 use tier_plan_runtime::formats::placement::{Placement, Prediction};
@@ -169,7 +169,8 @@ impl<'a> Forecast<'a> {
     pub fn new(opened: &'a Opened, rates: Rates, limit: Option<Limit>) -> Result<Self, String> {
         let path = opened.gguf.path().with_extension("profile");
         let profile = profile::read(&path).ok();
-        let profile = profile.filter(|profile| profile.check_model(&opened.shape.id, &path).is_ok());
+        let profile =
+            profile.filter(|profile| profile.check_model(&opened.shape.id, &path).is_ok());
         let evidence = Evidence::new(&opened.shape, profile.as_ref())
             .or_else(|_| Evidence::uniform(&opened.shape))
             .map_err(|error| format!("{error:#}"))?;

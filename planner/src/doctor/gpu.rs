@@ -109,13 +109,19 @@ fn on_bus(system: &System) -> usize {
         read("vendor").is_some_and(|vendor| vendor == NVIDIA)
             && read("class").is_some_and(|class| class.starts_with(DISPLAY_CLASS))
     };
-    system.names(devices).iter().filter(|name| is_gpu(name)).count()
+    system
+        .names(devices)
+        .iter()
+        .filter(|name| is_gpu(name))
+        .count()
 }
 
 /// Returns the version of the driver's kernel module: `570.86.10`.
 fn module(system: &System) -> Option<String> {
     let text = system.text("proc/driver/nvidia/version")?;
-    let line = text.lines().find(|line| line.starts_with("NVRM version:"))?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("NVRM version:"))?;
     let version = line
         .split_whitespace()
         .find(|word| word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit()))?;

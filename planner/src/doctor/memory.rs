@@ -17,8 +17,7 @@ const MIN_CGROUP: f64 = 0.9;
 const MIN_SWAP_BYTES: u64 = 64 << 20;
 
 /// What a figure about pages rests on.
-const PAGES: &str =
-    "decode ran at 22.2 tok/s on 4 KiB pages and at 26.7 on huge pages (8.45 GiB model, docs/performance.md)";
+const PAGES: &str = "decode ran at 22.2 tok/s on 4 KiB pages and at 26.7 on huge pages (8.45 GiB model, docs/performance.md)";
 
 pub(super) fn checks(
     system: &System,
@@ -102,7 +101,10 @@ fn swap_check(system: &System, swap: Option<Swap>) -> Check {
         return Check::ok(id, "unknown: the system does not report it");
     };
     let swaps = system.text("proc/swaps").unwrap_or_default();
-    let on_zram = swaps.lines().skip(1).any(|line| line.starts_with("/dev/zram"));
+    let on_zram = swaps
+        .lines()
+        .skip(1)
+        .any(|line| line.starts_with("/dev/zram"));
     let found = match swap.total_bytes {
         0 => "none".to_string(),
         total => format!(
@@ -187,13 +189,21 @@ fn hugetlbfs(system: &System) -> Check {
             .strip_prefix("hugepages-")
             .and_then(|name| name.strip_suffix("kB")?.parse::<u64>().ok());
         let bytes = kib.and_then(|kib| kib.checked_mul(1024)).unwrap_or(0);
-        let pages = |file: &str| system.number(&format!("{folder}/{name}/{file}")).unwrap_or(0);
+        let pages = |file: &str| {
+            system
+                .number(&format!("{folder}/{name}/{file}"))
+                .unwrap_or(0)
+        };
         reserved = reserved.saturating_add(bytes.saturating_mul(pages("nr_hugepages")));
         free = free.saturating_add(bytes.saturating_mul(pages("free_hugepages")));
     }
     let found = match reserved {
         0 => "none reserved".to_string(),
-        bytes => format!("{} reserved, {} of them free", show_bytes(bytes), show_bytes(free)),
+        bytes => format!(
+            "{} reserved, {} of them free",
+            show_bytes(bytes),
+            show_bytes(free)
+        ),
     };
     let check = Check::ok(id, found)
         .fact("reserved_bytes", reserved)

@@ -70,10 +70,10 @@ pub(super) fn checks(
     let opened = match opened {
         Ok(opened) => opened,
         Err(error) => {
-            return vec![
-                Check::ok("model.file", files::said(error))
-                    .failure(format!("get the file as the line says, then `tier-plan inspect {}`", path.display())),
-            ];
+            return vec![Check::ok("model.file", files::said(error)).failure(format!(
+                "get the file as the line says, then `tier-plan inspect {}`",
+                path.display()
+            ))];
         }
     };
     let mut checks = vec![
@@ -119,7 +119,11 @@ fn types(opened: &Opened, process: &Process) -> Check {
     let all: u64 = bytes.values().fold(0, |sum, n| sum.saturating_add(*n));
     let mut types: Vec<(TensorType, u64)> = bytes.into_iter().collect();
     types.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-    let kernels = process.used.as_ref().ok().and_then(|isa| Kernels::with_isa(*isa));
+    let kernels = process
+        .used
+        .as_ref()
+        .ok()
+        .and_then(|isa| Kernels::with_isa(*isa));
     let (mut words, mut facts) = (Vec::new(), Vec::new());
     for (ty, bytes) in types {
         let share = bytes as f64 / all.max(1) as f64 * 100.0;
@@ -127,7 +131,11 @@ fn types(opened: &Opened, process: &Process) -> Check {
         let interleaved = kernels
             .is_some_and(|kernels| kernels.fastest_order(ty, BAND_ROWS) == RowOrder::Interleaved);
         let on_gpu = module_of(matvec_kernel(ty)).is_some();
-        let order = if interleaved { ", rows interleaved" } else { "" };
+        let order = if interleaved {
+            ", rows interleaved"
+        } else {
+            ""
+        };
         words.push(format!("{ty} {share:.1} % ({isa} kernels{order})"));
         facts.push(json!({
             "type": ty.to_string(),
@@ -164,18 +172,29 @@ fn fit(
             .fact("context", opened.context)
     };
     let Some(limit) = limit else {
-        let found = format!("unknown: the system reports no limit for {}", show_bytes(weights));
+        let found = format!(
+            "unknown: the system reports no limit for {}",
+            show_bytes(weights)
+        );
         return facts(Check::ok(id, found), None);
     };
     let within = format!("{} ({})", show_bytes(limit.bytes), limit.source);
     match chosen.fit() {
         Fit::Memory => facts(
-            Check::ok(id, format!("{} of weights fit {within}", show_bytes(weights))),
+            Check::ok(
+                id,
+                format!("{} of weights fit {within}", show_bytes(weights)),
+            ),
             Some(true),
         ),
         Fit::Budget => {
             let slots: u64 = chosen.plan.layers.iter().map(|l| u64::from(l.slots)).sum();
-            let experts: u64 = opened.shape.experts.iter().map(|e| u64::from(e.n_expert)).sum();
+            let experts: u64 = opened
+                .shape
+                .experts
+                .iter()
+                .map(|e| u64::from(e.n_expert))
+                .sum();
             let share = slots as f64 / experts.max(1) as f64;
             let found = format!(
                 "{} of weights do not fit {within}: {:.0} % of the experts have slots",

@@ -75,7 +75,9 @@ fn distance(system: &System, nodes: &[Node]) -> String {
             "weights may all lie on one node, and its rate is then that of all threads; reads of another node have the \
              distance {far}, of the own {near}"
         ),
-        _ => "weights may all lie on one node, and its rate is then that of all threads".to_string(),
+        _ => {
+            "weights may all lie on one node, and its rate is then that of all threads".to_string()
+        }
     }
 }
 

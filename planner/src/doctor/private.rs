@@ -19,7 +19,9 @@ impl Private {
 
     /// Hides a home folder, and the names of users below the usual folders.
     pub fn with_home(home: Option<&Path>) -> Self {
-        let home = home.and_then(Path::to_str).map(|home| home.trim_end_matches('/'));
+        let home = home
+            .and_then(Path::to_str)
+            .map(|home| home.trim_end_matches('/'));
         // A home folder of "/" is in every path.
         Self {
             home: home.filter(|home| home.len() > 1).map(str::to_string),
@@ -45,8 +47,10 @@ fn replace_folder(text: &str, folder: &str) -> String {
     let mut rest = text;
     while let Some((before, after)) = rest.split_once(folder) {
         replaced.push_str(before);
-        let ends = !after.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'));
-        let begins = !before.ends_with(|c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'));
+        let ends =
+            !after.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'));
+        let begins =
+            !before.ends_with(|c: char| c.is_alphanumeric() || matches!(c, '-' | '_' | '.'));
         replaced.push_str(if ends && begins { "~" } else { folder });
         rest = after;
     }
@@ -62,7 +66,9 @@ fn hide_entries(text: &str, folder: &str) -> String {
         hidden.push_str(before);
         hidden.push_str(folder);
         let end = after
-            .find(|c: char| matches!(c, '/' | '\'' | '"' | ':' | ';' | ',' | ')') || c.is_whitespace())
+            .find(|c: char| {
+                matches!(c, '/' | '\'' | '"' | ':' | ';' | ',' | ')') || c.is_whitespace()
+            })
             .unwrap_or(after.len());
         if end > 0 {
             hidden.push('…');

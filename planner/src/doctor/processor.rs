@@ -62,14 +62,21 @@ fn kernels(process: &Process) -> Check {
     let used = match &process.used {
         Ok(used) => *used,
         Err(why) => {
-            return facts(Check::ok("processor.kernels", why.as_str()).failure("unset TIER_PLAN_ISA"));
+            return facts(
+                Check::ok("processor.kernels", why.as_str()).failure("unset TIER_PLAN_ISA"),
+            );
         }
     };
     let found = Check::ok(
         "processor.kernels",
         format!("{used} in use, of {available} that run here"),
     );
-    let best = process.available.iter().max().copied().unwrap_or(Isa::Scalar);
+    let best = process
+        .available
+        .iter()
+        .max()
+        .copied()
+        .unwrap_or(Isa::Scalar);
     let check = if used == Isa::Scalar && best == Isa::Scalar {
         found.warning(
             "plain kernels only, as neither AVX2 (with FMA and F16C) nor NEON (with dotprod) is in the processor's \
@@ -115,7 +122,10 @@ fn clock(system: &System) -> Check {
     let read = |name: &str| system.text(&format!("{CPU}/cpu0/cpufreq/{name}"));
     let khz = |name: &str| read(name).and_then(|khz| khz.parse::<u64>().ok());
     let Some(governor) = read("scaling_governor") else {
-        return Check::ok(id, "unknown: the system reports no clock (common in virtual machines)");
+        return Check::ok(
+            id,
+            "unknown: the system reports no clock (common in virtual machines)",
+        );
     };
     let driver = read("scaling_driver").unwrap_or_default();
     let preference = read("energy_performance_preference");

@@ -1,18 +1,12 @@
 //! Machines that are described by files: dual-socket servers, containers, and systems without `/proc`.
 
+mod costs;
+
 use super::drive::Direct;
-use super::files::{Probed, machine_check_on};
-use super::forecast::{DriveRate, cost, cost_between};
 use super::gpu::{Device, Gpus, Missing};
-use super::model::Opened;
 use super::*;
-use crate::budget::{self, Fit};
-use crate::bundled;
-use crate::opening::Opening;
-use std::path::PathBuf;
 use tempfile::TempDir;
 use tier_plan_runtime::cuda::Version;
-use tier_plan_runtime::formats::machine;
 use tier_plan_runtime::kernels::Isa;
 use tier_plan_runtime::tiers::limits::Limit;
 
@@ -78,7 +72,7 @@ fn none() -> Gpus {
     }
 }
 
-fn find<'"'"'c>(checks: &'"'"'c [Check], id: &str) -> &'"'"'c Check {
+fn find<'c>(checks: &'c [Check], id: &str) -> &'c Check {
     checks
         .iter()
         .find(|check| check.id == id)
@@ -125,32 +119,71 @@ fn quiet() -> Made {
             "1 0 259:2 / / rw - ext4 /dev/nvme0n1p2 rw\n2 1 0:30 / /proc rw - proc proc rw\n",
         ),
         ("proc/loadavg", "0.20 0.10 0.05 1/200 4000\n"),
-        ("proc/pressure/cpu", "some avg10=0.50 avg60=0.00 avg300=0.00 total=1\n"),
-        ("proc/pressure/memory", "some avg10=0.00 avg60=0.00 avg300=0.00 total=1\n"),
-        ("proc/pressure/io", "some avg10=0.00 avg60=0.00 avg300=0.00 total=1\n"),
+        (
+            "proc/pressure/cpu",
+            "some avg10=0.50 avg60=0.00 avg300=0.00 total=1\n",
+        ),
+        (
+            "proc/pressure/memory",
+            "some avg10=0.00 avg60=0.00 avg300=0.00 total=1\n",
+        ),
+        (
+            "proc/pressure/io",
+            "some avg10=0.00 avg60=0.00 avg300=0.00 total=1\n",
+        ),
         ("proc/sys/kernel/osrelease", "6.12.1\n"),
         ("proc/sys/kernel/numa_balancing", "0\n"),
-        ("etc/os-release", "NAME=x\nPRETTY_NAME=\"Example Linux 13\"\n"),
-        ("sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n"),
+        (
+            "etc/os-release",
+            "NAME=x\nPRETTY_NAME=\"Example Linux 13\"\n",
+        ),
+        (
+            "sys/kernel/mm/transparent_hugepage/enabled",
+            "always [madvise] never\n",
+        ),
         (
             "sys/kernel/mm/transparent_hugepage/defrag",
             "always defer defer+madvise [madvise] never\n",
         ),
-        ("sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "0\n"),
-        ("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "0\n"),
+        (
+            "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+            "0\n",
+        ),
+        (
+            "sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages",
+            "0\n",
+        ),
         ("sys/devices/system/node/online", "0\n"),
         ("sys/devices/system/node/node0/cpulist", "0-7\n"),
         (
             "sys/devices/system/node/node0/meminfo",
             "Node 0 MemTotal: 67108864 kB\nNode 0 MemFree: 33554432 kB\n",
         ),
-        ("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", "performance\n"),
-        ("sys/devices/system/cpu/cpu0/cpufreq/scaling_driver", "acpi-cpufreq\n"),
-        ("sys/devices/system/cpu/cpu0/cpufreq/scaling_min_freq", "800000\n"),
-        ("sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq", "3500000\n"),
-        ("sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq", "3500000\n"),
+        (
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
+            "performance\n",
+        ),
+        (
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_driver",
+            "acpi-cpufreq\n",
+        ),
+        (
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_min_freq",
+            "800000\n",
+        ),
+        (
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq",
+            "3500000\n",
+        ),
+        (
+            "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq",
+            "3500000\n",
+        ),
         ("sys/dev/block/259:2/queue/rotational", "0\n"),
-        ("sys/dev/block/259:2/queue/scheduler", "[none] mq-deadline\n"),
+        (
+            "sys/dev/block/259:2/queue/scheduler",
+            "[none] mq-deadline\n",
+        ),
         ("sys/dev/block/259:2/queue/read_ahead_kb", "128\n"),
         ("sys/dev/block/259:2/device/model", "Example SSD\n"),
     ])
@@ -160,25 +193,56 @@ fn quiet() -> Made {
 fn a_quiet_machine_has_nothing_amiss() {
     let checks = quiet().checks(&process());
     for check in &checks {
-        assert_eq!(check.status == Status::Ok, check.cost.is_none(), "{}", check.line());
+        assert_eq!(
+            check.status == Status::Ok,
+            check.cost.is_none(),
+            "{}",
+            check.line()
+        );
         // A debug build says so of itself.
         let expected = check.id == "versions.program" && cfg!(debug_assertions);
-        assert_eq!(check.status == Status::Warning, expected, "{}", check.line());
+        assert_eq!(
+            check.status == Status::Warning,
+            expected,
+            "{}",
+            check.line()
+        );
     }
     let ok = |id, words: &[&str]| expect(&checks, id, Status::Ok, words);
-    ok("processor.model", &["Example 9000: 4 cores, 8 hardware threads"]);
-    ok("processor.kernels", &["avx512 in use, of scalar, avx2, avx512"]);
+    ok(
+        "processor.model",
+        &["Example 9000: 4 cores, 8 hardware threads"],
+    );
+    ok(
+        "processor.kernels",
+        &["avx512 in use, of scalar, avx2, avx512"],
+    );
     ok("processor.amx", &["none"]);
-    ok("processor.governor", &["performance (acpi-cpufreq), up to 3.5 GHz"]);
-    ok("memory.capacity", &["64.0 GiB in all, 32.0 GiB available", "(free memory)"]);
+    ok(
+        "processor.governor",
+        &["performance (acpi-cpufreq), up to 3.5 GHz"],
+    );
+    ok(
+        "memory.capacity",
+        &["64.0 GiB in all, 32.0 GiB available", "(free memory)"],
+    );
     ok("memory.huge_pages", &["madvise"]);
     ok("numa.nodes", &["one node with 8 hardware threads"]);
-    ok("drive.file_system", &["/srv/models: ext4 on 259:2 (Example SSD)"]);
+    ok(
+        "drive.file_system",
+        &["/srv/models: ext4 on 259:2 (Example SSD)"],
+    );
     ok("drive.scheduler", &["none"]);
     ok("gpu.devices", &["none"]);
-    ok("versions.system", &["Example Linux 13, kernel 6.12.1, glibc 2.36"]);
+    ok(
+        "versions.system",
+        &["Example Linux 13, kernel 6.12.1, glibc 2.36"],
+    );
     ok("versions.virtual", &["neither"]);
-    ok("busy.pressure", &["cpu 0.5 %, memory 0.0 %, io 0.0 % of the last 10 s"]);
+    ok(
+        "busy.pressure",
+        &["cpu 0.5 %, memory 0.0 %, io 0.0 % of the last 10 s"],
+    );
 }
 
 #[test]
@@ -213,11 +277,19 @@ fn a_dual_socket_machine_is_told_of_its_nodes() {
         &checks,
         "numa.balancing",
         Status::Warning,
-        &["kernel.numa_balancing is 1", "sudo sysctl kernel.numa_balancing=0"],
+        &[
+            "kernel.numa_balancing is 1",
+            "sudo sysctl kernel.numa_balancing=0",
+        ],
     );
     // Memory without processors is behind a link: nothing to interleave.
     made.write("sys/devices/system/node/node1/cpulist", "\n");
-    expect(&made.checks(&process()), "numa.nodes", Status::Ok, &["node 1 with 0"]);
+    expect(
+        &made.checks(&process()),
+        "numa.nodes",
+        Status::Ok,
+        &["node 1 with 0"],
+    );
 }
 
 /// A container whose cgroup has 4 of 64 GiB.
@@ -241,9 +313,18 @@ fn a_container_is_told_of_its_limit() {
         &checks,
         "memory.capacity",
         Status::Warning,
-        &["may hold 4.00 GiB (cgroup limit)", "leaves 4.00 GiB of 64.0 GiB", "docker run --memory"],
+        &[
+            "may hold 4.00 GiB (cgroup limit)",
+            "leaves 4.00 GiB of 64.0 GiB",
+            "docker run --memory",
+        ],
     );
-    expect(&checks, "versions.virtual", Status::Ok, &["container (Docker)"]);
+    expect(
+        &checks,
+        "versions.virtual",
+        Status::Ok,
+        &["container (Docker)"],
+    );
     expect(&checks, "drive.file_system", Status::Ok, &["overlay"]);
     expect(&checks, "drive.rotational", Status::Ok, &["unknown"]);
     let facts = &find(&checks, "memory.capacity").facts;
@@ -292,34 +373,88 @@ fn settings_of_memory_have_their_cost_and_mend() {
     let warned = |id: &str, words: &[&str]| {
         expect(&made.checks(&process()), id, Status::Warning, words);
     };
-    made.write("sys/kernel/mm/transparent_hugepage/enabled", "always madvise [never]\n");
+    made.write(
+        "sys/kernel/mm/transparent_hugepage/enabled",
+        "always madvise [never]\n",
+    );
     warned(
         "memory.huge_pages",
-        &["never; cost: decode ran at 22.2 tok/s on 4 KiB pages", "echo madvise | sudo tee"],
+        &[
+            "never; cost: decode ran at 22.2 tok/s on 4 KiB pages",
+            "echo madvise | sudo tee",
+        ],
     );
     std::fs::remove_dir_all(made.root.path().join("sys/kernel/mm/transparent_hugepage")).unwrap();
-    warned("memory.huge_pages", &["no transparent huge pages", "CONFIG_TRANSPARENT_HUGEPAGE"]);
+    warned(
+        "memory.huge_pages",
+        &["no transparent huge pages", "CONFIG_TRANSPARENT_HUGEPAGE"],
+    );
     made.write(
         "sys/kernel/mm/transparent_hugepage/defrag",
         "always defer defer+madvise madvise [never]\n",
     );
-    warned("memory.defrag", &["huge pages only where whole ones happen to be free"]);
-    made.write("sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages", "4\n");
-    made.write("sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages", "3\n");
-    warned("memory.hugetlbfs", &["4.00 GiB reserved, 3.00 GiB of them free", "vm.nr_hugepages=0"]);
+    warned(
+        "memory.defrag",
+        &["huge pages only where whole ones happen to be free"],
+    );
+    made.write(
+        "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages",
+        "4\n",
+    );
+    made.write(
+        "sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages",
+        "3\n",
+    );
+    warned(
+        "memory.hugetlbfs",
+        &[
+            "4.00 GiB reserved, 3.00 GiB of them free",
+            "vm.nr_hugepages=0",
+        ],
+    );
     made.write("proc/meminfo", &meminfo(64, 2));
-    warned("memory.swap", &["2.00 GiB in use of 8.00 GiB", "pieces of 4 KiB", "swapoff -a"]);
-    made.write("proc/swaps", "Filename Type Size Used Priority\n/dev/zram0 partition 1 1 1\n");
+    warned(
+        "memory.swap",
+        &[
+            "2.00 GiB in use of 8.00 GiB",
+            "pieces of 4 KiB",
+            "swapoff -a",
+        ],
+    );
+    made.write(
+        "proc/swaps",
+        "Filename Type Size Used Priority\n/dev/zram0 partition 1 1 1\n",
+    );
     warned("memory.swap", &["unpacked from zram"]);
     made.write(
         "proc/self/limits",
         &LIMITS.replace("memory         unlimited ", "memory         8388608   "),
     );
-    warned("memory.locked", &["RLIMIT_MEMLOCK 8.00 MiB", "swapped out", "ulimit -l unlimited"]);
+    warned(
+        "memory.locked",
+        &[
+            "RLIMIT_MEMLOCK 8.00 MiB",
+            "swapped out",
+            "ulimit -l unlimited",
+        ],
+    );
     // Without swap a small limit costs nothing.
-    made.write("proc/meminfo", "MemTotal: 9 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n");
-    expect(&made.checks(&process()), "memory.locked", Status::Ok, &["8.00 MiB"]);
-    expect(&made.checks(&process()), "memory.swap", Status::Ok, &["none"]);
+    made.write(
+        "proc/meminfo",
+        "MemTotal: 9 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n",
+    );
+    expect(
+        &made.checks(&process()),
+        "memory.locked",
+        Status::Ok,
+        &["8.00 MiB"],
+    );
+    expect(
+        &made.checks(&process()),
+        "memory.swap",
+        Status::Ok,
+        &["none"],
+    );
 }
 
 #[test]
@@ -330,25 +465,61 @@ fn clocks_and_kernels_that_are_held_back_are_named() {
         expect(&made.checks(process), id, Status::Warning, words);
     };
     made.write(governor, "powersave\n");
-    warned(&process(), "processor.governor", &["at 0.8 GHz of 3.5 GHz", "echo performance"]);
+    warned(
+        &process(),
+        "processor.governor",
+        &["at 0.8 GHz of 3.5 GHz", "echo performance"],
+    );
     // These drivers raise the clock under `powersave`.
-    made.write("sys/devices/system/cpu/cpu0/cpufreq/scaling_driver", "intel_pstate\n");
-    expect(&made.checks(&process()), "processor.governor", Status::Ok, &["powersave"]);
+    made.write(
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_driver",
+        "intel_pstate\n",
+    );
+    expect(
+        &made.checks(&process()),
+        "processor.governor",
+        Status::Ok,
+        &["powersave"],
+    );
     let preference = "sys/devices/system/cpu/cpu0/cpufreq/energy_performance_preference";
     made.write(preference, "power\n");
-    warned(&process(), "processor.governor", &["energy_performance_preference is power"]);
+    warned(
+        &process(),
+        "processor.governor",
+        &["energy_performance_preference is power"],
+    );
     made.write(preference, "balance_performance\n");
-    made.write("sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq", "1800000\n");
-    warned(&process(), "processor.governor", &["1.8 GHz of 3.5 GHz", "echo 3500000"]);
+    made.write(
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq",
+        "1800000\n",
+    );
+    warned(
+        &process(),
+        "processor.governor",
+        &["1.8 GHz of 3.5 GHz", "echo 3500000"],
+    );
 
     made.write("proc/cpuinfo", "flags\t: amx_tile amx_int8 avx512f\n");
-    warned(&process(), "processor.amx", &["does not permit tiles", "265", "arch_prctl"]);
+    warned(
+        &process(),
+        "processor.amx",
+        &["does not permit tiles", "265", "arch_prctl"],
+    );
     let amx = Process {
         available: vec![Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx],
         ..process()
     };
-    expect(&made.checks(&amx), "processor.amx", Status::Ok, &["permitted"]);
-    warned(&amx, "processor.kernels", &["TIER_PLAN_ISA=avx512", "unset TIER_PLAN_ISA"]);
+    expect(
+        &made.checks(&amx),
+        "processor.amx",
+        Status::Ok,
+        &["permitted"],
+    );
+    warned(
+        &amx,
+        "processor.kernels",
+        &["TIER_PLAN_ISA=avx512", "unset TIER_PLAN_ISA"],
+    );
     let wrong = Process {
         used: Err("TIER_PLAN_ISA: unknown".into()),
         ..process()
@@ -377,7 +548,10 @@ fn drives_are_found_through_partitions_and_mappers() {
          3 1 8:17 / /mnt/old\\040disk rw - xfs /dev/sdb1 rw\n4 1 0:60 / /net rw - nfs4 host:/x rw\n",
     );
     made.write("dev/dm-3", "");
-    made.write("sys/class/block/dm-3/queue/scheduler", "mq-deadline [bfq] none\n");
+    made.write(
+        "sys/class/block/dm-3/queue/scheduler",
+        "mq-deadline [bfq] none\n",
+    );
     made.write("sys/class/block/dm-3/queue/rotational", "0\n");
     made.write("sys/devices/pci/sdb/queue/rotational", "1\n");
     made.write("sys/devices/pci/sdb/queue/read_ahead_kb", "4096\n");
@@ -399,16 +573,39 @@ fn drives_are_found_through_partitions_and_mappers() {
             &found,
             "drive.scheduler",
             Status::Warning,
-            &["bfq", "echo none | sudo tee /sys/block/dm-3/queue/scheduler"],
+            &[
+                "bfq",
+                "echo none | sudo tee /sys/block/dm-3/queue/scheduler",
+            ],
         );
         let found = checks(Path::new("/mnt/old disk/m"), Direct::Refused);
-        expect(&found, "drive.file_system", Status::Ok, &["xfs on sdb (OLD DISK)"]);
-        expect(&found, "drive.rotational", Status::Warning, &["rotating disk", "--measure"]);
+        expect(
+            &found,
+            "drive.file_system",
+            Status::Ok,
+            &["xfs on sdb (OLD DISK)"],
+        );
+        expect(
+            &found,
+            "drive.rotational",
+            Status::Warning,
+            &["rotating disk", "--measure"],
+        );
         expect(&found, "drive.read_ahead", Status::Ok, &["4096 KiB"]);
-        expect(&found, "drive.direct_io", Status::Warning, &["1.02 GB/s where direct I/O gave 1.77"]);
+        expect(
+            &found,
+            "drive.direct_io",
+            Status::Warning,
+            &["1.02 GB/s where direct I/O gave 1.77"],
+        );
         let found = checks(Path::new("/net/m"), Direct::Untried("no file".into()));
         expect(&found, "drive.file_system", Status::Warning, &["over nfs4"]);
-        expect(&found, "drive.direct_io", Status::Ok, &["not tried: no file"]);
+        expect(
+            &found,
+            "drive.direct_io",
+            Status::Ok,
+            &["not tried: no file"],
+        );
     }
     let io = |io: &str, direct| {
         let process = Process {
@@ -418,9 +615,19 @@ fn drives_are_found_through_partitions_and_mappers() {
         Drive::listed(&made.system(), folder).checks(&process, direct, None)
     };
     let found = io("buffered", Direct::Works);
-    expect(&found, "drive.direct_io", Status::Warning, &["unset TIER_PLAN_IO"]);
+    expect(
+        &found,
+        "drive.direct_io",
+        Status::Warning,
+        &["unset TIER_PLAN_IO"],
+    );
     let found = io("dircet", Direct::Works);
-    expect(&found, "drive.direct_io", Status::Failure, &["TIER_PLAN_IO=dircet, expected direct"]);
+    expect(
+        &found,
+        "drive.direct_io",
+        Status::Failure,
+        &["TIER_PLAN_IO=dircet, expected direct"],
+    );
 }
 
 #[test]
@@ -442,226 +649,99 @@ fn gpus_that_do_not_serve_are_explained() {
     };
     let check = |gpus: &Gpus| gpu::checks(&made.system(), gpus);
     let good = check(&gpus(vec![gpu(cuda(12, 4))], vec![], Ok(cuda(12, 4))));
-    expect(&good, "gpu.devices", Status::Ok, &["capability 9.0, 23.0 GiB free of 24.0 GiB", "CUDA 12.4"]);
+    expect(
+        &good,
+        "gpu.devices",
+        Status::Ok,
+        &["capability 9.0, 23.0 GiB free of 24.0 GiB", "CUDA 12.4"],
+    );
     expect(&good, "gpu.compiler", Status::Ok, &["NVRTC 12.4"]);
-    assert!(!find(&good, "gpu.devices").found.contains('"'"'\u{1b}'"'"'));
+    assert!(!find(&good, "gpu.devices").found.contains('\u{1b}'));
     let newer = check(&gpus(vec![gpu(cuda(12, 4))], vec![], Ok(cuda(13, 0))));
-    expect(&newer, "gpu.compiler", Status::Warning, &["has CUDA 12.4", "nvidia-cuda-nvrtc-cu12"]);
-    let lacking = check(&gpus(vec![gpu(cuda(12, 4))], vec![], Err("NVRTC was not found".into())));
-    expect(&lacking, "gpu.compiler", Status::Failure, &["NVRTC was not found", "pip install"]);
+    expect(
+        &newer,
+        "gpu.compiler",
+        Status::Warning,
+        &["has CUDA 12.4", "nvidia-cuda-nvrtc-cu12"],
+    );
+    let lacking = check(&gpus(
+        vec![gpu(cuda(12, 4))],
+        vec![],
+        Err("NVRTC was not found".into()),
+    ));
+    expect(
+        &lacking,
+        "gpu.compiler",
+        Status::Failure,
+        &["NVRTC was not found", "pip install"],
+    );
     let old = Missing::Unusable("the driver is old".into());
     let old = check(&gpus(vec![], vec![old], Ok(cuda(12, 4))));
-    expect(&old, "gpu.devices", Status::Failure, &["the driver is old", "nvidia-smi"]);
+    expect(
+        &old,
+        "gpu.devices",
+        Status::Failure,
+        &["the driver is old", "nvidia-smi"],
+    );
 
     made.write("sys/bus/pci/devices/0000:01:00.0/vendor", "0x10de\n");
     made.write("sys/bus/pci/devices/0000:01:00.0/class", "0x030000\n");
     made.write("sys/bus/pci/devices/0000:02:00.0/vendor", "0x10de\n");
     made.write("sys/bus/pci/devices/0000:02:00.0/class", "0x040300\n");
-    expect(&check(&none()), "gpu.devices", Status::Warning, &["1 of NVIDIA on the bus, but no driver"]);
+    expect(
+        &check(&none()),
+        "gpu.devices",
+        Status::Warning,
+        &["1 of NVIDIA on the bus, but no driver"],
+    );
     let hidden = gpus(vec![], vec![Missing::NoDevice], Err(String::new()));
-    expect(&check(&hidden), "gpu.devices", Status::Warning, &["CUDA_VISIBLE_DEVICES"]);
+    expect(
+        &check(&hidden),
+        "gpu.devices",
+        Status::Warning,
+        &["CUDA_VISIBLE_DEVICES"],
+    );
 }
 
 #[test]
 fn a_busy_machine_and_few_files_are_told() {
     let made = quiet();
     made.write("proc/loadavg", "12.0 3 3 1/2 3\n");
-    made.write("proc/pressure/memory", "some avg10=7.00 avg60=0 avg300=0 total=1\n");
-    made.write("proc/self/limits", &LIMITS.replace("files            1048576", "files            256    "));
+    made.write(
+        "proc/pressure/memory",
+        "some avg10=7.00 avg60=0 avg300=0 total=1\n",
+    );
+    made.write(
+        "proc/self/limits",
+        &LIMITS.replace("files            1048576", "files            256    "),
+    );
     let checks = made.checks(&process());
-    expect(&checks, "busy.load", Status::Warning, &["12 threads ran", "4 threads get about 50 %"]);
-    expect(&checks, "busy.pressure", Status::Warning, &["waited for memory in 7.0 %"]);
-    expect(&checks, "limits.open_files", Status::Warning, &["RLIMIT_NOFILE 256", "ulimit -n 4096"]);
-    made.write("proc/self/limits", &LIMITS.replace("files            1048576", "files            16     "));
-    expect(&made.checks(&process()), "limits.open_files", Status::Failure, &["ulimit -n 4096"]);
-}
-
-fn demo() -> Opened {
-    Opened::open(&bundled::path("demo/demo.gguf").unwrap(), Some(256)).unwrap()
-}
-
-fn rates(is_present: bool) -> Rates {
-    Rates {
-        memory_gbps: 10.0,
-        drive: Some(DriveRate {
-            gbps: 1.0,
-            latency_us: 100.0,
-        }),
-        layer_us: 5.0,
-        token_us: 20.0,
-        from: "a test".into(),
-        is_present,
-    }
-}
-
-fn limit_of(bytes: u64) -> Limit {
-    Limit {
-        bytes,
-        source: "cgroup limit",
-        is_hard: true,
-    }
-}
-
-/// The smallest limit in MiB under which some experts of the demo model stay in the file.
-fn short(opened: &Opened) -> Limit {
-    let fits = |limit: &Limit| {
-        let decided = budget::decide(opened.model(), &Opening::default(), Some(limit));
-        decided.is_ok_and(|decision| decision.chosen.fit() == Fit::Budget)
-    };
-    (1..1024)
-        .map(|mib| limit_of(mib << 20))
-        .find(fits)
-        .expect("a limit between too little and enough")
-}
-
-#[test]
-fn costs_are_predicted_where_a_model_is_given() {
-    let opened = demo();
-    let enough = Forecast::new(&opened, rates(false), Some(limit_of(8 << 30))).unwrap();
-    let change = Change {
-        memory_factor: 2.0,
-        ..Change::default()
-    };
-    let speeds = cost("words", Some(&enough), &change).speeds.unwrap();
-    assert!(speeds.mended_tok_s > 1.2 * speeds.now_tok_s, "{speeds:?}");
-    assert!(speeds.mended_tok_s < 2.0 * speeds.now_tok_s, "fixed times stay: {speeds:?}");
-    let half = Change {
-        processor_factor: 0.5,
-        ..Change::default()
-    };
-    let speeds = cost_between("words", Some(&enough), &half, &Change::default()).speeds.unwrap();
-    assert!((speeds.mended_tok_s / speeds.now_tok_s - 2.0).abs() < 1e-9, "{speeds:?}");
-    assert_eq!(cost("words", None, &change).speeds, None);
-
-    let tight = Forecast::new(&opened, rates(false), Some(short(&opened))).unwrap();
-    let now = tight.tok_s(&Change::default()).unwrap();
-    let all = Change {
-        limit_bytes: Some(8 << 30),
-        ..Change::default()
-    };
-    assert!(tight.tok_s(&all).unwrap() > now, "experts in memory are faster");
-    let drive = Change {
-        drive_factor: 2.0,
-        ..Change::default()
-    };
-    assert!(tight.tok_s(&drive).unwrap() > now, "a faster drive is");
-    let unknown = Rates {
-        drive: None,
-        ..rates(false)
-    };
-    let unknown = Forecast::new(&opened, unknown, Some(short(&opened))).unwrap();
-    assert_eq!(unknown.tok_s(&Change::default()), None);
-    let too_small = Forecast::new(&opened, rates(false), Some(limit_of(1 << 20))).unwrap();
-    assert_eq!(too_small.tok_s(&Change::default()), None);
-}
-
-#[test]
-fn a_load_costs_what_it_takes_from_the_rates() {
-    let (made, opened) = (quiet(), demo());
-    made.write("proc/loadavg", "12.0 3 3 1/2 3\n");
-    let speeds = |is_present| {
-        let limit = Some(limit_of(8 << 30));
-        let forecast = Forecast::new(&opened, rates(is_present), limit).unwrap();
-        let checks = busy::checks(&made.system(), &process(), Some(&forecast));
-        let cost = find(&checks, "busy.load").cost.clone().unwrap();
-        assert!(cost.to_string().starts_with("predicted "), "{cost}");
-        cost.speeds.unwrap()
-    };
-    let (present, quiet) = (speeds(true), speeds(false));
-    // Rates that were measured now are those of a busy machine; those of a file are not.
-    assert_eq!(present.now_tok_s, quiet.mended_tok_s);
-    assert!((present.mended_tok_s / present.now_tok_s - 2.0).abs() < 1e-9, "{present:?}");
-}
-
-#[test]
-fn a_model_is_checked_against_the_limit() {
-    let opened = demo();
-    let path = bundled::path("demo/demo.gguf").unwrap();
-    let tight = short(&opened);
-    let check = |limit: Option<&Limit>| {
-        let forecast = Forecast::new(&opened, rates(false), limit.cloned()).unwrap();
-        let opened = Ok(Opened::open(&path, Some(256)).unwrap());
-        model::checks(&path, &opened, &process(), limit, Ok(&forecast))
-    };
-    let found = check(Some(&limit_of(8 << 30)));
-    expect(&found, "model.file", Status::Ok, &["demo.gguf: "]);
-    expect(&found, "model.types", Status::Ok, &[" % (", "kernels"]);
-    expect(&found, "model.fit", Status::Ok, &["fit 8.00 GiB (cgroup limit)"]);
-    expect(&found, "model.speed", Status::Ok, &["predicted ", "middle of 256 tokens, from a test"]);
-    let found = check(Some(&tight));
     expect(
-        &found,
-        "model.fit",
+        &checks,
+        "busy.load",
         Status::Warning,
-        &["% of the experts have slots", "predicted ", "instead of", "tier-plan profile"],
+        &["12 threads ran", "4 threads get about 50 %"],
     );
-    assert!(find(&found, "model.fit").facts["slot_share"].as_f64().unwrap() < 1.0);
-    let found = check(Some(&limit_of(1 << 20)));
-    expect(&found, "model.fit", Status::Failure, &["needs at least", "smaller quantization"]);
-    let found = check(None);
-    expect(&found, "model.fit", Status::Ok, &["reports no limit"]);
-}
-
-#[test]
-fn a_machine_file_of_another_machine_or_of_more_memory_is_told() {
-    let folder = tempfile::tempdir().unwrap();
-    let path: PathBuf = folder.path().join("machine.toml");
-    let demo = std::fs::read_to_string(bundled::path("machines/demo-emulated.toml").unwrap()).unwrap();
-    std::fs::write(&path, demo).unwrap();
-    let mut read = machine::read(&path).unwrap();
-    for tier in &mut read.tiers {
-        tier.emulated = false;
-    }
-    let probed = |description: &str| Probed::Read {
-        path: path.clone(),
-        machine: Box::new(machine::Machine {
-            description: description.into(),
-            ..read.clone()
-        }),
-    };
-    let check = |description: &str, limit| {
-        vec![machine_check_on(&probed(description), Some(&limit_of(limit)), "CPU X, 2 threads")]
-    };
-    let id = "probe.machine_file";
-    let here = "measured on 2026-11-22: CPU X, 2 threads";
-    expect(&check(here, 1 << 50), id, Status::Ok, &[here]);
-    expect(&check(here, 1 << 10), id, Status::Warning, &["may hold 1.00 KiB", "tier-plan probe -o"]);
-    let other = "measured on 2026-11-22: CPU Y, 2 threads";
-    expect(&check(other, 1 << 50), id, Status::Warning, &["of another machine: this is CPU X"]);
-    expect(&check("an imagined one", 1 << 10), id, Status::Ok, &["an imagined one"]);
-    let bad = Probed::Unusable {
-        path,
-        error: "version 99".into(),
-    };
-    expect(&[machine_check_on(&bad, None, "")], id, Status::Failure, &["version 99; mend: tier-plan probe"]);
-}
-
-#[test]
-fn the_json_form_has_all_of_a_check() {
-    let cost = Cost {
-        words: "words".into(),
-        speeds: Some(Speeds {
-            now_tok_s: 1.0,
-            mended_tok_s: 2.0,
-        }),
-    };
-    let checks = vec![
-        Check::ok("memory.swap", "none").fact("total_bytes", 0),
-        Check::ok("memory.huge_pages", "never").warning(cost).mend("do"),
-        Check::ok("gpu.devices", "old").failure("update"),
-    ];
-    let report = Report { checks };
-    assert_eq!(report.summary(), "3 checks: 1 warning, 1 failure");
-    let line = "warning  memory huge pages      never; cost: predicted 1.00 instead of 2.00 tok/s, as words; mend: do";
-    assert_eq!(report.checks[1].line(), line);
-    let json = report.as_json();
-    assert_eq!(
-        json["checks"][1],
-        json!({
-            "group": "memory", "check": "huge_pages", "status": "warning", "found": "never",
-            "cost": {"words": "words", "now_tok_s": 1.0, "mended_tok_s": 2.0}, "mend": "do", "facts": {},
-        })
+    expect(
+        &checks,
+        "busy.pressure",
+        Status::Warning,
+        &["waited for memory in 7.0 %"],
     );
-    assert_eq!(json["checks"][0]["facts"]["total_bytes"], 0);
-    assert_eq!((&json["ok"], &json["warnings"], &json["failures"]), (&json!(1), &json!(1), &json!(1)));
+    expect(
+        &checks,
+        "limits.open_files",
+        Status::Warning,
+        &["RLIMIT_NOFILE 256", "ulimit -n 4096"],
+    );
+    made.write(
+        "proc/self/limits",
+        &LIMITS.replace("files            1048576", "files            16     "),
+    );
+    expect(
+        &made.checks(&process()),
+        "limits.open_files",
+        Status::Failure,
+        &["ulimit -n 4096"],
+    );
 }

@@ -70,7 +70,11 @@ fn open_files(system: &System) -> Check {
 fn program() -> Check {
     let version = env!("CARGO_PKG_VERSION");
     let rustc = option_env!("TIER_PLAN_RUSTC").filter(|rustc| !rustc.is_empty());
-    let profile = if cfg!(debug_assertions) { ", a debug build" } else { "" };
+    let profile = if cfg!(debug_assertions) {
+        ", a debug build"
+    } else {
+        ""
+    };
     let (arch, os) = (std::env::consts::ARCH, std::env::consts::OS);
     let by = rustc.map_or(String::new(), |rustc| format!(" by {rustc}"));
     let check = Check::ok(
@@ -93,7 +97,9 @@ fn program() -> Check {
 fn os(system: &System, process: &Process) -> Check {
     let kernel = system.text("proc/sys/kernel/osrelease");
     let os = system.text("etc/os-release").and_then(|text| {
-        let name = text.lines().find_map(|line| line.strip_prefix("PRETTY_NAME="))?;
+        let name = text
+            .lines()
+            .find_map(|line| line.strip_prefix("PRETTY_NAME="))?;
         Some(name.trim_matches('"').to_string())
     });
     let unknown = || std::env::consts::OS.to_string();
@@ -132,7 +138,10 @@ fn container(system: &System) -> Option<String> {
     if system.has("run/.containerenv") {
         return Some("Podman".into());
     }
-    if let Some(name) = system.text("run/systemd/container").filter(|name| !name.is_empty()) {
+    if let Some(name) = system
+        .text("run/systemd/container")
+        .filter(|name| !name.is_empty())
+    {
         return Some(name);
     }
     let cgroup = system.text("proc/self/cgroup")?;
@@ -145,7 +154,10 @@ fn machine(system: &System) -> Option<String> {
     if kernel.to_lowercase().contains("microsoft") {
         return Some("WSL".into());
     }
-    if let Some(kind) = system.text("sys/hypervisor/type").filter(|kind| !kind.is_empty()) {
+    if let Some(kind) = system
+        .text("sys/hypervisor/type")
+        .filter(|kind| !kind.is_empty())
+    {
         return Some(kind);
     }
     let cpuinfo = system.text("proc/cpuinfo")?;
@@ -154,7 +166,11 @@ fn machine(system: &System) -> Option<String> {
         return None;
     }
     let vendor = system.text("sys/class/dmi/id/sys_vendor");
-    Some(vendor.filter(|vendor| !vendor.is_empty()).unwrap_or("unknown".into()))
+    Some(
+        vendor
+            .filter(|vendor| !vendor.is_empty())
+            .unwrap_or("unknown".into()),
+    )
 }
 
 #[cfg(test)]
