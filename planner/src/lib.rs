@@ -27,6 +27,7 @@ pub mod hint;
 pub mod host;
 pub mod interrupt;
 pub mod json;
+pub mod models;
 pub mod opening;
 pub mod parallel;
 pub mod perplexity;

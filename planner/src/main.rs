@@ -3,6 +3,7 @@
 
 use std::process::ExitCode;
 use tier_plan_planner::chat::jinja::worker;
+use tier_plan_planner::cmd::NoCommand;
 use tier_plan_planner::cmd::launch::Ended;
 use tier_plan_planner::interrupt::{self, Interrupted};
 use tier_plan_planner::{cmd, print, replan};
@@ -20,7 +21,11 @@ fn main() -> ExitCode {
     safely::ignore_file_size_signal();
     let command = match cmd::parse(std::env::args_os()) {
         Ok(command) => command,
-        Err(error) => error.exit(),
+        Err(NoCommand::Line(error)) => error.exit(),
+        Err(NoCommand::Config(error)) => {
+            print::error(&error);
+            return ExitCode::FAILURE;
+        }
     };
     let ended = cmd::dispatch(command);
     if let Err(error) = &ended
