@@ -69,6 +69,11 @@ fn settings_are_shown_with_their_origin() {
         "{text}"
     );
     assert!(!text.contains("secret"), "{text}");
+    let help = stdout(&run(&["serve", "--help"]));
+    assert!(
+        help.contains("[default: 81]") && !help.contains("secret"),
+        "{help}"
+    );
     let text = stdout(&run(&["config", "serve"]));
     assert!(
         text.contains("host") && text.contains("127.0.0.1") && text.contains("built in"),

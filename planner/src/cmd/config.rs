@@ -1,6 +1,6 @@
 //! `tier-plan config`: the settings in effect, and where each comes from.
 
-use super::config_file::{self, Config, is_shared, settings};
+use super::config_file::{self, Config, is_secret, is_shared, settings};
 use super::environment::{is_off, value_of, variable};
 use crate::cmd::args::JsonArgs;
 use crate::json::path_json;
@@ -11,9 +11,6 @@ use std::collections::BTreeMap;
 
 /// Version of the JSON form.
 const VERSION: u64 = 1;
-
-/// Options whose values are nobody else's to read.
-const SECRET: [&str; 1] = ["api-key"];
 
 /// Options of `tier-plan config`.
 #[derive(Debug, Args)]
@@ -140,7 +137,7 @@ fn setting(config: &Config, command: &str, arg: &Arg) -> Setting {
         }
         _ => (built_in(), Origin::BuiltIn),
     };
-    let is_secret = SECRET.contains(&option.as_str());
+    let is_secret = is_secret(&option);
     Setting {
         command: Some(command.to_string()),
         value: value.map(|value| if is_secret { "***".to_string() } else { value }),

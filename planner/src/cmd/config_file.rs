@@ -30,6 +30,14 @@ const MAX_BYTES: u64 = 1 << 20;
 /// What a call is for, and so no setting.
 const NOT_SETTINGS: [&str; 6] = ["file", "help", "model", "prompt", "version", "yes"];
 
+/// Options whose values are nobody else's to read.
+const SECRETS: [&str; 1] = ["api-key"];
+
+/// Whether the value of an option is not to be shown.
+pub(super) fn is_secret(option: &str) -> bool {
+    SECRETS.contains(&option)
+}
+
 /// The settings of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Config {

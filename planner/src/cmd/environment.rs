@@ -7,7 +7,7 @@
 //! conflicts with one that the command line gives, and a setting of the file also if its option
 //! conflicts with one that a variable gives.
 
-use super::config_file::{Config, Entry, is_setting};
+use super::config_file::{Config, Entry, is_secret, is_setting};
 use clap::builder::BoolishValueParser;
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, Command};
@@ -129,7 +129,11 @@ fn with_setting(arg: Arg, entry: &Entry) -> Arg {
     match entry.values.as_slice() {
         // A flag that is off, or an empty list.
         [] => arg,
-        values => arg.required(false).default_values(values.to_vec()),
+        // The help of a command shows defaults.
+        values => arg
+            .required(false)
+            .hide_default_value(is_secret(&entry.option))
+            .default_values(values.to_vec()),
     }
 }
 

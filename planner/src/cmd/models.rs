@@ -20,7 +20,6 @@ const VERSION: u64 = 1;
 #[derive(Debug, Args)]
 #[command(
     about = "List the GGUF files in this folder, in folders of models, and in the cache of Hugging Face",
-    args_conflicts_with_subcommands = false,
     after_long_help = "Example:\n  tier-plan models --models-dir ~/models\n  tier-plan models rm owner/repo/file.gguf"
 )]
 pub struct ModelsArgs {

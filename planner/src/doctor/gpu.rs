@@ -57,7 +57,8 @@ impl Gpus {
             match Gpu::open(ordinal) {
                 Ok(gpu) => found.push(device(&gpu)),
                 Err(CudaError::NoDevice { .. }) if ordinal > 0 => break,
-                Err(CudaError::NoDriver) => {
+                // The toolkit's stub is for linking, on machines without a GPU.
+                Err(CudaError::NoDriver | CudaError::StubDriver) => {
                     missing.push(Missing::NoDriver);
                     break;
                 }
@@ -163,6 +164,11 @@ fn devices(system: &System, gpus: &Gpus) -> Check {
             .failure("nvidia-smi, which names the driver's own error; or plan without it: tier-plan solve … --vram 0");
     }
     if !gpus.found.is_empty() {
+        words.extend(
+            module
+                .iter()
+                .map(|version| format!("kernel module {version}")),
+        );
         return facts(Check::ok(id, words.join(", ")));
     }
     let has_driver = gpus.missing.contains(&Missing::NoDevice);

@@ -56,7 +56,7 @@ fn list(system: &System, nodes: &[Node]) -> Check {
             }
             check
                 .warning(distance(system, nodes))
-                .mend("tier-plan run MODEL --numa interleave; or `tier-plan probe --numa-tiers` and a plan for its tiers")
+                .mend("tier-plan run MODEL --numa shard; or `tier-plan probe --numa-tiers` and a plan for its tiers")
         }
     }
 }

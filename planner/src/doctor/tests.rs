@@ -270,7 +270,7 @@ fn a_dual_socket_machine_is_told_of_its_nodes() {
         &[
             "node 1 with 4 hardware threads and 16.0 GiB free of 32.0 GiB",
             "distance 21, of the own 10",
-            "--numa interleave",
+            "--numa shard",
         ],
     );
     expect(
