@@ -10,8 +10,10 @@ mod batch_company;
 mod before_weights;
 #[cfg(target_os = "linux")]
 mod chat_templates;
+mod config;
 #[cfg(unix)]
 mod demo;
+mod doctor;
 mod errors_page;
 #[cfg(unix)]
 mod faults;

@@ -56,12 +56,54 @@ pub struct Chosen {
     pub fits: bool,
 }
 
+impl Chosen {
+    /// Returns where the weights are under the plan.
+    pub fn fit(&self) -> Fit {
+        match self.batch {
+            _ if self.fits => Fit::Memory,
+            Some(_) => Fit::Budget,
+            None => Fit::Mapped,
+        }
+    }
+}
+
+/// Where the weights of a model are that has no plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fit {
+    /// All of them in memory.
+    Memory,
+    /// As many experts as fit in memory, the others in the file.
+    Budget,
+    /// All of them in the mapped file, which the system reads again where memory is short.
+    Mapped,
+}
+
+/// A plan that was chosen, and what there is to be said about it.
+pub struct Decision {
+    /// The plan.
+    pub chosen: Chosen,
+    /// Lines for standard error.
+    pub notes: Vec<String>,
+}
+
 /// Returns a plan for a model without one. Prints the decision to standard error if memory is
 /// short.
 ///
 /// # Errors
 /// When the model does not fit the memory asked for, or the profile is unusable.
 pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
+    let Decision { chosen, notes } = decide(model, opening, memory_limit().as_ref())?;
+    for note in notes {
+        eprintln!("{note}");
+    }
+    Ok(chosen)
+}
+
+/// Returns a plan for a model without one, within a limit of the process's memory.
+///
+/// # Errors
+/// As [`choose`].
+pub fn decide(model: Model<'_>, opening: &Opening<'_>, limit: Option<&Limit>) -> Result<Decision> {
     let Model {
         gguf,
         spec,
@@ -69,8 +111,7 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
         context,
     } = model;
     let kv_type = opening.kv_type.unwrap_or_default();
-    let limit = memory_limit();
-    let memory = opening.memory.or(limit.as_ref().map(|limit| limit.bytes));
+    let memory = opening.memory.or(limit.map(|limit| limit.bytes));
     let room_of = |sequences| {
         let room = CacheRoom {
             sequences,
@@ -80,20 +121,23 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
     };
     let cache_bytes = |sequences| kv_type.cache_bytes(shape, room_of(sequences));
     let room = room_of(opening.texts.number(cache_bytes, memory));
-    let mapped = |fits| Chosen {
-        plan: in_memory_with(shape, room, kv_type),
-        batch: None,
-        fits,
+    let mapped = |notes| Decision {
+        chosen: Chosen {
+            plan: in_memory_with(shape, room, kv_type),
+            batch: None,
+            fits: false,
+        },
+        notes,
     };
-    check_texts(shape, room, kv_type, limit.as_ref())?;
+    check_texts(shape, room, kv_type, limit)?;
     if opening.mapped {
-        return Ok(mapped(false));
+        return Ok(mapped(Vec::new()));
     }
-    let budget = match (opening.memory, &limit) {
+    let budget = match (opening.memory, limit) {
         (Some(asked), Some(limit)) => asked.min(limit.bytes),
         (Some(asked), None) => asked,
         (None, Some(limit)) => limit.bytes,
-        (None, None) => return Ok(mapped(false)),
+        (None, None) => return Ok(mapped(Vec::new())),
     };
     let fixed = FixedMemory::new(gguf, spec, shape, room, kv_type, budget);
     if fixed.bytes(budget).saturating_add(gguf.file_bytes()) <= budget {
@@ -102,10 +146,13 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
             checkpoints: checkpoints(shape, room, kv_type, left),
             ..room
         };
-        return Ok(Chosen {
-            plan: in_memory_with(shape, room, kv_type),
-            batch: None,
-            fits: true,
+        return Ok(Decision {
+            chosen: Chosen {
+                plan: in_memory_with(shape, room, kv_type),
+                batch: None,
+                fits: true,
+            },
+            notes: Vec::new(),
         });
     }
     let made = match opening.profile {
@@ -126,32 +173,33 @@ pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
                 && opening.profile.is_none()
                 && !matches!(opening.texts, Texts::Count(2..)) =>
         {
-            eprintln!(
+            return Ok(mapped(vec![format!(
                 "warning: {error:#}; the mapped file is used instead, and the system reads it again and again"
-            );
-            return Ok(mapped(false));
+            )]));
         }
         Err(error) if room.sequences > 1 => {
             return Err(error).hint("pass a smaller --parallel or --context");
         }
         Err(error) => return Err(error),
     };
-    eprintln!(
-        "{}",
-        sentence(model, opening.memory, limit.as_ref(), budget)
-    );
+    let mut notes = vec![sentence(model, opening.memory, limit, budget)];
     let width = lines
         .iter()
         .map(|line| line.purpose.len())
         .max()
         .unwrap_or(0);
-    for line in &lines {
-        eprintln!("  {:<width$} {:>10}", line.purpose, show_bytes(line.bytes));
-    }
-    Ok(Chosen {
-        plan,
-        batch: Some(batch),
-        fits: false,
+    notes.extend(
+        lines
+            .iter()
+            .map(|line| format!("  {:<width$} {:>10}", line.purpose, show_bytes(line.bytes))),
+    );
+    Ok(Decision {
+        chosen: Chosen {
+            plan,
+            batch: Some(batch),
+            fits: false,
+        },
+        notes,
     })
 }
 

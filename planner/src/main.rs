@@ -3,6 +3,7 @@
 
 use std::process::ExitCode;
 use tier_plan_planner::chat::jinja::worker;
+use tier_plan_planner::cmd::NoCommand;
 use tier_plan_planner::cmd::launch::Ended;
 use tier_plan_planner::interrupt::{self, Interrupted};
 use tier_plan_planner::{cmd, print, replan};
@@ -20,7 +21,11 @@ fn main() -> ExitCode {
     safely::ignore_file_size_signal();
     let line = match cmd::parse(std::env::args_os()) {
         Ok(line) => line,
-        Err(error) => error.exit(),
+        Err(NoCommand::Line(error)) => error.exit(),
+        Err(NoCommand::Config(error)) => {
+            print::error(&error);
+            return ExitCode::FAILURE;
+        }
     };
     let ended = line.run();
     if let Err(error) = &ended

@@ -14,8 +14,9 @@ use std::sync::Arc;
 use tier_plan_runtime::formats::machine::TierKind;
 use tier_plan_runtime::formats::placement::{Placement, PlanTier};
 use tier_plan_runtime::gguf::Gguf;
+use tier_plan_runtime::model::describe;
+use tier_plan_runtime::model::shape::{ModelShape, shape_of};
 use tier_plan_runtime::model::spec::ModelSpec;
-use tier_plan_runtime::model::{describe, shape::shape_of};
 use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tiers::shards::Shards;
@@ -202,11 +203,7 @@ fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen
         });
     }
     let shape = shape_of(gguf, spec);
-    let context = match opening.context {
-        None => shape.context.min(DEFAULT_CONTEXT),
-        Some(0) => shape.context,
-        Some(context) => context,
-    };
+    let context = context_without_plan(&shape, opening.context);
     let model = Model {
         gguf,
         spec,
@@ -214,6 +211,16 @@ fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen
         context,
     };
     budget::choose(model, opening)
+}
+
+/// Returns the tokens of context of a model without a plan: those asked for, and for 0 those that it
+/// was trained for.
+pub(crate) fn context_without_plan(shape: &ModelShape, asked: Option<u32>) -> u32 {
+    match asked {
+        None => shape.context.min(DEFAULT_CONTEXT),
+        Some(0) => shape.context,
+        Some(context) => context,
+    }
 }
 
 /// Fails if a plan has no context.

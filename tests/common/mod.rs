@@ -25,6 +25,7 @@ pub fn tier_plan() -> Command {
     for name in ours.filter(|name| name != "TIER_PLAN_NVRTC") {
         command.env_remove(name);
     }
+    command.env("TIER_PLAN_CONFIG", "");
     command
 }
 

@@ -7,14 +7,20 @@ pub mod calibrate;
 pub mod chat;
 pub mod checksum;
 pub mod compare;
+pub mod config;
+pub mod config_file;
+#[cfg(test)]
+mod config_tests;
 pub mod demo;
 pub mod diff;
+pub mod doctor;
 mod environment;
 pub mod explain;
 pub mod export;
 pub mod inspect;
 pub mod launch;
 pub mod logits;
+pub mod models;
 mod names;
 pub mod pack;
 pub mod perplexity;
@@ -31,7 +37,9 @@ pub mod tokenize;
 pub mod what_if;
 
 use anyhow::Result;
+use clap::error::ErrorKind;
 use clap::{FromArgMatches, Parser, Subcommand};
+use config_file::Config;
 use std::ffi::OsString;
 
 /// What the long help of every command ends with.
@@ -42,7 +50,8 @@ Exit codes:
   2    the command line cannot be parsed
   130  interrupted by Ctrl-C (129 by SIGHUP, 143 by SIGTERM)
 
-Environment variables set defaults; the command line overrides them. Three more:
+Environment variables and ~/.config/tier-plan/config.toml set defaults; the command line overrides them. Four more:
+  TIER_PLAN_CONFIG configuration file; empty for none
   TIER_PLAN_ISA    CPU kernels: scalar, avx2, avx512, amx, neon [default: the best]
   TIER_PLAN_IO     file reads: direct (O_DIRECT) or buffered [default: direct]
   TIER_PLAN_NVRTC  library that compiles GPU kernels [default: searched for]";
@@ -99,6 +108,8 @@ pub enum Command {
     Demo(demo::DemoArgs),
     Inspect(inspect::InspectArgs),
     Probe(probe::ProbeArgs),
+    Doctor(doctor::DoctorArgs),
+    Config(config::ConfigArgs),
     Calibrate(calibrate::CalibrateArgs),
     Profile(profile::ProfileArgs),
     Solve(solve::SolveArgs),
@@ -110,6 +121,7 @@ pub enum Command {
     Batch(batch::BatchArgs),
     Serve(serve::ServeArgs),
     Launch(launch::LaunchArgs),
+    Models(models::ModelsArgs),
     Replan(replan::ReplanArgs),
     Compare(compare::CompareArgs),
     Bench(bench::BenchArgs),
@@ -121,17 +133,38 @@ pub enum Command {
     Selftest(selftest::SelftestArgs),
 }
 
-/// Parses a command line, program name first. Environment variables give options that it leaves
-/// out.
+/// Why a command line gives no command.
+#[derive(Debug)]
+pub enum NoCommand {
+    /// It cannot be parsed, or asks for help or the version.
+    Line(clap::Error),
+    /// The configuration file is wrong.
+    Config(anyhow::Error),
+}
+
+/// Parses a command line, program name first. Environment variables and the configuration file give
+/// options that it leaves out.
 ///
 /// # Errors
-/// When it cannot be parsed, or asks for help or the version.
-pub fn parse<I: IntoIterator<Item = OsString>>(line: I) -> Result<Line, clap::Error> {
+/// When it cannot be parsed, or asks for help or the version; else when the file is wrong.
+pub fn parse<I: IntoIterator<Item = OsString>>(line: I) -> Result<Line, NoCommand> {
     let line = environment::long_names(line);
-    let command = environment::with_variables(command(), &line);
-    let matches = command.try_get_matches_from(line)?;
-    let Cli { command, yes } = Cli::from_arg_matches(&matches)?;
-    Ok(Line { command, yes })
+    let parse = |config: &Config| {
+        let command = environment::with_defaults(command(), config, &line);
+        let matches = command.try_get_matches_from(&line)?;
+        let Cli { command, yes } = Cli::from_arg_matches(&matches)?;
+        Ok(Line { command, yes })
+    };
+    match config_file::load(&command()) {
+        Ok(config) => parse(&config).map_err(NoCommand::Line),
+        // Help needs no file, and an option that is required may have been in it.
+        Err(wrong) => match parse(&Config::default()) {
+            Err(error) if error.kind() != ErrorKind::MissingRequiredArgument => {
+                Err(NoCommand::Line(error))
+            }
+            _ => Err(NoCommand::Config(wrong)),
+        },
+    }
 }
 
 /// Parses a command line without regard to the environment.
@@ -163,6 +196,9 @@ pub fn dispatch(command: Command) -> Result<()> {
     match command {
         Command::Inspect(args) => inspect::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Config(args) => config::run(&args),
+        Command::Models(args) => models::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),

@@ -28,7 +28,8 @@ fn given(command: &mut Command) -> Option<(PathBuf, Need)> {
         | Command::WhatIf(_)
         | Command::Solve(_)
         | Command::Explain(_)
-        | Command::Tokenize(_) => Need::Header,
+        | Command::Tokenize(_)
+        | Command::Doctor(_) => Need::Header,
         Command::Profile(args) if args.from_imatrix.is_some() => Need::Header,
         _ => Need::Weights,
     };
@@ -72,6 +73,7 @@ fn field(command: &mut Command) -> Option<&mut PathBuf> {
         Command::Batch(args) => args.model_option.as_mut().or(args.model.as_mut()),
         Command::Profile(args) => args.model.as_mut().or(args.model_option.as_mut()),
         Command::Probe(args) => args.model.as_mut(),
+        Command::Doctor(args) => args.model.as_mut(),
         Command::Compare(args) => args.model.as_mut(),
         Command::Selftest(args) => args.model.as_mut(),
         Command::Launch(_)
@@ -79,7 +81,9 @@ fn field(command: &mut Command) -> Option<&mut PathBuf> {
         | Command::Calibrate(_)
         | Command::Replan(_)
         | Command::Diff(_)
-        | Command::Demo(_) => None,
+        | Command::Demo(_)
+        | Command::Config(_)
+        | Command::Models(_) => None,
     }
 }
 
@@ -110,6 +114,7 @@ mod tests {
         "profile MODEL",
         "profile -m MODEL",
         "probe -m MODEL",
+        "doctor MODEL",
         "compare x -m MODEL",
         "selftest --gpu --model MODEL",
         "launch claude --model MODEL",

@@ -9,7 +9,7 @@ use tier_plan_runtime::formats::record::Processors;
 const MAX_OTHERS: f64 = 0.1;
 
 /// Load per processor, before anything is measured, above which the machine counts as busy.
-const MAX_LOAD: f64 = 0.5;
+pub(crate) const MAX_LOAD: f64 = 0.5;
 
 /// Drift of a figure, from one fifth of the time to another, above which it gets a warning.
 const MAX_DRIFT: f64 = 0.15;
@@ -68,7 +68,8 @@ pub(super) fn load() -> Option<f64> {
     parse_load(&fs::read_to_string(Path::new("/proc/loadavg")).ok()?)
 }
 
-fn parse_load(text: &str) -> Option<f64> {
+/// Parses `/proc/loadavg`: returns the load of the last minute.
+pub(crate) fn parse_load(text: &str) -> Option<f64> {
     let load: f64 = text.split_whitespace().next()?.parse().ok()?;
     Some(load).filter(|load| load.is_finite() && *load >= 0.0)
 }

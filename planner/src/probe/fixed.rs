@@ -27,7 +27,7 @@ const TOKENS: u32 = 160;
 /// Repetitions. The fastest counts, because a fixed time is one that nothing can shorten.
 const REPEATS: usize = 5;
 
-/// Assumed parallel loops per layer and per token where the bundled model is missing.
+/// Assumed parallel loops per layer and per token where they are not measured.
 const ASSUMED_LAYER_LOOPS: f64 = 10.0;
 const ASSUMED_TOKEN_LOOPS: f64 = 6.0;
 
@@ -47,6 +47,21 @@ pub struct Fixed {
     pub how: String,
 }
 
+impl Fixed {
+    /// Counts parallel loops of `entry_us` microseconds each for a layer and a token.
+    pub fn assumed(entry_us: f64) -> Self {
+        let (layer, token) = (ASSUMED_LAYER_LOOPS, ASSUMED_TOKEN_LOOPS);
+        Self {
+            layer_us: layer * entry_us,
+            token_us: token * entry_us,
+            entry_us,
+            how: format!(
+                "{layer} and {token} loops of all threads were counted for a layer and a token, of {entry_us:.1} µs each"
+            ),
+        }
+    }
+}
+
 /// Measures fixed times.
 ///
 /// The bundled model decodes from the caches. The overhead is its time less its bytes at the
@@ -57,16 +72,10 @@ pub struct Fixed {
 pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
     let entry_us = memory.entry_us(pool);
     let Ok(path) = bundled::path("demo/demo.gguf") else {
-        let (layer, token) = (ASSUMED_LAYER_LOOPS, ASSUMED_TOKEN_LOOPS);
-        let how = format!(
-            "the bundled model was not found, so {layer} and {token} loops of all threads were counted for a layer and a \
-             token, of {entry_us:.1} µs each"
-        );
+        let assumed = Fixed::assumed(entry_us);
         return Ok(Fixed {
-            layer_us: layer * entry_us,
-            token_us: token * entry_us,
-            entry_us,
-            how,
+            how: format!("the bundled model was not found, so {}", assumed.how),
+            ..assumed
         });
     };
     let cached_gbps = memory.cached_gbps(pool, TensorType::Q4_K, CACHED_BYTES);

@@ -4,7 +4,7 @@
 //! run, on all threads, from huge pages. They are read from the drive by the engine's readers, in
 //! expert-sized pieces, with direct I/O.
 
-mod busy;
+pub(crate) mod busy;
 pub mod disk;
 pub mod fixed;
 pub mod gpu;
@@ -356,7 +356,7 @@ fn types_to_measure(shares: &[(TensorType, f64)]) -> Vec<TensorType> {
 ///
 /// # Errors
 /// When that is too little for a meaningful rate.
-fn bytes_to_measure(limit_bytes: Option<u64>) -> Result<u64> {
+pub(crate) fn bytes_to_measure(limit_bytes: Option<u64>) -> Result<u64> {
     let bytes = limit_bytes.map_or(MAX_MEMORY_BYTES, |limit| MAX_MEMORY_BYTES.min(limit / 4))
         / STAGE
         * STAGE;
@@ -510,7 +510,7 @@ fn open(path: &Path) -> Result<(Gguf, ModelSpec)> {
 }
 
 /// Returns the formats of the bytes that a decoded token reads, with their shares.
-fn shares(gguf: &Gguf, spec: &ModelSpec) -> Vec<(TensorType, f64)> {
+pub(crate) fn shares(gguf: &Gguf, spec: &ModelSpec) -> Vec<(TensorType, f64)> {
     let mut bytes = std::collections::BTreeMap::<TensorType, f64>::new();
     let dense = spec
         .dense_groups()

@@ -67,7 +67,7 @@ pub struct Version {
 
 impl Version {
     /// Returns the version that the driver numbers so: 12040 is 12.4.
-    pub(crate) fn of_driver(number: i32) -> Self {
+    pub fn of_driver(number: i32) -> Self {
         Self {
             major: number / 1000,
             minor: number % 1000 / 10,

@@ -100,6 +100,21 @@ pub struct LocalTime {
     pub unix_seconds: i64,
 }
 
+/// Returns the version of the GNU C library that this process runs with, `2.36`; `None` with another
+/// library.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn glibc_version() -> Option<String> {
+    // SAFETY: the call takes nothing, and returns a constant text that ends in a zero.
+    let version = unsafe { std::ffi::CStr::from_ptr(libc::gnu_get_libc_version()) };
+    version.to_str().ok().map(str::to_string)
+}
+
+/// Returns `None`: only GNU systems have this library.
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn glibc_version() -> Option<String> {
+    None
+}
+
 /// Gives this thread, and those that it starts, the lowest priority, where the system has
 /// priorities of threads.
 pub fn lower_priority() {

@@ -36,7 +36,7 @@ pub struct FileSystemSpace {
 /// }
 /// ```
 pub fn memory_limit() -> Option<Limit> {
-    limit_below(Path::new("/"))
+    memory_limit_below(Path::new("/"))
 }
 
 /// Returns the bytes that this process may still take, or `None` where the system reports no limit.
@@ -74,8 +74,8 @@ pub fn file_system_space(_: &Path) -> Option<FileSystemSpace> {
     None
 }
 
-/// Returns the tightest limit, with `/proc` and the cgroup mounts below `root`.
-fn limit_below(root: &Path) -> Option<Limit> {
+/// Returns the tightest limit like [`memory_limit`], with `/proc` and the cgroup mounts below `root`.
+pub fn memory_limit_below(root: &Path) -> Option<Limit> {
     let process_bytes = anonymous_bytes(&read(&root.join("proc/self/status")));
     let free = available_bytes(&read(&root.join("proc/meminfo")))
         .map(|bytes| bytes.saturating_add(process_bytes));
@@ -276,7 +276,7 @@ mod tests {
     const STATUS: (&str, &str) = ("proc/self/status", "Name: x\nRssAnon:\t     24 kB\n");
 
     fn limit(files: &[(&str, &str)]) -> Option<(u64, bool)> {
-        limit_below(system(files).path())
+        memory_limit_below(system(files).path())
             .map(|limit| (limit.bytes, limit.source.contains("cgroup")))
     }
 

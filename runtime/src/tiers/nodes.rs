@@ -33,8 +33,11 @@ pub fn nodes() -> Result<Vec<Node>, NumaError> {
     nodes_below(Path::new(ROOT))
 }
 
-/// Returns the nodes that are listed below `root`.
-fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
+/// Returns the nodes like [`nodes`], from a folder that stands for `/sys/devices/system/node`.
+///
+/// # Errors
+/// [`NumaError::Unavailable`] when the folder lists no nodes.
+pub fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
     let read = |name: &str| fs::read_to_string(root.join(name)).ok();
     let with_memory = read("has_memory")
         .or_else(|| read("online"))
