@@ -7,6 +7,7 @@ pub mod calibrate;
 pub mod chat;
 pub mod checksum;
 pub mod compare;
+pub mod completions;
 pub mod demo;
 pub mod diff;
 mod environment;
@@ -15,6 +16,7 @@ pub mod export;
 pub mod inspect;
 pub mod launch;
 pub mod logits;
+pub mod man;
 pub mod pack;
 pub mod perplexity;
 pub mod probe;
@@ -97,6 +99,8 @@ pub enum Command {
     Perplexity(perplexity::PerplexityArgs),
     Tokenize(tokenize::TokenizeArgs),
     Selftest(selftest::SelftestArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
 }
 
 /// Parses a command line, program name first. Environment variables give options that it leaves
@@ -161,5 +165,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::WhatIf(args) => what_if::run(&args),
         Command::Selftest(args) => selftest::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
     }
 }
