@@ -48,7 +48,7 @@ mod tests {
                 let is_named = script.contains(command.get_name());
                 assert!(is_named || command.is_hide_set(), "{shell}: {command}");
             }
-            assert!(script.contains("--n-predict"), "{shell}");
+            assert!(script.contains("n-predict"), "{shell}");
             assert_eq!(lines(&script), script, "{shell}");
         }
     }

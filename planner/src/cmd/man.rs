@@ -77,7 +77,8 @@ mod tests {
                 continue;
             }
             let page = read(&name);
-            for option in sub.get_arguments().filter_map(clap::Arg::get_long) {
+            let shown = sub.get_arguments().filter(|arg| !arg.is_hide_set());
+            for option in shown.filter_map(clap::Arg::get_long) {
                 let option = format!("\\-\\-{}", option.replace('-', "\\-"));
                 assert!(page.contains(&option), "{name}: {option}");
             }
