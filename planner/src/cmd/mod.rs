@@ -7,6 +7,7 @@ pub mod calibrate;
 pub mod chat;
 pub mod checksum;
 pub mod compare;
+pub mod completions;
 pub mod config;
 pub mod config_file;
 #[cfg(test)]
@@ -20,6 +21,7 @@ pub mod export;
 pub mod inspect;
 pub mod launch;
 pub mod logits;
+pub mod man;
 pub mod models;
 mod names;
 pub mod pack;
@@ -131,6 +133,8 @@ pub enum Command {
     Perplexity(perplexity::PerplexityArgs),
     Tokenize(tokenize::TokenizeArgs),
     Selftest(selftest::SelftestArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
 }
 
 /// Why a command line gives no command.
@@ -220,5 +224,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::WhatIf(args) => what_if::run(&args),
         Command::Selftest(args) => selftest::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
     }
 }

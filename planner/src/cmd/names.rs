@@ -82,6 +82,8 @@ fn field(command: &mut Command) -> Option<&mut PathBuf> {
         | Command::Replan(_)
         | Command::Diff(_)
         | Command::Demo(_)
+        | Command::Completions(_)
+        | Command::Man(_)
         | Command::Config(_)
         | Command::Models(_) => None,
     }
