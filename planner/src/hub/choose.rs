@@ -124,8 +124,7 @@ fn label(stem: &str) -> Option<String> {
     });
     let at = starts
         .map(|(at, _)| at)
-        .filter(|at| is_quantization(&upper[*at..]))
-        .last()?;
+        .rfind(|at| is_quantization(&upper[*at..]))?;
     let rest = &upper[at..];
     let end = rest.find(['/', '-', '.', ' ']).unwrap_or(rest.len());
     let is_dynamic = upper[..at].ends_with("UD-");

@@ -131,7 +131,7 @@ impl<'a> Hub<'a> {
                 "name one, such as hf:{}:QUANTIZATION",
                 self.name.repo
             ))?;
-        for file in parts.iter().filter(|file| file.digest.is_none()) {
+        if let Some(file) = parts.iter().find(|file| file.digest.is_none()) {
             let path = printable(&file.path);
             bail!(
                 "{}: {path} is listed without a checksum, expected one",
