@@ -47,6 +47,9 @@ const REMOTE: [&str; 12] = [
     "drvfs",
 ];
 
+/// Beginnings of names of virtual drives, whose host does not tell what they are.
+const VIRTUAL: [&str; 2] = ["vd", "xvd"];
+
 /// Whether direct I/O works.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Direct {
@@ -168,6 +171,16 @@ impl Drive {
         }
     }
 
+    /// Returns a drive of which only the name is known, and that it says that it rotates.
+    #[cfg(test)]
+    pub(super) fn rotating(device: &str) -> Self {
+        Self {
+            device: Some(device.into()),
+            rotational: Some(true),
+            ..Self::default()
+        }
+    }
+
     /// Checks the drive.
     pub fn checks(
         &self,
@@ -281,6 +294,14 @@ impl Drive {
         let check = Check::ok(id, found).fact("rotational", rotational);
         if !rotational {
             return check;
+        }
+        let is_virtual = |name: &String| VIRTUAL.iter().any(|prefix| name.starts_with(prefix));
+        if self.device.as_ref().is_some_and(is_virtual) {
+            return Check {
+                found: "unknown: queue/rotational is 1, which drives of virtual machines say of themselves"
+                    .to_string(),
+                ..check
+            };
         }
         check
             .warning(
