@@ -69,7 +69,11 @@ fn settings_are_shown_with_their_origin() {
         "{text}"
     );
     assert!(!text.contains("secret"), "{text}");
-    let help = stdout(&run(&["serve", "--help"]));
+    let help = program(folder.path())
+        .args(["serve", "--help"])
+        .output()
+        .unwrap();
+    let help = stdout(&help);
     assert!(
         help.contains("[default: 81]") && !help.contains("secret"),
         "{help}"

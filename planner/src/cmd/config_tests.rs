@@ -147,8 +147,8 @@ fn mistakes_name_the_line_and_what_was_expected() {
         &["c.toml:2: 'prompt' belongs to a single call"],
     );
     refused(
-        "parallel = 2",
-        &["'parallel' means something else", "a table such as ["],
+        "output = 'x'",
+        &["'output' means something else", "a table such as ["],
     );
     refused(
         "port = true",

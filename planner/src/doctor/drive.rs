@@ -1,24 +1,16 @@
-//! The drive that models are read from: its file system, direct I/O, queue, and rate.
+//! The drive that models are read from: its file system, direct I/O, and queue.
 
 use super::forecast::cost;
 use super::system::chosen;
-use super::{Change, Check, Forecast, Options, Process, System};
-use crate::interrupt::Interrupted;
-use crate::probe::disk::{Disk, DiskRate};
+use super::{Change, Check, Forecast, Process, System};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 use tier_plan_runtime::formats::safely::Temporary;
-use tier_plan_runtime::gguf::Gguf;
-use tier_plan_runtime::model::describe;
 use tier_plan_runtime::tiers::file::{FileTier, ReadMode};
 use tier_plan_runtime::tiers::limits::{FileSystemSpace, file_system_space};
 use tier_plan_runtime::tiers::source::ALIGN;
 use tier_plan_runtime::units::show_bytes;
-
-/// Time that the drive is read for.
-const READ_TIME: Duration = Duration::from_secs(3);
 
 /// Most files of a folder that are looked at for one to try direct I/O with.
 const MAX_TRIALS: usize = 64;
@@ -46,6 +38,9 @@ const REMOTE: [&str; 12] = [
     "fuseblk",
     "drvfs",
 ];
+
+/// Beginnings of names of virtual drives, whose host does not tell what they are.
+const VIRTUAL: [&str; 2] = ["vd", "xvd"];
 
 /// Whether direct I/O works.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -168,6 +163,16 @@ impl Drive {
         }
     }
 
+    /// Returns a drive of which only the name is known, and that it says that it rotates.
+    #[cfg(test)]
+    pub(super) fn rotating(device: &str) -> Self {
+        Self {
+            device: Some(device.into()),
+            rotational: Some(true),
+            ..Self::default()
+        }
+    }
+
     /// Checks the drive.
     pub fn checks(
         &self,
@@ -282,6 +287,14 @@ impl Drive {
         if !rotational {
             return check;
         }
+        let is_virtual = |name: &String| VIRTUAL.iter().any(|prefix| name.starts_with(prefix));
+        if self.device.as_ref().is_some_and(is_virtual) {
+            return Check {
+                found: "unknown: queue/rotational is 1, which drives of virtual machines say of themselves"
+                    .to_string(),
+                ..check
+            };
+        }
         check
             .warning(
                 "queue/rotational is 1: if that is true, the heads move before each missed expert is read, about 10 ms; \
@@ -388,70 +401,6 @@ fn trial(folder: &Path) -> Result<Temporary> {
         .write_all(&[0; ALIGN])
         .context("writing one failed")?;
     Ok(file)
-}
-
-/// Rate of the drive, or why it was not measured.
-pub(super) type Rate = Result<DiskRate, String>;
-
-/// Measures the drive where that was asked for: with the experts of a model, or a file of 1 GiB.
-///
-/// # Errors
-/// When Ctrl-C came.
-pub(super) fn measured(options: &Options<'_>) -> Result<Option<Rate>> {
-    if !options.measure {
-        return Ok(None);
-    }
-    let measure = || -> Result<DiskRate> {
-        let mut disk = open(options.model)?;
-        disk.choose_io(READ_TIME / 2)?;
-        disk.measure(READ_TIME)
-    };
-    match measure() {
-        Ok(rate) => Ok(Some(Ok(rate))),
-        Err(error) if error.is::<Interrupted>() => Err(error),
-        Err(error) => Ok(Some(Err(format!("{error:#}")))),
-    }
-}
-
-fn open(model: Option<&Path>) -> Result<Disk> {
-    let opened = model.and_then(|model| {
-        let gguf = Gguf::open(model).ok()?;
-        let spec = describe(&gguf).ok()?;
-        Some((gguf, spec))
-    });
-    match opened {
-        Some((gguf, spec)) if spec.moe_layers().next().is_some() => Disk::of_model(&gguf, &spec),
-        _ => {
-            let folder = folder(model);
-            Disk::check_folder(&folder)?;
-            Disk::of_folder(&folder)
-        }
-    }
-}
-
-pub(super) fn rate_check(rate: Option<&Rate>) -> Check {
-    let id = "drive.rate";
-    match rate {
-        None => Check::ok(
-            id,
-            "not measured; --measure reads the drive for some seconds",
-        ),
-        Some(Err(why)) => Check::ok(id, format!("not measured: {why}")),
-        Some(Ok(rate)) => {
-            let (gbps, us) = (rate.gbps.value, rate.latency_us.value);
-            Check::ok(
-                id,
-                format!(
-                    "{gbps:.2} GB/s in pieces of {}, {us:.0} µs for one page",
-                    show_bytes(rate.piece_bytes)
-                ),
-            )
-            .fact("gbps", gbps)
-            .fact("spread", rate.gbps.spread)
-            .fact("latency_us", us)
-            .fact("direct", rate.direct)
-        }
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod model;
 mod numa;
 mod private;
 mod processor;
+mod rate;
 mod system;
 #[cfg(test)]
 mod tests;
@@ -266,7 +267,7 @@ pub fn examine(options: &Options<'_>) -> Result<Report> {
         .model
         .map(|path| model::Opened::open(path, options.context));
     let folder = drive::folder(options.model);
-    let rate = drive::measured(options)?;
+    let rate = rate::measured(options)?;
     let known = rate.as_ref().and_then(|rate| rate.as_ref().ok());
     let forecast = match &opened {
         Some(Ok(opened)) => {
@@ -282,7 +283,7 @@ pub fn examine(options: &Options<'_>) -> Result<Report> {
     checks.extend(numa::checks(&system));
     let direct = drive::try_direct(options.model, &folder);
     checks.extend(Drive::of(&system, &folder).checks(&process, direct, forecast.ok()));
-    checks.push(drive::rate_check(rate.as_ref()));
+    checks.push(rate::check(rate.as_ref()));
     checks.extend(gpu::checks(&system, &Gpus::of_this_machine()));
     checks.extend(versions::checks(&system, &process));
     checks.extend(busy::checks(&system, &process, forecast.ok()));

@@ -238,6 +238,14 @@ fn drives_are_found_through_partitions_and_mappers() {
             Status::Warning,
             &["1.02 GB/s where direct I/O gave 1.77"],
         );
+        let rotating = Drive::rotating("vda");
+        let virtual_drive = rotating.checks(&process(), Direct::Works, None);
+        expect(
+            &virtual_drive,
+            "drive.rotational",
+            Status::Ok,
+            &["unknown", "virtual machines"],
+        );
         let found = checks(Path::new("/net/m"), Direct::Untried("no file".into()));
         expect(&found, "drive.file_system", Status::Warning, &["over nfs4"]);
         expect(
