@@ -39,20 +39,18 @@ fn load(system: &System, process: &Process, forecast: Option<&Forecast<'_>>) -> 
         processor_factor,
         ..Change::default()
     };
-    // Where the rate was measured just now, the others had their part of it.
-    let (now, quiet) = match forecast {
-        Some(forecast) if forecast.is_present() => (factor(1.0), factor(1.0 / share)),
-        _ => (factor(share), factor(1.0)),
-    };
     let words = format!(
         "{load} threads ran or wanted to in the last minute, so {threads:.0} threads get about {:.0} % of the time that \
          they ask for",
         share * 100.0
     );
-    let cost = if share < 1.0 {
-        cost_between(words, forecast, &now, &quiet)
-    } else {
-        words.into()
+    let cost = match forecast {
+        // The rates were measured beside the others: how fast it would be without is unknown.
+        Some(forecast) if forecast.is_present() => {
+            format!("{words}; predictions rest on rates measured meanwhile").into()
+        }
+        _ if share < 1.0 => cost_between(words, forecast, &factor(share), &factor(1.0)),
+        _ => words.into(),
     };
     check
         .warning(cost)

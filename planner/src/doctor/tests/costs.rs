@@ -106,21 +106,24 @@ fn costs_are_predicted_where_a_model_is_given() {
 fn a_load_costs_what_it_takes_from_the_rates() {
     let (made, opened) = (quiet(), demo());
     made.write("proc/loadavg", "12.0 3 3 1/2 3\n");
-    let speeds = |is_present| {
+    let cost = |is_present| {
         let limit = Some(limit_of(8 << 30));
         let forecast = Forecast::new(&opened, rates(is_present), limit).unwrap();
         let checks = busy::checks(&made.system(), &process(), Some(&forecast));
         let cost = find(&checks, "busy.load").cost.clone().unwrap();
-        assert!(cost.to_string().starts_with("predicted "), "{cost}");
-        cost.speeds.unwrap()
+        (cost, forecast.tok_s(&Change::default()))
     };
-    let (present, quiet) = (speeds(true), speeds(false));
-    // Rates that were measured now are those of a busy machine; those of a file are not.
-    assert_eq!(present.now_tok_s, quiet.mended_tok_s);
+    let (of_file, tok_s) = cost(false);
+    let speeds = of_file.speeds.unwrap();
+    assert_eq!(Some(speeds.mended_tok_s), tok_s);
     assert!(
-        (present.mended_tok_s / present.now_tok_s - 2.0).abs() < 1e-9,
-        "{present:?}"
+        (speeds.mended_tok_s / speeds.now_tok_s - 2.0).abs() < 1e-9,
+        "{speeds:?}"
     );
+    // Rates that were measured now are those of a busy machine: nothing is known of an idle one.
+    let (present, _) = cost(true);
+    assert_eq!(present.speeds, None);
+    assert!(present.words.contains("measured meanwhile"), "{present}");
 }
 
 #[test]
