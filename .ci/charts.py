@@ -1,0 +1,60 @@
+"""Line charts as SVG, light and dark, for the scripts beside this file."""
+
+from xml.sax.saxutils import escape
+
+# Okabe and Ito's colors, which color-blind readers tell apart.
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 64, 190, 52, 52
+
+
+def lines(title, x_label, y_label, ticks, series, level=None):
+    """Returns an SVG.
+
+    `ticks` are (value, label) on the x axis, `series` are (name, color index, is dashed, [(x, y)]), and `level` is a
+    horizontal line as (name, y).
+    """
+    values = [y for *_, points in series for _, y in points] + ([level[1]] if level else [])
+    first, last = ticks[0][0], ticks[-1][0]
+    high = max(values) * 1.08
+
+    def at_x(x):
+        return LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+
+    def at_y(y):
+        return HEIGHT - BOTTOM - y / high * (HEIGHT - TOP - BOTTOM)
+
+    def text(x, y, words, **attributes):
+        more = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+        out.append(f'<text x="{x:.1f}" y="{y:.1f}"{more}>{escape(words)}</text>')
+
+    def line(x1, y1, x2, y2, style):
+        out.append(f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>')
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+        "<style>text{fill:#222}.grid{stroke:#ddd}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#444}}</style>",
+    ]
+    text(LEFT, 22, title, font_size=15)
+    text(16, TOP - 10, y_label)
+    text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x_label, text_anchor="middle")
+    step = 10 ** (len(str(int(high))) - 1) / 2
+    for n in range(int(high / step) + 1):
+        line(LEFT, at_y(n * step), WIDTH - RIGHT, at_y(n * step), 'class="grid"')
+        text(LEFT - 8, at_y(n * step) + 4, f"{n * step:g}", text_anchor="end")
+    for value, label in ticks:
+        text(at_x(value), HEIGHT - BOTTOM + 20, label, text_anchor="middle")
+    legend = TOP + 40
+    if level:
+        name, y = level
+        line(LEFT, at_y(y), WIDTH - RIGHT, at_y(y), f'stroke="{COLORS[3]}" stroke-width="2.5"')
+        text(WIDTH - RIGHT + 8, TOP + 8, f"{name}: {y:.0f}", font_weight="bold")
+        line(WIDTH - RIGHT + 8, TOP + 16, WIDTH - RIGHT + 36, TOP + 16, f'stroke="{COLORS[3]}" stroke-width="2.5"')
+    for name, color, is_dashed, points in series:
+        style = f'stroke="{COLORS[color]}" stroke-width="2"' + (' stroke-dasharray="5 4"' if is_dashed else "")
+        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
+        out.append(f'<polyline fill="none" {style} points="{path}"/>')
+        line(WIDTH - RIGHT + 8, legend, WIDTH - RIGHT + 36, legend, style)
+        text(WIDTH - RIGHT + 42, legend + 4, name)
+        legend += 20
+    return "\n".join([*out, "</svg>", ""])
