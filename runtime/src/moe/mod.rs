@@ -6,7 +6,7 @@
 //! same time; sums have a fixed order, so that no plan changes a result.
 
 mod batch;
-mod few;
+mod cpu;
 pub(crate) mod ffn;
 pub(crate) mod gpu;
 pub(crate) mod offload;
@@ -71,9 +71,8 @@ impl MoeRun<'_> {
     /// # Errors
     /// As [`token`](Self::token).
     pub(crate) fn batch(mut self) -> Result<Step, RunError> {
-        let is_on_cpu = self.store.n_gpus() == 0 && !self.streams.any();
-        if is_on_cpu && self.routing.experts.len() <= self.scratch.rows {
-            few::run(&mut self)
+        if self.store.n_gpus() == 0 && !self.streams.any() {
+            cpu::run(&mut self)
         } else {
             batch::run(&mut self)
         }
