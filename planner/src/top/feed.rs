@@ -6,7 +6,7 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use serde_json::Value;
 use std::io::{BufRead, Read};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
 /// Path of the stream.
@@ -79,19 +79,7 @@ impl Feed {
     /// # Errors
     /// When the server refuses, and would refuse again; when the system allows no thread.
     pub fn look(&mut self) -> Result<Option<Seen>> {
-        let Some(news) = &self.news else {
-            let wait = self.retry_at.saturating_duration_since(Instant::now());
-            if wait.is_zero() {
-                self.news = Some(start(&self.client)?);
-                return Ok(None);
-            }
-            return Ok(Some(Seen::Waiting(wait)));
-        };
-        match news.try_recv() {
-            Ok(news) => self.take(news).map(Some),
-            Err(TryRecvError::Empty) => Ok(None),
-            Err(TryRecvError::Disconnected) => bail!("the thread of the connection has ended"),
-        }
+        self.wait(Duration::ZERO)
     }
 
     /// Waits up to `time` for news, and returns them.
@@ -99,14 +87,19 @@ impl Feed {
     /// # Errors
     /// As [`look`](Self::look).
     pub fn wait(&mut self, time: Duration) -> Result<Option<Seen>> {
-        let end = Instant::now() + time;
-        loop {
-            match self.look()? {
-                None | Some(Seen::Waiting(_)) if Instant::now() < end => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                seen => return Ok(seen),
+        let Some(news) = &self.news else {
+            let wait = self.retry_at.saturating_duration_since(Instant::now());
+            if wait.is_zero() {
+                self.news = Some(start(&self.client)?);
+                return Ok(None);
             }
+            std::thread::sleep(wait.min(time));
+            return Ok(Some(Seen::Waiting(wait)));
+        };
+        match news.recv_timeout(time) {
+            Ok(news) => self.take(news).map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => bail!("the thread of the connection has ended"),
         }
     }
 

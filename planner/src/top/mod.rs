@@ -154,8 +154,7 @@ pub fn print_lines(client: Client, options: LineOptions) -> Result<()> {
                 second = Sums::default();
                 let (why, seconds) = (format!("{why:#}"), retry_in.as_secs_f64());
                 if options.json {
-                    let line =
-                        json!({ "connected": false, "error": why, "retry_in_s": seconds });
+                    let line = json!({ "connected": false, "error": why, "retry_in_s": seconds });
                     println!("{line}");
                 } else {
                     println!("no connection: {}; next try in {seconds} s", one_line(&why));

@@ -9,6 +9,9 @@ use std::time::Duration;
 const MAX_TIERS: usize = 16;
 const MAX_TEXTS: usize = 256;
 
+/// Largest number that is taken for one.
+const MAX_NUMBER: f64 = 1e18;
+
 /// Seconds that rates "now" are averaged over.
 const NOW_S: f64 = 2.0;
 
@@ -150,9 +153,9 @@ fn count(value: &Value) -> u64 {
     value.as_u64().unwrap_or(0)
 }
 
-/// Returns a number that is finite and not negative.
+/// Returns a number that is not negative, and small enough that sums and products stay finite.
 fn number(value: &Value) -> Option<f64> {
-    value.as_f64().filter(|n| n.is_finite() && *n >= 0.0)
+    value.as_f64().filter(|n| (0.0..=MAX_NUMBER).contains(n))
 }
 
 fn name(value: &Value) -> String {

@@ -31,8 +31,8 @@ mod rank {
     pub const ERRORS: u8 = 2;
     pub const TIERS: u8 = 3;
     pub const CACHE: u8 = 4;
-    pub const TEXTS: u8 = 5;
-    pub const TITLES: u8 = 6;
+    pub const TITLES: u8 = 5;
+    pub const TEXTS: u8 = 6;
 }
 
 /// Whether there are colors. Only magenta and red are used, which show on black and on white; all
@@ -184,12 +184,18 @@ impl Page {
 
     /// Returns the rows that fit: lower ranks first, each where it stands among the others.
     fn fitting(mut self, height: usize) -> Vec<Line<'static>> {
+        let mut n_texts = 0;
         while self.rows.len() > height {
             let needed = self.rows.iter().map(|row| row.rank);
             let Some(least) = needed.max() else { break };
             if let Some(at) = self.rows.iter().rposition(|row| row.rank == least) {
                 self.rows.remove(at);
+                n_texts += usize::from(least == rank::TEXTS);
             }
+        }
+        let last = self.rows.iter_mut().rfind(|row| row.rank == rank::TEXTS);
+        if let Some(last) = last.filter(|_| n_texts > 0) {
+            last.line = Line::from(format!("and {} more", n_texts + 1));
         }
         self.rows.into_iter().map(|row| row.line).collect()
     }
