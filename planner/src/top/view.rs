@@ -264,12 +264,16 @@ impl Page {
             state.points.iter().map(|point| Some(of(point))).collect()
         };
         let decode = history(|point| point.decode_tok_s);
-        let value = format!("{} tok/s", digits(now.decode_tok_s()));
+        let value = per_second(now, now.decode_tok_s());
         self.charted("decode", &value, &decode, most(&decode));
         let text = now.text_tok_s();
-        let measured = text.map_or("–".to_string(), |rate| format!("{} tok/s", digits(rate)));
+        let unit = if self.is_wide() { " tok/s" } else { "" };
+        let measured = text.map_or("–".to_string(), |rate| digits(rate) + unit);
         let predicted = match (scene.predicted_tok_s, text) {
             (None, _) => "no prediction".to_string(),
+            (Some(predicted), _) if !self.is_wide() => {
+                format!("predicted {} tok/s", digits(predicted))
+            }
             (Some(predicted), Some(rate)) => format!(
                 "predicted {} ({})",
                 digits(predicted),
@@ -278,14 +282,14 @@ impl Page {
             (Some(predicted), None) => format!("predicted {}", digits(predicted)),
         };
         let name = if self.is_wide() {
-            "  per text"
+            " per text"
         } else {
             " a text"
         };
         let row = format!("{}{measured}, {predicted}", pad(name, self.label("").len()));
         self.text(rank::RATES, row);
         let prompt = history(|point| point.prompt_tok_s);
-        let value = format!("{} tok/s", digits(now.prompt_tok_s()));
+        let value = per_second(now, now.prompt_tok_s());
         self.charted("prompt", &value, &prompt, most(&prompt));
     }
 
@@ -302,6 +306,7 @@ impl Page {
         };
         let measured = now.read_gbps(last);
         let value = match tier.read_gbps {
+            _ if now.seconds <= 0.0 => "–".to_string(),
             Some(limit) if self.is_wide() => format!(
                 "{} of {} GB/s ({})",
                 digits(measured),
@@ -327,6 +332,7 @@ impl Page {
             show_bytes(tier.used_bytes),
             show_bytes(tier.size_bytes)
         );
+        let used = fit(&used, 22);
         let mut spans = vec![self.label(&tier.name).into()];
         if self.is_wide() {
             spans.push(pad(&used, 23).into());
@@ -385,18 +391,21 @@ impl Page {
             failed,
         } = requests;
         let has_errors = *failed > 0 || *queue_full > 0;
-        let text = if self.is_wide() {
-            format!(
+        let text = match self.width {
+            80.. => format!(
                 "{failed} failed, {queue_full} queue full, {refused} refused, {abandoned} left, {answered} answered"
-            )
-        } else {
-            format!("{failed} failed, {queue_full} full")
+            ),
+            WIDE.. => format!("{failed} failed, {queue_full} queue full, {refused} refused"),
+            _ => format!("{failed} failed, {queue_full} full"),
         };
         let style = match has_errors {
             true => self.theme.error(),
             false => Style::new(),
         };
-        let row = format!("{}{text}", self.label("requests"));
+        let row = format!(
+            "{}{text}",
+            self.label(if self.is_wide() { "requests" } else { "errors" })
+        );
         let rank = match has_errors {
             true => rank::ERRORS,
             false => rank::CACHE,
@@ -467,6 +476,15 @@ fn fit(text: &str, width: usize) -> String {
 fn pad(text: &str, width: usize) -> String {
     let more = width.saturating_sub(width_of(text));
     format!("{text}{}", " ".repeat(more))
+}
+
+/// Returns a rate of tokens, which is unknown where nothing was counted.
+fn per_second(counted: &Sums, rate: f64) -> String {
+    if counted.seconds > 0.0 {
+        format!("{} tok/s", digits(rate))
+    } else {
+        "–".to_string()
+    }
 }
 
 fn percent(share: f64) -> String {
