@@ -20,6 +20,7 @@ use anyhow::{Context, Result};
 use feed::{Feed, Seen};
 use input::Action;
 use ratatui::crossterm::event;
+use ratatui::layout::Rect;
 use serde_json::json;
 use state::{State, Sums};
 use std::time::{Duration, Instant};
@@ -80,7 +81,12 @@ pub fn watch(client: Client, theme: Theme) -> Result<()> {
             match input::action(&event::read().context("reading keys")?) {
                 Action::Quit => return Ok(()),
                 Action::Interrupt => return Err(Ended(INTERRUPTED).into()),
-                Action::Redraw => terminal.clear().context("clearing the terminal")?,
+                Action::Redraw => {
+                    // As `clear`, without a question for the cursor that some terminals don't answer.
+                    let size = terminal.size().context("the terminal's size")?;
+                    let all = Rect::new(0, 0, size.width, size.height);
+                    terminal.resize(all).context("clearing the terminal")?;
+                }
                 action => act(&mut state, action),
             }
         }
