@@ -3,6 +3,7 @@
 //! `feed` reads snapshots on a thread, `state` adds them up, `view` and `lines` show them. Names come
 //! from a server that is not trusted: `state` makes them printable when it reads them.
 
+mod cells;
 pub mod feed;
 pub mod input;
 pub mod lines;
