@@ -13,6 +13,7 @@ mod profile;
 mod responses;
 mod streams;
 pub mod tools;
+mod top;
 
 use crate::common::{demo_model, json, piped, run_in, send, tier_plan};
 use client::{Answer, Served};
@@ -328,6 +329,20 @@ fn what_the_engine_does_can_be_watched() {
         (&idle["steps"], &idle["queue"]["running"]),
         (&json!(0), &json!(0))
     );
+    assert_eq!(idle["plan"], "all-in-dram");
+    assert_eq!(
+        idle["tiers"][0]["read_gbps"],
+        Value::Null,
+        "not measured: {idle}"
+    );
+    assert_eq!(server.get("/nowhere").status, 404);
+    server.post("/v1/completions", &completion(PROMPT, 2)).ok();
+    let then = server.get("/tier-plan/live").ok();
+    let ended = |live: &Value, how: &str| live["requests"][how].as_u64().unwrap();
+    // The first look itself was answered, too.
+    assert_eq!(ended(&then, "answered"), ended(&idle, "answered") + 2);
+    assert_eq!(ended(&then, "refused"), ended(&idle, "refused") + 1);
+    assert_eq!(ended(&then, "failed"), 0);
     let is_done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         // A text ends within a window or two, so others follow it.

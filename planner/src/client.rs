@@ -1,9 +1,10 @@
 //! Asks a running `tier-plan serve`.
 
-use crate::hint::HintExt;
+use crate::hint::{HintExt, hinted};
 use crate::printable::printable;
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
+use std::io::BufReader;
 use std::time::Duration;
 
 /// Most bytes of an answer.
@@ -12,6 +13,19 @@ const MAX_ANSWER_BYTES: u64 = 64 << 20;
 /// Time for a connection, and for an answer.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
 const ANSWER_TIME: Duration = Duration::from_secs(60);
+
+/// What comes of asking for a stream.
+pub enum Opened {
+    /// The body, read as it comes.
+    Stream(BufReader<ureq::BodyReader<'static>>),
+    /// The server refuses.
+    Refused {
+        /// Its status.
+        status: u16,
+        /// What it says.
+        error: anyhow::Error,
+    },
+}
 
 /// A server, and the key that it wants.
 pub struct Client {
@@ -78,6 +92,34 @@ impl Client {
         self.answer(path, request.call())
     }
 
+    /// Opens a stream of events. Where nothing comes for the time `quiet`, reading it fails.
+    ///
+    /// # Errors
+    /// When there is no server.
+    pub fn open(&self, path: &str, quiet: Duration) -> Result<Opened> {
+        let mut request = self.agent.get(format!("{}{path}", self.url));
+        if let Some(key) = &self.key {
+            request = request.header("x-api-key", key);
+        }
+        let request = request.header("accept", "text/event-stream").config();
+        let request = request
+            .timeout_global(None)
+            .timeout_recv_response(Some(ANSWER_TIME))
+            .timeout_per_read(Some(quiet));
+        let answer = request.build().call();
+        match answer {
+            Ok(answer) if answer.status().is_success() => {
+                let reader = answer.into_body().into_reader();
+                Ok(Opened::Stream(BufReader::new(reader)))
+            }
+            other => {
+                let (status, value) = self.read(path, other)?;
+                let error = self.refusal(path, status, value.as_ref());
+                Ok(Opened::Refused { status, error })
+            }
+        }
+    }
+
     /// Gets what is at a path, whatever the server answers: its status, and the body, null where that
     /// is not JSON.
     ///
@@ -132,21 +174,26 @@ impl Client {
                 format!("{url}{path}: the answer is not JSON, so this is no server of tier-plan")
             });
         }
-        let said = value
-            .as_ref()
-            .and_then(|value| value["error"]["message"].as_str());
+        Err(self.refusal(path, status, value.as_ref()))
+    }
+
+    /// Returns what the server says is wrong.
+    fn refusal(&self, path: &str, status: u16, value: Option<&Value>) -> anyhow::Error {
+        let said = value.and_then(|value| value["error"]["message"].as_str());
         let said = said.map_or_else(
             || format!("status {status}"),
             |said| printable(said).into_owned(),
         );
         match status {
-            401 => Err(anyhow!("the server wants a key: {said}"))
-                .hint("pass --api-key KEY, or set TIER_PLAN_API_KEY"),
-            404 | 405 => bail!(
+            401 => hinted(
+                anyhow!("the server wants a key: {said}"),
+                "pass --api-key KEY, or set TIER_PLAN_API_KEY",
+            ),
+            404 | 405 => anyhow!(
                 "{}{path}: {said}; is it an older server, or another program?",
                 printable(&self.url)
             ),
-            _ => bail!("the server refuses: {said}"),
+            _ => anyhow!("the server refuses: {said}"),
         }
     }
 }

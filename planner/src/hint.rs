@@ -44,13 +44,16 @@ pub trait HintExt<T> {
 
 impl<T, E: Into<Error>> HintExt<T> for Result<T, E> {
     fn hint(self, hint: impl Into<String>) -> Result<T, Error> {
-        self.map_err(|error| {
-            Error::new(Hinted {
-                error: error.into(),
-                hint: hint.into(),
-            })
-        })
+        self.map_err(|error| hinted(error.into(), hint))
     }
+}
+
+/// Adds advice to an error.
+pub fn hinted(error: Error, hint: impl Into<String>) -> Error {
+    Error::new(Hinted {
+        error,
+        hint: hint.into(),
+    })
 }
 
 /// Returns the advice for an error, `None` if there is nothing to add to its message.

@@ -46,6 +46,7 @@ pub mod special;
 pub mod store;
 mod subprocess;
 pub mod text;
+pub mod top;
 pub mod trial;
 pub mod verify;
 pub mod whatif;

@@ -36,6 +36,7 @@ pub mod solve;
 #[cfg(test)]
 mod tests;
 pub mod tokenize;
+pub mod top;
 pub mod what_if;
 
 use anyhow::Result;
@@ -123,6 +124,7 @@ pub enum Command {
     Batch(batch::BatchArgs),
     Serve(serve::ServeArgs),
     Launch(launch::LaunchArgs),
+    Top(top::TopArgs),
     Models(models::ModelsArgs),
     Replan(replan::ReplanArgs),
     Compare(compare::CompareArgs),
@@ -210,6 +212,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Batch(args) => batch::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Launch(args) => launch::run(&args),
+        Command::Top(args) => top::run(&args),
         Command::Replan(args) => replan::run(&args),
         Command::Solve(args) => solve::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -80,6 +80,7 @@ fn field(command: &mut Command) -> Option<&mut PathBuf> {
         | Command::Tokenize(_)
         | Command::Calibrate(_)
         | Command::Replan(_)
+        | Command::Top(_)
         | Command::Diff(_)
         | Command::Demo(_)
         | Command::Completions(_)

@@ -92,6 +92,9 @@ impl DriveIo {
     }
 }
 
+/// The [source](Tier::source) of figures that only order tiers.
+pub const NOT_MEASURED: &str = "not measured";
+
 /// A memory tier of a machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tier {
@@ -129,6 +132,13 @@ pub struct Accelerator {
     /// Fixed time per layer of a model that is fully on the GPU, in place of all other fixed times
     /// of a layer, in microseconds.
     pub resident_layer_us: Option<f64>,
+}
+
+impl Tier {
+    /// Whether its figures are of a machine: measured, or from a specification.
+    pub fn is_measured(&self) -> bool {
+        self.source != NOT_MEASURED
+    }
 }
 
 impl Accelerator {

@@ -33,6 +33,7 @@ mod log;
 mod metrics;
 mod openai;
 mod openapi;
+mod outcomes;
 mod page;
 mod plan;
 pub mod prompts;

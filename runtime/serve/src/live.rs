@@ -5,26 +5,25 @@
 //! last tier, though it may be in a slot now.
 
 mod decoding;
+mod scene;
 
 use crate::error::{ApiError, json_response};
 use crate::sse;
 use crate::state::State;
 use crate::truth::Snapshot;
-use crate::utilities::slot;
 use axum::body::Bytes;
 use axum::extract::State as Shared;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use decoding::Decoding;
-use serde_json::{Value, json};
+use scene::{Accesses, Chosen, LayerScene, Scene, TierScene};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tier_plan_runtime::Engine;
-use tier_plan_runtime::batcher::{Batcher, Step, TextStatus};
+use tier_plan_runtime::batcher::{Batcher, Step};
 use tier_plan_runtime::formats::placement::{LayerPlacement, PlanTier};
 use tier_plan_runtime::model::spec::MoeSpec;
-use tier_plan_runtime::schedule::Pages;
 use tokio::sync::mpsc::{Sender, channel};
 use tokio::sync::watch;
 
@@ -39,66 +38,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Time without a snapshot after which a stream has a sign of life.
 const PING: Duration = Duration::from_secs(10);
-
-/// Accesses to experts of one layer while decoding.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Accesses {
-    pinned: u64,
-    slots: u64,
-    misses: u64,
-}
-
-/// An expert that was chosen in a window.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Chosen {
-    expert: usize,
-    /// How often, by tokens of prompts and decoded ones.
-    n: u32,
-    /// Number of the tier where it was.
-    tier: usize,
-}
-
-/// A layer with routed experts in a window.
-#[derive(Debug, Clone)]
-struct LayerScene {
-    layer: usize,
-    n_expert: usize,
-    n_used: usize,
-    accesses: Accesses,
-    chosen: Vec<Chosen>,
-}
-
-/// A tier in a window.
-#[derive(Debug, Clone)]
-struct TierScene {
-    name: String,
-    kind: String,
-    emulated: bool,
-    capacity_bytes: u64,
-    budget_bytes: u64,
-    used_bytes: u64,
-    /// Weights that were read for decoded tokens, and on the last tier for prompts.
-    read_bytes: u64,
-}
-
-/// What the engine did in a window, and what waits.
-#[derive(Debug, Clone)]
-pub(crate) struct Scene {
-    /// Counts up, so that a reader sees what it missed.
-    number: u64,
-    window: Duration,
-    steps: usize,
-    prompt_tokens: usize,
-    decode_tokens: usize,
-    decoding: Decoding,
-    tiers: Vec<TierScene>,
-    layers: Vec<LayerScene>,
-    pages: Pages,
-    max_texts: usize,
-    running: usize,
-    waiting: usize,
-    texts: Vec<TextStatus>,
-}
 
 /// What watchers see.
 #[derive(Debug, Clone)]
@@ -261,6 +200,7 @@ impl Window {
         let engine = batcher.engine();
         Scene {
             number,
+            plan: engine.plan().name.clone(),
             window: self.start.elapsed(),
             steps: self.steps,
             prompt_tokens: self.prompt_tokens,
@@ -285,6 +225,7 @@ impl Window {
             name: planned.tier.name.clone(),
             kind: planned.tier.kind.to_string(),
             emulated: planned.tier.emulated,
+            read_gbps: planned.tier.is_measured().then_some(planned.tier.read_gbps),
             capacity_bytes: planned.tier.capacity_bytes,
             budget_bytes: planned.budget_bytes,
             used_bytes: resident.get(i).copied().unwrap_or(0),
@@ -365,84 +306,6 @@ fn places(engine: &Engine) -> Vec<Vec<usize>> {
         tiers
     };
     plan.layers.iter().zip(specs).map(place).collect()
-}
-
-impl Scene {
-    fn json(&self, state: &State) -> Value {
-        let seconds = self.window.as_secs_f64().max(1e-9);
-        let rate = |n: u64| n as f64 / seconds;
-        let hits: u64 = self
-            .layers
-            .iter()
-            .map(|l| l.accesses.pinned + l.accesses.slots)
-            .sum();
-        let misses: u64 = self.layers.iter().map(|l| l.accesses.misses).sum();
-        let all: u64 = self.chosen(|_| true);
-        let tiers = self.tiers.iter().enumerate().map(|(i, tier)| {
-            let n = self.chosen(|chosen| chosen.tier == i);
-            json!({
-                "name": tier.name,
-                "kind": tier.kind,
-                "emulated": tier.emulated,
-                "capacity_bytes": tier.capacity_bytes,
-                "budget_bytes": tier.budget_bytes,
-                "used_bytes": tier.used_bytes,
-                "read_bytes_per_s": rate(tier.read_bytes),
-                "accesses": n,
-                "hit_rate": (all > 0).then(|| n as f64 / all as f64),
-            })
-        });
-        json!({
-            "number": self.number,
-            "uptime_s": state.started.elapsed().as_secs_f64(),
-            "window_s": seconds,
-            "model": state.config.model,
-            "steps": self.steps,
-            "decode_tokens": self.decode_tokens,
-            "prompt_tokens": self.prompt_tokens,
-            "predicted_tok_s": state.loaded().and_then(|loaded| loaded.promise().decode_tok_s),
-            // Of all texts together, and of one of them.
-            "decode_tok_s": rate(self.decode_tokens as u64),
-            "text_tok_s": self.decoding.text_tok_s(),
-            "decode_steps": self.decoding.steps,
-            "prompt_tok_s": rate(self.prompt_tokens as u64),
-            "expert_hits": hits,
-            "expert_misses": misses,
-            "tiers": tiers.collect::<Vec<Value>>(),
-            "layers": self.layers.iter().map(LayerScene::json).collect::<Vec<Value>>(),
-            "pages": { "free": self.pages.free, "total": self.pages.total },
-            "queue": {
-                "running": self.running,
-                "waiting": self.waiting,
-                "max_running": self.max_texts,
-                "max_waiting": state.config.limits.max_queue,
-            },
-            "texts": self.texts.iter().map(slot).collect::<Vec<Value>>(),
-        })
-    }
-
-    /// Counts accesses to some of the chosen experts.
-    fn chosen(&self, counts: impl Fn(&Chosen) -> bool) -> u64 {
-        let all = self.layers.iter().flat_map(|layer| &layer.chosen);
-        all.filter(|chosen| counts(chosen))
-            .map(|chosen| u64::from(chosen.n))
-            .sum()
-    }
-}
-
-impl LayerScene {
-    fn json(&self) -> Value {
-        let chosen = self.chosen.iter();
-        json!({
-            "layer": self.layer,
-            "n_expert": self.n_expert,
-            "n_used": self.n_used,
-            "pinned_hits": self.accesses.pinned,
-            "slot_hits": self.accesses.slots,
-            "misses": self.accesses.misses,
-            "experts": chosen.map(|c| json!([c.expert, c.n, c.tier])).collect::<Vec<Value>>(),
-        })
-    }
 }
 
 /// Answers with the next snapshot, or with a stream of them to who asks for events.

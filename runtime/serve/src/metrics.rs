@@ -1,5 +1,6 @@
 //! Metrics in Prometheus' text form.
 
+use crate::outcomes::Outcomes;
 use crate::truth::{Promise, Snapshot, Timings};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -23,6 +24,7 @@ const LATEST: f64 = 0.2;
 pub(crate) struct Metrics {
     registry: Mutex<Registry>,
     requests: Family<Labels, Counter>,
+    outcomes: Outcomes,
     rejected: Counter,
     abandoned: Counter,
     prompt_tokens: Counter,
@@ -61,6 +63,7 @@ impl Metrics {
         let metrics = Self {
             registry: Mutex::new(Registry::with_prefix("tier_plan")),
             requests: Family::default(),
+            outcomes: Outcomes::default(),
             rejected: Counter::default(),
             abandoned: Counter::default(),
             prompt_tokens: Counter::default(),
@@ -198,6 +201,12 @@ impl Metrics {
             ("status".to_string(), status.to_string()),
         ];
         self.requests.get_or_create(&labels).inc();
+        self.outcomes.count(status);
+    }
+
+    /// Returns how requests ended.
+    pub fn outcomes(&self) -> &Outcomes {
+        &self.outcomes
     }
 
     pub fn rejected(&self) {

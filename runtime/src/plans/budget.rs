@@ -12,7 +12,7 @@ use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH, expert_rows};
 use crate::tiers::file::FileTier;
 use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
-use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
+use tier_plan_formats::machine::{Accelerator, NOT_MEASURED, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::spec::{Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec, Selection};
@@ -447,7 +447,7 @@ pub fn machine_tiers(dram_bytes: u64, file_bytes: u64) -> [Tier; 2] {
         emulated: false,
         unit: None,
         accelerator: Accelerator::default(),
-        source: "not measured".into(),
+        source: NOT_MEASURED.into(),
     };
     [
         tier("dram", TierKind::Dram, dram_bytes, 20.0, 0.0),

@@ -1,7 +1,7 @@
 //! Default plans, made without a solver: everything in main memory, in place in the mapped file;
 //! everything on one GPU; and everything but the routed experts on one GPU.
 
-use tier_plan_formats::machine::{Accelerator, Tier, TierKind};
+use tier_plan_formats::machine::{Accelerator, NOT_MEASURED, Tier, TierKind};
 use tier_plan_formats::model::kv::{CacheRoom, KvType};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{
@@ -38,7 +38,7 @@ pub fn in_memory_with(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -> P
         emulated: false,
         unit: None,
         accelerator: Accelerator::default(),
-        source: "not measured".into(),
+        source: NOT_MEASURED.into(),
     };
     let mut plan = Placement {
         name: "all-in-dram".into(),

@@ -31,8 +31,16 @@ impl ServerArgs {
     /// # Errors
     /// When the URL is none of a server, or the key has characters that no header may have.
     pub fn client(&self) -> Result<Client> {
+        self.client_at(None)
+    }
+
+    /// Returns a client of the server at `url`, if that is given.
+    ///
+    /// # Errors
+    /// As [`client`](Self::client).
+    pub fn client_at(&self, url: Option<&str>) -> Result<Client> {
         self.check()?;
-        Client::new(&self.url, self.api_key.as_deref())
+        Client::new(url.unwrap_or(&self.url), self.api_key.as_deref())
     }
 }
 
