@@ -1,6 +1,7 @@
 //! The command line. One file per subcommand holds its options, its help and its `run`.
 
 pub mod args;
+pub mod auto;
 pub mod batch;
 pub mod bench;
 pub mod calibrate;
@@ -61,6 +62,8 @@ Environment variables and ~/.config/tier-plan/config.toml set defaults; the comm
 /// Worked example of the whole program.
 const EXAMPLE: &str = "\
 Example:
+  tier-plan auto MODEL.gguf                            # measures, plans, and runs
+
   tier-plan run MODEL.gguf -p \"Once upon a time\"       # runs within the memory that there is
 
   tier-plan probe                                      # measure the machine: machine.toml
@@ -119,6 +122,7 @@ pub enum Command {
     Diff(diff::DiffArgs),
     Export(export::ExportArgs),
     WhatIf(what_if::WhatIfArgs),
+    Auto(auto::AutoArgs),
     Run(run::RunArgs),
     Batch(batch::BatchArgs),
     Serve(serve::ServeArgs),
@@ -206,6 +210,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Auto(args) => auto::run(args),
         Command::Run(args) => run::run(&args),
         Command::Batch(args) => batch::run(&args),
         Command::Serve(args) => serve::run(&args),
