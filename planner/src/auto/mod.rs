@@ -4,6 +4,7 @@
 //! What is kept lies in a folder per model below the user's state folder ([`Place`]), as files that
 //! the other commands read. A model that fits memory needs none of it.
 
+mod kept;
 mod learn;
 mod machine;
 mod place;
@@ -13,29 +14,23 @@ mod words;
 pub use learn::{Learner, MAX_CHOICES};
 pub use place::Place;
 
-use crate::budget::{self, Basis, Chosen, Decision, Fit, Model};
+use crate::budget::{self, Chosen, Decision, Fit, Model};
 use crate::json::path_json;
 use crate::opening::Opening;
 use crate::print::digits;
 use crate::printable::printable;
-use anyhow::{Result, ensure};
-use place::DIGITS;
-use serde::{Deserialize, Serialize};
+use anyhow::Result;
+use kept::Wanted;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
-use tier_plan_runtime::formats::placement::{self, Placement, validate};
-use tier_plan_runtime::formats::{SourceId, safely};
-use tier_plan_runtime::model::kv::{CacheRoom, KvType};
+use tier_plan_runtime::formats::SourceId;
+use tier_plan_runtime::formats::placement;
 use tier_plan_runtime::plans::budget::FixedMemory;
 use tier_plan_runtime::tiers::limits::memory_limit;
 use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tiers::shards::Shards;
 use tier_plan_runtime::units::show_bytes;
-use uses::{LEARNED, Uses};
-
-/// Version of [`About`].
-const VERSION: u32 = 1;
+use uses::LEARNED;
 
 /// Free memory is planned for in steps of a part (1/n) of the power of two above it: it is never
 /// the same twice, and most starts are to find the plan of an earlier one.
@@ -113,14 +108,6 @@ impl Report {
 pub(crate) struct Decided {
     pub chosen: Chosen,
     pub report: Report,
-}
-
-/// What is kept beside a plan.
-#[derive(Debug, Serialize, Deserialize)]
-struct About {
-    version: u32,
-    made: String,
-    advice: String,
 }
 
 /// Returns a plan for a model without one, and prints what it rests on.
@@ -208,7 +195,15 @@ fn within(
     let shape = model.shape;
     let mut place = Place::of(&model.gguf.id());
     let mut notes: Vec<String> = place.make().into_iter().collect();
-    let found = machine::find(&place, asked, &mut notes)?;
+    let found = match machine::find(&place, asked, &mut notes) {
+        Ok(found) => found,
+        Err(error) if asked.auto.machine.is_some() => return Err(error),
+        Err(error) => {
+            notes.push(format!("note: {}", printable(&format!("{error:#}"))));
+            notes.iter().for_each(|note| eprintln!("{note}"));
+            return Ok(unsolved(model, decision, budget));
+        }
+    };
     let uses = uses::find(&place, opening.profile, asked.model, shape, &mut notes)?;
     let budget = match opening.memory {
         Some(_) => budget,
@@ -249,16 +244,9 @@ fn within(
                 "note: no plan was solved, so every layer has as many slots as fit: {}",
                 printable(&format!("{error:#}"))
             );
-            report.decision = format!(
-                "as many of the {} of weights in memory as fit, the others read from the file",
-                show_bytes(shape.weight_bytes())
-            );
-            report.basis = format!("{} of memory", show_bytes(budget));
-            report.advice = "more memory".to_string();
-            return Ok(Decided {
-                chosen: decision.chosen,
-                report,
-            });
+            let mut decided = unsolved(model, decision, budget);
+            decided.report.learns = report.learns;
+            return Ok(decided);
         }
     };
     report.decision = words::decision(&planned.plan, shape);
@@ -277,159 +265,27 @@ fn within(
     })
 }
 
+/// Returns the plan that is made without a solver, for want of a better one.
+fn unsolved(model: Model<'_>, decision: Decision, budget: u64) -> Decided {
+    let report = Report {
+        decision: format!(
+            "as many of the {} of weights in memory as fit, the others read from the file",
+            show_bytes(model.shape.weight_bytes())
+        ),
+        basis: format!("{} of memory, no measurements", show_bytes(budget)),
+        advice: "more memory".to_string(),
+        ..Report::default()
+    };
+    Decided {
+        chosen: decision.chosen,
+        report,
+    }
+}
+
 /// Rounds free memory down to one of few steps.
 fn in_steps(bytes: u64) -> u64 {
     let step = (bytes.checked_next_power_of_two().unwrap_or(1 << 63) / STEPS).max(1);
     bytes / step * step
-}
-
-/// What a plan is wanted for.
-struct Wanted<'a> {
-    model: Model<'a>,
-    found: &'a machine::Found,
-    uses: &'a Uses,
-    room: CacheRoom,
-    kv_type: KvType,
-    /// Bytes of main memory for what plans count.
-    left: u64,
-    /// Bytes of memory with which all would fit.
-    missing: u64,
-}
-
-/// A plan, and where it is from.
-struct Planned {
-    plan: Placement,
-    path: Option<PathBuf>,
-    advice: String,
-    from: String,
-    is_new: bool,
-}
-
-impl Wanted<'_> {
-    fn kept_or_solved(&self, place: &Place, notes: &mut Vec<String>) -> Result<Planned> {
-        let name = self.name();
-        let paths = place.found(&format!("{name}.toml"));
-        if let Some(path) = paths {
-            match self.kept(&path) {
-                Ok(planned) => return Ok(planned),
-                Err(error) => notes.push(format!(
-                    "note: the plan is solved again: {}",
-                    printable(&format!("{error:#}"))
-                )),
-            }
-        }
-        self.solved(place, &name, notes)
-    }
-
-    /// Returns the name of the plan's files, which differs where anything differs that it rests on.
-    fn name(&self) -> String {
-        let profile = self.uses.profile.as_ref();
-        let text = format!(
-            "{} {} {:?} {} {} {}",
-            env!("CARGO_PKG_VERSION"),
-            self.found.machine.id.hash,
-            profile.map(|profile| &profile.id.hash),
-            show_room(self.room),
-            self.kv_type,
-            self.left
-        );
-        let hash = SourceId::of_bytes("", text.as_bytes()).hash;
-        format!("plan-{}", &hash[..DIGITS.min(hash.len())])
-    }
-
-    /// Reads a plan that an earlier start made.
-    fn kept(&self, path: &Path) -> Result<Planned> {
-        let plan = placement::read(path)?;
-        let shape = self.model.shape;
-        plan.check_model(&shape.id, path)?;
-        let shown = path.display();
-        let wrong = validate(&plan, shape);
-        ensure!(
-            wrong.is_empty() && plan.context == self.room.context,
-            "{shown}: the plan does not hold for the model"
-        );
-        let memory = plan.tiers.iter().filter(|tier| !tier.tier.is_gpu());
-        let memory = memory.clone().take(memory.count().saturating_sub(1));
-        let used = memory
-            .map(|tier| tier.used_bytes())
-            .fold(0, u64::saturating_add);
-        ensure!(
-            used <= self.left,
-            "{shown}: it takes {} of memory, expected at most {}",
-            show_bytes(used),
-            show_bytes(self.left)
-        );
-        let path_of_about = path.with_extension("json");
-        let text = std::fs::read_to_string(&path_of_about)
-            .map_err(|error| anyhow::anyhow!("{}: {error}", path_of_about.display()))?;
-        let about: About = serde_json::from_str(&text)
-            .map_err(|error| anyhow::anyhow!("{}: {error}", path_of_about.display()))?;
-        ensure!(
-            about.version == VERSION,
-            "{}: version {}, expected {VERSION}",
-            path_of_about.display(),
-            about.version
-        );
-        Ok(Planned {
-            plan,
-            path: Some(path.to_path_buf()),
-            advice: printable(&about.advice).into_owned(),
-            from: format!("the plan of {}", printable(&about.made)),
-            is_new: false,
-        })
-    }
-
-    /// Solves, and keeps the plan.
-    fn solved(&self, place: &Place, name: &str, notes: &mut Vec<String>) -> Result<Planned> {
-        let started = Instant::now();
-        let shape = self.model.shape;
-        eprintln!("auto: solving for a plan, for at most some 10 seconds");
-        let basis = Basis {
-            machine: &self.found.machine,
-            profile: self.uses.profile.as_ref(),
-            evidence: &self.uses.evidence,
-        };
-        let plan = budget::solved(self.model, &basis, self.room, self.kv_type, self.left)?;
-        let advice = words::advice(&plan, shape, &self.uses.evidence, self.missing);
-        let about = About {
-            version: VERSION,
-            made: machine::today(),
-            advice,
-        };
-        let path = self.keep(place, name, &plan, &about, notes);
-        place.tidy();
-        Ok(Planned {
-            plan,
-            path,
-            advice: about.advice,
-            from: format!(
-                "a plan solved just now in {} s",
-                digits(started.elapsed().as_secs_f64())
-            ),
-            is_new: true,
-        })
-    }
-
-    fn keep(
-        &self,
-        place: &Place,
-        name: &str,
-        plan: &Placement,
-        about: &About,
-        notes: &mut Vec<String>,
-    ) -> Option<PathBuf> {
-        let text = serde_json::to_string_pretty(about).ok()?;
-        place.keep(&format!("{name}.toml"), notes, |path| {
-            safely::write_together(&[
-                (path.with_extension("json"), text.into_bytes()),
-                (path.to_path_buf(), plan.encode().into_bytes()),
-            ])
-        })
-    }
-}
-
-fn show_room(room: CacheRoom) -> String {
-    format!("{} {} {}", room.context, room.sequences, room.checkpoints)
 }
 
 /// Returns lines that say where the files of a model are, without making any.

@@ -29,8 +29,8 @@ pub const VARIABLE: &str = "TIER_PLAN_CONFIG";
 const MAX_BYTES: u64 = 1 << 20;
 
 /// What a call is for, and so no setting.
-const NOT_SETTINGS: [&str; 8] = [
-    "file", "help", "model", "probe", "prompt", "show", "version", "yes",
+const NOT_SETTINGS: [&str; 9] = [
+    "file", "help", "model", "probe", "prompt", "serve", "show", "version", "yes",
 ];
 
 /// Options whose values are nobody else's to read.

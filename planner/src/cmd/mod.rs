@@ -156,7 +156,7 @@ pub enum NoCommand {
 /// # Errors
 /// When it cannot be parsed, or asks for help or the version; else when the file is wrong.
 pub fn parse<I: IntoIterator<Item = OsString>>(line: I) -> Result<Line, NoCommand> {
-    let line = environment::long_names(line);
+    let line = auto::served(environment::long_names(line));
     let parse = |config: &Config| {
         let command = environment::with_defaults(command(), config, &line);
         let matches = command.try_get_matches_from(&line)?;
