@@ -3,6 +3,7 @@
 
 use super::place::{DIGITS, Place, age, modified};
 use super::{Asked, Auto};
+use crate::catalogue;
 use crate::hint::HintExt;
 use crate::host;
 use crate::print::digits;
@@ -92,7 +93,7 @@ pub(super) fn find(place: &Place, asked: &Asked<'_>, notes: &mut Vec<String>) ->
 
 /// Reads a machine file that was asked for.
 fn given(path: &Path) -> Result<Found> {
-    let machine = machine::read(path)?;
+    let machine = catalogue::machine(path)?;
     if !is_plain(&machine) {
         let other = anyhow!(
             "{}: expected a measured machine: GPUs, one tier of main memory, and a drive as the last tier",

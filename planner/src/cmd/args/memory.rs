@@ -38,7 +38,7 @@ pub struct MemoryArgs {
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Memory")]
 pub struct AutoArgs {
-    /// With --auto: machine file to plan for [default: measured once]
+    /// With --auto: machine file, or the name of a bundled machine, to plan for [default: measured once]
     #[arg(long, value_name = "FILE")]
     pub machine: Option<PathBuf>,
     /// With --auto: measure the machine again
@@ -61,9 +61,10 @@ impl MemoryArgs {
             no_learn,
         } = &self.how;
         if !self.auto {
+            // A machine may be a setting for other commands.
             ensure!(
-                machine.is_none() && !probe,
-                "--machine and --probe have no effect without --auto, expected it, too"
+                !probe,
+                "--probe: no effect without --auto, expected it, too"
             );
             return Ok(None);
         }
