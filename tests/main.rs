@@ -4,6 +4,7 @@ mod common;
 #[cfg(target_os = "linux")]
 mod driver;
 
+mod auto;
 mod bad_input;
 mod batch;
 mod batch_company;

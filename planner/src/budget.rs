@@ -10,9 +10,9 @@ use crate::solve::{self, Options, Problem};
 use anyhow::{Context, Result, anyhow};
 use std::path::Path;
 use tier_plan_runtime::formats::SourceId;
-use tier_plan_runtime::formats::machine::{Extras, Machine};
-use tier_plan_runtime::formats::placement::{Placement, Prediction, TierIdx};
-use tier_plan_runtime::formats::profile;
+use tier_plan_runtime::formats::machine::{Extras, Machine, Medium};
+use tier_plan_runtime::formats::placement::{Placement, Prediction};
+use tier_plan_runtime::formats::profile::{self, Profile};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::model::kv::{CacheRoom, KvType};
 use tier_plan_runtime::model::shape::ModelShape;
@@ -82,6 +82,10 @@ pub enum Fit {
 pub struct Decision {
     /// The plan.
     pub chosen: Chosen,
+    /// Room of the KV cache.
+    pub room: CacheRoom,
+    /// Memory of the process in bytes, if it is bounded.
+    pub budget: Option<u64>,
     /// Lines for standard error.
     pub notes: Vec<String>,
 }
@@ -92,7 +96,7 @@ pub struct Decision {
 /// # Errors
 /// When the model does not fit the memory asked for, or the profile is unusable.
 pub fn choose(model: Model<'_>, opening: &Opening<'_>) -> Result<Chosen> {
-    let Decision { chosen, notes } = decide(model, opening, memory_limit().as_ref())?;
+    let Decision { chosen, notes, .. } = decide(model, opening, memory_limit().as_ref())?;
     for note in notes {
         eprintln!("{note}");
     }
@@ -127,6 +131,8 @@ pub fn decide(model: Model<'_>, opening: &Opening<'_>, limit: Option<&Limit>) ->
             batch: None,
             fits: false,
         },
+        room,
+        budget: memory,
         notes,
     };
     check_texts(shape, room, kv_type, limit)?;
@@ -152,6 +158,8 @@ pub fn decide(model: Model<'_>, opening: &Opening<'_>, limit: Option<&Limit>) ->
                 batch: None,
                 fits: true,
             },
+            room,
+            budget: Some(budget),
             notes: Vec::new(),
         });
     }
@@ -199,6 +207,8 @@ pub fn decide(model: Model<'_>, opening: &Opening<'_>, limit: Option<&Limit>) ->
             batch: Some(batch),
             fits: false,
         },
+        room,
+        budget: Some(budget),
         notes,
     })
 }
@@ -272,12 +282,60 @@ fn with_profile(
     opening: &Opening<'_>,
     budget: u64,
 ) -> Result<Placement> {
-    let Model {
-        gguf, spec, shape, ..
-    } = model;
+    let shape = model.shape;
     let kv_type = opening.kv_type.unwrap_or_default();
     let profile = profile::read(path)?;
     profile.check_model(&shape.id, path)?;
+    let what = "making a plan from the profile";
+    let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
+    let left = budget.saturating_sub(fixed.outside_bytes(budget));
+    let name = "this machine".to_string();
+    let machine = Machine {
+        id: SourceId {
+            name: name.clone(),
+            hash: String::new(),
+        },
+        name,
+        description: String::new(),
+        tiers: machine_tiers(left, expert_bytes(shape)).to_vec(),
+        layer_overhead_us: 0.0,
+        token_overhead_us: 0.0,
+        extras: Extras::default(),
+    };
+    let basis = Basis {
+        machine: &machine,
+        profile: Some(&profile),
+        evidence: &evidence,
+    };
+    let mut plan = solved(model, &basis, room, kv_type, left).context(what)?;
+    plan.predicted = Prediction::default();
+    Ok(plan)
+}
+
+/// What a plan is solved for.
+pub struct Basis<'a> {
+    /// Machine with one tier of main memory and the drive of the file as its last tier.
+    pub machine: &'a Machine,
+    /// Profile that the evidence is of.
+    pub profile: Option<&'a Profile>,
+    /// How the experts are used.
+    pub evidence: &'a Evidence,
+}
+
+/// Returns the solver's plan with `left` bytes of main memory for what plans count.
+///
+/// # Errors
+/// When the model's dense tensors do not fit, or the machine's numbers are out of range.
+pub fn solved(
+    model: Model<'_>,
+    basis: &Basis<'_>,
+    room: CacheRoom,
+    kv_type: KvType,
+    left: u64,
+) -> Result<Placement> {
+    let Model {
+        gguf, spec, shape, ..
+    } = model;
     // Slots are padded to whole pages, which a plan does not count.
     let share = |(buffer, e): (u64, &tier_plan_runtime::model::shape::ExpertShape)| {
         buffer as f64 / e.expert_bytes as f64
@@ -287,12 +345,7 @@ fn with_profile(
         .zip(&shape.experts)
         .map(share)
         .fold(1.0, f64::max);
-    let left = budget.saturating_sub(fixed.outside_bytes(budget));
-    let experts: u64 = shape
-        .experts
-        .iter()
-        .map(|e| e.expert_bytes * u64::from(e.n_expert))
-        .sum();
+    let experts = expert_bytes(shape);
     let dense = shape.weight_bytes() - experts + kv_type.cache_bytes(shape, room);
     let counted = dense.saturating_add((left.saturating_sub(dense) as f64 / padded) as u64);
     // The solver reserves a share for pages itself, which suffices if it is as large.
@@ -301,24 +354,25 @@ fn with_profile(
     } else {
         counted
     };
-    let name = "this machine".to_string();
-    let machine = Machine {
-        id: SourceId {
-            name: name.clone(),
-            hash: String::new(),
-        },
-        name,
-        description: String::new(),
-        tiers: machine_tiers(left, experts).to_vec(),
-        layer_overhead_us: 0.0,
-        token_overhead_us: 0.0,
-        extras: Extras::default(),
-    };
+    // What a process may hold of main memory and of the file is known better than what was measured.
+    let mut machine = basis.machine.clone();
+    for tier in &mut machine.tiers {
+        match tier.medium() {
+            Medium::Gpu => {}
+            Medium::Addressable => tier.capacity_bytes = left,
+            Medium::Drive => tier.capacity_bytes = tier.capacity_bytes.max(experts),
+        }
+    }
+    let budgets = machine.tiers.iter().map(|tier| match tier.medium() {
+        Medium::Gpu => tier.capacity_bytes,
+        Medium::Addressable => counted,
+        Medium::Drive => experts,
+    });
     let problem = Problem {
         shape,
-        profile: Some(&profile),
+        profile: basis.profile,
         machine: &machine,
-        budgets: vec![counted, experts],
+        budgets: budgets.collect(),
         context: room.context,
         sequences: room.sequences,
         kv_type,
@@ -328,12 +382,17 @@ fn with_profile(
         time_limit_s: SOLVE_S,
         ..Options::default()
     };
-    let what = "making a plan from the profile";
-    let evidence = Evidence::new(shape, Some(&profile)).context(what)?;
-    let mut plan = solve::solve_with_evidence(&problem, &evidence, &options)
-        .context(what)?
-        .plan;
-    plan.tiers[TierIdx::FIRST].budget_bytes = left;
-    plan.predicted = Prediction::default();
+    let mut plan = solve::solve_with_evidence(&problem, basis.evidence, &options)?.plan;
+    for tier in plan.tiers.iter_mut() {
+        if tier.tier.medium() == Medium::Addressable {
+            tier.budget_bytes = left;
+        }
+    }
     Ok(plan)
+}
+
+/// Returns the bytes of all routed experts.
+fn expert_bytes(shape: &ModelShape) -> u64 {
+    let layers = shape.experts.iter();
+    layers.map(|e| e.expert_bytes * u64::from(e.n_expert)).sum()
 }

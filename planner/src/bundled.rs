@@ -5,6 +5,7 @@
 //! are compiled in. They are written to the user's cache when a command first wants them, since
 //! models are mapped and read from files.
 
+use crate::folders;
 use crate::hint::HintExt;
 use anyhow::{Context, Result, anyhow};
 use std::ffi::OsString;
@@ -56,15 +57,10 @@ fn find(relative: &Path) -> Option<PathBuf> {
 
 /// Returns the folder of this version's files in the user's cache.
 fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf> {
-    // The XDG base directory specification has relative paths ignored.
-    let absolute = |name| {
-        variable(name)
-            .map(PathBuf::from)
-            .filter(|path| path.is_absolute())
-    };
-    let cache = absolute("XDG_CACHE_HOME")
-        .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
-        .or_else(|| absolute("LOCALAPPDATA"));
+    let cache = folders::folder("XDG_CACHE_HOME", ".cache", &variable).or_else(|| {
+        let local = variable("LOCALAPPDATA").map(PathBuf::from);
+        local.filter(|path| path.is_absolute())
+    });
     let version = concat!("tier-plan/bundled/", env!("CARGO_PKG_VERSION"));
     cache
         .map(|cache| cache.join(version))

@@ -8,6 +8,7 @@
 #[macro_use]
 pub mod print;
 
+pub mod auto;
 pub mod batch;
 pub mod budget;
 pub mod bundled;
@@ -23,6 +24,7 @@ pub mod diff;
 pub mod doctor;
 pub mod explain;
 pub mod export;
+pub mod folders;
 pub mod hint;
 pub mod host;
 pub mod hub;

@@ -1,5 +1,6 @@
 //! What to open, and how: the checked options of commands that run a model.
 
+use crate::auto::Auto;
 use crate::hint::HintExt;
 use anyhow::{Result, anyhow, ensure};
 use std::path::Path;
@@ -47,6 +48,8 @@ impl Texts {
 pub struct Opening<'a> {
     /// The plan; `None` chooses one that fits memory.
     pub plan: Option<&'a Path>,
+    /// Whether a plan is made without being asked for, and how.
+    pub auto: Option<Auto<'a>>,
     /// Memory of the whole process in bytes when there is no plan; `None` is all that is free.
     pub memory: Option<u64>,
     /// The profile to choose pinned experts from when there is no plan.

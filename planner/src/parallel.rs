@@ -64,7 +64,13 @@ pub fn routing(asked: Option<&Path>, model: &Path, prepared: &Prepared<'_>) -> R
     };
     let (path, asked) = match asked {
         Some(path) => (path.to_path_buf(), true),
-        None => (model.with_extension("profile"), false),
+        None => {
+            let of_auto = prepared.report().and_then(|report| report.profile.clone());
+            (
+                of_auto.unwrap_or_else(|| model.with_extension("profile")),
+                false,
+            )
+        }
     };
     let found = match profile::read(&path) {
         Ok(profile) => Some(profile),

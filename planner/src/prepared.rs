@@ -1,6 +1,7 @@
 //! A model between opening and loading: what its header and its plan can tell is checked before a byte
 //! of weights is read.
 
+use crate::auto::{self, Asked, Decided, Learner, Report};
 use crate::budget::{self, Chosen, Model};
 use crate::hint::HintExt;
 use crate::opening::{Opening, check_threads, naming};
@@ -43,6 +44,8 @@ pub struct Prepared<'a> {
     options: LoadOptions,
     start: Start,
     note: Option<String>,
+    /// What was decided without being asked.
+    report: Option<Report>,
     /// Told of the bytes that are loaded, and all of them.
     watch: Option<Box<dyn Fn(u64, u64)>>,
 }
@@ -57,7 +60,8 @@ impl<'a> Prepared<'a> {
         let shards = applied(opening.numa)?.map(Arc::new);
         let gguf = Gguf::open(model)?;
         let spec = describe(&gguf).map_err(|e| naming(model, e))?;
-        let Chosen { plan, batch, fits } = chosen(&gguf, &spec, &opening)?;
+        let (Chosen { plan, batch, fits }, report) =
+            chosen(&gguf, &spec, &opening, shards.as_deref())?;
         check_plan_context(&plan)?;
         check_memory(&plan)?;
         let checks = verify::checks(&gguf, &spec, opening.verify)?;
@@ -83,6 +87,7 @@ impl<'a> Prepared<'a> {
             },
             start,
             note,
+            report,
             watch: None,
         })
     }
@@ -97,6 +102,21 @@ impl<'a> Prepared<'a> {
     pub fn canceled_by(mut self, cancel: Cancel) -> Self {
         self.options.cancel = cancel;
         self
+    }
+
+    /// Returns what was decided without being asked, if that was to be.
+    pub fn report(&self) -> Option<&Report> {
+        self.report.as_ref()
+    }
+
+    /// Returns the profile that texts are to be added to, if they are.
+    pub fn learns(&self) -> Option<&Path> {
+        self.report.as_ref()?.learns.as_deref()
+    }
+
+    /// Returns what records texts, if they are to be recorded.
+    pub fn learner(&self) -> Option<Learner> {
+        Learner::new(self.learns()?, self.gguf.id(), &self.spec)
     }
 
     /// Returns the open file.
@@ -194,13 +214,19 @@ pub(crate) fn applied(policy: Option<NumaPolicy>) -> Result<Option<Shards>> {
 }
 
 /// Reads the plan asked for, or chooses one.
-fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen> {
+fn chosen(
+    gguf: &Gguf,
+    spec: &ModelSpec,
+    opening: &Opening<'_>,
+    shards: Option<&Shards>,
+) -> Result<(Chosen, Option<Report>)> {
     if let Some(path) = opening.plan {
-        return Ok(Chosen {
+        let chosen = Chosen {
             plan: opening.read_plan(gguf, path)?,
             batch: None,
             fits: false,
-        });
+        };
+        return Ok((chosen, None));
     }
     let shape = shape_of(gguf, spec);
     let context = context_without_plan(&shape, opening.context);
@@ -210,7 +236,18 @@ fn chosen(gguf: &Gguf, spec: &ModelSpec, opening: &Opening<'_>) -> Result<Chosen
         shape: &shape,
         context,
     };
-    budget::choose(model, opening)
+    let Some(auto) = opening.auto else {
+        return Ok((budget::choose(model, opening)?, None));
+    };
+    let asked = Asked {
+        auto,
+        model: gguf.path(),
+        threads: opening.threads,
+        numa: opening.numa,
+        shards,
+    };
+    let Decided { chosen, report } = auto::choose(model, opening, &asked)?;
+    Ok((chosen, Some(report)))
 }
 
 /// Returns the tokens of context of a model without a plan: those asked for, and for 0 those that it

@@ -72,6 +72,8 @@ impl Chat<'_> {
         output: &mut impl Write,
     ) -> Result<Generated> {
         let tokenizer = self.tokenizer;
+        let mut learner = self.options.learner.take();
+        let mut n_text = 0;
         let options = &self.options;
         let is_end = |token| !options.ignore_eos && tokenizer.is_eog(token);
         let limits = Limits {
@@ -82,27 +84,43 @@ impl Chat<'_> {
         let mut stream = tokenizer.stream();
         let mut screen = options.screen.clone();
         let mut write_error = None;
-        let generated = generate(self.engine, rest, &mut self.sampler, &limits, |_, token| {
-            let piece = stream.push(token);
-            answer.text.push_str(&piece);
-            if let Some(mark) = tokenizer.thought_mark(token) {
-                let end = answer.text.len();
-                let start = end.saturating_sub(tokenizer.piece(token).len());
-                answer.marks.push((start..end, mark));
-            }
-            if let Err(error) = output
-                .write_all(screen.show(&piece).as_bytes())
-                .and_then(|()| output.flush())
-            {
-                write_error = Some(error);
-                return ControlFlow::Break(());
-            }
-            if (options.signals.interrupted)() {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        })?;
+        let generated = generate(
+            self.engine,
+            rest,
+            &mut self.sampler,
+            &limits,
+            |engine, token| {
+                if let Some(learner) = &mut learner {
+                    if n_text == 0 {
+                        n_text = engine.n_past();
+                        learner.begin(n_text);
+                    }
+                    learner.see(engine, n_text);
+                    n_text += 1;
+                }
+                let piece = stream.push(token);
+                answer.text.push_str(&piece);
+                if let Some(mark) = tokenizer.thought_mark(token) {
+                    let end = answer.text.len();
+                    let start = end.saturating_sub(tokenizer.piece(token).len());
+                    answer.marks.push((start..end, mark));
+                }
+                if let Err(error) = output
+                    .write_all(screen.show(&piece).as_bytes())
+                    .and_then(|()| output.flush())
+                {
+                    write_error = Some(error);
+                    return ControlFlow::Break(());
+                }
+                if (options.signals.interrupted)() {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            },
+        );
+        self.options.learner = learner;
+        let generated = generated?;
         if let Some(error) = write_error {
             return Err(error.into());
         }

@@ -21,6 +21,7 @@ pub(crate) mod thought;
 #[cfg(test)]
 mod tool_tests;
 
+use crate::auto::Learner;
 use crate::printable::printable;
 use crate::screen::Screen;
 use crate::text::decode;
@@ -78,6 +79,8 @@ pub struct Options<'a> {
     pub screen: Screen,
     /// Lines that `/plan` prints.
     pub plan: Vec<String>,
+    /// What records which experts answers choose, if they are recorded.
+    pub learner: Option<&'a mut Learner>,
     /// Callbacks about interruption.
     pub signals: Signals<'a>,
 }

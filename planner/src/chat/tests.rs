@@ -229,6 +229,7 @@ fn talk(
         prompt: "> ",
         screen: Screen::new(false),
         plan: vec!["the plan".into()],
+        learner: None,
         signals: Signals {
             interrupted: &interrupted,
             waiting: &waiting,
@@ -284,6 +285,7 @@ fn keeping_the_context_changes_no_answer() {
         prompt: "",
         screen: Screen::new(false),
         plan: Vec::new(),
+        learner: None,
         signals: idle,
     };
     let mut chat = Chat::new(&mut session.engine, &tokenizer, options);

@@ -64,6 +64,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         return Err(crate::interrupt::Interrupted.into());
     }
     // Loading leaves nothing behind, so a signal may end the program meanwhile.
+    let mut learner = prepared.learner();
     let mut session = prepared.load()?;
     args.kept.open(&mut session.engine)?;
     let _catching = crate::interrupt::catch_interrupts();
@@ -90,6 +91,7 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         prompt: if watched { "> " } else { "" },
         screen: Screen::new(std::io::stdout().is_terminal()),
         plan,
+        learner: learner.as_mut(),
         signals: Signals {
             interrupted: &crate::interrupt::interrupted,
             waiting: &crate::interrupt::waiting,
@@ -100,6 +102,9 @@ pub(super) fn run(args: &RunArgs, run: &RunOptions<'_>) -> Result<()> {
         .talk(&mut std::io::stdin().lock(), &mut output);
     session.keep()?;
     args.kept.keep(&mut session.engine);
+    if let Some(learner) = learner {
+        learner.keep();
+    }
     match ended.and_then(|()| Ok(output.flush()?)) {
         // A reader that has gone, as in `| head`, is not a failure.
         Err(error)

@@ -7,6 +7,7 @@
 //! in.
 
 use super::environment::{conflicting, variable};
+use crate::folders;
 use crate::hint::HintExt;
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::error::ErrorKind;
@@ -28,7 +29,9 @@ pub const VARIABLE: &str = "TIER_PLAN_CONFIG";
 const MAX_BYTES: u64 = 1 << 20;
 
 /// What a call is for, and so no setting.
-const NOT_SETTINGS: [&str; 6] = ["file", "help", "model", "prompt", "version", "yes"];
+const NOT_SETTINGS: [&str; 9] = [
+    "file", "help", "model", "probe", "prompt", "serve", "show", "version", "yes",
+];
 
 /// Options whose values are nobody else's to read.
 const SECRETS: [&str; 1] = ["api-key"];
@@ -83,12 +86,8 @@ pub(super) fn settings(command: &Command) -> impl Iterator<Item = &Arg> {
 
 /// Returns the file that [`VARIABLE`] names, or the usual one.
 fn usual_path() -> Option<PathBuf> {
-    let absolute = |name: &str| {
-        let path = std::env::var_os(name).map(PathBuf::from)?;
-        path.is_absolute().then_some(path)
-    };
-    let folder = absolute("XDG_CONFIG_HOME").or_else(|| Some(absolute("HOME")?.join(".config")));
-    Some(folder?.join("tier-plan").join("config.toml"))
+    let folder = folders::folder("XDG_CONFIG_HOME", ".config", |name| std::env::var_os(name))?;
+    Some(folder.join("tier-plan").join("config.toml"))
 }
 
 /// Reads the configuration file. One that is missing has no settings, unless it was asked for.

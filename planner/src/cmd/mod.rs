@@ -1,6 +1,7 @@
 //! The command line. One file per subcommand holds its options, its help and its `run`.
 
 pub mod args;
+pub mod auto;
 pub mod batch;
 pub mod bench;
 pub mod calibrate;
@@ -62,6 +63,8 @@ Environment variables and ~/.config/tier-plan/config.toml set defaults; the comm
 /// Worked example of the whole program.
 const EXAMPLE: &str = "\
 Example:
+  tier-plan auto MODEL.gguf                            # measures, plans, and runs
+
   tier-plan run MODEL.gguf -p \"Once upon a time\"       # runs within the memory that there is
 
   tier-plan probe                                      # measure the machine: machine.toml
@@ -120,6 +123,7 @@ pub enum Command {
     Diff(diff::DiffArgs),
     Export(export::ExportArgs),
     WhatIf(what_if::WhatIfArgs),
+    Auto(auto::AutoArgs),
     Run(run::RunArgs),
     Batch(batch::BatchArgs),
     Serve(serve::ServeArgs),
@@ -154,7 +158,7 @@ pub enum NoCommand {
 /// # Errors
 /// When it cannot be parsed, or asks for help or the version; else when the file is wrong.
 pub fn parse<I: IntoIterator<Item = OsString>>(line: I) -> Result<Line, NoCommand> {
-    let line = environment::long_names(line);
+    let line = auto::served(environment::long_names(line));
     let parse = |config: &Config| {
         let command = environment::with_defaults(command(), config, &line);
         let matches = command.try_get_matches_from(&line)?;
@@ -208,6 +212,7 @@ pub fn dispatch(command: Command) -> Result<()> {
         Command::Calibrate(args) => calibrate::run(&args),
         Command::Profile(args) => profile::run(&args),
         Command::Compare(args) => compare::run(&args),
+        Command::Auto(args) => auto::run(args),
         Command::Run(args) => run::run(&args),
         Command::Batch(args) => batch::run(&args),
         Command::Serve(args) => serve::run(&args),

@@ -30,6 +30,7 @@ fn given(command: &mut Command) -> Option<(PathBuf, Need)> {
         | Command::Explain(_)
         | Command::Tokenize(_)
         | Command::Doctor(_) => Need::Header,
+        Command::Auto(args) if args.show => Need::Header,
         Command::Profile(args) if args.from_imatrix.is_some() => Need::Header,
         _ => Need::Weights,
     };
@@ -59,6 +60,7 @@ fn set(command: &mut Command, path: &Path) {
 fn field(command: &mut Command) -> Option<&mut PathBuf> {
     match command {
         Command::Inspect(args) => args.model.given_mut(),
+        Command::Auto(args) => args.run.model.given_mut(),
         Command::Run(args) => args.model.given_mut(),
         Command::Serve(args) => args.model.given_mut(),
         Command::Bench(args) => args.model.given_mut(),
@@ -99,6 +101,8 @@ mod tests {
     const LINES: &[&str] = &[
         "inspect MODEL",
         "inspect -m MODEL",
+        "auto MODEL",
+        "auto --show -m MODEL",
         "run MODEL",
         "run -m MODEL",
         "serve MODEL",

@@ -1,6 +1,7 @@
 //! `tier-plan run`: continues a text, or chats, and prints what that cost.
 
 use super::chat;
+use crate::auto::Learner;
 use crate::cmd::args::sampling;
 use crate::cmd::args::{
     ComputeArgs, JsonArgs, KeptArgs, KvArgs, MemoryArgs, ModelArgs, PreTokenizerArgs,
@@ -204,6 +205,8 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let tokenizer = prepared.tokenizer_with(args.pre.tokenizer_pre.as_deref())?;
     let prompt = prepared.prompt(&tokenizer, &text)?;
     drop(text);
+    let report = prepared.report().cloned();
+    let mut learner = prepared.learner();
     let mut session = prepared.load()?;
     args.kept.open(&mut session.engine)?;
     if !args.format.json {
@@ -218,7 +221,12 @@ pub fn run(args: &RunArgs) -> Result<()> {
         generated,
         text: answer,
         given,
-    } = print_answer(&mut session, &tokenizer, &prompt, args, &options)?;
+    } = print_answer(
+        &mut session,
+        (&tokenizer, &prompt),
+        (args, &options),
+        learner.as_mut(),
+    )?;
     let circumstances = Circumstances {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
@@ -234,8 +242,14 @@ pub fn run(args: &RunArgs) -> Result<()> {
     // Before anything is printed: a closed pipe ends the program there.
     session.keep()?;
     args.kept.keep(&mut session.engine);
+    if let Some(learner) = learner {
+        learner.keep();
+    }
     if args.format.json {
-        let json = json(&record, &answer, generated.stop)?;
+        let mut json = json(&record, &answer, generated.stop)?;
+        if let Some(report) = report {
+            json["auto"] = report.as_json();
+        }
         println!("{}", serde_json::to_string_pretty(&json)?);
     } else {
         if generated.stop == Stop::ContextFull {
@@ -270,10 +284,9 @@ struct Answer {
 /// Generates the answer, and prints it as it comes unless JSON is asked for.
 fn print_answer(
     session: &mut Session,
-    tokenizer: &Tokenizer,
-    prompt: &[u32],
-    args: &RunArgs,
-    options: &RunOptions<'_>,
+    (tokenizer, prompt): (&Tokenizer, &[u32]),
+    (args, options): (&RunArgs, &RunOptions<'_>),
+    mut learner: Option<&mut Learner>,
 ) -> Result<Answer> {
     let as_text = !args.format.json;
     let mut stream = tokenizer.stream();
@@ -289,6 +302,10 @@ fn print_answer(
     };
     let mut sampler = Sampler::new(options.sampling.clone());
     let mut watch: Option<Watch> = None;
+    if let Some(learner) = &mut learner {
+        learner.begin(prompt.len());
+    }
+    let mut n_text = prompt.len();
     let generated = generate(
         &mut session.engine,
         prompt,
@@ -298,6 +315,10 @@ fn print_answer(
             watch
                 .get_or_insert_with(|| Watch::begin(engine))
                 .between_tokens(engine);
+            if let Some(learner) = &mut learner {
+                learner.see(engine, n_text);
+            }
+            n_text += 1;
             let piece = stream.push(token);
             if as_text
                 && let Err(error) = output

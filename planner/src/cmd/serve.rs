@@ -1,5 +1,6 @@
 //! `tier-plan serve`: answers requests over HTTP.
 
+use crate::auto::MAX_CHOICES;
 use crate::chat::SharedDialect;
 use crate::cmd::args::sampling;
 use crate::cmd::args::{MaxStep, ModelArgs, TextsArgs, check_key};
@@ -169,11 +170,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let prepared = Prepared::open(model, opening)?;
     sampling::check_biases(&config.sampling, prepared.spec().n_vocab)?;
     let tokenizer = Arc::new(prepared.tokenizer_with(args.texts.pre.tokenizer_pre.as_deref())?);
-    let traces = args.profile_out.as_deref().map(|path| {
-        safely::check_file(path)?;
-        Ok::<_, anyhow::Error>(Traces::open(path, prepared.gguf().id(), prepared.spec())?)
-    });
-    let mut traces = traces.transpose().context("--profile-out")?;
+    let traces_file = args.profile_out.as_deref().or(prepared.learns());
+    let traces_file = traces_file.map(Path::to_path_buf);
+    let mut traces = traces(args, &prepared)?;
     let template = template(&prepared, &tokenizer, given)?;
     let routing = parallel::routing(args.texts.routing.as_deref(), model, &prepared)?;
     let chats = template
@@ -183,7 +182,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         config,
         tokenizer: Arc::clone(&tokenizer),
         chats,
-        replan: args.profile_out.is_some().then(|| {
+        replan: traces.is_some().then(|| {
             let model = model.to_path_buf();
             Arc::new(Replanner { model }) as Arc<dyn Replan>
         }),
@@ -213,13 +212,29 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         place,
     );
     if let Some(traces) = &mut traces {
-        record(traces, args.profile_out.as_deref())?;
+        record(traces, traces_file.as_deref())?;
     }
     answered?;
     session.keep()?;
     args.texts.kept.warn(&mut session.engine);
     // Only a signal ends a server.
     Err(Interrupted.into())
+}
+
+/// Opens the profile that texts are recorded in, if they are.
+fn traces(args: &ServeArgs, prepared: &Prepared<'_>) -> Result<Option<Traces>> {
+    let open = |path: &Path| {
+        safely::check_file(path)?;
+        Ok::<_, anyhow::Error>(Traces::open(path, prepared.gguf().id(), prepared.spec())?)
+    };
+    if let Some(path) = &args.profile_out {
+        return open(path).context("--profile-out").map(Some);
+    }
+    // A model is served whether or not anything can be learned.
+    let learned = prepared.learns().map(open);
+    Ok(learned
+        .and_then(Result::ok)
+        .map(|traces| traces.at_most(MAX_CHOICES)))
 }
 
 /// Answers requests until a signal comes.

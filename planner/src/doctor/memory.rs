@@ -155,6 +155,11 @@ fn huge_pages(system: &System, forecast: Option<&Forecast<'_>>) -> Check {
     }
 }
 
+/// Returns what mends a setting that denies huge pages; `None` where it does not.
+pub(super) fn huge_pages_mend(system: &System) -> Option<String> {
+    huge_pages(system, None).mend
+}
+
 /// What huge pages would change: the rates of now are those of 4 KiB pages.
 fn small_pages() -> Change {
     Change {

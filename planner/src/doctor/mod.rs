@@ -302,6 +302,11 @@ pub fn examine(options: &Options<'_>) -> Result<Report> {
     })
 }
 
+/// Returns what mends a setting of this system that denies huge pages; `None` where it does not.
+pub fn small_pages_mend() -> Option<String> {
+    memory::huge_pages_mend(&System::of_this_machine())
+}
+
 /// Returns a check whose texts may be pasted anywhere: no names of users, one line each.
 fn published(check: Check) -> Check {
     let private = Private::of_this_user();

@@ -159,7 +159,7 @@ fn fit(
         "free memory, fetch a smaller quantization, or try `tier-plan run {} --context 1024`",
         path.display()
     );
-    let Decision { chosen, notes } =
+    let Decision { chosen, notes, .. } =
         match budget::decide(opened.model(), &Opening::default(), limit) {
             Ok(decision) => decision,
             Err(error) => return Check::ok(id, files::said(&error)).failure(smaller),

@@ -87,7 +87,7 @@ const COMMON_FORMATS: [TensorType; 14] = [
     TensorType::F32,
 ];
 
-/// Formats of a quick measurement, and the part of the time that it takes for the drive.
+/// Formats of a quick measurement without a model, and the part of the time that it takes for the drive.
 const QUICK_FORMATS: [TensorType; 1] = [TensorType::Q4_K];
 const QUICK_DIVISOR: u32 = 4;
 
@@ -225,7 +225,8 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         .map(|(gguf, spec)| shares(gguf, spec))
         .unwrap_or_default();
     let types = match settings.is_quick {
-        true => QUICK_FORMATS.to_vec(),
+        true if shares.is_empty() => QUICK_FORMATS.to_vec(),
+        true => shares.iter().map(|(ty, _)| *ty).collect(),
         false => types_to_measure(&shares),
     };
     let drive_divisor = if settings.is_quick { QUICK_DIVISOR } else { 1 };

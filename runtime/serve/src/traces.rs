@@ -81,7 +81,8 @@ impl Traces {
     /// # Errors
     /// When the model cannot be profiled, or the file is something else than such a profile of it.
     pub fn open(path: &Path, model: SourceId, spec: &ModelSpec) -> Result<Self, TracesError> {
-        let mut profile = Profile::of_model(model, spec, MADE.into())?;
+        let mut traces = Self::of_nothing(path, model, spec)?;
+        let profile = &mut traces.profile;
         if path.exists() {
             let found = profile::read(path)?;
             found.check_model(&profile.model, path)?;
@@ -93,17 +94,51 @@ impl Traces {
             }
             profile.prompts = found.prompts;
         }
+        traces.n_choices = traces.profile.prompts.iter().map(|p| p.experts.len()).sum();
+        traces.n_ended = traces.profile.prompts.len() as u64;
+        Ok(traces)
+    }
+
+    /// Begins with no texts, whatever the file holds; [`merge`](Self::merge) adds to that.
+    ///
+    /// # Errors
+    /// When the model cannot be profiled.
+    pub fn of_nothing(path: &Path, model: SourceId, spec: &ModelSpec) -> Result<Self, TracesError> {
         Ok(Self {
             path: path.into(),
-            n_choices: profile.prompts.iter().map(|p| p.experts.len()).sum(),
-            n_ended: profile.prompts.len() as u64,
-            profile,
+            profile: Profile::of_model(model, spec, MADE.into())?,
+            n_choices: 0,
+            n_ended: 0,
             open: HashMap::new(),
             max_choices: MAX_CHOICES,
             random: 0x9e37_79b9_7f4a_7c15,
             is_changed: false,
             written: Instant::now(),
         })
+    }
+
+    /// Holds at most this many choices, of three bytes each.
+    #[must_use]
+    pub fn at_most(self, max_choices: usize) -> Self {
+        Self {
+            max_choices,
+            ..self
+        }
+    }
+
+    /// Adds the texts to those in the file, as it is now, and writes it if that is something new.
+    /// Returns whether it wrote.
+    ///
+    /// # Errors
+    /// When the file is something else than such a profile of the model, or cannot be written.
+    pub fn merge(mut self, spec: &ModelSpec) -> Result<bool, TracesError> {
+        let ids: Vec<TextId> = self.open.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.end(id));
+        let model = self.profile.model.clone();
+        let mut held = Self::open(&self.path, model, spec)?.at_most(self.max_choices);
+        let prompts = std::mem::take(&mut self.profile.prompts);
+        prompts.into_iter().for_each(|trace| held.add(trace));
+        Ok(held.write()?)
     }
 
     /// Returns the number of texts that are held.
@@ -142,7 +177,7 @@ impl Traces {
     }
 
     /// Records the rows of a step.
-    pub(crate) fn record(&mut self, (routing, rows): (&Routing, &[StepRows])) {
+    pub fn record(&mut self, (routing, rows): (&Routing, &[StepRows])) {
         let per_token = self.per_token();
         let experts = routing.experts.chunks_exact(per_token);
         let mut tokens = experts.zip(routing.weights.chunks_exact(per_token));
@@ -174,19 +209,23 @@ impl Traces {
     }
 
     /// Adds a text that has ended to the sample.
-    pub(crate) fn end(&mut self, id: TextId) {
-        let Some(Open { mut trace, .. }) = self.open.remove(&id) else {
-            return;
-        };
+    pub fn end(&mut self, id: TextId) {
+        if let Some(Open { trace, .. }) = self.open.remove(&id) {
+            self.add(trace);
+        }
+    }
+
+    fn add(&mut self, mut trace: PromptTrace) {
         if trace.tokens() == 0 {
             return;
         }
         self.n_ended += 1;
         trace.name = format!("text-{}", self.n_ended);
-        // Plans are judged on texts that they were not made from.
-        if self.n_ended.is_multiple_of(4) {
-            trace.split = Split::HeldOut;
-        }
+        // Plans are judged on texts that they were not made from: from the second text on.
+        trace.split = match self.n_ended % 4 {
+            2 => Split::HeldOut,
+            _ => Split::Train,
+        };
         let size = trace.experts.len();
         let held = &mut self.profile.prompts;
         if self.n_choices + size <= self.max_choices {
@@ -357,6 +396,29 @@ mod tests {
         }
         // Of 2000 draws, each with a chance of a half, within five standard deviations.
         assert!((890..=1110).contains(&held_late), "{held_late}");
+    }
+
+    #[test]
+    fn texts_are_added_to_those_of_the_file() {
+        let gguf = tier_plan_runtime::gguf::Gguf::open(&tier_plan_testing::demo_model()).unwrap();
+        let spec = tier_plan_runtime::model::describe(&gguf).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("learned.profile");
+        let fresh = || Traces::of_nothing(&path, gguf.id(), &spec).unwrap();
+        assert!(!fresh().merge(&spec).unwrap() && !path.exists());
+        for n_texts in 1..=3 {
+            let mut traces = fresh();
+            let n = 5 * traces.per_token();
+            let (experts, weights) = (vec![0, 1].repeat(n / 2), vec![0.5; n]);
+            traces.record((&Routing { experts, weights }, &[rows(1, 0, 5, 5)]));
+            assert!(traces.merge(&spec).unwrap());
+            let held = Traces::open(&path, gguf.id(), &spec).unwrap();
+            assert_eq!(held.n_texts(), n_texts);
+            let is_held_out = held.profile.prompts[n_texts - 1].split == Split::HeldOut;
+            assert_eq!(is_held_out, n_texts == 2);
+        }
+        std::fs::write(&path, "damaged").unwrap();
+        assert!(fresh().merge(&spec).is_err());
     }
 
     #[test]

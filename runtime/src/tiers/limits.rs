@@ -39,6 +39,22 @@ pub fn memory_limit() -> Option<Limit> {
     memory_limit_below(Path::new("/"))
 }
 
+/// Returns the tightest memory limit of this process's cgroups, whatever of it is in use; `None` without
+/// one.
+pub fn cgroup_limit() -> Option<u64> {
+    let root = Path::new("/");
+    let cgroups = memory_cgroups(
+        &read(&root.join("proc/self/cgroup")),
+        &read(&root.join("proc/self/mountinfo")),
+    );
+    let limits = cgroups.iter().flat_map(|cgroup| {
+        let mount = root.join(cgroup.mount.strip_prefix("/").unwrap_or(&cgroup.mount));
+        let folders = cgroup.path.ancestors().map(move |path| mount.join(path));
+        folders.filter_map(|folder| limit_in(&folder, cgroup.version))
+    });
+    limits.min()
+}
+
 /// Returns the bytes that this process may still take, or `None` where the system reports no limit.
 pub fn memory_left() -> Option<u64> {
     let limit = memory_limit()?;
@@ -213,18 +229,8 @@ fn cgroup_bytes(root: &Path, cgroup: &Cgroup, process_bytes: u64) -> Option<u64>
 /// Returns the limit of the cgroup in `folder`, less what others hold and the system cannot drop;
 /// `None` without a limit.
 fn left_in(folder: &Path, version: u8, process_bytes: u64) -> Option<u64> {
-    let number = |file: &str| read(&folder.join(file)).trim().parse::<u64>().ok();
-    // Above `memory.high` a process is slowed down as it would be without memory.
-    let limits: &[&str] = match version {
-        2 => &["memory.max", "memory.high"],
-        _ => &["memory.limit_in_bytes"],
-    };
-    // No limit is `max` in version 2, and a number larger than any memory in version 1.
-    let limit = limits
-        .iter()
-        .filter_map(|file| number(file))
-        .filter(|bytes| *bytes < 1 << 60)
-        .min()?;
+    let number = |file: &str| number_in(folder, file);
+    let limit = limit_in(folder, version)?;
     let stat = read(&folder.join("memory.stat"));
     let sum = |names: &[&str]| -> u64 {
         let values = names.iter().filter_map(|name| stat_value(&stat, name));
@@ -251,6 +257,23 @@ fn left_in(folder: &Path, version: u8, process_bytes: u64) -> Option<u64> {
     // What is neither listed nor a file's page, such as locked pages, cannot be dropped either.
     let held = held.max(usage.unwrap_or(0).saturating_sub(droppable));
     Some(limit.saturating_sub(held.saturating_sub(process_bytes)))
+}
+
+/// Returns the limit of the cgroup in `folder`; `None` without one.
+fn limit_in(folder: &Path, version: u8) -> Option<u64> {
+    // Above `memory.high` a process is slowed down as it would be without memory.
+    let limits: &[&str] = match version {
+        2 => &["memory.max", "memory.high"],
+        _ => &["memory.limit_in_bytes"],
+    };
+    // No limit is `max` in version 2, and a number larger than any memory in version 1.
+    let limits = limits.iter().filter_map(|file| number_in(folder, file));
+    limits.filter(|bytes| *bytes < 1 << 60).min()
+}
+
+/// Returns the number in a file of a folder.
+fn number_in(folder: &Path, file: &str) -> Option<u64> {
+    read(&folder.join(file)).trim().parse().ok()
 }
 
 /// Returns the value of the line `name 123`.

@@ -1,6 +1,7 @@
 //! Memory of the process that runs a model, budgets of a plan's tiers, and where experts come from.
 
 use super::value::file_or_yes;
+use crate::auto::Auto;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -25,9 +26,55 @@ pub struct MemoryArgs {
     /// Use the memory-mapped weights instead of a copy in huge pages: starts at once, runs slower
     #[arg(long, conflicts_with_all = ["plan", "memory"])]
     pub mmap: bool,
+    /// Measure the machine once, solve for a plan, keep both for the next start, and learn from use
+    #[arg(long, conflicts_with_all = ["plan", "mmap"])]
+    pub auto: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub how: AutoArgs,
+}
+
+/// How a plan is made without being asked for.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Memory")]
+pub struct AutoArgs {
+    /// With --auto: machine file, or the name of a bundled machine, to plan for [default: measured once]
+    #[arg(long, value_name = "FILE")]
+    pub machine: Option<PathBuf>,
+    /// With --auto: measure the machine again
+    #[arg(long, conflicts_with = "machine")]
+    pub probe: bool,
+    /// With --auto: do not record which experts texts choose
+    #[arg(long)]
+    pub no_learn: bool,
 }
 
 impl MemoryArgs {
+    /// Returns whether and how a plan is made without being asked for.
+    ///
+    /// # Errors
+    /// When an option would have no effect.
+    pub fn auto(&self) -> Result<Option<Auto<'_>>> {
+        let AutoArgs {
+            machine,
+            probe,
+            no_learn,
+        } = &self.how;
+        if !self.auto {
+            // A machine may be a setting for other commands.
+            ensure!(
+                !probe,
+                "--probe: no effect without --auto, expected it, too"
+            );
+            return Ok(None);
+        }
+        Ok(Some(Auto {
+            machine: machine.as_deref(),
+            probe: *probe,
+            learn: !no_learn,
+        }))
+    }
+
     /// Returns the bytes of `--memory`.
     ///
     /// # Errors

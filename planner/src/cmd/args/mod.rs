@@ -124,6 +124,7 @@ pub fn opening<'a>(
 ) -> Result<Opening<'a>> {
     Ok(Opening {
         plan: memory.plan.as_deref(),
+        auto: memory.auto()?,
         memory: memory.bytes()?,
         profile: memory.profile.as_deref(),
         context: None,
