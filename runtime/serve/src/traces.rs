@@ -409,7 +409,7 @@ mod tests {
         for n_texts in 1..=3 {
             let mut traces = fresh();
             let n = 5 * traces.per_token();
-            let (experts, weights) = (vec![0, 1].repeat(n / 2), vec![0.5; n]);
+            let (experts, weights) = ([0, 1].repeat(n / 2), vec![0.5; n]);
             traces.record((&Routing { experts, weights }, &[rows(1, 0, 5, 5)]));
             assert!(traces.merge(&spec).unwrap());
             let held = Traces::open(&path, gguf.id(), &spec).unwrap();
