@@ -279,13 +279,13 @@ impl Place<'_> {
 /// Returns the error of a key that no command has there.
 fn unknown(at: &str, name: &str, sub: Option<&Command>, command: &Command) -> anyhow::Error {
     let has = |sub: &Command| settings(sub).any(|arg| arg.get_long() == Some(name));
+    if sub.is_none() && command.find_subcommand(name).is_some() {
+        return anyhow!("{at}: '{name}' is a command, expected a table [{name}] with its settings");
+    }
     if NOT_SETTINGS.contains(&name) {
         return anyhow!(
             "{at}: '{name}' belongs to a single call, expected a setting that calls share"
         );
-    }
-    if sub.is_none() && command.find_subcommand(name).is_some() {
-        return anyhow!("{at}: '{name}' is a command, expected a table [{name}] with its settings");
     }
     if sub.is_none()
         && let Some(other) = command.get_subcommands().find(|sub| has(sub))
