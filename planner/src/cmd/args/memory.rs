@@ -31,13 +31,13 @@ pub struct MemoryArgs {
     pub auto: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub how: AutoArgs,
+    pub how: PlanningArgs,
 }
 
 /// How a plan is made without being asked for.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Memory")]
-pub struct AutoArgs {
+pub struct PlanningArgs {
     /// With --auto: machine file, or the name of a bundled machine, to plan for [default: measured once]
     #[arg(long, value_name = "FILE")]
     pub machine: Option<PathBuf>,
@@ -55,7 +55,7 @@ impl MemoryArgs {
     /// # Errors
     /// When an option would have no effect.
     pub fn auto(&self) -> Result<Option<Auto<'_>>> {
-        let AutoArgs {
+        let PlanningArgs {
             machine,
             probe,
             no_learn,
