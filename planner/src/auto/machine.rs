@@ -67,7 +67,7 @@ pub(super) fn find(place: &Place, asked: &Asked<'_>, notes: &mut Vec<String>) ->
             )),
         }
     }
-    eprintln!("auto: measuring memory, processor, and drive once, for about 15 seconds");
+    eprintln!("auto: measuring memory, processor, and drive once; a busy machine takes minutes");
     let started = Instant::now();
     let machine = measure(&Settings {
         model: Some(asked.model),
