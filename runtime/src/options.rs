@@ -50,13 +50,6 @@ pub const DEFAULT_BATCH: usize = 2048;
 /// Tokens per micro-batch at most: a dense stage, and an expert, takes these at once.
 pub(crate) const MAX_MICRO_BATCH: usize = 512;
 
-/// Returns the rows that experts compute at once: where a micro-batch is small, all its choices, as
-/// far as there are not more than in a large one.
-pub(crate) fn expert_rows(micro_batch: usize, n_used: usize) -> usize {
-    let choices = micro_batch.saturating_mul(n_used).min(MAX_MICRO_BATCH);
-    micro_batch.max(choices)
-}
-
 /// Returns the tokens per batch, and per micro-batch: no more than the KV cache has room for, in
 /// layers with a window too.
 pub(crate) fn batches(options: &LoadOptions, room: CacheRoom) -> (usize, usize) {

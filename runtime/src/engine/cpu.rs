@@ -11,7 +11,6 @@ use crate::layers::ngram::Ngrams;
 use crate::layers::router::Router;
 use crate::layers::weights::DenseWeights;
 use crate::moe::ffn::{FfnScratch, dense_ffn, shared_expert};
-use crate::options::expert_rows;
 use std::ops::Range;
 use tier_plan_formats::model::spec::{
     Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec, RouterInput, TensorId,
@@ -81,7 +80,7 @@ impl Cpu {
             router: Router::default(),
             predicted_weights: Vec::new(),
             mixer,
-            ffn: FfnScratch::new(expert_rows(micro_batch, n_used), widest, ffn, n_used),
+            ffn: FfnScratch::new(micro_batch, widest, ffn, n_used),
             token_rows: TokenRows::new(spec, batch, micro_batch),
             streams: StreamRows::default(),
             latent: LatentRows::default(),

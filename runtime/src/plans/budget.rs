@@ -8,7 +8,7 @@
 
 use super::in_memory::in_memory_with;
 use crate::experts::layer::{LayerExperts, Layout};
-use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH, expert_rows};
+use crate::options::{DEFAULT_BATCH, MAX_MICRO_BATCH};
 use crate::tiers::file::FileTier;
 use thiserror::Error;
 use tier_plan_formats::gguf::Gguf;
@@ -179,8 +179,8 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
     let shared = if apart { 4 * hidden } else { 0 };
     let kept =
         hidden * (2 * 4 + WITH_QUANTS) + n_used * (2 + 4 + 16) + shared + inputs.saturating_mul(4);
-    let expert_row = hidden * (4 + WITH_QUANTS) + ffn * (2 * 4 + WITH_QUANTS);
-    let row = hidden * (2 * 4 + 2 * WITH_QUANTS)
+    let row = hidden * (3 * 4 + 3 * WITH_QUANTS)
+        + ffn * (2 * 4 + WITH_QUANTS)
         + n_expert * 4
         + mixer
         + inputs.saturating_mul(4 + WITH_QUANTS);
@@ -192,11 +192,7 @@ fn activation_bytes(gguf: &Gguf, spec: &ModelSpec, room: CacheRoom, batch: usize
     let once = (spec.n_vocab as u64)
         .saturating_mul(further.saturating_mul(12).saturating_add(24))
         .saturating_add(u64::from(room.context) * 64);
-    let micro_batch = batch.min(MAX_MICRO_BATCH);
-    let expert_rows = expert_rows(micro_batch, n_used as usize).max(n_used as usize);
-    let micro = row
-        .saturating_mul(micro_batch as u64)
-        .saturating_add(expert_row.saturating_mul(expert_rows as u64));
+    let micro = row.saturating_mul(batch.min(MAX_MICRO_BATCH) as u64);
     kept.saturating_mul(batch as u64)
         .saturating_add(micro)
         .saturating_add(once)
