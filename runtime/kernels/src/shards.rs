@@ -59,6 +59,30 @@ pub(crate) fn enter_node(node: usize, processors: &[u32]) {
     }
 }
 
+/// Returns the position of each processor's node.
+pub(crate) fn node_of_cpu(nodes: &[NodeThreads]) -> Vec<usize> {
+    let mut node_of_cpu = Vec::new();
+    for (node, of) in nodes.iter().enumerate() {
+        for cpu in &of.processors {
+            let cpu = *cpu as usize;
+            node_of_cpu.resize(node_of_cpu.len().max(cpu + 1), 0);
+            node_of_cpu[cpu] = node;
+        }
+    }
+    node_of_cpu
+}
+
+/// Returns the processor that this thread runs on, where the system tells.
+fn current_cpu() -> Option<usize> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: the call takes nothing and returns a number.
+        usize::try_from(unsafe { libc::sched_getcpu() }).ok()
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
+}
+
 /// Returns the position of the node, of `nodes`, whose memory holds an address.
 pub fn node_of_address(address: usize, nodes: usize) -> usize {
     address / STRIPE_BYTES % nodes.max(1)
@@ -89,6 +113,11 @@ impl ThreadPool {
     ) {
         let all: usize = by_node.iter().flatten().map(&bytes).sum();
         self.reads.bytes.fetch_add(all as u64, Ordering::Relaxed);
+        // The caller is not pinned: it counts to the node that it happens to be on.
+        if !self.node_of_cpu.is_empty() {
+            let here = current_cpu().and_then(|cpu| self.node_of_cpu.get(cpu));
+            NODE.set(here.copied().unwrap_or(0));
+        }
         let next: Vec<Apart> = by_node.iter().map(|_| Apart(AtomicUsize::new(0))).collect();
         self.run_on_all(|| {
             for step in 0..by_node.len() {
@@ -167,6 +196,21 @@ mod tests {
             remote_bytes: 10,
         };
         assert_eq!(pool.node_reads(), helped);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_caller_is_of_the_node_that_it_runs_on() {
+        // Wherever this thread runs, it is the second node.
+        let all = NodeThreads {
+            threads: 1,
+            processors: (0..1024).collect(),
+        };
+        let pool = ThreadPool::on_nodes(&[NodeThreads::default(), all]);
+        assert_eq!(pool.node_of_cpu.len(), 1024);
+        pool.for_each_by_node(&[vec![], vec![()]], |_| 10, |_| assert_eq!(NODE.get(), 1));
+        assert_eq!(pool.node_reads().remote_bytes, 0);
+        NODE.set(0);
     }
 
     #[test]

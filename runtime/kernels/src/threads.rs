@@ -20,7 +20,7 @@
 //! A worker can only enter an open task, and a closed task is never opened again. So after the
 //! caller has seen 0 inside, no worker can read the borrowed closure.
 
-use crate::shards::{NodeThreads, Reads, enter_node};
+use crate::shards::{NodeThreads, Reads, enter_node, node_of_cpu};
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -98,6 +98,8 @@ pub struct ThreadPool {
     gave_up: AtomicBool,
     /// Threads on each NUMA node; one entry where nodes don't matter.
     pub(crate) nodes: Vec<usize>,
+    /// The node of each processor; empty where nodes are emulated or don't matter.
+    pub(crate) node_of_cpu: Vec<usize>,
     /// Bytes of weights by the node that they were read from.
     pub(crate) reads: Reads,
 }
@@ -111,8 +113,8 @@ impl ThreadPool {
         }])
     }
 
-    /// Returns a pool with threads on each of these NUMA nodes. The caller of a loop counts as a
-    /// thread of the first.
+    /// Returns a pool with threads on each of these NUMA nodes, pinned there. The caller of a loop
+    /// counts as one of the first, and is not pinned: threads that it starts would be, too.
     pub fn on_nodes(nodes: &[NodeThreads]) -> Self {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
@@ -157,6 +159,7 @@ impl ThreadPool {
             give_up: None,
             gave_up: AtomicBool::new(false),
             nodes: counts,
+            node_of_cpu: node_of_cpu(nodes),
             reads: Reads::default(),
         }
     }

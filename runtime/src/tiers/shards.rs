@@ -65,9 +65,7 @@ impl Shards {
     }
 
     /// Returns a pool with threads on every node: as many in all as asked for, else as there are
-    /// physical cores.
-    ///
-    /// This thread is pinned to the processors of the first node, as it computes with them.
+    /// physical cores. All but the caller's are pinned to their node.
     pub fn pool(&self, threads: Option<usize>) -> ThreadPool {
         let threads = threads.unwrap_or_else(physical_cores);
         let weights: Vec<usize> = self.nodes.iter().map(|n| n.processors.len()).collect();
