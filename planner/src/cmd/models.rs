@@ -1,15 +1,15 @@
 //! `tier-plan models`: lists the GGUF files that are here, and removes cached ones.
 
 use crate::cmd::args::JsonArgs;
+use crate::confirm::{can_ask, confirmed};
 use crate::hint::HintExt;
 use crate::json::path_json;
-use crate::models::{Found, Places, cache_folder, list, removal};
+use crate::models::{Found, Places, list, removal};
 use crate::print::digits;
 use crate::printable::printable;
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow, ensure};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
 use tier_plan_runtime::units::show_bytes;
 
@@ -44,7 +44,7 @@ pub enum Action {
         name: String,
         /// Remove without asking
         #[arg(short, long)]
-        yes: bool,
+        force: bool,
     },
 }
 
@@ -56,10 +56,10 @@ pub fn run(args: &ModelsArgs) -> Result<()> {
     let found = list(&Places {
         here: Some(PathBuf::from(".")),
         folders: args.models_dir.clone(),
-        hugging_face: cache_folder(),
+        hugging_face: crate::hub::folder(),
     });
-    if let Some(Action::Rm { name, yes }) = &args.action {
-        return remove(name, *yes, &found);
+    if let Some(Action::Rm { name, force }) = &args.action {
+        return remove(name, *force, &found);
     }
     if args.format.json {
         let models: Vec<Value> = found.iter().map(as_json).collect();
@@ -71,7 +71,7 @@ pub fn run(args: &ModelsArgs) -> Result<()> {
     Ok(())
 }
 
-fn remove(name: &str, yes: bool, models: &[Found]) -> Result<()> {
+fn remove(name: &str, force: bool, models: &[Found]) -> Result<()> {
     let removal = removal(name, models)?;
     let what = format!(
         "{}: {} file(s), {}",
@@ -79,16 +79,14 @@ fn remove(name: &str, yes: bool, models: &[Found]) -> Result<()> {
         removal.links.len(),
         show_bytes(removal.bytes)
     );
-    if !yes {
-        if !std::io::stdin().is_terminal() {
-            return Err(anyhow!("{what}: not removed without a yes")).hint("pass --yes");
+    if !force {
+        if !can_ask() {
+            return Err(anyhow!("{what}: not removed without a yes")).hint("pass --force");
         }
-        eprintln!("remove {what}? [y/N]");
-        let mut answer = String::new();
-        std::io::stdin().lock().read_line(&mut answer)?;
-        if !matches!(answer.trim(), "y" | "Y" | "yes") {
-            bail!("{what}: not removed");
-        }
+        ensure!(
+            confirmed(&format!("remove {what}? [y/N] "))?,
+            "{what}: not removed"
+        );
     }
     removal.remove()?;
     println!("removed {what}");

@@ -28,8 +28,9 @@ fn given(command: &mut Command) -> Option<(PathBuf, Need)> {
         | Command::WhatIf(_)
         | Command::Solve(_)
         | Command::Explain(_)
-        | Command::Tokenize(_)
-        | Command::Doctor(_) => Need::Header,
+        | Command::Tokenize(_) => Need::Header,
+        // The drive is measured with the file itself.
+        Command::Doctor(args) if !args.measure => Need::Header,
         Command::Auto(args) if args.show => Need::Header,
         Command::Profile(args) if args.from_imatrix.is_some() => Need::Header,
         _ => Need::Weights,
@@ -75,7 +76,7 @@ fn field(command: &mut Command) -> Option<&mut PathBuf> {
         Command::Batch(args) => args.model_option.as_mut().or(args.model.as_mut()),
         Command::Profile(args) => args.model.as_mut().or(args.model_option.as_mut()),
         Command::Probe(args) => args.model.as_mut(),
-        Command::Doctor(args) => args.model.as_mut(),
+        Command::Doctor(args) => args.model.as_mut().or(args.model_option.as_mut()),
         Command::Compare(args) => args.model.as_mut(),
         Command::Selftest(args) => args.model.as_mut(),
         Command::Launch(_)
@@ -122,6 +123,7 @@ mod tests {
         "profile -m MODEL",
         "probe -m MODEL",
         "doctor MODEL",
+        "doctor -m MODEL",
         "compare x -m MODEL",
         "selftest --gpu --model MODEL",
         "launch claude --model MODEL",

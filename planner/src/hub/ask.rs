@@ -2,13 +2,14 @@
 
 use crate::catalogue::{self, Known};
 use crate::cmd::args::BudgetArgs;
+use crate::confirm::{can_ask, confirmed};
 use crate::hint::HintExt;
+use crate::interrupt::Interrupted;
 use crate::print::digits;
 use crate::printable::printable;
 use crate::probe::{Settings, measure};
 use crate::whatif::{Question, answer, bound};
-use anyhow::{Context, Result, anyhow, bail};
-use std::io::{BufRead, IsTerminal, Write};
+use anyhow::{Context, Result, anyhow, ensure};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
@@ -98,11 +99,12 @@ pub fn agree(offer: &Offer<'_>, yes: bool) -> Result<()> {
     if yes {
         return Ok(());
     }
-    let is_terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+    let is_terminal = can_ask();
     let machine = this_machine(offer.folder, is_terminal);
     let prediction = match machine {
         Ok(Some(machine)) => predicted(offer.known, &machine),
         Ok(None) => Ok(String::new()),
+        Err(error) if error.is::<Interrupted>() => return Err(error),
         Err(error) => Err(error),
     };
     let speed = match prediction {
@@ -128,44 +130,13 @@ pub fn agree(offer: &Offer<'_>, yes: bool) -> Result<()> {
         return Err(unasked).hint(hint);
     }
     let question = format!("{speed}; fetch {size}{files} to {folder}? [y/N] ");
-    let mut screen = std::io::stderr().lock();
-    screen.write_all(printable_line(&question).as_bytes())?;
-    screen.flush()?;
-    drop(screen);
-    let mut line = String::new();
-    std::io::stdin()
-        .lock()
-        .read_line(&mut line)
-        .context("reading the answer")?;
-    if is_yes(&line) {
-        return Ok(());
-    }
-    bail!("{}: not fetched", offer.name)
-}
-
-/// Returns the question on one line.
-fn printable_line(text: &str) -> String {
-    crate::printable::one_line(text).into_owned()
-}
-
-/// Whether an answer agrees.
-fn is_yes(line: &str) -> bool {
-    ["y", "yes"].contains(&line.trim().to_ascii_lowercase().as_str())
+    ensure!(confirmed(&question)?, "{}: not fetched", offer.name);
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_yes_is_yes() {
-        for line in ["y", "Y\n", " yes \r\n", "YES"] {
-            assert!(is_yes(line), "{line:?}");
-        }
-        for line in ["", "\n", "n", "no", "yep", "1"] {
-            assert!(!is_yes(line), "{line:?}");
-        }
-    }
 
     #[test]
     fn a_prediction_names_speed_and_bottleneck() {

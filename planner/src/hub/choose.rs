@@ -2,6 +2,7 @@
 
 use super::name::Pick;
 use crate::printable::printable;
+use crate::split_name::{gguf_stem, split_name};
 use anyhow::{Result, anyhow, bail, ensure};
 use std::collections::BTreeMap;
 use tier_plan_runtime::units::show_bytes;
@@ -86,32 +87,15 @@ impl Model<'_> {
     }
 }
 
-/// Returns a number of five digits.
-fn five_digits(text: &str) -> Option<u32> {
-    let is_number = text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
-    is_number.then(|| text.parse().ok()).flatten()
-}
-
 /// Splits the path of a GGUF file into stem, part number, and number of parts; `None` if it is no
 /// model. A file that is not split is part 1 of 1.
 fn split(path: &str) -> Option<(&str, u32, u32)> {
-    let at = path.len().checked_sub(".gguf".len())?;
-    let ending = path.get(at..)?;
-    if !ending.eq_ignore_ascii_case(".gguf") {
-        return None;
-    }
-    let stem = &path[..at];
+    let stem = gguf_stem(path)?;
     let file = stem.rsplit('/').next().unwrap_or(stem).to_ascii_lowercase();
     if file.is_empty() || file.contains("mmproj") || file.contains("imatrix") {
         return None;
     }
-    let numbered = stem.rsplit_once("-of-").and_then(|(rest, count)| {
-        let (name, number) = rest.rsplit_once('-')?;
-        let (number, count) = (five_digits(number)?, five_digits(count)?);
-        (1..=count)
-            .contains(&number)
-            .then_some((name, number, count))
-    });
+    let numbered = split_name(path).map(|split| (split.stem, split.number, split.count));
     Some(numbered.unwrap_or((stem, 1, 1)))
 }
 

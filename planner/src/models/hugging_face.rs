@@ -11,20 +11,6 @@ const MAX_DEPTH: usize = 3;
 /// Most files and folders of the cache that are looked at.
 const MAX_ENTRIES: usize = 100_000;
 
-/// Returns the folder of the cache by the variables of Hugging Face's own tools, whether it is there or
-/// not.
-pub fn cache_folder() -> Option<PathBuf> {
-    let variable = |name: &str| {
-        let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
-        Some(PathBuf::from(value))
-    };
-    variable("HF_HUB_CACHE")
-        .or_else(|| variable("HUGGINGFACE_HUB_CACHE"))
-        .or_else(|| Some(variable("HF_HOME")?.join("hub")))
-        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("huggingface/hub")))
-        .or_else(|| Some(variable("HOME")?.join(".cache/huggingface/hub")))
-}
-
 /// Returns `owner/repo` of a folder in the cache.
 fn repository(folder: &str) -> Option<String> {
     let name = folder.strip_prefix("models--")?;

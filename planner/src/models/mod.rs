@@ -6,7 +6,6 @@ mod scan;
 #[cfg(test)]
 mod tests;
 
-pub use hugging_face::cache_folder;
 pub use removal::{Removal, removal};
 pub use scan::Part;
 

@@ -3,8 +3,9 @@
 
 use super::Found;
 use super::hugging_face::folders;
-use super::scan::{split_name, walk};
+use super::scan::walk;
 use crate::hint::HintExt;
+use crate::split_name::split_name;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::BTreeSet;
 use std::fs;

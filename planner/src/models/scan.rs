@@ -1,5 +1,6 @@
 //! Finds the first files of GGUF models below a folder.
 
+use crate::split_name::split_name;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -62,32 +63,6 @@ pub(super) fn walk(folder: &Path, depth: usize, left: &mut usize, found: &mut Ve
 fn is_gguf(path: &Path) -> bool {
     path.extension()
         .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
-}
-
-/// The place of a file among those of a split model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct SplitName<'n> {
-    /// What stands before the numbers.
-    pub stem: &'n str,
-    /// Number of the file, from 1.
-    pub number: u32,
-    /// Number of files.
-    pub count: u32,
-}
-
-/// Parses a name such as `model-00002-of-00005.gguf`.
-pub(super) fn split_name(name: &str) -> Option<SplitName<'_>> {
-    let stem = name.strip_suffix(".gguf")?;
-    let (before, count) = stem.rsplit_once("-of-")?;
-    let (stem, number) = before.rsplit_once('-')?;
-    let digits = |text: &str| {
-        (text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?
-    };
-    Some(SplitName {
-        stem,
-        number: digits(number)?,
-        count: digits(count)?,
-    })
 }
 
 /// Whether a file is a whole model, or the first part of one.

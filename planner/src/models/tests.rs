@@ -75,22 +75,9 @@ fn folders_are_listed_with_what_lies_beside() {
 }
 
 #[test]
-fn names_of_split_files_are_parsed() {
-    let split = scan::split_name("a-b-00002-of-00010.gguf").unwrap();
-    assert_eq!((split.stem, split.number, split.count), ("a-b", 2, 10));
-    for name in [
-        "a.gguf",
-        "a-00001-of-0002.gguf",
-        "a-0001-of-00002.gguf",
-        "a-+0001-of-00002.gguf",
-        "a-00001-of-00002.txt",
-        "00001-of-00002.gguf",
-        "",
-    ] {
-        assert_eq!(scan::split_name(name), None, "{name}");
-    }
+fn later_parts_of_split_files_are_known() {
     assert!(scan::is_first(Path::new("x/a-00001-of-00002.gguf")));
-    assert!(!scan::is_first(Path::new("x/a-00002-of-00002.gguf")));
+    assert!(!scan::is_first(Path::new("x/a-00002-of-00002.GGUF")));
 }
 
 /// A cache with two revisions of one repository, and another repository.
