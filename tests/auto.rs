@@ -134,7 +134,7 @@ fn a_machine_is_measured_once_and_a_plan_solved_once() {
         first.contains("measured just now in") && first.contains("predicted"),
         "{first}"
     );
-    assert!(first.contains("supposed to be equally likely"), "{first}");
+    assert!(first.contains("assumed to be equally likely"), "{first}");
     assert!(first.contains("what would help most"), "{first}");
     let kept = listing(&home.state());
     assert_eq!(kept.len(), 3, "{kept:?}");
@@ -283,7 +283,7 @@ fn what_texts_choose_is_learned_and_planned_with() {
     fs::write(&learned, "damaged").unwrap();
     let output = home.auto(&["--memory", LITTLE]);
     assert!(
-        stderr(&output).contains("note: it is made anew"),
+        stderr(&output).contains("it is made anew"),
         "{}",
         stderr(&output)
     );

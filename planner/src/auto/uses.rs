@@ -62,7 +62,7 @@ pub(super) fn find(
             evidence: Evidence::uniform(shape)?,
             profile: None,
             path: None,
-            from: "no profile, so all experts are supposed to be equally likely".to_string(),
+            from: "no profile, so all experts are assumed to be equally likely".to_string(),
         }),
     }
 }
@@ -93,12 +93,12 @@ fn learned(place: &Place, shape: &ModelShape, notes: &mut Vec<String>) -> Option
             Ok(profile) => Some(profile),
             Err(error) => {
                 notes.push(format!(
-                    "note: it is made anew: {}",
+                    "note: a damaged profile is set aside, and it is made anew: {}",
                     printable(&error.to_string())
                 ));
                 if place.is_writable() {
-                    // What cannot be removed is told of again.
-                    let _ = std::fs::remove_file(&path);
+                    // What cannot be set aside is told of again.
+                    let _ = std::fs::rename(&path, path.with_extension("profile.damaged"));
                 }
                 None
             }

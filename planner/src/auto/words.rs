@@ -44,6 +44,9 @@ pub(super) fn decision(plan: &Placement, shape: &ModelShape) -> String {
     )
 }
 
+/// Part (1/n) of the memory up to which the bytes that are missing for all of a model are the advice.
+const NEAR: u64 = 2;
+
 /// Returns what would make a plan fastest: more memory, a faster drive, or huge pages. `missing` is
 /// the memory in bytes with which all would fit.
 pub(super) fn advice(
@@ -52,6 +55,21 @@ pub(super) fn advice(
     evidence: &Evidence,
     missing: u64,
 ) -> String {
+    let pages = crate::doctor::small_pages_mend();
+    let pages = pages.map_or(String::new(), |mend| {
+        format!("; huge pages are off: {mend}")
+    });
+    let memory = plan
+        .tiers
+        .iter()
+        .filter(|t| t.tier.medium() == Medium::Addressable);
+    let memory = memory.map(|t| t.budget_bytes).fold(0, u64::saturating_add);
+    if missing <= memory / NEAR {
+        return format!(
+            "{} more memory, with which all would fit{pages}",
+            show_bytes(missing)
+        );
+    }
     let now = plan.predicted.decode_tok_s;
     let gains = [
         more_memory(plan, shape, evidence),
@@ -69,12 +87,11 @@ pub(super) fn advice(
                 digits(tok_s)
             )
         }
-        None => "neither a little more memory nor a faster drive".to_string(),
+        None => format!(
+            "nothing small: a step of more memory or a drive twice as fast brings less than {:.0} % (predicted)",
+            MIN_GAIN * 100.0
+        ),
     };
-    let pages = crate::doctor::small_pages_mend();
-    let pages = pages.map_or(String::new(), |mend| {
-        format!("; huge pages are off: {mend}")
-    });
     format!(
         "{best}; with {} more memory, all would fit{pages}",
         show_bytes(missing)
@@ -96,10 +113,10 @@ fn more_memory(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Opt
         .into_iter()
         .find(|step| *step <= tier.budget_bytes / 4)
         .unwrap_or(1u64 << 20);
-    let gib = step as f64 / f64::from(1u32 << 30);
+    let step_gib = step as f64 / f64::from(1u32 << 30);
     Some(Gain {
         words: format!("{} more memory", show_bytes(step)),
-        tok_s: reason.tok_s_per_gib * gib,
+        tok_s: reason.tok_s_per_gib * step_gib,
     })
 }
 

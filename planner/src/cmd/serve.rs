@@ -212,7 +212,13 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         place,
     );
     if let Some(traces) = &mut traces {
-        record(traces, traces_file.as_deref())?;
+        match record(traces, traces_file.as_deref()) {
+            Err(error) if args.profile_out.is_none() => {
+                let why = printable(&format!("{error:#}")).into_owned();
+                eprintln!("note: nothing was learned from this server: {why}");
+            }
+            recorded => recorded?,
+        }
     }
     answered?;
     session.keep()?;
@@ -231,10 +237,15 @@ fn traces(args: &ServeArgs, prepared: &Prepared<'_>) -> Result<Option<Traces>> {
         return open(path).context("--profile-out").map(Some);
     }
     // A model is served whether or not anything can be learned.
-    let learned = prepared.learns().map(open);
-    Ok(learned
-        .and_then(Result::ok)
-        .map(|traces| traces.at_most(MAX_CHOICES)))
+    match prepared.learns().map(open) {
+        Some(Ok(traces)) => Ok(Some(traces.at_most(MAX_CHOICES))),
+        Some(Err(error)) => {
+            let why = printable(&format!("{error:#}")).into_owned();
+            eprintln!("note: nothing is learned from this server: {why}");
+            Ok(None)
+        }
+        None => Ok(None),
+    }
 }
 
 /// Answers requests until a signal comes.

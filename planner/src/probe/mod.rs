@@ -226,7 +226,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         .unwrap_or_default();
     let types = match settings.is_quick {
         true if shares.is_empty() => QUICK_FORMATS.to_vec(),
-        true => shares.iter().map(|(ty, _)| *ty).collect(),
+        true => largest(&shares),
         false => types_to_measure(&shares),
     };
     let drive_divisor = if settings.is_quick { QUICK_DIVISOR } else { 1 };
@@ -291,7 +291,13 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let disk_rate = disk.measure(DRIVE_TIME / drive_divisor)?;
     doubts.extend(disk_rate.doubts(&disk_path));
     bar.inc(2);
-    let together = measure_together(&mut disk, &mut memory, &pool, main)?;
+    let together = measure_together(
+        &mut disk,
+        &mut memory,
+        &pool,
+        main,
+        CONTENTION_TIME / drive_divisor,
+    )?;
     bar.inc(1);
 
     let work = opened.as_ref().map_or_else(Work::common, |(gguf, spec)| {
@@ -416,16 +422,27 @@ fn adopt_own_layers(
     );
 }
 
+/// Most formats of a model that a quick measurement takes: those of the most bytes.
+const MAX_QUICK_FORMATS: usize = 2;
+
+/// Returns the formats with the largest shares of a token's bytes.
+fn largest(shares: &[(TensorType, f64)]) -> Vec<TensorType> {
+    let mut by_share = shares.to_vec();
+    by_share.sort_by(|(_, a), (_, b)| b.total_cmp(a));
+    let largest = by_share.into_iter().take(MAX_QUICK_FORMATS);
+    largest.map(|(ty, _)| ty).collect()
+}
+
 /// Measures memory and drive while both are in use.
 fn measure_together(
     disk: &mut Disk,
     memory: &mut Memory,
     pool: &ThreadPool,
     main: TensorType,
+    time: Duration,
 ) -> Result<Together> {
     let measured = std::thread::scope(|scope| {
-        let reading =
-            std::thread::Builder::new().spawn_scoped(scope, || disk.measure(CONTENTION_TIME))?;
+        let reading = std::thread::Builder::new().spawn_scoped(scope, || disk.measure(time))?;
         let mut passes = Vec::new();
         while !reading.is_finished() {
             passes.push(memory.pass_gbps(pool, main));

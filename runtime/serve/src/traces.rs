@@ -75,6 +75,12 @@ pub struct Traces {
     written: Instant,
 }
 
+/// Returns the number in a text's name; none where it can't be one that was counted.
+fn number(prompt: &PromptTrace) -> Option<u64> {
+    let number = prompt.name.strip_prefix("text-")?.parse().ok()?;
+    (number < 1 << 48).then_some(number)
+}
+
 impl Traces {
     /// Opens the file, if it is there, to add to what it holds.
     ///
@@ -95,7 +101,11 @@ impl Traces {
             profile.prompts = found.prompts;
         }
         traces.n_choices = traces.profile.prompts.iter().map(|p| p.experts.len()).sum();
-        traces.n_ended = traces.profile.prompts.len() as u64;
+        // Texts are numbered on, and places drawn anew: else every start would replace the same text.
+        let prompts = &traces.profile.prompts;
+        let latest = prompts.iter().filter_map(number).max().unwrap_or(0);
+        traces.n_ended = latest.max(prompts.len() as u64);
+        traces.random ^= traces.n_ended.wrapping_mul(0xbf58_476d_1ce4_e5b9) << 1;
         Ok(traces)
     }
 

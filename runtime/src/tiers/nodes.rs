@@ -70,6 +70,22 @@ pub fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
     Ok(nodes)
 }
 
+/// Returns the nodes that have memory and processors: memory behind a CXL link has no threads that
+/// could read it as their own.
+///
+/// # Errors
+/// [`NumaError::Unavailable`] when the system lists no nodes.
+pub(super) fn computing() -> Result<Vec<Node>, NumaError> {
+    computing_below(Path::new(ROOT))
+}
+
+/// [`computing`] with the nodes that are listed below `root`.
+pub(super) fn computing_below(root: &Path) -> Result<Vec<Node>, NumaError> {
+    let mut nodes = nodes_below(root)?;
+    nodes.retain(|node| !node.processors.is_empty());
+    Ok(nodes)
+}
+
 /// Returns the value of the line `Node 0 name:   123 kB`, in bytes.
 fn kilobytes(meminfo: &str, name: &str) -> Option<u64> {
     let value = meminfo.lines().find_map(|line| {
@@ -248,6 +264,7 @@ mod tests {
             },
         ];
         assert_eq!(nodes_below(root.path()).unwrap(), expected);
+        assert_eq!(computing_below(root.path()).unwrap(), expected[..1]);
         for (file, text) in [
             ("has_memory", "0,x"),
             ("node0/meminfo", "Node 0 MemTotal: many kB\n"),

@@ -4,6 +4,7 @@
 //! Linux's `mbind`, `set_mempolicy`, and `sched_setaffinity` are called directly, since `libc`
 //! wraps only the last of them.
 
+use super::nodes::computing_below;
 use std::fmt;
 use std::fs;
 use std::path::Path;
@@ -134,7 +135,9 @@ impl NumaPolicy {
             .and_then(|text| parse_list(&text))
             .ok_or(NumaError::Unavailable)?;
         let nodes = match self {
-            NumaPolicy::Interleave | NumaPolicy::Shard | NumaPolicy::EmulatedShards(_) => online,
+            NumaPolicy::Interleave | NumaPolicy::EmulatedShards(_) => online,
+            // Stripes go round exactly the nodes whose threads read them.
+            NumaPolicy::Shard => computing_below(root)?.iter().map(|n| n.number).collect(),
             NumaPolicy::Node(node) if online.contains(&node) => vec![node],
             NumaPolicy::Node(node) => {
                 let nodes: Vec<String> = online.iter().map(u32::to_string).collect();

@@ -36,12 +36,7 @@ impl Shards {
     /// When the system lists no nodes.
     pub fn of(policy: NumaPolicy) -> Result<Option<Self>, NumaError> {
         let (nodes, is_emulated) = match policy {
-            NumaPolicy::Shard => {
-                let mut nodes = nodes::nodes()?;
-                // Memory behind a CXL link has no threads that could read it as their own.
-                nodes.retain(|node| !node.processors.is_empty());
-                (nodes, false)
-            }
+            NumaPolicy::Shard => (nodes::computing()?, false),
             NumaPolicy::EmulatedShards(n) => (vec![Node::default(); n as usize], true),
             NumaPolicy::Interleave | NumaPolicy::Node(_) => return Ok(None),
         };
@@ -64,8 +59,8 @@ impl Shards {
         self.is_emulated
     }
 
-    /// Returns a pool with threads on every node: as many in all as asked for, else as there are
-    /// physical cores. All but the caller's are pinned to their node.
+    /// Returns a pool with threads on every node: as many in all as asked for, but at least one per
+    /// node, else as there are physical cores. All but the caller's are pinned to their node.
     pub fn pool(&self, threads: Option<usize>) -> ThreadPool {
         let threads = threads.unwrap_or_else(physical_cores);
         let weights: Vec<usize> = self.nodes.iter().map(|n| n.processors.len()).collect();

@@ -7,6 +7,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+#[cfg(target_os = "linux")]
+use tier_plan_kernels::shards::STRIPE_BYTES;
 
 /// How the bytes of a range are about to be read; a hint to the system, never needed for
 /// correctness.
@@ -103,10 +105,6 @@ impl Map {
 /// Bytes that a thread copies at a time.
 const COPY_BYTES: usize = 8 << 20;
 
-/// Bytes of a huge page of Linux on x86-64.
-#[cfg(target_os = "linux")]
-const HUGE_PAGE_BYTES: usize = 2 << 20;
-
 /// A file's bytes in memory of this process, on huge pages where the system has them.
 #[derive(Debug)]
 pub(super) struct Copied(MmapMut);
@@ -132,7 +130,7 @@ impl Copied {
         let _ = {
             // From the first whole huge page on: Linux interleaves those over NUMA nodes by their
             // addresses if a range of memory begins at one.
-            let start = memory.as_ptr().align_offset(HUGE_PAGE_BYTES);
+            let start = memory.as_ptr().align_offset(STRIPE_BYTES);
             let len = memory.len().saturating_sub(start);
             memory.advise_range(memmap2::Advice::HugePage, start.min(memory.len()), len)
         };

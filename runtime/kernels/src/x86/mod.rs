@@ -16,8 +16,8 @@ const L1_PREFETCH_BYTES: usize = 2048;
 /// Distance in bytes at which lines are prefetched into the second-level cache, which waits for
 /// more lines at a time. It is further than the hardware prefetcher looks, and crosses page ends
 /// too. It also exceeds a block of a band (up to 3.3 kB), whose lines are not read in their order:
-/// on Zen 4, Q6_K streams at 24 GB/s with 3 kB and at 31 with 8 kB; Sapphire Rapids is as fast with
-/// either.
+/// on Zen 4, Q6_K streams at 24 GB/s with 512 bytes and 3 kB, and at 30 to 31 with both distances as
+/// they are here. Earlier trials on Sapphire Rapids saw no difference (docs/performance.md).
 const L2_PREFETCH_BYTES: usize = 8192;
 
 /// Prefetches the `bytes` bytes that lie [`L1_PREFETCH_BYTES`] and [`L2_PREFETCH_BYTES`] after `p`.
