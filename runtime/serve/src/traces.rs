@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tier_plan_runtime::batcher::StepRows;
 use tier_plan_runtime::engine::Routing;
 use tier_plan_runtime::formats::FormatError;
@@ -105,7 +105,8 @@ impl Traces {
         let prompts = &traces.profile.prompts;
         let latest = prompts.iter().filter_map(number).max().unwrap_or(0);
         traces.n_ended = latest.max(prompts.len() as u64);
-        traces.random ^= traces.n_ended.wrapping_mul(0xbf58_476d_1ce4_e5b9) << 1;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        traces.random ^= now.map_or(0, |now| now.as_nanos() as u64) << 1;
         Ok(traces)
     }
 
@@ -310,6 +311,7 @@ fn next_random(state: &mut u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
     /// A profile of one layer with two of eight experts per token.
     fn traces(max_choices: usize) -> Traces {
@@ -429,6 +431,27 @@ mod tests {
         }
         std::fs::write(&path, "damaged").unwrap();
         assert!(fresh().merge(&spec).is_err());
+    }
+
+    #[test]
+    fn a_full_sample_takes_texts_of_later_runs() {
+        let gguf = tier_plan_runtime::gguf::Gguf::open(&tier_plan_testing::demo_model()).unwrap();
+        let spec = tier_plan_runtime::model::describe(&gguf).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("learned.profile");
+        for _ in 0..60 {
+            let mut traces = Traces::of_nothing(&path, gguf.id(), &spec).unwrap();
+            let n = 5 * traces.per_token();
+            let (experts, weights) = ([0, 1].repeat(n / 2), vec![0.5; n]);
+            traces.record((&Routing { experts, weights }, &[rows(1, 0, 5, 5)]));
+            traces.at_most(4 * n).merge(&spec).unwrap();
+        }
+        let held = Traces::open(&path, gguf.id(), &spec).unwrap();
+        assert_eq!(held.n_texts(), 4);
+        // Each of 56 texts has a chance of 4 in the number of those that were taken, or better.
+        assert!(held.n_ended > 8, "{}", held.n_ended);
+        let numbers: HashSet<u64> = held.profile.prompts.iter().filter_map(number).collect();
+        assert_eq!(numbers.len(), 4);
     }
 
     #[test]
