@@ -410,6 +410,15 @@ mod tests {
         assert!((890..=1110).contains(&held_late), "{held_late}");
     }
 
+    /// Records a text of five tokens of a real model, and returns its choices.
+    fn record_text(traces: &mut Traces) -> usize {
+        let (n, n_used) = (5 * traces.per_token(), traces.profile.n_used as usize);
+        let experts = (0..n).map(|i| (i % n_used) as u16).collect();
+        let weights = vec![0.5; n];
+        traces.record((&Routing { experts, weights }, &[rows(1, 0, 5, 5)]));
+        n
+    }
+
     #[test]
     fn texts_are_added_to_those_of_the_file() {
         let gguf = tier_plan_runtime::gguf::Gguf::open(&tier_plan_testing::demo_model()).unwrap();
@@ -420,9 +429,7 @@ mod tests {
         assert!(!fresh().merge(&spec).unwrap() && !path.exists());
         for n_texts in 1..=3 {
             let mut traces = fresh();
-            let n = 5 * traces.per_token();
-            let (experts, weights) = ([0, 1].repeat(n / 2), vec![0.5; n]);
-            traces.record((&Routing { experts, weights }, &[rows(1, 0, 5, 5)]));
+            record_text(&mut traces);
             assert!(traces.merge(&spec).unwrap());
             let held = Traces::open(&path, gguf.id(), &spec).unwrap();
             assert_eq!(held.n_texts(), n_texts);
@@ -441,9 +448,7 @@ mod tests {
         let path = folder.path().join("learned.profile");
         for _ in 0..60 {
             let mut traces = Traces::of_nothing(&path, gguf.id(), &spec).unwrap();
-            let n = 5 * traces.per_token();
-            let (experts, weights) = ([0, 1].repeat(n / 2), vec![0.5; n]);
-            traces.record((&Routing { experts, weights }, &[rows(1, 0, 5, 5)]));
+            let n = record_text(&mut traces);
             traces.at_most(4 * n).merge(&spec).unwrap();
         }
         let held = Traces::open(&path, gguf.id(), &spec).unwrap();
