@@ -3,7 +3,6 @@
 
 use super::Found;
 use super::hugging_face::folders;
-use super::scan::walk;
 use crate::hint::HintExt;
 use crate::split_name::split_name;
 use anyhow::{Context, Result, anyhow, bail};
@@ -12,8 +11,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Folders of a file below its snapshot, and most files that are looked at.
-const MAX_DEPTH: usize = 3;
+/// Most files of a repository that are looked at.
 const MAX_ENTRIES: usize = 100_000;
 
 /// What is to be removed.
@@ -100,9 +98,7 @@ fn of_cached(found: &Found, repository: &Path) -> Result<Removal> {
     let mut left = MAX_ENTRIES;
     let mut targets = BTreeSet::new();
     for snapshot in folders(&snapshots) {
-        let mut files = Vec::new();
-        walk(&snapshot, MAX_DEPTH, &mut left, &mut files);
-        for path in files {
+        for path in all_below(&snapshot, &mut left)? {
             let target = path.canonicalize().ok();
             let below = path.strip_prefix(&snapshot).unwrap_or(&path);
             if is_part_of(below, &file) {
@@ -135,6 +131,29 @@ fn of_cached(found: &Found, repository: &Path) -> Result<Removal> {
         bytes,
         repository: repository.to_path_buf(),
     })
+}
+
+/// Returns all files and links below a folder, so that nothing that needs a blob is missed.
+fn all_below(folder: &Path, left: &mut usize) -> Result<Vec<PathBuf>> {
+    let (mut files, mut open) = (Vec::new(), vec![folder.to_path_buf()]);
+    while let Some(folder) = open.pop() {
+        let shown = || folder.display().to_string();
+        for entry in fs::read_dir(&folder).with_context(shown)? {
+            let entry = entry.with_context(shown)?;
+            *left = left.checked_sub(1).with_context(|| {
+                format!(
+                    "{}: more than {MAX_ENTRIES} files, too many to tell which are still needed",
+                    shown()
+                )
+            })?;
+            if entry.file_type().with_context(shown)?.is_dir() {
+                open.push(entry.path());
+            } else {
+                files.push(entry.path());
+            }
+        }
+    }
+    Ok(files)
 }
 
 /// Whether a file is one of a model whose first file is `first`.

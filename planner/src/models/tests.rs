@@ -169,6 +169,21 @@ fn a_model_is_removed_and_nothing_else() {
 
 #[test]
 #[cfg(unix)]
+fn a_blob_that_any_other_file_needs_stays() {
+    let cache = cache();
+    let repository = cache.path().join("models--owner--some--model");
+    let deep = repository.join("snapshots/r1/a/b/c/d/e");
+    fs::create_dir_all(&deep).unwrap();
+    std::os::unix::fs::symlink(repository.join("blobs/b1"), deep.join("weights.bin")).unwrap();
+    let models = list(&in_cache(cache.path()));
+    let removal = super::removal("some--model/q4.gguf", &models).unwrap();
+    assert_eq!((removal.links.len(), removal.blobs.len()), (2, 0));
+    removal.remove().unwrap();
+    assert!(deep.join("weights.bin").exists());
+}
+
+#[test]
+#[cfg(unix)]
 fn names_that_are_unclear_or_not_cached_are_refused() {
     let cache = cache();
     let folder = tempfile::tempdir().unwrap();

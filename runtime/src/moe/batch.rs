@@ -1,5 +1,5 @@
-//! The routed experts of a batch: each computes once, for all tokens that chose it, in ascending
-//! order.
+//! The routed experts of a batch where a GPU takes part: each computes once, for all tokens that chose
+//! it, in ascending order. Without a GPU, see `cpu`.
 
 use super::MoeRun;
 use super::ffn::{FfnScratch, activate_shared, result_weight, weigh};
