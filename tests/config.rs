@@ -199,18 +199,18 @@ fn models_are_listed_and_cached_ones_removed() {
     let before = listing(folder.path());
     check_refusal(
         &remove(&["owner/repo/cached.gguf"]),
-        &["not removed without a yes", "--yes"],
+        &["not removed without a yes", "--force"],
     );
     check_refusal(
-        &remove(&["mine/own.gguf", "--yes"]),
+        &remove(&["mine/own.gguf", "--force"]),
         &["a file of yours", "rm mine/own.gguf"],
     );
     check_refusal(
-        &remove(&["nothing", "--yes"]),
+        &remove(&["nothing", "--force"]),
         &["no such model", "tier-plan models"],
     );
     assert_eq!(listing(folder.path()), before);
-    let text = stdout(&succeeded(remove(&["cached.gguf", "--yes"])));
+    let text = stdout(&succeeded(remove(&["cached.gguf", "--force"])));
     assert!(
         text.contains("removed owner/repo/cached.gguf: 1 file(s)"),
         "{text}"
