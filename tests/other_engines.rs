@@ -71,9 +71,118 @@ fn a_probed_machine_is_planned_for_and_runs() {
 }
 
 #[test]
+fn reads_are_shared_with_copies_that_were_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| text(&dir.path().join(name));
+    for name in ["m.gguf", "b.gguf"] {
+        fs::copy(demo_model(), path(name)).unwrap();
+    }
+    succeeded(run_in(dir.path(), &["pack", "m.gguf", "-o", "c.experts"]));
+    let probe = [
+        "probe",
+        "--model",
+        "m.gguf",
+        "--threads",
+        "1",
+        "--copy",
+        "b.gguf",
+        "--copy",
+        "c.experts",
+        "--json",
+    ];
+    let found = json(run_in(dir.path(), &probe));
+    let copies = found["copies"].as_array().unwrap();
+    assert_eq!(copies.len(), 2);
+    for (copy, name) in copies.iter().zip(["b.gguf", "c.experts"]) {
+        assert_eq!(copy["path"], path(name).as_str());
+        assert!(
+            copy["gbps"].as_f64().unwrap() > 0.0 && copy["together_gbps"].as_f64().unwrap() > 0.0
+        );
+    }
+
+    let solve = |output: &str| {
+        let solve = [
+            "solve",
+            "m.gguf",
+            "-m",
+            "machine.toml",
+            "--dram",
+            "6MiB",
+            "-c",
+            "128",
+            "-o",
+            output,
+        ];
+        let output = succeeded(run_in(dir.path(), &solve));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let run = |plan: &[&str]| {
+        let run = [
+            "run",
+            "m.gguf",
+            "-p",
+            "In the beginning",
+            "-n",
+            "24",
+            "--json",
+        ];
+        json(run_in(dir.path(), &[&run, plan].concat()))
+    };
+    let text = run(&[])["text"].clone();
+    assert!(!solve("both.toml").contains("warning"));
+    let plan = fs::read_to_string(dir.path().join("both.toml")).unwrap();
+    assert!(
+        plan.contains(&path("b.gguf")) && plan.contains(&path("c.experts")),
+        "{plan}"
+    );
+    let shared = run(&["--plan", "both.toml"]);
+    assert_eq!(
+        shared["text"], text,
+        "where experts are read from never changes a text"
+    );
+
+    // A copy that is gone takes its part of the rate with it.
+    let gbps = |plan: &str| {
+        let text = fs::read_to_string(dir.path().join(plan)).unwrap();
+        let drive = text.split("kind = \"nvme\"").nth(1).unwrap().to_string();
+        let rate = drive.split("read_gbps = ").nth(1).unwrap();
+        rate.split('\n').next().unwrap().parse::<f64>().unwrap()
+    };
+    fs::remove_file(path("b.gguf")).unwrap();
+    let told = solve("one.toml");
+    assert!(
+        told.contains("b.gguf") && told.contains("the plan reads nothing from it"),
+        "{told}"
+    );
+    let plan = fs::read_to_string(dir.path().join("one.toml")).unwrap();
+    assert!(
+        !plan.contains("b.gguf") && plan.contains("c.experts"),
+        "{plan}"
+    );
+    assert!(
+        gbps("one.toml") < gbps("both.toml"),
+        "{} {}",
+        gbps("one.toml"),
+        gbps("both.toml")
+    );
+    assert_eq!(run(&["--plan", "one.toml"])["text"], text);
+}
+
+#[test]
 fn what_cannot_be_probed_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let demo = text(&demo_model());
+    refused(
+        dir.path(),
+        &["probe", "--model", &demo, "--copy", &demo],
+        &["--copy", "this file is read already"],
+    );
+    refused(dir.path(), &["probe", "--copy", &demo], &["--model"]);
+    refused(
+        dir.path(),
+        &["probe", "--model", &demo, "--copy", "no.gguf"],
+        &["--copy no.gguf"],
+    );
     refused(dir.path(), &["probe", "--model", "no.gguf"], &["no.gguf"]);
     refused(
         dir.path(),

@@ -4,6 +4,7 @@
 
 use crate::context;
 use crate::opening::naming;
+use crate::store;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::Path;
 use tier_plan_profiles::{MACHINES, MODELS};
@@ -126,6 +127,20 @@ pub fn mix(quant: Option<&str>) -> Result<Mix> {
         let names: Vec<&str> = Mix::ALL.iter().map(|m| m.name()).collect();
         format!("--quant: {name}, expected one of {}", names.join(", "))
     })
+}
+
+/// Returns a machine as [`machine`] does, for plans of a model: without copies that are not of it.
+///
+/// # Errors
+/// As those of [`machine`]; or when the model cannot be read.
+pub fn machine_for(path: &Path, model: &Path) -> Result<Machine> {
+    let mut machine = self::machine(path)?;
+    if !machine.extras.copies.is_empty() && named(model)? == Named::File {
+        let gguf = Gguf::open(model)?;
+        let spec = describe(&gguf).map_err(|e| naming(model, e))?;
+        store::keep_copies_of(&gguf, &spec, &mut machine);
+    }
+    Ok(machine)
 }
 
 /// Returns a machine by file, or by bundled name if there is no such file.

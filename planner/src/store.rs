@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use tier_plan_runtime::Engine;
 use tier_plan_runtime::experts::copies::ExpertFiles;
 use tier_plan_runtime::experts::pack::Pack;
-use tier_plan_runtime::formats::machine::TierKind;
+use tier_plan_runtime::formats::machine::{Machine, TierKind};
 use tier_plan_runtime::formats::placement::{ExpertCopy, Placement};
 use tier_plan_runtime::formats::profile::Profile;
 use tier_plan_runtime::formats::slots::{LayerSlots, Slots};
@@ -71,6 +71,34 @@ pub fn copies(gguf: &Gguf, spec: &ModelSpec, plan: &Placement) -> Vec<ExpertFile
             .ok()
     };
     plan.reads.copies.iter().filter_map(open).collect()
+}
+
+/// Leaves the copies of a machine that are not of this model out of it, with a warning, and their drives'
+/// part out of the rate of its last tier.
+pub fn keep_copies_of(gguf: &Gguf, spec: &ModelSpec, machine: &mut Machine) {
+    let Some(drive) = machine.tiers.last_mut() else {
+        return;
+    };
+    let Some(mut copies) = machine.extras.copies.remove(&drive.name) else {
+        return;
+    };
+    let mut lost = 0.0;
+    copies.retain(|copy| {
+        let opened = ExpertFiles::open(gguf, spec, Path::new(&copy.file), copy.share);
+        if let Err(error) = &opened {
+            eprintln!("warning: {error}; the plan reads nothing from it");
+            lost += copy.share;
+        }
+        opened.is_ok()
+    });
+    let left = 1.0 - lost;
+    drive.read_gbps *= left;
+    for copy in &mut copies {
+        copy.share /= left;
+    }
+    if !copies.is_empty() {
+        machine.extras.copies.insert(drive.name.clone(), copies);
+    }
 }
 
 fn sentence(pack: &Pack) -> String {

@@ -41,7 +41,7 @@ pub(super) struct Found {
 pub(super) fn find(place: &Place, asked: &Asked<'_>, notes: &mut Vec<String>) -> Result<Found> {
     let Auto { machine, probe, .. } = asked.auto;
     if let Some(path) = machine {
-        return given(path);
+        return given(path, asked.model);
     }
     let name = name(asked)?;
     let kept = place.found(&name).filter(|_| !probe);
@@ -92,8 +92,8 @@ pub(super) fn find(place: &Place, asked: &Asked<'_>, notes: &mut Vec<String>) ->
 }
 
 /// Reads a machine file that was asked for.
-fn given(path: &Path) -> Result<Found> {
-    let machine = catalogue::machine(path)?;
+fn given(path: &Path, model: &Path) -> Result<Found> {
+    let machine = catalogue::machine_for(path, model)?;
     if !is_plain(&machine) {
         let other = anyhow!(
             "{}: expected a measured machine: GPUs, one tier of main memory, and a drive as the last tier",

@@ -36,6 +36,10 @@ pub struct ProbeArgs {
     /// Measure with this model's tensor types, and read its experts from its file
     #[arg(short, long, value_name = "FILE", conflicts_with = "slow_dir")]
     pub model: Option<PathBuf>,
+    /// Share reads with this copy of the model (or packed experts of it) on another drive, and measure that drive,
+    /// too; repeat it for more
+    #[arg(long = "copy", value_name = "FILE", requires = "model")]
+    pub copies: Vec<PathBuf>,
     /// Measure the file system of this folder with a temporary file of 1 GiB [default: the current
     /// folder]
     #[arg(long, value_name = "FOLDER")]
@@ -67,6 +71,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
     let shards = applied(args.numa)?;
     let found = measure(&Settings {
         model: args.model.as_deref(),
+        copies: &args.copies,
         slow_dir: args.slow_dir.as_deref(),
         threads,
         numa_tiers: args.numa_tiers,
@@ -145,6 +150,14 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
     }
     for burst in disk.bursts {
         println!("  {} at once: {:.2} GB/s", burst.experts, burst.gbps);
+    }
+    for copy in &found.copies {
+        println!(
+            "copy {}: {:.2} GB/s alone, {:.2} while memory and all drives are in use",
+            printable(&copy.path.display().to_string()),
+            copy.disk.gbps.value,
+            copy.together_gbps
+        );
     }
     let (compute, read) = (found.together.compute_gbps, found.together.disk_gbps);
     println!("both at once: products {compute:.1} GB/s, drive {read:.2} GB/s");
@@ -277,6 +290,12 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "bytes": found.disk_bytes,
             "bursts": found.disk.bursts.iter().map(|b| json!({"experts": b.experts, "gbps": b.gbps})).collect::<Vec<_>>(),
         },
+        "copies": found.copies.iter().map(|copy| json!({
+            "path": copy.path,
+            "gbps": copy.disk.gbps.value,
+            "spread": copy.disk.gbps.spread,
+            "together_gbps": copy.together_gbps,
+        })).collect::<Vec<_>>(),
         "together": {"compute_gbps": found.together.compute_gbps, "disk_gbps": found.together.disk_gbps},
         "layer_overhead_us": found.fixed.layer_us,
         "token_overhead_us": found.fixed.token_us,

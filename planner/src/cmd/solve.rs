@@ -255,7 +255,7 @@ struct SolveOptions {
 impl SolveOptions {
     /// Checks the options before any plan is made.
     fn from_args(args: &SolveArgs) -> Result<Self> {
-        let machine = catalogue::machine(&args.machine)?;
+        let machine = catalogue::machine_for(&args.machine, args.model.path()?)?;
         let budgets = args.budget.bytes(&machine)?;
         let model = catalogue::model(args.model.path()?, args.model.quant.as_deref())?;
         let context = context_of(args.context, &model.sizes);

@@ -3,11 +3,13 @@
 
 use super::{MAX_TRUSTED_SPREAD, Measured};
 use crate::interrupt::{Interrupted, catch_interrupts, interrupted};
+use crate::opening::naming;
 use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tier_plan_runtime::experts::copies::{ExpertFiles, places};
 use tier_plan_runtime::formats::machine::DriveIo;
 use tier_plan_runtime::formats::safely::{Synced, Temporary};
 use tier_plan_runtime::gguf::Gguf;
@@ -159,16 +161,20 @@ impl Disk {
         let paths: Vec<PathBuf> = (0..gguf.n_parts())
             .map(|part| gguf.part_path(part).to_path_buf())
             .collect();
-        let mut experts = Vec::new();
-        for (_, moe) in spec.moe_layers() {
-            let slice = |id: usize, expert: usize| {
-                Extent::of_slice(&gguf.tensors()[id], expert, moe.n_expert)
-            };
-            experts.extend(
-                (0..moe.n_expert).map(|e| moe.expert_tensors().map(|id| slice(id, e)).collect()),
-            );
-        }
-        Self::of(Opened::new(&paths)?, experts)
+        Self::of(Opened::new(&paths)?, places(gguf, spec))
+    }
+
+    /// Opens the experts of a copy of the model, which is read as runs read it.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is of another model.
+    pub fn of_copy(gguf: &Gguf, spec: &ModelSpec, path: &Path) -> Result<Self> {
+        let copy = ExpertFiles::open(gguf, spec, path, 0.0).map_err(|e| naming(path, e))?;
+        let opened = Opened {
+            files: FileTier::open(&copy.paths(), ReadMode::from_env_or(None)?)?,
+            buffered: None,
+        };
+        Self::of(opened, copy.places(gguf, spec))
     }
 
     /// Checks that [`of_folder`](Self::of_folder) has a folder to write to and space in it.

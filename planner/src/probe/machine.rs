@@ -1,6 +1,6 @@
 //! The machine file that measurements describe.
 
-use super::Findings;
+use super::{CopyRate, Findings, copies};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::SourceId;
 use tier_plan_runtime::formats::machine::{Accelerator, Extras, Machine, Tier, TierKind};
@@ -16,7 +16,9 @@ impl Findings {
         };
         let compute = rounded(self.compute_gbps);
         // Experts are read while others compute, and a plan's tiers go from fast to slow.
-        let read = rounded(self.disk.gbps.value.min(self.together.disk_gbps)).min(compute);
+        let own = self.disk.gbps.value.min(self.together.disk_gbps);
+        let all = own + self.copies.iter().map(CopyRate::gbps).sum::<f64>();
+        let read = rounded(all).min(compute);
         let numa = self
             .numa
             .map(|policy| format!(" and --numa {policy}"))
@@ -55,9 +57,13 @@ impl Findings {
             unit: None,
             accelerator: Accelerator::default(),
             source: format!(
-                "measured {day}: reads of {} {how}, 1 to 8 at once, while the cores compute; alone {:.2} GB/s",
+                "measured {day}: reads of {} {how}, 1 to 8 at once, while the cores compute; alone {:.2} GB/s{}",
                 show_bytes(self.disk.piece_bytes),
-                self.disk.gbps.value
+                self.disk.gbps.value,
+                match self.copies.len() {
+                    0 => String::new(),
+                    n => format!("; with {n} on other drives, all at once"),
+                }
             ),
         };
         // Where the environment chose, the next run's may choose otherwise.
@@ -106,6 +112,7 @@ impl Findings {
             .filter(|(name, _)| *name == slow.name || tiers.iter().any(|t| t.name == *name))
             .map(|(name, iqr)| (name.to_string(), part(iqr)))
             .collect();
+        let slow_name = slow.name.clone();
         tiers.sort_by(|a, b| b.read_gbps.total_cmp(&a.read_gbps));
         let slowest = tiers.last().map_or(compute, |t| t.read_gbps);
         tiers.push(Tier {
@@ -123,6 +130,10 @@ impl Findings {
                 spread,
                 links,
                 io: io.into_iter().collect(),
+                copies: (!self.copies.is_empty())
+                    .then(|| (slow_name, copies::shares(&self.copies, own)))
+                    .into_iter()
+                    .collect(),
                 watts: self.power.watts,
                 watts_source: self.power.watts.map(|_| self.power.how.clone()),
                 ..Extras::default()

@@ -5,6 +5,7 @@
 //! expert-sized pieces, with direct I/O.
 
 pub(crate) mod busy;
+mod copies;
 pub mod disk;
 pub mod fixed;
 pub mod gpu;
@@ -96,6 +97,8 @@ const QUICK_DIVISOR: u32 = 4;
 pub struct Settings<'a> {
     /// Model whose formats and experts are used.
     pub model: Option<&'a Path>,
+    /// Copies of the model on other drives, which reads are to be shared with.
+    pub copies: &'a [PathBuf],
     /// Without a model: a folder on the slow tier's file system.
     pub slow_dir: Option<&'a Path>,
     /// Compute threads; the physical cores when `None`.
@@ -146,6 +149,24 @@ pub struct Together {
     pub disk_gbps: f64,
 }
 
+/// Rates of a drive that has a copy of the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CopyRate {
+    /// The copy: an absolute path.
+    pub path: PathBuf,
+    /// Rates of its drive alone.
+    pub disk: DiskRate,
+    /// Rate while memory and all drives are in use, in 10⁹ bytes per second.
+    pub together_gbps: f64,
+}
+
+impl CopyRate {
+    /// Returns the rate that plans count on, in 10⁹ bytes per second.
+    pub fn gbps(&self) -> f64 {
+        self.disk.gbps.value.min(self.together_gbps)
+    }
+}
+
 /// Everything that was measured.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Findings {
@@ -182,6 +203,8 @@ pub struct Findings {
     pub disk_path: PathBuf,
     /// Bytes of its file system.
     pub disk_bytes: u64,
+    /// Copies of the model on other drives.
+    pub copies: Vec<CopyRate>,
     /// Rates of memory and drive while both are in use.
     pub together: Together,
     /// Fixed times per layer and token.
@@ -279,6 +302,10 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     }
     bar.inc(1);
 
+    let mut copies = match &opened {
+        Some((gguf, spec)) => copies::open(gguf, spec, settings.copies)?,
+        None => Vec::new(),
+    };
     let (mut disk, disk_path) = match (&opened, settings.model) {
         (Some((gguf, spec)), Some(path)) => (Disk::of_model(gguf, spec)?, path.to_path_buf()),
         _ => {
@@ -290,14 +317,23 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     disk.choose_io(IO_TIME / drive_divisor)?;
     let disk_rate = disk.measure(DRIVE_TIME / drive_divisor)?;
     doubts.extend(disk_rate.doubts(&disk_path));
+    let alone = copies::measure(&mut copies, DRIVE_TIME / drive_divisor, &mut doubts)?;
     bar.inc(2);
-    let together = measure_together(
-        &mut disk,
+    let mut disks = vec![&mut disk];
+    disks.extend(copies.iter_mut().map(|copy| &mut copy.disk));
+    let (compute_gbps, disk_gbps) = measure_together(
+        disks,
         &mut memory,
         &pool,
         main,
         CONTENTION_TIME / drive_divisor,
     )?;
+    let together = Together {
+        compute_gbps,
+        disk_gbps: disk_gbps.first().copied().unwrap_or_default(),
+    };
+    let of_copies = disk_gbps.get(1..).unwrap_or_default();
+    let copies = copies::rates(copies, alone, of_copies);
     bar.inc(1);
 
     let work = opened.as_ref().map_or_else(Work::common, |(gguf, spec)| {
@@ -341,6 +377,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         disk: disk_rate,
         disk_path,
         disk_bytes,
+        copies,
         together,
         fixed,
         power: Power::of(&drawn, &gpu_power),
@@ -433,33 +470,39 @@ fn largest(shares: &[(TensorType, f64)]) -> Vec<TensorType> {
     largest.map(|(ty, _)| ty).collect()
 }
 
-/// Measures memory and drive while both are in use.
+/// Measures memory and drives while all are in use, in 10⁹ bytes per second.
 fn measure_together(
-    disk: &mut Disk,
+    disks: Vec<&mut Disk>,
     memory: &mut Memory,
     pool: &ThreadPool,
     main: TensorType,
     time: Duration,
-) -> Result<Together> {
+) -> Result<(f64, Vec<f64>)> {
     let measured = std::thread::scope(|scope| {
-        let reading = std::thread::Builder::new().spawn_scoped(scope, || disk.measure(time))?;
+        let mut reading = Vec::new();
+        for disk in disks {
+            let read = move || disk.measure(time);
+            reading.push(std::thread::Builder::new().spawn_scoped(scope, read)?);
+        }
         let mut passes = Vec::new();
-        while !reading.is_finished() {
+        while reading.iter().all(|drive| !drive.is_finished()) {
             passes.push(memory.pass_gbps(pool, main));
         }
         // The last pass had the memory to itself for a while.
         if passes.len() > 1 {
             passes.pop();
         }
-        std::io::Result::Ok((Measured::of(passes).value, reading.join()))
+        let reads = reading.into_iter().map(|drive| drive.join());
+        std::io::Result::Ok((Measured::of(passes).value, reads.collect::<Vec<_>>()))
     });
     let (compute_gbps, reads) =
         measured.context("starting a thread to measure memory and drive together")?;
-    let reads = reads.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    Ok(Together {
-        compute_gbps,
-        disk_gbps: reads.gbps.value,
-    })
+    let rate = |read: std::thread::Result<Result<DiskRate>>| {
+        let rate = read.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        anyhow::Ok(rate.gbps.value)
+    };
+    let rates: Result<Vec<f64>> = reads.into_iter().map(rate).collect();
+    Ok((compute_gbps, rates?))
 }
 
 /// Returns the bytes of main memory that plans may use, and where that figure comes from.

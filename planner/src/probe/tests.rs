@@ -1,6 +1,7 @@
 use super::disk::{BurstRate, IoRates};
 use super::*;
 use tier_plan_runtime::formats::machine::{Accelerator, DriveIo, Extras, TierKind};
+use tier_plan_runtime::formats::placement::ExpertCopy;
 
 fn findings() -> Findings {
     let of = |value| Measured {
@@ -38,6 +39,7 @@ fn findings() -> Findings {
         },
         disk_path: "model.gguf".into(),
         disk_bytes: 1 << 40,
+        copies: Vec::new(),
         together: Together {
             compute_gbps: 17.0,
             disk_gbps: 1.1,
@@ -91,6 +93,44 @@ fn a_machine_is_written_that_reads_back() {
     assert!(
         back.description
             .contains("measured on 2026-11-22: a processor")
+    );
+}
+
+fn copied(path: &str, alone_gbps: f64, together_gbps: f64) -> CopyRate {
+    let mut disk = findings().disk;
+    disk.gbps.value = alone_gbps;
+    CopyRate {
+        path: path.into(),
+        disk,
+        together_gbps,
+    }
+}
+
+#[test]
+fn copies_add_their_rates_to_that_of_the_drive() {
+    let mut found = findings();
+    // 1.1 GB/s of the model's drive, and what each other drive has both alone and in company.
+    found.copies = vec![
+        copied("/b/model.gguf", 2.2, 2.5),
+        copied("/c/model.experts", 1.5, 1.1),
+    ];
+    let machine = found.machine();
+    let drive = machine.tiers.last().unwrap();
+    assert_eq!((drive.name.as_str(), drive.read_gbps), ("nvme", 4.4));
+    assert!(
+        drive
+            .source
+            .ends_with("alone 1.23 GB/s; with 2 on other drives, all at once"),
+        "{}",
+        drive.source
+    );
+    let copy = |file: &str, share| ExpertCopy {
+        file: file.into(),
+        share,
+    };
+    assert_eq!(
+        machine.extras.copies["nvme"],
+        [copy("/b/model.gguf", 0.5), copy("/c/model.experts", 0.25)]
     );
 }
 

@@ -93,6 +93,7 @@ fn machine_of(plan: &Placement, budgets: &[u64]) -> Machine {
         capacity_bytes: planned.tier.capacity_bytes.max(*budget),
         ..planned.tier.clone()
     };
+    let home = plan.tiers.last().map(|t| t.tier.name.clone());
     Machine {
         id: plan.machine.clone(),
         name: plan.machine.name.clone(),
@@ -101,6 +102,11 @@ fn machine_of(plan: &Placement, budgets: &[u64]) -> Machine {
         layer_overhead_us: plan.layer_overhead_us,
         token_overhead_us: plan.token_overhead_us,
         extras: Extras {
+            io: home.clone().zip(plan.reads.io).into_iter().collect(),
+            copies: home
+                .zip((!plan.reads.copies.is_empty()).then(|| plan.reads.copies.clone()))
+                .into_iter()
+                .collect(),
             prompt_gflops: rates
                 .map(|(t, gflops)| (t.tier.name.clone(), *gflops))
                 .collect(),

@@ -6,6 +6,7 @@ use super::problem::instance::Instance;
 use super::verify;
 use crate::cost::{self, predict, token_s};
 use anyhow::{Result, ensure};
+use tier_plan_runtime::formats::machine::Extras;
 use tier_plan_runtime::formats::placement::{
     DensePlacement, HomeReads, PerTier, Placement, PlanTier, Prediction, SolverReport, TierIdx,
 };
@@ -53,13 +54,14 @@ pub(super) fn verified(instance: &Instance<'_>, plan: Placement) -> Result<Place
     Ok(plan)
 }
 
-/// Returns how the machine's last tier is read fastest, if it is known.
+/// Returns how the machine's last tier is read fastest, as far as it is known, and the copies that share its reads.
 fn reads(instance: &Instance<'_>) -> HomeReads {
     let last = instance.capacity.tiers.last();
-    let io = &instance.problem.machine.extras.io;
+    let Extras { io, copies, .. } = &instance.problem.machine.extras;
+    let copies = last.and_then(|tier| copies.get(&tier.name));
     HomeReads {
         io: last.and_then(|tier| io.get(&tier.name).copied()),
-        copies: Vec::new(),
+        copies: copies.cloned().unwrap_or_default(),
     }
 }
 

@@ -41,7 +41,7 @@ pub(super) struct Kind {
 pub(super) const MACHINE: Kind = Kind {
     format: "tier-plan machine",
     what: "machine file",
-    newest: 5,
+    newest: 6,
     limit_bytes: 1 << 20,
     hint: "profiles/machines holds examples",
 };

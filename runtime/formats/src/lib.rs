@@ -51,6 +51,7 @@ pub mod sums;
 pub mod tier_idx;
 pub mod units;
 
+mod copies;
 mod cost;
 mod framed;
 mod kind;

@@ -8,6 +8,7 @@ mod write;
 pub(crate) use check::check_tiers;
 pub(super) use wire::{WireIo, WireKind, check_unit};
 
+use super::copies::ExpertCopy;
 use super::kind::MACHINE;
 use crate::source_id::SourceId;
 use crate::tier_idx::PerTier;
@@ -249,6 +250,9 @@ pub struct Extras {
     pub watts_source: Option<String>,
     /// By name of a drive's tier, how its files are read fastest.
     pub io: BTreeMap<String, DriveIo>,
+    /// By name of a drive's tier, the copies of a model on other drives whose rates `read_gbps`
+    /// has, too.
+    pub copies: BTreeMap<String, Vec<ExpertCopy>>,
     /// Price of more capacity by tier name, in US dollars per 10⁹ bytes.
     pub usd_per_gb: BTreeMap<String, f64>,
     /// Matmul rate of prompts with weights on a tier, by tier name, in 10⁹ floating-point
@@ -316,6 +320,7 @@ impl Default for Extras {
             watts: None,
             watts_source: None,
             io: BTreeMap::new(),
+            copies: BTreeMap::new(),
             usd_per_gb: BTreeMap::new(),
             prompt_gflops: BTreeMap::new(),
             spread: BTreeMap::new(),

@@ -157,12 +157,13 @@ fn a_drive_may_say_how_it_is_read() {
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
-        (v1_with("version = 1", "version = 6"), "machine file version 6, but this program reads up to version 5; update tier-plan"),
+        (v1_with("version = 1", "version = 7"), "machine file version 7, but this program reads up to version 6; update tier-plan"),
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
         (v1_with("kind = \"nvme\"", "kind = \"nvme\"\nio = \"direct\""), "io is a key of version 5; write `version = 5`"),
+        (v1_with("kind = \"nvme\"", "kind = \"nvme\"\ncopies = [{ file = \"/b/m.gguf\", share = 0.5 }]"), "copies is a key of version 6; write `version = 6`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
-        (v1_with("version = 1\n", ""), "no version; write `version = 5`"),
+        (v1_with("version = 1\n", ""), "no version; write `version = 6`"),
         (v1_with("version = 1", "version = \"1\""), "line 4: invalid type"),
         (v1_with("kind = \"vram\"", "kind = \"hbm\""), "line 11: unknown variant `hbm`, expected one of `vram`, `dram`, `pmem`, `cxl`, `nvme`"),
         (v1_with("latency_us = 10", "latency_ns = 10"), "line 14: unknown field `latency_ns`"),
@@ -478,6 +479,11 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 .into_iter()
                 .collect();
             let drive = tiers.iter().find(|tier| tier.is_drive());
+            let last = tiers.last().filter(|tier| tier.is_drive());
+            let copies = io.and(last).map(|tier| {
+                let file = "/b/a \"model\".gguf".to_string();
+                (tier.name.clone(), vec![ExpertCopy { file, share: 0.25 }])
+            });
             let io = io.zip(drive).map(|(io, tier)| (tier.name.clone(), io));
             let extras = Extras {
                 efficiency,
@@ -486,6 +492,7 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 watts,
                 watts_source,
                 io: io.into_iter().collect(),
+                copies: copies.into_iter().collect(),
                 usd_per_gb,
                 spread: links
                     .iter()
@@ -860,6 +867,65 @@ fn version_5_means_what_it_meant() {
     ] {
         assert!(V5.contains(from), "{from}");
         let error = load(&V5.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+const V6: &str = include_str!("../../../tests/data/formats/machine.v6.toml");
+
+#[test]
+fn version_6_means_what_it_meant() {
+    let machine = load(V6).unwrap();
+    let copy = |file: &str, share| ExpertCopy {
+        file: file.into(),
+        share,
+    };
+    let copies = vec![
+        copy("/mnt/b/model.gguf", 0.4),
+        copy("/mnt/c/model.experts", 0.25),
+    ];
+    assert_eq!(
+        machine.extras.copies,
+        BTreeMap::from([("nvme".to_string(), copies)])
+    );
+    assert_eq!(
+        machine.encode(),
+        V6,
+        "the writer lays out version 6 as it always did"
+    );
+    // A file without the key is of an older version.
+    let mut without = machine.clone();
+    without.extras.copies.clear();
+    assert!(without.encode().contains("\nversion = 5\n"));
+    for (from, to, words) in [
+        (
+            "version = 6",
+            "version = 5",
+            "copies is a key of version 6; write `version = 6`, or leave it out",
+        ),
+        (
+            "share = 0.4",
+            "share = 0.8",
+            "copies of tier 'nvme': the share of the copy \"/mnt/b/model.gguf\" is 0.8, expected above 0, and below 1",
+        ),
+        (
+            "share = 0.4",
+            "share = nan",
+            "the share of the copy \"/mnt/b/model.gguf\" is NaN",
+        ),
+        (
+            "/mnt/b/model.gguf",
+            "",
+            "copies of tier 'nvme': the file of a copy is empty",
+        ),
+        (
+            "emulated = false\nio = \"direct\"",
+            "emulated = true",
+            "tier 'nvme' has the key copies, but experts are read from the last tier only",
+        ),
+    ] {
+        assert!(V6.contains(from), "{from}");
+        let error = load(&V6.replacen(from, to, 1)).unwrap_err();
         assert!(error.contains(words), "{error}");
     }
 }

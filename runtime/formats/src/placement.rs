@@ -10,11 +10,13 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use crate::copies::ExpertCopy;
 pub use crate::tier_idx::{PerTier, TierIdx};
 pub use tally::TierBytes;
 pub use validate::validate;
 pub use violation::Violation;
 
+use super::copies;
 use super::kind::PLACEMENT;
 use super::machine::{DriveIo, Tier};
 use crate::model::kv::{CacheRoom, KvType};
@@ -336,16 +338,6 @@ pub struct Placement {
     pub predicted: Prediction,
 }
 
-/// A copy of the model's experts on another drive.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ExpertCopy {
-    /// Path of the file: the model once more (the first part of a split one), or packed experts.
-    pub file: String,
-    /// Part of the last tier's rate that this copy's drive has, above 0; the model's own drive has
-    /// what all copies leave.
-    pub share: f64,
-}
-
 /// How experts are read from the last tier.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct HomeReads {
@@ -358,12 +350,9 @@ pub struct HomeReads {
 impl HomeReads {
     /// Returns the part of the last tier's rate that the model's own drive has.
     pub fn own_share(&self) -> f64 {
-        1.0 - self.copies.iter().map(|copy| copy.share).sum::<f64>()
+        copies::own_share(&self.copies)
     }
 }
-
-/// Most copies of the experts that a plan has.
-pub(crate) const MAX_COPIES: usize = 7;
 
 /// Reads a plan from the bytes of its file. `path` is only named in errors.
 pub fn decode(bytes: &[u8], path: &Path) -> Result<Placement, FormatError> {

@@ -70,6 +70,31 @@ impl ExpertFiles {
         }
     }
 
+    /// Returns where the slices of every expert are that the copy has: `[expert][slice]`, with the index
+    /// of the file in [`paths`](Self::paths).
+    pub fn places(&self, gguf: &Gguf, spec: &ModelSpec) -> Vec<Vec<Extent>> {
+        let Files::Pack(pack) = &self.files else {
+            return places(gguf, spec);
+        };
+        let of_layer = spec.moe_layers().flat_map(|(layer, moe)| {
+            let offsets = pack.places(layer as u32).unwrap_or_default();
+            offsets
+                .iter()
+                .enumerate()
+                .filter_map(move |(expert, offset)| {
+                    let slices = moe.expert_tensors();
+                    let bytes = slices
+                        .map(|id| gguf.slice(&gguf.tensors()[id], expert, moe.n_expert).len());
+                    Some(vec![Extent {
+                        part: 0,
+                        offset: (*offset)?,
+                        len: bytes.sum(),
+                    }])
+                })
+        });
+        of_layer.collect()
+    }
+
     /// Returns where the experts of a layer are. `first` is the index of the copy's first file.
     pub(crate) fn of_layer(&self, layer: u32, first: usize) -> LayerCopy {
         match &self.files {
@@ -80,6 +105,18 @@ impl ExpertFiles {
             },
         }
     }
+}
+
+/// Returns where the slices of every expert of a model are: `[expert][slice]`.
+pub fn places(gguf: &Gguf, spec: &ModelSpec) -> Vec<Vec<Extent>> {
+    let of_layer = spec.moe_layers().flat_map(|(_, moe)| {
+        let slice = |id: usize, expert| Extent::of_slice(&gguf.tensors()[id], expert, moe.n_expert);
+        (0..moe.n_expert).map(move |expert| {
+            let slices = moe.expert_tensors();
+            slices.map(|id| slice(id, expert)).collect()
+        })
+    });
+    of_layer.collect()
 }
 
 /// Whether a file begins as a GGUF does.

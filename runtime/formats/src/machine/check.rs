@@ -1,6 +1,7 @@
 //! What a machine, and the tiers of a plan, must satisfy.
 
 use super::{Accelerator, Extras, GBPS, Machine, Medium, Tier, TierKind};
+use crate::copies;
 use crate::text::{check_amount, check_bytes, check_rate, quote};
 use std::collections::{HashMap, HashSet};
 
@@ -21,10 +22,21 @@ impl Machine {
             let tier = self.tiers.iter().find(|tier| tier.name == *name);
             tier.is_some_and(Tier::is_drive)
         };
+        let is_last_drive = |name: &String| {
+            let last = self.tiers.last();
+            last.is_some_and(|tier| tier.name == *name && tier.is_drive())
+        };
         if let Some(name) = self.extras.io.keys().find(|name| !is_drive(name)) {
             return Err(format!(
                 "tier '{name}' has the key io, but is not a drive that is read: only tiers of kind \"nvme\" that are \
                  not emulated have it; leave it out"
+            ));
+        }
+        let mut with_copies = self.extras.copies.iter();
+        if let Some((name, _)) = with_copies.find(|(name, _)| !is_last_drive(name)) {
+            return Err(format!(
+                "tier '{name}' has the key copies, but experts are read from the last tier only, if it is of kind \"nvme\" \
+                 and not emulated; leave it out"
             ));
         }
         for pair in self.tiers.windows(2) {
@@ -71,6 +83,9 @@ impl Extras {
             for (key, rate) in link.rates() {
                 check_rate(&format!("link.{key} of tier '{tier}'"), rate, GBPS)?;
             }
+        }
+        for (tier, copies) in &self.copies {
+            copies::check(copies).map_err(|why| format!("copies of tier '{tier}': {why}"))?;
         }
         if let Some(calibration) = &self.calibration {
             check_amount("calibration.error_before", calibration.error_before)?;

@@ -1,6 +1,7 @@
-//! The text of versions 1 to 5 of a machine file, as it is read.
+//! The text of versions 1 to 6 of a machine file, as it is read.
 
 use super::{Accelerator, Calibration, DriveIo, Extras, Link, Machine, Tier, TierKind};
+use crate::copies::{ExpertCopy, WireCopy};
 use crate::kind::toml_words;
 use crate::source_id::SourceId;
 use crate::units::parse_bytes;
@@ -10,7 +11,7 @@ use std::fmt;
 
 /// Reads the machine that a text says, without its identity; its numbers are still to be checked.
 pub(super) fn decode(text: &str) -> Result<Machine, String> {
-    let wire: WireMachine = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
+    let mut wire: WireMachine = toml::from_str(text).map_err(|e| toml_words(text, &e))?;
     if wire.version < 2
         && (wire.calibration.is_some() || wire.tier.iter().any(|t| t.prompt_gflops.is_some()))
     {
@@ -41,10 +42,20 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
     if wire.version < 5 && wire.tier.iter().any(|t| t.io.is_some()) {
         return Err("io is a key of version 5; write `version = 5`, or leave it out".into());
     }
+    if wire.version < 6 && wire.tier.iter().any(|t| !t.copies.is_empty()) {
+        return Err("copies is a key of version 6; write `version = 6`, or leave it out".into());
+    }
     let io = wire
         .tier
         .iter()
-        .filter_map(|t| Some((t.name.clone(), DriveIo::from(t.io?))));
+        .filter_map(|t| Some((t.name.clone(), DriveIo::from(t.io?))))
+        .collect();
+    let copies = wire.tier.iter_mut().map(|t| {
+        let copies = std::mem::take(&mut t.copies);
+        let copies: Vec<ExpertCopy> = copies.into_iter().map(ExpertCopy::from).collect();
+        (t.name.clone(), copies)
+    });
+    let copies = copies.filter(|(_, copies)| !copies.is_empty()).collect();
     let links = wire
         .tier
         .iter()
@@ -72,7 +83,8 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
             price_usd: wire.price_usd,
             watts: wire.watts,
             watts_source: wire.watts_source,
-            io: io.collect(),
+            io,
+            copies,
             usd_per_gb: prices.collect(),
             prompt_gflops: products.collect(),
             spread: spread.collect(),
@@ -209,6 +221,8 @@ struct WireTier {
     layer_us: Option<f64>,
     resident_layer_us: Option<f64>,
     io: Option<WireIo>,
+    #[serde(default)]
+    copies: Vec<WireCopy>,
     link: Option<WireLink>,
     source: String,
 }

@@ -1,6 +1,7 @@
 //! The text of a machine file, laid out by hand: what [`super::wire`] reads.
 
 use super::{Accelerator, Extras, MACHINE, Machine, Tier};
+use crate::copies;
 use crate::text::{float, quote};
 use crate::units::parse_bytes;
 
@@ -64,6 +65,7 @@ impl Machine {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
         match () {
+            () if !extras.copies.is_empty() => 6,
             () if !extras.io.is_empty() || !extras.spread.is_empty() => 5,
             () if self
                 .tiers
@@ -98,6 +100,9 @@ fn encode_tier(tier: &Tier, extras: &Extras, out: &mut String) {
     }
     if let Some(io) = extras.io.get(&tier.name) {
         out.push_str(&format!("io = {}\n", quote(io.as_str())));
+    }
+    if let Some(copies) = extras.copies.get(&tier.name) {
+        out.push_str(&format!("copies = {}\n", copies::encode(copies)));
     }
     if let Some(price) = extras.usd_per_gb.get(&tier.name) {
         out.push_str(&format!("usd_per_gb = {}\n", float(*price)));

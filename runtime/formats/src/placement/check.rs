@@ -3,8 +3,8 @@
 //! Stops at the first violation: a hostile file could break more rules than fit in memory.
 
 use super::{
-    HomeReads, LayerPlacement, MAX_COPIES, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Pins, Placement,
-    PlanTier, SlotPolicy, TierIdx, Violation,
+    HomeReads, LayerPlacement, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Pins, Placement, PlanTier,
+    SlotPolicy, TierIdx, Violation,
 };
 use crate::machine::{Medium, check_tiers};
 use crate::model::shape::DenseKind;
@@ -48,30 +48,7 @@ fn check_reads(plan: &Placement) -> Result<(), Violation> {
     if (io.is_some() || !copies.is_empty()) && !is_drive {
         return Err(Violation::ReadsWithoutDrive);
     }
-    if copies.len() > MAX_COPIES {
-        return Err(Violation::TooManyCopies {
-            found: copies.len(),
-            max: MAX_COPIES,
-        });
-    }
-    for copy in copies {
-        if !is_path(&copy.file) {
-            return Err(Violation::CopyWithoutFile);
-        }
-        let is_share = copy.share > 0.0 && copy.share < 1.0;
-        if !is_share || plan.reads.own_share() <= 0.0 {
-            return Err(Violation::CopyShare {
-                file: copy.file.clone(),
-                share: copy.share,
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Whether a text can be a path that messages show.
-fn is_path(text: &str) -> bool {
-    !text.is_empty() && text.len() <= 4096 && !text.chars().any(char::is_control)
+    Ok(crate::copies::check(copies)?)
 }
 
 /// Checks the sums of one tier against its budget.

@@ -334,7 +334,7 @@ fn version_9_says_how_the_drive_is_read() {
     assert!(
         error
             .to_string()
-            .contains("names 10 copies, but 7 are the most"),
+            .contains("10 copies are named, but 7 are the most"),
         "{error}"
     );
 }

@@ -4,7 +4,7 @@ use super::{Placement, TierIdx};
 use crate::model::kv::{CacheRoom, KvType};
 use crate::model::shape::DenseKind;
 use crate::source_id::SourceId;
-use crate::text::{BadNumber, quote};
+use crate::text::BadNumber;
 use crate::units::show_bytes;
 use thiserror::Error;
 
@@ -61,17 +61,8 @@ pub enum Violation {
         "io and copies say how a drive is read, but the last tier is not a drive that is read; leave them out"
     )]
     ReadsWithoutDrive,
-    #[error("the plan names {found} copies, but {max} are the most")]
-    TooManyCopies { found: usize, max: usize },
-    #[error(
-        "the file of a copy is empty, longer than 4096 bytes, or has control characters; write its path"
-    )]
-    CopyWithoutFile,
-    #[error(
-        "the share of the copy {} is {share}, expected above 0, and below 1 with those of all copies together",
-        quote(file)
-    )]
-    CopyShare { file: String, share: f64 },
+    #[error(transparent)]
+    Copies(#[from] crate::copies::Violation),
     #[error("staging holds {found} experts, but {max} is the most")]
     StagingTooLarge { found: u32, max: u32 },
     #[error("the {kind} group has no layer")]

@@ -5,6 +5,7 @@ use super::{
     DensePlacement, ExpertCopy, Goal, HomeReads, LayerPlacement, PerTier, Pins, Placement,
     PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes, TierIdx,
 };
+use crate::copies::WireCopy;
 use crate::kind::toml_words;
 use crate::machine::{Accelerator, Tier, WireIo, WireKind, check_unit};
 use crate::model::kv::KvType;
@@ -345,22 +346,6 @@ struct Wire {
 struct WireStaging {
     tier: String,
     experts: u32,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WireCopy {
-    file: String,
-    share: f64,
-}
-
-impl From<WireCopy> for ExpertCopy {
-    fn from(wire: WireCopy) -> ExpertCopy {
-        ExpertCopy {
-            file: wire.file,
-            share: wire.share,
-        }
-    }
 }
 
 #[derive(Deserialize)]

@@ -5,6 +5,7 @@ use super::{
     HomeReads, LayerPlacement, PLACEMENT, Pins, Placement, PlanTier, Prediction, SlotPolicy,
     TierIdx,
 };
+use crate::copies;
 use crate::machine::Accelerator;
 use crate::model::shape::DenseKind;
 use crate::ranges;
@@ -43,12 +44,7 @@ pub(super) fn encode(plan: &Placement) -> String {
         out.field("io", quote(io.as_str()));
     }
     if !plan.reads.copies.is_empty() {
-        let copies = plan.reads.copies.iter().map(|copy| {
-            let (file, share) = (quote(&copy.file), float(copy.share));
-            format!("{{ file = {file}, share = {share} }}")
-        });
-        let copies: Vec<String> = copies.collect();
-        out.field("copies", format!("[{}]", copies.join(", ")));
+        out.field("copies", copies::encode(&plan.reads.copies));
     }
     out.field("layer_overhead_us", float(plan.layer_overhead_us));
     out.field("token_overhead_us", float(plan.token_overhead_us));

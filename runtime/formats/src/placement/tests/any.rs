@@ -1,6 +1,7 @@
 //! Any plan reads back, and no damaged one does harm.
 
 use super::*;
+use crate::copies::MAX_COPIES;
 use crate::machine::tests::{any_text, any_tiers};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
