@@ -150,25 +150,6 @@ fn a_machine_is_measured_once_and_a_plan_solved_once() {
         "{second}"
     );
     assert_eq!(listing(&home.state()), kept);
-
-    // A damaged machine file is made anew, and with it the plan.
-    let machine = kept
-        .iter()
-        .find(|path| path.to_string_lossy().contains("machine-"))
-        .unwrap();
-    fs::write(machine, "damaged").unwrap();
-    let third = start(&[]);
-    assert!(
-        third.contains("note: the machine is measured again"),
-        "{third}"
-    );
-    assert!(third.contains("auto: measuring"), "{third}");
-    assert!(
-        fs::read_to_string(machine)
-            .unwrap()
-            .contains("tier-plan machine")
-    );
-    no_half_files(&home.state());
 }
 
 #[test]

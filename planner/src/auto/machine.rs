@@ -44,28 +44,8 @@ pub(super) fn find(place: &Place, asked: &Asked<'_>, notes: &mut Vec<String>) ->
         return given(path, asked.model);
     }
     let name = name(asked)?;
-    let kept = place.found(&name).filter(|_| !probe);
-    if let Some(path) = kept.filter(|path| age(path) < MAX_AGE) {
-        match machine::read(&path) {
-            Ok(machine) if is_plain(&machine) => {
-                let when = modified(&path).map_or_else(String::new, show_utc);
-                let day = when.split('T').next().unwrap_or_default();
-                return Ok(Found {
-                    machine,
-                    from: format!("this machine as measured on {day}"),
-                    path: Some(path),
-                    is_new: false,
-                });
-            }
-            Ok(_) => notes.push(format!(
-                "note: {}: expected main memory and a drive; the machine is measured again",
-                path.display()
-            )),
-            Err(error) => notes.push(format!(
-                "note: the machine is measured again: {}",
-                printable(&error.to_string())
-            )),
-        }
+    if !probe && let Some(kept) = place.found(&name).and_then(|path| kept(&path, notes)) {
+        return Ok(kept);
     }
     eprintln!("auto: measuring memory, processor, and drive once; a busy machine takes minutes");
     let started = Instant::now();
@@ -89,6 +69,34 @@ pub(super) fn find(place: &Place, asked: &Asked<'_>, notes: &mut Vec<String>) ->
         ),
         is_new: true,
     })
+}
+
+/// Reads the machine file of an earlier start, unless it is too old or no longer usable.
+fn kept(path: &Path, notes: &mut Vec<String>) -> Option<Found> {
+    if age(path) >= MAX_AGE {
+        return None;
+    }
+    match machine::read(path) {
+        Ok(machine) if is_plain(&machine) => {
+            let when = modified(path).map_or_else(String::new, show_utc);
+            let day = when.split('T').next().unwrap_or_default();
+            return Some(Found {
+                machine,
+                from: format!("this machine as measured on {day}"),
+                path: Some(path.to_path_buf()),
+                is_new: false,
+            });
+        }
+        Ok(_) => notes.push(format!(
+            "note: {}: expected main memory and a drive; the machine is measured again",
+            path.display()
+        )),
+        Err(error) => notes.push(format!(
+            "note: the machine is measured again: {}",
+            printable(&error.to_string())
+        )),
+    }
+    None
 }
 
 /// Reads a machine file that was asked for.
@@ -177,4 +185,70 @@ fn gpus() -> (Vec<std::ffi::OsString>, Option<std::ffi::OsString>) {
 pub(super) fn today() -> String {
     let now = show_utc(SystemTime::now());
     now.split('T').next().unwrap_or_default().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, File};
+
+    /// A machine that `probe` could have written.
+    const MEASURED: &str = r#"format = "tier-plan machine"
+version = 1
+name = "probed"
+description = "made up"
+layer_overhead_us = 5
+token_overhead_us = 20
+
+[[tier]]
+name = "dram"
+kind = "dram"
+capacity = "1GiB"
+read_gbps = 10
+latency_us = 0
+source = "made up"
+
+[[tier]]
+name = "nvme"
+kind = "nvme"
+capacity = "1TiB"
+read_gbps = 1
+latency_us = 100
+source = "made up"
+"#;
+
+    #[test]
+    fn a_measured_machine_is_taken_as_long_as_it_is_young_and_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("machine.toml");
+        let mut notes = Vec::new();
+        fs::write(&path, MEASURED).unwrap();
+        let found = kept(&path, &mut notes).unwrap();
+        assert!(!found.is_new && found.from.contains("as measured on 20"));
+        assert_eq!(found.path.as_ref(), Some(&path));
+        assert_eq!(found.machine.tiers.len(), 2);
+
+        let old = SystemTime::now() - MAX_AGE;
+        File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_modified(old)
+            .unwrap();
+        assert!(kept(&path, &mut notes).is_none());
+        assert_eq!(notes, [""; 0], "age is no fault");
+
+        for (text, why) in [
+            ("damaged".to_string(), "the machine is measured again"),
+            (
+                MEASURED.replace("\"nvme\"", "\"cxl\""),
+                "expected main memory and a drive",
+            ),
+        ] {
+            fs::write(&path, text).unwrap();
+            assert!(kept(&path, &mut notes).is_none());
+            let note = notes.pop().unwrap();
+            assert!(note.contains(why), "{note}");
+        }
+    }
 }

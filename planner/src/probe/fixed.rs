@@ -130,7 +130,6 @@ pub fn measure(pool: &ThreadPool, memory: &mut Memory) -> Result<Fixed> {
 /// Rounds decoded with the user's model: the minimum, and the maximum where time is left.
 const MIN_ROUNDS: usize = 3;
 const MAX_ROUNDS: usize = 12;
-const MODEL_TIME: Duration = Duration::from_secs(5);
 
 /// Tokens per round, and the most bytes of experts that a round may use. That much memory makes TLB
 /// misses as frequent as in a real run, and a drive reads it in a few seconds.
@@ -146,11 +145,12 @@ pub struct OwnLayers {
     pub layer_us: f64,
 }
 
-/// Decodes a few tokens repeatedly, so that their experts stay in memory, and times the layers.
+/// Decodes a few tokens repeatedly for about `time`, so that their experts stay in memory, and times
+/// the layers.
 ///
 /// # Errors
 /// When the model does not fit memory or cannot be read.
-pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
+pub fn own_layers(path: &Path, threads: usize, time: Duration) -> Result<OwnLayers> {
     let gguf = Gguf::open(path)?;
     let spec = describe(&gguf)?;
     let shape = shape_of(&gguf, &spec);
@@ -198,7 +198,7 @@ pub fn own_layers(path: &Path, threads: usize) -> Result<OwnLayers> {
     let (mut dense_us, mut gbps) = (Vec::new(), Vec::new());
     let mut start = Instant::now();
     for done in 0..=MAX_ROUNDS {
-        if done > MIN_ROUNDS && start.elapsed() > MODEL_TIME {
+        if done > MIN_ROUNDS && start.elapsed() > time {
             break;
         }
         for token in 0..round {

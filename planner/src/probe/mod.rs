@@ -7,6 +7,7 @@
 pub(crate) mod busy;
 mod copies;
 pub mod disk;
+mod findings;
 pub mod fixed;
 pub mod gpu;
 mod machine;
@@ -19,14 +20,14 @@ use crate::conditions::processors;
 use crate::{host, progress};
 use anyhow::{Context, Result, ensure};
 use disk::{Disk, DiskRate};
+pub use findings::{CopyRate, Findings, KernelRate, Settings, Together};
 use fixed::Fixed;
-use gpu::{Gpus, Work};
+use gpu::Work;
 use machine::rounded;
 pub use measured::Measured;
 use memory::{Memory, STAGE};
-use nodes::NodeRate;
 use power::{Meter, Part, Power};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::kernels::Kernels;
@@ -38,7 +39,6 @@ use tier_plan_runtime::threads::ThreadPool;
 use tier_plan_runtime::tiers::bandwidth::dram_read_gbps;
 use tier_plan_runtime::tiers::limits::{Limit, file_system_space, memory_limit};
 use tier_plan_runtime::tiers::nodes::Pages;
-use tier_plan_runtime::tiers::numa::NumaPolicy;
 use tier_plan_runtime::tiers::shards::Shards;
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
@@ -53,6 +53,9 @@ const DRIVE_TIME: Duration = Duration::from_secs(6);
 
 /// Time spent on the two ways of reading the drive.
 const IO_TIME: Duration = Duration::from_secs(2);
+
+/// Time that layers of the model are computed.
+const MODEL_TIME: Duration = Duration::from_secs(5);
 
 /// Time that memory and drive are used at once.
 const CONTENTION_TIME: Duration = Duration::from_secs(3);
@@ -88,136 +91,10 @@ const COMMON_FORMATS: [TensorType; 14] = [
     TensorType::F32,
 ];
 
-/// Formats of a quick measurement without a model, and the part of the time that it takes for the drive.
+/// Formats of a quick measurement without a model, and the part of the time that it takes for the drive and for
+/// layers.
 const QUICK_FORMATS: [TensorType; 1] = [TensorType::Q4_K];
 const QUICK_DIVISOR: u32 = 4;
-
-/// What to measure, and with what.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Settings<'a> {
-    /// Model whose formats and experts are used.
-    pub model: Option<&'a Path>,
-    /// Copies of the model on other drives, which reads are to be shared with.
-    pub copies: &'a [PathBuf],
-    /// Without a model: a folder on the slow tier's file system.
-    pub slow_dir: Option<&'a Path>,
-    /// Compute threads; the physical cores when `None`.
-    pub threads: Option<usize>,
-    /// Whether each NUMA node becomes a tier.
-    pub numa_tiers: bool,
-    /// NUMA policy of this process, if any.
-    pub numa: Option<NumaPolicy>,
-    /// Nodes that the policy stripes memory over.
-    pub shards: Option<&'a Shards>,
-    /// Whether to measure fewer formats, and the drive for a shorter time.
-    pub is_quick: bool,
-}
-
-/// The compute rate of one format from main memory.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct KernelRate {
-    /// Block format.
-    pub ty: TensorType,
-    /// Matvec rate in 10⁹ bytes of weights per second.
-    pub gbps: Measured,
-    /// Prompt matmul rate in 10⁹ floating-point operations per second.
-    pub batch_gflops: Measured,
-    /// Share of this format in the bytes per token, if a model was given.
-    pub share: Option<f64>,
-}
-
-impl KernelRate {
-    /// Returns a warning if repetitions of an important format differ too much.
-    fn doubt(&self) -> Option<String> {
-        let share = self.share.unwrap_or(f64::from(self.ty == TensorType::Q4_K));
-        (self.gbps.spread > MAX_TRUSTED_SPREAD && share > 0.1).then(|| {
-            format!(
-                "repetitions of {} matvecs differ by {:.0} %",
-                self.ty,
-                self.gbps.spread * 100.0
-            )
-        })
-    }
-}
-
-/// Rates of memory and drive while both are in use, in 10⁹ bytes per second.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Together {
-    /// Matvecs from main memory.
-    pub compute_gbps: f64,
-    /// Reads of the drive.
-    pub disk_gbps: f64,
-}
-
-/// Rates of a drive that has a copy of the model.
-#[derive(Debug, Clone, PartialEq)]
-pub struct CopyRate {
-    /// The copy: an absolute path.
-    pub path: PathBuf,
-    /// Rates of its drive alone.
-    pub disk: DiskRate,
-    /// Rate while memory and all drives are in use, in 10⁹ bytes per second.
-    pub together_gbps: f64,
-}
-
-impl CopyRate {
-    /// Returns the rate that plans count on, in 10⁹ bytes per second.
-    pub fn gbps(&self) -> f64 {
-        self.disk.gbps.value.min(self.together_gbps)
-    }
-}
-
-/// Everything that was measured.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Findings {
-    /// UTC time, ISO 8601.
-    pub when: String,
-    /// CPU and memory in words.
-    pub host: String,
-    /// Compute threads.
-    pub threads: usize,
-    /// Instruction set of the kernels.
-    pub isa: String,
-    /// Name of the model, if one was given.
-    pub model: Option<String>,
-    /// Bare read rate of main memory, in 10⁹ bytes per second.
-    pub bare_gbps: f64,
-    /// NUMA policy that was measured with, if any.
-    pub numa: Option<NumaPolicy>,
-    /// Compute rates by format.
-    pub kernels: Vec<KernelRate>,
-    /// Compute rate of the formats that one token of the model reads (Q4_K without a model), in 10⁹
-    /// bytes per second.
-    pub compute_gbps: f64,
-    /// Interquartile range of its repetitions, as a part of their median.
-    pub compute_iqr: f64,
-    /// Prompt rate of the same formats, in 10⁹ floating-point operations per second.
-    pub prompt_gflops: f64,
-    /// Bytes of main memory that plans may use.
-    pub dram_bytes: u64,
-    /// Human-readable source of that limit.
-    pub dram_bytes_from: String,
-    /// Rates of the drive.
-    pub disk: DiskRate,
-    /// File or folder that was read.
-    pub disk_path: PathBuf,
-    /// Bytes of its file system.
-    pub disk_bytes: u64,
-    /// Copies of the model on other drives.
-    pub copies: Vec<CopyRate>,
-    /// Rates of memory and drive while both are in use.
-    pub together: Together,
-    /// Fixed times per layer and token.
-    pub fixed: Fixed,
-    /// GPUs and their rates.
-    pub gpus: Gpus,
-    /// NUMA nodes and their rates, if requested.
-    pub nodes: Vec<NodeRate>,
-    /// Power that the machine draws.
-    pub power: Power,
-    /// Reasons to doubt the figures, as sentences.
-    pub doubts: Vec<String>,
-}
 
 /// Measures this machine, with progress on a terminal.
 ///
@@ -252,7 +129,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         true => largest(&shares),
         false => types_to_measure(&shares),
     };
-    let drive_divisor = if settings.is_quick { QUICK_DIVISOR } else { 1 };
+    let divisor = if settings.is_quick { QUICK_DIVISOR } else { 1 };
 
     let bar = progress::count("measuring", types.len() as u64 + 7);
     // This process is small, so its present limit is about that of a plan's engine.
@@ -292,7 +169,7 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     let mut compute = of_main.unwrap_or_default();
     let mut fixed = fixed::measure(&pool, &mut memory)?;
     if let Some(path) = settings.model {
-        let own = fixed::own_layers(path, pool.n_threads());
+        let own = fixed::own_layers(path, pool.n_threads(), MODEL_TIME / divisor);
         if let Ok(own) = &own
             && own.expert_gbps.value < compute_gbps
         {
@@ -314,20 +191,15 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         }
     };
     bar.inc(1);
-    disk.choose_io(IO_TIME / drive_divisor)?;
-    let disk_rate = disk.measure(DRIVE_TIME / drive_divisor)?;
+    disk.choose_io(IO_TIME / divisor)?;
+    let disk_rate = disk.measure(DRIVE_TIME / divisor)?;
     doubts.extend(disk_rate.doubts(&disk_path));
-    let alone = copies::measure(&mut copies, DRIVE_TIME / drive_divisor, &mut doubts)?;
+    let alone = copies::measure(&mut copies, DRIVE_TIME / divisor, &mut doubts)?;
     bar.inc(2);
     let mut disks = vec![&mut disk];
     disks.extend(copies.iter_mut().map(|copy| &mut copy.disk));
-    let (compute_gbps, disk_gbps) = measure_together(
-        disks,
-        &mut memory,
-        &pool,
-        main,
-        CONTENTION_TIME / drive_divisor,
-    )?;
+    let (compute_gbps, disk_gbps) =
+        measure_together(disks, &mut memory, &pool, main, CONTENTION_TIME / divisor)?;
     let together = Together {
         compute_gbps,
         disk_gbps: disk_gbps.first().copied().unwrap_or_default(),

@@ -1,7 +1,10 @@
 use super::disk::{BurstRate, IoRates};
+use super::gpu::Gpus;
+use super::nodes::NodeRate;
 use super::*;
 use tier_plan_runtime::formats::machine::{Accelerator, DriveIo, Extras, TierKind};
 use tier_plan_runtime::formats::placement::ExpertCopy;
+use tier_plan_runtime::tiers::numa::NumaPolicy;
 
 fn findings() -> Findings {
     let of = |value| Measured {
@@ -442,7 +445,7 @@ fn a_drive_is_read_in_experts() {
 #[test]
 fn a_models_own_layers_are_timed() {
     let path = crate::bundled::path("demo/demo.gguf").unwrap();
-    let own = fixed::own_layers(&path, 1).unwrap();
+    let own = fixed::own_layers(&path, 1, Duration::from_millis(100)).unwrap();
     assert!(
         own.layer_us.is_finite() && own.expert_gbps.value > 0.0,
         "{own:?}"
