@@ -108,10 +108,10 @@ pub fn from_records(records: Vec<RunRecord>) -> Report {
             records: vec![record],
         };
         let subject = Subject::of(&new);
-        let known = report.plans.iter_mut().zip(&subjects);
+        let mut known = report.plans.iter_mut().zip(&subjects);
         let same =
             |(entry, of): &(&mut PlanEntry, &Subject)| entry.name == new.name && **of == subject;
-        match known.into_iter().find(same) {
+        match known.find(same) {
             Some((entry, _)) => entry.records.extend(new.records),
             None => {
                 report.plans.push(new);

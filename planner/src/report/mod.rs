@@ -14,6 +14,8 @@ mod ink;
 #[cfg(test)]
 mod sample;
 mod scene;
+#[cfg(test)]
+mod shared_tests;
 mod table;
 #[cfg(test)]
 mod tests;

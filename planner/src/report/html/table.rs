@@ -16,6 +16,8 @@ const NONE: &str = "–";
 enum Sort {
     Number,
     Words,
+    /// Words that need some width.
+    Prose,
 }
 
 /// A heading, as markup, and how its column is sorted.
@@ -71,7 +73,7 @@ fn write(page: &mut Page, label: &str, columns: &[Column], rows: &[Row]) {
     for Column { heading, sort } in columns {
         let kind = match sort {
             Sort::Number => " data-kind=\"number\"",
-            Sort::Words => " class=\"left\"",
+            Sort::Words | Sort::Prose => " class=\"left\"",
         };
         let _ = write!(head, "<th scope=\"col\"{kind}>{heading}</th>");
     }
@@ -103,8 +105,9 @@ impl Row {
                 _ => ("td", ""),
             };
             let class = match column.sort {
-                Sort::Words if at > 0 => " class=\"left wide\"",
-                _ => "",
+                Sort::Number => "",
+                Sort::Words => " class=\"left\"",
+                Sort::Prose => " class=\"left wide\"",
             };
             let value = cell
                 .value
@@ -173,41 +176,39 @@ pub(super) fn plans(page: &mut Page, o: &Overview<'_>, level: &str) {
         return;
     }
     let [measured, predicted] = how(o.emulated);
-    let numbers = [
-        "proven<br>gap".to_string(),
-        format!("decode tok/s,<br>{measured}"),
-        format!("decode tok/s,<br>{predicted}"),
-        "measured /<br>predicted".into(),
-        format!("prompt tok/s,<br>{measured}"),
-        "hit<br>rate".into(),
-        "threads".into(),
-        "context".into(),
+    let number = |heading: &str| column(heading, Sort::Number);
+    let mut columns = vec![
+        column("plan", Sort::Words),
+        column("kind", Sort::Words),
+        number(&format!("decode tok/s,<br>{measured}")),
+        number(&format!("decode tok/s,<br>{predicted}")),
+        number("measured /<br>predicted"),
+        number("hit<br>rate"),
+        column("limited by", Sort::Words),
     ];
-    let mut columns = vec![column("plan", Sort::Words), column("kind", Sort::Words)];
-    columns.extend(numbers.iter().map(|heading| column(heading, Sort::Number)));
-    columns.push(column("limited by", Sort::Words));
     for (tier, _) in &o.tiers {
-        columns.push(column(
-            &format!("bytes in<br>{}", escape(tier)),
-            Sort::Number,
-        ));
+        columns.push(number(&format!("bytes in<br>{}", escape(tier))));
     }
+    columns.push(number(&format!("prompt tok/s,<br>{measured}")));
+    columns.extend(["threads", "context", "proven<br>gap"].map(number));
     let rows = o.plans.iter().enumerate().map(|(i, p)| {
         let whole = |v: f64| format!("{v:.0}");
         let mut cells = vec![
             Cell::words(&o.label(p)),
             Cell::words(&p.status),
-            Cell::number(p.gap, gap),
             Cell::number(p.decode.map(|d| d.tok_s), sig3),
             Cell::number(p.predicted_tok_s(), sig3),
             Cell::number(p.ratio(), sig3),
-            Cell::number(p.prompt.map(|d| d.tok_s), sig3),
             Cell::number(p.hit_rate, percent),
-            Cell::number(p.threads().map(f64::from), whole),
-            Cell::number(p.context().map(f64::from), whole),
             limit(p),
         ];
         cells.extend(o.tiers.iter().map(|(tier, _)| bytes(p, tier)));
+        cells.extend([
+            Cell::number(p.prompt.map(|d| d.tok_s), sig3),
+            Cell::number(p.threads().map(f64::from), whole),
+            Cell::number(p.context().map(f64::from), whole),
+            Cell::number(p.gap, gap),
+        ]);
         Row {
             cells,
             is_best: i == 0 && p.speed().is_some(),
@@ -246,7 +247,7 @@ fn below(o: &Overview<'_>) -> String {
 pub(super) fn groups(page: &mut Page, sections: &[Section<'_>]) {
     let columns = [
         ("model", Sort::Words),
-        ("machine", Sort::Words),
+        ("machine", Sort::Prose),
         ("weights", Sort::Number),
         ("plans", Sort::Number),
         ("fastest plan", Sort::Words),
