@@ -297,6 +297,7 @@ fn finish(
         let parent = folder.parent().filter(|p| !p.as_os_str().is_empty());
         parent.unwrap_or(Path::new("."))
     });
+    let beside_reports = beside.is_some();
     complete(&mut report, profile, now, beside);
     report::clean(&mut report)?;
     let mut written = Vec::new();
@@ -329,7 +330,7 @@ fn finish(
             println!("{sentence}");
         }
     }
-    if let Some(history) = report::history_line(&report) {
+    if let Some(history) = report::history_line(&report).filter(|_| beside_reports) {
         println!("{history}");
     }
     for (key, path) in written {

@@ -76,7 +76,7 @@ impl Ink {
             Ink::Paper => (0xFFFFFF, 0x1A1C1F),
             Ink::Text => (0x1E1C19, 0xEAE8E4),
             Ink::Muted => (0x5C574F, 0xAAA69F),
-            Ink::Grid => (0xDEDAD2, 0x33373D),
+            Ink::Grid => (0xE9E6E0, 0x2A2D32),
             Ink::Axis => (0x8F897D, 0x7F858E),
             Ink::Measured => (0x34495E, 0xC3D0DE),
             Ink::Predicted => (0xB4C0CC, 0x5B6978),
@@ -190,7 +190,7 @@ mod tests {
             ("surface", Ink::Paper),
             ("text", Ink::Text),
             ("muted", Ink::Muted),
-            ("border", Ink::Grid),
+            ("cell", Ink::Grid),
             ("field", Ink::Axis),
         ] {
             let (light, dark) = ink.pair();

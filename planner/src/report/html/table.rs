@@ -223,12 +223,13 @@ pub(super) fn plans(page: &mut Page, o: &Overview<'_>, level: &str) {
 /// Returns how to read the table of plans.
 fn below(o: &Overview<'_>) -> String {
     let same = match &o.budgets {
-        Budgets::Equal => "All plans were made for the same budgets.".to_string(),
-        Budgets::Differ(what) => format!("The budgets differ: {what}."),
-        Budgets::Unknown => "The budgets of some plans are not known here.".to_string(),
+        _ if o.plans.len() < 2 => String::new(),
+        Budgets::Equal => "All plans were made for the same budgets. ".to_string(),
+        Budgets::Differ(what) => format!("The budgets differ: {what}. "),
+        Budgets::Unknown => "The budgets of some plans are not known here. ".to_string(),
     };
     let mut small = format!(
-        "{same} The hit rate is the share of expert accesses served from pins or slots. A plan is limited by what took \
+        "{same}The hit rate is the share of expert accesses served from pins or slots. A plan is limited by what took \
          the largest part of a token's time: waiting for a tier, or computing. A plan's proven gap says how much faster \
          than its pins and slots, at most, any others under the same budgets and cost model could be, with slots \
          refilled by LRU."
@@ -241,6 +242,15 @@ fn below(o: &Overview<'_>) -> String {
         small.push_str(" Emulated tiers are real memory slowed to a declared speed.");
     }
     small
+}
+
+/// Returns the bytes that a plan has in all tiers but the last, or in its only one.
+fn memory_bytes(p: &PlanView<'_>) -> Option<f64> {
+    let bytes = match &p.tiers[..] {
+        [one] => Some(one.used_bytes()),
+        _ => p.faster_bytes(),
+    };
+    bytes.map(|b| b as f64)
 }
 
 /// Writes the groups: the fastest plan of each model on each machine.
@@ -256,7 +266,7 @@ pub(super) fn groups(page: &mut Page, sections: &[Section<'_>]) {
         ("measured /<br>predicted", Sort::Number),
         ("hit<br>rate", Sort::Number),
         ("limited by", Sort::Words),
-        ("bytes in<br>faster tiers", Sort::Number),
+        ("bytes in<br>memory", Sort::Number),
     ];
     let columns = columns.map(|(heading, sort)| column(heading, sort));
     let bytes = |value: f64| show_bytes(value as u64);
@@ -298,10 +308,7 @@ pub(super) fn groups(page: &mut Page, sections: &[Section<'_>]) {
             Cell::number(best.and_then(PlanView::ratio), sig3),
             Cell::number(best.and_then(|p| p.hit_rate), percent),
             best.map_or_else(|| Cell::words(""), limit),
-            Cell::number(
-                best.and_then(PlanView::faster_bytes).map(|b| b as f64),
-                bytes,
-            ),
+            Cell::number(best.and_then(memory_bytes), bytes),
         ];
         Row {
             cells,
