@@ -57,12 +57,13 @@ pub(super) fn write(page: &mut Page, o: &Overview<'_>, level: &str) {
         .filter(|_| !has_plan)
         .flat_map(|s| &s.tiers)
         .map(|t| {
-            escape(&format!(
-                "{} ({}): {} GB/s",
-                t.name,
-                t.kind,
-                sig3(t.read_gbps)
-            ))
+            let rate = t.read_gbps.map(sig3);
+            let rate = rate.map_or("not measured".to_string(), |r| format!("{r} GB/s"));
+            let kind = match t.name == t.kind {
+                true => String::new(),
+                false => format!(" ({})", t.kind),
+            };
+            escape(&format!("{}{kind}: {rate}", t.name))
         });
     add("Tiers", tiers.chain(recorded).collect());
     let hosts = records()

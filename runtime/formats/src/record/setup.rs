@@ -48,8 +48,9 @@ pub struct TierSetup {
     pub kind: String,
     /// Bytes that the plan may use.
     pub budget_bytes: u64,
-    /// Rate at which the plan counts on reading it, in 10⁹ bytes per second.
-    pub read_gbps: f64,
+    /// Rate at which the plan counts on reading it, in 10⁹ bytes per second; `None` where none was
+    /// measured.
+    pub read_gbps: Option<f64>,
 }
 
 impl Setup {
@@ -59,7 +60,7 @@ impl Setup {
             name: t.tier.name.clone(),
             kind: t.tier.kind.as_str().to_string(),
             budget_bytes: t.budget_bytes,
-            read_gbps: t.tier.read_gbps,
+            read_gbps: t.tier.is_measured().then_some(t.tier.read_gbps),
         });
         Self {
             program: program.to_string(),
@@ -76,7 +77,7 @@ impl Setup {
     pub(super) fn check(&self) -> Result<(), String> {
         for tier in &self.tiers {
             let what = format!("read_gbps of tier '{}' in setup", tier.name);
-            check_amount(&what, tier.read_gbps)?;
+            check_amount(&what, tier.read_gbps.unwrap_or(0.0))?;
         }
         Ok(())
     }

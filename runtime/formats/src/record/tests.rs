@@ -164,7 +164,7 @@ fn version_1_means_what_it_meant() {
             name: "vram".into(),
             kind: "vram".into(),
             budget_bytes: 3 << 20,
-            read_gbps: 8.5,
+            read_gbps: Some(8.5),
         }],
     });
     assert_eq!(want.encode(), V5);
@@ -566,7 +566,7 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
                         name: host.clone(),
                         kind: isa.clone(),
                         budget_bytes: decode_tokens,
-                        read_gbps: decode_s,
+                        read_gbps: plan_gap.map(|_| decode_s),
                     }],
                 });
                 RunRecord {
