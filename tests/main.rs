@@ -11,6 +11,7 @@ mod batch_company;
 mod before_weights;
 #[cfg(target_os = "linux")]
 mod chat_templates;
+mod compare;
 mod config;
 #[cfg(unix)]
 mod demo;

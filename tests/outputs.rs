@@ -56,6 +56,7 @@ fn writers() -> Vec<Writer> {
             folder: true,
             ..writer("compare old.record.json -o out")
         },
+        writer("compare old.record.json --html out"),
         Writer {
             folder: true,
             ..writer(

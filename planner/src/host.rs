@@ -1,27 +1,37 @@
-//! One-line description of this machine, for records.
+//! Description of this machine, for records. It names no host and no user.
 
-/// Returns processor name, threads and memory, as far as the system reports them.
+use tier_plan_runtime::formats::record::System;
+use tier_plan_runtime::units::show_bytes;
+
+/// Returns processor name, threads and memory on one line, as far as the system reports them.
 pub fn describe() -> String {
-    let cpu = std::fs::read_to_string("/proc/cpuinfo")
+    words(&system())
+}
+
+/// Returns this machine's processor, threads, and memory, as far as the system reports them.
+pub fn system() -> System {
+    let processor = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
         .and_then(|text| field(&text, "model name"));
     let memory = std::fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| field(&text, "MemTotal"));
-    let kib = memory.and_then(|m| {
-        m.split_whitespace()
-            .next()
-            .and_then(|n| n.parse::<u64>().ok())
-    });
-    let cpu = cpu.unwrap_or_else(|| std::env::consts::ARCH.to_string());
+    let kib = memory.and_then(|m| m.split_whitespace().next()?.parse::<u64>().ok());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    match kib {
-        Some(kib) => format!(
-            "{cpu}, {threads} threads, {}",
-            tier_plan_runtime::units::show_bytes(kib * 1024)
-        ),
-        None => format!("{cpu}, {threads} threads"),
+    System {
+        processor: processor.or_else(|| Some(std::env::consts::ARCH.to_string())),
+        processors: u32::try_from(threads).ok(),
+        memory_bytes: kib.map(|kib| kib.saturating_mul(1024)),
     }
+}
+
+/// Describes a machine on one line.
+pub fn words(system: &System) -> String {
+    let processor = system.processor.clone();
+    let threads = system.processors.map(|n| format!("{n} threads"));
+    let memory = system.memory_bytes.map(show_bytes);
+    let parts = [processor, threads, memory];
+    parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 fn field(text: &str, name: &str) -> Option<String> {

@@ -116,6 +116,7 @@ impl Trial<'_> {
         let circumstances = Circumstances {
             when: show_utc(SystemTime::now()),
             host: host::describe(),
+            system: host::system(),
             first_token_s: loading_s + generated.first_token.as_secs_f64(),
         };
         let engine = &session.engine;

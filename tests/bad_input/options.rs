@@ -135,7 +135,7 @@ fn comparisons_of_what_cannot_be_compared() {
     let record = fs::read_to_string(p.path().join("r.json")).unwrap();
     p.write(
         "newer.json",
-        swap(&record, "\"version\": 1", "\"version\": 9"),
+        swap(&record, "\"version\": 5", "\"version\": 9"),
     );
     p.write("cut-record.json", &record[..record.len() / 2]);
     p.write("plan.other", &plan);
@@ -173,7 +173,7 @@ fn comparisons_of_what_cannot_be_compared() {
     compare(&["cut-record.json"], &["cut-record.json", "line "]);
     compare(
         &["newer.json"],
-        &["newer.json", "version 9", "up to version 4", "update"],
+        &["newer.json", "version 9", "up to version 5", "update"],
     );
     compare(&["nosuch.json"], &["nosuch.json", "No such file"]);
     compare(&["r.json", "nosuch.toml"], &["nosuch.toml", "No such file"]);

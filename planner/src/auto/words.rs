@@ -9,7 +9,7 @@ use crate::profile::Evidence;
 use tier_plan_runtime::formats::machine::Medium;
 use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::model::shape::ModelShape;
-use tier_plan_runtime::units::show_bytes;
+use tier_plan_runtime::units::{ByteUnit, show_bytes};
 
 /// Time limit of the search for what memory is worth, in seconds.
 const PRICE_S: f64 = 2.0;
@@ -108,15 +108,10 @@ fn more_memory(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Opt
     let why = explain(plan, shape, evidence, PRICE_S).ok()?;
     let mut tiers = plan.tiers.iter().zip(why.tiers.iter());
     let (tier, reason) = tiers.find(|(t, _)| t.tier.medium() == Medium::Addressable)?;
-    // A GiB says nothing of a process that has less.
-    let step = [1 << 30, 1 << 20]
-        .into_iter()
-        .find(|step| *step <= tier.budget_bytes / 4)
-        .unwrap_or(1u64 << 20);
-    let step_gib = step as f64 / f64::from(1u32 << 30);
+    let step = ByteUnit::of_step(shape.weight_bytes().min(tier.budget_bytes));
     Some(Gain {
-        words: format!("{} more memory", show_bytes(step)),
-        tok_s: reason.tok_s_per_gib * step_gib,
+        words: format!("{} more memory", show_bytes(step.bytes())),
+        tok_s: reason.tok_s_per_gib * step.per_gib(),
     })
 }
 

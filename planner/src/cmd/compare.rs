@@ -21,6 +21,7 @@ use tables::{table, within_line};
 use tier_plan_runtime::formats::placement::{self, Placement};
 use tier_plan_runtime::formats::profile::{self, Profile, Split};
 use tier_plan_runtime::formats::record::{self, RunRecord};
+use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::units::show_utc;
 
@@ -28,10 +29,11 @@ use tier_plan_runtime::units::show_utc;
 #[derive(Debug, Args)]
 #[command(
     about = "Compare plans or run records in a report of charts and tables",
-    after_long_help = "Example:\n  tier-plan compare plans/*.toml placement.toml -m MODEL.gguf -P MODEL.profile"
+    after_long_help = "Example:\n  tier-plan compare plans/*.toml placement.toml -m MODEL.gguf -P MODEL.profile\n  \
+                       tier-plan compare mine/*.record.json theirs/*.record.json --html report.html"
 )]
 pub struct CompareArgs {
-    /// Plans (.toml) to run, or run records (.json) to read
+    /// Plans (.toml) to run, or run records (.json) to read, of any models and machines
     #[arg(required = true, value_name = "PLAN|RECORD")]
     pub inputs: Vec<PathBuf>,
     /// GGUF file; required to run plans
@@ -44,9 +46,12 @@ pub struct CompareArgs {
     /// [default: the bundled prompts]
     #[arg(long, value_name = "FOLDER")]
     pub prompts: Option<PathBuf>,
-    /// Folder for the report [default: reports/DATE]
+    /// Folder for the report [default: reports/DATE, unless --html is given]
     #[arg(short, long, value_name = "FOLDER", help_heading = "Output")]
     pub output: Option<PathBuf>,
+    /// Write the report as one HTML file of at most 4 MiB to share
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    pub html: Option<PathBuf>,
     /// Tokens to generate per plan and prompt
     #[arg(
         short,
@@ -78,7 +83,11 @@ pub const SETTINGS: Settings = Settings {
 /// # Errors
 /// When an option is invalid, a file cannot be read or written, or the model cannot be loaded.
 pub fn run(args: &CompareArgs) -> Result<()> {
-    report::check(&folder(args.output.as_deref(), SystemTime::now()))?;
+    let outputs = Outputs {
+        folder: args.output.as_deref(),
+        html: args.html.as_deref(),
+    };
+    outputs.check(&args.inputs)?;
     let mut plans: Vec<Placement> = Vec::new();
     let mut records: Vec<RunRecord> = Vec::new();
     for path in &args.inputs {
@@ -115,8 +124,44 @@ pub fn run(args: &CompareArgs) -> Result<()> {
             args.n_predict
         ));
         report.plans.splice(0..0, entries);
+        report.title = report::title(&report);
     }
-    finish(report, profile, args.output.as_deref(), args.format.json)
+    finish(report, profile, outputs, args.format.json)
+}
+
+/// Where a report is to be written.
+#[derive(Debug, Clone, Copy)]
+struct Outputs<'a> {
+    folder: Option<&'a Path>,
+    html: Option<&'a Path>,
+}
+
+impl Outputs<'_> {
+    /// Returns the folder, unless only one file is wanted.
+    fn folder(&self, now: SystemTime) -> Option<PathBuf> {
+        (self.folder.is_some() || self.html.is_none()).then(|| folder(self.folder, now))
+    }
+
+    /// Checks that the outputs can be written, and that none is an input.
+    fn check(&self, inputs: &[PathBuf]) -> Result<()> {
+        if let Some(folder) = self.folder(SystemTime::now()) {
+            report::check(&folder)?;
+        }
+        let Some(html) = self.html else {
+            return Ok(());
+        };
+        let real = |path: &Path| path.canonicalize().ok();
+        if let Some(input) = inputs
+            .iter()
+            .find(|input| real(input).is_some_and(|input| Some(input) == real(html)))
+        {
+            bail!(
+                "--html: {} is an input, expected another file",
+                input.display()
+            );
+        }
+        Ok(safely::check(html)?)
+    }
 }
 
 fn try_plans(
@@ -209,18 +254,8 @@ fn folder(asked: Option<&Path>, now: SystemTime) -> PathBuf {
     )
 }
 
-/// Completes a report, writes it, and prints where it is.
-///
-/// # Errors
-/// When the folder cannot be written.
-pub fn finish(
-    mut report: Report,
-    profile: Option<Profile>,
-    output: Option<&Path>,
-    as_json: bool,
-) -> Result<()> {
-    let now = SystemTime::now();
-    let folder = folder(output, now);
+/// Adds what belongs to a report: its date, host, hit curves, and the runs that were kept beside it.
+fn complete(report: &mut Report, profile: Option<Profile>, now: SystemTime, beside: Option<&Path>) {
     report.generated = show_utc(now);
     if report.host.is_empty() {
         report.host = host::describe();
@@ -234,35 +269,72 @@ pub fn finish(
         report.curves = curves(profile, &best.into_iter().collect::<Vec<_>>());
     }
     report.profile = profile;
-    let beside = folder
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let (history, unread) = report::history::read(beside);
-    report.history = history;
-    if unread > 0 {
-        report.notes.push(format!(
-            "{unread} run records of earlier reports could not be read and are left out."
-        ));
+    if let Some(beside) = beside {
+        let (history, unread) = report::history::read(beside);
+        report.history = history;
+        if unread > 0 {
+            report.notes.push(format!(
+                "{unread} run records of earlier reports could not be read and are left out."
+            ));
+        }
     }
     report.add_own_runs();
-    let page = report::write(&folder, &report)?;
+}
+
+/// Completes a report, writes it, and prints where it is.
+///
+/// # Errors
+/// When a folder or file cannot be written.
+fn finish(
+    mut report: Report,
+    profile: Option<Profile>,
+    outputs: Outputs<'_>,
+    as_json: bool,
+) -> Result<()> {
+    let now = SystemTime::now();
+    let folder = outputs.folder(now);
+    let beside = folder.as_deref().map(|folder| {
+        let parent = folder.parent().filter(|p| !p.as_os_str().is_empty());
+        parent.unwrap_or(Path::new("."))
+    });
+    let beside_reports = beside.is_some();
+    complete(&mut report, profile, now, beside);
+    report::clean(&mut report)?;
+    let mut written = Vec::new();
+    if let Some(folder) = folder {
+        written.push(("report", report::write(&folder, &report)?));
+    }
+    if let Some(html) = outputs.html {
+        safely::write(html, report::shared_page(&report)?.as_bytes())?;
+        written.push(("html", html.to_path_buf()));
+    }
     if as_json {
         let mut value: serde_json::Value = serde_json::from_str(&report::summary_json(&report)?)?;
-        value["report"] = path_json(&page);
+        for (key, path) in &written {
+            value[key] = path_json(path);
+        }
         println!("{}", serde_json::to_string_pretty(&value)?);
-    } else {
-        table(&report.plans);
-        within_line(&report.plans)
+        return Ok(());
+    }
+    let groups = report::groups(&report);
+    for (at, group) in groups.iter().enumerate() {
+        if groups.len() > 1 {
+            let gap = if at > 0 { "\n" } else { "" };
+            println!("{gap}{}:", printable(&group.heading()));
+        }
+        table(&group.report.plans);
+        within_line(&group.report.plans)
             .into_iter()
             .for_each(|line| println!("{line}"));
-        for sentence in report::headline(&report) {
+        for sentence in report::headline(&group.report) {
             println!("{sentence}");
         }
-        if let Some(history) = report::history_line(&report) {
-            println!("{history}");
-        }
-        println!("report: {}", page.display());
+    }
+    if let Some(history) = report::history_line(&report).filter(|_| beside_reports) {
+        println!("{history}");
+    }
+    for (key, path) in written {
+        println!("{key}: {}", path.display());
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use tier_plan_runtime::formats::placement::{self, PerTier, Placement, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
-use tier_plan_runtime::units::show_bytes;
+use tier_plan_runtime::units::{ByteUnit, show_bytes};
 
 /// Options of `tier-plan explain`.
 #[derive(Debug, Args)]
@@ -132,13 +132,8 @@ fn print_text(plan: &Placement, shape: &ModelShape, why: &Explanation, by_token:
         bound.share * 100.0
     );
     println!();
-    // A GiB says nothing of a machine that has less.
-    let small = plan.tiers.iter().all(|t| t.budget_bytes < 1 << 30);
-    let (unit, part) = if small {
-        ("MiB", 1.0 / 1024.0)
-    } else {
-        ("GiB", 1.0)
-    };
+    let step = ByteUnit::of_step(shape.weight_bytes());
+    let (unit, part) = (step.name(), step.per_gib());
     println!("What a {unit} more of each budget would bring, at the margin (shadow prices):");
     for tier in &why.tiers {
         let spare = if tier.spare_bytes > 0 {

@@ -230,6 +230,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let circumstances = Circumstances {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
+        system: host::system(),
         first_token_s: loading_s + generated.first_token.as_secs_f64(),
     };
     let mut record = record(&session.engine, &generated, &circumstances);

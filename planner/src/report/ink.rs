@@ -1,6 +1,6 @@
 //! Every color of the report, once for light pages and once for dark ones.
 //!
-//! Charts are drawn in the light colors. A style sheet of attribute selectors then swaps them on
+//! Paper, text, and lines have the colors of the server's page. Charts are drawn in the light colors. A style sheet of attribute selectors then swaps them on
 //! dark pages, so a viewer that knows no style sheets still shows the light chart. That works
 //! because no two inks share a light value. Categories are taken from the color-blind-safe palettes
 //! of Okabe and Ito (tiers) and of Paul Tol (what fills them).
@@ -48,7 +48,7 @@ const TIERS: [(u32, u32); 7] = [
     (0x8A8D91, 0x9A9DA1),
 ];
 const HEAT: [(u32, u32); 8] = [
-    (0xF6F7F8, 0x1C2026),
+    (0xF6F7F8, 0x212429),
     (0xE1E4E8, 0x2C323A),
     (0xC9CED4, 0x414953),
     (0xABB2BA, 0x5C6570),
@@ -73,11 +73,11 @@ impl Ink {
     fn pair(self) -> (u32, u32) {
         let at = |table: &[(u32, u32)], i: u8| table[usize::from(i).min(table.len() - 1)];
         match self {
-            Ink::Paper => (0xFFFFFF, 0x15191E),
-            Ink::Text => (0x1B1F24, 0xE9ECEF),
-            Ink::Muted => (0x59616B, 0xA5AEB8),
-            Ink::Grid => (0xE4E7EB, 0x2B3139),
-            Ink::Axis => (0x9AA3AD, 0x65707C),
+            Ink::Paper => (0xFFFFFF, 0x1A1C1F),
+            Ink::Text => (0x1E1C19, 0xEAE8E4),
+            Ink::Muted => (0x5C574F, 0xAAA69F),
+            Ink::Grid => (0xE9E6E0, 0x2A2D32),
+            Ink::Axis => (0x8F897D, 0x7F858E),
             Ink::Measured => (0x34495E, 0xC3D0DE),
             Ink::Predicted => (0xB4C0CC, 0x5B6978),
             Ink::Tier(i) => at(&TIERS, i),
@@ -130,7 +130,7 @@ impl Ink {
 
 /// Returns the style sheet for readers who prefer dark pages.
 pub(super) fn dark_css() -> String {
-    let mut css = String::from("@media (prefers-color-scheme: dark) {\n");
+    let mut css = String::from("@media screen and (prefers-color-scheme: dark) {\n");
     for ink in Ink::all() {
         let (light, dark) = ink.pair();
         let _ = writeln!(
@@ -181,6 +181,22 @@ mod tests {
     fn no_two_inks_share_a_light_value() {
         let values: HashSet<u32> = Ink::all().iter().map(|i| i.pair().0).collect();
         assert_eq!(values.len(), Ink::all().len());
+    }
+
+    /// The style sheet of the server's page is the source of the colors that charts share with it.
+    #[test]
+    fn paper_and_text_are_those_of_the_page() {
+        for (token, ink) in [
+            ("surface", Ink::Paper),
+            ("text", Ink::Text),
+            ("muted", Ink::Muted),
+            ("cell", Ink::Grid),
+            ("field", Ink::Axis),
+        ] {
+            let (light, dark) = ink.pair();
+            let line = format!("--{token}: light-dark(#{light:06x}, #{dark:06x});");
+            assert!(tier_plan_serve::PAGE_TOKENS.contains(&line), "{line}");
+        }
     }
 
     #[test]

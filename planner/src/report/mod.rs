@@ -5,17 +5,24 @@
 //! nothing.
 
 mod chart;
+mod clean;
+mod facts;
+mod group;
 pub mod history;
 mod html;
 mod ink;
 #[cfg(test)]
 mod sample;
 mod scene;
+#[cfg(test)]
+mod shared_tests;
 mod table;
 #[cfg(test)]
 mod tests;
 mod text;
 mod view;
+
+pub use group::{Group, from_records, groups};
 
 use anyhow::{Context, Result, bail};
 use std::fs::File;
@@ -154,80 +161,6 @@ impl Report {
     }
 }
 
-/// Makes a report of run records alone: one entry per plan name, in the order they first appear.
-///
-/// It is dated by its newest record; plans, profile and curves can be added to what is returned.
-/// Records of different models, hosts, machines or thread counts are noted, because their speeds
-/// don't compare.
-pub fn from_records(records: Vec<RunRecord>) -> Report {
-    let mut report = Report {
-        title: "Plans side by side".into(),
-        ..Report::default()
-    };
-    for record in &records {
-        if record.when > report.generated {
-            report.generated.clone_from(&record.when);
-        }
-    }
-    let distinct = |of: &dyn Fn(&RunRecord) -> Option<String>| {
-        let mut seen: Vec<String> = Vec::new();
-        for value in records.iter().filter_map(of) {
-            if !value.is_empty() && !seen.contains(&value) {
-                seen.push(value);
-            }
-        }
-        seen
-    };
-    let models = distinct(&|r| r.model.as_ref().map(|m| m.name.clone()));
-    let hashes = distinct(&|r| r.model.as_ref().map(|m| m.hash.clone()));
-    let hosts = distinct(&|r| Some(r.host.clone()));
-    let machines = distinct(&|r| r.machine.as_ref().map(|m| m.name.clone()));
-    let threads = distinct(&|r| Some(r.threads.to_string()));
-    if let [model] = &models[..] {
-        report.title = format!("Plans for {model}");
-    }
-    report.host = hosts.join("; ");
-    let mut differ = |what: &str, found: &[String], so: &str| {
-        if found.len() > 1 {
-            report.notes.push(format!(
-                "The records are of different {what} ({}): {so}",
-                found.join(", ")
-            ));
-        }
-    };
-    differ(
-        "models",
-        if models.len() > 1 { &models } else { &hashes },
-        "their speeds don't compare.",
-    );
-    differ(
-        "hosts",
-        &hosts,
-        "part of any difference in speed is the hosts'.",
-    );
-    differ(
-        "machine files",
-        &machines,
-        "their plans were made for different tiers.",
-    );
-    differ(
-        "thread counts",
-        &threads,
-        "part of any difference in speed is the threads'.",
-    );
-    for record in records {
-        match report.plans.iter_mut().find(|p| p.name == record.plan) {
-            Some(entry) => entry.records.push(record),
-            None => report.plans.push(PlanEntry {
-                name: record.plan.clone(),
-                placement: None,
-                records: vec![record],
-            }),
-        }
-    }
-    report
-}
-
 /// Predicted speed by the size of one tier.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Curve {
@@ -307,7 +240,7 @@ pub fn history_line(report: &Report) -> Option<String> {
 /// # Errors
 /// When a value has no JSON form.
 pub fn summary_json(report: &Report) -> Result<String> {
-    table::summary(&view::Overview::new(report))
+    table::summary(report, &groups(report))
 }
 
 /// Checks that [`write()`] could create its folder, before the runs that fill the report.
@@ -374,21 +307,119 @@ pub fn save(folder: &Path, name: &str, content: impl AsRef<[u8]>) -> Result<()> 
     save().with_context(|| format!("writing {name}"))
 }
 
-fn fill(dir: &Path, report: &Report) -> Result<()> {
-    let overview = view::Overview::new(report);
-    let charts = chart::all(&overview);
-    let mut drawn = Vec::with_capacity(charts.len());
-    for chart in &charts {
-        let svg = chart.scene.svg(&chart.title)?;
-        let file = &chart.file;
-        save(dir, &format!("{file}.svg"), html::standalone_svg(&svg))?;
-        save(dir, &format!("{file}.png"), chart.scene.png()?)?;
-        save(dir, &format!("{file}.csv"), chart.data.to_csv())?;
-        drawn.push(svg);
+/// Most groups whose charts are drawn.
+const MAX_DRAWN_GROUPS: usize = 24;
+
+/// What is drawn of a report, and the page of it.
+struct Picture<'a> {
+    group: &'a Group,
+    overview: view::Overview<'a>,
+    charts: Vec<chart::Chart>,
+    drawn: Vec<String>,
+    prefix: String,
+}
+
+impl Picture<'_> {
+    fn section(&self) -> html::Section<'_> {
+        html::Section {
+            group: self.group,
+            overview: &self.overview,
+            charts: &self.charts,
+            drawn: &self.drawn,
+            prefix: self.prefix.clone(),
+        }
     }
-    history::keep(dir, report)?;
-    save(dir, "summary.json", table::summary(&overview)?)?;
-    save(dir, "index.html", html::page(&overview, &charts, &drawn))
+}
+
+/// Draws the charts of a group; files of several groups begin with the group's number.
+fn picture(group: &Group, prefix: String, has_charts: bool) -> Result<Picture<'_>> {
+    let overview = view::Overview::new(&group.report);
+    let charts = match has_charts {
+        true => chart::all(&overview),
+        false => Vec::new(),
+    };
+    let drawn = charts.iter().map(|chart| chart.scene.svg(&chart.title));
+    let drawn = drawn.collect::<Result<_>>()?;
+    Ok(Picture {
+        group,
+        overview,
+        charts,
+        drawn,
+        prefix,
+    })
+}
+
+/// Draws a report and hands over its pictures, the last of which concerns all groups.
+fn draw<T>(
+    report: &Report,
+    kind: html::Kind,
+    done: impl FnOnce(&[Picture<'_>], String) -> Result<T>,
+) -> Result<T> {
+    let groups = groups(report);
+    let is_only = groups.len() == 1;
+    let all = Group {
+        report: Report {
+            history: report.history.clone(),
+            ..Report::default()
+        },
+        ..Group::default()
+    };
+    let mut pictures = Vec::with_capacity(groups.len() + 1);
+    for (at, group) in groups.iter().enumerate() {
+        let prefix = match is_only {
+            true => String::new(),
+            false => format!("{}-", at + 1),
+        };
+        pictures.push(picture(group, prefix, at < MAX_DRAWN_GROUPS)?);
+    }
+    if !is_only {
+        pictures.push(picture(&all, String::new(), true)?);
+    }
+    let sections: Vec<html::Section<'_>> = pictures.iter().map(Picture::section).collect();
+    let (sections, rest) = sections.split_at(groups.len());
+    let page = html::page(report, sections, rest.first(), kind);
+    done(&pictures, page)
+}
+
+fn fill(dir: &Path, report: &Report) -> Result<()> {
+    draw(report, html::Kind::Folder, |pictures, page| {
+        for picture in pictures {
+            for (chart, svg) in picture.charts.iter().zip(&picture.drawn) {
+                let file = format!("{}{}", picture.prefix, chart.file);
+                save(dir, &format!("{file}.svg"), html::standalone_svg(svg))?;
+                save(dir, &format!("{file}.png"), chart.scene.png()?)?;
+                save(dir, &format!("{file}.csv"), chart.data.to_csv())?;
+            }
+        }
+        history::keep(dir, report)?;
+        save(dir, "summary.json", summary_json(report)?)?;
+        save(dir, "index.html", page)
+    })
+}
+
+/// Returns the report as one page that needs no other file, of at most 4 MiB. Only runs of the report
+/// itself are in it.
+///
+/// # Errors
+/// When a chart cannot be drawn.
+pub fn shared_page(report: &Report) -> Result<String> {
+    scene::check_fonts()?;
+    let mut own = report.clone();
+    own.history.retain(|run| run.is_new);
+    draw(&own, html::Kind::Shared, |_, page| Ok(page))
+}
+
+/// Takes what is private out of a report that is to be written: paths in names.
+///
+/// # Errors
+/// When a record cannot be encoded.
+pub fn clean(report: &mut Report) -> Result<()> {
+    clean::report(report)
+}
+
+/// Returns the title of a report by its models and machines.
+pub fn title(report: &Report) -> String {
+    group::title(&groups(report))
 }
 
 /// Renames the finished folder to the first free name.

@@ -435,6 +435,7 @@ fn record(placement: &Placement, rate: f64, emulated: bool, rng: &mut Rng) -> Ru
         predicted: Some(placement.predicted.clone()),
         parallel: Vec::new(),
         conditions: None,
+        setup: None,
         output: vec![1, 2, 3],
     }
 }

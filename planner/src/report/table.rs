@@ -1,6 +1,7 @@
 //! Numbers for other programs: a CSV per chart, and one JSON summary.
 
 use super::view::{Overview, PARTS, PlanView, TierView};
+use super::{Group, Report};
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use tier_plan_runtime::formats::SourceId;
@@ -24,8 +25,7 @@ impl Table {
         self.rows.push(row.into());
     }
 
-    /// Encodes the table as RFC 4180 with `
-    /// ` line ends.
+    /// Encodes the table as RFC 4180 with line feeds as line ends.
     pub(super) fn to_csv(&self) -> String {
         let mut csv = self.head.join(",");
         csv.push('\n');
@@ -71,17 +71,22 @@ fn source(id: Option<&SourceId>) -> Value {
 
 /// Encodes `summary.json`: every plan with its speeds and bytes. Seconds and bytes are per decoded
 /// token where so named.
-pub(super) fn summary(o: &Overview<'_>) -> Result<String> {
+pub(super) fn summary(report: &Report, groups: &[Group]) -> Result<String> {
+    let overviews = groups.iter().map(|g| Overview::new(&g.report));
+    let overviews: Vec<Overview<'_>> = overviews.collect();
+    let headline: Vec<String> = overviews.iter().flat_map(Overview::headline).collect();
+    let same: Vec<bool> = overviews.iter().filter_map(Overview::same_output).collect();
+    let plans = overviews.iter().flat_map(|o| o.plans.iter().map(plan));
     let summary = json!({
         "version": 1,
-        "title": o.report.title,
-        "generated": o.report.generated,
-        "host": o.report.host,
-        "emulated": o.emulated,
-        "headline": o.headline().join(" "),
-        "same_output": o.same_output(),
-        "plans": o.plans.iter().map(plan).collect::<Vec<_>>(),
-        "notes": o.report.notes,
+        "title": report.title,
+        "generated": report.generated,
+        "host": report.host,
+        "emulated": overviews.iter().any(|o| o.emulated),
+        "headline": headline.join(" "),
+        "same_output": (!same.is_empty()).then(|| same.iter().all(|same| *same)),
+        "plans": plans.collect::<Vec<_>>(),
+        "notes": report.notes,
     });
     let mut text = serde_json::to_string_pretty(&summary).context("writing summary.json")?;
     text.push('\n');
@@ -125,6 +130,13 @@ fn plan(p: &PlanView<'_>) -> Value {
         "bound_s": json_number(placement.and_then(|p| p.solver.bound_s)),
         "tiers": p.tiers.iter().map(tier).collect::<Vec<_>>(),
     });
+    value["host"] = json!(records.first().map(|r| r.host.as_str()));
+    value["threads"] = json!(p.threads());
+    value["context"] = json!(p.context());
+    value["model_bytes"] = json!(p.model_bytes());
+    let limit = p.limit();
+    value["limited_by"] = json!(limit.as_ref().map(|l| l.by.as_str()));
+    value["limited_by_share"] = json_number(limit.map(|l| l.share));
     if let Some(observed) = p.observed_tok_s() {
         value["observed_decode_tok_s"] = json_number(Some(observed));
     }

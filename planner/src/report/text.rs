@@ -1,5 +1,7 @@
 //! Numbers as people read them: three significant digits, a real minus sign, familiar units.
 
+use tier_plan_runtime::units::ByteUnit;
+
 /// Formats three significant digits without an exponent: `0.263`, `15.5`, `1240`.
 pub(super) fn sig3(value: f64) -> String {
     if !value.is_finite() {
@@ -53,15 +55,8 @@ fn minus(number: &str) -> String {
 
 /// Returns the binary unit that suits a largest value, and its size in bytes.
 pub(super) fn byte_unit(largest: u64) -> (&'static str, f64) {
-    match largest {
-        b if b >= 1 << 60 => ("EiB", 2f64.powi(60)),
-        b if b >= 1 << 50 => ("PiB", 2f64.powi(50)),
-        b if b >= 1 << 40 => ("TiB", 2f64.powi(40)),
-        b if b >= 1 << 30 => ("GiB", 2f64.powi(30)),
-        b if b >= 1 << 20 => ("MiB", 2f64.powi(20)),
-        b if b >= 1 << 10 => ("KiB", 1024.0),
-        _ => ("B", 1.0),
-    }
+    let unit = ByteUnit::of(largest);
+    (unit.name(), unit.bytes() as f64)
 }
 
 /// Joins items as `a`, `a and b`, or `a, b and c`.

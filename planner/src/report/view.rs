@@ -337,14 +337,30 @@ fn kind_of(entry: &PlanEntry, tier: &str) -> Option<TierKind> {
         .as_ref()
         .and_then(|p| p.tiers.iter().find(|t| t.tier.name == tier))
         .map(|t| t.tier.kind);
-    planned.or(match tier {
-        "vram" => Some(TierKind::Vram),
-        "dram" => Some(TierKind::Dram),
-        "pmem" => Some(TierKind::Pmem),
-        "cxl" => Some(TierKind::Cxl),
-        "nvme" | "slow" => Some(TierKind::Nvme),
-        _ => None,
-    })
+    planned
+        .or_else(|| kind_in_record(entry, tier))
+        .or(match tier {
+            "vram" => Some(TierKind::Vram),
+            "dram" => Some(TierKind::Dram),
+            "pmem" => Some(TierKind::Pmem),
+            "cxl" => Some(TierKind::Cxl),
+            "nvme" | "slow" => Some(TierKind::Nvme),
+            _ => None,
+        })
+}
+
+/// Returns the kind that a record gives a tier.
+fn kind_in_record(entry: &PlanEntry, tier: &str) -> Option<TierKind> {
+    let setups = entry.records.iter().flat_map(|r| &r.setup);
+    let found = setups.flat_map(|s| &s.tiers).find(|t| t.name == tier)?;
+    let kinds = [
+        TierKind::Vram,
+        TierKind::Dram,
+        TierKind::Pmem,
+        TierKind::Cxl,
+        TierKind::Nvme,
+    ];
+    kinds.into_iter().find(|kind| kind.as_str() == found.kind)
 }
 
 fn rate(pairs: impl Iterator<Item = (u64, f64)>) -> Option<Rate> {
@@ -442,11 +458,14 @@ fn tiers(entry: &PlanEntry) -> Vec<TierView> {
             })
             .collect(),
         None => entry.records.first().map_or_else(Vec::new, |r| {
+            let setups = || r.setup.iter().flat_map(|s| &s.tiers);
+            let budget = |name: &str| setups().find(|t| t.name == name).map(|t| t.budget_bytes);
             r.tiers
                 .iter()
                 .map(|t| TierView {
                     name: t.name.clone(),
                     emulated: t.emulated,
+                    budget_bytes: budget(&t.name),
                     part_bytes: [0, 0, 0, 0, 0, 0, t.planned_bytes],
                     ..TierView::default()
                 })
@@ -510,23 +529,21 @@ fn average_layers(entry: &PlanEntry) -> Vec<LayerRecord> {
 }
 
 fn budgets(plans: &[PlanView<'_>]) -> Budgets {
-    let with: Vec<_> = plans
-        .iter()
-        .filter_map(|p| Some((p, p.entry.placement.as_ref()?)))
-        .collect();
-    let Some(((first, model), rest)) = with.split_first() else {
+    let is_known =
+        |p: &PlanView<'_>| !p.tiers.is_empty() && p.tiers.iter().all(|t| t.budget_bytes.is_some());
+    let Some((first, rest)) = plans.split_first() else {
         return Budgets::Unknown;
     };
-    if with.len() < plans.len() {
+    if !plans.iter().all(is_known) {
         return Budgets::Unknown;
     }
-    for (plan, placement) in rest {
-        let same_tiers = placement.tiers.len() == model.tiers.len()
-            && placement
+    for plan in rest {
+        let same_tiers = plan.tiers.len() == first.tiers.len()
+            && plan
                 .tiers
                 .iter()
-                .zip(&model.tiers)
-                .all(|(a, b)| a.tier.name == b.tier.name);
+                .zip(&first.tiers)
+                .all(|(a, b)| a.name == b.name);
         if !same_tiers {
             return Budgets::Differ(format!(
                 "{} and {} have different tiers",
@@ -535,16 +552,17 @@ fn budgets(plans: &[PlanView<'_>]) -> Budgets {
             ));
         }
         // The last tier holds every model whole, so its budget decides nothing.
-        let last = model.tiers.len().saturating_sub(1);
-        for (a, b) in placement.tiers.iter().zip(&model.tiers).take(last) {
-            if a.budget_bytes != b.budget_bytes {
+        let last = first.tiers.len().saturating_sub(1);
+        for (a, b) in plan.tiers.iter().zip(&first.tiers).take(last) {
+            let (of_a, of_b) = (a.budget_bytes.unwrap_or(0), b.budget_bytes.unwrap_or(0));
+            if of_a != of_b {
                 return Budgets::Differ(format!(
                     "{} may use {} of {} and {} {}",
                     first.name(),
-                    show_bytes(b.budget_bytes),
-                    a.tier.name,
+                    show_bytes(of_b),
+                    a.name,
                     plan.name(),
-                    show_bytes(a.budget_bytes)
+                    show_bytes(of_a)
                 ));
             }
         }

@@ -1,10 +1,12 @@
 //! `*.record.json`: what a run did and how fast, beside what its plan predicted.
 
 mod conditions;
+mod setup;
 mod wire;
 mod wire_parts;
 
 pub use conditions::{Conditions, Processors, TierRate};
+pub use setup::{Setup, System, TierSetup};
 
 #[cfg(test)]
 mod tests;
@@ -129,6 +131,8 @@ pub struct RunRecord {
     pub parallel: Vec<ParallelRecord>,
     /// What the machine gave meanwhile, where that was not what the plan counted on.
     pub conditions: Option<Conditions>,
+    /// What it was set up with; none in records of versions before 5.
+    pub setup: Option<Setup>,
     /// Ids of the decoded tokens, so that runs can be compared.
     pub output: Vec<u32>,
 }

@@ -74,6 +74,58 @@ pub fn show_bytes(bytes: u64) -> String {
     format!("{value:.digits$} {}", UNITS[unit])
 }
 
+/// A binary unit of sizes, from bytes to EiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteUnit(u32);
+
+/// Least number of steps of one unit in a size that is spoken of in steps.
+const MIN_STEPS: u64 = 4;
+
+impl ByteUnit {
+    const NAMES: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    const LARGEST: u32 = 6;
+    const KIB: u32 = 1;
+
+    /// Returns the largest unit that is not above a size: the one to write the size in.
+    pub fn of(size: u64) -> Self {
+        let mut units = (0..=Self::LARGEST).rev().map(Self);
+        units.find(|u| u.bytes() <= size).unwrap_or(Self(0))
+    }
+
+    /// Returns the largest unit, at least a KiB, of which a model of this size has several: the one to
+    /// say in what a little more or less memory is worth. A GiB more means nothing to a model of 11 MiB.
+    ///
+    /// ```
+    /// use tier_plan_formats::units::ByteUnit;
+    ///
+    /// assert_eq!(ByteUnit::of_step(11 << 20).name(), "MiB");
+    /// assert_eq!(ByteUnit::of_step(600_000_000_000).name(), "GiB");
+    /// ```
+    pub fn of_step(size: u64) -> Self {
+        Self::of(size / MIN_STEPS).max(Self(Self::KIB))
+    }
+
+    /// Returns the next smaller unit, down to a KiB.
+    pub fn smaller(self) -> Self {
+        Self(self.0.saturating_sub(1).max(Self::KIB))
+    }
+
+    /// Returns `MiB`, for instance.
+    pub fn name(self) -> &'static str {
+        Self::NAMES[self.0 as usize]
+    }
+
+    /// Returns the bytes of one unit.
+    pub fn bytes(self) -> u64 {
+        1 << (10 * self.0)
+    }
+
+    /// Returns the part of a GiB that one unit is.
+    pub fn per_gib(self) -> f64 {
+        self.bytes() as f64 / f64::from(1u32 << 30)
+    }
+}
+
 /// Formats a moment in UTC, to the second: `2026-11-22T17:00:00Z`. Moments before 1970 show as
 /// 1970.
 pub fn show_utc(moment: SystemTime) -> String {
@@ -117,6 +169,22 @@ mod tests {
         assert_eq!(show_bytes(512), "512 B");
         assert_eq!(show_bytes(3_758_096_384), "3.50 GiB");
         assert_eq!(show_bytes(152_000_000), "145 MiB");
+    }
+
+    #[test]
+    fn units_fit_the_size() {
+        let of = |size| ByteUnit::of(size).name();
+        assert_eq!([of(0), of(1), of(1023), of(1024)], ["B", "B", "B", "KiB"]);
+        assert_eq!([of((1 << 30) - 1), of(1 << 30)], ["MiB", "GiB"]);
+        assert_eq!([of(1 << 40), of(u64::MAX)], ["TiB", "EiB"]);
+        let step = |size| ByteUnit::of_step(size).name();
+        assert_eq!([step(0), step(100), step((4 << 20) - 1)], ["KiB"; 3]);
+        assert_eq!([step(4 << 20), step(11 << 20), step(3 << 30)], ["MiB"; 3]);
+        assert_eq!([step(9_000_000_000), step(600_000_000_000)], ["GiB"; 2]);
+        assert_eq!([step(5 << 40), step(u64::MAX)], ["TiB", "EiB"]);
+        assert_eq!(ByteUnit::of(1 << 30).smaller().name(), "MiB");
+        assert_eq!(ByteUnit::of(0).smaller().name(), "KiB");
+        assert_eq!(ByteUnit::of(1 << 20).per_gib(), 1.0 / 1024.0);
     }
 
     #[test]

@@ -50,6 +50,7 @@ mod whole;
 mod work;
 
 pub use http::Server;
+pub use page::TOKENS as PAGE_TOKENS;
 pub use plan::{Question, Replan, Replanned};
 pub use state::{Config, Limits, Security, Setup};
 pub use traces::{Traces, TracesError};

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::generate::Generated;
-use tier_plan_formats::record::{LayerRecord, RunRecord, TierRecord};
+use tier_plan_formats::record::{LayerRecord, RunRecord, Setup, System, TierRecord};
 
 /// The facts of a record that the engine does not know.
 #[derive(Debug, Clone, Default)]
@@ -11,6 +11,8 @@ pub struct Circumstances {
     pub when: String,
     /// CPU and memory, human-readable.
     pub host: String,
+    /// The machine, in numbers.
+    pub system: System,
     /// Seconds from the start of loading to the first token.
     pub first_token_s: f64,
 }
@@ -70,6 +72,12 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
         }),
         parallel: Vec::new(),
         conditions: None,
+        setup: Some(Setup::new(
+            env!("CARGO_PKG_VERSION"),
+            circumstances.system.clone(),
+            engine.shape().weight_bytes(),
+            plan,
+        )),
         output: generated.tokens.clone(),
     }
 }

@@ -332,6 +332,7 @@ fn write_record(
     let circumstances = Circumstances {
         when: show_utc(SystemTime::now()),
         host: host::describe(),
+        system: host::system(),
         first_token_s: 0.0,
     };
     let nothing = Generated {

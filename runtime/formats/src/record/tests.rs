@@ -7,6 +7,7 @@ use proptest::prelude::*;
 const V1: &str = include_str!("../../../../tests/data/formats/record.v1.json");
 const V2: &str = include_str!("../../../../tests/data/formats/record.v2.json");
 const V4: &str = include_str!("../../../../tests/data/formats/record.v4.json");
+const V5: &str = include_str!("../../../../tests/data/formats/record.v5.json");
 const V3: &str = include_str!("../../../../tests/data/formats/record.v3.json");
 
 fn load(text: &str) -> Result<RunRecord, String> {
@@ -80,6 +81,7 @@ fn version_1_means_what_it_meant() {
         }),
         parallel: Vec::new(),
         conditions: None,
+        setup: None,
         output: vec![5, 4095, 17],
     };
     let record = load(V1).unwrap();
@@ -147,6 +149,26 @@ fn version_1_means_what_it_meant() {
     assert_eq!(want.encode(), V4);
     assert_eq!(load(V4), Ok(want.clone()));
     assert_eq!(want.observed_tok_s(), Some(5.5));
+    want.setup = Some(Setup {
+        program: "0.9.0".into(),
+        system: System {
+            processor: Some("a \"plain\" processor".into()),
+            processors: Some(2),
+            memory_bytes: None,
+        },
+        model_bytes: 11_214_848,
+        context: 1024,
+        sequences: 1,
+        kv_type: "q8_0".into(),
+        tiers: vec![TierSetup {
+            name: "vram".into(),
+            kind: "vram".into(),
+            budget_bytes: 3 << 20,
+            read_gbps: Some(8.5),
+        }],
+    });
+    assert_eq!(want.encode(), V5);
+    assert_eq!(load(V5), Ok(want.clone()));
     want.conditions = None;
     assert_eq!(want.observed_tok_s(), Some(6.25));
     want.predicted = None;
@@ -204,6 +226,30 @@ fn conditions_are_checked() {
 }
 
 #[test]
+fn the_setup_is_checked() {
+    for (from, to, why) in [
+        (
+            "\"read_gbps\": 8.5",
+            "\"read_gbps\": -1",
+            "read_gbps of tier 'vram' in setup is -1",
+        ),
+        (
+            "\"processors\": 2",
+            "\"hostname\": 2",
+            "unknown field `hostname`",
+        ),
+        (
+            "\"version\": 5",
+            "\"version\": 4",
+            "setup is a key of version 5",
+        ),
+    ] {
+        let error = load(&V5.replacen(from, to, 1)).expect_err(to);
+        assert!(error.contains(why), "wanted {why:?}, got {error:?}");
+    }
+}
+
+#[test]
 fn an_empty_record_reads_back() {
     let empty = RunRecord::default();
     let text = empty.encode();
@@ -221,15 +267,15 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "\"version\": 1",
-            "\"version\": 5",
-            "run record version 5, but this program reads up to version 4; update tier-plan",
+            "\"version\": 6",
+            "run record version 6, but this program reads up to version 5; update tier-plan",
         ),
         (
             "\"version\": 1",
             "\"version\": 0",
             "version is 0, but versions start at 1",
         ),
-        ("\"version\": 1,", "", "no version; write `version = 4`"),
+        ("\"version\": 1,", "", "no version; write `version = 5`"),
         (
             "\"isa\"",
             "\"simd\"",
@@ -505,8 +551,27 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
                     }],
                     predicted: predicted.clone(),
                 });
+                let setup = emulated.then(|| Setup {
+                    program: plan.clone(),
+                    system: System {
+                        processor: Some(host.clone()),
+                        processors: Some(threads),
+                        memory_bytes: plan_gap.map(|_| prompt_tokens),
+                    },
+                    model_bytes: decode_tokens,
+                    context: threads,
+                    sequences: 1,
+                    kv_type: isa.clone(),
+                    tiers: vec![TierSetup {
+                        name: host.clone(),
+                        kind: isa.clone(),
+                        budget_bytes: decode_tokens,
+                        read_gbps: plan_gap.map(|_| decode_s),
+                    }],
+                });
                 RunRecord {
                     conditions,
+                    setup,
                     plan,
                     plan_status,
                     plan_gap,

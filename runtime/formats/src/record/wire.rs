@@ -1,10 +1,10 @@
-//! The JSON of versions 1 to 4 of a run record.
+//! The JSON of versions 1 to 5 of a run record.
 //!
 //! Rates that follow from counts and times are written for readers of the file, and computed again
 //! when it is read.
 
 use super::wire_parts::{WireConditions, WireParallel, WirePrediction};
-use super::{Conditions, LayerRecord, ParallelRecord, RECORD, RunRecord, TierRecord};
+use super::{Conditions, LayerRecord, ParallelRecord, RECORD, RunRecord, Setup, TierRecord};
 use crate::placement::Prediction;
 use crate::source_id::SourceId;
 use crate::text::check_amount;
@@ -43,6 +43,8 @@ struct Wire {
     parallel: Vec<WireParallel>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     conditions: Option<WireConditions>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    setup: Option<Setup>,
     /// Last, because [`encode`] writes its items on one line.
     output: Vec<u32>,
 }
@@ -104,13 +106,15 @@ impl From<WireSource> for SourceId {
 pub(super) fn encode(record: &RunRecord) -> String {
     let is_of_2 = |p: &Prediction| p.at > 0 || p.kv_s > 0.0 || !p.prompt_gflops.is_empty();
     let reads = |l: &LayerRecord| l.missed_bytes > 0 || l.reading_s > 0.0 || l.waited_s > 0.0;
-    let of_4 = record.conditions.is_some() || record.parallel.iter().any(|p| p.observed.is_some());
+    let of_5 = record.setup.is_some();
+    let of_4 =
+        of_5 || record.conditions.is_some() || record.parallel.iter().any(|p| p.observed.is_some());
     let of_3 = of_4 || !record.parallel.is_empty();
     let of_2 =
         of_3 || record.predicted.as_ref().is_some_and(is_of_2) || record.layers.iter().any(reads);
     let wire = Wire {
         format: RECORD.format.into(),
-        version: 1 + u64::from(of_2) + u64::from(of_3) + u64::from(of_4),
+        version: 1 + u64::from(of_2) + u64::from(of_3) + u64::from(of_4) + u64::from(of_5),
         plan: record.plan.clone(),
         status: record.plan_status.clone(),
         gap: record.plan_gap,
@@ -162,6 +166,7 @@ pub(super) fn encode(record: &RunRecord) -> String {
             .collect(),
         parallel: record.parallel.iter().map(WireParallel::from).collect(),
         conditions: record.conditions.as_ref().map(WireConditions::from),
+        setup: record.setup.clone(),
         output: Vec::new(),
     };
     // A struct of strings and numbers has no way to fail; if it did, the empty text would be
@@ -204,6 +209,9 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
             "conditions and observed are keys of version 4; write `\"version\": 4`, or leave them out"
                 .into(),
         );
+    }
+    if wire.version < 5 && wire.setup.is_some() {
+        return Err("setup is a key of version 5; write `\"version\": 5`, or leave it out".into());
     }
     Ok(RunRecord {
         plan: wire.plan,
@@ -251,6 +259,7 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
         predicted: wire.predicted.map(Prediction::from),
         parallel: wire.parallel.into_iter().map(Into::into).collect(),
         conditions: wire.conditions.map(Conditions::from),
+        setup: wire.setup,
         output: wire.output,
     })
 }
@@ -284,6 +293,7 @@ pub(super) fn check(record: &RunRecord) -> Result<(), String> {
         )?;
     }
     check_parallel(&record.parallel)?;
+    record.setup.as_ref().map_or(Ok(()), Setup::check)?;
     if let Some(predicted) = &record.predicted {
         check_prediction("predicted", predicted)?;
     }

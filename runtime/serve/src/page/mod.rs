@@ -27,6 +27,9 @@ struct File {
     text: &'static str,
 }
 
+/// Colors and fonts as a style sheet, which reports have too.
+pub const TOKENS: &str = include_str!("tokens.css");
+
 const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
@@ -43,11 +46,16 @@ macro_rules! file {
 }
 
 /// Every file. The page itself is at the root.
-static FILES: [File; 25] = [
+static FILES: [File; 26] = [
     File {
         path: ROOT,
         kind: HTML,
         text: include_str!("index.html"),
+    },
+    File {
+        path: "/page/tokens.css",
+        kind: CSS,
+        text: TOKENS,
     },
     file!("page.css", CSS),
     file!("machine.css", CSS),
