@@ -19,8 +19,8 @@ fn machine_files_that_make_no_sense() {
     solve("text.toml", "hello", &["not a machine file"]);
     solve(
         "newer.toml",
-        &swap(&good, "version = 1", "version = 6"),
-        &["version 6", "up to version 5", "update"],
+        &swap(&good, "version = 1", "version = 7"),
+        &["version 7", "up to version 6", "update"],
     );
     solve(
         "lacks.toml",

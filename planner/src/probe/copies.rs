@@ -44,7 +44,7 @@ pub(super) fn open(gguf: &Gguf, spec: &ModelSpec, paths: &[PathBuf]) -> Result<V
             path,
         })
     };
-    paths.iter().map(|path| open(path)).collect()
+    paths.iter().map(&mut open).collect()
 }
 
 /// Measures the drive of each copy alone.
