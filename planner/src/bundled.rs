@@ -5,10 +5,9 @@
 //! are compiled in. They are written to the user's cache when a command first wants them, since
 //! models are mapped and read from files.
 
-use crate::folders;
+use crate::folders::{self, Environment};
 use crate::hint::HintExt;
 use anyhow::{Context, Result, anyhow};
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -31,8 +30,7 @@ pub fn path(relative: &str) -> Result<PathBuf> {
     if let Some(found) = find(&Path::new("profiles").join(relative)) {
         return Ok(found);
     }
-    let variable = |name: &str| std::env::var_os(name);
-    unpack(relative, &cache_folder(variable)?)
+    unpack(relative, &cache_folder(&folders::variable)?)
 }
 
 /// Returns the folder of small models with golden logits of another engine.
@@ -56,14 +54,9 @@ fn find(relative: &Path) -> Option<PathBuf> {
 }
 
 /// Returns the folder of this version's files in the user's cache.
-fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf> {
-    let cache = folders::folder("XDG_CACHE_HOME", ".cache", &variable).or_else(|| {
-        let local = variable("LOCALAPPDATA").map(PathBuf::from);
-        local.filter(|path| path.is_absolute())
-    });
-    let version = concat!("tier-plan/bundled/", env!("CARGO_PKG_VERSION"));
-    cache
-        .map(|cache| cache.join(version))
+fn cache_folder(env: Environment<'_>) -> Result<PathBuf> {
+    folders::bundled(env)
+        .map(|folder| folder.join(env!("CARGO_PKG_VERSION")))
         .context("no folder for the files that come with tier-plan: neither XDG_CACHE_HOME nor HOME has an absolute path")
         .hint("set XDG_CACHE_HOME to a folder that can be written")
 }
@@ -124,10 +117,11 @@ fn holds(path: &Path, bytes: &[u8]) -> bool {
 mod tests {
     use super::*;
     use std::collections::HashMap;
+    use std::ffi::OsString;
 
     fn folder_with(variables: &[(&str, &str)]) -> Result<PathBuf> {
         let variables: HashMap<_, _> = variables.iter().copied().collect();
-        cache_folder(|name| variables.get(name).map(OsString::from))
+        cache_folder(&|name| variables.get(name).map(OsString::from))
     }
 
     #[cfg(unix)]

@@ -27,13 +27,12 @@ pub struct Place {
 impl Place {
     /// Returns the folder of a model, which may not exist.
     pub fn of(model: &SourceId) -> Self {
-        let state = folders::state(|name| std::env::var_os(name));
-        Self::below(state.as_deref(), model)
+        Self::below(folders::auto(&folders::variable).as_deref(), model)
     }
 
-    fn below(state: Option<&Path>, model: &SourceId) -> Self {
+    fn below(all: Option<&Path>, model: &SourceId) -> Self {
         Self {
-            folder: state.map(|state| state.join("tier-plan/auto").join(folder_name(model))),
+            folder: all.map(|all| all.join(folder_name(model))),
             is_writable: false,
         }
     }

@@ -84,12 +84,6 @@ pub(super) fn settings(command: &Command) -> impl Iterator<Item = &Arg> {
     command.get_arguments().filter(|arg| is_setting(arg))
 }
 
-/// Returns the file that [`VARIABLE`] names, or the usual one.
-fn usual_path() -> Option<PathBuf> {
-    let folder = folders::folder("XDG_CONFIG_HOME", ".config", |name| std::env::var_os(name))?;
-    Some(folder.join("tier-plan").join("config.toml"))
-}
-
 /// Reads the configuration file. One that is missing has no settings, unless it was asked for.
 ///
 /// # Errors
@@ -108,7 +102,7 @@ pub fn load(command: &Command) -> Result<Config> {
             Config::parse(&text, &path, command)
         }
         None => {
-            let Some(path) = usual_path() else {
+            let Some(path) = folders::configuration(&folders::variable) else {
                 return Ok(Config::default());
             };
             match text(&path)? {
@@ -381,11 +375,9 @@ fn takes_list(arg: &Arg) -> bool {
 /// Puts the home folder in place of `~` at the beginning of a path, as a shell does.
 fn expanded(arg: &Arg, text: &str) -> String {
     let is_path = arg.get_value_parser().type_id() == TypeId::of::<PathBuf>();
-    let home = std::env::var_os("HOME").and_then(|home| home.into_string().ok());
-    match (text.strip_prefix("~/"), home) {
-        (Some(rest), Some(home)) if is_path => format!("{home}/{rest}"),
-        _ => text.to_string(),
-    }
+    let path = is_path.then(|| folders::expanded(Path::new(text), &folders::variable));
+    let path = path.and_then(|path| path.into_os_string().into_string().ok());
+    path.unwrap_or_else(|| text.to_string())
 }
 
 /// Returns why clap refuses the values of an option.

@@ -1,6 +1,7 @@
 //! Names of users taken out of texts that are meant for bug reports.
 
-use std::path::{Path, PathBuf};
+use crate::folders;
+use std::path::Path;
 
 /// Folders whose entries are named after users.
 const HOMES: [&str; 5] = ["/home/", "/Users/", "/run/media/", "/media/", "/var/home/"];
@@ -14,7 +15,7 @@ pub struct Private {
 impl Private {
     /// Hides the home folder of this user, and the names of all others.
     pub fn of_this_user() -> Self {
-        Self::with_home(std::env::var_os("HOME").map(PathBuf::from).as_deref())
+        Self::with_home(folders::home_of_user().as_deref())
     }
 
     /// Hides a home folder, and the names of users below the usual folders.

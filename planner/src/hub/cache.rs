@@ -5,8 +5,8 @@
 
 use super::choose::{Digest, Listed};
 use super::name::is_inner_path;
+use crate::folders::{self, Environment};
 use anyhow::{Context, Result};
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 use tier_plan_runtime::formats::safely;
@@ -16,9 +16,6 @@ const MAX_FILES: usize = 10_000;
 
 /// Most folders inside folders of a snapshot.
 const MAX_DEPTH: usize = 8;
-
-/// Looks up an environment variable; an empty one counts as missing.
-pub type Environment<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
 /// Where models come from and go to, as the environment says.
 #[derive(Debug, Clone)]
@@ -39,20 +36,15 @@ impl Settings {
     /// # Errors
     /// When there is no home folder and none is given.
     pub fn from_env(env: Environment<'_>) -> Result<Self> {
-        let path = |name: &str| env(name).map(|value| expanded(PathBuf::from(value), env));
-        let home = match path("HF_HOME") {
-            Some(home) => home,
-            None => cache_folder(env)
-                .context(
-                    "no home folder is known; set HF_HOME to the folder of Hugging Face's cache",
-                )?
-                .join("huggingface"),
+        let cache = folders::hub(env).context(
+            "no home folder is known; set HF_HOME to the folder of Hugging Face's cache",
+        )?;
+        let text = |name: &str| {
+            let value = env(name).filter(|value| !value.is_empty());
+            value.and_then(|value| value.into_string().ok())
         };
-        let cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
-        let text = |name: &str| env(name).and_then(|value| value.into_string().ok());
-        let token_file = path("HF_TOKEN_PATH").unwrap_or_else(|| home.join("token"));
         let token = text("HF_TOKEN").or_else(|| text("HUGGING_FACE_HUB_TOKEN"));
-        let token = token.or_else(|| fs::read_to_string(token_file).ok());
+        let token = token.or_else(|| fs::read_to_string(folders::hub_token(env)?).ok());
         let token = token.map(|token| token.trim().to_string());
         let endpoint = text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_string());
         let is_on = |name: &str| {
@@ -61,32 +53,11 @@ impl Settings {
             })
         };
         Ok(Self {
-            cache: cache.unwrap_or_else(|| home.join("hub")),
+            cache,
             endpoint: endpoint.trim_end_matches('/').to_string(),
             token: token.filter(|token| !token.is_empty()),
             is_offline: is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE"),
         })
-    }
-}
-
-/// Returns the user's home folder.
-pub fn home(env: Environment<'_>) -> Option<PathBuf> {
-    env("HOME")
-        .or_else(|| env("USERPROFILE"))
-        .map(PathBuf::from)
-}
-
-/// Returns the folder for caches of programs.
-pub fn cache_folder(env: Environment<'_>) -> Option<PathBuf> {
-    let given = env("XDG_CACHE_HOME").map(|folder| expanded(PathBuf::from(folder), env));
-    given.or_else(|| Some(home(env)?.join(".cache")))
-}
-
-/// Puts the home folder for a `~` at the beginning.
-fn expanded(path: PathBuf, env: Environment<'_>) -> PathBuf {
-    match (path.strip_prefix("~"), home(env)) {
-        (Ok(rest), Some(home)) => home.join(rest),
-        _ => path,
     }
 }
 
@@ -259,6 +230,7 @@ pub fn files_below(folder: &Path) -> Vec<Listed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ffi::OsString;
 
     fn settings(variables: &[(&str, &str)]) -> Result<Settings> {
         Settings::from_env(&|name| {

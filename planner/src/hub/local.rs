@@ -3,12 +3,13 @@
 //! Links to their files, in a folder of this program, have names that end in `.gguf`. What other
 //! commands write beside a model comes to lie there, and not among the files of another program.
 
-use super::cache::{Environment, cache_folder, files_below, home, is_hex, put_link};
+use super::cache::{files_below, is_hex, put_link};
 use super::choose::{Listed, choose};
 use super::name::{LmStudioName, OllamaName, is_component};
+use crate::folders::{self, Environment};
 use crate::hint::HintExt;
 use crate::printable::printable;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Read;
@@ -23,24 +24,30 @@ const MAX_SHOWN: usize = 40;
 /// The layer of a manifest that is the model.
 const MODEL_LAYER: &str = "application/vnd.ollama.image.model";
 
-/// Returns the folders where ollama keeps models, those that exist.
-fn ollama_folders(env: Environment<'_>) -> Vec<PathBuf> {
-    if let Some(given) = env("OLLAMA_MODELS") {
-        return vec![given.into()];
-    }
-    let own = home(env).map(|home| home.join(".ollama/models"));
-    // Where the service keeps them that the installer sets up.
-    let shared = [PathBuf::from("/usr/share/ollama/.ollama/models")];
-    let all = own.into_iter().chain(shared);
-    all.filter(|folder| folder.is_dir()).collect()
+/// A file of a model, and the path of its link in the folder of links.
+struct Link {
+    inside: PathBuf,
+    file: PathBuf,
+}
+
+/// A model of another program.
+pub struct Foreign {
+    /// First file.
+    pub file: PathBuf,
+    links: Vec<Link>,
+    /// Folder of links.
+    folder: Option<PathBuf>,
 }
 
 /// Finds a model of ollama.
 ///
 /// # Errors
 /// When there is none of that name, or its manifest is damaged.
-pub fn ollama(name: &OllamaName, env: Environment<'_>) -> Result<PathBuf> {
-    let folders = ollama_folders(env);
+pub fn ollama(name: &OllamaName, env: Environment<'_>) -> Result<Foreign> {
+    let mut folders = folders::ollama(env);
+    if folders.len() > 1 {
+        folders.retain(|folder| folder.is_dir());
+    }
     for folder in &folders {
         let mut manifest = folder.join("manifests");
         manifest.extend(&name.folders);
@@ -56,21 +63,30 @@ pub fn ollama(name: &OllamaName, env: Environment<'_>) -> Result<PathBuf> {
             let file = format!("{model}-{}.gguf", name.tag);
             let mut inside: PathBuf = name.folders.iter().collect();
             inside.push(&file);
-            return Ok(linked("ollama", &[(inside, blob)], env));
+            return Ok(Foreign {
+                file: blob.clone(),
+                links: vec![Link { inside, file: blob }],
+                folder: folders::ollama_links(env),
+            });
         }
     }
     let there: Vec<String> = folders
         .iter()
         .flat_map(|folder| manifests(folder))
         .collect();
-    let searched: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
-    let searched = match searched.as_slice() {
+    let searched = match folders.as_slice() {
         [] => "~/.ollama/models".to_string(),
-        all => all.join(" and "),
+        all => joined(all),
     };
     let missing = anyhow!("{name}: no such model in {searched}; {}", there_are(&there));
     Err(missing)
         .hint("set OLLAMA_MODELS to the folder of ollama's models, or pull the model with ollama")
+}
+
+/// Returns folders in a sentence.
+fn joined(folders: &[PathBuf]) -> String {
+    let shown: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+    shown.join(" and ")
 }
 
 /// Returns the list of what there is, as the end of a sentence.
@@ -143,13 +159,12 @@ fn model_digest(manifest: &Path) -> Result<String> {
 ///
 /// # Errors
 /// When there is none of that name, or several fit.
-pub fn lm_studio(name: &LmStudioName, env: Environment<'_>) -> Result<PathBuf> {
-    let home =
-        home(env).context("no home folder is known, expected one with LM Studio's models")?;
-    let folders = [
-        home.join(".lmstudio/models"),
-        home.join(".cache/lm-studio/models"),
-    ];
+pub fn lm_studio(name: &LmStudioName, env: Environment<'_>) -> Result<Foreign> {
+    let folders = folders::lm_studio(env);
+    ensure!(
+        !folders.is_empty(),
+        "no home folder is known, expected one with LM Studio's models"
+    );
     for folder in &folders {
         let repo = folder.join(&name.repo);
         if !repo.is_dir() {
@@ -157,14 +172,17 @@ pub fn lm_studio(name: &LmStudioName, env: Environment<'_>) -> Result<PathBuf> {
         }
         let chosen = choose(&files_below(&repo), &name.pick);
         let parts = chosen.with_context(|| format!("{name} in {}", repo.display()))?;
-        let place = |part: &Listed| {
-            (
-                Path::new(&name.repo).join(&part.path),
-                repo.join(&part.path),
-            )
+        let link = |part: &Listed| Link {
+            inside: Path::new(&name.repo).join(&part.path),
+            file: repo.join(&part.path),
         };
-        let links: Vec<_> = parts.iter().map(place).collect();
-        return Ok(linked("lmstudio", &links, env));
+        let links: Vec<Link> = parts.iter().map(link).collect();
+        let first = links.first().context("a model without files")?;
+        return Ok(Foreign {
+            file: first.file.clone(),
+            links,
+            folder: folders::lm_studio_links(env),
+        });
     }
     let mut there: Vec<String> = Vec::new();
     for publisher in folders.iter().flat_map(|folder| entries(folder)) {
@@ -187,9 +205,8 @@ pub fn lm_studio(name: &LmStudioName, env: Environment<'_>) -> Result<PathBuf> {
     there.sort();
     there.dedup();
     bail!(
-        "{name}: no such folder in {} and {}; {}",
-        folders[0].display(),
-        folders[1].display(),
+        "{name}: no such folder in {}; {}",
+        joined(&folders),
         there_are(&there)
     )
 }
@@ -200,37 +217,31 @@ fn entries(folder: &Path) -> Vec<PathBuf> {
     entries.map(|entry| entry.path()).collect()
 }
 
-/// Makes links `[(path inside the folder, file)]` and returns the first; the file itself where
-/// links cannot be made.
-fn linked(of: &str, links: &[(PathBuf, PathBuf)], env: Environment<'_>) -> PathBuf {
-    let file = links
-        .first()
-        .map(|(_, file)| file.clone())
-        .unwrap_or_default();
-    let Some(folder) = cache_folder(env).map(|folder| folder.join("tier-plan").join(of)) else {
-        return file;
-    };
-    let mut first = None;
-    for (inside, file) in links {
-        let path = folder.join(inside);
-        // A relative folder of models would make a link that leads elsewhere.
-        let Ok(target) = fs::canonicalize(file) else {
-            return file.clone();
+impl Foreign {
+    /// Makes links to the files, and returns the first; the file itself where links cannot be made.
+    pub fn linked(self) -> PathBuf {
+        let Some(folder) = self.folder else {
+            return self.file;
         };
-        let is_made = fs::read_link(&path).is_ok_and(|found| found == target)
-            || path
-                .parent()
-                .is_some_and(|parent| fs::create_dir_all(parent).is_ok())
-                && make_link(&target, &path);
-        if !is_made {
-            return links
-                .first()
-                .map(|(_, file)| file.clone())
-                .unwrap_or_default();
+        let mut first = None;
+        for Link { inside, file } in self.links {
+            let path = folder.join(inside);
+            // A relative folder of models would make a link that leads elsewhere.
+            let Ok(target) = fs::canonicalize(file) else {
+                return self.file;
+            };
+            let is_made = fs::read_link(&path).is_ok_and(|found| found == target)
+                || path
+                    .parent()
+                    .is_some_and(|parent| fs::create_dir_all(parent).is_ok())
+                    && make_link(&target, &path);
+            if !is_made {
+                return self.file;
+            }
+            first.get_or_insert(path);
         }
-        first.get_or_insert(path);
+        first.unwrap_or(self.file)
     }
-    first.unwrap_or(file)
 }
 
 /// Makes a link, where the system has them.
@@ -256,8 +267,8 @@ mod tests {
             _ => None,
         };
         match parse(Path::new(name)).unwrap().unwrap() {
-            Name::Ollama(name) => ollama(&name, &env),
-            Name::LmStudio(name) => lm_studio(&name, &env),
+            Name::Ollama(name) => Ok(ollama(&name, &env)?.linked()),
+            Name::LmStudio(name) => Ok(lm_studio(&name, &env)?.linked()),
             Name::Hub(name) => panic!("{name}"),
         }
     }

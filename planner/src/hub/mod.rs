@@ -18,17 +18,17 @@ mod url;
 pub use ask::this_machine;
 pub use client::Unreachable;
 
+use crate::folders::{self, Environment};
 use crate::hint::HintExt;
 use crate::printable::printable;
 use crate::{catalogue, progress};
 use anyhow::{Context, Result, anyhow, bail};
 use ask::{Offer, agree};
-use cache::{Environment, RepoCache, Settings};
+use cache::{RepoCache, Settings};
 use choose::{Listed, choose, has_default};
 use client::{Client, Listing};
 use header::Headers;
 use name::{HubName, Name, Pick};
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// Tries of asking for a listing: fewer than in the middle of a fetch.
@@ -58,16 +58,11 @@ pub struct Resolved {
 /// # Errors
 /// When there is no such model, it is not to be fetched, or fetching fails.
 pub fn resolve(given: &Path, need: Need, yes: bool) -> Result<Option<Resolved>> {
-    let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    let env: Environment<'_> = &env as &dyn Fn(&str) -> Option<OsString>;
-    let at = |path| Resolved {
-        path,
-        _headers: None,
-    };
+    let env: Environment<'_> = &folders::variable;
     Ok(match name::parse(given)? {
         None => None,
-        Some(Name::Ollama(name)) => Some(at(local::ollama(&name, env)?)),
-        Some(Name::LmStudio(name)) => Some(at(local::lm_studio(&name, env)?)),
+        Some(Name::Ollama(name)) => Some(at(local::ollama(&name, env)?.linked())),
+        Some(Name::LmStudio(name)) => Some(at(local::lm_studio(&name, env)?.linked())),
         Some(Name::Hub(name)) => {
             let settings = Settings::from_env(env)?;
             let client = Client::new(&settings)?;
@@ -78,8 +73,7 @@ pub fn resolve(given: &Path, need: Need, yes: bool) -> Result<Option<Resolved>> 
 
 /// Returns the folder that models are fetched to, if the environment names one.
 pub fn folder() -> Option<PathBuf> {
-    let env = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    Settings::from_env(&env).ok().map(|settings| settings.cache)
+    folders::hub(&folders::variable)
 }
 
 /// A repository of the hub, and the cache of its files.

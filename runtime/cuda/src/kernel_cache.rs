@@ -4,23 +4,19 @@ use super::Version;
 use super::nvrtc::OPTIONS;
 use super::source::{Module, headers};
 use std::path::PathBuf;
+use tier_plan_formats::folders::{self, Environment};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+/// Returns the folder of compiled kernels; `None` if the environment names no cache folder.
+pub fn folder(env: Environment<'_>) -> Option<PathBuf> {
+    Some(folders::cache(env)?.join("tier-plan/kernels"))
+}
 
 /// Returns the cache file of a compiled module; `None` if the environment names no cache folder.
 /// The name changes with everything that changes the machine code.
 pub(super) fn path(module: &Module, capability: Version, driver: i32) -> Option<PathBuf> {
-    let variable = |name| {
-        std::env::var_os(name)
-            .filter(|v| !v.is_empty())
-            .map(PathBuf::from)
-    };
-    let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
-    Some(
-        cache
-            .join("tier-plan")
-            .join("kernels")
-            .join(file_name(module, capability, driver)),
-    )
+    let folder = folder(&|name| std::env::var_os(name))?;
+    Some(folder.join(file_name(module, capability, driver)))
 }
 
 fn file_name(module: &Module, capability: Version, driver: i32) -> String {

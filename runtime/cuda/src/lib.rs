@@ -38,7 +38,7 @@ pub mod device;
 pub mod experts;
 pub mod gpu;
 mod graph;
-mod kernel_cache;
+pub mod kernel_cache;
 pub mod nvml;
 mod nvrtc;
 pub mod ops;

@@ -35,6 +35,7 @@
 //! ```
 #![deny(unsafe_code)]
 
+pub mod folders;
 pub mod gguf;
 pub mod logprobs;
 pub mod machine;
