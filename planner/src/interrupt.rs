@@ -12,6 +12,18 @@ static INTERRUPTED: LazyLock<Cancel> = LazyLock::new(Cancel::default);
 /// Printed on Ctrl-C to a user who is being asked for a message.
 const NOTICE: &str = "\n(Ctrl-C again, Ctrl-D or /quit ends)\n";
 
+/// A command has ended with this exit code, and all that is to be said was said.
+#[derive(Debug)]
+pub struct Ended(pub u8);
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ended with exit code {}", self.0)
+    }
+}
+
+impl std::error::Error for Ended {}
+
 /// Guard while which a first signal requests an end instead of ending the program. A second one
 /// ends it.
 #[must_use = "signals set the request only while this lives"]

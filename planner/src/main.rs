@@ -4,8 +4,7 @@
 use std::process::ExitCode;
 use tier_plan_planner::chat::jinja::worker;
 use tier_plan_planner::cmd::NoCommand;
-use tier_plan_planner::cmd::launch::Ended;
-use tier_plan_planner::interrupt::{self, Interrupted};
+use tier_plan_planner::interrupt::{self, Ended, Interrupted};
 use tier_plan_planner::{cmd, print, replan};
 use tier_plan_runtime::RunError;
 use tier_plan_runtime::formats::safely;

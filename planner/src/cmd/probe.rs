@@ -7,7 +7,7 @@ use crate::print::digits;
 use crate::printable::printable;
 use crate::probe::disk::Disk;
 use crate::probe::gpu::GpuRate;
-use crate::probe::{Findings, Settings, measure};
+use crate::probe::{Findings, MACHINE_FILE, Settings, measure};
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
@@ -29,7 +29,7 @@ pub struct ProbeArgs {
         short,
         long,
         value_name = "FILE",
-        default_value = "machine.toml",
+        default_value = MACHINE_FILE,
         help_heading = "Output"
     )]
     pub output: PathBuf,

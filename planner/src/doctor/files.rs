@@ -3,6 +3,7 @@
 use super::Check;
 use super::model::Opened;
 use crate::hint::hint_for;
+use crate::probe::MACHINE_FILE;
 use crate::{host, store, verify};
 use anyhow::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -13,8 +14,7 @@ use tier_plan_runtime::formats::{placement, profile, sums};
 use tier_plan_runtime::tiers::limits::Limit;
 use tier_plan_runtime::units::show_bytes;
 
-/// Where `probe` writes, and `solve` writes, unless told otherwise.
-const MACHINE: &str = "machine.toml";
+/// Where `solve` writes unless told otherwise.
 const PLAN: &str = "placement.toml";
 
 /// The machine file of the current folder, or the one asked for.
@@ -45,7 +45,7 @@ impl Probed {
 /// # Errors
 /// When the one that was asked for is unreadable.
 pub(super) fn machine(asked: Option<&Path>) -> Result<Probed> {
-    let path = asked.unwrap_or(Path::new(MACHINE)).to_path_buf();
+    let path = asked.unwrap_or(Path::new(MACHINE_FILE)).to_path_buf();
     if asked.is_none() && !path.exists() {
         return Ok(Probed::Missing);
     }
@@ -157,7 +157,7 @@ pub(super) fn beside(path: &Path, opened: &Opened) -> Vec<Check> {
         },
     );
     let file = Path::new(PLAN);
-    let solve = format!("tier-plan solve {model} -M {MACHINE}");
+    let solve = format!("tier-plan solve {model} -M {MACHINE_FILE}");
     check("model.plan", file, solve, &|| {
         // A plan of another model is nothing wrong.
         placement::read(file)?;

@@ -1,22 +1,18 @@
 //! Asks before a model is fetched: how many bytes, where to, and how fast it would be here.
 
 use crate::catalogue::{self, Known};
-use crate::cmd::args::BudgetArgs;
 use crate::confirm::{can_ask, confirmed};
 use crate::hint::HintExt;
 use crate::interrupt::Interrupted;
 use crate::print::digits;
 use crate::printable::printable;
-use crate::probe::{Settings, measure};
+use crate::probe::{MACHINE_FILE, Settings, measure};
 use crate::whatif::{Question, answer, bound};
 use anyhow::{Context, Result, anyhow, ensure};
 use std::path::{Path, PathBuf};
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::units::show_bytes;
-
-/// The machine file that `tier-plan probe` writes.
-const MACHINE_FILE: &str = "machine.toml";
 
 /// Longest context that a prediction is for.
 const CONTEXT: u32 = 4096;
@@ -68,7 +64,7 @@ fn predicted(known: &Known, machine: &Machine) -> Result<String> {
     let question = Question {
         known,
         machine,
-        budgets: BudgetArgs::default().bytes(machine)?,
+        budgets: machine.tiers.iter().map(|tier| tier.capacity_bytes).collect(),
         profile: None,
         context: CONTEXT.min(known.sizes.context.max(1)),
         sequences: 1,

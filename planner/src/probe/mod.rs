@@ -42,6 +42,10 @@ use tier_plan_runtime::tiers::nodes::Pages;
 use tier_plan_runtime::tiers::shards::Shards;
 use tier_plan_runtime::units::{show_bytes, show_utc};
 
+/// Machine file that `tier-plan probe` writes unless told otherwise, and that others look for in the
+/// current folder.
+pub const MACHINE_FILE: &str = "machine.toml";
+
 /// Most bytes of memory to stream through: more than any last-level cache.
 const MAX_MEMORY_BYTES: u64 = 1 << 30;
 

@@ -14,8 +14,7 @@ pub mod view;
 mod tests;
 
 use crate::client::Client;
-use crate::cmd::launch::Ended;
-use crate::interrupt::{self, Interrupted};
+use crate::interrupt::{self, Ended, Interrupted};
 use crate::printable::one_line;
 use anyhow::{Context, Result};
 use feed::{Feed, Seen};

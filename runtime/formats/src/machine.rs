@@ -136,8 +136,9 @@ pub struct Accelerator {
 }
 
 impl Tier {
-    /// Whether its figures are of a machine: measured, or from a specification.
-    pub fn is_measured(&self) -> bool {
+    /// Whether rate and latency say how fast a machine is, and not only which tier is faster: measured,
+    /// declared, or from a specification.
+    pub fn has_known_rate(&self) -> bool {
         self.source != NOT_MEASURED
     }
 }

@@ -10,7 +10,7 @@ mod setup;
 use crate::cmd::args::ServerArgs;
 use crate::cmd::batch::model_name;
 use crate::hint::HintExt;
-use crate::interrupt;
+use crate::interrupt::{self, Ended};
 use crate::printable::printable;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -70,18 +70,6 @@ pub enum ClientName {
     /// opencode
     Opencode,
 }
-
-/// The agent has ended with this exit code, and has said why.
-#[derive(Debug)]
-pub struct Ended(pub u8);
-
-impl std::fmt::Display for Ended {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "ended with exit code {}", self.0)
-    }
-}
-
-impl std::error::Error for Ended {}
 
 /// Runs the command.
 ///

@@ -5,6 +5,7 @@ use crate::client::Client;
 use crate::cmd::serve::ServeArgs;
 use crate::export::shell;
 use crate::hint::HintExt;
+use crate::interrupt::Ended;
 use crate::progress;
 use crate::subprocess;
 use anyhow::{Context, Result, anyhow, bail};
@@ -206,7 +207,7 @@ impl Serving {
     /// Waits until the server takes requests. What it says until then is printed.
     ///
     /// # Errors
-    /// [`super::Ended`] where it ends before.
+    /// [`Ended`] where it ends before.
     pub fn ready(&mut self, key: Option<&str>) -> Result<Endpoint> {
         let Some(lines) = self.lines.take() else {
             bail!("the server was waited for before");
@@ -218,14 +219,14 @@ impl Serving {
                     None => eprintln!("{line}"),
                 },
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(super::Ended(1).into()),
+                Err(RecvTimeoutError::Disconnected) => return Err(Ended(1).into()),
             }
         };
         let child = &mut self.child;
         let reached = wait(&Client::new(&url, key)?, |bar| {
             bar.suspend(|| lines.try_iter().for_each(|line| eprintln!("{line}")));
             match child.try_wait() {
-                Ok(Some(_)) => Err(super::Ended(1).into()),
+                Ok(Some(_)) => Err(Ended(1).into()),
                 _ => Ok(()),
             }
         });
@@ -234,7 +235,7 @@ impl Serving {
             while let Ok(line) = lines.recv_timeout(Duration::from_secs(1)) {
                 eprintln!("{line}");
             }
-            return Err(super::Ended(1).into());
+            return Err(Ended(1).into());
         }
         reached
     }
