@@ -2,6 +2,7 @@
 
 use crate::cmd::args::JsonArgs;
 use crate::confirm::{can_ask, confirmed};
+use crate::folders;
 use crate::hint::HintExt;
 use crate::json::path_json;
 use crate::models::{Found, Places, list, removal};
@@ -20,7 +21,7 @@ const VERSION: u64 = 1;
 #[derive(Debug, Args)]
 #[command(
     about = "List the GGUF files in this folder, in folders of models, and in the cache of Hugging Face",
-    after_long_help = "Example:\n  tier-plan models --models-dir ~/models\n  tier-plan models rm owner/repo/file.gguf"
+    after_long_help = "Example:\n  tier-plan models --models-dir ~/models\n  tier-plan models rm hf:owner/repo:Q4_K_M"
 )]
 pub struct ModelsArgs {
     #[command(subcommand)]
@@ -39,7 +40,8 @@ pub struct ModelsArgs {
 pub enum Action {
     /// Remove a model from the cache of Hugging Face, after asking
     Rm {
-        /// Name as the list shows it, or the end of it
+        /// Name as the list shows it or the end of it, a path in the cache, or a name such as
+        /// hf:OWNER/REPO:QUANTIZATION
         #[arg(value_name = "NAME")]
         name: String,
         /// Remove without asking
@@ -72,7 +74,7 @@ pub fn run(args: &ModelsArgs) -> Result<()> {
 }
 
 fn remove(name: &str, force: bool, models: &[Found]) -> Result<()> {
-    let removal = removal(name, models)?;
+    let removal = removal(name, models, &folders::variable)?;
     let what = format!(
         "{}: {} file(s), {}",
         printable(&removal.name),

@@ -113,6 +113,19 @@ impl RepoCache {
         is_commit(commit).then(|| commit.to_string())
     }
 
+    /// Returns all commits that have a snapshot, that of a revision first.
+    pub fn commits(&self, revision: &str) -> Vec<String> {
+        let present = self.commit(revision);
+        let entries = fs::read_dir(self.folder.join("snapshots"));
+        let names = entries.into_iter().flatten().flatten();
+        let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        let mut others: Vec<String> = names
+            .filter(|name| is_commit(name) && Some(name) != present.as_ref())
+            .collect();
+        others.sort();
+        present.into_iter().chain(others).collect()
+    }
+
     /// Returns the complete files of a snapshot.
     pub fn files(&self, commit: &str) -> Vec<Listed> {
         files_below(&self.folder.join("snapshots").join(commit))

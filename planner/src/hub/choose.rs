@@ -3,7 +3,7 @@
 use super::name::Pick;
 use crate::printable::printable;
 use crate::split_name::{gguf_stem, split_name};
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::collections::BTreeMap;
 use tier_plan_runtime::units::show_bytes;
 
@@ -169,40 +169,7 @@ pub fn has_default(files: &[Listed]) -> bool {
 /// When none or several fit, or a part is missing. The error lists what there is.
 pub fn choose(files: &[Listed], pick: &Pick) -> Result<Vec<Listed>> {
     let models = models(files);
-    let there: Vec<String> = models.iter().take(MAX_SHOWN).map(Model::shown).collect();
-    let more = match models.len().saturating_sub(MAX_SHOWN) {
-        0 => String::new(),
-        more => format!(", and {more} more"),
-    };
-    let there = format!("{}{more}", there.join(", "));
-    ensure!(!models.is_empty(), "no GGUF model is there");
-    let fitting: Vec<&Model<'_>> = match pick {
-        Pick::Named(named) if named.to_ascii_lowercase().ends_with(".gguf") => {
-            let parts = |m: &Model<'_>| m.parts.values().any(|part| is_file(&part.path, named));
-            models.iter().filter(|m| parts(m)).collect()
-        }
-        Pick::Named(named) => of_quantization(&models, named),
-        Pick::Default if models.len() == 1 => models.iter().collect(),
-        Pick::Default => of_quantization(&models, DEFAULT_QUANTIZATION),
-    };
-    let model = match (fitting.as_slice(), pick) {
-        ([model], _) => model,
-        ([], Pick::Named(named)) => {
-            bail!("no model fits '{}'; there are {there}", printable(named))
-        }
-        ([], Pick::Default) => bail!(
-            "no quantization is named, and {DEFAULT_QUANTIZATION}, the default, is not there; there are {there}"
-        ),
-        (several, _) => {
-            let firsts = several.iter().filter_map(|m| m.parts.values().next());
-            let files: Vec<_> = firsts.take(MAX_SHOWN).map(|p| printable(&p.path)).collect();
-            return Err(anyhow!(
-                "{} models fit, expected one: {}; there are {there}",
-                several.len(),
-                files.join(", ")
-            ));
-        }
-    };
+    let model = fitting(&models, pick)?;
     if !model.is_whole() {
         let missing = (1..=model.count).find(|number| !model.parts.contains_key(number));
         bail!(
@@ -213,6 +180,55 @@ pub fn choose(files: &[Listed], pick: &Pick) -> Result<Vec<Listed>> {
         );
     }
     Ok(model.parts.values().map(|part| (*part).clone()).collect())
+}
+
+/// Returns the first file that is there of the model that is picked, though parts may be missing.
+///
+/// # Errors
+/// When none or several fit. The error lists what there is.
+pub fn choose_first(files: &[Listed], pick: &Pick) -> Result<Listed> {
+    let models = models(files);
+    let model = fitting(&models, pick)?;
+    let first = model.parts.values().next();
+    first.map(|part| (*part).clone()).context("a model without files")
+}
+
+/// Returns the model that is picked.
+fn fitting<'m, 'a>(models: &'m [Model<'a>], pick: &Pick) -> Result<&'m Model<'a>> {
+    let there: Vec<String> = models.iter().take(MAX_SHOWN).map(Model::shown).collect();
+    let more = match models.len().saturating_sub(MAX_SHOWN) {
+        0 => String::new(),
+        more => format!(", and {more} more"),
+    };
+    let there = format!("{}{more}", there.join(", "));
+    ensure!(!models.is_empty(), "no GGUF model is there");
+    let fitting: Vec<&'m Model<'a>> = match pick {
+        Pick::Named(named) if named.to_ascii_lowercase().ends_with(".gguf") => {
+            let parts = |m: &Model<'_>| m.parts.values().any(|part| is_file(&part.path, named));
+            models.iter().filter(|m| parts(m)).collect()
+        }
+        Pick::Named(named) => of_quantization(models, named),
+        Pick::Default if models.len() == 1 => models.iter().collect(),
+        Pick::Default => of_quantization(models, DEFAULT_QUANTIZATION),
+    };
+    match (fitting.as_slice(), pick) {
+        ([model], _) => Ok(model),
+        ([], Pick::Named(named)) => {
+            bail!("no model fits '{}'; there are {there}", printable(named))
+        }
+        ([], Pick::Default) => bail!(
+            "no quantization is named, and {DEFAULT_QUANTIZATION}, the default, is not there; there are {there}"
+        ),
+        (several, _) => {
+            let firsts = several.iter().filter_map(|m| m.parts.values().next());
+            let files: Vec<_> = firsts.take(MAX_SHOWN).map(|p| printable(&p.path)).collect();
+            Err(anyhow!(
+                "{} models fit, expected one: {}; there are {there}",
+                several.len(),
+                files.join(", ")
+            ))
+        }
+    }
 }
 
 /// Whether a file is the one named, with or without its folders.

@@ -25,10 +25,11 @@ use crate::{catalogue, progress};
 use anyhow::{Context, Result, anyhow, bail};
 use ask::{Offer, agree};
 use cache::{RepoCache, Settings};
-use choose::{Listed, choose, has_default};
+use choose::{Listed, choose, choose_first, has_default};
 use client::{Client, Listing};
 use header::Headers;
 use name::{HubName, Name, Pick};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Tries of asking for a listing: fewer than in the middle of a fetch.
@@ -69,6 +70,68 @@ pub fn resolve(given: &Path, need: Need, yes: bool) -> Result<Option<Resolved>> 
             Some(Hub::new(&name, &settings, client).resolve(need, yes)?)
         }
     })
+}
+
+/// A model that was given by name, as it is on this machine.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Here {
+    /// First file that the cache of Hugging Face's tools has of it, in a snapshot.
+    Cached(PathBuf),
+    /// A file of another program.
+    Foreign {
+        /// First file.
+        file: PathBuf,
+        /// What removes it, as a clause.
+        removed_by: String,
+    },
+}
+
+/// Finds a model that is given by name on this machine, without asking a server; `None` if it is a
+/// path.
+///
+/// # Errors
+/// When there is no such model here, or several fit.
+pub fn locate(given: &Path, env: Environment<'_>) -> Result<Option<Here>> {
+    Ok(match name::parse(given)? {
+        None => None,
+        Some(Name::Ollama(name)) => Some(Here::Foreign {
+            file: local::ollama(&name, env)?.file,
+            removed_by: name.to_string().replacen(':', " rm ", 1),
+        }),
+        Some(Name::LmStudio(name)) => Some(Here::Foreign {
+            file: local::lm_studio(&name, env)?.file,
+            removed_by: "remove it in LM Studio".to_string(),
+        }),
+        Some(Name::Hub(name)) => {
+            let root = folders::hub(env).context("no folder of cached models is known")?;
+            Some(Here::Cached(first_cached(&name, &root)?))
+        }
+    })
+}
+
+/// Returns the first file that a cache has of a model. Without a revision it may be of any, since a
+/// branch that has moved on leaves files behind.
+fn first_cached(name: &HubName, root: &Path) -> Result<PathBuf> {
+    let cache = RepoCache::new(root, &name.repo);
+    let commits = match name.revision.as_str() {
+        name::DEFAULT_REVISION => cache.commits(&name.revision),
+        revision => cache.commit(revision).into_iter().collect(),
+    };
+    let (mut files, mut of) = (Vec::new(), BTreeMap::new());
+    for commit in commits {
+        for file in cache.files(&commit) {
+            if !of.contains_key(&file.path) {
+                of.insert(file.path.clone(), commit.clone());
+                files.push(file);
+            }
+        }
+    }
+    let found = || format!("{name} in the cache at {}", root.display());
+    let first = choose_first(&files, &name.pick)
+        .with_context(found)
+        .hint("`tier-plan models` lists what there is")?;
+    let commit = of.get(&first.path).with_context(found)?;
+    Ok(cache.snapshot(commit, &first.path))
 }
 
 /// Returns the folder that models are fetched to, if the environment names one.

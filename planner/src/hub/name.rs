@@ -6,6 +6,9 @@ use anyhow::{Result, anyhow};
 use std::fmt;
 use std::path::Path;
 
+/// Revision of a repository where none is named.
+pub const DEFAULT_REVISION: &str = "main";
+
 /// Longest name that is read, in bytes.
 const MAX_NAME_BYTES: usize = 1024;
 
@@ -64,7 +67,7 @@ impl fmt::Display for HubName {
         if let Pick::Named(pick) = &self.pick {
             write!(f, ":{}", printable(pick))?;
         }
-        if self.revision != "main" {
+        if self.revision != DEFAULT_REVISION {
             write!(f, "@{}", self.revision)?;
         }
         Ok(())
@@ -167,7 +170,7 @@ fn pick(text: Option<&str>) -> Option<Pick> {
 fn hub(text: &str) -> Option<HubName> {
     let (text, revision) = match text.rsplit_once('@') {
         Some((text, revision)) => (text, revision),
-        None => (text, "main"),
+        None => (text, DEFAULT_REVISION),
     };
     let (repo, picked) = match text.split_once(':') {
         Some((repo, picked)) => (repo, Some(picked)),

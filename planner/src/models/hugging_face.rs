@@ -12,7 +12,7 @@ const MAX_DEPTH: usize = 3;
 const MAX_ENTRIES: usize = 100_000;
 
 /// Returns `owner/repo` of a folder in the cache.
-fn repository(folder: &str) -> Option<String> {
+pub(super) fn repository(folder: &str) -> Option<String> {
     let name = folder.strip_prefix("models--")?;
     Some(name.replacen("--", "/", 1))
 }

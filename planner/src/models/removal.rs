@@ -2,8 +2,10 @@
 //! that no other link needs.
 
 use super::Found;
-use super::hugging_face::folders;
+use super::hugging_face::{self, folders as folders_in};
+use crate::folders::{self, Environment};
 use crate::hint::HintExt;
+use crate::hub::{self, Here};
 use crate::split_name::split_name;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::BTreeSet;
@@ -28,32 +30,56 @@ pub struct Removal {
     repository: PathBuf,
 }
 
-/// Finds what makes up the cached model of a name: the name that the list shows, or the end of one.
+/// Finds what makes up a cached model. It is given by a path in the cache, by a name that other
+/// commands take, or by a name of the list or the end of one. No server is asked.
 ///
 /// # Errors
 /// When no model or several have the name, or it is no cached one.
-pub fn removal(name: &str, models: &[Found]) -> Result<Removal> {
-    let name = name.strip_prefix("hf:").unwrap_or(name);
-    let ends = |found: &&Found| {
-        let rest = found.name.strip_suffix(name);
-        rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('/'))
-    };
-    let of_repository = |found: &&Found| {
-        let rest = found.name.strip_prefix(name);
-        found.cached_in.is_some() && rest.is_some_and(|rest| rest.starts_with('/'))
-    };
-    let exact = models
-        .iter()
-        .filter(|found| found.name == name)
-        .collect::<Vec<_>>();
-    let matching = if exact.is_empty() {
-        models
-            .iter()
-            .filter(|f| ends(f) || of_repository(f))
-            .collect()
+pub fn removal(name: &str, models: &[Found], env: Environment<'_>) -> Result<Removal> {
+    let path = Path::new(name);
+    if let Some(file) = folders::hub(env).and_then(|cache| at_path(path, &cache)) {
+        return of_cached(&file);
+    }
+    // A name of the list may come with the scheme of its cache.
+    let listed = name.strip_prefix("hf:").unwrap_or(name);
+    if models.iter().any(|found| found.name == listed) {
+        return of_listed(listed, models);
+    }
+    match hub::locate(path, env)? {
+        Some(Here::Cached(path)) => {
+            let cache = folders::hub(env).context("no folder of cached models is known")?;
+            let file = CachedFile::new(&path, &cache).with_context(|| name.to_string())?;
+            of_cached(&file)
+        }
+        Some(Here::Foreign { file, removed_by }) => Err(anyhow!(
+            "{name}: {} belongs to another program, expected a model in the cache of Hugging Face",
+            file.display()
+        ))
+        .hint(removed_by),
+        None if path.is_file() && !models.iter().any(|found| is_called(found, name)) => {
+            not_cached(path)
+        }
+        None => of_listed(name, models),
+    }
+}
+
+/// Whether a model of the list is meant by a name.
+fn is_called(found: &Found, name: &str) -> bool {
+    let before = found.name.strip_suffix(name);
+    let after = found.name.strip_prefix(name);
+    before.is_some_and(|rest| rest.is_empty() || rest.ends_with('/'))
+        || found.cached_in.is_some() && after.is_some_and(|rest| rest.starts_with('/'))
+}
+
+fn of_listed(name: &str, models: &[Found]) -> Result<Removal> {
+    let exact: Vec<&Found> = models.iter().filter(|found| found.name == name).collect();
+    let mut matching = if exact.is_empty() {
+        models.iter().filter(|f| is_called(f, name)).collect()
     } else {
         exact
     };
+    // Revisions may have different files of a name, which go together.
+    matching.dedup_by(|a, b| a.cached_in.is_some() && (&a.cached_in, &a.name) == (&b.cached_in, &b.name));
     let found = match matching.as_slice() {
         [] => {
             return Err(anyhow!(
@@ -71,37 +97,86 @@ pub fn removal(name: &str, models: &[Found]) -> Result<Removal> {
             );
         }
     };
-    let Some(repository) = &found.cached_in else {
-        return Err(anyhow!(
-            "{}: a file of yours, expected a model in the cache",
-            found.path.display()
-        ))
-        .hint(format!("rm {}", found.path.display()));
-    };
-    of_cached(found, repository)
+    let cache = found.cached_in.as_deref().and_then(Path::parent);
+    match cache.and_then(|cache| CachedFile::new(&found.path, cache)) {
+        Some(file) => of_cached(&file),
+        None => not_cached(&found.path),
+    }
 }
 
-fn of_cached(found: &Found, repository: &Path) -> Result<Removal> {
-    let snapshots = repository.join("snapshots");
-    let file = found
-        .path
-        .strip_prefix(&snapshots)
-        .ok()
-        .and_then(|below| {
-            let mut below = below.components();
-            below.next()?;
-            Some(below.as_path().to_path_buf())
+/// Refuses a file that is not in the cache.
+fn not_cached(path: &Path) -> Result<Removal> {
+    let shown = path.display();
+    let error = anyhow!("{shown}: a file of yours, expected a model in the cache");
+    Err(error).hint(format!("rm {shown}"))
+}
+
+/// A file in a snapshot of the cache.
+struct CachedFile {
+    /// Folder of its repository.
+    repository: PathBuf,
+    /// Path below any snapshot.
+    below: PathBuf,
+    /// Owner, repository, and path, as the list shows them.
+    name: String,
+}
+
+impl CachedFile {
+    /// Returns the file of a path; `None` if it is not in a snapshot of that cache.
+    fn new(path: &Path, cache: &Path) -> Option<Self> {
+        let mut parts = path.strip_prefix(cache).ok()?.components();
+        let folder = parts.next()?;
+        let of = hugging_face::repository(folder.as_os_str().to_str()?)?;
+        let _snapshot = parts
+            .next()
+            .filter(|part| part.as_os_str() == "snapshots")
+            .and_then(|_| parts.next())?;
+        let below = parts.as_path().to_path_buf();
+        (!below.as_os_str().is_empty()).then(|| Self {
+            repository: cache.join(folder),
+            name: format!("{of}/{}", below.display()),
+            below,
         })
-        .with_context(|| format!("{}: not in a snapshot of the cache", found.path.display()))?;
+    }
+}
+
+/// Returns the cached file that a path leads to, which may be a blob.
+fn at_path(path: &Path, cache: &Path) -> Option<CachedFile> {
+    let cache = cache.canonicalize().ok()?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok()?;
+    let path = folder.join(path.file_name()?);
+    if !fs::symlink_metadata(&path).is_ok_and(|found| !found.is_dir()) {
+        return None;
+    }
+    if folder.file_name().is_none_or(|name| name != "blobs") {
+        return CachedFile::new(&path, &cache);
+    }
+    let mut left = MAX_ENTRIES;
+    folders_in(&folder.parent()?.join("snapshots"))
+        .iter()
+        .filter_map(|snapshot| all_below(snapshot, &mut left).ok())
+        .flatten()
+        .find(|link| link.canonicalize().is_ok_and(|target| target == path))
+        .and_then(|link| CachedFile::new(&link, &cache))
+}
+
+fn of_cached(of: &CachedFile) -> Result<Removal> {
+    let CachedFile {
+        repository,
+        below: file,
+        name,
+    } = of;
+    let snapshots = repository.join("snapshots");
     let blobs = repository.join("blobs").canonicalize().ok();
     let (mut links, mut kept) = (Vec::new(), BTreeSet::new());
     let mut left = MAX_ENTRIES;
     let mut targets = BTreeSet::new();
-    for snapshot in folders(&snapshots) {
+    for snapshot in folders_in(&snapshots) {
         for path in all_below(&snapshot, &mut left)? {
             let target = path.canonicalize().ok();
             let below = path.strip_prefix(&snapshot).unwrap_or(&path);
-            if is_part_of(below, &file) {
+            if is_part_of(below, file) {
                 targets.extend(target);
                 links.push(path);
             } else {
@@ -125,11 +200,11 @@ fn of_cached(found: &Found, repository: &Path) -> Result<Removal> {
         .map(size)
         .fold(0, u64::saturating_add);
     Ok(Removal {
-        name: found.name.clone(),
+        name: name.clone(),
         links,
         blobs: removed,
         bytes,
-        repository: repository.to_path_buf(),
+        repository: repository.clone(),
     })
 }
 

@@ -22,6 +22,20 @@ fn below(folder: &Path) -> Places {
     }
 }
 
+/// [`removal`] where the environment names this cache.
+#[cfg(unix)]
+fn removal_in(cache: &Path, name: &str, models: &[Found]) -> anyhow::Result<Removal> {
+    removal(name, models, &|variable| {
+        let folder = match variable {
+            "HF_HUB_CACHE" => cache.to_path_buf(),
+            "OLLAMA_MODELS" => cache.join("ollama"),
+            "HOME" => cache.join("home"),
+            _ => return None,
+        };
+        Some(folder.into_os_string())
+    })
+}
+
 fn in_cache(cache: &Path) -> Places {
     Places {
         hugging_face: Some(cache.to_path_buf()),
@@ -136,7 +150,7 @@ fn a_model_is_removed_and_nothing_else() {
     let repository = cache.path().join("models--owner--some--model");
     let models = || list(&in_cache(cache.path()));
     // Both revisions have it.
-    let removal = super::removal("some--model/q4.gguf", &models()).unwrap();
+    let removal = removal_in(cache.path(), "some--model/q4.gguf", &models()).unwrap();
     assert_eq!(
         (removal.links.len(), removal.blobs.len(), removal.bytes),
         (2, 1, 15)
@@ -147,7 +161,7 @@ fn a_model_is_removed_and_nothing_else() {
     assert!(repository.join("snapshots/r2/renamed.gguf").exists());
     // All parts go, but a blob that another name leads to stays.
     let removal =
-        super::removal("hf:owner/some--model/q8/m-00001-of-00002.gguf", &models()).unwrap();
+        removal_in(cache.path(), "hf:owner/some--model/q8/m-00001-of-00002.gguf", &models()).unwrap();
     assert_eq!((removal.links.len(), removal.blobs.len()), (2, 1));
     removal.remove().unwrap();
     assert!(!repository.join("blobs/b2").exists() && repository.join("blobs/b3").exists());
@@ -159,7 +173,7 @@ fn a_model_is_removed_and_nothing_else() {
     // What has gone meanwhile is no error.
     removal.remove().unwrap();
     // The name of a repository with one model is enough.
-    super::removal("owner/some--model", &models())
+    removal_in(cache.path(), "owner/some--model", &models())
         .unwrap()
         .remove()
         .unwrap();
@@ -176,7 +190,7 @@ fn a_blob_that_any_other_file_needs_stays() {
     fs::create_dir_all(&deep).unwrap();
     std::os::unix::fs::symlink(repository.join("blobs/b1"), deep.join("weights.bin")).unwrap();
     let models = list(&in_cache(cache.path()));
-    let removal = super::removal("some--model/q4.gguf", &models).unwrap();
+    let removal = removal_in(cache.path(), "some--model/q4.gguf", &models).unwrap();
     assert_eq!((removal.links.len(), removal.blobs.len()), (2, 0));
     removal.remove().unwrap();
     assert!(deep.join("weights.bin").exists());
@@ -193,7 +207,7 @@ fn names_that_are_unclear_or_not_cached_are_refused() {
         ..in_cache(cache.path())
     });
     let refused = |name: &str, words: &str| {
-        let error = super::removal(name, &models).unwrap_err().to_string();
+        let error = removal_in(cache.path(), name, &models).unwrap_err().to_string();
         assert!(error.contains(words), "{name}: {error}");
     };
     refused(
@@ -217,8 +231,105 @@ fn a_blob_outside_of_the_repository_is_not_removed() {
     fs::create_dir_all(&snapshot).unwrap();
     fs::create_dir_all(cache.path().join("models--a--b/blobs")).unwrap();
     symlink(&target, snapshot.join("x.gguf")).unwrap();
-    let removal = super::removal("a/b/x.gguf", &list(&in_cache(cache.path()))).unwrap();
+    let removal = removal_in(cache.path(), "a/b/x.gguf", &list(&in_cache(cache.path()))).unwrap();
     assert_eq!((removal.blobs.len(), removal.bytes), (0, 0));
     removal.remove().unwrap();
     assert!(target.exists() && !snapshot.exists());
+}
+
+/// A cache whose repository `me/m` has two revisions, with names of commits.
+#[cfg(unix)]
+fn cache_of_hub() -> tempfile::TempDir {
+    use std::os::unix::fs::symlink;
+    let cache = tempfile::tempdir().unwrap();
+    let repository = cache.path().join("models--me--m");
+    fs::create_dir_all(repository.join("blobs")).unwrap();
+    for (commit, file, blob) in [
+        ("1", "m-Q4_K_M.gguf", "b1"),
+        ("1", "deep/m-Q8_0-00001-of-00002.gguf", "b2"),
+        ("1", "deep/m-Q8_0-00002-of-00002.gguf", "b3"),
+        ("2", "m-Q4_K_M.gguf", "b4"),
+        ("2", "m-Q6_K-00002-of-00002.gguf", "b5"),
+    ] {
+        let path = repository.join("snapshots").join(commit.repeat(40)).join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        write(&repository.join("blobs").join(blob), blob.as_bytes());
+        symlink(repository.join("blobs").join(blob), path).unwrap();
+    }
+    write(&repository.join("refs/main"), "2".repeat(40).as_bytes());
+    cache
+}
+
+#[test]
+#[cfg(unix)]
+fn names_that_other_commands_take_are_removed_too() {
+    let cache = cache_of_hub();
+    let snapshots = cache.path().join("models--me--m/snapshots");
+    let found = |name: &str| {
+        let models = list(&in_cache(cache.path()));
+        removal_in(cache.path(), name, &models).unwrap_or_else(|e| panic!("{name}: {e:#}"))
+    };
+    let whole = |name: &str| (found(name).name, found(name).links.len(), found(name).bytes);
+    let file = "me/m/m-Q4_K_M.gguf".to_string();
+    // In all revisions, whichever one is named.
+    for name in [
+        "hf:me/m",
+        "hf:me/m:q4_k_m",
+        "hf:me/m:m-Q4_K_M.gguf",
+        &format!("hf:me/m@{}", "1".repeat(40)),
+        "hf:me/m/m-Q4_K_M.gguf",
+    ] {
+        assert_eq!(whole(name), (file.clone(), 2, 4), "{name}");
+    }
+    // The branch has moved on since this one was fetched.
+    let split = "me/m/deep/m-Q8_0-00001-of-00002.gguf".to_string();
+    assert_eq!(whole("hf:me/m:Q8_0"), (split, 2, 4));
+    // What is left of a split model goes as well.
+    assert_eq!(found("hf:me/m:Q6_K").links.len(), 1);
+    // Paths lead to the same, and so does the path of a blob.
+    let path = snapshots.join("1".repeat(40)).join("m-Q4_K_M.gguf");
+    let blob = cache.path().join("models--me--m/blobs/b4");
+    for path in [path, blob] {
+        let (name, links, bytes) = whole(path.to_str().unwrap());
+        assert_eq!((name, links, bytes), (file.clone(), 2, 4));
+    }
+    found("hf:me/m:Q8_0").remove().unwrap();
+    assert!(!snapshots.join("1".repeat(40)).join("deep").exists());
+    assert_eq!(found("hf:me/m:Q4_K_M").links.len(), 2);
+}
+
+#[test]
+#[cfg(unix)]
+fn names_of_what_is_not_in_the_cache_are_refused() {
+    let cache = cache_of_hub();
+    let models = list(&in_cache(cache.path()));
+    let studio = cache.path().join("home/.lmstudio/models/me/m/m.gguf");
+    write(&studio, b"GGUF");
+    let digits = "ab".repeat(32);
+    let layer = serde_json::json!({
+        "mediaType": "application/vnd.ollama.image.model", "digest": format!("sha256:{digits}"),
+    });
+    let manifest = serde_json::json!({ "layers": [layer] }).to_string();
+    let ollama = cache.path().join("ollama");
+    let tiny = "manifests/registry.ollama.ai/library/tiny/latest";
+    write(&ollama.join(tiny), manifest.as_bytes());
+    write(&ollama.join(format!("blobs/sha256-{digits}")), b"GGUF");
+    let mine = cache.path().join("home/mine.gguf");
+    write(&mine, b"GGUF");
+    for (name, words) in [
+        ("hf:me/m:Q2_K", "no model fits 'Q2_K'; there are Q4_K_M"),
+        ("hf:me/other", "no GGUF model is there"),
+        (&format!("hf:me/m@{}", "3".repeat(40)), "no GGUF model is there"),
+        ("hf:me", "expected hf:OWNER/REPO"),
+        ("ollama:tiny", "ollama rm tiny:latest"),
+        ("ollama:none", "there are ollama:tiny:latest"),
+        ("lmstudio:me/m", "remove it in LM Studio"),
+        (mine.to_str().unwrap(), "a file of yours"),
+    ] {
+        let error = removal_in(cache.path(), name, &models).unwrap_err();
+        let hint = crate::hint::hint_for(&error).unwrap_or_default();
+        let said = format!("{error:#}; {hint}");
+        assert!(said.contains(words), "{name}: {said}");
+    }
+    assert!(studio.exists() && mine.exists() && ollama.join("blobs").exists());
 }
