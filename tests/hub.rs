@@ -137,6 +137,33 @@ fn predictions_and_inspection_fetch_no_weights() {
 }
 
 #[test]
+fn doctor_judges_the_folder_that_a_model_would_go_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = hub(unchanged);
+    let report = json(
+        program(folder.path(), &server, "doctor hf:me/m:Q8_0 --json")
+            .output()
+            .unwrap(),
+    );
+    let check = |name: &str| {
+        let checks = report["checks"].as_array().unwrap();
+        let of = |c: &&serde_json::Value| c["group"] == "model" && c["check"] == name;
+        checks.iter().find(of).unwrap().clone()
+    };
+    let bytes = fs::metadata(demo_model()).unwrap().len();
+    let fetch = &check("fetch")["facts"];
+    assert_eq!(
+        (&fetch["folder"], &fetch["missing_bytes"]),
+        (&"~/hf/hub".into(), &bytes.into()),
+        "{fetch}"
+    );
+    assert_eq!(check("file")["facts"]["bytes"], bytes);
+    let temporary = report.to_string().contains(".tier-plan-");
+    assert!(!temporary, "{report}");
+    assert!(!folder.path().join("hf").exists());
+}
+
+#[test]
 fn what_a_repository_has_is_listed() {
     let folder = tempfile::tempdir().unwrap();
     let server = hub(unchanged);

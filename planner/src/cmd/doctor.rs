@@ -2,6 +2,7 @@
 
 use crate::cmd::args::{JsonArgs, ThreadArgs};
 use crate::doctor::{Options, Status, examine};
+use crate::hub::ToFetch;
 use anyhow::{Result, bail};
 use clap::Args;
 use std::path::PathBuf;
@@ -48,6 +49,9 @@ pub struct DoctorArgs {
     /// Measure the drive for some seconds: with MODEL its experts, else a temporary file of 1 GiB
     #[arg(long, help_heading = "Storage")]
     pub measure: bool,
+    /// What is missing of a model that was given by name and of which only the header is here
+    #[arg(skip)]
+    pub to_fetch: Option<ToFetch>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub threads: ThreadArgs,
@@ -64,6 +68,7 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     let model = args.model.as_deref().or(args.model_option.as_deref());
     let report = examine(&Options {
         model,
+        to_fetch: args.to_fetch.as_ref(),
         machine: args.machine.as_deref(),
         context: args.context,
         threads: args.threads.checked()?,

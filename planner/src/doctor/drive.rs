@@ -112,8 +112,14 @@ impl Drive {
     /// Asks about the drive of an absolute folder.
     pub fn of(system: &System, folder: &Path) -> Self {
         let mut drive = Self::listed(system, folder);
-        drive.space = file_system_space(folder);
+        // A folder that is to be made will be on the drive of the one above it.
+        drive.space = folder.ancestors().find_map(file_system_space);
         drive
+    }
+
+    /// Returns the bytes that may still be written, where the system reports them.
+    pub(super) fn free_bytes(&self) -> Option<u64> {
+        self.space.map(|space| space.free_bytes)
     }
 
     /// Returns what the files of a system say of the drive of an absolute folder.
@@ -362,8 +368,21 @@ pub(super) fn folder(model: Option<&Path>) -> PathBuf {
     folder.canonicalize().unwrap_or(folder)
 }
 
+/// Returns the absolute path of a folder of which the last parts may not exist.
+pub(super) fn future(folder: &Path) -> PathBuf {
+    let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.to_path_buf());
+    let there = folder.ancestors().find_map(|above| {
+        let real = above.canonicalize().ok()?;
+        let below = folder.strip_prefix(above).ok()?;
+        Some(if below.as_os_str().is_empty() { real } else { real.join(below) })
+    });
+    there.unwrap_or(folder)
+}
+
 /// Tries direct I/O with the model, or else with a file of the folder, or a new one.
 pub(super) fn try_direct(model: Option<&Path>, folder: &Path) -> Direct {
+    let there = folder.ancestors().find(|above| above.is_dir());
+    let folder = there.unwrap_or(folder);
     let mut made = None;
     let there = model
         .filter(|model| model.is_file())

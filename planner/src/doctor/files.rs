@@ -1,7 +1,7 @@
 //! Files that earlier commands wrote: the machine file, and what lies beside a model.
 
 use super::Check;
-use super::model::Opened;
+use super::model::{Given, Opened};
 use crate::hint::hint_for;
 use crate::probe::MACHINE_FILE;
 use crate::{host, store, verify};
@@ -118,10 +118,10 @@ pub(super) fn machine_check_on(probed: &Probed, limit: Option<&Limit>, host: &st
 
 /// Checks the files beside a model, and the plan of the current folder: whether this version reads them,
 /// and whether they are of the model.
-pub(super) fn beside(path: &Path, opened: &Opened) -> Vec<Check> {
+pub(super) fn beside(given: &Given<'_>, opened: &Opened) -> Vec<Check> {
     let (gguf, spec) = (&opened.gguf, &opened.spec);
     let own = gguf.id();
-    let model = path.display();
+    let model = given.shown();
     let mut checks = Vec::new();
     let mut check = |id, file: &Path, mend: String, read: &dyn Fn() -> Result<()>| {
         if file.exists() {
@@ -129,7 +129,7 @@ pub(super) fn beside(path: &Path, opened: &Opened) -> Vec<Check> {
             checks.push(of_file(id, file, read, mend));
         }
     };
-    let file = path.with_extension("profile");
+    let file = given.path.with_extension("profile");
     check(
         "model.profile",
         &file,

@@ -30,8 +30,10 @@ pub use gpu::{Gpus, Missing};
 pub use private::Private;
 pub use system::{Process, System};
 
+use crate::hub::ToFetch;
 use crate::printable::one_line;
 use anyhow::Result;
+use model::Given;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 use tier_plan_runtime::tiers::limits::memory_limit_below;
@@ -208,6 +210,8 @@ impl Check {
 pub struct Options<'a> {
     /// Model to check for.
     pub model: Option<&'a Path>,
+    /// What is missing of the model, if its file has no more than the header.
+    pub to_fetch: Option<&'a ToFetch>,
     /// Machine file of this machine; `machine.toml` in the current folder if there is one.
     pub machine: Option<&'a Path>,
     /// Tokens of context to plan for; what `run` would plan for when `None`.
@@ -263,10 +267,18 @@ pub fn examine(options: &Options<'_>) -> Result<Report> {
     let process = Process::of_this();
     let limit = memory_limit_below(system.root());
     let probed = files::machine(options.machine)?;
-    let opened = options
-        .model
-        .map(|path| model::Opened::open(path, options.context));
-    let folder = drive::folder(options.model);
+    let given = options.model.map(|path| Given {
+        path,
+        to_fetch: options.to_fetch,
+    });
+    let opened = given
+        .as_ref()
+        .map(|given| model::Opened::open(given, options.context));
+    // The file with the header says nothing of the drive that the model would be read from.
+    let (folder, on_drive) = match options.to_fetch {
+        Some(to_fetch) => (drive::future(&to_fetch.folder), None),
+        None => (drive::folder(options.model), options.model),
+    };
     let rate = rate::measured(options)?;
     let known = rate.as_ref().and_then(|rate| rate.as_ref().ok());
     let forecast = match &opened {
@@ -281,16 +293,18 @@ pub fn examine(options: &Options<'_>) -> Result<Report> {
     let mut checks = processor::checks(&system, &process);
     checks.extend(memory::checks(&system, limit.as_ref(), forecast.ok()));
     checks.extend(numa::checks(&system));
-    let direct = drive::try_direct(options.model, &folder);
-    checks.extend(Drive::of(&system, &folder).checks(&process, direct, forecast.ok()));
+    let direct = drive::try_direct(on_drive, &folder);
+    let drive = Drive::of(&system, &folder);
+    checks.extend(drive.checks(&process, direct, forecast.ok()));
     checks.push(rate::check(rate.as_ref()));
     checks.extend(gpu::checks(&system, &Gpus::of_this_machine()));
     checks.extend(versions::checks(&system, &process));
     checks.extend(busy::checks(&system, &process, forecast.ok()));
     checks.push(files::machine_check(&probed, limit.as_ref()));
-    if let (Some(path), Some(opened)) = (options.model, &opened) {
+    if let (Some(given), Some(opened)) = (&given, &opened) {
+        checks.extend(given.to_fetch.map(|f| model::fetch(f, drive.free_bytes())));
         checks.extend(model::checks(
-            path,
+            given,
             opened,
             &process,
             limit.as_ref(),

@@ -3,6 +3,7 @@
 use super::forecast::cost;
 use super::{Change, Check, Forecast, Process, files};
 use crate::budget::{self, Decision, Fit};
+use crate::hub::{self, ToFetch};
 use crate::opening::{Opening, naming};
 use crate::prepared::context_without_plan;
 use crate::printable::printable;
@@ -31,14 +32,44 @@ pub struct Opened {
     context: u32,
 }
 
+/// The model that is checked.
+pub struct Given<'a> {
+    /// Its file.
+    pub path: &'a Path,
+    /// What is missing of it, if the file has no more than the header.
+    pub to_fetch: Option<&'a ToFetch>,
+}
+
+impl Given<'_> {
+    /// Returns how commands name the model.
+    pub(super) fn shown(&self) -> String {
+        match self.to_fetch {
+            Some(to_fetch) => to_fetch.name.clone(),
+            None => self.path.display().to_string(),
+        }
+    }
+
+    /// Returns the options with which `profile` writes a profile of the model, and with which `run`
+    /// takes it.
+    fn profile_options(&self) -> [String; 2] {
+        match self.to_fetch {
+            Some(_) => ["-o model.profile", "--profile model.profile"].map(str::to_string),
+            None => {
+                let beside = self.path.with_extension("profile");
+                [String::new(), format!("--profile {}", beside.display())]
+            }
+        }
+    }
+}
+
 impl Opened {
     /// Opens a model for a context of tokens; that of `run` when `None`.
     ///
     /// # Errors
     /// When it is no model, damaged, incomplete, or of an unknown architecture.
-    pub fn open(path: &Path, context: Option<u32>) -> Result<Self> {
-        let gguf = Gguf::open(path)?;
-        let spec = describe(&gguf).map_err(|error| naming(path, error))?;
+    pub fn open(given: &Given<'_>, context: Option<u32>) -> Result<Self> {
+        let gguf = Gguf::open(given.path)?;
+        let spec = describe(&gguf).map_err(|error| naming(Path::new(&given.shown()), error))?;
         let shape = shape_of(&gguf, &spec);
         Ok(Self {
             context: context_without_plan(&shape, context),
@@ -61,7 +92,7 @@ impl Opened {
 
 /// Checks a model, whether it opened or not. `forecast` may say why there is none.
 pub(super) fn checks(
-    path: &Path,
+    given: &Given<'_>,
     opened: &Result<Opened>,
     process: &Process,
     limit: Option<&Limit>,
@@ -72,23 +103,47 @@ pub(super) fn checks(
         Err(error) => {
             return vec![Check::ok("model.file", files::said(error)).failure(format!(
                 "get the file as the line says, then `tier-plan inspect {}`",
-                path.display()
+                given.shown()
             ))];
         }
     };
     let mut checks = vec![
-        file(path, opened),
+        file(given, opened),
         types(opened, process),
-        fit(path, opened, limit, forecast.ok()),
+        fit(given, opened, limit, forecast.ok()),
         speed(opened, forecast),
     ];
-    checks.extend(files::beside(path, opened));
+    checks.extend(files::beside(given, opened));
     checks
 }
 
-fn file(path: &Path, opened: &Opened) -> Check {
+/// Tells where a model would be fetched to, and whether it fits there.
+pub(super) fn fetch(to_fetch: &ToFetch, free_bytes: Option<u64>) -> Check {
+    let id = "model.fetch";
+    let bytes = to_fetch.missing_bytes;
+    let of_all = match to_fetch.total_bytes {
+        total if total == bytes => String::new(),
+        total => format!(" of {}", show_bytes(total)),
+    };
+    let (size, folder) = (show_bytes(bytes), to_fetch.folder.display());
+    let free = free_bytes.map_or("unknown bytes".to_string(), show_bytes);
+    let found = format!("{size}{of_all} to fetch to {folder}, where {free} are free");
+    let check = Check::ok(id, found)
+        .fact("folder", folder.to_string())
+        .fact("missing_bytes", bytes)
+        .fact("total_bytes", to_fetch.total_bytes)
+        .fact("free_bytes", free_bytes);
+    match free_bytes {
+        Some(free) if !hub::fits(bytes, free) => check.failure(hub::SPACE_HINT),
+        _ => check,
+    }
+}
+
+fn file(given: &Given<'_>, opened: &Opened) -> Check {
     let (gguf, shape) = (&opened.gguf, &opened.shape);
-    let name = path.file_name().unwrap_or(path.as_os_str());
+    let name = given.path.file_name().unwrap_or(given.path.as_os_str());
+    let listed = given.to_fetch.map(|to_fetch| to_fetch.total_bytes);
+    let bytes = listed.unwrap_or_else(|| gguf.file_bytes());
     let parts = match gguf.n_parts() {
         1 => String::new(),
         n => format!(", all {n} parts"),
@@ -99,11 +154,11 @@ fn file(path: &Path, opened: &Opened) -> Check {
             "{}: {}, {}{parts}",
             printable(&name.to_string_lossy()),
             printable(&shape.arch),
-            show_bytes(gguf.file_bytes())
+            show_bytes(bytes)
         ),
     )
     .fact("arch", shape.arch.as_str())
-    .fact("bytes", gguf.file_bytes())
+    .fact("bytes", bytes)
     .fact("parts", gguf.n_parts())
     .fact("hash", shape.id.hash.as_str())
 }
@@ -149,7 +204,7 @@ fn types(opened: &Opened, process: &Process) -> Check {
 }
 
 fn fit(
-    path: &Path,
+    given: &Given<'_>,
     opened: &Opened,
     limit: Option<&Limit>,
     forecast: Option<&Forecast<'_>>,
@@ -157,7 +212,7 @@ fn fit(
     let id = "model.fit";
     let smaller = format!(
         "free memory, fetch a smaller quantization, or try `tier-plan run {} --context 1024`",
-        path.display()
+        given.shown()
     );
     let Decision { chosen, notes, .. } =
         match budget::decide(opened.model(), &Opening::default(), limit) {
@@ -205,7 +260,8 @@ fn fit(
                 limit_bytes: Some(ENOUGH_BYTES),
                 ..Change::default()
             };
-            let model = path.display();
+            let (model, [write, take]) = (given.shown(), given.profile_options());
+            let write = format!("{model} {write}");
             facts(Check::ok(id, found), Some(false))
                 .fact("slot_share", share)
                 .warning(cost(
@@ -214,8 +270,8 @@ fn fit(
                     &all,
                 ))
                 .mend(format!(
-                    "tier-plan profile {model} && tier-plan run {model} --profile {}, which keeps the most used experts",
-                    path.with_extension("profile").display()
+                    "tier-plan profile {} && tier-plan run {model} {take}, which keeps the most used experts",
+                    write.trim_end()
                 ))
         }
         Fit::Mapped => {

@@ -35,6 +35,14 @@ pub fn kept_bytes(cache: &RepoCache, file: &Listed) -> u64 {
     if length > file.bytes { 0 } else { length }
 }
 
+/// Whether files of so many bytes may be fetched to a file system.
+pub fn fits(bytes: u64, free_bytes: u64) -> bool {
+    bytes.saturating_add(SPARE_BYTES) <= free_bytes
+}
+
+/// What helps where they do not fit.
+pub const SPACE_HINT: &str = "free space, or set HF_HUB_CACHE to a folder on another drive";
+
 /// Checks that files fit the file system of a folder, which may not exist yet.
 ///
 /// # Errors
@@ -45,7 +53,7 @@ pub fn check_space(folder: &Path, bytes: u64) -> Result<()> {
     let Some(free) = space.map(|space| space.free_bytes) else {
         return Ok(());
     };
-    if bytes.saturating_add(SPARE_BYTES) <= free {
+    if fits(bytes, free) {
         return Ok(());
     }
     let full = anyhow!(
@@ -54,7 +62,7 @@ pub fn check_space(folder: &Path, bytes: u64) -> Result<()> {
         show_bytes(bytes),
         show_bytes(free)
     );
-    Err(full).hint("free space, or set HF_HUB_CACHE to a folder on another drive")
+    Err(full).hint(SPACE_HINT)
 }
 
 /// Fetches a file of a repository unless its blob is there.

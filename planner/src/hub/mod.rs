@@ -17,6 +17,7 @@ mod url;
 
 pub use ask::this_machine;
 pub use client::Unreachable;
+pub use fetch::{SPACE_HINT, fits};
 
 use crate::folders::{self, Environment};
 use crate::hint::HintExt;
@@ -44,11 +45,26 @@ pub enum Need {
     Weights,
 }
 
+/// A model of which only the header is here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ToFetch {
+    /// Its name, as it was given.
+    pub name: String,
+    /// Folder that it would be fetched to.
+    pub folder: PathBuf,
+    /// Bytes of its files, as the hub lists them.
+    pub total_bytes: u64,
+    /// Bytes of them that are not in the cache.
+    pub missing_bytes: u64,
+}
+
 /// The file of a model that was given by name.
 #[derive(Debug)]
 pub struct Resolved {
     /// The file, or the first part.
     pub path: PathBuf,
+    /// What is missing, where only headers were fetched.
+    pub to_fetch: Option<ToFetch>,
     /// Where only headers were fetched: their folder, which is removed with this.
     _headers: Option<Headers>,
 }
@@ -200,9 +216,19 @@ impl<'a> Hub<'a> {
             return self.linked(&listing, &parts);
         }
         let headers = self.headers(&listing, &parts)?;
+        let kept = |file: &&Listed| fetch::kept_bytes(&self.cache, file);
+        let left = missing.iter().map(|file| file.bytes - kept(file));
+        let bytes = left.fold(0, u64::saturating_add);
         if need == Need::Header {
+            let all = parts.iter().map(|file| file.bytes);
             return Ok(Resolved {
                 path: headers.path.clone(),
+                to_fetch: Some(ToFetch {
+                    name: self.name.to_string(),
+                    folder: self.settings.cache.clone(),
+                    total_bytes: all.fold(0, u64::saturating_add),
+                    missing_bytes: bytes,
+                }),
                 _headers: Some(headers),
             });
         }
@@ -210,9 +236,6 @@ impl<'a> Hub<'a> {
         let known = catalogue::model(&headers.path, None)
             .with_context(|| format!("{}: nothing was fetched", self.name))?;
         drop(headers);
-        let kept = |file: &&Listed| fetch::kept_bytes(&self.cache, file);
-        let left = missing.iter().map(|file| file.bytes - kept(file));
-        let bytes = left.fold(0, u64::saturating_add);
         fetch::check_space(&self.settings.cache, bytes)?;
         let offer = Offer {
             name: &self.name.to_string(),
@@ -312,6 +335,7 @@ impl<'a> Hub<'a> {
 fn at(path: PathBuf) -> Resolved {
     Resolved {
         path,
+        to_fetch: None,
         _headers: None,
     }
 }

@@ -5,15 +5,20 @@ use crate::budget::{self, Fit};
 use crate::bundled;
 use crate::doctor::files::{Probed, machine_check_on};
 use crate::doctor::forecast::{DriveRate, cost, cost_between};
-use crate::doctor::model::Opened;
+use crate::doctor::model::{Given, Opened};
 use crate::doctor::*;
 use crate::opening::Opening;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::machine;
 use tier_plan_runtime::tiers::limits::Limit;
 
 fn demo() -> Opened {
-    Opened::open(&bundled::path("demo/demo.gguf").unwrap(), Some(256)).unwrap()
+    let path = bundled::path("demo/demo.gguf").unwrap();
+    opened(&path, None)
+}
+
+fn opened(path: &Path, to_fetch: Option<&ToFetch>) -> Opened {
+    Opened::open(&Given { path, to_fetch }, Some(256)).unwrap()
 }
 
 fn rates(is_present: bool) -> Rates {
@@ -133,8 +138,12 @@ fn a_model_is_checked_against_the_limit() {
     let tight = short(&opened);
     let check = |limit: Option<&Limit>| {
         let forecast = Forecast::new(&opened, rates(false), limit.cloned()).unwrap();
-        let opened = Ok(Opened::open(&path, Some(256)).unwrap());
-        model::checks(&path, &opened, &process(), limit, Ok(&forecast))
+        let given = Given {
+            path: &path,
+            to_fetch: None,
+        };
+        let opened = Ok(demo());
+        model::checks(&given, &opened, &process(), limit, Ok(&forecast))
     };
     let found = check(Some(&limit_of(8 << 30)));
     expect(&found, "model.file", Status::Ok, &["demo.gguf: "]);
@@ -178,6 +187,55 @@ fn a_model_is_checked_against_the_limit() {
     );
     let found = check(None);
     expect(&found, "model.fit", Status::Ok, &["reports no limit"]);
+}
+
+#[test]
+fn a_model_that_is_to_be_fetched_is_checked_where_it_would_be() {
+    let path = bundled::path("demo/demo.gguf").unwrap();
+    let to_fetch = ToFetch {
+        name: "hf:me/m:Q8_0".to_string(),
+        folder: "/srv/hub".into(),
+        total_bytes: 3 << 30,
+        missing_bytes: 2 << 30,
+    };
+    let with_room = |free_bytes| vec![model::fetch(&to_fetch, free_bytes)];
+    let words = ["2.00 GiB of 3.00 GiB to fetch to /srv/hub", "8.00 GiB are free"];
+    expect(&with_room(Some(8 << 30)), "model.fetch", Status::Ok, &words);
+    expect(&with_room(None), "model.fetch", Status::Ok, &["unknown"]);
+    expect(&with_room(Some(2 << 30)), "model.fetch", Status::Failure, &["HF_HUB_CACHE"]);
+    // The size is that of the model, and commands name it, and not the file with its header.
+    let model = opened(&path, Some(&to_fetch));
+    let tight = short(&model);
+    let forecast = Forecast::new(&model, rates(false), Some(tight.clone())).unwrap();
+    let given = Given {
+        path: &path,
+        to_fetch: Some(&to_fetch),
+    };
+    let opened = Ok(opened(&path, Some(&to_fetch)));
+    let checks = model::checks(&given, &opened, &process(), Some(&tight), Ok(&forecast));
+    expect(&checks, "model.file", Status::Ok, &["demo.gguf: ", "3.00 GiB"]);
+    let fit = find(&checks, "model.fit").mend.clone().unwrap();
+    assert!(
+        fit.contains("tier-plan profile hf:me/m:Q8_0 -o model.profile && tier-plan run hf:me/m:Q8_0 --profile"),
+        "{fit}"
+    );
+}
+
+#[test]
+#[cfg(unix)]
+fn a_folder_that_is_to_be_made_is_on_the_drive_above_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let real = folder.path().canonicalize().unwrap();
+    std::os::unix::fs::symlink(&real, real.join("link")).unwrap();
+    let future = |path: &str| drive::future(&real.join(path));
+    assert_eq!(future("link/a/b"), real.join("a/b"));
+    assert_eq!(future("link"), real);
+    let drive = Drive::of(&System::of_this_machine(), &real.join("a/b"));
+    assert!(drive.free_bytes().is_some());
+    // A trial file may be made, and does not stay.
+    std::fs::remove_file(real.join("link")).unwrap();
+    assert!(!matches!(drive::try_direct(None, &real.join("a/b")), drive::Direct::Untried(_)));
+    assert_eq!(std::fs::read_dir(&real).unwrap().count(), 0);
 }
 
 #[test]

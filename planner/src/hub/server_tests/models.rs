@@ -138,6 +138,15 @@ fn a_header_is_enough_to_know_a_model() {
     assert_eq!(part.id().hash, whole.id().hash);
     assert_eq!(part.tensors(), whole.tensors());
     assert!(!place.settings.cache.exists());
+    let to_fetch = header.to_fetch.clone().unwrap();
+    assert_eq!(
+        (to_fetch.name.as_str(), &to_fetch.folder),
+        ("hf:me/m:Q8_0", &place.settings.cache)
+    );
+    assert_eq!(
+        (to_fetch.total_bytes, to_fetch.missing_bytes),
+        (whole.file_bytes(), whole.file_bytes())
+    );
     let bytes: usize = server
         .requests()
         .iter()
@@ -147,6 +156,12 @@ fn a_header_is_enough_to_know_a_model() {
     let path = header.path.clone();
     drop((header, part));
     assert!(!path.exists());
+    // What an interrupted fetch has left is not missing any more.
+    let model = fs::read(demo_model()).unwrap();
+    place.leave(&listed("m-Q8_0.gguf", &model), &model[..1000]);
+    let header = place.resolve("hf:me/m:Q8_0", Need::Header).unwrap();
+    let to_fetch = header.to_fetch.unwrap();
+    assert_eq!(to_fetch.missing_bytes, to_fetch.total_bytes - 1000);
 }
 
 #[test]
