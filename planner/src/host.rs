@@ -1,5 +1,6 @@
 //! Description of this machine, for records. It names no host and no user.
 
+use crate::doctor;
 use tier_plan_runtime::formats::record::System;
 use tier_plan_runtime::units::show_bytes;
 
@@ -10,18 +11,16 @@ pub fn describe() -> String {
 
 /// Returns this machine's processor, threads, and memory, as far as the system reports them.
 pub fn system() -> System {
-    let processor = std::fs::read_to_string("/proc/cpuinfo")
-        .ok()
-        .and_then(|text| field(&text, "model name"));
-    let memory = std::fs::read_to_string("/proc/meminfo")
-        .ok()
-        .and_then(|text| field(&text, "MemTotal"));
-    let kib = memory.and_then(|m| m.split_whitespace().next()?.parse::<u64>().ok());
+    system_of(&doctor::System::of_this_machine())
+}
+
+fn system_of(files: &doctor::System) -> System {
+    let processor = files.processor_name();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     System {
         processor: processor.or_else(|| Some(std::env::consts::ARCH.to_string())),
         processors: u32::try_from(threads).ok(),
-        memory_bytes: kib.map(|kib| kib.saturating_mul(1024)),
+        memory_bytes: files.meminfo_bytes("MemTotal"),
     }
 }
 
@@ -34,7 +33,26 @@ pub fn words(system: &System) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-fn field(text: &str, name: &str) -> Option<String> {
-    let line = text.lines().find(|l| l.starts_with(name))?;
-    Some(line.split_once(':')?.1.trim().to_string())
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_system_does_not_report_is_left_out() {
+        let root = tempfile::tempdir().unwrap();
+        let proc = root.path().join("proc");
+        std::fs::create_dir(&proc).unwrap();
+        let described = || words(&system_of(&doctor::System::below(root.path())));
+        assert!(described().starts_with(std::env::consts::ARCH));
+        std::fs::write(proc.join("cpuinfo"), "processor: 0\nmodel name\t: A: B\n").unwrap();
+        std::fs::write(proc.join("meminfo"), "MemTotal: 1048576 kB\n").unwrap();
+        let text = described();
+        assert!(
+            text.starts_with("A: B, ") && text.ends_with(", 1.00 GiB"),
+            "{text}"
+        );
+        let huge = format!("MemTotal: {} kB\n", u64::MAX);
+        std::fs::write(proc.join("meminfo"), huge).unwrap();
+        assert!(described().ends_with(" threads"));
+    }
 }

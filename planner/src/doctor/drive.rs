@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use tier_plan_runtime::formats::safely::Temporary;
 use tier_plan_runtime::tiers::file::{FileTier, ReadMode};
 use tier_plan_runtime::tiers::limits::{FileSystemSpace, file_system_space};
+use tier_plan_runtime::tiers::mounts::{self, Mount};
 use tier_plan_runtime::tiers::source::ALIGN;
 use tier_plan_runtime::units::show_bytes;
 
@@ -70,44 +71,6 @@ pub struct Drive {
     read_ahead_kib: Option<u64>,
 }
 
-/// A line of `/proc/self/mountinfo`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Mount {
-    /// Numbers of the device: `254:1`.
-    numbers: String,
-    point: PathBuf,
-    file_system: String,
-    source: String,
-}
-
-impl Mount {
-    fn parse(line: &str) -> Option<Self> {
-        let (before, after) = line.split_once(" - ")?;
-        let mut before = before.split(' ').skip(2);
-        let (numbers, point) = (before.next()?, before.nth(1)?);
-        let mut after = after.split(' ');
-        Some(Self {
-            numbers: numbers.to_string(),
-            point: unescaped(point).into(),
-            file_system: after.next()?.to_string(),
-            source: unescaped(after.next()?),
-        })
-    }
-}
-
-/// Replaces the escapes of spaces, tabs, line ends, and backslashes in mount points: `\040`.
-fn unescaped(text: &str) -> String {
-    let escapes = [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ];
-    escapes
-        .iter()
-        .fold(text.to_string(), |text, (from, to)| text.replace(from, to))
-}
-
 impl Drive {
     /// Asks about the drive of an absolute folder.
     pub fn of(system: &System, folder: &Path) -> Self {
@@ -124,20 +87,15 @@ impl Drive {
 
     /// Returns what the files of a system say of the drive of an absolute folder.
     pub fn listed(system: &System, folder: &Path) -> Self {
-        let mounts = system.text("proc/self/mountinfo").unwrap_or_default();
-        let mounts = mounts.lines().filter_map(Mount::parse);
-        // A later mount covers an earlier one of the same place.
-        let mount = mounts
-            .filter(|mount| folder.starts_with(&mount.point))
-            .max_by_key(|mount| mount.point.components().count());
+        let mounts = mounts::parse(&system.bytes("proc/self/mountinfo").unwrap_or_default());
         let shown = folder.display().to_string();
-        let Some(mount) = mount else {
+        let Some(mount) = mounts::of_path(&mounts, folder) else {
             return Self {
                 folder: shown,
                 ..Self::default()
             };
         };
-        let block = block(system, &mount);
+        let block = block(system, mount);
         let queue = |file: &str| {
             let block = block.as_ref()?;
             // A partition has the queue of its disk.
@@ -165,7 +123,7 @@ impl Drive {
             rotational: queue("rotational").map(|text| text == "1"),
             scheduler: queue("scheduler"),
             read_ahead_kib: queue("read_ahead_kb").and_then(|text| text.parse().ok()),
-            file_system: Some(mount.file_system),
+            file_system: Some(mount.file_system.clone()),
         }
     }
 
@@ -341,13 +299,14 @@ impl Drive {
 
 /// Returns the folder of a mount's block device below the root, if it has one.
 fn block(system: &System, mount: &Mount) -> Option<String> {
-    let by_number = format!("sys/dev/block/{}", mount.numbers);
-    if system.has(&by_number) {
+    let by_number = mount.device.map(|device| format!("sys/dev/block/{device}"));
+    if let Some(by_number) = by_number.filter(|path| system.has(path)) {
         return Some(by_number);
     }
     // Btrfs and others have numbers of their own; a mapper's name is a link.
-    let device = mount.source.strip_prefix("/dev/")?;
-    let real = system.path(&mount.source).canonicalize().ok();
+    let source = mount.source.to_str()?;
+    let device = source.strip_prefix("/dev/")?;
+    let real = system.path(source).canonicalize().ok();
     let real = real.as_deref().and_then(Path::file_name);
     let name = real.and_then(|name| name.to_str()).unwrap_or(device);
     let by_name = format!("sys/class/block/{name}");
@@ -425,24 +384,6 @@ fn trial(folder: &Path) -> Result<Temporary> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mounts_are_parsed() {
-        let line = "36 35 98:0 /mnt1 /mnt/my\\040disk rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
-        let mount = Mount::parse(line).unwrap();
-        assert_eq!(mount.point, Path::new("/mnt/my disk"));
-        assert_eq!(
-            (
-                mount.numbers.as_str(),
-                mount.file_system.as_str(),
-                mount.source.as_str()
-            ),
-            ("98:0", "ext3", "/dev/root")
-        );
-        for odd in ["", "36 35", "36 35 98:0 / - ext3", " - ", "1 2 3 4 - "] {
-            assert_eq!(Mount::parse(odd), None, "{odd:?}");
-        }
-    }
 
     #[test]
     fn direct_io_is_tried_without_leaving_anything() {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use tier_plan_runtime::kernels::{Isa, Kernels};
 use tier_plan_runtime::os::glibc_version;
 use tier_plan_runtime::threads::physical_cores;
+use tier_plan_runtime::tiers::meminfo;
 
 /// Most bytes of a system file that are read: `/proc/cpuinfo` takes about 1.5 KB per processor.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -39,10 +40,16 @@ impl System {
 
     /// Returns the text of a file without space around it; `None` where it cannot be read.
     pub fn text(&self, file: &str) -> Option<String> {
+        let bytes = self.bytes(file)?;
+        Some(String::from_utf8_lossy(&bytes).trim().to_string())
+    }
+
+    /// Returns the bytes of a file; `None` where it cannot be read.
+    pub fn bytes(&self, file: &str) -> Option<Vec<u8>> {
         let mut bytes = Vec::new();
         let file = File::open(self.path(file)).ok()?;
         file.take(MAX_FILE_BYTES).read_to_end(&mut bytes).ok()?;
-        Some(String::from_utf8_lossy(&bytes).trim().to_string())
+        Some(bytes)
     }
 
     /// Returns the number that is all of a file.
@@ -73,14 +80,14 @@ impl System {
         chosen(&self.text(file)?).map(str::to_string)
     }
 
+    /// Returns the name of the processor.
+    pub fn processor_name(&self) -> Option<String> {
+        field(&self.text("proc/cpuinfo")?, "model name").map(str::to_string)
+    }
+
     /// Returns the value of a line `name: 123 kB` of `/proc/meminfo`, in bytes.
     pub fn meminfo_bytes(&self, name: &str) -> Option<u64> {
-        field(&self.text("proc/meminfo")?, name)?
-            .strip_suffix("kB")?
-            .trim()
-            .parse::<u64>()
-            .ok()?
-            .checked_mul(1024)
+        meminfo::bytes_of(&self.text("proc/meminfo")?, name)
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! All figures are for the whole process: memory that it already holds counts as available to it.
 
+use super::meminfo::bytes_of;
+use super::mounts::{self, Mount};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -43,10 +45,7 @@ pub fn memory_limit() -> Option<Limit> {
 /// one.
 pub fn cgroup_limit() -> Option<u64> {
     let root = Path::new("/");
-    let cgroups = memory_cgroups(
-        &read(&root.join("proc/self/cgroup")),
-        &read(&root.join("proc/self/mountinfo")),
-    );
+    let cgroups = memory_cgroups_below(root);
     let limits = cgroups.iter().flat_map(|cgroup| {
         let mount = root.join(cgroup.mount.strip_prefix("/").unwrap_or(&cgroup.mount));
         let folders = cgroup.path.ancestors().map(move |path| mount.join(path));
@@ -100,10 +99,7 @@ pub fn memory_limit_below(root: &Path) -> Option<Limit> {
         source: "free memory",
         is_hard: false,
     });
-    let cgroups = memory_cgroups(
-        &read(&root.join("proc/self/cgroup")),
-        &read(&root.join("proc/self/mountinfo")),
-    );
+    let cgroups = memory_cgroups_below(root);
     let cgroup = cgroups
         .iter()
         .filter_map(|cgroup| cgroup_bytes(root, cgroup, process_bytes))
@@ -118,31 +114,18 @@ pub fn memory_limit_below(root: &Path) -> Option<Limit> {
         .min_by_key(|limit| limit.bytes)
 }
 
-/// Reads a file; an unreadable one counts as empty.
+/// Reads a file; an unreadable one counts as empty. Names of processes and mounts may be no UTF-8.
 fn read(path: &Path) -> String {
-    fs::read_to_string(path).unwrap_or_default()
-}
-
-/// Returns the value of the line `name: 123 kB`, in bytes.
-fn kilobytes(text: &str, name: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    line.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
 }
 
 fn available_bytes(meminfo: &str) -> Option<u64> {
-    kilobytes(meminfo, "MemAvailable")
+    bytes_of(meminfo, "MemAvailable")
 }
 
 /// Returns the anonymous memory of this process, which the system cannot drop.
 fn anonymous_bytes(status: &str) -> u64 {
-    kilobytes(status, "RssAnon").unwrap_or(0)
+    bytes_of(status, "RssAnon").unwrap_or(0)
 }
 
 /// A cgroup that accounts memory. Its ancestors up to the mount limit the process too.
@@ -155,16 +138,14 @@ struct Cgroup {
     version: u8,
 }
 
-/// A mounted cgroup hierarchy.
-struct CgroupMount {
-    /// The part of the hierarchy that the mount shows; not `/` in some containers.
-    root: PathBuf,
-    mount: PathBuf,
+/// Returns the cgroups with a memory controller of this process, with `/proc` below `root`.
+fn memory_cgroups_below(root: &Path) -> Vec<Cgroup> {
+    let mounts = fs::read(root.join("proc/self/mountinfo")).unwrap_or_default();
+    memory_cgroups(&read(&root.join("proc/self/cgroup")), &mounts::parse(&mounts))
 }
 
-/// Returns the cgroups with a memory controller, from the text of `/proc/self/cgroup` and
-/// `/proc/self/mountinfo`.
-fn memory_cgroups(cgroup: &str, mountinfo: &str) -> Vec<Cgroup> {
+/// Returns the cgroups with a memory controller, from the text of `/proc/self/cgroup` and the mounts.
+fn memory_cgroups(cgroup: &str, mounts: &[Mount]) -> Vec<Cgroup> {
     let mut cgroups = Vec::new();
     for line in cgroup.lines() {
         // `4:memory:/path` of version 1, `0::/path` of version 2.
@@ -179,20 +160,18 @@ fn memory_cgroups(cgroup: &str, mountinfo: &str) -> Vec<Cgroup> {
             some if some.split(',').any(|c| c == "memory") => 1,
             _ => continue,
         };
-        let mount = mountinfo
-            .lines()
-            .find_map(|line| parse_mount(line, version));
-        let Some(CgroupMount { root, mount }) = mount else {
+        let mount = mounts.iter().find(|mount| has_memory(mount, version));
+        let Some(Mount { root, point, .. }) = mount else {
             continue;
         };
         // In a container the mount may show only the part of the hierarchy that begins at `root`.
         let path = Path::new(path);
         let path = path
-            .strip_prefix(&root)
+            .strip_prefix(root)
             .or_else(|_| path.strip_prefix("/"))
             .unwrap_or(path);
         cgroups.push(Cgroup {
-            mount,
+            mount: point.clone(),
             path: path.to_path_buf(),
             version,
         });
@@ -200,22 +179,15 @@ fn memory_cgroups(cgroup: &str, mountinfo: &str) -> Vec<Cgroup> {
     cgroups
 }
 
-/// Parses a line of `mountinfo`; `None` unless it mounts the memory controller of that cgroup
-/// version.
-fn parse_mount(line: &str, version: u8) -> Option<CgroupMount> {
-    let (before, after) = line.split_once(" - ")?;
-    let mut before = before.split(' ').skip(3);
-    let (root, mount) = (before.next()?, before.next()?);
-    let mut after = after.split(' ');
-    let (kind, options) = (after.next()?, after.nth(1).unwrap_or(""));
-    let has_memory = match version {
-        2 => kind == "cgroup2",
-        _ => kind == "cgroup" && options.split(',').any(|option| option == "memory"),
-    };
-    has_memory.then(|| CgroupMount {
-        root: root.into(),
-        mount: mount.into(),
-    })
+/// Whether a mount shows the memory controller of that cgroup version.
+fn has_memory(mount: &Mount, version: u8) -> bool {
+    match version {
+        2 => mount.file_system == "cgroup2",
+        _ => {
+            mount.file_system == "cgroup"
+                && mount.options.split(',').any(|option| option == "memory")
+        }
+    }
 }
 
 /// Returns the bytes that the tightest cgroup, from this one up to its mount, leaves to the
@@ -415,6 +387,20 @@ mod tests {
             ("sys/fs/cgroup/memory/inner/memory.limit_in_bytes", "600000"),
         ];
         assert_eq!(limit(&files), Some((600_000, true)));
+    }
+
+    #[test]
+    fn escaped_mount_points_are_found() {
+        let files = [
+            MEMINFO,
+            ("proc/self/cgroup", "0::/my group\n"),
+            (
+                "proc/self/mountinfo",
+                "damaged\n30 20 0:26 / /sys/my\\040cgroups rw - cgroup2 cgroup2 rw\n",
+            ),
+            ("sys/my cgroups/my group/memory.max", "300000\n"),
+        ];
+        assert_eq!(limit(&files), Some((300_000, true)));
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub mod bandwidth;
 pub mod file;
 pub(crate) mod holes;
 pub mod limits;
+pub mod meminfo;
+pub mod mounts;
 pub mod nodes;
 pub mod numa;
 pub mod pace;

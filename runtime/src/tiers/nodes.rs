@@ -1,5 +1,6 @@
 //! NUMA nodes: what the system reports of them, and the placement of pages on them.
 
+use super::meminfo::bytes_of;
 use super::numa::{self, NumaError};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -45,12 +46,12 @@ pub fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
     let mut nodes = Vec::new();
     for number in with_memory.ok_or(NumaError::Unavailable)? {
         let meminfo = read(&format!("node{number}/meminfo")).ok_or(NumaError::Unavailable)?;
-        let bytes_of = |name: &str| kilobytes(&meminfo, name).unwrap_or(0);
-        let total_bytes = kilobytes(&meminfo, "MemTotal").ok_or(NumaError::Unavailable)?;
+        let of = |name: &str| bytes_of(&meminfo, name).unwrap_or(0);
+        let total_bytes = bytes_of(&meminfo, "MemTotal").ok_or(NumaError::Unavailable)?;
         // `FilePages` includes shared memory, which can't be dropped.
-        let page_cache = bytes_of("FilePages").saturating_sub(bytes_of("Shmem"));
-        let reclaimable = page_cache.saturating_add(bytes_of("SReclaimable"));
-        let free_bytes = bytes_of("MemFree")
+        let page_cache = of("FilePages").saturating_sub(of("Shmem"));
+        let reclaimable = page_cache.saturating_add(of("SReclaimable"));
+        let free_bytes = of("MemFree")
             .saturating_add(reclaimable)
             .min(total_bytes);
         // A node without processors has an empty list.
@@ -84,15 +85,6 @@ pub(super) fn computing_below(root: &Path) -> Result<Vec<Node>, NumaError> {
     let mut nodes = nodes_below(root)?;
     nodes.retain(|node| !node.processors.is_empty());
     Ok(nodes)
-}
-
-/// Returns the value of the line `Node 0 name:   123 kB`, in bytes.
-fn kilobytes(meminfo: &str, name: &str) -> Option<u64> {
-    let value = meminfo.lines().find_map(|line| {
-        let mut words = line.split_whitespace().skip(2);
-        (words.next()?.strip_suffix(':')? == name).then(|| words.next())?
-    });
-    value?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Returns the NUMA node that a tier's memory must be on, if any. An emulated tier stands for
