@@ -83,7 +83,7 @@ impl Learner {
     /// says why.
     pub fn keep(mut self) {
         self.traces.end(self.text);
-        if let Err(error) = self.traces.merge(&self.spec) {
+        if let Err(error) = self.traces.write() {
             eprintln!(
                 "note: nothing was learned from this run: {}: {}",
                 self.path.display(),

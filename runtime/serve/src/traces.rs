@@ -4,8 +4,12 @@
 //! What it takes is bounded: of a text the first [`MAX_TEXT_TOKENS`], and of all texts a random
 //! sample (Vitter's algorithm R) once [`MAX_CHOICES`] are held. Tokens that the KV cache had were
 //! not computed, so a text's trace begins behind them.
+//!
+//! Several processes may add to a file. So each adds its new texts to what the file holds when it
+//! writes, and holds a lock meanwhile.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::fs::{File, Metadata, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tier_plan_runtime::batcher::StepRows;
@@ -72,7 +76,52 @@ pub struct Traces {
     n_ended: u64,
     random: u64,
     is_changed: bool,
+    /// Names of texts that are not in the file yet.
+    fresh: HashSet<String>,
+    /// The file as it was when it was last read or written.
+    seen: Option<Seen>,
     written: Instant,
+}
+
+/// What tells a file from one that has replaced it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Seen {
+    modified: Option<SystemTime>,
+    bytes: u64,
+    number: u64,
+}
+
+impl Seen {
+    /// Returns what there is at a path; `None` where nothing is.
+    fn at(path: &Path) -> Option<Self> {
+        let found = std::fs::metadata(path).ok()?;
+        Some(Self {
+            modified: found.modified().ok(),
+            bytes: found.len(),
+            number: file_number(&found),
+        })
+    }
+}
+
+#[cfg(unix)]
+fn file_number(found: &Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::ino(found)
+}
+
+#[cfg(not(unix))]
+fn file_number(_: &Metadata) -> u64 {
+    0
+}
+
+/// Waits until no other process adds to a file, and keeps others from it while the result lives.
+/// `None` where the system has no locks.
+fn lock(path: &Path) -> Option<File> {
+    let name = format!(".{}.lock", path.file_name()?.to_string_lossy());
+    let mut options = OpenOptions::new();
+    let options = options.create(true).truncate(false).write(true);
+    let file = options.open(path.with_file_name(name)).ok()?;
+    file.lock().ok()?;
+    Some(file)
 }
 
 /// Returns the number in a text's name; none where it can't be one that was counted.
@@ -88,29 +137,45 @@ impl Traces {
     /// When the model cannot be profiled, or the file is something else than such a profile of it.
     pub fn open(path: &Path, model: SourceId, spec: &ModelSpec) -> Result<Self, TracesError> {
         let mut traces = Self::of_nothing(path, model, spec)?;
-        let profile = &mut traces.profile;
-        if path.exists() {
-            let found = profile::read(path)?;
-            found.check_model(&profile.model, path)?;
-            if found.made != MADE {
-                return Err(TracesError::Other {
-                    path: path.into(),
-                    made: found.made,
-                });
-            }
-            profile.prompts = found.prompts;
-        }
-        traces.n_choices = traces.profile.prompts.iter().map(|p| p.experts.len()).sum();
-        // Texts are numbered on, and places drawn anew: else every start would replace the same text.
-        let prompts = &traces.profile.prompts;
-        let latest = prompts.iter().filter_map(number).max().unwrap_or(0);
-        traces.n_ended = latest.max(prompts.len() as u64);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        traces.random ^= now.map_or(0, |now| now.as_nanos() as u64) << 1;
+        traces.take_in()?;
         Ok(traces)
     }
 
-    /// Begins with no texts, whatever the file holds; [`merge`](Self::merge) adds to that.
+    /// Takes what the file holds, if it has changed since, and adds the texts that are not in it.
+    ///
+    /// # Errors
+    /// When the file is something else than such a profile of the model.
+    fn take_in(&mut self) -> Result<(), TracesError> {
+        let path = &self.path;
+        let seen = Seen::at(path);
+        if seen.is_none() || seen == self.seen {
+            return Ok(());
+        }
+        let found = profile::read(path)?;
+        found.check_model(&self.profile.model, path)?;
+        if found.made != MADE {
+            return Err(TracesError::Other {
+                path: path.clone(),
+                made: found.made,
+            });
+        }
+        let own = std::mem::replace(&mut self.profile.prompts, found.prompts);
+        let fresh = std::mem::take(&mut self.fresh);
+        self.seen = seen;
+        let prompts = &self.profile.prompts;
+        self.n_choices = prompts.iter().map(|p| p.experts.len()).sum();
+        // Texts are numbered on, and places drawn anew: else every start would replace the same text.
+        let latest = prompts.iter().filter_map(number).max().unwrap_or(0);
+        let before = self.n_ended.saturating_sub(fresh.len() as u64);
+        self.n_ended = latest.max(prompts.len() as u64).max(before);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        self.random ^= now.map_or(0, |now| now.as_nanos() as u64) << 1;
+        let own = own.into_iter().filter(|trace| fresh.contains(&trace.name));
+        own.for_each(|trace| self.add(trace));
+        Ok(())
+    }
+
+    /// Begins with no texts, whatever the file holds; [`write`](Self::write) adds to that.
     ///
     /// # Errors
     /// When the model cannot be profiled.
@@ -124,6 +189,8 @@ impl Traces {
             max_choices: MAX_CHOICES,
             random: 0x9e37_79b9_7f4a_7c15,
             is_changed: false,
+            fresh: HashSet::new(),
+            seen: None,
             written: Instant::now(),
         })
     }
@@ -135,21 +202,6 @@ impl Traces {
             max_choices,
             ..self
         }
-    }
-
-    /// Adds the texts to those in the file, as it is now, and writes it if that is something new.
-    /// Returns whether it wrote.
-    ///
-    /// # Errors
-    /// When the file is something else than such a profile of the model, or cannot be written.
-    pub fn merge(mut self, spec: &ModelSpec) -> Result<bool, TracesError> {
-        let ids: Vec<TextId> = self.open.keys().copied().collect();
-        ids.into_iter().for_each(|id| self.end(id));
-        let model = self.profile.model.clone();
-        let mut held = Self::open(&self.path, model, spec)?.at_most(self.max_choices);
-        let prompts = std::mem::take(&mut self.profile.prompts);
-        prompts.into_iter().for_each(|trace| held.add(trace));
-        Ok(held.write()?)
     }
 
     /// Returns the number of texts that are held.
@@ -238,11 +290,13 @@ impl Traces {
             _ => Split::Train,
         };
         let size = trace.experts.len();
+        let name = trace.name.clone();
         let held = &mut self.profile.prompts;
         if self.n_choices + size <= self.max_choices {
             held.push(trace);
             self.n_choices += size;
             self.is_changed = true;
+            self.fresh.insert(name);
             return;
         }
         let place = next_random(&mut self.random) % self.n_ended;
@@ -260,28 +314,34 @@ impl Traces {
             self.n_choices -= first.experts.len();
         }
         self.is_changed = true;
+        self.fresh.insert(name);
     }
 
     /// Writes the file if there is something new, and the last time is some while ago. Returns
     /// whether it wrote.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub(crate) fn write_at_rest(&mut self) -> Result<bool, FormatError> {
+    /// As [`write`](Self::write).
+    pub(crate) fn write_at_rest(&mut self) -> Result<bool, TracesError> {
         let is_due = self.is_changed && self.written.elapsed() >= BETWEEN_WRITES;
         if is_due { self.write() } else { Ok(false) }
     }
 
-    /// Writes the file if there is something new, and returns whether there was.
+    /// Adds the texts that have ended to those in the file, as it is now, if there is something new.
+    /// Returns whether there was.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub fn write(&mut self) -> Result<bool, FormatError> {
+    /// When the file is something else than such a profile of the model, or cannot be written.
+    pub fn write(&mut self) -> Result<bool, TracesError> {
         if !self.is_changed {
             return Ok(false);
         }
         self.written = Instant::now();
+        let _lock = lock(&self.path);
+        self.take_in()?;
         self.profile.write(&self.path)?;
+        self.seen = Seen::at(&self.path);
+        self.fresh.clear();
         self.is_changed = false;
         Ok(true)
     }
@@ -340,6 +400,8 @@ mod tests {
             n_ended: 0,
             random: 1,
             is_changed: false,
+            fresh: HashSet::new(),
+            seen: None,
             written: Instant::now(),
         }
     }
@@ -412,10 +474,17 @@ mod tests {
 
     /// Records a text of five tokens of a real model, and returns its choices.
     fn record_text(traces: &mut Traces) -> usize {
-        let (n, n_used) = (5 * traces.per_token(), traces.profile.n_used as usize);
+        record_text_of(traces, 5)
+    }
+
+    /// Records a text of so many tokens.
+    fn record_text_of(traces: &mut Traces, n_tokens: usize) -> usize {
+        let (n, n_used) = (n_tokens * traces.per_token(), traces.profile.n_used as usize);
         let experts = (0..n).map(|i| (i % n_used) as u16).collect();
         let weights = vec![0.5; n];
-        traces.record((&Routing { experts, weights }, &[rows(1, 0, 5, 5)]));
+        let rows = [rows(1, 0, n_tokens, n_tokens)];
+        traces.record((&Routing { experts, weights }, &rows));
+        traces.end(TextId(1));
         n
     }
 
@@ -426,18 +495,67 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("learned.profile");
         let fresh = || Traces::of_nothing(&path, gguf.id(), &spec).unwrap();
-        assert!(!fresh().merge(&spec).unwrap() && !path.exists());
+        assert!(!fresh().write().unwrap() && !path.exists());
         for n_texts in 1..=3 {
             let mut traces = fresh();
             record_text(&mut traces);
-            assert!(traces.merge(&spec).unwrap());
+            assert!(traces.write().unwrap());
             let held = Traces::open(&path, gguf.id(), &spec).unwrap();
             assert_eq!(held.n_texts(), n_texts);
             let is_held_out = held.profile.prompts[n_texts - 1].split == Split::HeldOut;
             assert_eq!(is_held_out, n_texts == 2);
         }
         std::fs::write(&path, "damaged").unwrap();
-        assert!(fresh().merge(&spec).is_err());
+        let mut traces = fresh();
+        record_text(&mut traces);
+        assert!(traces.write().is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"damaged");
+    }
+
+    #[test]
+    fn two_writers_of_a_file_lose_nothing() {
+        let gguf = tier_plan_runtime::gguf::Gguf::open(&tier_plan_testing::demo_model()).unwrap();
+        let spec = tier_plan_runtime::model::describe(&gguf).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("learned.profile");
+        let lengths = || {
+            let held = Traces::open(&path, gguf.id(), &spec).unwrap();
+            let mut lengths: Vec<usize> = held.profile.prompts.iter().map(|p| p.tokens()).collect();
+            lengths.sort_unstable();
+            lengths
+        };
+        // A server writes from time to time; runs come and go meanwhile.
+        let mut server = Traces::open(&path, gguf.id(), &spec).unwrap();
+        let run = |n_tokens| {
+            let mut run = Traces::of_nothing(&path, gguf.id(), &spec).unwrap();
+            record_text_of(&mut run, n_tokens);
+            assert!(run.write().unwrap());
+        };
+        record_text_of(&mut server, 1);
+        run(2);
+        assert!(server.write().unwrap());
+        run(3);
+        record_text_of(&mut server, 4);
+        record_text_of(&mut server, 5);
+        assert!(server.write().unwrap() && !server.write().unwrap());
+        assert_eq!(lengths(), [1, 2, 3, 4, 5]);
+        assert_eq!(server.n_texts(), 5);
+        let numbers: HashSet<u64> = server.profile.prompts.iter().filter_map(number).collect();
+        assert_eq!(numbers.len(), 5);
+        // A file that was removed is written with all that is held.
+        std::fs::remove_file(&path).unwrap();
+        record_text_of(&mut server, 6);
+        server.write().unwrap();
+        assert_eq!(lengths(), [1, 2, 3, 4, 5, 6]);
+        // At the same time.
+        let run = &run;
+        std::thread::scope(|scope| {
+            for writer in 0..4 {
+                scope.spawn(move || (0..5).for_each(|i| run(10 + 5 * writer + i)));
+            }
+        });
+        let expected: Vec<usize> = (1..=6).chain(10..30).collect();
+        assert_eq!(lengths(), expected);
     }
 
     #[test]
@@ -449,7 +567,7 @@ mod tests {
         for _ in 0..60 {
             let mut traces = Traces::of_nothing(&path, gguf.id(), &spec).unwrap();
             let n = record_text(&mut traces);
-            traces.at_most(4 * n).merge(&spec).unwrap();
+            traces.at_most(4 * n).write().unwrap();
         }
         let held = Traces::open(&path, gguf.id(), &spec).unwrap();
         assert_eq!(held.n_texts(), 4);
