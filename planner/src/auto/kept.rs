@@ -59,7 +59,10 @@ impl Wanted<'_> {
         let paths = place.found(&format!("{name}.toml"));
         if let Some(path) = paths {
             match self.kept(&path) {
-                Ok(planned) => return Ok(planned),
+                Ok(planned) => {
+                    place.used(&path);
+                    return Ok(planned);
+                }
                 Err(error) => notes.push(format!(
                     "note: the plan is solved again: {}",
                     printable(&format!("{error:#}"))

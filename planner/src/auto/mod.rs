@@ -299,7 +299,10 @@ pub(crate) fn listed(model: &SourceId, asked: &Asked<'_>) -> Result<Vec<String>>
             "nothing is kept: neither XDG_STATE_HOME nor HOME has an absolute path".to_string(),
         ]);
     };
-    let mut lines = vec![format!("folder   {}", folder.display())];
+    let mut lines = vec![
+        format!("model    {}", printable(&model.name)),
+        format!("folder   {}", folder.display()),
+    ];
     let shown = |path: &Path| match path.exists() {
         true => path.display().to_string(),
         false => format!("{} (not there yet)", path.display()),
@@ -313,7 +316,7 @@ pub(crate) fn listed(model: &SourceId, asked: &Asked<'_>) -> Result<Vec<String>>
     let profiles = [beside, folder.join(uses::GIVEN), folder.join(LEARNED)];
     let planned = folder.join(uses::PLANNED);
     for path in profiles.iter().chain([&planned]) {
-        lines.push(format!("profile  {}", shown(path)));
+        lines.push(format!("profile  {}", uses::shown(path, model)));
     }
     for plan in place::plans(folder) {
         let speed = match placement::read(&plan.path) {

@@ -4,6 +4,7 @@
 //! cannot be written costs time at the next start and nothing else.
 
 use crate::folders;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tier_plan_runtime::formats::{FormatError, SourceId, safely};
@@ -30,7 +31,7 @@ impl Place {
         Self::below(folders::auto(&folders::variable).as_deref(), model)
     }
 
-    fn below(all: Option<&Path>, model: &SourceId) -> Self {
+    pub(super) fn below(all: Option<&Path>, model: &SourceId) -> Self {
         Self {
             folder: all.map(|all| all.join(folder_name(model))),
             is_writable: false,
@@ -97,13 +98,24 @@ impl Place {
         }
     }
 
-    /// Removes the plans that were made longest ago, if there are many.
+    /// Notes that a plan is used, so that others are removed before it.
+    pub fn used(&self, plan: &Path) {
+        let open = || File::options().write(true).open(plan);
+        if self.is_writable
+            && let Ok(file) = open()
+        {
+            // The plan is as good without it.
+            let _ = file.set_modified(SystemTime::now());
+        }
+    }
+
+    /// Removes the plans that were used longest ago, if there are many.
     pub fn tidy(&self) {
         let Some(folder) = self.folder.as_ref().filter(|_| self.is_writable) else {
             return;
         };
         let mut plans = plans(folder);
-        plans.sort_by_key(|plan| std::cmp::Reverse(plan.made));
+        plans.sort_by_key(|plan| std::cmp::Reverse(plan.used));
         for old in plans.iter().skip(MAX_PLANS) {
             // What remains is removed at another time.
             let _ = std::fs::remove_file(&old.path);
@@ -115,7 +127,7 @@ impl Place {
 /// A plan in the folder.
 pub(super) struct KeptPlan {
     pub path: PathBuf,
-    made: Option<SystemTime>,
+    used: Option<SystemTime>,
 }
 
 /// Returns the plans in a folder, in no order.
@@ -129,7 +141,7 @@ pub(super) fn plans(folder: &Path) -> Vec<KeptPlan> {
     paths
         .filter(is_plan)
         .map(|path| KeptPlan {
-            made: modified(&path),
+            used: modified(&path),
             path,
         })
         .collect()
@@ -218,6 +230,30 @@ mod tests {
         place.tidy();
         assert!(notes.is_empty() && place.found("learned.profile").is_some());
         assert_eq!(plans(place.folder().unwrap()).len(), MAX_PLANS);
+    }
+
+    #[test]
+    fn plans_that_were_used_longest_ago_are_removed() {
+        let state = tempfile::tempdir().unwrap();
+        let mut place = Place::below(Some(state.path()), &id("m"));
+        place.make();
+        let write = |path: &Path| safely::write(path, b"");
+        let name = |n: usize| format!("plan-{n:02}.toml");
+        let hour = Duration::from_secs(3600);
+        for n in 0..MAX_PLANS + 3 {
+            let path = place.keep(&name(n), &mut Vec::new(), write).unwrap();
+            let made = SystemTime::now() - hour * (100 - n as u32);
+            let file = File::options().write(true).open(path).unwrap();
+            file.set_modified(made).unwrap();
+        }
+        // The oldest two are in use.
+        for n in [0, 1] {
+            place.used(&place.file(&name(n)).unwrap());
+        }
+        place.tidy();
+        let is_there = |n: &usize| place.found(&name(*n)).is_some();
+        let removed: Vec<usize> = (0..MAX_PLANS + 3).filter(|n| !is_there(n)).collect();
+        assert_eq!(removed, [2, 3, 4]);
     }
 
     #[test]
