@@ -229,7 +229,6 @@ impl Answering {
         // Bounded by the largest `n` of a request.
         let wanted = request.n as u32;
         let Ok(places) = Arc::clone(&state.places).try_acquire_many_owned(wanted) else {
-            state.metrics.rejected();
             let seconds = state.metrics.retry_after(loaded.max_texts);
             let message = format!(
                 "the queue is full: {} texts at work or waiting; try again in {seconds} s",

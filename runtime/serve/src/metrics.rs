@@ -9,7 +9,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tier_plan_runtime::batcher::Step;
 use tier_plan_runtime::schedule::Pages;
@@ -23,9 +23,7 @@ const LATEST: f64 = 0.2;
 /// What the server counts.
 pub(crate) struct Metrics {
     registry: Mutex<Registry>,
-    requests: Family<Labels, Counter>,
-    outcomes: Outcomes,
-    rejected: Counter,
+    outcomes: Arc<Outcomes>,
     abandoned: Counter,
     prompt_tokens: Counter,
     cached_tokens: Counter,
@@ -54,7 +52,7 @@ fn seconds(start: f64, n: u16) -> Histogram {
     Histogram::new(exponential_buckets(start, 2.0, n))
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -62,9 +60,7 @@ impl Metrics {
     pub fn new() -> Self {
         let metrics = Self {
             registry: Mutex::new(Registry::with_prefix("tier_plan")),
-            requests: Family::default(),
-            outcomes: Outcomes::default(),
-            rejected: Counter::default(),
+            outcomes: Arc::default(),
             abandoned: Counter::default(),
             prompt_tokens: Counter::default(),
             cached_tokens: Counter::default(),
@@ -94,10 +90,7 @@ impl Metrics {
 
     fn register_requests(&self) {
         let mut r = locked(&self.registry);
-        let all = self.requests.clone();
-        r.register("requests", "Requests answered, by path and status", all);
-        let rejected = self.rejected.clone();
-        r.register("rejected", "Requests that found the queue full", rejected);
+        r.register_collector(Box::new(self.outcomes.clone()));
         let abandoned = self.abandoned.clone();
         r.register("abandoned_texts", "Texts whose client left", abandoned);
         let tokens = self.prompt_tokens.clone();
@@ -196,21 +189,12 @@ impl Metrics {
     }
 
     pub fn answered(&self, path: &'static str, status: u16) {
-        let labels = vec![
-            ("path".to_string(), path.to_string()),
-            ("status".to_string(), status.to_string()),
-        ];
-        self.requests.get_or_create(&labels).inc();
-        self.outcomes.count(status);
+        self.outcomes.count(path, status);
     }
 
     /// Returns how requests ended.
     pub fn outcomes(&self) -> &Outcomes {
         &self.outcomes
-    }
-
-    pub fn rejected(&self) {
-        self.rejected.inc();
     }
 
     pub fn abandoned(&self) {
@@ -278,12 +262,18 @@ mod tests {
             emulated: true,
         };
         metrics.ready(4, 9, &promise);
+        assert!(!metrics.text().contains("tier_plan_requests"));
         metrics.answered("/v1/models", 200);
+        metrics.answered("/v1/completions", 429);
         metrics.prompt(10, 4);
         metrics.text_ended(&Timings::default(), 3);
         let text = metrics.text();
         for line in [
+            "# HELP tier_plan_requests Requests answered, by path and status.",
+            "# TYPE tier_plan_requests counter",
             "tier_plan_requests_total{path=\"/v1/models\",status=\"200\"} 1",
+            "tier_plan_requests_total{path=\"/v1/completions\",status=\"429\"} 1",
+            "tier_plan_rejected_total 1",
             "tier_plan_cached_tokens_total 4",
             "tier_plan_generated_tokens_total 3",
             "tier_plan_texts_max 4",
