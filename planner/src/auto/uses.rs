@@ -129,7 +129,9 @@ fn learned(place: &Place, shape: &ModelShape, notes: &mut Vec<String>) -> Option
     };
     let (learned, planned) = (read(LEARNED), read(PLANNED));
     let next = learned.filter(|learned| {
-        let is_new = planned.as_ref().is_none_or(|planned| is_much(learned, planned));
+        let is_new = planned
+            .as_ref()
+            .is_none_or(|planned| is_much(learned, planned));
         is_new && is_enough(learned)
     });
     let (profile, path) = match (next, planned) {
@@ -215,7 +217,11 @@ mod tests {
             let text = |number: u64| PromptTrace {
                 domain: "served".into(),
                 name: format!("text-{number}"),
-                split: if number % 4 == 2 { Split::HeldOut } else { Split::Train },
+                split: if number % 4 == 2 {
+                    Split::HeldOut
+                } else {
+                    Split::Train
+                },
                 prompt_tokens: 0,
                 decode_tokens: n_decoded,
                 experts: (0..n).map(|i| expert + (i % n_used) as u16).collect(),

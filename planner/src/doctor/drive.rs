@@ -333,7 +333,11 @@ pub(super) fn future(folder: &Path) -> PathBuf {
     let there = folder.ancestors().find_map(|above| {
         let real = above.canonicalize().ok()?;
         let below = folder.strip_prefix(above).ok()?;
-        Some(if below.as_os_str().is_empty() { real } else { real.join(below) })
+        Some(if below.as_os_str().is_empty() {
+            real
+        } else {
+            real.join(below)
+        })
     });
     there.unwrap_or(folder)
 }

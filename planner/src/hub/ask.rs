@@ -64,7 +64,11 @@ fn predicted(known: &Known, machine: &Machine) -> Result<String> {
     let question = Question {
         known,
         machine,
-        budgets: machine.tiers.iter().map(|tier| tier.capacity_bytes).collect(),
+        budgets: machine
+            .tiers
+            .iter()
+            .map(|tier| tier.capacity_bytes)
+            .collect(),
         profile: None,
         context: CONTEXT.min(known.sizes.context.max(1)),
         sequences: 1,

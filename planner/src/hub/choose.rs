@@ -190,7 +190,9 @@ pub fn choose_first(files: &[Listed], pick: &Pick) -> Result<Listed> {
     let models = models(files);
     let model = fitting(&models, pick)?;
     let first = model.parts.values().next();
-    first.map(|part| (*part).clone()).context("a model without files")
+    first
+        .map(|part| (*part).clone())
+        .context("a model without files")
 }
 
 /// Returns the model that is picked.

@@ -79,7 +79,9 @@ fn of_listed(name: &str, models: &[Found]) -> Result<Removal> {
         exact
     };
     // Revisions may have different files of a name, which go together.
-    matching.dedup_by(|a, b| a.cached_in.is_some() && (&a.cached_in, &a.name) == (&b.cached_in, &b.name));
+    matching.dedup_by(|a, b| {
+        a.cached_in.is_some() && (&a.cached_in, &a.name) == (&b.cached_in, &b.name)
+    });
     let found = match matching.as_slice() {
         [] => {
             return Err(anyhow!(
@@ -143,7 +145,9 @@ impl CachedFile {
 /// Returns the cached file that a path leads to, which may be a blob.
 fn at_path(path: &Path, cache: &Path) -> Option<CachedFile> {
     let cache = cache.canonicalize().ok()?;
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
     let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok()?;
     let path = folder.join(path.file_name()?);
     if !fs::symlink_metadata(&path).is_ok_and(|found| !found.is_dir()) {

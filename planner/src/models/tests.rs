@@ -160,8 +160,12 @@ fn a_model_is_removed_and_nothing_else() {
     assert!(cache.path().join("models--other--model/blobs/b1").exists());
     assert!(repository.join("snapshots/r2/renamed.gguf").exists());
     // All parts go, but a blob that another name leads to stays.
-    let removal =
-        removal_in(cache.path(), "hf:owner/some--model/q8/m-00001-of-00002.gguf", &models()).unwrap();
+    let removal = removal_in(
+        cache.path(),
+        "hf:owner/some--model/q8/m-00001-of-00002.gguf",
+        &models(),
+    )
+    .unwrap();
     assert_eq!((removal.links.len(), removal.blobs.len()), (2, 1));
     removal.remove().unwrap();
     assert!(!repository.join("blobs/b2").exists() && repository.join("blobs/b3").exists());
@@ -207,7 +211,9 @@ fn names_that_are_unclear_or_not_cached_are_refused() {
         ..in_cache(cache.path())
     });
     let refused = |name: &str, words: &str| {
-        let error = removal_in(cache.path(), name, &models).unwrap_err().to_string();
+        let error = removal_in(cache.path(), name, &models)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(words), "{name}: {error}");
     };
     refused(
@@ -251,7 +257,10 @@ fn cache_of_hub() -> tempfile::TempDir {
         ("2", "m-Q4_K_M.gguf", "b4"),
         ("2", "m-Q6_K-00002-of-00002.gguf", "b5"),
     ] {
-        let path = repository.join("snapshots").join(commit.repeat(40)).join(file);
+        let path = repository
+            .join("snapshots")
+            .join(commit.repeat(40))
+            .join(file);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         write(&repository.join("blobs").join(blob), blob.as_bytes());
         symlink(repository.join("blobs").join(blob), path).unwrap();
@@ -319,7 +328,10 @@ fn names_of_what_is_not_in_the_cache_are_refused() {
     for (name, words) in [
         ("hf:me/m:Q2_K", "no model fits 'Q2_K'; there are Q4_K_M"),
         ("hf:me/other", "no GGUF model is there"),
-        (&format!("hf:me/m@{}", "3".repeat(40)), "no GGUF model is there"),
+        (
+            &format!("hf:me/m@{}", "3".repeat(40)),
+            "no GGUF model is there",
+        ),
         ("hf:me", "expected hf:OWNER/REPO"),
         ("ollama:tiny", "ollama rm tiny:latest"),
         ("ollama:none", "there are ollama:tiny:latest"),

@@ -225,7 +225,10 @@ impl Window {
             name: planned.tier.name.clone(),
             kind: planned.tier.kind.to_string(),
             emulated: planned.tier.emulated,
-            read_gbps: planned.tier.has_known_rate().then_some(planned.tier.read_gbps),
+            read_gbps: planned
+                .tier
+                .has_known_rate()
+                .then_some(planned.tier.read_gbps),
             capacity_bytes: planned.tier.capacity_bytes,
             budget_bytes: planned.budget_bytes,
             used_bytes: resident.get(i).copied().unwrap_or(0),

@@ -479,7 +479,10 @@ mod tests {
 
     /// Records a text of so many tokens.
     fn record_text_of(traces: &mut Traces, n_tokens: usize) -> usize {
-        let (n, n_used) = (n_tokens * traces.per_token(), traces.profile.n_used as usize);
+        let (n, n_used) = (
+            n_tokens * traces.per_token(),
+            traces.profile.n_used as usize,
+        );
         let experts = (0..n).map(|i| (i % n_used) as u16).collect();
         let weights = vec![0.5; n];
         let rows = [rows(1, 0, n_tokens, n_tokens)];

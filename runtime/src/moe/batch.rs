@@ -2,19 +2,14 @@
 //! it, in ascending order. Without a GPU, see `cpu`.
 
 use super::MoeRun;
-use super::ffn::{FfnScratch, activate_shared, result_weight, weigh};
+use super::experts::{self, ExpertTokens};
+use super::ffn::result_weight;
 use super::gpu::{Flush, GpuBatch, StoreStep};
 use super::offload::StreamedExperts;
 use super::routing::{Batch, TokensByExpert};
 use crate::error::RunError;
 use crate::experts::store::Step;
-use crate::experts::view::ExpertView;
-use crate::layers::cpu_context::CpuContext;
-use tier_plan_formats::model::spec::MoeSpec;
 use tier_plan_formats::placement::TierIdx;
-use tier_plan_kernels::ActView;
-use tier_plan_kernels::needs_quants;
-use tier_plan_kernels::pooled::{MatJob, matmul_all};
 
 /// Computes a batch's experts into `run.out`, `[tokens, hidden]`.
 pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
@@ -213,7 +208,13 @@ impl BatchRun<'_, '_> {
             .of(self.step.experts()[at] as usize)
             .chunks(scratch.rows)
         {
-            let results = expert_on_cpu(*cpu, &view, layer.spec, *x, tokens, scratch);
+            let expert = ExpertTokens {
+                view,
+                tokens,
+                first_row: 0,
+            };
+            experts::compute(*cpu, layer.spec, *x, &[expert], scratch);
+            let results = &scratch.results[..tokens.len() * hidden];
             for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
                 cpu.kernels.axpy(
                     result_weight(layer.spec, *weight),
@@ -229,53 +230,4 @@ impl BatchRun<'_, '_> {
         }
         Ok(())
     }
-}
-
-/// Returns what one expert makes of some tokens of a batch, `[tokens, hidden]`, not weighted yet.
-fn expert_on_cpu<'s>(
-    cpu: CpuContext<'_>,
-    view: &ExpertView<'_>,
-    moe: &MoeSpec,
-    x: ActView<'_>,
-    tokens: &[(usize, f32)],
-    s: &'s mut FfnScratch,
-) -> &'s [f32] {
-    let (n, width, hidden) = (tokens.len(), moe.expert_ffn, moe.expert_width());
-    let floats = [view.gate.weights.ty(), view.up.weights.ty()]
-        .into_iter()
-        .any(|ty| !needs_quants(ty));
-    s.gathered
-        .gather(x, tokens.iter().map(|(token, _)| *token), floats);
-    let acts = s.gathered.view();
-    let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
-    let both = [
-        MatJob::new(view.up.weights, acts, up),
-        MatJob::new(view.gate.weights, acts, gate),
-    ];
-    let jobs = if view.is_gated { &both[..] } else { &both[..1] };
-    matmul_all(cpu.pool, cpu.kernels, jobs);
-    if moe.weigh_input {
-        weigh(gate, up, width, tokens.iter().map(|(_, weight)| *weight));
-    }
-    if view.is_gated {
-        view.gate.add_bias(gate, &mut s.bias);
-    }
-    view.up.add_bias(up, &mut s.bias);
-    activate_shared(cpu, moe.activation, width, gate, up);
-    s.inner.fill_shared(
-        cpu.pool,
-        cpu.kernels,
-        n,
-        width,
-        gate,
-        needs_quants(view.down.weights.ty()),
-    );
-    let results = &mut s.results[..n * hidden];
-    matmul_all(
-        cpu.pool,
-        cpu.kernels,
-        &[MatJob::new(view.down.weights, s.inner.view(), results)],
-    );
-    view.down.add_bias(results, &mut s.bias);
-    results
 }

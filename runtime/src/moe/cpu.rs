@@ -5,13 +5,12 @@
 //! What experts made of a token is added up in ascending order of the experts, whatever the groups.
 
 use super::MoeRun;
-use super::ffn::{activate_shared, result_weight, weigh};
+use super::experts::{self, ExpertTokens};
+use super::ffn::{FfnScratch, Sums, Term, result_weight};
 use super::routing::TokensByExpert;
 use crate::error::RunError;
 use crate::experts::store::Step;
 use std::ops::Range;
-use tier_plan_kernels::needs_quants;
-use tier_plan_kernels::pooled::{MatJob, matmul_all};
 
 /// Computes the experts of the tokens into `run.out`, `[tokens, hidden]`.
 pub(super) fn run(run: &mut MoeRun<'_>) -> Result<Step, RunError> {
@@ -138,30 +137,40 @@ impl CpuRun<'_, '_> {
     /// Adds up what the parts' experts, ascending, made of each token. Results begin with the choice
     /// `base`.
     fn sum(&mut self, parts: &[Part], base: usize) {
-        let hidden = self.run.layer.spec.expert_width();
-        let users = |part: &Part| &self.tokens.of(self.expert(part.at))[part.tokens.clone()];
-        // Of each token the rows of its results, with their weights: those of token `t` are
-        // `terms[starts[t]..starts[t + 1]]`.
-        let mut starts = vec![0; self.run.out.len() / hidden + 1];
+        let (spec, experts, by_expert) = (self.run.layer.spec, self.step.experts(), self.tokens);
+        let hidden = spec.expert_width();
+        let expert = |part: &Part| experts[part.at] as usize;
+        let users = |part: &Part| &by_expert.of(expert(part))[part.tokens.clone()];
+        let FfnScratch { sums, results, .. } = &mut *self.run.scratch;
+        let Sums {
+            starts,
+            next,
+            terms,
+        } = sums;
+        starts.clear();
+        starts.resize(self.run.out.len() / hidden + 1, 0);
         for (token, _) in parts.iter().flat_map(users) {
             starts[token + 1] += 1;
         }
         for token in 1..starts.len() {
             starts[token] += starts[token - 1];
         }
-        let mut next = starts.clone();
-        let mut terms = vec![(0, 0.0); starts.last().copied().unwrap_or(0)];
+        next.clone_from(starts);
+        terms.clear();
+        terms.resize(starts.last().copied().unwrap_or(0), Term::default());
         for part in parts {
-            let first = self.tokens.first_of(self.expert(part.at)) + part.tokens.start - base;
+            let first = by_expert.first_of(expert(part)) + part.tokens.start - base;
             for (i, (token, weight)) in users(part).iter().enumerate() {
-                let weight = result_weight(self.run.layer.spec, *weight);
-                terms[next[*token]] = (first + i, weight);
+                terms[next[*token]] = Term {
+                    row: first + i,
+                    weight: result_weight(spec, *weight),
+                };
                 next[*token] += 1;
             }
         }
-        let (kernels, results) = (self.run.cpu.kernels, &self.run.scratch.results);
+        let kernels = self.run.cpu.kernels;
         let add = |token: usize, out: &mut [f32]| {
-            for (row, weight) in &terms[starts[token]..starts[token + 1]] {
+            for Term { row, weight } in &terms[starts[token]..starts[token + 1]] {
                 kernels.axpy(*weight, &results[row * hidden..][..hidden], out);
             }
         };
@@ -176,90 +185,24 @@ impl CpuRun<'_, '_> {
             store,
             layer,
             x,
-            scratch: s,
+            scratch,
             computed,
             ..
         } = &mut *self.run;
-        let (cpu, x) = (*cpu, *x);
-        let (width, hidden) = (layer.spec.expert_ffn, layer.spec.expert_width());
-        let experts = self.step.experts();
-        let users = |part: &Part| &self.tokens.of(experts[part.at] as usize)[part.tokens.clone()];
-        let first_row = |part: &Part| {
-            self.tokens.first_of(experts[part.at] as usize) + part.tokens.start - base
-        };
-        let views: Vec<_> = parts
-            .iter()
-            .map(|part| (part, part.tokens.len(), store.view(&self.step, part.at)))
-            .collect();
-        for (part, _, (_, tier)) in &views {
+        let mut experts = Vec::with_capacity(parts.len());
+        for part in parts {
+            let expert = self.step.experts()[part.at] as usize;
+            let (view, tier) = store.view(&self.step, part.at);
             // An expert that computes in parts counts once.
             if part.tokens.start == 0 {
-                computed.add(*tier, store.expert_bytes(layer.index.get()));
+                computed.add(tier, store.expert_bytes(layer.index.get()));
             }
+            experts.push(ExpertTokens {
+                view,
+                tokens: &self.tokens.of(expert)[part.tokens.clone()],
+                first_row: self.tokens.first_of(expert) + part.tokens.start - base,
+            });
         }
-        let is_float = |ty| !needs_quants(ty);
-        let floats = views.iter().any(|(_, _, (view, _))| {
-            is_float(view.gate.weights.ty()) || is_float(view.up.weights.ty())
-        });
-        let tokens = parts.iter().flat_map(users);
-        s.gathered
-            .gather(x, tokens.map(|(token, _)| *token), floats);
-        let n: usize = views.iter().map(|(_, n, _)| n).sum();
-        let (acts, mut jobs) = (s.gathered.view(), Vec::with_capacity(2 * views.len()));
-        let (mut gates, mut ups) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
-        let mut first = 0;
-        for (_, n, (view, _)) in &views {
-            let (gate, up);
-            (gate, gates) = gates.split_at_mut(n * width);
-            (up, ups) = ups.split_at_mut(n * width);
-            let acts = acts.rows_range(first..first + n);
-            if view.is_gated {
-                jobs.push(MatJob::new(view.gate.weights, acts, gate));
-            }
-            jobs.push(MatJob::new(view.up.weights, acts, up));
-            first += n;
-        }
-        matmul_all(cpu.pool, cpu.kernels, &jobs);
-        drop(jobs);
-        let (gate, up) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
-        if layer.spec.weigh_input {
-            let tokens = parts.iter().flat_map(users);
-            weigh(gate, up, width, tokens.map(|(_, weight)| *weight));
-        }
-        let mut first = 0;
-        for (_, n, (view, _)) in &views {
-            let rows = first * width..(first + n) * width;
-            if view.is_gated {
-                view.gate.add_bias(&mut gate[rows.clone()], &mut s.bias);
-            }
-            view.up.add_bias(&mut up[rows], &mut s.bias);
-            first += n;
-        }
-        activate_shared(cpu, layer.spec.activation, width, gate, up);
-        let quantize = views
-            .iter()
-            .any(|(_, _, (view, _))| needs_quants(view.down.weights.ty()));
-        s.inner
-            .fill_shared(cpu.pool, cpu.kernels, n, width, gate, quantize);
-        let inner = s.inner.view();
-        let (mut results, mut done) = (&mut s.results[..], 0);
-        let (mut jobs, mut first) = (Vec::with_capacity(views.len()), 0);
-        for (part, n, (view, _)) in &views {
-            let row = first_row(part);
-            let rows;
-            (_, results) = results.split_at_mut((row - done) * hidden);
-            (rows, results) = results.split_at_mut(n * hidden);
-            done = row + n;
-            let inner = inner.rows_range(first..first + n);
-            jobs.push(MatJob::new(view.down.weights, inner, rows));
-            first += n;
-        }
-        matmul_all(cpu.pool, cpu.kernels, &jobs);
-        drop(jobs);
-        for (part, n, (view, _)) in &views {
-            let row = first_row(part);
-            let rows = row * hidden..(row + n) * hidden;
-            view.down.add_bias(&mut s.results[rows], &mut s.bias);
-        }
+        experts::compute(*cpu, layer.spec, *x, &experts, scratch);
     }
 }

@@ -21,8 +21,27 @@ pub(crate) struct FfnScratch {
     pub(super) bias: Vec<f32>,
     /// `[rows, hidden]`: results of experts before they are weighted and summed.
     pub(super) results: Vec<f32>,
+    /// What is added up of them.
+    pub(super) sums: Sums,
     /// Rows that a block takes at once, at most.
     pub(super) rows: usize,
+}
+
+/// Which results are added up for which token: those of token `t` are
+/// `terms[starts[t]..starts[t + 1]]`.
+#[derive(Default)]
+pub(super) struct Sums {
+    pub(super) starts: Vec<usize>,
+    /// Where the next term of each token goes while they are written.
+    pub(super) next: Vec<usize>,
+    pub(super) terms: Vec<Term>,
+}
+
+/// A result, and its factor in the sum.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Term {
+    pub(super) row: usize,
+    pub(super) weight: f32,
 }
 
 impl FfnScratch {
@@ -37,6 +56,7 @@ impl FfnScratch {
             gathered: Activations::new(rows, hidden),
             bias: Vec::with_capacity(ffn.max(hidden)),
             results: vec![0.0; rows * hidden],
+            sums: Sums::default(),
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod batch;
 mod cpu;
+mod experts;
 pub(crate) mod ffn;
 pub(crate) mod gpu;
 pub(crate) mod offload;

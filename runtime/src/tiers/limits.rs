@@ -141,7 +141,10 @@ struct Cgroup {
 /// Returns the cgroups with a memory controller of this process, with `/proc` below `root`.
 fn memory_cgroups_below(root: &Path) -> Vec<Cgroup> {
     let mounts = fs::read(root.join("proc/self/mountinfo")).unwrap_or_default();
-    memory_cgroups(&read(&root.join("proc/self/cgroup")), &mounts::parse(&mounts))
+    memory_cgroups(
+        &read(&root.join("proc/self/cgroup")),
+        &mounts::parse(&mounts),
+    )
 }
 
 /// Returns the cgroups with a memory controller, from the text of `/proc/self/cgroup` and the mounts.

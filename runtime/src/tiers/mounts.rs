@@ -109,7 +109,15 @@ fn unescaped(field: &[u8]) -> Vec<u8> {
     let mut rest = field;
     while let Some((first, after)) = rest.split_first() {
         match (first, after) {
-            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..]) => {
+            (
+                b'\\',
+                [
+                    a @ b'0'..=b'3',
+                    b @ b'0'..=b'7',
+                    c @ b'0'..=b'7',
+                    after @ ..,
+                ],
+            ) => {
                 bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
                 rest = after;
             }
@@ -137,14 +145,23 @@ mod tests {
         let [disk, cgroup, nameless] = &mounts[..] else {
             panic!("{mounts:?}");
         };
-        let device = DeviceNumbers { major: 98, minor: 0 };
+        let device = DeviceNumbers {
+            major: 98,
+            minor: 0,
+        };
         assert_eq!(disk.device, Some(device));
         assert_eq!(disk.root, Path::new("/mnt1"));
         assert_eq!(disk.point, Path::new("/mnt/my disk"));
-        assert_eq!((disk.file_system.as_str(), &disk.source), ("ext3", &"/dev/root".into()));
+        assert_eq!(
+            (disk.file_system.as_str(), &disk.source),
+            ("ext3", &"/dev/root".into())
+        );
         assert_eq!(cgroup.options, "rw,memory");
         // Some file systems have no source, and the field is empty.
-        assert_eq!((nameless.file_system.as_str(), &nameless.source), ("tmpfs", &"".into()));
+        assert_eq!(
+            (nameless.file_system.as_str(), &nameless.source),
+            ("tmpfs", &"".into())
+        );
     }
 
     #[test]
@@ -162,7 +179,16 @@ mod tests {
         ] {
             assert_eq!(parse(odd.as_bytes()), [], "{odd:?}");
         }
-        for numbers in ["98", "98:", ":0", "-1:0", "+1:0", "4294967296:0", "../..:0", "1:2:3"] {
+        for numbers in [
+            "98",
+            "98:",
+            ":0",
+            "-1:0",
+            "+1:0",
+            "4294967296:0",
+            "../..:0",
+            "1:2:3",
+        ] {
             let line = format!("1 2 {numbers} / /x rw - ext4 /dev/x");
             let mounts = parse(line.as_bytes());
             assert_eq!((mounts.len(), mounts[0].device), (1, None), "{numbers}");
@@ -193,8 +219,16 @@ mod tests {
     fn the_last_and_deepest_mount_has_a_path() {
         let list = b"1 0 8:1 / / rw - ext4 a rw\n2 1 8:2 / /srv rw - xfs b rw\n3 1 8:3 / /srv rw - btrfs c rw\n";
         let mounts = parse(list);
-        let of = |path: &str| of_path(&mounts, Path::new(path)).unwrap().file_system.as_str();
-        assert_eq!((of("/srv/models"), of("/srvx"), of("/")), ("btrfs", "ext4", "ext4"));
+        let of = |path: &str| {
+            of_path(&mounts, Path::new(path))
+                .unwrap()
+                .file_system
+                .as_str()
+        };
+        assert_eq!(
+            (of("/srv/models"), of("/srvx"), of("/")),
+            ("btrfs", "ext4", "ext4")
+        );
         assert_eq!(of_path(&mounts[1..], Path::new("/x")), None);
     }
 

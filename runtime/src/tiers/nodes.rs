@@ -51,9 +51,7 @@ pub fn nodes_below(root: &Path) -> Result<Vec<Node>, NumaError> {
         // `FilePages` includes shared memory, which can't be dropped.
         let page_cache = of("FilePages").saturating_sub(of("Shmem"));
         let reclaimable = page_cache.saturating_add(of("SReclaimable"));
-        let free_bytes = of("MemFree")
-            .saturating_add(reclaimable)
-            .min(total_bytes);
+        let free_bytes = of("MemFree").saturating_add(reclaimable).min(total_bytes);
         // A node without processors has an empty list.
         let processors = read(&format!("node{number}/cpulist"))
             .and_then(|text| numa::parse_list(&text))

@@ -199,10 +199,18 @@ fn a_model_that_is_to_be_fetched_is_checked_where_it_would_be() {
         missing_bytes: 2 << 30,
     };
     let with_room = |free_bytes| vec![model::fetch(&to_fetch, free_bytes)];
-    let words = ["2.00 GiB of 3.00 GiB to fetch to /srv/hub", "8.00 GiB are free"];
+    let words = [
+        "2.00 GiB of 3.00 GiB to fetch to /srv/hub",
+        "8.00 GiB are free",
+    ];
     expect(&with_room(Some(8 << 30)), "model.fetch", Status::Ok, &words);
     expect(&with_room(None), "model.fetch", Status::Ok, &["unknown"]);
-    expect(&with_room(Some(2 << 30)), "model.fetch", Status::Failure, &["HF_HUB_CACHE"]);
+    expect(
+        &with_room(Some(2 << 30)),
+        "model.fetch",
+        Status::Failure,
+        &["HF_HUB_CACHE"],
+    );
     // The size is that of the model, and commands name it, and not the file with its header.
     let model = opened(&path, Some(&to_fetch));
     let tight = short(&model);
@@ -213,7 +221,12 @@ fn a_model_that_is_to_be_fetched_is_checked_where_it_would_be() {
     };
     let opened = Ok(opened(&path, Some(&to_fetch)));
     let checks = model::checks(&given, &opened, &process(), Some(&tight), Ok(&forecast));
-    expect(&checks, "model.file", Status::Ok, &["demo.gguf: ", "3.00 GiB"]);
+    expect(
+        &checks,
+        "model.file",
+        Status::Ok,
+        &["demo.gguf: ", "3.00 GiB"],
+    );
     let fit = find(&checks, "model.fit").mend.clone().unwrap();
     assert!(
         fit.contains("tier-plan profile hf:me/m:Q8_0 -o model.profile && tier-plan run hf:me/m:Q8_0 --profile"),
@@ -234,7 +247,10 @@ fn a_folder_that_is_to_be_made_is_on_the_drive_above_it() {
     assert!(drive.free_bytes().is_some());
     // A trial file may be made, and does not stay.
     std::fs::remove_file(real.join("link")).unwrap();
-    assert!(!matches!(drive::try_direct(None, &real.join("a/b")), drive::Direct::Untried(_)));
+    assert!(!matches!(
+        drive::try_direct(None, &real.join("a/b")),
+        drive::Direct::Untried(_)
+    ));
     assert_eq!(std::fs::read_dir(&real).unwrap().count(), 0);
 }
 
