@@ -137,6 +137,30 @@ fn predictions_and_inspection_fetch_no_weights() {
 }
 
 #[test]
+fn a_fetched_model_is_removed_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = hub(unchanged);
+    let run = |line: &str| program(folder.path(), &server, line).output().unwrap();
+    succeeded(run("checksum hf:me/m --yes -o sums"));
+    let asked = server.requests().len();
+    let words = ["not removed without a yes", "--force"];
+    check_refusal(&run("models rm hf:me/m:Q8_0"), &words);
+    let removed = stdout(&succeeded(run("models rm hf:me/m:Q8_0 --force")));
+    assert!(
+        removed.contains("removed me/m/demo-Q8_0.gguf: 1 file(s), 10.5 MiB"),
+        "{removed}"
+    );
+    let again = run("models rm hf:me/m:Q8_0 --force");
+    check_refusal(
+        &again,
+        &["hf:me/m:Q8_0 in the cache at", "tier-plan models"],
+    );
+    assert_eq!(server.requests().len(), asked);
+    let blobs = folder.path().join("hf/hub/models--me--m/blobs");
+    assert_eq!(fs::read_dir(blobs).unwrap().count(), 0);
+}
+
+#[test]
 fn doctor_judges_the_folder_that_a_model_would_go_to() {
     let folder = tempfile::tempdir().unwrap();
     let server = hub(unchanged);
@@ -158,8 +182,14 @@ fn doctor_judges_the_folder_that_a_model_would_go_to() {
         "{fetch}"
     );
     assert_eq!(check("file")["facts"]["bytes"], bytes);
-    let temporary = report.to_string().contains(".tier-plan-");
-    assert!(!temporary, "{report}");
+    let shown = stdout(&succeeded(
+        program(folder.path(), &server, "auto hf:me/m:Q8_0 --show")
+            .output()
+            .unwrap(),
+    ));
+    for text in [report.to_string(), shown] {
+        assert!(!text.contains(".tier-plan-"), "{text}");
+    }
     assert!(!folder.path().join("hf").exists());
 }
 

@@ -288,11 +288,16 @@ fn in_steps(bytes: u64) -> u64 {
     bytes / step * step
 }
 
-/// Returns lines that say where the files of a model are, without making any.
+/// Returns lines that say where the files of a model are, without making any. `beside` is the profile
+/// beside the model.
 ///
 /// # Errors
 /// When the kernels that were asked for do not run here.
-pub(crate) fn listed(model: &SourceId, asked: &Asked<'_>) -> Result<Vec<String>> {
+pub(crate) fn listed(
+    model: &SourceId,
+    asked: &Asked<'_>,
+    beside: Option<PathBuf>,
+) -> Result<Vec<String>> {
     let place = Place::of(model);
     let Some(folder) = place.folder() else {
         return Ok(vec![
@@ -312,11 +317,9 @@ pub(crate) fn listed(model: &SourceId, asked: &Asked<'_>) -> Result<Vec<String>>
         None => folder.join(machine::name(asked)?),
     };
     lines.push(format!("machine  {}", shown(&machine)));
-    let beside = asked.model.with_extension("profile");
-    let profiles = [beside, folder.join(uses::GIVEN), folder.join(LEARNED)];
-    let planned = folder.join(uses::PLANNED);
-    for path in profiles.iter().chain([&planned]) {
-        lines.push(format!("profile  {}", uses::shown(path, model)));
+    let kept = [uses::GIVEN, LEARNED, uses::PLANNED].map(|name| folder.join(name));
+    for path in beside.into_iter().chain(kept) {
+        lines.push(format!("profile  {}", uses::shown(&path, model)));
     }
     for plan in place::plans(folder) {
         let speed = match placement::read(&plan.path) {

@@ -3,6 +3,7 @@
 use super::run::{self, RunArgs};
 use crate::auto::{Asked, listed};
 use crate::cmd::args::MemoryArgs;
+use crate::hub::ToFetch;
 use anyhow::{Result, ensure};
 use clap::Args;
 use std::ffi::OsString;
@@ -25,6 +26,9 @@ pub struct AutoArgs {
     /// Serve the model instead: `serve --auto`, with the options of `serve`
     #[arg(long, help_heading = "Server")]
     pub serve: bool,
+    /// What is missing of a model that was given by name and of which only the header is here
+    #[arg(skip)]
+    pub to_fetch: Option<ToFetch>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub run: RunArgs,
@@ -65,24 +69,33 @@ pub fn run(mut args: AutoArgs) -> Result<()> {
     );
     memory.auto = true;
     match args.show {
-        true => show(&args.run),
+        true => show(&args),
         false => run::run(&args.run),
     }
 }
 
 /// Lists the files of a model.
-fn show(args: &RunArgs) -> Result<()> {
-    let model = args.model.path()?;
+fn show(AutoArgs { run, to_fetch, .. }: &AutoArgs) -> Result<()> {
+    let model = run.model.path()?;
     let id = Gguf::open(model)?.id();
-    let memory: &MemoryArgs = &args.memory;
+    let memory: &MemoryArgs = &run.memory;
+    // What is not here yet will be read from the drive of its folder.
+    let future = to_fetch.as_ref().and_then(|to_fetch| {
+        let mut above = to_fetch.folder.ancestors();
+        above.find(|folder| folder.is_dir())
+    });
+    let beside = match to_fetch {
+        Some(_) => None,
+        None => Some(model.with_extension("profile")),
+    };
     let asked = Asked {
         auto: memory.auto()?.unwrap_or_default(),
-        model,
-        threads: args.compute.threads.checked()?,
-        numa: args.compute.numa,
+        model: future.unwrap_or(model),
+        threads: run.compute.threads.checked()?,
+        numa: run.compute.numa,
         shards: None,
     };
-    for line in listed(&id, &asked)? {
+    for line in listed(&id, &asked, beside)? {
         println!("{line}");
     }
     println!("explain a plan with: tier-plan explain PLAN -m MODEL [-P PROFILE]");

@@ -17,8 +17,10 @@ pub(super) fn resolved(mut command: Command, yes: bool) -> Result<(Command, Opti
     let resolved = hub::resolve(&given, need, yes)?;
     if let Some(model) = &resolved {
         set(&mut command, &model.path);
-        if let Command::Doctor(args) = &mut command {
-            args.to_fetch.clone_from(&model.to_fetch);
+        match &mut command {
+            Command::Doctor(args) => args.to_fetch.clone_from(&model.to_fetch),
+            Command::Auto(args) => args.to_fetch.clone_from(&model.to_fetch),
+            _ => {}
         }
     }
     Ok((command, resolved))
