@@ -342,10 +342,14 @@ pub(super) fn future(folder: &Path) -> PathBuf {
     there.unwrap_or(folder)
 }
 
+/// Returns the nearest folder that exists at or above one.
+pub(super) fn existing(folder: &Path) -> &Path {
+    let mut above = folder.ancestors();
+    above.find(|above| above.is_dir()).unwrap_or(folder)
+}
+
 /// Tries direct I/O with the model, or else with a file of the folder, or a new one.
 pub(super) fn try_direct(model: Option<&Path>, folder: &Path) -> Direct {
-    let there = folder.ancestors().find(|above| above.is_dir());
-    let folder = there.unwrap_or(folder);
     let mut made = None;
     let there = model
         .filter(|model| model.is_file())

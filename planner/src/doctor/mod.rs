@@ -293,7 +293,7 @@ pub fn examine(options: &Options<'_>) -> Result<Report> {
     let mut checks = processor::checks(&system, &process);
     checks.extend(memory::checks(&system, limit.as_ref(), forecast.ok()));
     checks.extend(numa::checks(&system));
-    let direct = drive::try_direct(on_drive, &folder);
+    let direct = drive::try_direct(on_drive, drive::existing(&folder));
     let drive = Drive::of(&system, &folder);
     checks.extend(drive.checks(&process, direct, forecast.ok()));
     checks.push(rate::check(rate.as_ref()));

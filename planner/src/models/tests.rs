@@ -326,7 +326,7 @@ fn names_of_what_is_not_in_the_cache_are_refused() {
     let mine = cache.path().join("home/mine.gguf");
     write(&mine, b"GGUF");
     for (name, words) in [
-        ("hf:me/m:Q2_K", "no model fits 'Q2_K'; there are Q4_K_M"),
+        ("hf:me/m:Q2_K", "no model fits 'Q2_K'; there are Q8_0 ("),
         ("hf:me/other", "no GGUF model is there"),
         (
             &format!("hf:me/m@{}", "3".repeat(40)),
