@@ -60,7 +60,7 @@ impl Setup {
             name: t.tier.name.clone(),
             kind: t.tier.kind.as_str().to_string(),
             budget_bytes: t.budget_bytes,
-            read_gbps: t.tier.is_measured().then_some(t.tier.read_gbps),
+            read_gbps: t.tier.has_known_rate().then_some(t.tier.read_gbps),
         });
         Self {
             program: program.to_string(),
