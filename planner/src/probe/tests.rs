@@ -4,7 +4,6 @@ use super::nodes::NodeRate;
 use super::*;
 use tier_plan_runtime::formats::machine::{Accelerator, DriveIo, Extras, TierKind};
 use tier_plan_runtime::formats::placement::ExpertCopy;
-use tier_plan_runtime::tiers::numa::NumaPolicy;
 
 fn findings() -> Findings {
     let of = |value| Measured {
