@@ -1,7 +1,7 @@
 //! Measuring a machine, comparing plans and saying them in other engines' words, as users type
 //! them.
 
-use crate::common::{demo_machine, demo_model, json, refused, run_in, stdout, succeeded};
+use crate::common::{demo_machine, demo_model, json, refused, run_in, stderr, stdout, succeeded};
 use std::fs;
 use std::path::Path;
 
@@ -177,7 +177,9 @@ fn what_cannot_be_probed_is_refused() {
         &["probe", "--model", &demo, "--copy", &demo],
         &["--copy", "this file is read already"],
     );
-    refused(dir.path(), &["probe", "--copy", &demo], &["--model"]);
+    let alone = run_in(dir.path(), &["probe", "--copy", &demo]);
+    assert_eq!(alone.status.code(), Some(2));
+    assert!(stderr(&alone).contains("--model"), "{}", stderr(&alone));
     refused(
         dir.path(),
         &["probe", "--model", &demo, "--copy", "no.gguf"],
