@@ -8,6 +8,7 @@ mod chart;
 mod clean;
 mod facts;
 mod group;
+mod headline;
 pub mod history;
 mod html;
 mod ink;

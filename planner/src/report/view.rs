@@ -1,7 +1,6 @@
 //! Derives what the records and plans of a report say, once for charts, tables, and sentences.
 
 use super::ink::{Ink, tier_inks};
-use super::text::{percent, sig3};
 use super::{PlanEntry, Report};
 use std::collections::BTreeMap;
 use tier_plan_runtime::formats::machine::TierKind;
@@ -241,93 +240,6 @@ impl<'a> Overview<'a> {
         } else {
             "predicted"
         }
-    }
-
-    /// Summarizes the finding in sentences: the winner, its lead at which bytes, and the accuracy
-    /// of the prediction.
-    pub(super) fn headline(&self) -> Vec<String> {
-        let Some(best) = self.best() else {
-            return vec![if self.plans.is_empty() {
-                "There are no plans in this report.".into()
-            } else {
-                "None of these plans has a measured or a predicted speed.".into()
-            }];
-        };
-        let speed = sig3(best.speed().unwrap_or(0.0));
-        let how = match (best.decode.is_some(), best.emulated) {
-            (true, true) => "measured on emulated tiers",
-            (true, false) => "measured",
-            (false, true) => "predicted from emulated rates, not measured",
-            (false, false) => "predicted, not measured",
-        };
-        let mut lines = Vec::new();
-        match self
-            .rival()
-            .and_then(|r| Some((r, best.speed()? / r.speed()? - 1.0)))
-        {
-            None => lines.push(format!("{} decodes {speed} tokens/s ({how}).", best.name())),
-            Some((rival, lead)) => {
-                let bytes = match &self.budgets {
-                    Budgets::Equal => " under the same budgets".to_string(),
-                    Budgets::Differ(what) => {
-                        format!("; but {what}, so part of the difference may be bytes")
-                    }
-                    Budgets::Unknown => match (best.faster_bytes(), rival.faster_bytes()) {
-                        (Some(a), Some(b)) => format!(
-                            "; their budgets are not known, but they put {} and {} into the faster tiers",
-                            show_bytes(a),
-                            show_bytes(b)
-                        ),
-                        _ => "; their budgets are not known".to_string(),
-                    },
-                };
-                let whom = match (best.is_baseline(), rival.is_baseline()) {
-                    (false, true) => format!("{}, the best baseline", rival.name()),
-                    _ => format!("{}, the next best plan", rival.name()),
-                };
-                let much = if lead >= 1.0 {
-                    format!("{} times as fast as", sig3(lead + 1.0))
-                } else if lead < 0.005 {
-                    "as fast as".into()
-                } else {
-                    format!("{} faster than", percent(lead))
-                };
-                lines.push(format!(
-                    "{} is the fastest plan: it decodes {speed} tokens/s ({how}), {much} {whom}{bytes}.",
-                    best.name()
-                ));
-            }
-        }
-        if best.is_baseline()
-            && let Some(own) = self
-                .plans
-                .iter()
-                .find(|p| !p.is_baseline() && p.speed().is_some())
-        {
-            lines.push(format!(
-                "The winner is a baseline: {}, the best plan that a solver made, reaches {} tokens/s.",
-                own.name(),
-                sig3(own.speed().unwrap_or(0.0))
-            ));
-        }
-        let errors: Vec<f64> = self.plans.iter().filter_map(|p| p.error).collect();
-        if let (Some(error), Some(predicted)) = (best.error, best.predicted_tok_s()) {
-            let worst = errors.iter().fold(0f64, |w, e| w.max(e.abs()));
-            let over = if errors.len() > 1 {
-                format!(" Over all plans it was off by at most {}.", percent(worst))
-            } else {
-                String::new()
-            };
-            let side = if error >= 0.0 { "above" } else { "below" };
-            lines.push(format!(
-                "The prediction was {} tokens/s, and the measured speed is {} {side} it.{over}",
-                sig3(predicted),
-                percent(error.abs())
-            ));
-        } else if best.decode.is_some() {
-            lines.push("There is no prediction to hold against that.".into());
-        }
-        lines
     }
 }
 

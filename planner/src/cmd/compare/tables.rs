@@ -1,9 +1,9 @@
 //! Tables and sentences of a comparison on a terminal.
 
-use crate::conditions::{busy_line, describe};
+use crate::conditions::describe;
 use crate::printable::printable;
 use crate::report::PlanEntry;
-use tier_plan_runtime::formats::record::{ParallelPrediction, RunRecord};
+use tier_plan_runtime::formats::record::ParallelPrediction;
 
 /// Part by which a prediction may differ and still counts as right.
 const WITHIN: f64 = 0.1;
@@ -189,11 +189,6 @@ pub(super) fn table(plans: &[PlanEntry]) {
     if plans.iter().any(|p| p.observed_tok_s().is_some()) {
         observed_table(plans);
     }
-    let records = plans.iter().flat_map(|p| &p.records);
-    let unknown = |r: &&RunRecord| r.conditions.as_ref().is_some_and(|c| c.predicted.is_none());
-    if let Some(line) = busy_line(records.filter(unknown)) {
-        println!("{line}");
-    }
     if emulated {
         println!("(measured on emulated tiers: their rates are declared, not this machine's)");
     }
@@ -203,7 +198,7 @@ pub(super) fn table(plans: &[PlanEntry]) {
 mod tests {
     use super::*;
     use tier_plan_runtime::formats::placement::Prediction;
-    use tier_plan_runtime::formats::record::{Conditions, ParallelRecord};
+    use tier_plan_runtime::formats::record::{Conditions, ParallelRecord, RunRecord};
 
     fn predicted(decode_tok_s: f64) -> Prediction {
         Prediction {
