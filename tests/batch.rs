@@ -23,7 +23,7 @@ pub fn place(lines: &[String]) -> TempDir {
 }
 
 /// The arguments of a batch.
-fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
+pub fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
     let model: &'static str =
         Box::leak(demo_model().to_str().unwrap().to_string().into_boxed_str());
     [&["batch", model, "in.jsonl", "-o", "out.jsonl"], more].concat()

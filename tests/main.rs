@@ -8,6 +8,7 @@ mod auto;
 mod bad_input;
 mod batch;
 mod batch_company;
+mod batch_forms;
 mod before_weights;
 #[cfg(target_os = "linux")]
 mod chat_templates;

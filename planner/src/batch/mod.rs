@@ -18,6 +18,7 @@ pub use output::Output;
 pub use run::{Batch, Options, Summary};
 pub use tier_plan_runtime::batcher::TokenText;
 pub use tier_plan_serve::answer::{Answered, Choice, Finish};
+pub use tier_plan_serve::grammar::Grammars;
 pub use tier_plan_serve::prompts::{Chats, Encoded, Prompts, Unencoded};
 pub use tier_plan_serve::request::{
     BadLine, Code, Endpoint, MAX_ID_BYTES, Prompt, Request, Sampling,

@@ -32,8 +32,7 @@ struct Earlier {
     line: Option<usize>,
     #[serde(rename = "response")]
     _response: Option<IgnoredAny>,
-    #[serde(rename = "error")]
-    _error: Option<IgnoredAny>,
+    error: Option<IgnoredAny>,
 }
 
 /// A locked file of answers.
@@ -48,6 +47,8 @@ pub struct Output {
     synced: Instant,
     /// Numbers of the lines of the input that have an answer.
     answered: HashSet<usize>,
+    /// How many of them have an error instead, of earlier runs.
+    refused: usize,
 }
 
 impl Output {
@@ -78,6 +79,7 @@ impl Output {
             is_new,
             synced: Instant::now(),
             answered: HashSet::new(),
+            refused: 0,
         };
         output.take_over(input)?;
         Ok(output)
@@ -111,8 +113,10 @@ impl Output {
             let Some(earlier) = answer_in(&line) else {
                 return not_answers(&self.path, number);
             };
-            self.answered
-                .insert(answered_line(&self.path, number, &earlier, input)?);
+            let answered = answered_line(&self.path, number, &earlier, input)?;
+            if self.answered.insert(answered) {
+                self.refused += usize::from(earlier.error.is_some());
+            }
             self.bytes += line.len() as u64;
         }
         self.cut().with_context(|| format!("writing {shown}"))
@@ -123,9 +127,14 @@ impl Output {
         self.answered.contains(&number)
     }
 
-    /// Returns the number of lines that have an answer.
+    /// Returns the number of lines that have an answer, or an error instead.
     pub fn n_answered(&self) -> usize {
         self.answered.len()
+    }
+
+    /// Returns the number of lines that earlier runs have refused.
+    pub fn n_refused(&self) -> usize {
+        self.refused
     }
 
     /// Appends the answer to a line of the input.

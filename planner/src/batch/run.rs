@@ -4,7 +4,8 @@ use super::answer::{line, number, refusal};
 use super::input::{Input, Line};
 use super::output::Output;
 use super::{
-    Answered, BadLine, Choice, Code, Encoded, Endpoint, Finish, Prompts, Request, Unencoded,
+    Answered, BadLine, Choice, Code, Encoded, Endpoint, Finish, Grammars, Prompts, Request,
+    Unencoded,
 };
 use crate::chat::thought::Answer;
 use crate::interrupt::{Interrupted, interrupted};
@@ -33,6 +34,8 @@ pub struct Options<'a> {
     pub max_step: Option<Duration>,
     /// Most tokens per draft; 0 for no drafts. A model with recurrent states, or on a GPU, has none.
     pub max_drafts: usize,
+    /// Makes the grammars of answers that must have a form.
+    pub grammars: &'a Grammars,
     /// The first estimate of the time of steps, if they were predicted.
     pub cost: Option<StepCost>,
     /// Called after every step with the counts so far.
@@ -46,6 +49,8 @@ pub struct Summary {
     pub lines: usize,
     /// Lines that earlier runs have answered or refused.
     pub earlier: usize,
+    /// Lines that earlier runs have refused.
+    pub earlier_refused: usize,
     /// Lines answered.
     pub answered: usize,
     /// Lines refused with an error.
@@ -161,6 +166,7 @@ impl<'a> Batch<'a> {
         let summary = Summary {
             lines: all.len(),
             earlier: output.n_answered(),
+            earlier_refused: output.n_refused(),
             ..Summary::default()
         };
         let open = all
@@ -279,6 +285,10 @@ impl<'a> Batch<'a> {
             Err(Unencoded::Bad(bad)) => return Ok(Err(named(bad))),
             Err(Unencoded::Interrupted) => return Err(Interrupted.into()),
         };
+        let grammar = match self.options.grammars.of(&request, &text) {
+            Ok(grammar) => grammar,
+            Err(bad) => return Ok(Err(named(bad))),
+        };
         let defaults = &self.options.sampling;
         let prompt_tokens = tokens.len();
         let options = TextOptions {
@@ -292,7 +302,7 @@ impl<'a> Batch<'a> {
             ignore_eos: request.ignore_eos,
             n_top: request.logprobs,
             shown: Arc::new([]),
-            grammar: None,
+            grammar,
         };
         let ids = match self.batcher.submit(&Arc::new(options), request.n) {
             Ok(ids) => ids,
@@ -353,9 +363,14 @@ impl<'a> Batch<'a> {
             self.batcher.discard(*id);
             self.wanted.remove(id);
         }
+        let code = match error {
+            RunError::Grammar(_) => Code::InvalidRequest,
+            RunError::ContextFull { .. } | RunError::NoPages { .. } => Code::ContextLengthExceeded,
+            _ => Code::ServerError,
+        };
         let bad = BadLine {
             custom_id: Some(job.request.custom_id),
-            ..BadLine::new(Code::ServerError, error.to_string())
+            ..BadLine::new(code, error.to_string())
         };
         self.refuse(job.line, &bad)
     }

@@ -5,6 +5,7 @@ use super::*;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tier_plan_runtime::sampler::{LogitBias, SamplerConfig};
+use tier_plan_serve::request::format::Format;
 use tier_plan_serve::request::{Message, Role};
 
 /// A request for a completion with these fields in its body.
@@ -235,12 +236,11 @@ fn fields_that_would_change_the_result_are_refused() {
     for (name, value) in [
         ("tools", json!([{"type": "function"}])),
         ("tool_choice", json!("required")),
-        ("response_format", json!({"type": "json_object"})),
         ("reasoning_effort", json!("low")),
         ("min_tokens", json!(4)),
         ("best_of", json!(2)),
         ("echo", json!(true)),
-        ("grammar", json!("root ::= \"a\"")),
+        ("suffix", json!("end")),
     ] {
         let words = format!("body.{name}: ");
         refused(
@@ -256,6 +256,93 @@ fn fields_that_would_change_the_result_are_refused() {
     ] {
         assert!(completion(body.clone()).is_ok(), "{body}");
     }
+}
+
+#[test]
+fn answers_may_have_to_have_a_form() {
+    let schema = || json!({"type": "object"});
+    let forms = [
+        (
+            json!({"response_format": {"type": "json_object"}}),
+            Format::Json(schema()),
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema()}}}),
+            Format::Json(schema()),
+        ),
+        (json!({"json_schema": schema()}), Format::Json(schema())),
+        (
+            json!({"guided_json": schema().to_string()}),
+            Format::Json(schema()),
+        ),
+        (
+            json!({"guided_regex": "[0-9]"}),
+            Format::Regex("[0-9]".into()),
+        ),
+        (
+            json!({"guided_choice": ["a", "b"]}),
+            Format::Choice(vec!["a".into(), "b".into()]),
+        ),
+        (
+            json!({"structured_outputs": {"choice": ["a"]}}),
+            Format::Choice(vec!["a".into()]),
+        ),
+        (
+            json!({"guided_grammar": "start: \"a\""}),
+            Format::Lark("start: \"a\"".into()),
+        ),
+        (json!({"response_format": {"type": "text"}}), Format::Text),
+        (json!({"grammar": ""}), Format::Text),
+    ];
+    for (body, expected) in forms {
+        assert_eq!(completion(body.clone()).unwrap().format, expected, "{body}");
+        assert_eq!(chat(body.clone()).unwrap().format, expected, "{body}");
+    }
+    let gbnf = completion(json!({"grammar": "root ::= \"a\""})).unwrap();
+    assert!(matches!(gbnf.format, Format::Lark(_)));
+    let long = format!("[{}]", "a".repeat(1 << 18));
+    for (body, words) in [
+        (
+            json!({"response_format": {"type": "json_schema"}}),
+            "body.response_format.json_schema: missing",
+        ),
+        (json!({"grammar": "root ::= ("}), "body.grammar: line 1"),
+        (json!({"guided_regex": long}), "expected at most 262144"),
+        (json!({"guided_choice": []}), "body.guided_choice: "),
+        (
+            json!({"guided_choice": ["a"], "guided_regex": "a"}),
+            "body.guided_choice: beside guided_regex",
+        ),
+    ] {
+        refused(completion(body.clone()), Code::InvalidRequest, words);
+        refused(chat(body), Code::InvalidRequest, words);
+    }
+}
+
+#[test]
+fn chats_may_set_variables_of_their_template() {
+    let body =
+        json!({"chat_template_kwargs": {"enable_thinking": false}, "reasoning_effort": "low"});
+    let expected = json!({"enable_thinking": false, "reasoning_effort": "low"});
+    assert_eq!(
+        Value::Object(chat(body.clone()).unwrap().variables),
+        expected
+    );
+    refused(
+        completion(body),
+        Code::Unsupported,
+        "body.reasoning_effort: ",
+    );
+    refused(
+        chat(json!({"chat_template_kwargs": {"messages": []}})),
+        Code::InvalidRequest,
+        "body.chat_template_kwargs: \"messages\"",
+    );
+    refused(
+        chat(json!({"tools": [{"type": "function"}]})),
+        Code::Unsupported,
+        "body.tools: ",
+    );
 }
 
 #[test]
@@ -359,7 +446,8 @@ proptest! {
     #[test]
     fn any_value_of_any_field_gives_a_request_or_one_line(
         name in prop::sample::select(vec!["prompt", "max_tokens", "temperature", "stop", "n", "seed", "logprobs",
-            "logit_bias", "top_k", "tools", "response_format", "messages"]),
+            "logit_bias", "top_k", "tools", "response_format", "messages", "guided_json", "guided_choice",
+            "guided_grammar", "grammar", "structured_outputs"]),
         value in prop_oneof![
             any::<i64>().prop_map(Value::from), any::<f64>().prop_map(Value::from), ".{0,8}".prop_map(Value::from),
             prop::collection::vec(".{0,3}", 0..3).prop_map(Value::from),

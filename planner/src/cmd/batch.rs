@@ -4,7 +4,7 @@ mod speeds;
 
 pub use speeds::Parallel;
 
-use crate::batch::{Batch, Chats, Input, Options, Output, Prompts, Summary};
+use crate::batch::{Batch, Chats, Grammars, Input, Options, Output, Prompts, Summary};
 use crate::chat::dialect::Dialect;
 use crate::chat::template::Template;
 use crate::cmd::args::sampling;
@@ -20,6 +20,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 pub(in crate::cmd) use speeds::{Asked, Speeds};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 use tier_plan_runtime::formats::safely;
 use tier_plan_runtime::sampler::SamplerConfig;
@@ -85,6 +86,9 @@ impl BatchArgs {
     }
 }
 
+/// What the names of fields have before them in errors.
+const PATH: &str = "body.";
+
 /// Runs the command.
 ///
 /// # Errors
@@ -100,18 +104,20 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     let mut input = Input::open(requests)?;
     let prepared = Prepared::open(model, opening)?;
     sampling::check_biases(&sampling, prepared.spec().n_vocab)?;
-    let tokenizer = prepared.tokenizer_with(args.texts.pre.tokenizer_pre.as_deref())?;
+    let tokenizer = Arc::new(prepared.tokenizer_with(args.texts.pre.tokenizer_pre.as_deref())?);
     let template = match input.has_chats() {
         true => template(&prepared, &tokenizer, given)?,
         false => None,
     };
+    let source = template.as_ref().map(Dialect::source);
+    let grammars = Grammars::new(Arc::clone(&tokenizer), source, PATH);
     let prompts = Prompts {
         tokenizer: &tokenizer,
         template: template.as_ref().map(|template| template as &dyn Chats),
         n_vocab: prepared.spec().n_vocab,
         context: prepared.context(),
         max_tokens,
-        path: "body.",
+        path: PATH,
     };
     // Not before the model's header is read, so that a mistake leaves no file behind.
     let mut output = Output::open(&args.output, &input)?;
@@ -119,6 +125,7 @@ pub fn run(args: &BatchArgs) -> Result<()> {
         let summary = Summary {
             lines: input.n_lines(),
             earlier: input.n_lines(),
+            earlier_refused: output.n_refused(),
             ..Summary::default()
         };
         return print(args, &summary, 0);
@@ -132,11 +139,13 @@ pub fn run(args: &BatchArgs) -> Result<()> {
             .iter()
             .for_each(|line| eprintln!("{line}"));
     }
-    let files = Files {
+    let work = Work {
         input: &mut input,
         output: &mut output,
+        prompts: &prompts,
+        grammars: &grammars,
     };
-    let (summary, texts) = answer(args, &mut session, &prompts, files, (sampling, &routing))?;
+    let (summary, texts) = answer(args, &mut session, work, (sampling, &routing))?;
     session.keep()?;
     args.texts.kept.warn(&mut session.engine);
     print(args, &summary, texts)?;
@@ -146,18 +155,19 @@ pub fn run(args: &BatchArgs) -> Result<()> {
     Ok(())
 }
 
-/// The two files of a batch.
-struct Files<'a> {
+/// The two files of a batch, and what makes texts of requests.
+struct Work<'a> {
     input: &'a mut Input,
     output: &'a mut Output,
+    prompts: &'a Prompts<'a>,
+    grammars: &'a Grammars,
 }
 
 /// Answers the requests. Returns what was done, and how many texts at once.
 fn answer(
     args: &BatchArgs,
     session: &mut Session,
-    prompts: &Prompts<'_>,
-    files: Files<'_>,
+    work: Work<'_>,
     (sampling, routing): (SamplerConfig, &Routing),
 ) -> Result<(Summary, usize)> {
     let _catching = crate::interrupt::catch_interrupts();
@@ -174,14 +184,15 @@ fn answer(
         max_texts: speeds.texts as usize,
         max_step: speeds.max_step,
         max_drafts: args.texts.draft,
+        grammars: work.grammars,
         cost: speeds.cost,
         on_step: &mut |summary| progress.show(summary),
     };
     let batch = Batch::new(
         &mut session.engine,
-        prompts,
-        files.input,
-        files.output,
+        work.prompts,
+        work.input,
+        work.output,
         options,
     );
     let texts = batch.max_texts();
@@ -271,6 +282,7 @@ fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
             "answered": summary.answered,
             "refused": summary.refused,
             "answered_before": summary.earlier,
+            "refused_before": summary.earlier_refused,
             "prompt_tokens": summary.prompt_tokens,
             "shared_tokens": summary.shared_tokens,
             "generated_tokens": summary.generated_tokens,
@@ -298,7 +310,11 @@ fn print(args: &BatchArgs, summary: &Summary, texts: usize) -> Result<()> {
         );
     }
     if summary.earlier > 0 {
-        eprintln!("{} were answered before", summary.earlier);
+        let errors = match summary.earlier_refused {
+            0 => String::new(),
+            n => format!(", {n} of them with an error"),
+        };
+        eprintln!("{} were answered before{errors}", summary.earlier);
     }
     if summary.refused > 0 {
         eprintln!(

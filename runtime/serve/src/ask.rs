@@ -3,7 +3,6 @@
 use crate::answer::{Choice, Finish, Place};
 use crate::calls::{Call, Part, add};
 use crate::error::{ApiError, json_response};
-use crate::grammar::Wanted;
 use crate::http::body;
 use crate::job::{Command, Job, JobEvent, What, most_events};
 use crate::log::{Entry, Texts};
@@ -53,13 +52,7 @@ impl Prepared {
     pub fn new(state: &State, request: Request) -> Result<Self, ApiError> {
         let calls = call_options(state, &request)?;
         let encoded = state.prompts().encode_with(&request, state.replay())?;
-        let grammar = state.grammars.of(&Wanted {
-            format: &request.format,
-            tools: &request.tools,
-            form: state.form,
-            is_chat: request.endpoint == Endpoint::Chat,
-            prompt: &encoded.text,
-        })?;
+        let grammar = state.grammars.of(&request, &encoded.text)?;
         let mut stop = request.stop.clone();
         if let Some(calls) = calls.as_ref().filter(|calls| calls.only_one) {
             stop.extend(calls.form.one.iter().map(ToString::to_string));

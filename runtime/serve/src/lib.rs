@@ -9,8 +9,8 @@
 //!
 //! All input is a stranger's: no body and no header makes it panic or take memory without bound.
 //!
-//! [`request`], [`prompts`], and [`answer`] are OpenAI's interface apart from HTTP; batches use them,
-//! too.
+//! [`request`], [`prompts`], [`grammar`], and [`answer`] are OpenAI's interface apart from HTTP;
+//! batches use them, too.
 #![forbid(unsafe_code)]
 
 // The checks of the fuzz target call the crate by its name.
@@ -24,7 +24,7 @@ mod calls;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
-mod grammar;
+pub mod grammar;
 mod http;
 mod job;
 mod live;

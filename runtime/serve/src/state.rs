@@ -176,7 +176,7 @@ impl State {
             .and_then(|chats| forms::of_template(chats.source()));
         let run = since.map_or(0, |since| since.as_nanos() as u64) ^ u64::from(std::process::id());
         Self {
-            grammars: Grammars::new(Arc::clone(&setup.tokenizer)),
+            grammars: Grammars::with_form(Arc::clone(&setup.tokenizer), form),
             form,
             shown: form.map_or(Arc::new([]), |form| shown(form, &setup.tokenizer)),
             sampled: Sampled::default(),

@@ -59,7 +59,8 @@ fn answers(gguf: &Arc<Gguf>, max_drafts: usize) -> (Vec<Value>, Summary) {
     let plan = in_memory_with(model.shape(), room, KvType::F16);
     let options = LoadOptions::default();
     let mut engine = Engine::load(Arc::clone(gguf), &plan, &options, &mut |_, _| {}).unwrap();
-    let tokenizer = tokenizer(gguf).unwrap();
+    let tokenizer = Arc::new(tokenizer(gguf).unwrap());
+    let grammars = Grammars::new(Arc::clone(&tokenizer), None, "body.");
     let prompts = Prompts {
         tokenizer: &tokenizer,
         template: None,
@@ -74,6 +75,7 @@ fn answers(gguf: &Arc<Gguf>, max_drafts: usize) -> (Vec<Value>, Summary) {
         max_texts: 4,
         max_step: None,
         max_drafts,
+        grammars: &grammars,
         cost: Some(cheap_rows()),
         on_step: &mut |_| {},
     };

@@ -2,19 +2,22 @@
 //!
 //! What an answer must be, in front of it the thought of a model that reasons, and the frame of calls
 //! are written down as one grammar in the syntax of Lark, which llguidance compiles. A vocabulary is
-//! put into the form that it needs when the first grammar comes.
+//! put into the form that it needs when the first grammar comes. Requests with equal grammars share
+//! what was compiled; the last few are kept.
 
+mod compiled;
 mod frame;
 pub(crate) mod gbnf;
 mod guide;
 #[cfg(test)]
 mod tests;
 
-use crate::calls::forms::Form;
+use crate::calls::forms::{self, Form};
 use crate::request::format::Format;
 use crate::request::tools::Tools;
-use crate::request::{BadLine, Code};
+use crate::request::{BadLine, Code, Endpoint, Request};
 use crate::thought;
+use compiled::Compiled;
 use frame::Lark;
 use guide::Vocabulary;
 use std::sync::{Arc, OnceLock};
@@ -25,53 +28,86 @@ use tier_plan_runtime::tokenizer::Tokenizer;
 const MAX_MESSAGE_CHARS: usize = 400;
 
 /// What an answer must be, and what it may have before.
-pub(crate) struct Wanted<'a> {
-    pub format: &'a Format,
-    pub tools: &'a Tools,
-    /// How the model calls tools, if it has any.
-    pub form: Option<&'static Form>,
+struct Wanted<'a> {
+    format: &'a Format,
+    tools: &'a Tools,
     /// Whether the answer is one of a chat, with a thought before it.
-    pub is_chat: bool,
+    is_chat: bool,
     /// The end of the prompt, where a template may have opened a thought.
-    pub prompt: &'a str,
+    prompt: &'a str,
 }
 
 /// Makes the grammars of a model.
-pub(crate) struct Grammars {
+pub struct Grammars {
     tokenizer: Arc<Tokenizer>,
     vocabulary: OnceLock<Result<Vocabulary, String>>,
+    /// How the model calls tools, if that is known.
+    form: Option<&'static Form>,
+    /// What the names of fields have before them in errors.
+    path: &'static str,
+    compiled: Compiled,
 }
 
 impl Grammars {
-    pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
+    /// Creates the grammars of a model with this chat template, if it has one. In errors, the names of
+    /// fields have `path` before them, such as `body.`.
+    pub fn new(tokenizer: Arc<Tokenizer>, template: Option<&str>, path: &'static str) -> Self {
+        let form = template.and_then(forms::of_template);
         Self {
-            tokenizer,
-            vocabulary: OnceLock::new(),
+            path,
+            ..Self::with_form(tokenizer, form)
         }
     }
 
-    /// Returns the grammar of an answer, `None` if it may be any text.
+    /// Creates the grammars of a model that calls tools in this form.
+    pub(crate) fn with_form(tokenizer: Arc<Tokenizer>, form: Option<&'static Form>) -> Self {
+        Self {
+            tokenizer,
+            vocabulary: OnceLock::new(),
+            form,
+            path: "",
+            compiled: Compiled::default(),
+        }
+    }
+
+    /// Returns the grammar of the answer to a request, `None` if it may be any text. `prompt` is the
+    /// text that a template made of the messages. Equal requests get one grammar.
     ///
     /// # Errors
     /// When the grammar can't be compiled, or the model's calls have no frame.
-    pub fn of(&self, wanted: &Wanted<'_>) -> Result<Option<Grammar>, BadLine> {
+    pub fn of(&self, request: &Request, prompt: &str) -> Result<Option<Grammar>, BadLine> {
+        self.wanted(&Wanted {
+            format: &request.format,
+            tools: &request.tools,
+            is_chat: request.endpoint == Endpoint::Chat,
+            prompt,
+        })
+    }
+
+    /// Returns the grammar of an answer, `None` if it may be any text.
+    fn wanted(&self, wanted: &Wanted<'_>) -> Result<Option<Grammar>, BadLine> {
         let demanded = wanted.tools.demanded();
         if demanded.is_none() && *wanted.format == Format::Text {
             return Ok(None);
         }
+        let refused = |code, why: &str| {
+            let message = format!("{}{}: {why}", self.path, what(wanted));
+            BadLine::new(code, message)
+        };
         let made = self
             .vocabulary
             .get_or_init(|| Vocabulary::new(&self.tokenizer));
-        let vocabulary = made.as_ref().map_err(|why| {
-            let message = format!("{}: {why}", what(wanted));
-            BadLine::new(Code::Unsupported, message)
-        })?;
+        let vocabulary = made
+            .as_ref()
+            .map_err(|why| refused(Code::Unsupported, why))?;
         let lark = self.lark(wanted, vocabulary)?;
-        let grammar = vocabulary.compile(&lark);
-        grammar.map(Some).map_err(|why| {
-            let why: String = why.chars().take(MAX_MESSAGE_CHARS).collect();
-            BadLine::new(Code::InvalidRequest, format!("{}: {why}", what(wanted)))
-        })
+        let grammar = self.compiled.get(lark, |lark| {
+            let grammar = vocabulary.compile(lark);
+            grammar.map_err(|why| why.chars().take(MAX_MESSAGE_CHARS).collect())
+        });
+        grammar
+            .map(Some)
+            .map_err(|why| refused(Code::InvalidRequest, &why))
     }
 
     /// Returns the grammar as text.
@@ -80,14 +116,15 @@ impl Grammars {
             return Ok(text.clone());
         }
         let mut lark = Lark::new(|text| vocabulary.control(text));
-        let is_channels = wanted.form.is_some_and(Form::is_channels);
+        let is_channels = self.form.is_some_and(Form::is_channels);
         let mut ways = Vec::new();
         if wanted.tools.may_call() {
-            let frame = wanted.form.and_then(|form| form.frame.as_ref());
+            let frame = self.form.and_then(|form| form.frame.as_ref());
             let frame = frame.ok_or_else(|| {
                 let message = format!(
-                    "{}: calls of this model can't be demanded or go with a form of the answer, expected \
+                    "{}{}: calls of this model can't be demanded or go with a form of the answer, expected \
                      \"tool_choice\": \"auto\" alone",
+                    self.path,
                     what(wanted)
                 );
                 BadLine::new(Code::Unsupported, message)

@@ -67,11 +67,11 @@ fn grammar(
     let wanted = Wanted {
         format,
         tools,
-        form,
         is_chat: true,
         prompt: "",
     };
-    Grammars::new(tokenizer()).of(&wanted).map(Option::unwrap)
+    let grammars = Grammars::with_form(tokenizer(), form);
+    grammars.wanted(&wanted).map(Option::unwrap)
 }
 
 #[test]
@@ -259,12 +259,11 @@ fn a_thought_comes_before() {
     let wanted = Wanted {
         format: &format,
         tools: &Tools::default(),
-        form: None,
         is_chat: true,
         prompt: "Q<think>\n",
     };
-    let grammar = Grammars::new(Arc::clone(&tokenizer))
-        .of(&wanted)
+    let grammar = Grammars::with_form(Arc::clone(&tokenizer), None)
+        .wanted(&wanted)
         .unwrap()
         .unwrap();
     for text in [
@@ -276,5 +275,47 @@ fn a_thought_comes_before() {
     }
     for text in ["{}", "Hm.</think>text", "Hm"] {
         assert!(!takes(&grammar, &tokenizer, text), "{text}");
+    }
+}
+
+#[test]
+fn equal_requests_share_what_was_compiled() {
+    let request = |url: &str, body: &str| {
+        let prompt = match url {
+            "/v1/completions" => r#""prompt": "a""#,
+            _ => r#""messages": [{"role": "user", "content": "a"}]"#,
+        };
+        let line = format!(r#"{{"custom_id": "1", "url": "{url}", "body": {{{prompt}{body}}}}}"#);
+        Request::parse(line.as_bytes()).unwrap()
+    };
+    let completion = |body: &str| request("/v1/completions", body);
+    let grammars = Grammars::new(tokenizer(), Some("<think>"), "body.");
+    let one = r#", "guided_json": {"properties": {"a": {"type": "integer"}}}"#;
+    let of = |request: &Request, prompt: &str| grammars.of(request, prompt).unwrap();
+    assert_eq!(of(&completion(""), ""), None);
+    let made = of(&completion(one), "");
+    assert!(made.is_some());
+    // One grammar is equal to itself only.
+    assert_eq!(of(&completion(one), "another"), made);
+    let same = r#", "response_format": {"type": "json_object",
+        "schema": {"properties": {"a": {"type": "integer"}}}}, "max_tokens": 7, "seed": 1"#;
+    assert_eq!(of(&completion(same), ""), made);
+    assert_ne!(of(&completion(r#", "guided_choice": ["a"]"#), ""), made);
+    // In a chat, a thought may come before.
+    let chat = request("/v1/chat/completions", one);
+    let after = of(&chat, "Q<think>\n");
+    assert_ne!(after, made);
+    assert_eq!(of(&chat, "R<think>\n"), after);
+    assert_eq!(of(&completion(one), ""), made);
+    // What is wrong is told each time, with the field.
+    let wrong = completion(r#", "guided_regex": "(a""#);
+    for _ in 0..2 {
+        let bad = grammars.of(&wrong, "").unwrap_err();
+        assert_eq!(bad.code, Code::InvalidRequest);
+        assert!(
+            bad.message.starts_with("body.response_format: "),
+            "{}",
+            bad.message
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! Fields of a body.
 
 use super::fields::{Fields, bad, shown, whole};
-use super::format::{self, Format};
+use super::format;
 use super::tools::{self, Tools};
 use super::{
     BadLine, Code, Endpoint, Message, Prompt, Request, Role, Sampling, Sender, Stream, unsupported,
@@ -58,15 +58,12 @@ pub(crate) fn checked(
         } else {
             Tools::default()
         },
-        variables: if is_served_chat {
+        variables: if endpoint == Endpoint::Chat {
             variables(body)?
         } else {
             Map::new()
         },
-        format: match sender {
-            Sender::Client => format::format(body)?,
-            Sender::Batch => Format::Text,
-        },
+        format: format::format(body)?,
     })
 }
 
@@ -92,7 +89,7 @@ pub(crate) fn variables(body: Fields<'_>) -> Result<Map<String, Value>, BadLine>
     };
     if let Some(name) = RESERVED.iter().find(|name| variables.contains_key(**name)) {
         let place = body.place("chat_template_kwargs");
-        let message = format!("{place}: \"{name}\" is set by the server, expected other names");
+        let message = format!("{place}: \"{name}\" is set by the program, expected other names");
         return Err(BadLine::new(Code::InvalidRequest, message));
     }
     if body.flag("add_generation_prompt")? == Some(false) {

@@ -20,30 +20,16 @@ pub(crate) const fn never(name: &'static str) -> Unsupported {
 }
 
 /// What only chats of the server have.
-const OF_CHATS: &[Unsupported] = &[
+const TOOLS: &[Unsupported] = &[
     never("tools"),
     Unsupported {
         name: "tool_choice",
         neutral: || vec![json!("none"), json!("auto")],
     },
-    never("reasoning_effort"),
-    never("chat_template_kwargs"),
 ];
 
-/// What only the server has.
-const OF_SERVER: &[Unsupported] = &[
-    Unsupported {
-        name: "response_format",
-        neutral: || vec![json!({"type": "text"})],
-    },
-    never("guided_json"),
-    never("guided_regex"),
-    never("guided_choice"),
-    never("guided_grammar"),
-    never("structured_outputs"),
-    never("json_schema"),
-    never("grammar"),
-];
+/// What only chats have.
+const OF_CHATS: &[Unsupported] = &[never("reasoning_effort"), never("chat_template_kwargs")];
 
 const UNSUPPORTED: &[Unsupported] = &[
     never("functions"),
@@ -93,12 +79,12 @@ const UNSUPPORTED: &[Unsupported] = &[
 
 /// Refuses a body with a field that would change the result.
 pub(super) fn check(body: Fields<'_>, endpoint: Endpoint, sender: Sender) -> Result<(), BadLine> {
-    let (of_chats, of_server) = match (sender, endpoint) {
-        (Sender::Batch, _) => (OF_CHATS, OF_SERVER),
-        (Sender::Client, Endpoint::Completions) => (OF_CHATS, &[][..]),
+    let (tools, of_chats) = match (sender, endpoint) {
+        (_, Endpoint::Completions) => (TOOLS, OF_CHATS),
+        (Sender::Batch, Endpoint::Chat) => (TOOLS, &[][..]),
         (Sender::Client, Endpoint::Chat) => (&[][..], &[][..]),
     };
-    [of_chats, of_server, UNSUPPORTED]
+    [tools, of_chats, UNSUPPORTED]
         .into_iter()
         .try_for_each(|fields| refuse(body, fields))
 }
