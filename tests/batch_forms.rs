@@ -185,7 +185,7 @@ fn answers_of_a_form_are_those_of_the_server() {
 #[test]
 fn a_form_that_is_wrong_is_the_error_of_its_line() {
     let of = |id: &str, more: Value| {
-        let mut body = json!({"prompt": "a", "max_tokens": 20, "temperature": 0});
+        let mut body = json!({"prompt": "a", "max_tokens": 200, "temperature": 0});
         let fields = body.as_object_mut().unwrap();
         fields.extend(more.as_object().unwrap().clone());
         completion(id, body)
@@ -235,7 +235,7 @@ fn a_form_that_is_wrong_is_the_error_of_its_line() {
 #[test]
 fn a_run_with_forms_goes_on_where_an_earlier_one_was_cut_off() {
     let line = |i: usize| {
-        let body = json!({"prompt": format!("{i} In the beginning"), "max_tokens": 60, "temperature": 0.8,
+        let body = json!({"prompt": format!("{i} In the beginning"), "max_tokens": 200, "temperature": 0.8,
             "guided_json": schema()});
         completion(&i.to_string(), body)
     };
