@@ -271,13 +271,14 @@ impl ExpertStore {
 
     /// Takes a prediction of the experts that the next step, in `layer`, will use: a token's in the
     /// router's order, a batch's in the order in which they compute.
+    /// Nothing comes of it where experts are not prefetched.
     pub(crate) fn predict(
         &mut self,
         layer: usize,
         experts: impl Iterator<Item = u32>,
         from: Foresight,
     ) {
-        let Some(in_layer) = self.layers.get(layer) else {
+        let Some(in_layer) = self.layers.get(layer).filter(|_| self.can_prefetch()) else {
             return;
         };
         let is_missing =

@@ -444,6 +444,24 @@ proptest! {
 }
 
 #[test]
+fn without_prefetching_nothing_comes_of_predictions() {
+    let reads = Arc::default();
+    let mut store = store(&setup(4, 0, Layout::WholePages), &reads);
+    assert!(!store.can_prefetch());
+    for from in [
+        Foresight::Exact,
+        Foresight::Share,
+        Foresight::of_router(false),
+    ] {
+        store.predict(1, 0..4, from);
+        store.start_predicted();
+    }
+    store.read_most(1, 4, 64);
+    assert_eq!(reads.lock().unwrap().count, 0);
+    drain(&mut store, 0);
+}
+
+#[test]
 fn warm_up_fills_empty_slots_between_steps() {
     for (staging, slots) in [(0, 4), (1, 4), (6, 4), (6, 2)] {
         let setup = Setup {
