@@ -13,29 +13,7 @@ const LITTLE: &str = "40MiB";
 const MORE: &str = "42MiB";
 
 /// A machine as `tier-plan probe` describes one.
-const MACHINE: &str = r#"format = "tier-plan machine"
-version = 1
-name = "probed"
-description = "made up"
-layer_overhead_us = 5
-token_overhead_us = 20
-
-[[tier]]
-name = "dram"
-kind = "dram"
-capacity = "1GiB"
-read_gbps = 10
-latency_us = 0
-source = "made up"
-
-[[tier]]
-name = "nvme"
-kind = "nvme"
-capacity = "1TiB"
-read_gbps = 1
-latency_us = 100
-source = "made up"
-"#;
+const MACHINE: &str = include_str!("data/auto/machine.toml");
 
 /// The program with a home of its own, and a copy of the model that has nothing beside it.
 struct Home {

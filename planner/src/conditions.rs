@@ -307,7 +307,7 @@ pub fn busy_line<'a>(records: impl Iterator<Item = &'a RunRecord>) -> Option<Str
         ""
     };
     Some(format!(
-        "this machine was busy: {}{of}; {so}; run again on a quiet machine",
+        "This machine was busy: {}{of}; {so}; run again on a quiet machine.",
         describe_processors(&conditions.processors)
     ))
 }

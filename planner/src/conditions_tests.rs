@@ -125,7 +125,7 @@ fn a_busy_machine_is_told_of_emulated_runs_that_know_no_rates() {
     let line = busy_line(records.iter()).unwrap();
     assert!(
         line.starts_with(
-            "this machine was busy: its threads got 50 % of the processors' time, other"
+            "This machine was busy: its threads got 50 % of the processors' time, other"
         ),
         "{line}"
     );

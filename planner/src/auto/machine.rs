@@ -193,29 +193,7 @@ mod tests {
     use std::fs::{self, File};
 
     /// A machine that `probe` could have written.
-    const MEASURED: &str = r#"format = "tier-plan machine"
-version = 1
-name = "probed"
-description = "made up"
-layer_overhead_us = 5
-token_overhead_us = 20
-
-[[tier]]
-name = "dram"
-kind = "dram"
-capacity = "1GiB"
-read_gbps = 10
-latency_us = 0
-source = "made up"
-
-[[tier]]
-name = "nvme"
-kind = "nvme"
-capacity = "1TiB"
-read_gbps = 1
-latency_us = 100
-source = "made up"
-"#;
+    const MEASURED: &str = include_str!("../../../tests/data/auto/machine.toml");
 
     #[test]
     fn a_measured_machine_is_taken_as_long_as_it_is_young_and_whole() {

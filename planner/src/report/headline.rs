@@ -116,9 +116,7 @@ impl Overview<'_> {
     fn busy(&self) -> Option<String> {
         let records = self.plans.iter().flat_map(|plan| &plan.entry.records);
         let unknown = |r: &&RunRecord| r.conditions.as_ref().is_some_and(|c| c.predicted.is_none());
-        let line = busy_line(records.filter(unknown))?;
-        let rest = line.strip_prefix("this")?;
-        Some(format!("This{rest}."))
+        busy_line(records.filter(unknown))
     }
 }
 

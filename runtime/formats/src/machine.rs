@@ -422,5 +422,4 @@ impl Machine {
 }
 
 #[cfg(test)]
-#[path = "machine_tests.rs"]
 pub(super) mod tests;
