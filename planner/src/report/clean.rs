@@ -129,6 +129,9 @@ pub(super) fn report(of: &mut Report) -> Result<()> {
         clean_id(&mut placement.model);
         clean_id(&mut placement.machine);
         placement.profile.iter_mut().for_each(clean_id);
+        for copy in &mut placement.reads.copies {
+            clean(&mut copy.file);
+        }
         for tier in &mut placement.tiers {
             clean(&mut tier.tier.name);
             clean(&mut tier.tier.source);
@@ -159,6 +162,7 @@ pub(super) fn report(of: &mut Report) -> Result<()> {
 mod tests {
     use super::*;
     use crate::report::sample;
+    use tier_plan_runtime::formats::placement::ExpertCopy;
 
     #[test]
     fn paths_are_taken_out() {
@@ -215,6 +219,10 @@ mod tests {
             let placement = plan.placement.as_mut().unwrap();
             placement.name = path.into();
             placement.machine.name = path.into();
+            placement.reads.copies.push(ExpertCopy {
+                file: path.into(),
+                share: 0.5,
+            });
             placement
                 .tiers
                 .iter_mut()
