@@ -9,7 +9,8 @@ use std::hint::black_box;
 use std::time::Duration;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::{
-    Activations, BAND_ROWS, Kernels, OutMatrix, RowOrder, Weights, needs_quants, q8_row_bytes,
+    Activations, BAND_ROWS, Kernels, OutMatrix, RowOrder, StoredRows, Weights, needs_quants,
+    q8_row_bytes,
 };
 
 const COLS: usize = 2048;
@@ -147,5 +148,51 @@ fn operations(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, matmuls, operations);
+/// Times what attention computes over a chunk of rows of 128 values in the cache.
+fn attention(c: &mut Criterion) {
+    const WIDTH: usize = 128;
+    const ROWS: usize = 64;
+    let mut group = c.benchmark_group("attention");
+    group
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(100))
+        .measurement_time(Duration::from_millis(300));
+    let values: Vec<f32> = (0..ROWS * WIDTH)
+        .map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0)
+        .collect();
+    let half: Vec<half::f16> = values.iter().map(|v| half::f16::from_f32(*v)).collect();
+    let mut bytes = Vec::new();
+    for row in values.chunks_exact(WIDTH) {
+        let mut q8 = vec![0; q8_row_bytes(WIDTH)];
+        Kernels::SCALAR.to_q8(row, &mut q8);
+        bytes.extend(q8);
+    }
+    for k in &Kernels::available()[1..] {
+        for queries in [1, 4, 8, 32] {
+            let (mut scores, mut out) = (vec![0.0; queries * ROWS], vec![0.0; queries * WIDTH]);
+            let x: Vec<f32> = (0..queries)
+                .flat_map(|_| &values[..WIDTH])
+                .copied()
+                .collect();
+            group.throughput(Throughput::Elements((queries * ROWS * WIDTH) as u64));
+            for (name, rows) in [
+                ("f16", StoredRows::F16(&half)),
+                ("q8", StoredRows::Q8(&bytes)),
+                ("f32", StoredRows::F32(&values)),
+            ] {
+                let id = |what: &str| BenchmarkId::new(format!("{what}-{name}-{queries}"), k.isa());
+                group.bench_function(id("dots"), |b| {
+                    b.iter(|| k.row_dots(black_box(&x), rows, WIDTH, &mut scores, ROWS));
+                });
+                group.bench_function(id("mix"), |b| {
+                    b.iter(|| {
+                        k.add_weighted_rows(black_box(&scores), ROWS, rows, WIDTH, &mut out, WIDTH)
+                    });
+                });
+            }
+        }
+    }
+}
+
+criterion_group!(benches, matmuls, operations, attention);
 criterion_main!(benches);

@@ -224,6 +224,14 @@ fn prefetch_run<F: BandFormat>(lines: *const u8, run: usize) {
     );
 }
 
+/// Keeps the compiler from mixing the instructions of two runs, whose registers it then has to
+/// save on the stack.
+#[inline(always)]
+fn keep_apart() {
+    // SAFETY: no instructions.
+    unsafe { std::arch::asm!("", options(nostack, preserves_flags)) }
+}
+
 /// Sums of `N` tokens with the rows of a band.
 type Sums<const N: usize> = [[__m512; 2]; N];
 
@@ -249,18 +257,25 @@ unsafe fn multiply<F: BandFormat, const N: usize>(panel: &Panel<'_>, band: &Band
             }
             let x = x.add(block);
             add_run::<F, N>(F::run::<0>(lines, head), x, groups, 0, &mut sums);
+            keep_apart();
             prefetch_run::<F>(lines, 1);
             add_run::<F, N>(F::run::<1>(lines, head), x, groups, 1, &mut sums);
+            keep_apart();
             prefetch_run::<F>(lines, 2);
             add_run::<F, N>(F::run::<2>(lines, head), x, groups, 2, &mut sums);
+            keep_apart();
             prefetch_run::<F>(lines, 3);
             add_run::<F, N>(F::run::<3>(lines, head), x, groups, 3, &mut sums);
+            keep_apart();
             prefetch_run::<F>(lines, 4);
             add_run::<F, N>(F::run::<4>(lines, head), x, groups, 4, &mut sums);
+            keep_apart();
             prefetch_run::<F>(lines, 5);
             add_run::<F, N>(F::run::<5>(lines, head), x, groups, 5, &mut sums);
+            keep_apart();
             prefetch_run::<F>(lines, 6);
             add_run::<F, N>(F::run::<6>(lines, head), x, groups, 6, &mut sums);
+            keep_apart();
             prefetch_run::<F>(lines, 7);
             add_run::<F, N>(F::run::<7>(lines, head), x, groups, 7, &mut sums);
         }
