@@ -182,11 +182,19 @@ fn attention(c: &mut Criterion) {
             ] {
                 let id = |what: &str| BenchmarkId::new(format!("{what}-{name}-{queries}"), k.isa());
                 group.bench_function(id("dots"), |b| {
-                    b.iter(|| k.row_dots(black_box(&x), rows, WIDTH, &mut scores, ROWS));
+                    b.iter(|| k.row_dots(black_box(&x), rows, &[], WIDTH, &mut scores, ROWS));
                 });
                 group.bench_function(id("mix"), |b| {
                     b.iter(|| {
-                        k.add_weighted_rows(black_box(&scores), ROWS, rows, WIDTH, &mut out, WIDTH)
+                        k.add_weighted_rows(
+                            black_box(&scores),
+                            ROWS,
+                            rows,
+                            &[],
+                            WIDTH,
+                            &mut out,
+                            WIDTH,
+                        )
                     });
                 });
             }

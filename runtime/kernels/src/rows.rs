@@ -37,7 +37,7 @@ pub enum StoredRows<'a> {
     Q8(&'a [u8]),
 }
 
-impl StoredRows<'_> {
+impl<'a> StoredRows<'a> {
     /// Returns the number of rows of `width` values.
     ///
     /// # Panics
@@ -51,6 +51,18 @@ impl StoredRows<'_> {
         };
         assert_eq!(len % row, 0, "whole rows");
         len / row
+    }
+
+    /// Returns the rows as bytes in this machine's order.
+    #[inline]
+    pub fn bytes(self) -> &'a [u8] {
+        let (start, len) = match self {
+            StoredRows::F32(rows) => (rows.as_ptr().cast(), size_of_val(rows)),
+            StoredRows::F16(rows) => (rows.as_ptr().cast(), size_of_val(rows)),
+            StoredRows::Q8(rows) => (rows.as_ptr(), rows.len()),
+        };
+        // SAFETY: the bytes of numbers, which have no padding.
+        unsafe { std::slice::from_raw_parts(start, len) }
     }
 
     /// Returns a range of the rows.
@@ -132,7 +144,8 @@ impl Kernels {
     }
 
     /// Computes attention scores: `scores[q * stride + r] = query q . row r`. Queries and rows have
-    /// `width` values; the elements of `scores` between its rows are not written.
+    /// `width` values; the elements of `scores` between its rows are not written. What is `ahead`,
+    /// which the next call reads, is fetched into the cache meanwhile.
     ///
     /// # Panics
     /// When `width` is 0, `queries` or `rows` are not whole rows, or `scores` is too short.
@@ -141,6 +154,7 @@ impl Kernels {
         self,
         queries: &[f32],
         rows: StoredRows<'_>,
+        ahead: &[u8],
         width: usize,
         scores: &mut [f32],
         stride: usize,
@@ -157,12 +171,12 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Amx | crate::Isa::Avx512 => unsafe {
-                super::x86::rows::avx512(rows).dots(n_rows, width, queries, scores, stride)
+                super::x86::rows::avx512(rows, ahead).dots(n_rows, width, queries, scores, stride)
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Avx2 => unsafe {
-                super::x86::rows::avx2(rows).dots(n_rows, width, queries, scores, stride)
+                super::x86::rows::avx2(rows, ahead).dots(n_rows, width, queries, scores, stride)
             },
             _ => {
                 let mut row = vec![0.0; width];
@@ -177,7 +191,8 @@ impl Kernels {
     }
 
     /// Adds weighted rows: `out[q] += sum over r of weights[q * stride + r] * row r`, in the order
-    /// of the rows. Rows have `width` values, of which the first `out_width` are read.
+    /// of the rows. Rows have `width` values, of which the first `out_width` are read. What is `ahead`
+    /// is fetched as by [`row_dots`](Self::row_dots).
     ///
     /// # Panics
     /// When a width is 0, `rows` or `out` are not whole rows, or `weights` is too short.
@@ -187,6 +202,7 @@ impl Kernels {
         weights: &[f32],
         stride: usize,
         rows: StoredRows<'_>,
+        ahead: &[u8],
         width: usize,
         out: &mut [f32],
         out_width: usize,
@@ -204,12 +220,14 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Amx | crate::Isa::Avx512 => unsafe {
-                super::x86::rows::avx512(rows).mix(n_rows, width, weights, stride, out, out_width)
+                super::x86::rows::avx512(rows, ahead)
+                    .mix(n_rows, width, weights, stride, out, out_width)
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Avx2 => unsafe {
-                super::x86::rows::avx2(rows).mix(n_rows, width, weights, stride, out, out_width)
+                super::x86::rows::avx2(rows, ahead)
+                    .mix(n_rows, width, weights, stride, out, out_width)
             },
             _ => {
                 let mut row = vec![0.0; width];

@@ -158,7 +158,7 @@ fn rows(kernels: Kernels, random: &mut Random) -> Outcome {
         for rows in kinds {
             let mut both = [vec![0.0; n_queries * n_rows], vec![0.0; n_queries * n_rows]];
             for (k, scores) in [Kernels::SCALAR, kernels].into_iter().zip(&mut both) {
-                k.row_dots(&queries, rows, width, scores, n_rows);
+                k.row_dots(&queries, rows, &[], width, scores, n_rows);
             }
             outcome.compare(
                 &both[1],

@@ -443,11 +443,19 @@ impl Block<'_> {
         scores.resize(heads * self.tokens.len() * CHUNK, 0.0);
         part.clear();
         let key_width = a.keys.width();
-        self.for_each_run(kernels, a.keys, chunk, tile, |rows, queries, at| {
-            let scores = &mut scores[queries.start * CHUNK + at..];
-            let queries = &self.queries[queries.start * key_width..queries.end * key_width];
-            kernels.row_dots(queries, rows, key_width, scores, CHUNK);
-        });
+        let positions = self.positions(chunk);
+        let then = (a.values, positions.start);
+        self.for_each_run(
+            kernels,
+            (a.keys, chunk),
+            then,
+            tile,
+            |rows, ahead, queries, at| {
+                let scores = &mut scores[queries.start * CHUNK + at..];
+                let queries = &self.queries[queries.start * key_width..queries.end * key_width];
+                kernels.row_dots(queries, rows, ahead, key_width, scores, CHUNK);
+            },
+        );
         for query in 0..heads * self.tokens.len() {
             let seen = self.seen_of(chunk, self.tokens.start + query / heads);
             let range = query * CHUNK + seen.start - chunk * CHUNK
@@ -459,11 +467,26 @@ impl Block<'_> {
             (part.largest[query], part.sums[query]) = kernels.exp_minus_max(&mut scores[range]);
         }
         let width = a.value_width;
-        self.for_each_run(kernels, a.values, chunk, tile, |rows, queries, at| {
-            let weights = &scores[queries.start * CHUNK + at..];
-            let mixed = &mut part.mixed[queries.start * width..queries.end * width];
-            kernels.add_weighted_rows(weights, CHUNK, rows, a.values.width(), mixed, width);
-        });
+        let then = (a.keys, positions.end);
+        self.for_each_run(
+            kernels,
+            (a.values, chunk),
+            then,
+            tile,
+            |rows, ahead, queries, at| {
+                let weights = &scores[queries.start * CHUNK + at..];
+                let mixed = &mut part.mixed[queries.start * width..queries.end * width];
+                kernels.add_weighted_rows(
+                    weights,
+                    CHUNK,
+                    rows,
+                    ahead,
+                    a.values.width(),
+                    mixed,
+                    width,
+                );
+            },
+        );
     }
 
     /// Returns the positions of a chunk that a token sees; an empty range within the chunk if none.
@@ -473,28 +496,49 @@ impl Block<'_> {
         start..seen.end.clamp(start, first + CHUNK)
     }
 
+    /// Returns the positions of a chunk that any token sees. Later tokens see later positions, so the
+    /// first and the last one see all that any does.
+    fn positions(&self, chunk: usize) -> Range<usize> {
+        self.seen_of(chunk, self.tokens.start).start..self.seen_of(chunk, self.tokens.end - 1).end
+    }
+
+    /// Returns the positions from `next` on whose rows are taken at a time: of one page, and before
+    /// `end`.
+    fn tile(&self, store: &RowStore, next: usize, end: usize) -> Range<usize> {
+        let step = (TILE_VALUES / store.width() / 4 * 4).clamp(4, CHUNK);
+        let page_end = (next / PAGE + 1) * PAGE;
+        next..(next + step).min(end).min(page_end)
+    }
+
     /// Goes through the rows of a chunk in order, a few at a time, and calls `work` once per run of
-    /// neighboring tokens that see equal rows: with the rows, the indices of the tokens' queries,
-    /// and the first row's position in the chunk.
+    /// neighboring tokens that see equal rows: with the rows, the bytes that are read next, the
+    /// indices of the tokens' queries, and the first row's position in the chunk. `then` are the
+    /// rows that are read after the chunk, by their store and their first position.
     fn for_each_run(
         &self,
         kernels: Kernels,
-        store: &RowStore,
-        chunk: usize,
+        (store, chunk): (&RowStore, usize),
+        (then, then_first): (&RowStore, usize),
         buffer: &mut Vec<f32>,
-        mut work: impl FnMut(StoredRows<'_>, Range<usize>, usize),
+        mut work: impl FnMut(StoredRows<'_>, &[u8], Range<usize>, usize),
     ) {
-        let width = store.width();
-        let step = (TILE_VALUES / width / 4 * 4).clamp(4, CHUNK);
-        // Later tokens see later positions, so the first and the last one see all that any does.
-        let positions = self.seen_of(chunk, self.tokens.start).start
-            ..self.seen_of(chunk, self.tokens.end - 1).end;
+        let (a, width, positions) = (self.a, store.width(), self.positions(chunk));
+        let all_end = a.past + a.tokens;
         let mut next = positions.start;
         while next < positions.end {
-            let page_end = (next / PAGE + 1) * PAGE;
-            let tile = next..(next + step).min(positions.end).min(page_end);
+            let tile = self.tile(store, next, positions.end);
             next = tile.end;
-            let mut rows = store.rows(self.a.pages, self.kv_head, tile.clone());
+            let mut rows = store.rows(a.pages, self.kv_head, tile.clone());
+            let (store_ahead, ahead) = if next < positions.end {
+                (store, self.tile(store, next, positions.end))
+            } else {
+                (then, self.tile(then, then_first.min(all_end), all_end))
+            };
+            let mut ahead = if ahead.is_empty() {
+                &[]
+            } else {
+                store_ahead.rows(a.pages, self.kv_head, ahead).bytes()
+            };
             if self.heads * self.tokens.len() > MAX_QUERIES_AS_STORED
                 && !matches!(rows, StoredRows::F32(_))
             {
@@ -504,6 +548,7 @@ impl Block<'_> {
                 }
                 kernels.widen_rows(rows, width, &mut buffer[..len]);
                 rows = StoredRows::F32(&buffer[..len]);
+                ahead = &[];
             }
             let seen = |token: usize| {
                 let seen = self.seen_of(chunk, token);
@@ -521,6 +566,7 @@ impl Block<'_> {
                     let number = |token: usize| (token - self.tokens.start) * self.heads;
                     work(
                         rows,
+                        ahead,
                         number(first)..number(token),
                         alike.start - chunk * CHUNK,
                     );

@@ -228,7 +228,9 @@ impl Index<'_> {
                     let last = (block + 1) * spec.block - 1;
                     let rows = cache.rows(segment.pages, 0, last..last + 1);
                     let dots = &mut local.dots[..spec.n_head];
-                    self.c.kernels.row_dots(query, rows, spec.key_dim, dots, 1);
+                    self.c
+                        .kernels
+                        .row_dots(query, rows, &[], spec.key_dim, dots, 1);
                     *score = scale * dots.iter().map(|dot| dot.max(0.0)).sum::<f32>();
                 }
             }
@@ -239,7 +241,9 @@ impl Index<'_> {
                     let rows = cache.rows(segment.pages, 0, run.clone());
                     local.dots.resize(spec.n_head * run.len(), 0.0);
                     let (dots, n) = (&mut local.dots[..], run.len());
-                    self.c.kernels.row_dots(query, rows, spec.key_dim, dots, n);
+                    self.c
+                        .kernels
+                        .row_dots(query, rows, &[], spec.key_dim, dots, n);
                     for (dots, scores) in dots.chunks_exact(n).zip(scores.chunks_exact_mut(CHUNK)) {
                         for (position, dot) in run.clone().zip(dots) {
                             let score = &mut scores[position / spec.block - blocks.start];

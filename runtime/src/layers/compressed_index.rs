@@ -124,7 +124,7 @@ impl IndexScratch {
                     let blocks = chunk * CHUNK..visible(token);
                     for (block, score) in blocks.zip(scores) {
                         let key = keys.block(segment.pages, block);
-                        c.kernels.row_dots(query, key, shape.key_dim, dots, 1);
+                        c.kernels.row_dots(query, key, &[], shape.key_dim, dots, 1);
                         let terms = dots.iter().zip(weights);
                         *score = terms.map(|(dot, w)| w * dot.max(0.0)).sum();
                     }

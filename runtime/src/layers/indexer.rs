@@ -270,7 +270,7 @@ impl Query<'_> {
             rows = StoredRows::F32(keys);
         }
         dots.resize(self.weights.len() * n, 0.0);
-        c.kernels.row_dots(self.heads, rows, dim, dots, n);
+        c.kernels.row_dots(self.heads, rows, &[], dim, dots, n);
         for (dots, weight) in dots.chunks_exact(n).zip(self.weights) {
             for (rating, dot) in ratings.iter_mut().zip(dots) {
                 *rating += weight * dot.max(0.0);

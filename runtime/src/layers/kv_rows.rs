@@ -3,6 +3,7 @@
 use super::pages::{PAGE, PageIdx, pages_for};
 use super::recurrent::RecurrentState;
 use crate::tiers::nodes::Pages;
+use crate::tiers::zeroed::Zeroed;
 use half::f16;
 use std::ops::Range;
 use tier_plan_formats::model::kv::{self, KvRows, KvType};
@@ -28,10 +29,10 @@ pub(crate) struct RowStore {
 }
 
 enum Data {
-    F16(Vec<f16>),
+    F16(Zeroed<f16>),
     /// Each row by itself, in the 8-bit form of the kernels.
-    Q8_0(Vec<u8>),
-    F32(Vec<f32>),
+    Q8_0(Zeroed<u8>),
+    F32(Zeroed<f32>),
 }
 
 impl RowStore {
@@ -55,9 +56,9 @@ impl RowStore {
         let last_page = (positions / PAGE, (positions % PAGE).div_ceil(every));
         let rows = n_head * (last_page.0 * page_rows + last_page.1);
         let data = match kv_type {
-            KvType::F16 => Data::F16(vec![f16::ZERO; rows * width]),
-            KvType::Q8_0 => Data::Q8_0(vec![0; rows * q8_row_bytes(width)]),
-            KvType::F32 => Data::F32(vec![0.0; rows * width]),
+            KvType::F16 => Data::F16(Zeroed::new(rows * width)),
+            KvType::Q8_0 => Data::Q8_0(Zeroed::new(rows * q8_row_bytes(width))),
+            KvType::F32 => Data::F32(Zeroed::new(rows * width)),
         };
         let counted = KvRows {
             width: width as u64,
@@ -263,9 +264,9 @@ impl RowStore {
     /// rows of blocks.
     pub(super) fn bytes(&self) -> u64 {
         let held = match &self.data {
-            Data::F16(data) => size_of_val(data.as_slice()) as u64,
-            Data::Q8_0(data) => size_of_val(data.as_slice()) as u64,
-            Data::F32(data) => size_of_val(data.as_slice()) as u64,
+            Data::F16(data) => size_of_val(&data[..]) as u64,
+            Data::Q8_0(data) => size_of_val(&data[..]) as u64,
+            Data::F32(data) => size_of_val(&data[..]) as u64,
         };
         let counted = self.counted * self.row_bytes() as u64;
         debug_assert!(held == counted || self.every > 1 && PAGE < kv::PAGE as usize);

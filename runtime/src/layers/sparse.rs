@@ -226,7 +226,7 @@ fn attend_chunk(
     for (i, positions) in positions.chunks(step).enumerate() {
         gather(kernels, a, positions, tile);
         let rows = StoredRows::F32(tile);
-        kernels.row_dots(queries, rows, width, &mut scores[i * step..], CHUNK);
+        kernels.row_dots(queries, rows, &[], width, &mut scores[i * step..], CHUNK);
     }
     for query in 0..n {
         let scores = &mut scores[query * CHUNK..][..positions.len()];
@@ -235,7 +235,7 @@ fn attend_chunk(
     for (i, positions) in positions.chunks(step).enumerate() {
         gather(kernels, a, positions, tile);
         let (weights, rows) = (&scores[i * step..], StoredRows::F32(tile));
-        kernels.add_weighted_rows(weights, CHUNK, rows, width, part.mixed, a.value_width);
+        kernels.add_weighted_rows(weights, CHUNK, rows, &[], width, part.mixed, a.value_width);
     }
 }
 

@@ -18,6 +18,7 @@ pub mod numa;
 pub mod pace;
 pub mod shards;
 pub mod source;
+pub(crate) mod zeroed;
 
 /// Makes a folder of small files that stands for `/sys` or `/proc` in tests.
 #[cfg(test)]

@@ -175,7 +175,7 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
             ] {
                 let wide = widened(kernels, rows, width);
                 let mut scores = vec![-7.0; n_queries * stride];
-                kernels.row_dots(&queries, rows, width, &mut scores, stride);
+                kernels.row_dots(&queries, rows, rows.bytes(), width, &mut scores, stride);
                 for (q, query) in queries.chunks_exact(width).enumerate() {
                     for (r, row) in wide.chunks_exact(width).enumerate() {
                         let products = || {
@@ -193,7 +193,7 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
                         );
                         for row in [rows.range(r..r + 1, width), StoredRows::F32(row)] {
                             let mut alone = [0.0];
-                            kernels.row_dots(query, row, width, &mut alone, 1);
+                            kernels.row_dots(query, row, &[], width, &mut alone, 1);
                             assert_eq!(
                                 alone[0].to_bits(),
                                 found.to_bits(),
@@ -208,8 +208,8 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
                     );
                 }
                 let mut none = [5.0];
-                kernels.row_dots(&queries, rows.range(3..3, width), width, &mut none, 1);
-                kernels.row_dots(&[], rows, width, &mut none, 1);
+                kernels.row_dots(&queries, rows.range(3..3, width), &[], width, &mut none, 1);
+                kernels.row_dots(&[], rows, &[], width, &mut none, 1);
                 assert_eq!(none, [5.0]);
             }
         }
@@ -239,7 +239,15 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbors() {
             ] {
                 let wide = widened(kernels, rows, width);
                 let mut out = old.clone();
-                kernels.add_weighted_rows(&weights, stride, rows, width, &mut out, out_width);
+                kernels.add_weighted_rows(
+                    &weights,
+                    stride,
+                    rows,
+                    rows.bytes(),
+                    width,
+                    &mut out,
+                    out_width,
+                );
                 for q in 0..n_queries {
                     let weights = &weights[q * stride..][..n_rows];
                     for i in 0..out_width {
@@ -262,7 +270,15 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbors() {
                             0 => rows.range(r..r + 1, width),
                             _ => StoredRows::F32(&wide[r * width..(r + 1) * width]),
                         };
-                        kernels.add_weighted_rows(&[*weight], 1, row, width, &mut alone, out_width);
+                        kernels.add_weighted_rows(
+                            &[*weight],
+                            1,
+                            row,
+                            &[],
+                            width,
+                            &mut alone,
+                            out_width,
+                        );
                     }
                     let same = alone
                         .iter()
@@ -349,13 +365,13 @@ fn nothing_past_the_end_is_read_or_written() {
                     let queries = others.last::<f32>(values.len());
                     queries.copy_from_slice(&values);
                     let scores = result.last::<f32>(n_queries * n_rows);
-                    kernels.row_dots(queries, rows, width, scores, n_rows);
+                    kernels.row_dots(queries, rows, &[], width, scores, n_rows);
                     assert!(scores.iter().all(|v| v.is_finite()));
                     let weights = others.last::<f32>(n_queries * n_rows);
                     weights.copy_from_slice(scores);
                     let out = result.last::<f32>(n_queries * width);
                     out.fill(0.0);
-                    kernels.add_weighted_rows(weights, n_rows, rows, width, out, width);
+                    kernels.add_weighted_rows(weights, n_rows, rows, &[], width, out, width);
                     assert!(out.iter().all(|v| v.is_finite()));
                 }
                 let row = result.last::<u8>(q8_row_bytes(width));

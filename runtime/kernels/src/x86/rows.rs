@@ -157,6 +157,45 @@ struct Rows {
     count: usize,
     /// Values per row.
     width: usize,
+    /// What is read next.
+    ahead: Ahead,
+}
+
+/// Bytes to fetch into the cache while others are worked on.
+#[derive(Clone, Copy)]
+struct Ahead {
+    first: *const u8,
+    len: usize,
+}
+
+impl Ahead {
+    /// Returns part `i` of `n` about equal ones, in whole lines of the cache.
+    #[inline(always)]
+    fn part(self, i: usize, n: usize) -> Self {
+        let lines = self.len.div_ceil(64);
+        let (first, end) = (64 * (lines * i / n), 64 * (lines * (i + 1) / n));
+        Self {
+            first: self.first.wrapping_add(first),
+            len: end - first,
+        }
+    }
+
+    /// Returns the lines per step with which `steps` steps fetch all.
+    #[inline(always)]
+    fn lines_per(self, steps: usize) -> usize {
+        (self.len / 64).div_ceil(steps)
+    }
+
+    /// Fetches the next `lines` lines, as far as there are so many.
+    #[inline(always)]
+    fn fetch(&mut self, lines: usize) {
+        for _ in 0..lines.min(self.len / 64) {
+            // SAFETY: a prefetch never faults, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(self.first.cast()) };
+            self.first = self.first.wrapping_add(64);
+            self.len -= 64;
+        }
+    }
 }
 
 /// Queries of the rows' width, and where their scores go.
@@ -198,10 +237,20 @@ pub(crate) struct RowKernels<'a> {
     dots: &'static [DotsFn],
     mix: &'static [MixFn],
     first: *const u8,
+    ahead: Ahead,
     rows: PhantomData<StoredRows<'a>>,
 }
 
 impl RowKernels<'_> {
+    fn rows_of(self, count: usize, width: usize) -> Rows {
+        Rows {
+            first: self.first,
+            count,
+            width,
+            ahead: self.ahead,
+        }
+    }
+
     /// Writes `scores[q * stride + r] = query q . row r` for `n_rows` rows of `width` values.
     ///
     /// # Safety
@@ -216,16 +265,15 @@ impl RowKernels<'_> {
         scores: &mut [f32],
         stride: usize,
     ) {
-        let rows = Rows {
-            first: self.first,
-            count: n_rows,
-            width,
-        };
+        let mut rows = self.rows_of(n_rows, width);
         let n_queries = queries.len() / width;
         let (queries, scores) = (queries.as_ptr(), scores.as_mut_ptr());
         let mut q = 0;
         while q < n_queries {
             let count = (n_queries - q).min(self.dots.len());
+            rows.ahead = self
+                .ahead
+                .part(q / self.dots.len(), n_queries.div_ceil(self.dots.len()));
             // SAFETY: the caller's shapes.
             unsafe {
                 let part = Scores {
@@ -255,16 +303,15 @@ impl RowKernels<'_> {
         out: &mut [f32],
         out_width: usize,
     ) {
-        let rows = Rows {
-            first: self.first,
-            count: n_rows,
-            width,
-        };
+        let mut rows = self.rows_of(n_rows, width);
         let n_queries = out.len() / out_width;
         let (weights, out) = (weights.as_ptr(), out.as_mut_ptr());
         let mut q = 0;
         while q < n_queries {
             let count = (n_queries - q).min(self.mix.len());
+            rows.ahead = self
+                .ahead
+                .part(q / self.mix.len(), n_queries.div_ceil(self.mix.len()));
             // SAFETY: the caller's shapes.
             unsafe {
                 let (weights, out) = (weights.add(q * stride), out.add(q * out_width));
@@ -293,7 +340,9 @@ unsafe fn dots<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &
         first,
         count,
         width,
+        mut ahead,
     } = *rows;
+    let lines = ahead.lines_per(count.div_ceil(ROWS));
     let Scores {
         queries,
         scores,
@@ -302,6 +351,7 @@ unsafe fn dots<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &
     let mut r = 0;
     while r < count {
         let left = (count - r).min(ROWS);
+        ahead.fetch(lines);
         // SAFETY: rows are read up to their width, the last of them again where fewer than four are
         // left; scores are written for the rows that there are.
         unsafe {
@@ -360,16 +410,22 @@ unsafe fn add_columns<L: PartialLanes, R: RowFormat, const N: usize>(
 /// As [`MixFn`]; the caller is compiled for the instruction set of `L`.
 #[inline(always)]
 unsafe fn mix<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &Mixture) {
+    let (whole, left) = (to.out_width / (4 * L::COUNT), to.out_width % (4 * L::COUNT));
+    let passes = whole + left.div_ceil(L::COUNT);
+    let rows = |pass: usize| Rows {
+        ahead: rows.ahead.part(pass, passes),
+        ..*rows
+    };
     let mut at = 0;
     // SAFETY: columns below `out_width` of rows that are as wide or wider.
     unsafe {
-        while at + 4 * L::COUNT <= to.out_width {
-            mix_columns::<L, R, N, 4>(*rows, *to, at, L::WHOLE);
+        for pass in 0..whole {
+            mix_columns::<L, R, N, 4>(rows(pass), *to, at, L::WHOLE);
             at += 4 * L::COUNT;
         }
-        while at < to.out_width {
+        for pass in whole..passes {
             let part = L::part((to.out_width - at).min(L::COUNT));
-            mix_columns::<L, R, N, 1>(*rows, *to, at, part);
+            mix_columns::<L, R, N, 1>(rows(pass), *to, at, part);
             at += L::COUNT;
         }
     }
@@ -389,6 +445,7 @@ unsafe fn mix_columns<L: PartialLanes, R: RowFormat, const N: usize, const C: us
 ) {
     // SAFETY: the caller's columns and processor.
     unsafe {
+        let (mut ahead, lines) = (rows.ahead, rows.ahead.lines_per(rows.count));
         let mut sums = [[L::zero(); C]; N];
         for (q, sums) in sums.iter_mut().enumerate() {
             for (c, sum) in sums.iter_mut().enumerate() {
@@ -396,7 +453,9 @@ unsafe fn mix_columns<L: PartialLanes, R: RowFormat, const N: usize, const C: us
             }
         }
         for r in 0..rows.count {
-            let from = rows.first.add(r * R::row_bytes(rows.width));
+            let row_bytes = R::row_bytes(rows.width);
+            ahead.fetch(lines);
+            let from = rows.first.add(r * row_bytes);
             let mut row = [L::zero(); C];
             for (c, row) in row.iter_mut().enumerate() {
                 *row = R::load(from, at + c * L::COUNT, part);
@@ -434,21 +493,26 @@ macro_rules! row_kernels {
                 unsafe { super::mix::<$lanes, R, N>(rows, to) }
             }
 
-            fn kernels<'a, R: RowFormat>(first: *const u8) -> RowKernels<'a> {
+            fn kernels<'a, R: RowFormat>(first: *const u8, ahead: Ahead) -> RowKernels<'a> {
                 RowKernels {
                     dots: const { &[$(dots::<R, $n> as DotsFn),*] },
                     mix: const { &[$(mix::<R, $n> as MixFn),*] },
                     first,
+                    ahead,
                     rows: PhantomData,
                 }
             }
 
             /// Returns the kernels for the way in which `rows` are stored.
-            pub(crate) fn $module(rows: StoredRows<'_>) -> RowKernels<'_> {
+            pub(crate) fn $module<'a>(rows: StoredRows<'a>, ahead: &[u8]) -> RowKernels<'a> {
+                let ahead = Ahead {
+                    first: ahead.as_ptr(),
+                    len: ahead.len(),
+                };
                 match rows {
-                    StoredRows::F32(rows) => kernels::<F32>(rows.as_ptr().cast()),
-                    StoredRows::F16(rows) => kernels::<F16>(rows.as_ptr().cast()),
-                    StoredRows::Q8(rows) => kernels::<Q8>(rows.as_ptr()),
+                    StoredRows::F32(rows) => kernels::<F32>(rows.as_ptr().cast(), ahead),
+                    StoredRows::F16(rows) => kernels::<F16>(rows.as_ptr().cast(), ahead),
+                    StoredRows::Q8(rows) => kernels::<Q8>(rows.as_ptr(), ahead),
                 }
             }
         }
