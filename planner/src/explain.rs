@@ -77,12 +77,6 @@ pub struct Explanation {
 
 /// Returns the machine that a plan was made for, as far as the plan says.
 pub fn machine_of(plan: &Placement) -> Machine {
-    let rates = plan
-        .tiers
-        .iter()
-        .zip(&plan.predicted.prompt_gflops)
-        .filter(|(_, rate)| **rate > 0.0);
-    let rates = rates.map(|(t, rate)| (t.tier.name.clone(), *rate));
     Machine {
         name: plan.machine.name.clone(),
         description: String::new(),
@@ -91,7 +85,8 @@ pub fn machine_of(plan: &Placement) -> Machine {
         token_overhead_us: plan.token_overhead_us,
         // The efficiency is part of a plan's rates.
         extras: Extras {
-            prompt_gflops: rates.collect(),
+            prompt_gflops: plan.by_name(&plan.predicted.prompt_gflops),
+            few_gflops: plan.by_name(&plan.predicted.few_gflops),
             ..Extras::default()
         },
         id: plan.machine.clone(),

@@ -111,8 +111,8 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
         ""
     };
     println!(
-        "  {:<10} {:>8} {:>8} {:>16}  {heading}",
-        "products", "GB/s", "spread", "prompts, GFLOP/s"
+        "  {:<10} {:>8} {:>8} {:>16} {:>12}  {heading}",
+        "products", "GB/s", "spread", "prompts, GFLOP/s", "of 4 tokens"
     );
     for rate in &found.kernels {
         let share = rate
@@ -120,8 +120,11 @@ fn print_text(args: &ProbeArgs, found: &Findings, machine: &Machine) {
             .map_or(String::new(), |share| format!("{:>5.1} %", share * 100.0));
         let spread = rate.gbps.spread * 100.0;
         let (gbps, gflops) = (rate.gbps.value, rate.batch_gflops.value);
+        let few = rate
+            .few_gflops
+            .map_or(String::new(), |few| format!("{:.0}", few.value));
         println!(
-            "  {:<10} {gbps:>8.1} {spread:>6.0} % {gflops:>16.0}  {share}",
+            "  {:<10} {gbps:>8.1} {spread:>6.0} % {gflops:>16.0} {few:>12}  {share}",
             rate.ty.to_string()
         );
     }
@@ -265,6 +268,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
         "dram_read_gbps": found.bare_gbps,
         "compute_gbps": found.compute_gbps,
         "prompt_gflops": found.prompt_gflops,
+        "few_gflops": found.few_gflops,
         "dram_bytes": found.dram_bytes,
         "kernels": found.kernels.iter().map(|k| json!({
             "type": k.ty.to_string(),
@@ -272,6 +276,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "spread": k.gbps.spread,
             "iqr": k.gbps.iqr,
             "batch_gflops": k.batch_gflops.value,
+            "few_gflops": k.few_gflops.map(|few| few.value),
             "share": k.share,
         })).collect::<Vec<_>>(),
         "disk": {

@@ -9,9 +9,10 @@
 //!   state, which is read and written back.
 //!
 //! # Reads and arithmetic
-//! A matrix that a step uses for `r` rows takes the longer of its read and of `2 · values · (r +`
-//! [`HALF_ROWS`]`) / gflops`. For one row the read alone counts: the rate of a tier was measured
-//! with the arithmetic of one row. Where the machine file has no rate of arithmetic, and on
+//! A matrix that a step uses for `r` rows takes the longer of its read and of `2 · values · (r + h)
+//! / gflops`, where `h` rows take as long as unpacking the weights, and what of their read the
+//! arithmetic does not hide ([`half_rows`]). For one row the read alone counts: the rate of a tier
+//! was measured with the arithmetic of one row. Where the machine file has no rate of arithmetic, and on
 //! emulated tiers, whose time is declared, reads alone count.
 //!
 //! # Distinct experts
@@ -24,7 +25,7 @@
 use super::{BATCH, ExpertStage, FixedTimes, group_read_s, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, Judged, LayerEvidence};
-use tier_plan_runtime::formats::machine::{Tier, TierKind};
+use tier_plan_runtime::formats::machine::{FEW_ROWS, Tier, TierKind};
 use tier_plan_runtime::formats::placement::{LayerPlacement, PerTier, Pins, Placement, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 use tier_plan_runtime::options::DEFAULT_BATCH;
@@ -32,10 +33,25 @@ use tier_plan_runtime::options::DEFAULT_BATCH;
 /// Rows of a step that go through the layers together, at most.
 pub const PASS_ROWS: u32 = DEFAULT_BATCH as u32;
 
-/// Rows at which a matmul runs at half of the full rate: its weights are dequantized anew for each
-/// batch, and its last tile of rows is partly empty. Measured with AMX: 358, 405 and 458 GFLOP/s
-/// with 14, 32 and 128 rows.
+/// Rows at which a matmul runs at half of the full rate, where the rate of [`FEW_ROWS`] rows is not
+/// known. Measured with AMX: 358, 405 and 458 GFLOP/s with 14, 32 and 128 rows.
 pub const HALF_ROWS: f64 = 4.0;
+
+/// Most rows that a matrix is taken to cost beside those that use it.
+const MOST_HALF_ROWS: f64 = 64.0;
+
+/// Returns the rows at which a matmul runs at half of the full rate, from that rate and from the one
+/// with [`FEW_ROWS`] rows, where both are known (not 0): its weights are unpacked anew for each batch,
+/// and its last tile of rows is partly empty.
+///
+/// From `few = many · FEW_ROWS / (FEW_ROWS + h)`.
+pub fn half_rows(many_gflops: f64, few_gflops: f64) -> f64 {
+    if many_gflops > 0.0 && few_gflops > 0.0 {
+        (f64::from(FEW_ROWS) * (many_gflops / few_gflops - 1.0)).clamp(0.0, MOST_HALF_ROWS)
+    } else {
+        HALF_ROWS
+    }
+}
 
 /// The rows of a step, and how fast tiers do their arithmetic.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,12 +61,18 @@ pub struct Step {
     /// Matmul rate with many rows, in 10⁹ floating-point operations per second; 0 where only reads
     /// count.
     gflops: PerTier<f64>,
+    /// By tier, the rows at which a matmul runs at half of that rate.
+    half_rows: PerTier<f64>,
 }
 
 impl Step {
-    /// Makes the step of some texts on tiers. `gflops` are their matmul rates, 0 where unknown;
-    /// there may be none.
-    pub fn new(texts: u32, tiers: &PerTier<Tier>, gflops: &PerTier<f64>) -> Self {
+    /// Makes the step of some texts on tiers. `gflops` and `few` are their matmul rates with many
+    /// rows and with [`FEW_ROWS`], 0 where unknown; there may be none.
+    pub fn new(
+        texts: u32,
+        tiers: &PerTier<Tier>,
+        (gflops, few): (&PerTier<f64>, &PerTier<f64>),
+    ) -> Self {
         let rate = |(at, tier): (TierIdx, &Tier)| {
             let known = gflops.get(at).copied().filter(|_| !tier.emulated);
             known.filter(|rate| *rate > 0.0).unwrap_or(0.0)
@@ -58,13 +80,19 @@ impl Step {
         Self {
             texts: texts.max(1),
             gflops: tiers.enumerate().map(rate).collect(),
+            half_rows: tiers
+                .indices()
+                .map(|at| half_rows_on(gflops, few, at))
+                .collect(),
         }
     }
 
     /// Returns the step of a plan.
     pub fn of_plan(plan: &Placement, texts: u32) -> Self {
         let tiers = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-        Self::new(texts, &tiers, &plan.predicted.prompt_gflops)
+        let predicted = &plan.predicted;
+        let rates = (&predicted.prompt_gflops, &predicted.few_gflops);
+        Self::new(texts, &tiers, rates)
     }
 
     /// Whether arithmetic counts on any tier.
@@ -92,7 +120,7 @@ impl Step {
     fn arithmetic_s(&self, tier: TierIdx, macs: u64, rows: f64) -> f64 {
         match self.gflops.get(tier) {
             Some(&gflops) if gflops > 0.0 && rows > 1.0 => {
-                2.0 * macs as f64 * (rows + HALF_ROWS) / (gflops * 1e9)
+                2.0 * macs as f64 * (rows + self.half_rows[tier]) / (gflops * 1e9)
             }
             _ => 0.0,
         }
@@ -120,6 +148,12 @@ impl Step {
         let layers = self.micro_batches() * f64::from(n_layer);
         (self.passes() * token_us + layers * layer_us) * 1e-6
     }
+}
+
+/// Returns [`half_rows`] of a tier, given the rates of all.
+pub(super) fn half_rows_on(many: &PerTier<f64>, few: &PerTier<f64>, at: TierIdx) -> f64 {
+    let of = |rates: &PerTier<f64>| rates.get(at).copied().unwrap_or(0.0);
+    half_rows(of(many), of(few))
 }
 
 /// Expected use of experts by the rows of a pass.
@@ -225,6 +259,8 @@ pub struct PassStage {
     reads: ExpertStage,
     /// Seconds of one row beside others, by tier.
     row_s: PerTier<f64>,
+    /// Rows that an expert costs beside those that use it, by tier.
+    half_rows: PerTier<f64>,
     /// Seconds of an expert that one row alone uses, by tier of the CPU with a known rate.
     once_s: PerTier<f64>,
     is_vram: PerTier<bool>,
@@ -247,6 +283,7 @@ impl PassStage {
             // A step of several texts is not prefetched one expert at a time.
             reads: ExpertStage::new(tiers, layer.expert_bytes, Prefetch::default()),
             row_s: tiers.indices().map(row_s).collect(),
+            half_rows: step.half_rows.clone(),
             once_s: tiers.indices().map(once_s).collect(),
             is_vram: tiers.iter().map(|t| t.kind == TierKind::Vram).collect(),
             in_place: home_in_place(tiers),
@@ -294,7 +331,7 @@ impl PassStage {
         let (mut cpu_s, mut longest) = (0.0, self.reads.seconds(&reads, to));
         for (at, used) in on.enumerate() {
             let shared = used.experts - used.once;
-            let rows = (used.rows - used.once + HALF_ROWS * shared).max(0.0);
+            let rows = (used.rows - used.once + self.half_rows[at] * shared).max(0.0);
             let seconds = rows * self.row_s[at];
             if self.is_vram[at] {
                 longest = longest.max(seconds);

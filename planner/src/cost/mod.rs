@@ -642,7 +642,7 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
             }
         }
     }
-    let (at, prompt_gflops) = (plan.predicted.at, plan.predicted.prompt_gflops.clone());
+    let at = plan.predicted.at;
     let kv_s = if at > 0 {
         plan.attention_s(shape, at.into())
     } else {
@@ -666,7 +666,8 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
         emulated: tiers.iter().all(|t| t.emulated),
         at,
         kv_s,
-        prompt_gflops,
+        prompt_gflops: plan.predicted.prompt_gflops.clone(),
+        few_gflops: plan.predicted.few_gflops.clone(),
     }
 }
 

@@ -83,9 +83,12 @@ impl Observed {
         plan.layer_overhead_us /= share;
         plan.token_overhead_us /= share;
         let media: Vec<Medium> = plan.tiers.iter().map(|t| t.tier.medium()).collect();
-        let rates = plan.predicted.prompt_gflops.iter_mut().zip(media);
-        for (rate, _) in rates.filter(|(_, medium)| *medium != Medium::Gpu) {
-            *rate *= share;
+        let predicted = &mut plan.predicted;
+        for rates in [&mut predicted.prompt_gflops, &mut predicted.few_gflops] {
+            let rates = rates.iter_mut().zip(&media);
+            for (rate, _) in rates.filter(|(_, medium)| **medium != Medium::Gpu) {
+                *rate *= share;
+            }
         }
         plan
     }
@@ -152,6 +155,7 @@ fn rescaled(plan: &Placement, now: &Placement, shape: &ModelShape, share: f64) -
         },
         at: now.predicted.at,
         prompt_gflops: now.predicted.prompt_gflops.clone(),
+        few_gflops: now.predicted.few_gflops.clone(),
         ..was.clone()
     };
     let total = predicted.token_s();

@@ -14,15 +14,15 @@
 //! - **The KV cache** of the batch is read once, layer by layer, and attention runs at
 //!   [`ATTENTION`] of the rate; the longer of the two counts.
 //!
-//! An expert's matmul runs at `gflops · rows / (rows + HALF_ROWS)` for the rows of the batch that
-//! use it.
+//! An expert's matmul runs at `gflops · rows / (rows + h)` for the rows of the batch that use it,
+//! with [`half_rows`](super::batch::half_rows) as `h`.
 //!
 //! Where the machine file has no rate of arithmetic ([`Prediction::prompt_gflops`]), reads alone
 //! are charged: an upper limit of speed.
 //!
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
-use super::batch::HALF_ROWS;
+use super::batch::half_rows_on;
 use super::{BATCH, ExpertStage, FixedTimes, group_read_s, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
@@ -170,8 +170,10 @@ fn experts_s(
     let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
     for (at, tier) in tiers.enumerate() {
         let touched = on[at];
-        // Each expert that is used costs as much as HALF_ROWS rows more.
-        let rows = touched.uses + HALF_ROWS * touched.experts;
+        // Each expert that is used costs as much as some rows more.
+        let predicted = &plan.predicted;
+        let more = half_rows_on(&predicted.prompt_gflops, &predicted.few_gflops, at);
+        let rows = touched.uses + more * touched.experts;
         let seconds = compute_s(plan, at, rows * evidence.shape.expert_macs as f64);
         match tier.kind {
             TierKind::Vram => of_gpu = of_gpu.max(seconds),

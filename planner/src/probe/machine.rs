@@ -83,7 +83,8 @@ impl Findings {
             tiers.push(dram);
         }
         let mut prompt_gflops =
-            BTreeMap::from([(computing, rounded(self.prompt_gflops).max(1e-5))]);
+            BTreeMap::from([(computing.clone(), rounded(self.prompt_gflops).max(1e-5))]);
+        let few_gflops = BTreeMap::from([(computing, rounded(self.few_gflops).max(1e-5))]);
         let mut links = BTreeMap::new();
         for gpu in self
             .gpus
@@ -127,6 +128,7 @@ impl Findings {
             token_overhead_us: rounded(self.fixed.token_us),
             extras: Extras {
                 prompt_gflops,
+                few_gflops,
                 spread,
                 links,
                 io: io.into_iter().collect(),

@@ -4,6 +4,7 @@
 use super::measured::{Measured, Repeats};
 use anyhow::{Context, Result};
 use std::time::{Duration, Instant};
+use tier_plan_runtime::formats::machine::FEW_ROWS;
 use tier_plan_runtime::kernels::pooled::{MatJob, matmul_all};
 use tier_plan_runtime::kernels::{Activations, Kernels, Weights, needs_quants};
 use tier_plan_runtime::quant::TensorType;
@@ -43,6 +44,9 @@ const BATCH_TOKENS: usize = 512;
 const BATCH_EXPERTS: usize = 48;
 const BATCH_TIME: Duration = Duration::from_millis(150);
 
+/// Rows of [`Memory::few_gflops`].
+const FEW: usize = FEW_ROWS as usize;
+
 /// Memory is taken in multiples of this many bytes.
 pub const STAGE: u64 = 1 << 20;
 
@@ -74,17 +78,18 @@ impl Memory {
         let len = usize::try_from(bytes).context("more memory than can be addressed")?;
         let mut piece = Arena::on("memory to be measured", bytes, pages)?.take(len)?;
         fill(&mut piece);
-        let mut x = Activations::new(1, HIDDEN);
-        let values: Vec<f32> = (0..HIDDEN).map(|i| (i % 17) as f32 * 0.01 - 0.08).collect();
-        x.fill(kernels, 1, HIDDEN, &values, true);
+        let mut x = Activations::new(FEW, HIDDEN);
+        let value = |i: usize| (i % HIDDEN % 17) as f32 * 0.01 - 0.08;
+        let values: Vec<f32> = (0..FEW * HIDDEN).map(value).collect();
+        x.fill(kernels, FEW, HIDDEN, &values, true);
         Ok(Self {
             kernels,
             bytes: piece,
             x,
-            inner: Activations::new(EXPERTS, WIDTH),
-            gate: vec![0.0; EXPERTS * WIDTH],
-            up: vec![0.0; EXPERTS * WIDTH],
-            out: vec![0.0; EXPERTS * HIDDEN],
+            inner: Activations::new(EXPERTS * FEW, WIDTH),
+            gate: vec![0.0; EXPERTS * FEW * WIDTH],
+            up: vec![0.0; EXPERTS * FEW * WIDTH],
+            out: vec![0.0; EXPERTS * FEW * HIDDEN],
         })
     }
 
@@ -96,18 +101,34 @@ impl Memory {
 
     /// Returns the matvec rate of one pass over the memory, in 10⁹ bytes per second.
     pub fn pass_gbps(&mut self, pool: &ThreadPool, ty: TensorType) -> f64 {
-        self.stages_gbps(pool, ty, usize::MAX, 1)
+        self.stages_gbps(pool, ty, 1, (usize::MAX, 1))
+    }
+
+    /// Returns the rate of matmuls of [`FEW_ROWS`] tokens over all threads with weights from memory,
+    /// in 10⁹ floating-point operations per second.
+    pub fn few_gflops(&mut self, pool: &ThreadPool, ty: TensorType) -> Measured {
+        let operations = (2 * FEW * VALUES) as f64 / expert_bytes(ty).max(1) as f64;
+        self.stages_gbps(pool, ty, FEW, (usize::MAX, 1));
+        BATCH_PASSES.measure(|| operations * self.stages_gbps(pool, ty, FEW, (usize::MAX, 1)))
     }
 
     /// Returns the matvec rate from the caches, by repeating the first stages that fit `bytes`, in
     /// 10⁹ bytes per second.
     pub fn cached_gbps(&mut self, pool: &ThreadPool, ty: TensorType, bytes: usize) -> f64 {
         let stages = (bytes / (EXPERTS * expert_bytes(ty)).max(1)).max(1);
-        self.stages_gbps(pool, ty, stages, 1);
-        self.stages_gbps(pool, ty, stages, 200)
+        self.stages_gbps(pool, ty, 1, (stages, 1));
+        self.stages_gbps(pool, ty, 1, (stages, 200))
     }
 
-    fn stages_gbps(&mut self, pool: &ThreadPool, ty: TensorType, most: usize, times: usize) -> f64 {
+    /// Returns the rate of at most `most` expert stages of some tokens, all of them `times` times, in
+    /// 10⁹ bytes of weights per second. Every token has the same experts.
+    fn stages_gbps(
+        &mut self,
+        pool: &ThreadPool,
+        ty: TensorType,
+        tokens: usize,
+        (most, times): (usize, usize),
+    ) -> f64 {
         let stage_bytes = EXPERTS * expert_bytes(ty);
         let memory: &[u8] = &self.bytes;
         let stages = (memory.len() / stage_bytes.max(1)).min(most);
@@ -122,28 +143,38 @@ impl Memory {
             let matrices: Vec<[Weights<'_>; 3]> = experts
                 .filter_map(|expert| matrices(self.kernels, ty, expert))
                 .collect();
-            let x = self.x.view();
+            let x = self.x.view().rows_range(0..tokens);
             let mut jobs = Vec::with_capacity(2 * EXPERTS);
             let rows = self
                 .gate
-                .chunks_exact_mut(WIDTH)
-                .zip(self.up.chunks_exact_mut(WIDTH));
+                .chunks_exact_mut(tokens * WIDTH)
+                .zip(self.up.chunks_exact_mut(tokens * WIDTH));
             for ([gate, up, _], (gate_out, up_out)) in matrices.iter().zip(rows) {
                 jobs.push(MatJob::new(*gate, x, gate_out));
                 jobs.push(MatJob::new(*up, x, up_out));
             }
             matmul_all(pool, self.kernels, &jobs);
             drop(jobs);
-            self.kernels.silu_mul(&mut self.gate, &self.up);
-            self.inner
-                .fill(self.kernels, EXPERTS, WIDTH, &self.gate, needs_quants(ty));
+            let n = EXPERTS * tokens;
+            let gate = &mut self.gate[..n * WIDTH];
+            self.kernels.silu_mul(gate, &self.up[..n * WIDTH]);
+            if tokens == 1 {
+                self.inner
+                    .fill(self.kernels, n, WIDTH, gate, needs_quants(ty));
+            } else {
+                self.inner
+                    .fill_shared(pool, self.kernels, n, WIDTH, gate, needs_quants(ty));
+            }
             let inner = self.inner.view();
             let down = matrices
                 .iter()
-                .zip(self.out.chunks_exact_mut(HIDDEN))
+                .zip(self.out.chunks_exact_mut(tokens * HIDDEN))
                 .enumerate();
             let jobs: Vec<MatJob<'_>> = down
-                .map(|(i, ([_, _, down], out))| MatJob::new(*down, inner.rows_range(i..i + 1), out))
+                .map(|(i, ([_, _, down], out))| {
+                    let rows = tokens * i..tokens * (i + 1);
+                    MatJob::new(*down, inner.rows_range(rows), out)
+                })
                 .collect();
             matmul_all(pool, self.kernels, &jobs);
         }
@@ -272,17 +303,21 @@ mod tests {
             .unwrap();
         let mut memory = Memory::new(Kernels::best(), bytes as u64).unwrap();
         for ty in TensorType::ALL {
-            memory.out.fill(7.0);
-            let gbps = memory.pass_gbps(&pool, ty);
-            assert!(gbps.is_finite() && gbps > 0.0, "{ty}: {gbps}");
-            assert!(
-                memory.out.iter().all(|v| *v != 7.0),
-                "{ty}: all results are written"
-            );
+            for tokens in [1, FEW] {
+                memory.out.fill(7.0);
+                let gbps = memory.stages_gbps(&pool, ty, tokens, (usize::MAX, 1));
+                assert!(gbps.is_finite() && gbps > 0.0, "{ty}: {gbps}");
+                let (written, rest) = memory.out.split_at(tokens * EXPERTS * HIDDEN);
+                assert!(
+                    written.iter().all(|v| *v != 7.0) && rest.iter().all(|v| *v == 7.0),
+                    "{ty}: all results are written"
+                );
+            }
         }
         for ty in [TensorType::Q4_K, TensorType::F32] {
-            let rate = memory.batch_gflops(&pool, ty).value;
-            assert!(rate.is_finite() && rate > 0.0, "{ty}: {rate}");
+            for rate in [memory.batch_gflops(&pool, ty), memory.few_gflops(&pool, ty)] {
+                assert!(rate.value.is_finite() && rate.value > 0.0, "{ty}: {rate:?}");
+            }
         }
         assert!(memory.entry_us(&pool) > 0.0);
     }

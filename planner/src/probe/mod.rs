@@ -244,7 +244,8 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
         model: opened.map(|(gguf, _)| gguf.id().name),
         bare_gbps,
         numa: settings.numa,
-        prompt_gflops: LAYER_EFFICIENCY * mean_gflops(&rates),
+        prompt_gflops: LAYER_EFFICIENCY * mean_gflops(&rates, |rate| rate.batch_gflops),
+        few_gflops: mean_gflops(&rates, |rate| rate.few_gflops.unwrap_or_default()),
         kernels: rates,
         compute_gbps,
         compute_iqr: compute.iqr,
@@ -296,10 +297,12 @@ fn kernel_rate(
     ty: TensorType,
     share: Option<f64>,
 ) -> KernelRate {
+    let counts = share.map_or(ty == TensorType::Q4_K, |share| share > 0.0);
     KernelRate {
         ty,
         gbps: memory.matvec_gbps(pool, ty),
         batch_gflops: memory.batch_gflops(pool, ty),
+        few_gflops: counts.then(|| memory.few_gflops(pool, ty)),
         share,
     }
 }
@@ -417,21 +420,22 @@ fn mean_rate(rates: &[KernelRate]) -> f64 {
     if shares > 0.0 { shares / seconds } else { q4_k }
 }
 
-/// Returns the mean prompt rate, weighted by each format's share of the arithmetic; that of Q4_K
+/// Returns the mean of a matmul rate, weighted by each format's share of the arithmetic; that of Q4_K
 /// without shares.
-fn mean_gflops(rates: &[KernelRate]) -> f64 {
+fn mean_gflops(rates: &[KernelRate], of: impl Fn(&KernelRate) -> Measured) -> f64 {
     // Arithmetic is proportional to values, not to bytes.
     let values =
         |r: &KernelRate| r.share.unwrap_or(0.0) / r.ty.row_bytes(1 << 20).unwrap_or(4 << 20) as f64;
-    let seconds: f64 = rates
-        .iter()
-        .map(|r| values(r) / r.batch_gflops.value.max(1e-9))
-        .sum();
+    let seconds = |r: &KernelRate| match values(r) {
+        0.0 => 0.0,
+        values => values / of(r).value.max(1e-9),
+    };
+    let seconds: f64 = rates.iter().map(seconds).sum();
     let all: f64 = rates.iter().map(values).sum();
     let q4_k = rates
         .iter()
         .find(|r| r.ty == TensorType::Q4_K)
-        .map_or(0.0, |r| r.batch_gflops.value);
+        .map_or(0.0, |r| of(r).value);
     if all > 0.0 { all / seconds } else { q4_k }
 }
 

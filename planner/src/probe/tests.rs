@@ -23,11 +23,13 @@ fn findings() -> Findings {
             ty: TensorType::Q4_K,
             gbps: of(20.52),
             batch_gflops: of(950.0),
+            few_gflops: Some(of(400.0)),
             share: None,
         }],
         compute_gbps: 20.5234,
         compute_iqr: 0.0321,
         prompt_gflops: 950.04,
+        few_gflops: 400.04,
         dram_bytes: 20 << 30,
         dram_bytes_from: "the memory that is free".into(),
         disk: DiskRate {
@@ -82,6 +84,7 @@ fn a_machine_is_written_that_reads_back() {
         back.extras,
         Extras {
             prompt_gflops: [("dram".to_string(), 950.0)].into(),
+            few_gflops: [("dram".to_string(), 400.0)].into(),
             spread: [("dram".to_string(), 0.032), ("nvme".to_string(), 0.013)].into(),
             ..Extras::default()
         }
@@ -330,6 +333,7 @@ fn the_mean_rate_is_that_of_the_whole_token() {
             value: rate,
             ..Measured::default()
         },
+        few_gflops: None,
         share,
     };
     // Half of the bytes at 10 and half at 30 take 0.05 + 0.0167 of a second for each 10⁹.
@@ -342,7 +346,13 @@ fn the_mean_rate_is_that_of_the_whole_token() {
         of(TensorType::F32, 30.0, None),
         of(TensorType::Q4_K, 10.0, None),
     ];
-    assert_eq!((mean_rate(&rates), mean_gflops(&rates)), (10.0, 10.0));
+    assert_eq!(
+        (
+            mean_rate(&rates),
+            mean_gflops(&rates, |rate| rate.batch_gflops)
+        ),
+        (10.0, 10.0)
+    );
     // A byte of Q4_K holds 32 / 4.5 as many values as one of F32, so 7.1 times as many products are
     // at 10.
     let rates = [
@@ -350,7 +360,18 @@ fn the_mean_rate_is_that_of_the_whole_token() {
         of(TensorType::F32, 30.0, Some(0.5)),
     ];
     let times = 32.0 / 4.5;
-    assert!((mean_gflops(&rates) - (times + 1.0) / (times / 10.0 + 1.0 / 30.0)).abs() < 1e-9);
+    assert_eq!(
+        mean_gflops(&[of(TensorType::Q4_K, 10.0, Some(0.0))], |_| {
+            Measured::default()
+        }),
+        0.0
+    );
+    assert!(
+        (mean_gflops(&rates, |rate| rate.batch_gflops)
+            - (times + 1.0) / (times / 10.0 + 1.0 / 30.0))
+            .abs()
+            < 1e-9
+    );
 }
 
 #[test]

@@ -87,8 +87,6 @@ pub fn replan(shape: &ModelShape, question: &Question) -> Result<Replanned> {
 
 /// Returns the machine that a plan was made for, as far as the plan knows it, with room for `budgets`.
 fn machine_of(plan: &Placement, budgets: &[u64]) -> Machine {
-    let rates = plan.tiers.iter().zip(&plan.predicted.prompt_gflops);
-    let rates = rates.filter(|(_, gflops)| **gflops > 0.0);
     let with_room = |(planned, budget): (&PlanTier, &u64)| Tier {
         capacity_bytes: planned.tier.capacity_bytes.max(*budget),
         ..planned.tier.clone()
@@ -107,9 +105,8 @@ fn machine_of(plan: &Placement, budgets: &[u64]) -> Machine {
                 .zip((!plan.reads.copies.is_empty()).then(|| plan.reads.copies.clone()))
                 .into_iter()
                 .collect(),
-            prompt_gflops: rates
-                .map(|(t, gflops)| (t.tier.name.clone(), *gflops))
-                .collect(),
+            prompt_gflops: plan.by_name(&plan.predicted.prompt_gflops),
+            few_gflops: plan.by_name(&plan.predicted.few_gflops),
             ..Extras::default()
         },
     }

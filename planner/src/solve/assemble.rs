@@ -112,6 +112,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         predicted: Prediction {
             at: cost::middle(problem.context),
             prompt_gflops: machine.prompt_gflops(),
+            few_gflops: machine.few_gflops(),
             ..Prediction::default()
         },
     };

@@ -41,14 +41,14 @@ pub(super) struct Kind {
 pub(super) const MACHINE: Kind = Kind {
     format: "tier-plan machine",
     what: "machine file",
-    newest: 6,
+    newest: 7,
     limit_bytes: 1 << 20,
     hint: "profiles/machines holds examples",
 };
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
-    newest: 9,
+    newest: 10,
     limit_bytes: 64 << 20,
     hint: "`tier-plan solve` writes one",
 };

@@ -235,6 +235,9 @@ pub struct Machine {
     pub id: SourceId,
 }
 
+/// Tokens, or texts, of what [`Extras::few_gflops`] is the rate of.
+pub const FEW_ROWS: u32 = 4;
+
 /// What a machine file may say besides the tiers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Extras {
@@ -259,6 +262,9 @@ pub struct Extras {
     /// Matmul rate of prompts with weights on a tier, by tier name, in 10⁹ floating-point
     /// operations per second (a multiply-accumulate is two).
     pub prompt_gflops: BTreeMap<String, f64>,
+    /// Rate of matmuls of [`FEW_ROWS`] tokens whose weights come from a tier's memory, by tier name, in
+    /// the same unit.
+    pub few_gflops: BTreeMap<String, f64>,
     /// Relative spread of the repetitions that `read_gbps` is the median of, by tier name: their
     /// interquartile range over the median.
     pub spread: BTreeMap<String, f64>,
@@ -324,6 +330,7 @@ impl Default for Extras {
             copies: BTreeMap::new(),
             usd_per_gb: BTreeMap::new(),
             prompt_gflops: BTreeMap::new(),
+            few_gflops: BTreeMap::new(),
             spread: BTreeMap::new(),
             links: BTreeMap::new(),
             calibration: None,
@@ -400,7 +407,16 @@ impl Machine {
     /// Addressable tiers and drives all compute on the CPU, so one's figure holds for those that
     /// have none of their own.
     pub fn prompt_gflops(&self) -> PerTier<f64> {
-        let known = &self.extras.prompt_gflops;
+        self.by_tier(&self.extras.prompt_gflops)
+    }
+
+    /// Returns the matmul rate of [`FEW_ROWS`] tokens by tier, as
+    /// [`prompt_gflops`](Self::prompt_gflops) does.
+    pub fn few_gflops(&self) -> PerTier<f64> {
+        self.by_tier(&self.extras.few_gflops)
+    }
+
+    fn by_tier(&self, known: &BTreeMap<String, f64>) -> PerTier<f64> {
         let of_cpu = self
             .tiers
             .iter()

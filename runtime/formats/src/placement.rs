@@ -23,6 +23,7 @@ use crate::model::kv::{CacheRoom, KvType};
 use crate::model::shape::{CacheShape, DenseKind, ModelShape};
 use crate::source_id::SourceId;
 use crate::{FormatError, safely};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Longest half-life of a policy, in tokens.
@@ -254,6 +255,9 @@ pub struct Prediction {
     /// Matmul rate of prompts by tier, in 10⁹ floating-point operations per second, 0 where it is
     /// not known; empty where it is known of no tier.
     pub prompt_gflops: PerTier<f64>,
+    /// Matmul rate of [`FEW_ROWS`](crate::machine::FEW_ROWS) rows by tier, in the same unit; 0 and
+    /// empty likewise. Run records, whose predictions are never made anew, leave it out.
+    pub few_gflops: PerTier<f64>,
 }
 
 impl Prediction {
@@ -437,6 +441,12 @@ impl Placement {
             checkpoints: self.checkpoints,
             window_chunk: self.window_chunk,
         }
+    }
+
+    /// Returns the figures of tiers that are above 0, by the tiers' names.
+    pub fn by_name(&self, figures: &PerTier<f64>) -> BTreeMap<String, f64> {
+        let known = self.tiers.iter().zip(figures).filter(|(_, x)| **x > 0.0);
+        known.map(|(t, x)| (t.tier.name.clone(), *x)).collect()
     }
 
     /// Returns what a layer's KV cache on a tier has room for. On a GPU it has all positions of a

@@ -105,7 +105,7 @@ impl ObjectiveFunction {
             step: Step::new(
                 texts,
                 &machine.computing_tiers().into(),
-                &machine.prompt_gflops(),
+                (&machine.prompt_gflops(), &machine.few_gflops()),
             ),
             target_tok_s,
             weights: vec![0.0; machine.tiers.len()],

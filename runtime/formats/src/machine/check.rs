@@ -69,12 +69,17 @@ impl Extras {
         for (tier, price) in &self.usd_per_gb {
             check_amount(&format!("usd_per_gb of tier '{tier}'"), *price)?;
         }
-        for (tier, rate) in &self.prompt_gflops {
-            check_rate(
-                &format!("prompt_gflops of tier '{tier}'"),
-                *rate,
-                "10^9 floating-point operations per second",
-            )?;
+        for (key, rates) in [
+            ("prompt_gflops", &self.prompt_gflops),
+            ("few_gflops", &self.few_gflops),
+        ] {
+            for (tier, rate) in rates {
+                check_rate(
+                    &format!("{key} of tier '{tier}'"),
+                    *rate,
+                    "10^9 floating-point operations per second",
+                )?;
+            }
         }
         for (tier, spread) in &self.spread {
             check_amount(&format!("spread of tier '{tier}'"), *spread)?;

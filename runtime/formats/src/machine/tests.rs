@@ -379,7 +379,7 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 .map(|price| (tiers[0].name.clone(), price))
                 .into_iter()
                 .collect();
-            let prompt_gflops = gflops
+            let prompt_gflops: BTreeMap<String, f64> = gflops
                 .map(|rate| (tiers[0].name.clone(), rate))
                 .into_iter()
                 .collect();
@@ -406,6 +406,11 @@ fn any_machine() -> impl Strategy<Value = Machine> {
                 spread: links
                     .iter()
                     .map(|(name, link)| (name.clone(), link.to_gbps))
+                    .collect(),
+                few_gflops: prompt_gflops
+                    .iter()
+                    .filter(|_| efficiency < 0.5)
+                    .map(|(name, rate)| (name.clone(), rate / 2.0))
                     .collect(),
                 prompt_gflops,
                 links,

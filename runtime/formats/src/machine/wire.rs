@@ -1,4 +1,4 @@
-//! The text of versions 1 to 6 of a machine file, as it is read.
+//! The text of versions 1 to 7 of a machine file, as it is read.
 
 use super::{Accelerator, Calibration, DriveIo, Extras, Link, Machine, Tier, TierKind};
 use crate::copies::{ExpertCopy, WireCopy};
@@ -45,6 +45,11 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
     if wire.version < 6 && wire.tier.iter().any(|t| !t.copies.is_empty()) {
         return Err("copies is a key of version 6; write `version = 6`, or leave it out".into());
     }
+    if wire.version < 7 && wire.tier.iter().any(|t| t.few_gflops.is_some()) {
+        return Err(
+            "few_gflops is a key of version 7; write `version = 7`, or leave it out".into(),
+        );
+    }
     let io = wire
         .tier
         .iter()
@@ -68,6 +73,10 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
         .tier
         .iter()
         .filter_map(|t| Some((t.name.clone(), t.prompt_gflops?)));
+    let few = wire
+        .tier
+        .iter()
+        .filter_map(|t| Some((t.name.clone(), t.few_gflops?)));
     let spread = wire
         .tier
         .iter()
@@ -87,6 +96,7 @@ pub(super) fn decode(text: &str) -> Result<Machine, String> {
             copies,
             usd_per_gb: prices.collect(),
             prompt_gflops: products.collect(),
+            few_gflops: few.collect(),
             spread: spread.collect(),
             links: links.collect(),
             calibration: wire.calibration.map(Calibration::from),
@@ -214,6 +224,7 @@ struct WireTier {
     emulated: bool,
     usd_per_gb: Option<f64>,
     prompt_gflops: Option<f64>,
+    few_gflops: Option<f64>,
     spread: Option<f64>,
     node: Option<u32>,
     device: Option<u32>,

@@ -65,6 +65,7 @@ impl Machine {
         let extras = &self.extras;
         let units = self.tiers.iter().any(|t| t.unit.is_some());
         match () {
+            () if !extras.few_gflops.is_empty() => 7,
             () if !extras.copies.is_empty() => 6,
             () if !extras.io.is_empty() || !extras.spread.is_empty() => 5,
             () if self
@@ -109,6 +110,9 @@ fn encode_tier(tier: &Tier, extras: &Extras, out: &mut String) {
     }
     if let Some(rate) = extras.prompt_gflops.get(&tier.name) {
         out.push_str(&format!("prompt_gflops = {}\n", float(*rate)));
+    }
+    if let Some(rate) = extras.few_gflops.get(&tier.name) {
+        out.push_str(&format!("few_gflops = {}\n", float(*rate)));
     }
     if let Some(spread) = extras.spread.get(&tier.name) {
         out.push_str(&format!("spread = {}\n", float(*spread)));

@@ -290,6 +290,7 @@ fn check_numbers(plan: &Placement) -> Result<(), Violation> {
         ("predicted.expert_s", &predicted.expert_s),
         ("predicted.read_bytes", &predicted.read_bytes),
         ("predicted.prompt_gflops", &predicted.prompt_gflops),
+        ("predicted.few_gflops", &predicted.few_gflops),
     ] {
         if !parts.is_empty() && parts.len() != plan.tiers.len() {
             return Err(Violation::Parts {

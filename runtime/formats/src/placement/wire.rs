@@ -1,4 +1,4 @@
-//! The text of versions 1 to 9 of a plan, read through wire structs for safety; [`super::write`]
+//! The text of versions 1 to 10 of a plan, read through wire structs for safety; [`super::write`]
 //! writes it.
 
 use super::{
@@ -112,6 +112,12 @@ fn decode_prediction(
             "predicted.at, kv_s and prompt_gflops are keys of version 3; write `version = 3`, or leave them out".into(),
         );
     }
+    if version < 10 && !wire.few_gflops.is_empty() {
+        return Err(
+            "predicted.few_gflops is a key of version 10; write `version = 10`, or leave it out"
+                .into(),
+        );
+    }
     Ok(Prediction {
         decode_tok_s: wire.decode_tok_s,
         prompt_tok_s: wire.prompt_tok_s,
@@ -125,6 +131,7 @@ fn decode_prediction(
         at: wire.at.unwrap_or(0),
         kv_s: wire.kv_s.unwrap_or(0.0),
         prompt_gflops: names.by_tier(wire.prompt_gflops, "predicted.prompt_gflops")?,
+        few_gflops: names.by_tier(wire.few_gflops, "predicted.few_gflops")?,
     })
 }
 
@@ -408,6 +415,8 @@ struct WirePrediction {
     kv_s: Option<f64>,
     #[serde(default)]
     prompt_gflops: BTreeMap<String, f64>,
+    #[serde(default)]
+    few_gflops: BTreeMap<String, f64>,
 }
 
 #[derive(Deserialize)]

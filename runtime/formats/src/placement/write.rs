@@ -100,6 +100,7 @@ pub(super) fn encode(plan: &Placement) -> String {
         ("expert_s", &predicted.expert_s),
         ("read_bytes", &predicted.read_bytes),
         ("prompt_gflops", &predicted.prompt_gflops),
+        ("few_gflops", &predicted.few_gflops),
     ] {
         if !parts.is_empty() {
             let parts = parts
@@ -258,6 +259,7 @@ fn version(plan: &Placement) -> u64 {
         .chain(plan.window_chunk.map(|_| 7))
         .chain(has_table.then_some(8))
         .chain((plan.reads != HomeReads::default()).then_some(9))
+        .chain((!plan.predicted.few_gflops.is_empty()).then_some(10))
         .fold(2, u64::max)
 }
 

@@ -78,6 +78,7 @@ fn version_1_means_what_it_meant() {
             at: 0,
             kv_s: 0.0,
             prompt_gflops: PerTier::default(),
+            few_gflops: PerTier::default(),
         }),
         parallel: Vec::new(),
         conditions: None,
@@ -476,6 +477,7 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
             at: u32::from(emulated),
             kv_s: b,
             prompt_gflops: parts.into(),
+            few_gflops: PerTier::default(),
         });
     let words = proptest::array::uniform6(any_text());
     let times = (

@@ -1,7 +1,7 @@
 //! Parts of a run record's JSON: predictions, steps of several texts, and the conditions of a run.
 
 use super::{Conditions, ParallelPrediction, ParallelRecord, Processors, TierRate};
-use crate::placement::Prediction;
+use crate::placement::{PerTier, Prediction};
 use serde::{Deserialize, Serialize};
 
 #[derive(Serialize, Deserialize)]
@@ -144,6 +144,7 @@ impl From<WirePrediction> for Prediction {
             at: p.at.unwrap_or(0),
             kv_s: p.kv_s.unwrap_or(0.0),
             prompt_gflops: p.prompt_gflops.into(),
+            few_gflops: PerTier::default(),
         }
     }
 }

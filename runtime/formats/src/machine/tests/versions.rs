@@ -402,6 +402,42 @@ fn version_6_means_what_it_meant() {
     }
 }
 
+const V7: &str = include_str!("../../../../../tests/data/formats/machine.v7.toml");
+
+#[test]
+fn version_7_means_what_it_meant() {
+    let machine = load(V7).unwrap();
+    // The processor computes on main memory and on what it has read from the drive alike.
+    assert_eq!(machine.few_gflops(), PerTier::from([320.25, 320.25]));
+    assert_eq!(machine.prompt_gflops(), PerTier::from([405.5, 405.5]));
+    assert_eq!(
+        machine.encode(),
+        V7,
+        "the writer lays out version 7 as it always did"
+    );
+    // A file without the key is of an older version.
+    let mut without = machine.clone();
+    without.extras.few_gflops.clear();
+    assert!(without.encode().contains("\nversion = 2\n"));
+    assert_eq!(without.few_gflops(), PerTier::default());
+    for (from, to, words) in [
+        (
+            "version = 7",
+            "version = 6",
+            "few_gflops is a key of version 7; write `version = 7`, or leave it out",
+        ),
+        (
+            "few_gflops = 320.25",
+            "few_gflops = 0",
+            "few_gflops of tier 'dram' is 0, but must be a positive",
+        ),
+    ] {
+        assert!(V7.contains(from), "{from}");
+        let error = load(&V7.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
 #[test]
 fn a_drive_may_say_how_it_is_read() {
     let text = V5;

@@ -102,10 +102,10 @@ fn any_dense(n: usize) -> impl Strategy<Value = Vec<DensePlacement>> {
 fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
     let parts = || prop_oneof![vec(any_amount(), n), Just(Vec::new())].prop_map(PerTier::from);
     let scalars = proptest::array::uniform5(any_amount());
-    let of_3 = (any::<u32>(), any_amount(), parts());
-    (scalars, parts(), parts(), parts(), any::<bool>(), of_3).prop_map(
-        |(s, dense_s, expert_s, read_bytes, emulated, of_3)| {
-            let (at, kv_s, prompt_gflops) = of_3;
+    let since_3 = (any::<u32>(), any_amount(), parts(), parts());
+    (scalars, parts(), parts(), parts(), any::<bool>(), since_3).prop_map(
+        |(s, dense_s, expert_s, read_bytes, emulated, since_3)| {
+            let (at, kv_s, prompt_gflops, few_gflops) = since_3;
             let [
                 decode_tok_s,
                 prompt_tok_s,
@@ -126,6 +126,7 @@ fn any_prediction(n: usize) -> impl Strategy<Value = Prediction> {
                 at,
                 kv_s,
                 prompt_gflops,
+                few_gflops,
             }
         },
     )

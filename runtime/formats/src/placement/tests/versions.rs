@@ -128,6 +128,7 @@ fn versions_mean_what_they_meant() {
             at: 0,
             kv_s: 0.0,
             prompt_gflops: PerTier::default(),
+            few_gflops: PerTier::default(),
         },
     };
     assert_eq!(plan, want);
@@ -394,4 +395,39 @@ fn a_plan_that_does_not_say_how_keys_are_stored_means_16_bits() {
     assert_eq!(load(&V2.replace("kv_type = \"q8_0\"\n", "")), load(&f16));
     assert_eq!(load(V1), load(&f16));
     assert_eq!(load(V1).unwrap().encode(), f16);
+}
+
+#[test]
+fn version_10_says_how_fast_few_rows_are() {
+    let plan = load(V10).unwrap();
+    let rates = &plan.predicted.few_gflops;
+    assert_eq!(*rates, PerTier::from([0.0, 40.25, 40.25]));
+    // A tier without a figure has none in a machine file either.
+    let known = [("dram".to_string(), 40.25), ("slow".to_string(), 40.25)];
+    assert_eq!(plan.by_name(rates), known.into());
+    assert_eq!(
+        plan.encode(),
+        V10,
+        "a plan with a key of version 10 says so"
+    );
+    let mut without = plan.clone();
+    without.predicted.few_gflops = PerTier::default();
+    assert_eq!(without.encode(), V9);
+    for (from, to, why) in [
+        (
+            "version = 10",
+            "version = 9",
+            "predicted.few_gflops is a key of version 10",
+        ),
+        (
+            "vram = 0.0, dram = 40.25",
+            "vram = -1.0, dram = 40.25",
+            "-1",
+        ),
+        ("few_gflops = { vram = 0.0, ", "few_gflops = { ", "vram"),
+    ] {
+        assert!(V10.contains(from), "{from}");
+        let error = load(&V10.replacen(from, to, 1)).unwrap_err().to_string();
+        assert!(error.contains(why), "{why}: {error}");
+    }
 }
