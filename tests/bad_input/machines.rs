@@ -19,8 +19,8 @@ fn machine_files_that_make_no_sense() {
     solve("text.toml", "hello", &["not a machine file"]);
     solve(
         "newer.toml",
-        &swap(&good, "version = 1", "version = 7"),
-        &["version 7", "up to version 6", "update"],
+        &swap(&good, "version = 1", "version = 8"),
+        &["version 8", "up to version 7", "update"],
     );
     solve(
         "lacks.toml",

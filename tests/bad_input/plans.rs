@@ -21,8 +21,8 @@ fn plans_that_do_not_fit() {
     };
     run(
         "newer.toml",
-        &swap(&plan, "version = 3", "version = 10"),
-        &["newer.toml", "version 10", "up to version 9", "update"],
+        &swap(&plan, "version = 3", "version = 11"),
+        &["newer.toml", "version 11", "up to version 10", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run(

@@ -557,6 +557,7 @@ fn as_json(args: &SolveArgs, solved: &Solution, skews: &[Skew], written: &[PathB
             "at": plan.predicted.at,
             "kv_s": plan.predicted.kv_s,
             "prompt_gflops": plan.predicted.prompt_gflops.as_slice(),
+            "few_gflops": plan.predicted.few_gflops.as_slice(),
             "read_bytes": plan.predicted.read_bytes.as_slice(),
             "tiers": plan.tiers.iter().map(tier_json).collect::<Vec<_>>(),
         })

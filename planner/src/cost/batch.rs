@@ -10,10 +10,10 @@
 //!
 //! # Reads and arithmetic
 //! A matrix that a step uses for `r` rows takes the longer of its read and of `2 · values · (r + h)
-//! / gflops`, where `h` rows take as long as unpacking the weights, and what of their read the
-//! arithmetic does not hide ([`half_rows`]). For one row the read alone counts: the rate of a tier
-//! was measured with the arithmetic of one row. Where the machine file has no rate of arithmetic, and on
-//! emulated tiers, whose time is declared, reads alone count.
+//! / gflops`. Unpacking the weights, and what of their read arithmetic does not hide, takes as long
+//! as `h` rows ([`half_rows`]). For one row the read alone counts: the rate of a tier was measured
+//! with the arithmetic of one row. Where the machine file has no rate of arithmetic, and on emulated
+//! tiers, whose time is declared, reads alone count.
 //!
 //! # Distinct experts
 //! Expert `e` is chosen with probability `q = 1 − (1 − share)^rows`, as if texts were independent,
@@ -33,21 +33,45 @@ use tier_plan_runtime::options::DEFAULT_BATCH;
 /// Rows of a step that go through the layers together, at most.
 pub const PASS_ROWS: u32 = DEFAULT_BATCH as u32;
 
-/// Rows at which a matmul runs at half of the full rate, where the rate of [`FEW_ROWS`] rows is not
-/// known. Measured with AMX: 358, 405 and 458 GFLOP/s with 14, 32 and 128 rows.
+/// Rows at which a matmul runs at half of the full rate, at most, and where the rate of
+/// [`FEW_ROWS`] rows is not known. Measured with AMX: 358, 405 and 458 GFLOP/s with 14, 32 and 128
+/// rows.
 pub const HALF_ROWS: f64 = 4.0;
 
-/// Most rows that a matrix is taken to cost beside those that use it.
-const MOST_HALF_ROWS: f64 = 64.0;
+/// Matmul rates by tier, in 10⁹ floating-point operations per second: 0 where one is not known, and
+/// empty where none is.
+#[derive(Debug, Clone, Copy)]
+pub struct MatmulRates<'a> {
+    /// With many rows.
+    pub many: &'a PerTier<f64>,
+    /// With [`FEW_ROWS`], whose weights come from memory.
+    pub few: &'a PerTier<f64>,
+}
 
-/// Returns the rows at which a matmul runs at half of the full rate, from that rate and from the one
-/// with [`FEW_ROWS`] rows, where both are known (not 0): its weights are unpacked anew for each batch,
-/// and its last tile of rows is partly empty.
+impl<'a> MatmulRates<'a> {
+    /// Returns the rates that a plan was made with.
+    pub fn of_plan(plan: &'a Placement) -> Self {
+        Self {
+            many: &plan.predicted.prompt_gflops,
+            few: &plan.predicted.few_gflops,
+        }
+    }
+
+    /// Returns the rows at which a matmul on a tier runs at half of its full rate.
+    pub fn half_rows(self, at: TierIdx) -> f64 {
+        let of = |rates: &PerTier<f64>| rates.get(at).copied().unwrap_or(0.0);
+        half_rows(of(self.many), of(self.few))
+    }
+}
+
+/// Returns the rows at which a matmul runs at half of the full rate: the `h` of `few = many ·
+/// FEW_ROWS / (FEW_ROWS + h)`, from 0 to [`HALF_ROWS`], where both rates are known (not 0).
 ///
-/// From `few = many · FEW_ROWS / (FEW_ROWS + h)`.
+/// A larger `h` would come of a memory that is slow for this arithmetic, so that few rows wait for
+/// their weights. More rows wait no longer.
 pub fn half_rows(many_gflops: f64, few_gflops: f64) -> f64 {
     if many_gflops > 0.0 && few_gflops > 0.0 {
-        (f64::from(FEW_ROWS) * (many_gflops / few_gflops - 1.0)).clamp(0.0, MOST_HALF_ROWS)
+        (f64::from(FEW_ROWS) * (many_gflops / few_gflops - 1.0)).clamp(0.0, HALF_ROWS)
     } else {
         HALF_ROWS
     }
@@ -66,33 +90,23 @@ pub struct Step {
 }
 
 impl Step {
-    /// Makes the step of some texts on tiers. `gflops` and `few` are their matmul rates with many
-    /// rows and with [`FEW_ROWS`], 0 where unknown; there may be none.
-    pub fn new(
-        texts: u32,
-        tiers: &PerTier<Tier>,
-        (gflops, few): (&PerTier<f64>, &PerTier<f64>),
-    ) -> Self {
+    /// Makes the step of some texts on tiers with these rates.
+    pub fn new(texts: u32, tiers: &PerTier<Tier>, rates: MatmulRates<'_>) -> Self {
         let rate = |(at, tier): (TierIdx, &Tier)| {
-            let known = gflops.get(at).copied().filter(|_| !tier.emulated);
+            let known = rates.many.get(at).copied().filter(|_| !tier.emulated);
             known.filter(|rate| *rate > 0.0).unwrap_or(0.0)
         };
         Self {
             texts: texts.max(1),
             gflops: tiers.enumerate().map(rate).collect(),
-            half_rows: tiers
-                .indices()
-                .map(|at| half_rows_on(gflops, few, at))
-                .collect(),
+            half_rows: tiers.indices().map(|at| rates.half_rows(at)).collect(),
         }
     }
 
     /// Returns the step of a plan.
     pub fn of_plan(plan: &Placement, texts: u32) -> Self {
         let tiers = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-        let predicted = &plan.predicted;
-        let rates = (&predicted.prompt_gflops, &predicted.few_gflops);
-        Self::new(texts, &tiers, rates)
+        Self::new(texts, &tiers, MatmulRates::of_plan(plan))
     }
 
     /// Whether arithmetic counts on any tier.
@@ -148,12 +162,6 @@ impl Step {
         let layers = self.micro_batches() * f64::from(n_layer);
         (self.passes() * token_us + layers * layer_us) * 1e-6
     }
-}
-
-/// Returns [`half_rows`] of a tier, given the rates of all.
-pub(super) fn half_rows_on(many: &PerTier<f64>, few: &PerTier<f64>, at: TierIdx) -> f64 {
-    let of = |rates: &PerTier<f64>| rates.get(at).copied().unwrap_or(0.0);
-    half_rows(of(many), of(few))
 }
 
 /// Expected use of experts by the rows of a pass.

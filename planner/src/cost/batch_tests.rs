@@ -41,6 +41,15 @@ fn group(kind: DenseKind, token_bytes: u64) -> DenseShape {
     }
 }
 
+/// Rates with many rows, where those with few are not known.
+fn many(rates: &PerTier<f64>) -> MatmulRates<'_> {
+    static NONE: std::sync::LazyLock<PerTier<f64>> = std::sync::LazyLock::new(PerTier::default);
+    MatmulRates {
+        many: rates,
+        few: &NONE,
+    }
+}
+
 fn us(seconds: f64) -> f64 {
     (seconds * 1e9).round() / 1e3
 }
@@ -49,7 +58,7 @@ fn us(seconds: f64) -> f64 {
 fn dense_weights_are_read_once_per_micro_batch() {
     let (tiers, gflops) = (tiers(false), PerTier::from([100.0, 0.0]));
     let of = |texts, kind, bytes| {
-        let step = Step::new(texts, &tiers, (&gflops, &PerTier::default()));
+        let step = Step::new(texts, &tiers, many(&gflops));
         us(step.dense_s(&group(kind, bytes), TierIdx::FIRST, &tiers[TierIdx::FIRST]))
     };
     // A megabyte is read in 100 µs; a row of its two million values takes 40 µs beside others.
@@ -69,12 +78,12 @@ fn dense_weights_are_read_once_per_micro_batch() {
         6.0 * (500.0 + 4.0) * 40.0
     );
     assert_eq!(of(3000, DenseKind::Head, MB), 2.0 * (1500.0 + 4.0) * 40.0);
-    let step = Step::new(3000, &tiers, (&gflops, &PerTier::default()));
+    let step = Step::new(3000, &tiers, many(&gflops));
     assert_eq!(us(step.overhead_s(10, 5.0, 70.0)), 2.0 * 70.0 + 6.0 * 50.0);
     // Without a rate, and on emulated tiers, a step of any texts reads once.
     let emulated = self::tiers(true);
     for (tiers, gflops) in [(&tiers, PerTier::default()), (&emulated, gflops)] {
-        let step = Step::new(16, tiers, (&gflops, &PerTier::default()));
+        let step = Step::new(16, tiers, many(&gflops));
         let dense = group(DenseKind::Attention, MB);
         assert!(!step.has_arithmetic());
         assert_eq!(
@@ -88,8 +97,8 @@ fn dense_weights_are_read_once_per_micro_batch() {
 fn a_few_rows_take_what_was_measured_of_them() {
     let tiers = tiers(false);
     // Two million values with four rows: 8 operations each take 200 µs at 80 GFLOP/s.
-    let (many, few) = (PerTier::from([100.0, 100.0]), PerTier::from([80.0, 0.0]));
-    let step = Step::new(4, &tiers, (&many, &few));
+    let (many, few) = (&PerTier::from([100.0; 2]), &PerTier::from([80.0, 0.0]));
+    let step = Step::new(4, &tiers, MatmulRates { many, few });
     let of = |at: usize, texts| {
         let step = Step {
             texts,
@@ -100,11 +109,11 @@ fn a_few_rows_take_what_was_measured_of_them() {
     };
     assert_eq!(of(0, 4), 200.0);
     assert_eq!(of(0, 8), (8.0 + 1.0) * 40.0);
-    // As if the second tier had half of the rate.
+    // Nothing is known of few rows on the second tier.
     assert_eq!(of(1, 4), (4.0 + HALF_ROWS) * 40.0);
-    // Few rows are not faster than many.
+    // Few rows are not faster than many, and many don't wait for memory as few do.
     assert_eq!(half_rows(100.0, 150.0), 0.0);
-    assert_eq!(half_rows(100.0, 1e-3), MOST_HALF_ROWS);
+    assert_eq!(half_rows(100.0, 10.0), HALF_ROWS);
     assert_eq!(half_rows(0.0, 150.0), HALF_ROWS);
 }
 
@@ -140,7 +149,7 @@ fn an_expert_stage_is_the_longest_of_reads_and_arithmetic() {
     let dram = TierIdx::FIRST;
     let stage = |emulated, gflops: [f64; 2]| {
         let tiers = tiers(emulated);
-        let step = Step::new(8, &tiers, (&PerTier::from(gflops), &PerTier::default()));
+        let step = Step::new(8, &tiers, many(&PerTier::from(gflops)));
         PassStage::new(&step, &tiers, &layer, dram)
     };
     // Of three experts in memory, one has a row, the others two and five.

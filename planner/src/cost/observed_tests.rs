@@ -9,9 +9,9 @@ use tier_plan_runtime::formats::machine::{self, Machine};
 
 fn machine(emulated: bool) -> Machine {
     let text = format!(
-        "format = \"tier-plan machine\"\nversion = 2\nname = \"m\"\nlayer_overhead_us = 20\ntoken_overhead_us = 200\n\
+        "format = \"tier-plan machine\"\nversion = 7\nname = \"m\"\nlayer_overhead_us = 20\ntoken_overhead_us = 200\n\
          [[tier]]\nname = \"dram\"\nkind = \"dram\"\ncapacity = \"64GiB\"\nread_gbps = 30\nlatency_us = 0\n\
-         emulated = {emulated}\nprompt_gflops = 5000\nsource = \"test\"\n\
+         emulated = {emulated}\nprompt_gflops = 5000\nfew_gflops = 2500\nsource = \"test\"\n\
          [[tier]]\nname = \"nvme\"\nkind = \"nvme\"\ncapacity = \"1TB\"\nread_gbps = 2\nlatency_us = 100\n\
          emulated = {emulated}\nsource = \"test\"\n"
     );
@@ -117,6 +117,8 @@ fn both_causes_multiply() {
             .iter()
             .all(|rate| (*rate - 4000.0).abs() < 1e-9)
     );
+    let few = &replaced.predicted.few_gflops;
+    assert!(few.len() == 2 && few.iter().all(|rate| (*rate - 2000.0).abs() < 1e-9));
     let now = given.predict(&plan, &known.sizes, Some(&evidence), plan.predicted.at);
     assert_eq!(now, predict(&replaced, &known.sizes, &evidence));
 }

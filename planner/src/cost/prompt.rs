@@ -22,7 +22,7 @@
 //!
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
-use super::batch::half_rows_on;
+use super::batch::MatmulRates;
 use super::{BATCH, ExpertStage, FixedTimes, group_read_s, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
@@ -171,8 +171,7 @@ fn experts_s(
     for (at, tier) in tiers.enumerate() {
         let touched = on[at];
         // Each expert that is used costs as much as some rows more.
-        let predicted = &plan.predicted;
-        let more = half_rows_on(&predicted.prompt_gflops, &predicted.few_gflops, at);
+        let more = MatmulRates::of_plan(plan).half_rows(at);
         let rows = touched.uses + more * touched.experts;
         let seconds = compute_s(plan, at, rows * evidence.shape.expert_macs as f64);
         match tier.kind {

@@ -41,8 +41,8 @@ pub struct KernelRate {
     pub gbps: Measured,
     /// Prompt matmul rate in 10⁹ floating-point operations per second.
     pub batch_gflops: Measured,
-    /// Rate of a few tokens with weights from memory, in the same unit; measured where it counts for
-    /// plans.
+    /// Rate of four tokens with weights from memory, in the same unit; measured where it counts
+    /// for plans.
     pub few_gflops: Option<Measured>,
     /// Share of this format in the bytes per token, if a model was given.
     pub share: Option<f64>,
@@ -115,7 +115,7 @@ pub struct Findings {
     pub compute_iqr: f64,
     /// Prompt rate of the same formats, in 10⁹ floating-point operations per second.
     pub prompt_gflops: f64,
-    /// Rate of a few tokens in the same formats.
+    /// Rate of four tokens in the same formats; 0 where it was not measured.
     pub few_gflops: f64,
     /// Bytes of main memory that plans may use.
     pub dram_bytes: u64,

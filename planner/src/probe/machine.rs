@@ -84,7 +84,11 @@ impl Findings {
         }
         let mut prompt_gflops =
             BTreeMap::from([(computing.clone(), rounded(self.prompt_gflops).max(1e-5))]);
-        let few_gflops = BTreeMap::from([(computing, rounded(self.few_gflops).max(1e-5))]);
+        let few = rounded(self.few_gflops);
+        let few_gflops = (few > 0.0)
+            .then_some((computing, few))
+            .into_iter()
+            .collect();
         let mut links = BTreeMap::new();
         for gpu in self
             .gpus

@@ -420,8 +420,8 @@ fn mean_rate(rates: &[KernelRate]) -> f64 {
     if shares > 0.0 { shares / seconds } else { q4_k }
 }
 
-/// Returns the mean of a matmul rate, weighted by each format's share of the arithmetic; that of Q4_K
-/// without shares.
+/// Returns the mean of a matmul rate, weighted by each format's share of the arithmetic; that of
+/// Q4_K without shares.
 fn mean_gflops(rates: &[KernelRate], of: impl Fn(&KernelRate) -> Measured) -> f64 {
     // Arithmetic is proportional to values, not to bytes.
     let values =

@@ -434,7 +434,7 @@ fn the_page_cache_must_be_clearly_faster() {
         let text = machine.encode();
         let io = format!("io = \"{}\"", best.as_str());
         assert!(
-            text.contains("version = 5\n") && text.contains(&io),
+            text.contains("version = 7\n") && text.contains(&io),
             "{text}"
         );
         let back = tier_plan_runtime::formats::machine::decode(text.as_bytes(), Path::new("m"));

@@ -235,7 +235,7 @@ pub struct Machine {
     pub id: SourceId,
 }
 
-/// Tokens, or texts, of what [`Extras::few_gflops`] is the rate of.
+/// Tokens per matmul in [`Extras::few_gflops`].
 pub const FEW_ROWS: u32 = 4;
 
 /// What a machine file may say besides the tiers.
@@ -262,8 +262,8 @@ pub struct Extras {
     /// Matmul rate of prompts with weights on a tier, by tier name, in 10⁹ floating-point
     /// operations per second (a multiply-accumulate is two).
     pub prompt_gflops: BTreeMap<String, f64>,
-    /// Rate of matmuls of [`FEW_ROWS`] tokens whose weights come from a tier's memory, by tier name, in
-    /// the same unit.
+    /// Rate of matmuls of [`FEW_ROWS`] tokens with weights from a tier's memory, by tier name, in the
+    /// same unit.
     pub few_gflops: BTreeMap<String, f64>,
     /// Relative spread of the repetitions that `read_gbps` is the median of, by tier name: their
     /// interquartile range over the median.

@@ -9,8 +9,8 @@ use std::hint::black_box;
 use std::time::Duration;
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::{
-    Activations, BAND_ROWS, Kernels, OutMatrix, RowOrder, StoredRows, Weights, needs_quants,
-    q8_row_bytes,
+    Activations, BAND_ROWS, Kernels, OutMatrix, RowBlock, RowOrder, StoredRows, Weights,
+    needs_quants, q8_row_bytes,
 };
 
 const COLS: usize = 2048;
@@ -182,16 +182,16 @@ fn attention(c: &mut Criterion) {
             ] {
                 let id = |what: &str| BenchmarkId::new(format!("{what}-{name}-{queries}"), k.isa());
                 group.bench_function(id("dots"), |b| {
-                    b.iter(|| k.row_dots(black_box(&x), rows, &[], WIDTH, &mut scores, ROWS));
+                    b.iter(|| {
+                        k.row_dots(black_box(&x), RowBlock::new(rows, WIDTH), &mut scores, ROWS)
+                    });
                 });
                 group.bench_function(id("mix"), |b| {
                     b.iter(|| {
                         k.add_weighted_rows(
                             black_box(&scores),
                             ROWS,
-                            rows,
-                            &[],
-                            WIDTH,
+                            RowBlock::new(rows, WIDTH),
                             &mut out,
                             WIDTH,
                         )

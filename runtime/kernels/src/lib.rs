@@ -96,5 +96,5 @@ pub use activations::{ActView, Activations, Q8Row};
 pub use bands::{BAND_ROWS, RowOrder};
 pub use delta::{ChannelDeltaStep, DeltaStep, MAX_CONV_TAPS, delta_columns};
 pub use isa::{ISA_VARIABLE, Isa, IsaError, Kernels, UnknownIsa};
-pub use rows::{StoredRows, q8_row_bytes};
+pub use rows::{RowBlock, StoredRows, q8_row_bytes};
 pub use weights::{OutMatrix, Weights, needs_quants};

@@ -80,6 +80,34 @@ impl<'a> StoredRows<'a> {
     }
 }
 
+/// Rows that a kernel reads, and what the next one reads.
+#[derive(Debug, Clone, Copy)]
+pub struct RowBlock<'a> {
+    /// The rows.
+    pub rows: StoredRows<'a>,
+    /// Values per row.
+    pub width: usize,
+    /// Bytes to prefetch meanwhile, evenly over the kernel's work; none by default. Only kernels for
+    /// x86-64 do so.
+    pub next: &'a [u8],
+}
+
+impl<'a> RowBlock<'a> {
+    /// Makes a block of rows of `width` values.
+    pub fn new(rows: StoredRows<'a>, width: usize) -> Self {
+        Self {
+            rows,
+            width,
+            next: &[],
+        }
+    }
+
+    /// Returns the number of rows.
+    fn count(self) -> usize {
+        self.rows.count(self.width)
+    }
+}
+
 impl Kernels {
     /// Widens rows of `width` values to 32-bit floats.
     ///
@@ -143,23 +171,15 @@ impl Kernels {
         }
     }
 
-    /// Computes attention scores: `scores[q * stride + r] = query q . row r`. Queries and rows have
-    /// `width` values; the elements of `scores` between its rows are not written. What is `ahead`,
-    /// which the next call reads, is fetched into the cache meanwhile.
+    /// Computes attention scores: `scores[q * stride + r] = query q . row r`. Queries are as wide as
+    /// rows; the elements of `scores` between its rows are not written.
     ///
     /// # Panics
-    /// When `width` is 0, `queries` or `rows` are not whole rows, or `scores` is too short.
+    /// When the width is 0, `queries` or the block are not whole rows, or `scores` is too short.
     #[inline]
-    pub fn row_dots(
-        self,
-        queries: &[f32],
-        rows: StoredRows<'_>,
-        ahead: &[u8],
-        width: usize,
-        scores: &mut [f32],
-        stride: usize,
-    ) {
-        let (n_queries, n_rows) = (StoredRows::F32(queries).count(width), rows.count(width));
+    pub fn row_dots(self, queries: &[f32], block: RowBlock<'_>, scores: &mut [f32], stride: usize) {
+        let RowBlock { rows, width, .. } = block;
+        let (n_queries, n_rows) = (StoredRows::F32(queries).count(width), block.count());
         if n_queries == 0 || n_rows == 0 {
             return;
         }
@@ -171,12 +191,12 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Amx | crate::Isa::Avx512 => unsafe {
-                super::x86::rows::avx512(rows, ahead).dots(n_rows, width, queries, scores, stride)
+                super::x86::rows::avx512(block).dots(queries, scores, stride)
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Avx2 => unsafe {
-                super::x86::rows::avx2(rows, ahead).dots(n_rows, width, queries, scores, stride)
+                super::x86::rows::avx2(block).dots(queries, scores, stride)
             },
             _ => {
                 let mut row = vec![0.0; width];
@@ -191,23 +211,21 @@ impl Kernels {
     }
 
     /// Adds weighted rows: `out[q] += sum over r of weights[q * stride + r] * row r`, in the order
-    /// of the rows. Rows have `width` values, of which the first `out_width` are read. What is `ahead`
-    /// is fetched as by [`row_dots`](Self::row_dots).
+    /// of the rows, of which the first `out_width` values are read.
     ///
     /// # Panics
-    /// When a width is 0, `rows` or `out` are not whole rows, or `weights` is too short.
+    /// When a width is 0, the block or `out` are not whole rows, or `weights` is too short.
     #[inline]
     pub fn add_weighted_rows(
         self,
         weights: &[f32],
         stride: usize,
-        rows: StoredRows<'_>,
-        ahead: &[u8],
-        width: usize,
+        block: RowBlock<'_>,
         out: &mut [f32],
         out_width: usize,
     ) {
-        let (n_queries, n_rows) = (StoredRows::F32(out).count(out_width), rows.count(width));
+        let RowBlock { rows, width, .. } = block;
+        let (n_queries, n_rows) = (StoredRows::F32(out).count(out_width), block.count());
         assert!(out_width <= width, "rows as wide as the result");
         if n_queries == 0 || n_rows == 0 {
             return;
@@ -220,14 +238,12 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Amx | crate::Isa::Avx512 => unsafe {
-                super::x86::rows::avx512(rows, ahead)
-                    .mix(n_rows, width, weights, stride, out, out_width)
+                super::x86::rows::avx512(block).mix(weights, stride, out, out_width)
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `self` proves the instructions; the lengths are checked above.
             crate::Isa::Avx2 => unsafe {
-                super::x86::rows::avx2(rows, ahead)
-                    .mix(n_rows, width, weights, stride, out, out_width)
+                super::x86::rows::avx2(block).mix(weights, stride, out, out_width)
             },
             _ => {
                 let mut row = vec![0.0; width];

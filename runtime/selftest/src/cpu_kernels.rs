@@ -7,7 +7,9 @@ use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::reference::{SUM_TOLERANCE, matvec};
 use tier_plan_kernels::threads::ThreadPool;
-use tier_plan_kernels::{Activations, Kernels, StoredRows, Weights, needs_quants, q8_row_bytes};
+use tier_plan_kernels::{
+    Activations, Kernels, RowBlock, StoredRows, Weights, needs_quants, q8_row_bytes,
+};
 
 /// Relative tolerance of a value: fused multiply-adds round once less.
 const VALUE_TOLERANCE: f64 = 2e-6;
@@ -158,7 +160,7 @@ fn rows(kernels: Kernels, random: &mut Random) -> Outcome {
         for rows in kinds {
             let mut both = [vec![0.0; n_queries * n_rows], vec![0.0; n_queries * n_rows]];
             for (k, scores) in [Kernels::SCALAR, kernels].into_iter().zip(&mut both) {
-                k.row_dots(&queries, rows, &[], width, scores, n_rows);
+                k.row_dots(&queries, RowBlock::new(rows, width), scores, n_rows);
             }
             outcome.compare(
                 &both[1],

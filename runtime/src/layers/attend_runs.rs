@@ -6,7 +6,7 @@
 
 use super::cpu_context::CpuContext;
 use std::cell::RefCell;
-use tier_plan_kernels::{Kernels, StoredRows};
+use tier_plan_kernels::{Kernels, RowBlock, StoredRows};
 
 /// Heads that pass over rows together at most.
 const MAX_HEADS: usize = if cfg!(test) { 3 } else { 16 };
@@ -120,7 +120,12 @@ fn attend_token(
     let mut at = 0;
     for run in runs {
         for_each_tile(kernels, run.keys, key_width, heads, tile, |rows, n| {
-            kernels.row_dots(queries, rows, &[], key_width, &mut scores[at..], total);
+            kernels.row_dots(
+                queries,
+                RowBlock::new(rows, key_width),
+                &mut scores[at..],
+                total,
+            );
             at += n;
         });
     }
@@ -140,7 +145,13 @@ fn attend_token(
     for run in runs {
         for_each_tile(kernels, run.values, value_width, heads, tile, |rows, n| {
             let weights = &scores[at..];
-            kernels.add_weighted_rows(weights, total, rows, &[], value_width, out, value_width);
+            kernels.add_weighted_rows(
+                weights,
+                total,
+                RowBlock::new(rows, value_width),
+                out,
+                value_width,
+            );
             at += n;
         });
     }

@@ -1,11 +1,15 @@
 //! Softmax attention of many queries to the rows of a KV cache, split among threads (as in
 //! FlashAttention).
 //!
-//! Queries that read the same rows pass over them together, in blocks. A few rows at a time are
-//! widened to 32-bit floats and stay in the first-level cache meanwhile. The context is cut at
-//! fixed positions into chunks, and a query's result is merged from its parts by chunk, in their
-//! order. So a result has the same bits whatever queries are beside it, and whether one thread did
-//! all chunks or several did some each.
+//! Queries that read the same rows pass over them together, in blocks. For many queries, a few rows
+//! at a time are widened to 32-bit floats and stay in the first-level cache meanwhile; for few, the
+//! rows that come next are prefetched. The context is cut at fixed positions into chunks, and a
+//! query's result is merged from its parts by chunk, in their order. So a result has the same bits
+//! whatever queries are beside it, and whether one thread did all chunks or several did some each.
+
+mod part;
+
+pub(super) use part::{Part, PartialSoftmax, PartialSoftmaxRef};
 
 use super::kv_rows::RowStore;
 use super::pages::{PAGE, PageIdx};
@@ -13,7 +17,7 @@ use crate::layers::cpu_context::CpuContext;
 use std::cell::RefCell;
 use std::ops::Range;
 use tier_plan_formats::model::spec::WindowKind;
-use tier_plan_kernels::{Kernels, StoredRows};
+use tier_plan_kernels::{Kernels, RowBlock, StoredRows};
 
 /// Positions per chunk: their scores stay in the second-level cache. Few in tests, so that there
 /// are several chunks.
@@ -204,106 +208,6 @@ impl Job {
     }
 }
 
-/// The softmax of one query over some positions (online softmax): the largest score, the sum of the
-/// exponentials below it, and the rows mixed by them, not yet divided by the sum. Over no position:
-/// minus infinity, 0 and zeros.
-pub(super) struct PartialSoftmax<'a> {
-    pub largest: &'a mut f32,
-    pub sum: &'a mut f32,
-    pub mixed: &'a mut [f32],
-}
-
-/// A [`PartialSoftmax`] to read.
-#[derive(Clone, Copy)]
-pub(super) struct PartialSoftmaxRef<'a> {
-    pub largest: f32,
-    pub sum: f32,
-    pub mixed: &'a [f32],
-}
-
-impl PartialSoftmax<'_> {
-    /// Merges the softmax over later positions.
-    pub(super) fn merge(&mut self, kernels: Kernels, later: PartialSoftmaxRef<'_>) {
-        if later.sum == 0.0 {
-            return;
-        }
-        if *self.sum == 0.0 {
-            (*self.largest, *self.sum) = (later.largest, later.sum);
-            self.mixed.copy_from_slice(later.mixed);
-            return;
-        }
-        let largest = self.largest.max(later.largest);
-        let (a, b) = (
-            (*self.largest - largest).exp(),
-            (later.largest - largest).exp(),
-        );
-        kernels.axpby(a, self.mixed, b, later.mixed);
-        *self.sum = a * *self.sum + b * later.sum;
-        *self.largest = largest;
-    }
-
-    /// Returns the factor on what is mixed, with an attention sink where there is one: a score
-    /// beside those of the positions, which takes its share of the weights and has no value.
-    pub(super) fn factor(&self, sink: Option<f32>) -> f32 {
-        let (largest, sum) = (*self.largest, *self.sum);
-        match sink {
-            Some(sink) => {
-                let most = largest.max(sink);
-                let a = (largest - most).exp();
-                a / (a * sum + (sink - most).exp())
-            }
-            None => 1.0 / sum,
-        }
-    }
-}
-
-/// What a block finds in one chunk or in several: `[queries, value_width]`, then `[queries]`
-/// largest scores, then `[queries]` sums.
-pub(super) struct Part<'a> {
-    pub mixed: &'a mut [f32],
-    pub largest: &'a mut [f32],
-    pub sums: &'a mut [f32],
-    width: usize,
-}
-
-impl<'a> Part<'a> {
-    pub(super) fn new(part: &'a mut [f32], queries: usize, width: usize) -> Self {
-        let (mixed, rest) = part.split_at_mut(queries * width);
-        let (largest, rest) = rest.split_at_mut(queries);
-        Self {
-            mixed,
-            largest,
-            sums: &mut rest[..queries],
-            width,
-        }
-    }
-
-    /// Sets the part to that of no position.
-    pub(super) fn clear(&mut self) {
-        self.mixed.fill(0.0);
-        self.largest.fill(f32::NEG_INFINITY);
-        self.sums.fill(0.0);
-    }
-
-    pub(super) fn query_mut(&mut self, query: usize) -> PartialSoftmax<'_> {
-        let mixed = &mut self.mixed[query * self.width..][..self.width];
-        PartialSoftmax {
-            largest: &mut self.largest[query],
-            sum: &mut self.sums[query],
-            mixed,
-        }
-    }
-
-    pub(super) fn query(&self, query: usize) -> PartialSoftmaxRef<'_> {
-        let mixed = &self.mixed[query * self.width..][..self.width];
-        PartialSoftmaxRef {
-            largest: self.largest[query],
-            sum: self.sums[query],
-            mixed,
-        }
-    }
-}
-
 /// Results of [`attend`] by job, and the memory for them.
 #[derive(Default)]
 pub(super) struct AttentionParts {
@@ -406,6 +310,14 @@ pub(super) fn attend(
         });
 }
 
+/// A pass over the rows of a chunk.
+struct Pass<'a> {
+    store: &'a RowStore,
+    chunk: usize,
+    /// The rows that are read after it: their store, and the first one's position.
+    then: (&'a RowStore, usize),
+}
+
 /// Queries that pass over the rows of a KV head together.
 struct Block<'a> {
     a: &'a Attention<'a>,
@@ -442,20 +354,17 @@ impl Block<'_> {
         let Local { scores, tile, .. } = local;
         scores.resize(heads * self.tokens.len() * CHUNK, 0.0);
         part.clear();
-        let key_width = a.keys.width();
-        let positions = self.positions(chunk);
-        let then = (a.values, positions.start);
-        self.for_each_run(
-            kernels,
-            (a.keys, chunk),
-            then,
-            tile,
-            |rows, ahead, queries, at| {
-                let scores = &mut scores[queries.start * CHUNK + at..];
-                let queries = &self.queries[queries.start * key_width..queries.end * key_width];
-                kernels.row_dots(queries, rows, ahead, key_width, scores, CHUNK);
-            },
-        );
+        let (key_width, positions) = (a.keys.width(), self.positions(chunk));
+        let keys = Pass {
+            store: a.keys,
+            chunk,
+            then: (a.values, positions.start),
+        };
+        self.for_each_run(kernels, &keys, tile, |rows, queries, at| {
+            let scores = &mut scores[queries.start * CHUNK + at..];
+            let queries = &self.queries[queries.start * key_width..queries.end * key_width];
+            kernels.row_dots(queries, rows, scores, CHUNK);
+        });
         for query in 0..heads * self.tokens.len() {
             let seen = self.seen_of(chunk, self.tokens.start + query / heads);
             let range = query * CHUNK + seen.start - chunk * CHUNK
@@ -467,26 +376,16 @@ impl Block<'_> {
             (part.largest[query], part.sums[query]) = kernels.exp_minus_max(&mut scores[range]);
         }
         let width = a.value_width;
-        let then = (a.keys, positions.end);
-        self.for_each_run(
-            kernels,
-            (a.values, chunk),
-            then,
-            tile,
-            |rows, ahead, queries, at| {
-                let weights = &scores[queries.start * CHUNK + at..];
-                let mixed = &mut part.mixed[queries.start * width..queries.end * width];
-                kernels.add_weighted_rows(
-                    weights,
-                    CHUNK,
-                    rows,
-                    ahead,
-                    a.values.width(),
-                    mixed,
-                    width,
-                );
-            },
-        );
+        let values = Pass {
+            store: a.values,
+            chunk,
+            then: (a.keys, positions.end),
+        };
+        self.for_each_run(kernels, &values, tile, |rows, queries, at| {
+            let weights = &scores[queries.start * CHUNK + at..];
+            let mixed = &mut part.mixed[queries.start * width..queries.end * width];
+            kernels.add_weighted_rows(weights, CHUNK, rows, mixed, width);
+        });
     }
 
     /// Returns the positions of a chunk that a token sees; an empty range within the chunk if none.
@@ -496,59 +395,65 @@ impl Block<'_> {
         start..seen.end.clamp(start, first + CHUNK)
     }
 
-    /// Returns the positions of a chunk that any token sees. Later tokens see later positions, so the
-    /// first and the last one see all that any does.
+    /// Returns the positions of a chunk that any token sees. Later tokens see later positions, so
+    /// the first and the last one see all that any does.
     fn positions(&self, chunk: usize) -> Range<usize> {
         self.seen_of(chunk, self.tokens.start).start..self.seen_of(chunk, self.tokens.end - 1).end
     }
 
-    /// Returns the positions from `next` on whose rows are taken at a time: of one page, and before
-    /// `end`.
-    fn tile(&self, store: &RowStore, next: usize, end: usize) -> Range<usize> {
+    /// Returns the positions from `first` on, and before `end`, whose rows are taken at a time: all
+    /// of one page.
+    fn tile(&self, store: &RowStore, first: usize, end: usize) -> Range<usize> {
         let step = (TILE_VALUES / store.width() / 4 * 4).clamp(4, CHUNK);
-        let page_end = (next / PAGE + 1) * PAGE;
-        next..(next + step).min(end).min(page_end)
+        let page_end = (first / PAGE + 1) * PAGE;
+        first..(first + step).min(end).min(page_end)
+    }
+
+    /// Returns the bytes of the rows that are taken at a time from position `first` on; none where
+    /// the batch has no such position.
+    fn tile_bytes<'s>(&self, store: &'s RowStore, first: usize) -> &'s [u8] {
+        let a = self.a;
+        let tile = self.tile(store, first, a.past + a.tokens);
+        if tile.is_empty() {
+            return &[];
+        }
+        store.rows(a.pages, self.kv_head, tile).bytes()
     }
 
     /// Goes through the rows of a chunk in order, a few at a time, and calls `work` once per run of
-    /// neighboring tokens that see equal rows: with the rows, the bytes that are read next, the
-    /// indices of the tokens' queries, and the first row's position in the chunk. `then` are the
-    /// rows that are read after the chunk, by their store and their first position.
+    /// neighboring tokens that see equal rows: with the rows, the indices of the tokens' queries,
+    /// and the first row's position in the chunk. Rows that are multiplied as they are stored come
+    /// with the bytes that are read next.
     fn for_each_run(
         &self,
         kernels: Kernels,
-        (store, chunk): (&RowStore, usize),
-        (then, then_first): (&RowStore, usize),
+        pass: &Pass<'_>,
         buffer: &mut Vec<f32>,
-        mut work: impl FnMut(StoredRows<'_>, &[u8], Range<usize>, usize),
+        mut work: impl FnMut(RowBlock<'_>, Range<usize>, usize),
     ) {
-        let (a, width, positions) = (self.a, store.width(), self.positions(chunk));
-        let all_end = a.past + a.tokens;
+        let Pass { store, chunk, then } = *pass;
+        let (width, positions) = (store.width(), self.positions(chunk));
         let mut next = positions.start;
         while next < positions.end {
             let tile = self.tile(store, next, positions.end);
             next = tile.end;
-            let mut rows = store.rows(a.pages, self.kv_head, tile.clone());
-            let (store_ahead, ahead) = if next < positions.end {
-                (store, self.tile(store, next, positions.end))
-            } else {
-                (then, self.tile(then, then_first.min(all_end), all_end))
-            };
-            let mut ahead = if ahead.is_empty() {
-                &[]
-            } else {
-                store_ahead.rows(a.pages, self.kv_head, ahead).bytes()
-            };
-            if self.heads * self.tokens.len() > MAX_QUERIES_AS_STORED
-                && !matches!(rows, StoredRows::F32(_))
+            let mut rows = store.rows(self.a.pages, self.kv_head, tile.clone());
+            let mut read_next: &[u8] = &[];
+            if self.heads * self.tokens.len() <= MAX_QUERIES_AS_STORED
+                || matches!(rows, StoredRows::F32(_))
             {
+                read_next = if next < positions.end {
+                    self.tile_bytes(store, next)
+                } else {
+                    self.tile_bytes(then.0, then.1)
+                };
+            } else {
                 let len = tile.len() * width;
                 if buffer.len() < len {
                     buffer.resize(len, 0.0);
                 }
                 kernels.widen_rows(rows, width, &mut buffer[..len]);
                 rows = StoredRows::F32(&buffer[..len]);
-                ahead = &[];
             }
             let seen = |token: usize| {
                 let seen = self.seen_of(chunk, token);
@@ -564,9 +469,12 @@ impl Block<'_> {
                 if !alike.is_empty() {
                     let rows = rows.range(alike.start - tile.start..alike.end - tile.start, width);
                     let number = |token: usize| (token - self.tokens.start) * self.heads;
+                    let rows = RowBlock {
+                        next: std::mem::take(&mut read_next),
+                        ..RowBlock::new(rows, width)
+                    };
                     work(
                         rows,
-                        ahead,
                         number(first)..number(token),
                         alike.start - chunk * CHUNK,
                     );

@@ -12,6 +12,7 @@ use super::weights::DenseWeights;
 use std::cell::RefCell;
 use std::ops::Range;
 use tier_plan_formats::model::spec::{BlockIndex, BlockScore};
+use tier_plan_kernels::RowBlock;
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 
 /// Blocks whose scores are one job.
@@ -230,7 +231,7 @@ impl Index<'_> {
                     let dots = &mut local.dots[..spec.n_head];
                     self.c
                         .kernels
-                        .row_dots(query, rows, &[], spec.key_dim, dots, 1);
+                        .row_dots(query, RowBlock::new(rows, spec.key_dim), dots, 1);
                     *score = scale * dots.iter().map(|dot| dot.max(0.0)).sum::<f32>();
                 }
             }
@@ -243,7 +244,7 @@ impl Index<'_> {
                     let (dots, n) = (&mut local.dots[..], run.len());
                     self.c
                         .kernels
-                        .row_dots(query, rows, &[], spec.key_dim, dots, n);
+                        .row_dots(query, RowBlock::new(rows, spec.key_dim), dots, n);
                     for (dots, scores) in dots.chunks_exact(n).zip(scores.chunks_exact_mut(CHUNK)) {
                         for (position, dot) in run.clone().zip(dots) {
                             let score = &mut scores[position / spec.block - blocks.start];

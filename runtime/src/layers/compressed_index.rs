@@ -7,6 +7,7 @@ use super::kv_rows::RowStore;
 use super::mixer::Segment;
 use std::cell::RefCell;
 use tier_plan_formats::model::spec::CompressedIndex;
+use tier_plan_kernels::RowBlock;
 
 /// Blocks whose scores are one job.
 const CHUNK: usize = if cfg!(test) { 4 } else { 64 };
@@ -124,7 +125,8 @@ impl IndexScratch {
                     let blocks = chunk * CHUNK..visible(token);
                     for (block, score) in blocks.zip(scores) {
                         let key = keys.block(segment.pages, block);
-                        c.kernels.row_dots(query, key, &[], shape.key_dim, dots, 1);
+                        c.kernels
+                            .row_dots(query, RowBlock::new(key, shape.key_dim), dots, 1);
                         let terms = dots.iter().zip(weights);
                         *score = terms.map(|(dot, w)| w * dot.max(0.0)).sum();
                     }

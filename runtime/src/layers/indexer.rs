@@ -24,7 +24,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use tier_plan_formats::model::spec::{IndexerSpec, Selection};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
-use tier_plan_kernels::{ActView, StoredRows};
+use tier_plan_kernels::{ActView, RowBlock, StoredRows};
 
 /// Ratings that are held at once: 16 MiB. Few in tests, so that there are several parts.
 const MAX_RATINGS: usize = if cfg!(test) { 64 } else { 4 << 20 };
@@ -270,7 +270,8 @@ impl Query<'_> {
             rows = StoredRows::F32(keys);
         }
         dots.resize(self.weights.len() * n, 0.0);
-        c.kernels.row_dots(self.heads, rows, &[], dim, dots, n);
+        c.kernels
+            .row_dots(self.heads, RowBlock::new(rows, dim), dots, n);
         for (dots, weight) in dots.chunks_exact(n).zip(self.weights) {
             for (rating, dot) in ratings.iter_mut().zip(dots) {
                 *rating += weight * dot.max(0.0);

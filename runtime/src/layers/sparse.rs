@@ -11,7 +11,7 @@ use super::kv_rows::RowStore;
 use super::pages::PageIdx;
 use std::cell::RefCell;
 use std::ops::Range;
-use tier_plan_kernels::{Kernels, StoredRows};
+use tier_plan_kernels::{Kernels, RowBlock, StoredRows};
 
 /// Positions per chunk. Few in tests, so that there are several chunks.
 const CHUNK: usize = if cfg!(test) { 4 } else { 256 };
@@ -226,7 +226,12 @@ fn attend_chunk(
     for (i, positions) in positions.chunks(step).enumerate() {
         gather(kernels, a, positions, tile);
         let rows = StoredRows::F32(tile);
-        kernels.row_dots(queries, rows, &[], width, &mut scores[i * step..], CHUNK);
+        kernels.row_dots(
+            queries,
+            RowBlock::new(rows, width),
+            &mut scores[i * step..],
+            CHUNK,
+        );
     }
     for query in 0..n {
         let scores = &mut scores[query * CHUNK..][..positions.len()];
@@ -235,7 +240,13 @@ fn attend_chunk(
     for (i, positions) in positions.chunks(step).enumerate() {
         gather(kernels, a, positions, tile);
         let (weights, rows) = (&scores[i * step..], StoredRows::F32(tile));
-        kernels.add_weighted_rows(weights, CHUNK, rows, &[], width, part.mixed, a.value_width);
+        kernels.add_weighted_rows(
+            weights,
+            CHUNK,
+            RowBlock::new(rows, width),
+            part.mixed,
+            a.value_width,
+        );
     }
 }
 

@@ -5,10 +5,10 @@ use std::alloc::{Layout, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-/// A type of which zero bytes are a value.
+/// A number, of which any bytes are a value.
 ///
 /// # Safety
-/// Any bytes are a value of the type, which is aligned to 16 bytes at most.
+/// Any bytes are a value of the type, and a page is aligned for it.
 pub(crate) unsafe trait Plain: Copy {}
 
 // SAFETY: any bytes are a value.
@@ -21,8 +21,7 @@ unsafe impl Plain for half::f16 {}
 /// A slice of zeros with a mapping of its own, on huge pages where the system offers them. Its
 /// memory is used once it is written.
 ///
-/// Streams of the KV cache are read faster so: one page walk serves 2 MiB instead of 4 KiB, and the
-/// processor's prefetching stops at page ends.
+/// Long streams are read faster so: one page walk serves 2 MiB instead of 4 KiB.
 pub(crate) struct Zeroed<T> {
     map: MmapMut,
     len: usize,
@@ -32,7 +31,8 @@ pub(crate) struct Zeroed<T> {
 impl<T: Plain> Zeroed<T> {
     /// Makes `len` zeros. Ends the process like a [`Vec`] where the system has no such memory.
     pub(crate) fn new(len: usize) -> Self {
-        let layout = Layout::array::<T>(len).unwrap_or_else(|_| panic!("{len} values fit memory"));
+        let layout =
+            Layout::array::<T>(len).unwrap_or_else(|_| panic!("{len} values exceed memory"));
         // The system refuses empty mappings.
         let map = MmapMut::map_anon(layout.size().max(1));
         let map = map.unwrap_or_else(|_| handle_alloc_error(layout));
@@ -68,7 +68,10 @@ mod tests {
 
     #[test]
     fn values_are_zeros_until_they_are_written() {
-        assert!(Zeroed::<u8>::new(0).is_empty());
+        assert!(Zeroed::<u8>::new(0).iter_mut().next().is_none());
+        let halves = Zeroed::<half::f16>::new(5);
+        assert_eq!(halves.as_ptr().addr() % 4096, 0);
+        assert!(halves.iter().all(|v| *v == half::f16::ZERO));
         let mut values = Zeroed::<f32>::new(3 << 20);
         assert_eq!(values.len(), 3 << 20);
         assert!(values.iter().all(|v| *v == 0.0));

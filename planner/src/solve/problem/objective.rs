@@ -16,7 +16,7 @@
 
 use super::Problem;
 use super::capacity::Capacity;
-use crate::cost::batch::{self, Step};
+use crate::cost::batch::{self, MatmulRates, Step};
 use crate::cost::token_s;
 use crate::profile::Evidence;
 use crate::solve::options::Objective;
@@ -105,7 +105,10 @@ impl ObjectiveFunction {
             step: Step::new(
                 texts,
                 &machine.computing_tiers().into(),
-                (&machine.prompt_gflops(), &machine.few_gflops()),
+                MatmulRates {
+                    many: &machine.prompt_gflops(),
+                    few: &machine.few_gflops(),
+                },
             ),
             target_tok_s,
             weights: vec![0.0; machine.tiers.len()],

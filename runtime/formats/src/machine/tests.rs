@@ -66,13 +66,13 @@ fn the_demo_machine_is_emulated_throughout() {
 fn errors_say_what_and_how_to_mend() {
     let cases = [
         (v1_with("format = \"tier-plan machine\"", "format = \"tier-plan placement\""), "not a machine file: its format is \"tier-plan placement\"; profiles/machines holds examples"),
-        (v1_with("version = 1", "version = 7"), "machine file version 7, but this program reads up to version 6; update tier-plan"),
+        (v1_with("version = 1", "version = 8"), "machine file version 8, but this program reads up to version 7; update tier-plan"),
         (v1_with("kind = \"dram\"", "kind = \"dram\"\nprompt_gflops = 1"), "prompt_gflops and calibration are keys of version 2; write `version = 2`"),
         (v1_with("kind = \"nvme\"", "kind = \"nvme\"\nio = \"direct\""), "io is a key of version 5; write `version = 5`"),
         (v1_with("kind = \"nvme\"", "kind = \"nvme\"\ncopies = [{ file = \"/b/m.gguf\", share = 0.5 }]"), "copies is a key of version 6; write `version = 6`"),
         (v1_with("version = 1", "version = 0"), "version is 0, but versions start at 1"),
         (v1_with("version = 1", "version = -4"), "version is -4"),
-        (v1_with("version = 1\n", ""), "no version; write `version = 6`"),
+        (v1_with("version = 1\n", ""), "no version; write `version = 7`"),
         (v1_with("version = 1", "version = \"1\""), "line 4: invalid type"),
         (v1_with("kind = \"vram\"", "kind = \"hbm\""), "line 11: unknown variant `hbm`, expected one of `vram`, `dram`, `pmem`, `cxl`, `nvme`"),
         (v1_with("latency_us = 10", "latency_ns = 10"), "line 14: unknown field `latency_ns`"),

@@ -160,6 +160,14 @@ fn widened(kernels: Kernels, rows: StoredRows<'_>, width: usize) -> Vec<f32> {
     wide
 }
 
+/// Returns rows that are read again next, which changes no result.
+fn with_next(rows: StoredRows<'_>, width: usize) -> RowBlock<'_> {
+    RowBlock {
+        next: rows.bytes(),
+        ..RowBlock::new(rows, width)
+    }
+}
+
 #[test]
 fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
     let mut rng = Rng(4);
@@ -175,7 +183,7 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
             ] {
                 let wide = widened(kernels, rows, width);
                 let mut scores = vec![-7.0; n_queries * stride];
-                kernels.row_dots(&queries, rows, rows.bytes(), width, &mut scores, stride);
+                kernels.row_dots(&queries, with_next(rows, width), &mut scores, stride);
                 for (q, query) in queries.chunks_exact(width).enumerate() {
                     for (r, row) in wide.chunks_exact(width).enumerate() {
                         let products = || {
@@ -193,7 +201,7 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
                         );
                         for row in [rows.range(r..r + 1, width), StoredRows::F32(row)] {
                             let mut alone = [0.0];
-                            kernels.row_dots(query, row, &[], width, &mut alone, 1);
+                            kernels.row_dots(query, RowBlock::new(row, width), &mut alone, 1);
                             assert_eq!(
                                 alone[0].to_bits(),
                                 found.to_bits(),
@@ -208,8 +216,13 @@ fn dots_are_the_formula_and_do_not_depend_on_their_neighbors() {
                     );
                 }
                 let mut none = [5.0];
-                kernels.row_dots(&queries, rows.range(3..3, width), &[], width, &mut none, 1);
-                kernels.row_dots(&[], rows, &[], width, &mut none, 1);
+                kernels.row_dots(
+                    &queries,
+                    RowBlock::new(rows.range(3..3, width), width),
+                    &mut none,
+                    1,
+                );
+                kernels.row_dots(&[], RowBlock::new(rows, width), &mut none, 1);
                 assert_eq!(none, [5.0]);
             }
         }
@@ -242,9 +255,7 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbors() {
                 kernels.add_weighted_rows(
                     &weights,
                     stride,
-                    rows,
-                    rows.bytes(),
-                    width,
+                    with_next(rows, width),
                     &mut out,
                     out_width,
                 );
@@ -273,9 +284,7 @@ fn mixtures_are_the_formula_and_do_not_depend_on_their_neighbors() {
                         kernels.add_weighted_rows(
                             &[*weight],
                             1,
-                            row,
-                            &[],
-                            width,
+                            RowBlock::new(row, width),
                             &mut alone,
                             out_width,
                         );
@@ -365,13 +374,13 @@ fn nothing_past_the_end_is_read_or_written() {
                     let queries = others.last::<f32>(values.len());
                     queries.copy_from_slice(&values);
                     let scores = result.last::<f32>(n_queries * n_rows);
-                    kernels.row_dots(queries, rows, &[], width, scores, n_rows);
+                    kernels.row_dots(queries, with_next(rows, width), scores, n_rows);
                     assert!(scores.iter().all(|v| v.is_finite()));
                     let weights = others.last::<f32>(n_queries * n_rows);
                     weights.copy_from_slice(scores);
                     let out = result.last::<f32>(n_queries * width);
                     out.fill(0.0);
-                    kernels.add_weighted_rows(weights, n_rows, rows, &[], width, out, width);
+                    kernels.add_weighted_rows(weights, n_rows, with_next(rows, width), out, width);
                     assert!(out.iter().all(|v| v.is_finite()));
                 }
                 let row = result.last::<u8>(q8_row_bytes(width));

@@ -24,11 +24,17 @@
 //!
 //! With 16 registers (AVX2) `N` is at most 2, with 32 (AVX-512) at most 4.
 
+mod formats;
+
 use super::lanes::{PartialLanes, ROWS};
-use crate::rows::{BLOCK, StoredRows, q8_row_bytes};
+use crate::rows::{RowBlock, StoredRows};
+use formats::{F16, F32, Q8, RowFormat};
 use half::f16;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
+
+/// Bytes per line of the cache.
+const LINE: usize = 64;
 
 /// Widens 16-bit floats.
 ///
@@ -85,71 +91,6 @@ pub(crate) unsafe fn narrow(x: &[f32], out: &mut [f16]) {
     }
 }
 
-/// A format of stored rows.
-trait RowFormat {
-    /// Returns the bytes per row of `width` values.
-    fn row_bytes(width: usize) -> usize;
-
-    /// Loads the values from column `at` on, a multiple of the register's lanes.
-    ///
-    /// # Safety
-    /// The row has the values that `part` names; see [`PartialLanes`].
-    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L;
-}
-
-/// Rows of 32-bit floats.
-struct F32;
-
-/// Rows of 16-bit floats.
-struct F16;
-
-/// Rows of signed bytes with a 16-bit float per 32 before them.
-struct Q8;
-
-impl RowFormat for F32 {
-    #[inline(always)]
-    fn row_bytes(width: usize) -> usize {
-        4 * width
-    }
-
-    #[inline(always)]
-    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L {
-        // SAFETY: the caller's row and processor.
-        unsafe { L::load_part_f32(row.cast::<f32>().add(at), part) }
-    }
-}
-
-impl RowFormat for F16 {
-    #[inline(always)]
-    fn row_bytes(width: usize) -> usize {
-        2 * width
-    }
-
-    #[inline(always)]
-    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L {
-        // SAFETY: the caller's row and processor.
-        unsafe { L::load_part_f16(row.cast::<i16>().add(at), part) }
-    }
-}
-
-impl RowFormat for Q8 {
-    #[inline(always)]
-    fn row_bytes(width: usize) -> usize {
-        q8_row_bytes(width)
-    }
-
-    #[inline(always)]
-    unsafe fn load<L: PartialLanes>(row: *const u8, at: usize, part: L::Part) -> L {
-        const { assert!(BLOCK.is_multiple_of(L::COUNT), "a register is of one block") };
-        // SAFETY: the caller's row and processor; a block's scale is before its codes.
-        unsafe {
-            let block = row.add(at / BLOCK * (BLOCK + 2));
-            let scale = block.cast::<i16>().read_unaligned();
-            L::load_part_q8(block.add(2 + at % BLOCK).cast(), scale, part)
-        }
-    }
-}
-
 /// Packed rows whose format the kernel's type names.
 #[derive(Clone, Copy)]
 struct Rows {
@@ -158,42 +99,48 @@ struct Rows {
     /// Values per row.
     width: usize,
     /// What is read next.
-    ahead: Ahead,
+    next: Next,
 }
 
-/// Bytes to fetch into the cache while others are worked on.
+/// Bytes to prefetch while others are worked on.
 #[derive(Clone, Copy)]
-struct Ahead {
+struct Next {
+    /// Begins with a line of the cache.
     first: *const u8,
-    len: usize,
+    lines: usize,
 }
 
-impl Ahead {
-    /// Returns part `i` of `n` about equal ones, in whole lines of the cache.
-    #[inline(always)]
-    fn part(self, i: usize, n: usize) -> Self {
-        let lines = self.len.div_ceil(64);
-        let (first, end) = (64 * (lines * i / n), 64 * (lines * (i + 1) / n));
+impl Next {
+    fn new(bytes: &[u8]) -> Self {
+        let before = bytes.as_ptr().addr() % LINE;
         Self {
-            first: self.first.wrapping_add(first),
-            len: end - first,
+            first: bytes.as_ptr().wrapping_sub(before),
+            lines: if bytes.is_empty() {
+                0
+            } else {
+                (before + bytes.len()).div_ceil(LINE)
+            },
         }
     }
 
-    /// Returns the lines per step with which `steps` steps fetch all.
+    /// Returns part `i` of `n` about equal ones.
     #[inline(always)]
-    fn lines_per(self, steps: usize) -> usize {
-        (self.len / 64).div_ceil(steps)
+    fn part(self, i: usize, n: usize) -> Self {
+        let (first, end) = (self.lines * i / n, self.lines * (i + 1) / n);
+        Self {
+            first: self.first.wrapping_add(LINE * first),
+            lines: end - first,
+        }
     }
 
-    /// Fetches the next `lines` lines, as far as there are so many.
+    /// Prefetches at most `lines` lines more.
     #[inline(always)]
-    fn fetch(&mut self, lines: usize) {
-        for _ in 0..lines.min(self.len / 64) {
+    fn prefetch(&mut self, lines: usize) {
+        for _ in 0..lines.min(self.lines) {
             // SAFETY: a prefetch never faults, whatever the address.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(self.first.cast()) };
-            self.first = self.first.wrapping_add(64);
-            self.len -= 64;
+            self.first = self.first.wrapping_add(LINE);
+            self.lines -= 1;
         }
     }
 }
@@ -236,43 +183,26 @@ type MixFn = unsafe fn(&Rows, &Mixture);
 pub(crate) struct RowKernels<'a> {
     dots: &'static [DotsFn],
     mix: &'static [MixFn],
-    first: *const u8,
-    ahead: Ahead,
-    rows: PhantomData<StoredRows<'a>>,
+    rows: Rows,
+    block: PhantomData<RowBlock<'a>>,
 }
 
 impl RowKernels<'_> {
-    fn rows_of(self, count: usize, width: usize) -> Rows {
-        Rows {
-            first: self.first,
-            count,
-            width,
-            ahead: self.ahead,
-        }
-    }
-
-    /// Writes `scores[q * stride + r] = query q . row r` for `n_rows` rows of `width` values.
+    /// Writes `scores[q * stride + r] = query q . row r`.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions. There are `n_rows` rows of `width` values,
-    /// `queries` are whole rows of `width`, and for each query there is room for `n_rows` scores,
-    /// `stride` apart.
-    pub(crate) unsafe fn dots(
-        self,
-        n_rows: usize,
-        width: usize,
-        queries: &[f32],
-        scores: &mut [f32],
-        stride: usize,
-    ) {
-        let mut rows = self.rows_of(n_rows, width);
+    /// The processor has the kernels' instructions. `queries` are whole rows of the rows' width, and
+    /// for each query there is room for as many scores as rows, `stride` apart.
+    pub(crate) unsafe fn dots(self, queries: &[f32], scores: &mut [f32], stride: usize) {
+        let (mut rows, width) = (self.rows, self.rows.width);
         let n_queries = queries.len() / width;
         let (queries, scores) = (queries.as_ptr(), scores.as_mut_ptr());
         let mut q = 0;
         while q < n_queries {
             let count = (n_queries - q).min(self.dots.len());
-            rows.ahead = self
-                .ahead
+            rows.next = self
+                .rows
+                .next
                 .part(q / self.dots.len(), n_queries.div_ceil(self.dots.len()));
             // SAFETY: the caller's shapes.
             unsafe {
@@ -287,30 +217,27 @@ impl RowKernels<'_> {
         }
     }
 
-    /// Adds `weights[q * stride + r] * row r` to row `q` of `out`, for `n_rows` rows of `width`
-    /// values.
+    /// Adds `weights[q * stride + r] * row r` to row `q` of `out`.
     ///
     /// # Safety
-    /// The processor has the kernels' instructions. There are `n_rows` rows of `width` values,
-    /// `out` are whole rows of `out_width`, which is at most `width`, and for each of them there
-    /// are `n_rows` weights, `stride` apart.
+    /// The processor has the kernels' instructions. `out` are whole rows of `out_width`, which is at
+    /// most the rows' width, and for each of them there are as many weights as rows, `stride` apart.
     pub(crate) unsafe fn mix(
         self,
-        n_rows: usize,
-        width: usize,
         weights: &[f32],
         stride: usize,
         out: &mut [f32],
         out_width: usize,
     ) {
-        let mut rows = self.rows_of(n_rows, width);
+        let mut rows = self.rows;
         let n_queries = out.len() / out_width;
         let (weights, out) = (weights.as_ptr(), out.as_mut_ptr());
         let mut q = 0;
         while q < n_queries {
             let count = (n_queries - q).min(self.mix.len());
-            rows.ahead = self
-                .ahead
+            rows.next = self
+                .rows
+                .next
                 .part(q / self.mix.len(), n_queries.div_ceil(self.mix.len()));
             // SAFETY: the caller's shapes.
             unsafe {
@@ -340,9 +267,9 @@ unsafe fn dots<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &
         first,
         count,
         width,
-        mut ahead,
+        mut next,
     } = *rows;
-    let lines = ahead.lines_per(count.div_ceil(ROWS));
+    let lines = next.lines.div_ceil(count.div_ceil(ROWS));
     let Scores {
         queries,
         scores,
@@ -351,7 +278,7 @@ unsafe fn dots<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &
     let mut r = 0;
     while r < count {
         let left = (count - r).min(ROWS);
-        ahead.fetch(lines);
+        next.prefetch(lines);
         // SAFETY: rows are read up to their width, the last of them again where fewer than four are
         // left; scores are written for the rows that there are.
         unsafe {
@@ -413,7 +340,7 @@ unsafe fn mix<L: PartialLanes, R: RowFormat, const N: usize>(rows: &Rows, to: &M
     let (whole, left) = (to.out_width / (4 * L::COUNT), to.out_width % (4 * L::COUNT));
     let passes = whole + left.div_ceil(L::COUNT);
     let rows = |pass: usize| Rows {
-        ahead: rows.ahead.part(pass, passes),
+        next: rows.next.part(pass, passes),
         ..*rows
     };
     let mut at = 0;
@@ -445,7 +372,7 @@ unsafe fn mix_columns<L: PartialLanes, R: RowFormat, const N: usize, const C: us
 ) {
     // SAFETY: the caller's columns and processor.
     unsafe {
-        let (mut ahead, lines) = (rows.ahead, rows.ahead.lines_per(rows.count));
+        let (mut next, lines) = (rows.next, rows.next.lines.div_ceil(rows.count));
         let mut sums = [[L::zero(); C]; N];
         for (q, sums) in sums.iter_mut().enumerate() {
             for (c, sum) in sums.iter_mut().enumerate() {
@@ -454,7 +381,7 @@ unsafe fn mix_columns<L: PartialLanes, R: RowFormat, const N: usize, const C: us
         }
         for r in 0..rows.count {
             let row_bytes = R::row_bytes(rows.width);
-            ahead.fetch(lines);
+            next.prefetch(lines);
             let from = rows.first.add(r * row_bytes);
             let mut row = [L::zero(); C];
             for (c, row) in row.iter_mut().enumerate() {
@@ -493,26 +420,27 @@ macro_rules! row_kernels {
                 unsafe { super::mix::<$lanes, R, N>(rows, to) }
             }
 
-            fn kernels<'a, R: RowFormat>(first: *const u8, ahead: Ahead) -> RowKernels<'a> {
+            fn kernels<'a, R: RowFormat>(rows: Rows) -> RowKernels<'a> {
                 RowKernels {
                     dots: const { &[$(dots::<R, $n> as DotsFn),*] },
                     mix: const { &[$(mix::<R, $n> as MixFn),*] },
-                    first,
-                    ahead,
-                    rows: PhantomData,
+                    rows,
+                    block: PhantomData,
                 }
             }
 
-            /// Returns the kernels for the way in which `rows` are stored.
-            pub(crate) fn $module<'a>(rows: StoredRows<'a>, ahead: &[u8]) -> RowKernels<'a> {
-                let ahead = Ahead {
-                    first: ahead.as_ptr(),
-                    len: ahead.len(),
+            /// Returns the kernels for the way in which the block's rows are stored.
+            pub(crate) fn $module(block: RowBlock<'_>) -> RowKernels<'_> {
+                let of = |first| Rows {
+                    first,
+                    count: block.rows.count(block.width),
+                    width: block.width,
+                    next: Next::new(block.next),
                 };
-                match rows {
-                    StoredRows::F32(rows) => kernels::<F32>(rows.as_ptr().cast(), ahead),
-                    StoredRows::F16(rows) => kernels::<F16>(rows.as_ptr().cast(), ahead),
-                    StoredRows::Q8(rows) => kernels::<Q8>(rows.as_ptr(), ahead),
+                match block.rows {
+                    StoredRows::F32(rows) => kernels::<F32>(of(rows.as_ptr().cast())),
+                    StoredRows::F16(rows) => kernels::<F16>(of(rows.as_ptr().cast())),
+                    StoredRows::Q8(rows) => kernels::<Q8>(of(rows.as_ptr())),
                 }
             }
         }

@@ -266,6 +266,68 @@ fn neither_batches_nor_threads_change_a_bit() {
 }
 
 #[test]
+fn the_next_rows_are_prefetched() {
+    let kernels = Kernels::best();
+    let positions = 2 * PAGE + 3;
+    let pages = mixed_pages(positions);
+    for (key_width, value_width) in [(64, 32), (1024, 2048)] {
+        let keys = RowStore::new(KvType::F16, 2, positions, key_width);
+        let values = RowStore::new(KvType::F16, 2, positions, value_width);
+        let attention = Attention {
+            keys: &keys,
+            values: &values,
+            pages: &pages,
+            value_width,
+            n_head_kv: 2,
+            group: 1,
+            tokens: 1,
+            past: positions - 1,
+            window: None,
+            window_kind: Default::default(),
+            softcap: None,
+        };
+        let block = Block {
+            a: &attention,
+            kv_head: 1,
+            heads: 1,
+            tokens: 0..1,
+            queries: &[],
+        };
+        let mut expected = block.tile_bytes(&keys, 0).as_ptr_range();
+        for chunk in 0..positions.div_ceil(CHUNK) {
+            let seen = block.positions(chunk);
+            for (store, then) in [(&keys, (&values, seen.start)), (&values, (&keys, seen.end))] {
+                let pass = Pass { store, chunk, then };
+                let mut rows_read = 0;
+                block.for_each_run(kernels, &pass, &mut Vec::new(), |rows, _, at| {
+                    assert_eq!(at, rows_read);
+                    rows_read += rows.rows.count(rows.width);
+                    let bytes = rows.rows.bytes().as_ptr_range();
+                    assert_eq!(bytes.start, expected.start, "chunk {chunk}, row {at}");
+                    assert!(bytes.end <= expected.end, "chunk {chunk}, row {at}");
+                    expected = rows.next.as_ptr_range();
+                });
+                assert_eq!(rows_read, seen.len());
+            }
+        }
+        assert!(expected.is_empty(), "nothing follows the last position");
+        // Many queries read widened rows, which are not prefetched.
+        let many = Block {
+            heads: MAX_QUERIES_AS_STORED + 1,
+            ..block
+        };
+        let pass = Pass {
+            store: &keys,
+            chunk: 0,
+            then: (&values, 0),
+        };
+        many.for_each_run(kernels, &pass, &mut Vec::new(), |rows, _, _| {
+            assert!(rows.next.is_empty());
+        });
+    }
+}
+
+#[test]
 fn every_query_has_one_place() {
     let store = |n_head, width| RowStore::new(KvType::F32, n_head, 40, width);
     for (n_head_kv, group, tokens, past) in [

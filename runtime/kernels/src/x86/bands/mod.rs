@@ -225,7 +225,7 @@ fn prefetch_run<F: BandFormat>(lines: *const u8, run: usize) {
 }
 
 /// Keeps the compiler from mixing the instructions of two runs, whose registers it then has to
-/// save on the stack.
+/// save on the stack. It moves no read of memory past an `asm` that may write memory.
 #[inline(always)]
 fn keep_apart() {
     // SAFETY: no instructions.
