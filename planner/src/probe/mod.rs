@@ -202,10 +202,10 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     bar.inc(2);
     let mut disks = vec![&mut disk];
     disks.extend(copies.iter_mut().map(|copy| &mut copy.disk));
-    let (compute_gbps, disk_gbps) =
+    let (contended_gbps, disk_gbps) =
         measure_together(disks, &mut memory, &pool, main, CONTENTION_TIME / divisor)?;
     let together = Together {
-        compute_gbps,
+        compute_gbps: contended_gbps,
         disk_gbps: disk_gbps.first().copied().unwrap_or_default(),
     };
     let of_copies = disk_gbps.get(1..).unwrap_or_default();
