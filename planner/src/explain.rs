@@ -77,6 +77,8 @@ pub struct Explanation {
 
 /// Returns the machine that a plan was made for, as far as the plan says.
 pub fn machine_of(plan: &Placement) -> Machine {
+    let home = plan.tiers.last().map(|t| t.tier.name.clone());
+    let copies = Some(plan.reads.copies.clone()).filter(|copies| !copies.is_empty());
     Machine {
         name: plan.machine.name.clone(),
         description: String::new(),
@@ -87,6 +89,8 @@ pub fn machine_of(plan: &Placement) -> Machine {
         extras: Extras {
             prompt_gflops: plan.by_name(&plan.predicted.prompt_gflops),
             few_gflops: plan.by_name(&plan.predicted.few_gflops),
+            io: home.clone().zip(plan.reads.io).into_iter().collect(),
+            copies: home.zip(copies).into_iter().collect(),
             ..Extras::default()
         },
         id: plan.machine.clone(),

@@ -4,14 +4,15 @@
 pub mod worker;
 
 use crate::cost::predict;
+use crate::explain;
 use crate::profile::Evidence;
 use crate::solve::options::{Objective, Policy};
 use crate::solve::problem::capacity::page_share;
 use crate::solve::problem::constraints::Constraints;
 use crate::solve::{self, Options, Problem};
 use anyhow::{Context, Result, ensure};
-use tier_plan_runtime::formats::machine::{Extras, Machine, Tier};
-use tier_plan_runtime::formats::placement::{PerTier, Placement, PlanTier, TierIdx};
+use tier_plan_runtime::formats::machine::Machine;
+use tier_plan_runtime::formats::placement::{PerTier, Placement, TierIdx};
 use tier_plan_runtime::model::shape::ModelShape;
 use tier_plan_serve::{Question, Replanned};
 
@@ -85,31 +86,13 @@ pub fn replan(shape: &ModelShape, question: &Question) -> Result<Replanned> {
     })
 }
 
-/// Returns the machine that a plan was made for, as far as the plan knows it, with room for `budgets`.
+/// Returns the machine that a plan was made for, as far as the plan says, with room for `budgets`.
 fn machine_of(plan: &Placement, budgets: &[u64]) -> Machine {
-    let with_room = |(planned, budget): (&PlanTier, &u64)| Tier {
-        capacity_bytes: planned.tier.capacity_bytes.max(*budget),
-        ..planned.tier.clone()
-    };
-    let home = plan.tiers.last().map(|t| t.tier.name.clone());
-    Machine {
-        id: plan.machine.clone(),
-        name: plan.machine.name.clone(),
-        description: String::new(),
-        tiers: plan.tiers.iter().zip(budgets).map(with_room).collect(),
-        layer_overhead_us: plan.layer_overhead_us,
-        token_overhead_us: plan.token_overhead_us,
-        extras: Extras {
-            io: home.clone().zip(plan.reads.io).into_iter().collect(),
-            copies: home
-                .zip((!plan.reads.copies.is_empty()).then(|| plan.reads.copies.clone()))
-                .into_iter()
-                .collect(),
-            prompt_gflops: plan.by_name(&plan.predicted.prompt_gflops),
-            few_gflops: plan.by_name(&plan.predicted.few_gflops),
-            ..Extras::default()
-        },
+    let mut machine = explain::machine_of(plan);
+    for (tier, budget) in machine.tiers.iter_mut().zip(budgets) {
+        tier.capacity_bytes = tier.capacity_bytes.max(*budget);
     }
+    machine
 }
 
 /// Returns what each tier may hold: what it holds, and the share for whole pages that the solver sets
@@ -171,6 +154,7 @@ mod tests {
     use crate::profile::tests::{Prompt, profile_of, shape};
     use tier_plan_runtime::KvType;
     use tier_plan_runtime::formats::machine::{Accelerator, TierKind};
+    use tier_plan_runtime::formats::machine::{Extras, Tier};
     use tier_plan_runtime::formats::placement::Prediction;
     use tier_plan_runtime::formats::profile::{Profile, Split};
     use tier_plan_runtime::model::shape::{DenseKind, DenseShape};

@@ -60,6 +60,18 @@ impl ArenaError {
     }
 }
 
+/// Maps `bytes` zeros, on huge pages where the system offers them.
+///
+/// # Errors
+/// When the system refuses the memory.
+pub(super) fn map_zeros(bytes: usize) -> std::io::Result<MmapMut> {
+    // The system refuses empty mappings, so an empty one has a byte that nobody uses.
+    let map = MmapMut::map_anon(bytes.max(1))?;
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Ok(map)
+}
+
 /// The anonymous mapping, which every slice keeps alive.
 struct Mapping(#[allow(dead_code, reason = "held for its memory")] MmapMut);
 
@@ -111,11 +123,7 @@ impl Arena {
         };
         let capacity = usize::try_from(bytes)
             .map_err(|_| map_error(std::io::ErrorKind::OutOfMemory.into()))?;
-        // The system refuses empty mappings, so an empty arena maps one byte that is never handed
-        // out.
-        let mut map = MmapMut::map_anon(capacity.max(1)).map_err(map_error)?;
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        let mut map = map_zeros(capacity).map_err(map_error)?;
         let base = map.as_mut_ptr();
         // SAFETY: the range is the mapping's own.
         unsafe { pages.bind(base, capacity) }

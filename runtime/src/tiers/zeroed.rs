@@ -1,5 +1,6 @@
 //! Long slices that begin as zeros, on huge pages.
 
+use super::arena::map_zeros;
 use memmap2::MmapMut;
 use std::alloc::{Layout, handle_alloc_error};
 use std::marker::PhantomData;
@@ -33,13 +34,9 @@ impl<T: Plain> Zeroed<T> {
     pub(crate) fn new(len: usize) -> Self {
         let layout =
             Layout::array::<T>(len).unwrap_or_else(|_| panic!("{len} values exceed memory"));
-        // The system refuses empty mappings.
-        let map = MmapMut::map_anon(layout.size().max(1));
-        let map = map.unwrap_or_else(|_| handle_alloc_error(layout));
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        let map = map_zeros(layout.size());
         Self {
-            map,
+            map: map.unwrap_or_else(|_| handle_alloc_error(layout)),
             len,
             values: PhantomData,
         }
