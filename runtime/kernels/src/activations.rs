@@ -47,6 +47,10 @@ pub(super) struct ActBlock {
     pub run_offsets: [i32; 8],
     /// Negated sum of `q` of each 16 values.
     pub offsets: [i32; 16],
+    /// Nothing. Without it a block would be 512 bytes, and the same block of neighboring tokens 4 KiB
+    /// apart where rows have 2048 values: all in the same sets of the first-level cache, which has
+    /// as many ways as a kernel has tokens.
+    spare: [u64; 8],
 }
 
 impl ActBlock {
@@ -57,6 +61,7 @@ impl ActBlock {
         run_sums: [0.0; 8],
         run_offsets: [0; 8],
         offsets: [0; 16],
+        spare: [0; 8],
     };
 }
 

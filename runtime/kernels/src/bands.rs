@@ -150,7 +150,7 @@ pub(crate) const fn layout(ty: TensorType) -> Option<BandLayout> {
 impl Kernels {
     /// Returns the order in which these kernels multiply a matrix of `n_rows` rows the fastest.
     pub fn fastest_order(self, ty: TensorType, n_rows: usize) -> RowOrder {
-        let has_kernels = matches!(self.isa(), Isa::Avx512 | Isa::Amx);
+        let has_kernels = matches!(self.isa(), Isa::Avx2 | Isa::Avx512 | Isa::Amx);
         if has_kernels && Weights::has_bands(ty, n_rows) {
             RowOrder::Interleaved
         } else {
@@ -179,7 +179,12 @@ impl Kernels {
                 // SAFETY: the `Kernels` value proves that the processor has the instructions; there
                 // are 16 rows of whole blocks on both sides.
                 Isa::Avx512 | Isa::Amx => unsafe {
-                    super::x86::bands::interleave(layout, row_bytes, &rows, BAND_ROWS, band);
+                    super::x86::bands::interleave_avx512(layout, row_bytes, &rows, BAND_ROWS, band);
+                },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Isa::Avx2 => unsafe {
+                    super::x86::bands::interleave_avx2(layout, row_bytes, &rows, BAND_ROWS, band);
                 },
                 _ => layout.interleave(row_bytes, &rows, band),
             }

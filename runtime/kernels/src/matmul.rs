@@ -164,8 +164,9 @@ impl Kernels {
     #[cfg(target_arch = "x86_64")]
     fn bands_kernel(self, ty: crate::quant::TensorType) -> Option<super::x86::bands::BandsFn> {
         match self.isa() {
-            crate::Isa::Amx => super::x86::bands::kernel::<true>(ty),
-            crate::Isa::Avx512 => super::x86::bands::kernel::<false>(ty),
+            crate::Isa::Amx => super::x86::bands::avx512::<true>(ty),
+            crate::Isa::Avx512 => super::x86::bands::avx512::<false>(ty),
+            crate::Isa::Avx2 => super::x86::bands::avx2(ty),
             _ => None,
         }
     }

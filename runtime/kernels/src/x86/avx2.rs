@@ -1,4 +1,5 @@
 //! Matmul kernels for AVX2: the scalar unpacking compiled for it, and a dot product of its own.
+//! Types that have bands are multiplied by [`bands`](super::bands) instead.
 //!
 //! The loop over rows and groups is [`quantized_panel`], which calls [`add_block`] with 256
 //! unpacked weights in the order of the row. It brings them into the order of the activations
@@ -24,12 +25,12 @@
 //!
 //! | codes up to | pair sums that fit 16 bits | formats, for example |
 //! |---|---|---|
-//! | 32 | 4 | Q4_0, Q4_K, Q5_K |
+//! | 32 | 4 | IQ1_S, TQ1_0 |
 //! | 64 | 2 | IQ2_XXS, IQ3_XXS |
-//! | 128 | 1 | Q8_0, IQ4_NL |
+//! | 128 | 1 | none today |
 //!
 //! Formats with a scale per 16 values keep the first two eights of a run apart from the last two,
-//! so at most 2 are added (Q6_K).
+//! so at most 2 are added (Q2_K, Q3_K).
 //!
 //! A negative code cannot be the unsigned operand: its sign moves to the activation (`sign`), whose
 //! negative always fits, since it is never -128.
@@ -58,7 +59,12 @@ macro_rules! panel_fns {
 
 /// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(crate) fn panels(ty: TensorType) -> PanelFns {
-    with_format!(ty, F => panel_fns!(quantized, F), float => match ty {
+    with_format!(ty, F => const {
+        match crate::bands::layout(F::TYPE) {
+            None => panel_fns!(quantized, F),
+            Some(_) => &[],
+        }
+    }, float => match ty {
         TensorType::F32 => panel_fns!(float, F32),
         TensorType::F16 => panel_fns!(float, F16),
         _ => panel_fns!(float, Bf16),

@@ -1,7 +1,8 @@
-//! Matmul kernels for AVX-512 and AMX over bands of 16 interleaved rows.
+//! Matmul kernels for AVX2, AVX-512 and AMX over bands of 16 interleaved rows.
 //!
 //! Lane `r` of every register belongs to row `r` of the band, so that nothing has to be added
-//! across lanes:
+//! across lanes. A register of AVX2 has 8 lanes, so it takes two of them for what is one here
+//! ([`words`]):
 //!
 //! ```text
 //! for each band:
@@ -20,26 +21,30 @@
 //!
 //! A token's sum with a row has one order, the order of the runs, whoever computes it: these
 //! kernels for 1 to 8 tokens, or the tiles for many ([`tiles`]), which differ in how they get at
-//! `dot`, an exact integer. Rows that are not interleaved have the same bits too: for several
-//! tokens they are interleaved on the way, band by band; for one token, their integers are
-//! ([`rows`]).
+//! `dot`, an exact integer. Rows that are not interleaved have the same bits too: they are
+//! interleaved on the way, for one token block by block, for several band by band.
 
 mod formats;
 mod interleave;
-mod rows;
 mod tiles;
+mod words;
 
-pub(crate) use interleave::interleave;
+pub(crate) use interleave::{avx2 as interleave_avx2, avx512 as interleave_avx512};
 
 use super::prefetch;
 use crate::activations::ActBlock;
 use crate::bands::{BAND_ROWS, LINE_BYTES, RowOrder};
+use crate::lanes::Lanes;
 use crate::panel::Panel;
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
+use crate::x86::lanes::PartialLanes;
 use formats::{BandFormat, Run};
-use std::arch::x86_64::*;
+use interleave::SixteenRows;
+use std::arch::x86_64::{__m256i, __m512i};
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
+use words::Words;
 
 /// Most tokens of a kernel without tiles.
 const MAX_TOKENS: usize = 8;
@@ -51,22 +56,32 @@ const MAX_TOKENS: usize = 8;
 /// bands.
 pub(crate) type BandsFn = unsafe fn(&Panel<'_>, RowOrder);
 
-/// Returns the kernel of a type that has bands, with or without tiles.
-pub(crate) fn kernel<const TILES: bool>(ty: TensorType) -> Option<BandsFn> {
-    Some(match ty {
-        TensorType::Q4_0 => matmul::<formats::Q4_0, TILES>,
-        TensorType::Q4_1 => matmul::<formats::Q4_1, TILES>,
-        TensorType::Q5_0 => matmul::<formats::Q5_0, TILES>,
-        TensorType::Q5_1 => matmul::<formats::Q5_1, TILES>,
-        TensorType::Q8_0 => matmul::<formats::Q8_0, TILES>,
-        TensorType::Q4_K => matmul::<formats::Q4_K, TILES>,
-        TensorType::Q5_K => matmul::<formats::Q5_K, TILES>,
-        TensorType::Q6_K => matmul::<formats::Q6_K, TILES>,
-        TensorType::IQ4_NL => matmul::<formats::IQ4_NL, TILES>,
-        TensorType::IQ4_XS => matmul::<formats::IQ4_XS, TILES>,
-        TensorType::MXFP4 => matmul::<formats::MXFP4, TILES>,
-        _ => return None,
-    })
+/// Evaluates `$then` with `$F` naming the format of the tensor type `$ty`; returns without one from
+/// the function around it for a type that has no bands.
+macro_rules! with_band_format {
+    ($ty:expr, $F:ident => $then:expr) => {
+        with_band_format!(@arms $ty, $F, $then;
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4)
+    };
+    (@arms $ty:expr, $F:ident, $then:expr; $($name:ident)*) => {
+        match $ty {
+            $(TensorType::$name => {
+                type $F = formats::$name;
+                $then
+            })*
+            _ => return None,
+        }
+    };
+}
+
+/// Returns the AVX2 kernel of a type that has bands.
+pub(crate) fn avx2(ty: TensorType) -> Option<BandsFn> {
+    Some(with_band_format!(ty, F => matmul::<__m256i, F, false>))
+}
+
+/// Returns the AVX-512 kernel of a type that has bands, with or without tiles.
+pub(crate) fn avx512<const TILES: bool>(ty: TensorType) -> Option<BandsFn> {
+    Some(with_band_format!(ty, F => matmul::<__m512i, F, TILES>))
 }
 
 /// One band, and where its results go.
@@ -106,16 +121,32 @@ impl Band {
         unsafe { self.bytes.add(block * F::LAYOUT.rest_bytes * BAND_ROWS) }
     }
 
-    /// Stores the results of the band's rows with a token.
+    /// Stores the results of the rows with tokens from `token` on.
     ///
     /// # Safety
-    /// The panel's output holds them, and the processor has the instructions.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn store(&self, panel: &Panel<'_>, token: usize, sums: __m512) {
-        let mask = (0xffffu32 >> (BAND_ROWS - self.n_rows)) as __mmask16;
-        // SAFETY: the caller's output.
-        unsafe { _mm512_mask_storeu_ps(panel.out.at(token, self.first_row), mask, sums) };
+    /// The panel's output holds them; see [`Words`].
+    #[inline(always)]
+    unsafe fn store<W: Words, const N: usize>(
+        &self,
+        panel: &Panel<'_>,
+        token: usize,
+        sums: &[Sums<W, N>; 2],
+    ) {
+        for (half, sums) in sums.iter().enumerate().take(BAND_ROWS / W::ROWS) {
+            let first = half * W::ROWS;
+            let n = self.n_rows.saturating_sub(first).min(W::ROWS);
+            if n == 0 {
+                return;
+            }
+            for (i, [scaled, mins]) in sums.iter().enumerate() {
+                // SAFETY: the caller's output.
+                unsafe {
+                    let to = panel.out.at(token + i, self.first_row + first);
+                    let sum = W::add_floats(*scaled, *mins);
+                    sum.store_part(to, W::Floats::part(n));
+                }
+            }
+        }
     }
 }
 
@@ -128,8 +159,7 @@ thread_local! {
 ///
 /// # Safety
 /// As [`BandsFn`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn matmul<F: BandFormat, const TILES: bool>(panel: &Panel<'_>, order: RowOrder) {
+unsafe fn matmul<W: Words, F: BandFormat, const TILES: bool>(panel: &Panel<'_>, order: RowOrder) {
     let blocks = panel.row_bytes / F::LAYOUT.block_bytes;
     assert!(
         panel.row_bytes == blocks * F::LAYOUT.block_bytes
@@ -152,13 +182,13 @@ unsafe fn matmul<F: BandFormat, const TILES: bool>(panel: &Panel<'_>, order: Row
             }
             if tokens == 1 {
                 // SAFETY: the caller's panel and processor.
-                unsafe { rows::multiply::<F>(panel, &band) };
+                unsafe { W::multiply_rows::<F>(panel, &band) };
                 continue;
             }
             BAND.with_borrow_mut(|scratch| {
                 scratch.resize(scratch.len().max(band_bytes), 0);
                 // SAFETY: the processor is the caller's, and the rows are whole blocks.
-                unsafe { interleave(F::LAYOUT, panel.row_bytes, rows, band.n_rows, scratch) };
+                unsafe { W::interleave(F::LAYOUT, panel.row_bytes, rows, band.n_rows, scratch) };
                 band.bytes = scratch.as_ptr();
                 of_band(&band);
             });
@@ -167,7 +197,7 @@ unsafe fn matmul<F: BandFormat, const TILES: bool>(panel: &Panel<'_>, order: Row
     let tiled = if TILES { tiles::count(tokens) } else { 0 };
     let mut few = |band: &Band| {
         // SAFETY: the caller's panel.
-        unsafe { few_tokens::<F>(panel, band, tiled) }
+        unsafe { few_tokens::<W, F>(panel, band, tiled) }
     };
     match tiled {
         0 => compute(&mut few),
@@ -189,9 +219,7 @@ unsafe fn matmul<F: BandFormat, const TILES: bool>(panel: &Panel<'_>, order: Row
 ///
 /// # Safety
 /// As [`BandsFn`].
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn few_tokens<F: BandFormat>(panel: &Panel<'_>, band: &Band, first: usize) {
+unsafe fn few_tokens<W: Words, F: BandFormat>(panel: &Panel<'_>, band: &Band, first: usize) {
     let tokens = panel.x.rows();
     let mut token = first;
     while token < tokens {
@@ -199,14 +227,14 @@ unsafe fn few_tokens<F: BandFormat>(panel: &Panel<'_>, band: &Band, first: usize
         // SAFETY: the caller's panel and processor.
         unsafe {
             match n {
-                1 => multiply::<F, 1>(panel, band, token),
-                2 => multiply::<F, 2>(panel, band, token),
-                3 => multiply::<F, 3>(panel, band, token),
-                4 => multiply::<F, 4>(panel, band, token),
-                5 => multiply::<F, 5>(panel, band, token),
-                6 => multiply::<F, 6>(panel, band, token),
-                7 => multiply::<F, 7>(panel, band, token),
-                _ => multiply::<F, MAX_TOKENS>(panel, band, token),
+                1 => W::multiply::<F, 1>(panel, band, token),
+                2 => W::multiply::<F, 2>(panel, band, token),
+                3 => W::multiply::<F, 3>(panel, band, token),
+                4 => W::multiply::<F, 4>(panel, band, token),
+                5 => W::multiply::<F, 5>(panel, band, token),
+                6 => W::multiply::<F, 6>(panel, band, token),
+                7 => W::multiply::<F, 7>(panel, band, token),
+                _ => W::multiply::<F, MAX_TOKENS>(panel, band, token),
             }
         }
         token += n;
@@ -232,115 +260,168 @@ fn keep_apart() {
     unsafe { std::arch::asm!("", options(nostack, preserves_flags)) }
 }
 
-/// Sums of `N` tokens with the rows of a band.
-type Sums<const N: usize> = [[__m512; 2]; N];
+/// Sums of `N` tokens with the rows of a register: of scaled products and of minimums.
+type Sums<W, const N: usize> = [[<W as Words>::Floats; 2]; N];
 
 /// Multiplies a band with `N` tokens from `token` on.
 ///
 /// # Safety
-/// As [`BandsFn`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn multiply<F: BandFormat, const N: usize>(panel: &Panel<'_>, band: &Band, token: usize) {
+/// As [`BandsFn`]; see [`Words`].
+#[inline(always)]
+unsafe fn multiply<W: Words, F: BandFormat, const N: usize>(
+    panel: &Panel<'_>,
+    band: &Band,
+    token: usize,
+) {
     let groups = panel.x.cols().div_ceil(GROUP);
-    let mut sums = [[_mm512_setzero_ps(); 2]; N];
     // SAFETY: the band has `blocks` blocks, and each token as many runs.
     unsafe {
+        // The second is for the other half of the rows, where a register has half of them.
+        let mut sums = [[[W::Floats::splat(0.0); 2]; N]; 2];
         let x = panel.x.blocks().as_ptr().add(token * groups);
         for block in 0..band.blocks {
             let (lines, rest) = (band.block::<F>(block), band.rest::<F>(block));
-            prefetch_run::<F>(lines, 0);
-            let head = F::head(lines, rest);
-            if F::RUNS == 1 {
-                let run = F::run::<0>(lines, head);
-                add_run::<F, N>(run, x.add(block / 8), groups, block % 8, &mut sums);
-                continue;
-            }
-            let x = x.add(block);
-            add_run::<F, N>(F::run::<0>(lines, head), x, groups, 0, &mut sums);
-            keep_apart();
-            prefetch_run::<F>(lines, 1);
-            add_run::<F, N>(F::run::<1>(lines, head), x, groups, 1, &mut sums);
-            keep_apart();
-            prefetch_run::<F>(lines, 2);
-            add_run::<F, N>(F::run::<2>(lines, head), x, groups, 2, &mut sums);
-            keep_apart();
-            prefetch_run::<F>(lines, 3);
-            add_run::<F, N>(F::run::<3>(lines, head), x, groups, 3, &mut sums);
-            keep_apart();
-            prefetch_run::<F>(lines, 4);
-            add_run::<F, N>(F::run::<4>(lines, head), x, groups, 4, &mut sums);
-            keep_apart();
-            prefetch_run::<F>(lines, 5);
-            add_run::<F, N>(F::run::<5>(lines, head), x, groups, 5, &mut sums);
-            keep_apart();
-            prefetch_run::<F>(lines, 6);
-            add_run::<F, N>(F::run::<6>(lines, head), x, groups, 6, &mut sums);
-            keep_apart();
-            prefetch_run::<F>(lines, 7);
-            add_run::<F, N>(F::run::<7>(lines, head), x, groups, 7, &mut sums);
+            let x = x.add(block * F::RUNS / 8);
+            add_block::<W, F, N, true>(lines, rest, x, groups, block % 8, &mut sums);
         }
-        for (n, [scaled, mins]) in sums.into_iter().enumerate() {
-            band.store(panel, token + n, _mm512_add_ps(scaled, mins));
-        }
+        band.store::<W, N>(panel, token, &sums);
     }
 }
 
-/// Returns what takes the offset of the codes off the products of run `j`.
+/// Room for a block of 16 rows.
+#[repr(align(64))]
+struct Room {
+    rests: [u8; LINE_BYTES],
+    lines: [u8; MAX_BLOCK_BYTES * BAND_ROWS],
+}
+
+/// Most bytes of a block with bands (Q6_K).
+const MAX_BLOCK_BYTES: usize = 210;
+
+/// Multiplies rows that are not interleaved, one after another at the band's address, with the
+/// panel's only token.
 ///
 /// # Safety
-/// The processor has the instructions.
+/// As [`BandsFn`]; see [`Words`].
 #[inline(always)]
-unsafe fn offsets<F: BandFormat>(x: &ActBlock, j: usize) -> [__m512i; 2] {
-    // SAFETY: the caller's processor.
+unsafe fn multiply_rows<W: Words, F: BandFormat>(panel: &Panel<'_>, band: &Band) {
+    const {
+        assert!(
+            F::LAYOUT.block_bytes <= MAX_BLOCK_BYTES
+                && F::LAYOUT.rest_bytes * BAND_ROWS <= LINE_BYTES
+        )
+    };
+    let mut room = MaybeUninit::<Room>::uninit();
+    // SAFETY: the rows have `blocks` blocks, and so has the token; a block has its room.
     unsafe {
-        let zero = _mm512_setzero_si512();
-        match F::OFFSET_BITS {
-            None => [zero; 2],
-            Some(bits) if F::SCALE_PER_16 => [
-                times(_mm512_set1_epi32(x.offsets[2 * j]), bits),
-                times(_mm512_set1_epi32(x.offsets[2 * j + 1]), bits),
-            ],
-            Some(bits) => [times(_mm512_set1_epi32(x.run_offsets[j]), bits), zero],
+        let rows = SixteenRows::new(band.bytes, panel.row_bytes, band.n_rows);
+        let rest = (&raw mut (*room.as_mut_ptr()).rests).cast::<u8>();
+        let lines = (&raw mut (*room.as_mut_ptr()).lines).cast::<u8>();
+        let mut sums = [[[W::Floats::splat(0.0); 2]; 1]; 2];
+        for block in 0..band.blocks {
+            rows.interleave_block::<W>(F::LAYOUT, block, rest, lines);
+            let x = panel.x.blocks().as_ptr().add(block * F::RUNS / 8);
+            add_block::<W, F, 1, false>(lines, rest, x, 0, block % 8, &mut sums);
+        }
+        band.store::<W, 1>(panel, 0, &sums);
+    }
+}
+
+/// Adds the products of a block of each row, register by register: of its runs, or of run `j` of a
+/// block of activations if it has one only. What follows the lines is prefetched if `PREFETCH`.
+///
+/// # Safety
+/// As [`add_run`]; the block can be read.
+#[inline(always)]
+unsafe fn add_block<W: Words, F: BandFormat, const N: usize, const PREFETCH: bool>(
+    lines: *const u8,
+    rest: *const u8,
+    x: *const ActBlock,
+    stride: usize,
+    j: usize,
+    sums: &mut [Sums<W, N>; 2],
+) {
+    for (half, sums) in sums.iter_mut().enumerate().take(BAND_ROWS / W::ROWS) {
+        // SAFETY: the caller's block and processor.
+        unsafe {
+            let lines = lines.add(half * 4 * W::ROWS);
+            let rest = rest.add(half * F::LAYOUT.rest_bytes * W::ROWS);
+            add_half::<W, F, N>(lines, rest, x, stride, j, PREFETCH && half == 0, sums);
         }
     }
 }
 
-/// Multiplies by a power of two.
+/// Adds the products of the rows of a register, as [`add_block`] says.
 ///
 /// # Safety
-/// The processor has the instructions.
+/// As [`add_block`].
 #[inline(always)]
-unsafe fn times(v: __m512i, bits: u32) -> __m512i {
-    // SAFETY: the caller's processor.
-    unsafe { _mm512_sll_epi32(v, _mm_cvtsi32_si128(bits as i32)) }
+unsafe fn add_half<W: Words, F: BandFormat, const N: usize>(
+    lines: *const u8,
+    rest: *const u8,
+    x: *const ActBlock,
+    stride: usize,
+    j: usize,
+    prefetches: bool,
+    sums: &mut Sums<W, N>,
+) {
+    let prefetch = |run| {
+        if prefetches {
+            prefetch_run::<F>(lines, run);
+        }
+    };
+    // SAFETY: the caller's block and processor.
+    unsafe {
+        prefetch(0);
+        let head = F::head::<W>(lines, rest);
+        if F::RUNS == 1 {
+            let run = F::run::<W, 0>(lines, head);
+            return add_run::<W, F, N>(&run, x, stride, j, sums);
+        }
+        add_run::<W, F, N>(&F::run::<W, 0>(lines, head), x, stride, 0, sums);
+        keep_apart();
+        prefetch(1);
+        add_run::<W, F, N>(&F::run::<W, 1>(lines, head), x, stride, 1, sums);
+        keep_apart();
+        prefetch(2);
+        add_run::<W, F, N>(&F::run::<W, 2>(lines, head), x, stride, 2, sums);
+        keep_apart();
+        prefetch(3);
+        add_run::<W, F, N>(&F::run::<W, 3>(lines, head), x, stride, 3, sums);
+        keep_apart();
+        prefetch(4);
+        add_run::<W, F, N>(&F::run::<W, 4>(lines, head), x, stride, 4, sums);
+        keep_apart();
+        prefetch(5);
+        add_run::<W, F, N>(&F::run::<W, 5>(lines, head), x, stride, 5, sums);
+        keep_apart();
+        prefetch(6);
+        add_run::<W, F, N>(&F::run::<W, 6>(lines, head), x, stride, 6, sums);
+        keep_apart();
+        prefetch(7);
+        add_run::<W, F, N>(&F::run::<W, 7>(lines, head), x, stride, 7, sums);
+    }
 }
 
 /// Adds the products of run `j` of a block of activations, the blocks of neighboring tokens
 /// `stride` apart.
 ///
 /// # Safety
-/// The blocks can be read, and the processor has the instructions.
+/// The blocks can be read; see [`Words`].
 #[inline(always)]
-unsafe fn add_run<F: BandFormat, const N: usize>(
-    run: Run,
+unsafe fn add_run<W: Words, F: BandFormat, const N: usize>(
+    run: &Run<W>,
     x: *const ActBlock,
     stride: usize,
     j: usize,
-    sums: &mut Sums<N>,
+    sums: &mut Sums<W, N>,
 ) {
     // SAFETY: the caller's blocks and processor.
     unsafe {
         for (n, sums) in sums.iter_mut().enumerate() {
-            let x = x.add(n * stride);
-            // Eight `k` of the run is word `16 k + 2 j` and the next.
-            let words = (&raw const (*x).q).cast::<i32>().add(2 * j);
-            let mut dots = offsets::<F>(&*x, j);
-            for (i, q) in run.q.into_iter().enumerate() {
-                let dot = &mut dots[if F::SCALE_PER_16 { i / 4 } else { 0 }];
-                let word = _mm512_set1_epi32(*words.add(i / 2 * 16 + i % 2));
-                *dot = _mm512_dpbusd_epi32(*dot, q, word);
-            }
-            add_products::<F>(dots, run.scale, run.min, &*x, j, sums);
+            let x = &*x.add(n * stride);
+            let dots = W::dots::<F>(run, x, j);
+            add_products::<W, F>(dots, run.scale, run.min, x, j, sums);
         }
     }
 }
@@ -349,25 +430,25 @@ unsafe fn add_run<F: BandFormat, const N: usize>(
 /// of scaled products and of minimums.
 ///
 /// # Safety
-/// The processor has the instructions.
+/// See [`Words`].
 #[inline(always)]
-unsafe fn add_products<F: BandFormat>(
-    dots: [__m512i; 2],
-    scale: [__m512; 2],
-    min: __m512,
+unsafe fn add_products<W: Words, F: BandFormat>(
+    dots: [W; 2],
+    scale: [W::Floats; 2],
+    min: W::Floats,
     x: &ActBlock,
     j: usize,
-    [scaled, mins]: &mut [__m512; 2],
+    [scaled, mins]: &mut [W::Floats; 2],
 ) {
     // SAFETY: the caller's processor.
     unsafe {
-        let mut product = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[0]), scale[0]);
+        let mut product = W::mul(dots[0].to_floats(), scale[0]);
         if F::SCALE_PER_16 {
-            product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[1]), scale[1], product);
+            product = W::Floats::mul_add(dots[1].to_floats(), scale[1], product);
         }
         if F::OFFSET_BITS.is_none() {
-            *mins = _mm512_fnmadd_ps(min, _mm512_set1_ps(x.run_sums[j]), *mins);
+            *mins = W::neg_mul_add(min, W::Floats::splat(x.run_sums[j]), *mins);
         }
-        *scaled = _mm512_fmadd_ps(product, _mm512_set1_ps(x.scale[2 * j]), *scaled);
+        *scaled = W::Floats::mul_add(product, W::Floats::splat(x.scale[2 * j]), *scaled);
     }
 }

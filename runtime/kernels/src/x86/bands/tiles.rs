@@ -240,17 +240,17 @@ impl Tiles {
             for block in 0..band.blocks {
                 let (lines, rest) = (band.block::<F>(block), band.rest::<F>(block));
                 prefetch(lines, F::LAYOUT.n_words * LINE_BYTES);
-                let head = F::head(lines, rest);
+                let head = F::head::<__m512i>(lines, rest);
                 let at = block * F::RUNS;
-                self.keep::<F>(at, F::run::<0>(lines, head));
+                self.keep::<F>(at, F::run::<__m512i, 0>(lines, head));
                 if F::RUNS > 1 {
-                    self.keep::<F>(at + 1, F::run::<1>(lines, head));
-                    self.keep::<F>(at + 2, F::run::<2>(lines, head));
-                    self.keep::<F>(at + 3, F::run::<3>(lines, head));
-                    self.keep::<F>(at + 4, F::run::<4>(lines, head));
-                    self.keep::<F>(at + 5, F::run::<5>(lines, head));
-                    self.keep::<F>(at + 6, F::run::<6>(lines, head));
-                    self.keep::<F>(at + 7, F::run::<7>(lines, head));
+                    self.keep::<F>(at + 1, F::run::<__m512i, 1>(lines, head));
+                    self.keep::<F>(at + 2, F::run::<__m512i, 2>(lines, head));
+                    self.keep::<F>(at + 3, F::run::<__m512i, 3>(lines, head));
+                    self.keep::<F>(at + 4, F::run::<__m512i, 4>(lines, head));
+                    self.keep::<F>(at + 5, F::run::<__m512i, 5>(lines, head));
+                    self.keep::<F>(at + 6, F::run::<__m512i, 6>(lines, head));
+                    self.keep::<F>(at + 7, F::run::<__m512i, 7>(lines, head));
                 }
             }
         }
@@ -261,7 +261,7 @@ impl Tiles {
     /// # Safety
     /// As [`multiply`](Self::multiply).
     #[inline(always)]
-    unsafe fn keep<F: BandFormat>(&self, at: usize, run: Run) {
+    unsafe fn keep<F: BandFormat>(&self, at: usize, run: Run<__m512i>) {
         // SAFETY: the parts have room for the runs of a band.
         unsafe {
             for (i, q) in run.q.into_iter().enumerate() {
@@ -365,7 +365,7 @@ impl Tiles {
         for (t, (scaled, mins)) in scaled.into_iter().zip(mins).enumerate().take(n) {
             let token = self.first + tile * TILE_TOKENS + t;
             // SAFETY: the caller's output.
-            unsafe { band.store(panel, token, _mm512_add_ps(scaled, mins)) };
+            unsafe { band.store::<__m512i, 1>(panel, token, &[[[scaled, mins]]; 2]) };
         }
     }
 }
