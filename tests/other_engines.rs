@@ -88,6 +88,7 @@ fn reads_are_shared_with_copies_that_were_measured() {
         "b.gguf",
         "--copy",
         "c.experts",
+        "--quick",
         "--json",
     ];
     let found = json(run_in(dir.path(), &probe));

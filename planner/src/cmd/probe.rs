@@ -44,6 +44,10 @@ pub struct ProbeArgs {
     /// folder]
     #[arg(long, value_name = "FOLDER")]
     pub slow_dir: Option<PathBuf>,
+    /// Measure for about 8 seconds instead of 30, as `auto` does: the model's two largest formats (or Q4_K alone), and
+    /// drives for a shorter time
+    #[arg(long)]
+    pub quick: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub threads: ThreadArgs,
@@ -77,7 +81,7 @@ pub fn run(args: &ProbeArgs) -> Result<()> {
         numa_tiers: args.numa_tiers,
         numa: args.numa,
         shards: shards.as_ref(),
-        is_quick: false,
+        is_quick: args.quick,
     })?;
     let machine = found.machine();
     machine.write(&args.output)?;

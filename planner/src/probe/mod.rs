@@ -124,6 +124,10 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     );
     let pages = settings.shards.map_or(Pages::Anywhere, Shards::pages);
     let opened = settings.model.map(open).transpose()?;
+    let mut copies = match &opened {
+        Some((gguf, spec)) => copies::open(gguf, spec, settings.copies)?,
+        None => Vec::new(),
+    };
     let shares = opened
         .as_ref()
         .map(|(gguf, spec)| shares(gguf, spec))
@@ -183,10 +187,6 @@ pub fn measure(settings: &Settings<'_>) -> Result<Findings> {
     }
     bar.inc(1);
 
-    let mut copies = match &opened {
-        Some((gguf, spec)) => copies::open(gguf, spec, settings.copies)?,
-        None => Vec::new(),
-    };
     let (mut disk, disk_path) = match (&opened, settings.model) {
         (Some((gguf, spec)), Some(path)) => (Disk::of_model(gguf, spec)?, path.to_path_buf()),
         _ => {

@@ -153,6 +153,14 @@ fn options() -> Options {
     }
 }
 
+/// Returns the options of a test that asks for a good plan, and not for the best one.
+fn quick() -> Options {
+    Options {
+        depth: Depth::Quick,
+        ..options()
+    }
+}
+
 /// Makes a small instance: model, profile (or none), machine, budgets.
 fn instance(seed: u64) -> (ModelShape, Option<Profile>, Machine, Vec<u64>) {
     let mut random = Random::new(seed + 1);
@@ -632,7 +640,7 @@ fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
             kv_type,
         };
         let evidence = Evidence::new(&shape, Some(&profile))?;
-        let plan = solve(&problem, &options())?.plan;
+        let plan = solve(&problem, &quick())?.plan;
         let kv_bytes: u64 = plan.tiers.iter().map(|t| t.bytes.kv).sum();
         assert_eq!(
             (kv_bytes, plan.kv_type),

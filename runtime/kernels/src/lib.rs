@@ -54,7 +54,7 @@
 //! | [`quant`] | block formats: sizes, layouts, scalar dequantization |
 //! | `activations` | 8-bit activations and their layout |
 //! | `matmul`, `panel` | how a matmul is cut into panels, and the loops of a panel |
-//! | `bands` | weight rows in another order, which AVX-512 and AMX read faster |
+//! | `bands` | weight rows in another order, which AVX2, AVX-512, and AMX read faster |
 //! | `scalar`, `x86`, `neon` | the dot products of each instruction set |
 //! | `rows`, `delta`, `ops` | attention rows, gated delta net, and element-wise operations |
 //! | [`pooled`], [`threads`] | matmuls spread over a thread pool |

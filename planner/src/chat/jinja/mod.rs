@@ -30,7 +30,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, escape_formatter};
 use std::time::SystemTime;
 
 /// Most steps of rendering, enough for thousands of turns. A step is an instruction or a byte.
-const FUEL: u64 = 500_000_000;
+const FUEL: u64 = 200_000_000;
 /// Name that errors and the environment know the template by.
 const NAME: &str = "chat template";
 

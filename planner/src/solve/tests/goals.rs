@@ -169,7 +169,7 @@ fn experts_fixed_by_hand_are_where_they_were_put() -> Result<()> {
             &problem,
             &Options {
                 constraints: constraints.clone(),
-                ..options()
+                ..quick()
             },
         )?;
         assert!(constraints.holds(&plan));
@@ -342,7 +342,7 @@ fn cost_and_energy_are_latency_where_there_is_one_price() -> Result<()> {
     let (shape, profile, mut machine, budgets) = larger();
     let asked = |objective| Options {
         objective,
-        ..options()
+        ..quick()
     };
     let fails = |machine: &Machine, objective: Objective, word: &str| {
         let problem = problem_of(&shape, Some(&profile), machine, &budgets);
@@ -357,7 +357,7 @@ fn cost_and_energy_are_latency_where_there_is_one_price() -> Result<()> {
     fails(&machine, Objective::Memory, "--target-tok-s");
     (machine.extras.watts, machine.extras.price_usd) = (Some(200.0), Some(3000.0));
     let problem = problem_of(&shape, Some(&profile), &machine, &budgets);
-    let fastest = plan_of(&problem, &options())?;
+    let fastest = plan_of(&problem, &quick())?;
     for (objective, times) in [(Objective::Energy, 200.0), (Objective::Cost, 3000.0)] {
         let solved = solve(&problem, &asked(objective))?;
         let goal = solved.plan.solver.goal.clone().context("no goal")?;
@@ -390,7 +390,7 @@ fn expensive_memory_is_left_out_where_it_is_not_worth_its_price() -> Result<()> 
                 ..options()
             },
         )?;
-        let fastest = plan_of(&problem, &options())?;
+        let fastest = plan_of(&problem, &quick())?;
         let price = |p: &Placement| {
             p.tiers
                 .iter()

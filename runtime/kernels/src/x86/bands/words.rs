@@ -571,10 +571,13 @@ mod tests {
 
     #[test]
     fn sums_in_16_bits_fit() {
-        // Two products of 127 each, times the largest code.
-        assert_eq!([15, 31, 63, 128].map(|code| chain(code, 8)), [8, 4, 2, 1]);
-        assert_eq!(chain(15, 4), 4);
-        assert!(8 * 254 * 15 < 1 << 15 && 16 * 254 * 15 >= 1 << 15);
-        assert!(254 * 128 < 1 << 15 && 2 * 254 * 128 >= 1 << 15);
+        for (largest_code, most, want) in
+            [(15, 8, 8), (15, 4, 4), (31, 8, 4), (63, 4, 2), (128, 8, 1)]
+        {
+            let n = chain(largest_code, most);
+            assert_eq!(n, want, "codes up to {largest_code}");
+            let largest = |n| n * 2 * 127 * largest_code;
+            assert!(largest(n) < 1 << 15 && (n == most || largest(2 * n) >= 1 << 15));
+        }
     }
 }
