@@ -139,6 +139,8 @@ pub(crate) const fn layout(ty: TensorType) -> Option<BandLayout> {
         TensorType::MXFP4 => Some(BandLayout::rest_first(bytes, 1)),
         TensorType::Q4_1
         | TensorType::Q5_1
+        | TensorType::Q2_K
+        | TensorType::Q3_K
         | TensorType::Q4_K
         | TensorType::Q5_K
         | TensorType::Q6_K

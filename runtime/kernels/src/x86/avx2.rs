@@ -30,7 +30,7 @@
 //! | 128 | 1 | none today |
 //!
 //! Formats with a scale per 16 values keep the first two eights of a run apart from the last two,
-//! so at most 2 are added (Q2_K, Q3_K).
+//! so at most 2 are added (IQ2_S, NVFP4).
 //!
 //! A negative code cannot be the unsigned operand: its sign moves to the activation (`sign`), whose
 //! negative always fits, since it is never -128.

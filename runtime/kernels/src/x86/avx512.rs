@@ -59,6 +59,8 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         | TensorType::Q5_0
         | TensorType::Q5_1
         | TensorType::Q8_0
+        | TensorType::Q2_K
+        | TensorType::Q3_K
         | TensorType::Q4_K
         | TensorType::Q5_K
         | TensorType::Q6_K
@@ -69,8 +71,6 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
             &[]
         }
-        TensorType::Q2_K => panel_fns!(quantized, unpack::Q2_K; 1 2 3 4 5 6 7 8),
-        TensorType::Q3_K => panel_fns!(quantized, unpack::Q3_K; 1 2 3 4 5 6 7 8),
         TensorType::IQ2_XXS => panel_fns!(quantized, unpack::IQ2_XXS; 1 2 3 4 5 6 7 8),
         TensorType::IQ2_XS => panel_fns!(quantized, unpack::IQ2_XS; 1 2 3 4 5 6 7 8),
         TensorType::IQ2_S => panel_fns!(quantized, unpack::IQ2_S; 1 2 3 4 5 6 7 8),

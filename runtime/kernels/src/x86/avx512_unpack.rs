@@ -11,7 +11,6 @@
 //! *sixteens*: the first 16 codes of runs 0, 2, 4, 6, the second 16 of these, and both of runs 1,
 //! 3, 5, 7. [`interleave`] turns those four into the eights that the activations have.
 
-use crate::quant::block::q3_scales;
 use std::arch::x86_64::*;
 
 pub(super) use super::avx512_few_bits::{NVFP4, Q1_0, Q2_0, TQ1_0, TQ2_0};
@@ -143,14 +142,6 @@ pub(super) unsafe fn one_scale(p: *const u8) -> __m512 {
     _mm512_cvtph_ps(_mm256_set1_epi16(bits))
 }
 
-/// Returns a byte mask per sixteen: bits 0, 2, 4 and 6.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn even_bits() -> __m512i {
-    const B: i64 = 0x0101_0101_0101_0101;
-    _mm512_setr_epi64(B, B, B << 2, B << 2, B << 4, B << 4, B << 6, B << 6)
-}
-
 /// Shifts the second and the fourth sixteen right by four bits, within 16-bit words.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
@@ -188,39 +179,3 @@ pub(super) fn look_up(codes: __m512i, levels: &[i8; 16]) -> __m512i {
     let table = _mm512_broadcast_i32x4(_mm_xor_si128(table, _mm_set1_epi8(-128)));
     _mm512_shuffle_epi8(table, codes)
 }
-
-unpack!(
-    /// 16 bytes of scales and minimums, 64 bytes of codes, two factors.
-    Q2_K, 84, true, |p| {
-        let bytes = _mm_loadu_si128(p.cast());
-        let mask = _mm_set1_epi8(15);
-        let scales = _mm512_cvtepu8_epi32(_mm_and_si128(bytes, mask));
-        let mins = _mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16::<4>(bytes), mask));
-        let scale = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), one_scale(p.add(80)));
-        let min = _mm512_mul_ps(_mm512_cvtepi32_ps(mins), one_scale(p.add(82)));
-        Tile { q: interleave(two_bit_codes(p.add(16))), scale, min }
-    }
-);
-
-unpack!(
-    /// 32 bytes of third bits, 64 bytes of codes, 12 bytes of scales, one factor.
-    Q3_K, 110, true, |p| {
-        let [e0, e1, o0, o1] = two_bit_codes(p.add(32));
-        let first = _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()));
-        let second = _mm512_broadcast_i32x4(_mm_loadu_si128(p.add(16).cast()));
-        let even = even_bits();
-        let odd = _mm512_slli_epi16::<1>(even);
-        let four = _mm512_set1_epi8(4);
-        let q = [
-            _mm512_mask_add_epi8(e0, _mm512_test_epi8_mask(first, even), e0, four),
-            _mm512_mask_add_epi8(e1, _mm512_test_epi8_mask(second, even), e1, four),
-            _mm512_mask_add_epi8(o0, _mm512_test_epi8_mask(first, odd), o0, four),
-            _mm512_mask_add_epi8(o1, _mm512_test_epi8_mask(second, odd), o1, four),
-        ];
-        let scales = q3_scales(&*p.add(96).cast::<[u8; 12]>());
-        let scales = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.as_ptr().cast()));
-        let scales = _mm512_cvtepi32_ps(_mm512_sub_epi32(scales, _mm512_set1_epi32(32)));
-        let scale = _mm512_mul_ps(scales, one_scale(p.add(108)));
-        Tile { q: interleave(q), scale, min: _mm512_mul_ps(scale, _mm512_set1_ps(4.0)) }
-    }
-);

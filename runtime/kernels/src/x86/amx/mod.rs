@@ -87,6 +87,8 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
         | TensorType::Q5_0
         | TensorType::Q5_1
         | TensorType::Q8_0
+        | TensorType::Q2_K
+        | TensorType::Q3_K
         | TensorType::Q4_K
         | TensorType::Q5_K
         | TensorType::Q6_K
@@ -96,8 +98,6 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
         TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
             return None;
         }
-        TensorType::Q2_K => matmul_panel::<unpack::Q2_K>,
-        TensorType::Q3_K => matmul_panel::<unpack::Q3_K>,
         TensorType::IQ2_XXS => matmul_panel::<unpack::IQ2_XXS>,
         TensorType::IQ2_XS => matmul_panel::<unpack::IQ2_XS>,
         TensorType::IQ2_S => matmul_panel::<unpack::IQ2_S>,

@@ -19,8 +19,8 @@ pub(super) struct Run<W: Words> {
     /// Scales of the rows, for the first and the second 16 values; the first is for all 32 where
     /// the format has a scale per 32.
     pub scale: [W::Floats; 2],
-    /// Minimums, which are subtracted; zero for a format with an offset.
-    pub min: W::Floats,
+    /// Minimums, which are subtracted, as `scale`; zero for a format with an offset.
+    pub min: [W::Floats; 2],
 }
 
 /// A format with bands.
@@ -28,8 +28,10 @@ pub(super) trait BandFormat {
     const TYPE: TensorType;
     /// Runs of 32 values per block.
     const RUNS: usize;
-    /// Whether scales are per 16 values; otherwise they are per 32.
+    /// Whether scales and minimums are per 16 values; otherwise they are per 32.
     const SCALE_PER_16: bool = false;
+    /// Whether tiles multiply it: they know a minimum per 32 values only.
+    const HAS_TILES: bool = !Self::SCALE_PER_16 || Self::OFFSET_BITS.is_some();
     /// Largest magnitude of a code.
     const MAX_CODE: usize;
     /// Whether codes have a sign: those are made by [`Words::signed`].
@@ -125,7 +127,7 @@ unsafe fn line<W: Words>(lines: *const u8, i: usize) -> W {
 #[inline(always)]
 unsafe fn without_min<W: Words>(q: [W; 8], scale: W::Floats) -> Run<W> {
     // SAFETY: the caller's processor.
-    let min = unsafe { W::Floats::splat(0.0) };
+    let min = [unsafe { W::Floats::splat(0.0) }; 2];
     Run {
         q,
         scale: [scale; 2],
@@ -140,7 +142,7 @@ unsafe fn without_min<W: Words>(q: [W; 8], scale: W::Floats) -> Run<W> {
 #[inline(always)]
 unsafe fn with_addend<W: Words>(q: [W; 8], [scale, addend]: [W::Floats; 2]) -> Run<W> {
     // SAFETY: the caller's processor.
-    let min = unsafe { W::neg_mul_add(addend, W::Floats::splat(1.0), W::Floats::splat(0.0)) };
+    let min = [unsafe { W::neg_mul_add(addend, W::Floats::splat(1.0), W::Floats::splat(0.0)) }; 2];
     Run {
         q,
         scale: [scale; 2],
@@ -343,7 +345,7 @@ band!(
         }
         let factor = W::Floats::splat(1.0 / 16.0);
         let scale = if in_place { W::mul(scale, factor) } else { scale };
-        Run { q, scale: [scale; 2], min }
+        Run { q, scale: [scale; 2], min: [min; 2] }
     }
 );
 
@@ -362,7 +364,76 @@ band!(
             let fifth = if J < 4 { fifth.left(4 - J) } else { fifth.right(J - 4) };
             *q = low.and(four).or_and(fifth, sixteen);
         }
-        Run { q, scale: [scale; 2], min }
+        Run { q, scale: [scale; 2], min: [min; 2] }
+    }
+);
+
+/// Returns the codes at bits `2 part` of the bytes of eight lines from `first` on, and what undoes
+/// that they are too large: they stay where they are if they may.
+///
+/// # Safety
+/// The lines can be read; see [`Words`].
+#[inline(always)]
+unsafe fn two_bits<W: Words>(lines: *const u8, first: usize, part: usize) -> ([W; 8], f32) {
+    // SAFETY: the caller's lines.
+    unsafe {
+        let shift = if W::WIDE_CODES { 0 } else { 2 * part };
+        let mask = W::bytes(3 << (2 * part - shift));
+        let mut q = [mask; 8];
+        for (i, q) in q.iter_mut().enumerate() {
+            *q = line::<W>(lines, first + i).right(shift).and(mask);
+        }
+        (q, 1.0 / f32::from(1u8 << (2 * part - shift)))
+    }
+}
+
+band!(
+    /// 16 bytes of scales and minimums, 64 bytes of codes, two factors.
+    Q2_K, 8, true, (unsigned 3), [W::Floats; 2],
+    |lines, _rest| line::<W>(lines, 20).two_halves(),
+    |J, lines, head| {
+        let (q, factor) = two_bits::<W>(lines, 4 + J / 4 * 8, J % 4);
+        let factor = W::mul(head[0], W::Floats::splat(factor));
+        // Four bytes of a scale and a minimum each.
+        let words: W = line(lines, J / 2);
+        let (mut scale, mut min) = ([factor; 2], [factor; 2]);
+        for i in 0..2 {
+            let at = 8 * (2 * (J % 2) + i);
+            let four = W::all(15);
+            scale[i] = W::mul(words.right(at).and(four).to_floats(), factor);
+            min[i] = W::mul(words.right(at + 4).and(four).to_floats(), head[1]);
+        }
+        Run { q, scale, min }
+    }
+);
+
+band!(
+    /// 32 bytes of third bits, 64 bytes of codes, 12 bytes of scales, one factor. Codes are 4 too
+    /// large.
+    Q3_K, 8, true, (offset 2 7), W::Floats,
+    |_lines, rest| W::load_halves(rest),
+    |J, lines, head| {
+        let (low, third) = (W::bytes(3), W::bytes(4));
+        let mut q = [low; 8];
+        for (i, q) in q.iter_mut().enumerate() {
+            let codes: W = line(lines, 8 + J / 4 * 8 + i);
+            let bits: W = line(lines, i);
+            let bits = if J < 2 { bits.left(2 - J) } else { bits.right(J - 2) };
+            *q = codes.right(J % 4 * 2).and(low).or_and(bits, third);
+        }
+        // Of two of the three words, one has the low four bits of a scale, and the third the others.
+        let part = J / 2;
+        let words: W = line(lines, 24 + part % 2);
+        let highs: W = line(lines, 26);
+        let mut scale = [head; 2];
+        for (i, scale) in scale.iter_mut().enumerate() {
+            let byte = 2 * (J % 2) + i;
+            let low = words.right(8 * byte + part / 2 * 4).and(W::all(15));
+            let high = highs.right(8 * byte + 2 * part).left(4);
+            let code = low.or_and(high, W::all(0x30)).add(W::all(-32));
+            *scale = W::mul(code.to_floats(), head);
+        }
+        Run { q, scale, min: [W::Floats::splat(0.0); 2] }
     }
 );
 
@@ -394,7 +465,7 @@ band!(
             let code = words.left(24 - 8 * byte).right_signed(24);
             *scale = W::mul(code.to_floats(), head);
         }
-        Run { q, scale, min: W::Floats::splat(0.0) }
+        Run { q, scale, min: [W::Floats::splat(0.0); 2] }
     }
 );
 

@@ -17,7 +17,7 @@
 //! ```
 //!
 //! With a scale per 16 values there are two dots, and `x.scale` multiplies
-//! `float(dot 1) * scale 1 + float(dot 0) * scale 0`.
+//! `float(dot 1) * scale 1 + float(dot 0) * scale 0`; and two minimums, one after the other.
 //!
 //! A token's sum with a row has one order, the order of the runs, whoever computes it: these
 //! kernels for 1 to 8 tokens, or the tiles for many ([`tiles`]), which differ in how they get at
@@ -61,7 +61,7 @@ pub(crate) type BandsFn = unsafe fn(&Panel<'_>, RowOrder);
 macro_rules! with_band_format {
     ($ty:expr, $F:ident => $then:expr) => {
         with_band_format!(@arms $ty, $F, $then;
-            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4)
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4)
     };
     (@arms $ty:expr, $F:ident, $then:expr; $($name:ident)*) => {
         match $ty {
@@ -194,7 +194,11 @@ unsafe fn matmul<W: Words, F: BandFormat, const TILES: bool>(panel: &Panel<'_>, 
             });
         }
     };
-    let tiled = if TILES { tiles::count(tokens) } else { 0 };
+    let tiled = if TILES && F::HAS_TILES {
+        tiles::count(tokens)
+    } else {
+        0
+    };
     let mut few = |band: &Band| {
         // SAFETY: the caller's panel.
         unsafe { few_tokens::<W, F>(panel, band, tiled) }
@@ -435,7 +439,7 @@ unsafe fn add_run<W: Words, F: BandFormat, const N: usize>(
 unsafe fn add_products<W: Words, F: BandFormat>(
     dots: [W; 2],
     scale: [W::Floats; 2],
-    min: W::Floats,
+    min: [W::Floats; 2],
     x: &ActBlock,
     j: usize,
     [scaled, mins]: &mut [W::Floats; 2],
@@ -447,7 +451,12 @@ unsafe fn add_products<W: Words, F: BandFormat>(
             product = W::Floats::mul_add(dots[1].to_floats(), scale[1], product);
         }
         if F::OFFSET_BITS.is_none() {
-            *mins = W::neg_mul_add(min, W::Floats::splat(x.run_sums[j]), *mins);
+            *mins = if F::SCALE_PER_16 {
+                let first = W::neg_mul_add(min[0], W::Floats::splat(x.sums[2 * j]), *mins);
+                W::neg_mul_add(min[1], W::Floats::splat(x.sums[2 * j + 1]), first)
+            } else {
+                W::neg_mul_add(min[0], W::Floats::splat(x.run_sums[j]), *mins)
+            };
         }
         *scaled = W::Floats::mul_add(product, W::Floats::splat(x.scale[2 * j]), *scaled);
     }

@@ -273,7 +273,7 @@ impl Tiles {
                 _mm512_store_ps(scales.add(BAND_ROWS), run.scale[1]);
             }
             if F::OFFSET_BITS.is_none() {
-                _mm512_store_ps(self.mins.add(at * BAND_ROWS), run.min);
+                _mm512_store_ps(self.mins.add(at * BAND_ROWS), run.min[0]);
             }
         }
     }

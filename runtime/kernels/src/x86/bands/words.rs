@@ -12,7 +12,7 @@
 //!
 //! | largest code | sums in 16 bits | formats |
 //! |---|---|---|
-//! | 15 | 8 | Q4_0, Q4_1, Q4_K |
+//! | 15 | 8 | Q4_0, Q4_1, Q4_K; of a scale per 16 values, 4: Q2_K, Q3_K |
 //! | 31 | 4 | Q5_0, Q5_1, Q5_K, MXFP4 |
 //! | 63 | 2 | Q6_K |
 //! | 128 | 1 | Q8_0, IQ4_NL, IQ4_XS |
