@@ -133,9 +133,15 @@ impl BandLayout {
 pub(crate) const fn layout(ty: TensorType) -> Option<BandLayout> {
     let bytes = ty.block_bytes();
     match ty {
-        TensorType::Q4_0 | TensorType::Q5_0 | TensorType::Q8_0 | TensorType::IQ4_NL => {
-            Some(BandLayout::rest_first(bytes, 2))
-        }
+        TensorType::Q4_0
+        | TensorType::Q5_0
+        | TensorType::Q8_0
+        | TensorType::IQ4_NL
+        | TensorType::IQ2_XXS
+        | TensorType::IQ2_XS
+        | TensorType::IQ2_S
+        | TensorType::IQ3_XXS
+        | TensorType::IQ3_S => Some(BandLayout::rest_first(bytes, 2)),
         TensorType::MXFP4 => Some(BandLayout::rest_first(bytes, 1)),
         TensorType::Q4_1
         | TensorType::Q5_1
@@ -152,8 +158,11 @@ pub(crate) const fn layout(ty: TensorType) -> Option<BandLayout> {
 impl Kernels {
     /// Returns the order in which these kernels multiply a matrix of `n_rows` rows the fastest.
     pub fn fastest_order(self, ty: TensorType, n_rows: usize) -> RowOrder {
-        let has_kernels = matches!(self.isa(), Isa::Avx2 | Isa::Avx512 | Isa::Amx);
-        if has_kernels && Weights::has_bands(ty, n_rows) {
+        #[cfg(target_arch = "x86_64")]
+        let has_kernel = self.bands_kernel(ty).is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        let has_kernel = false;
+        if has_kernel && Weights::has_bands(ty, n_rows) {
             RowOrder::Interleaved
         } else {
             RowOrder::Sequential

@@ -162,10 +162,13 @@ impl Kernels {
 
     /// Returns the kernel of this instruction set that computes a type in bands.
     #[cfg(target_arch = "x86_64")]
-    fn bands_kernel(self, ty: crate::quant::TensorType) -> Option<super::x86::bands::BandsFn> {
+    pub(super) fn bands_kernel(
+        self,
+        ty: crate::quant::TensorType,
+    ) -> Option<super::x86::bands::BandsFn> {
         match self.isa() {
-            crate::Isa::Amx => super::x86::bands::avx512::<true>(ty),
-            crate::Isa::Avx512 => super::x86::bands::avx512::<false>(ty),
+            crate::Isa::Amx => super::x86::bands::amx(ty),
+            crate::Isa::Avx512 => super::x86::bands::avx512(ty),
             crate::Isa::Avx2 => super::x86::bands::avx2(ty),
             _ => None,
         }

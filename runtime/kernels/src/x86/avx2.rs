@@ -60,9 +60,10 @@ macro_rules! panel_fns {
 /// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(crate) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => const {
-        match crate::bands::layout(F::TYPE) {
-            None => panel_fns!(quantized, F),
-            Some(_) => &[],
+        if super::bands::on_every_set(F::TYPE) {
+            &[]
+        } else {
+            panel_fns!(quantized, F)
         }
     }, float => match ty {
         TensorType::F32 => panel_fns!(float, F32),

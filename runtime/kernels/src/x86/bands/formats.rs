@@ -24,7 +24,7 @@ pub(super) struct Run<W: Words> {
 }
 
 /// A format with bands.
-pub(super) trait BandFormat {
+pub(super) trait BandFormat<W: Words> {
     const TYPE: TensorType;
     /// Runs of 32 values per block.
     const RUNS: usize;
@@ -39,24 +39,26 @@ pub(super) trait BandFormat {
     /// Binary logarithm of what codes are too large by, for a format without minimums; of signed
     /// ones, where [`Words::signed`] makes them so.
     const OFFSET_BITS: Option<usize> = None;
+    /// Whether unpacking takes VBMI, which not every processor of `Isa::Avx512` has.
+    const NEEDS_VBMI: bool = false;
     const LAYOUT: BandLayout = match crate::bands::layout(Self::TYPE) {
         Some(layout) => layout,
         None => panic!("a format without bands"),
     };
     /// What all runs of a block share.
-    type Head<W: Words>: Copy;
+    type Head: Copy;
 
     /// Unpacks what the runs of a block share.
     ///
     /// # Safety
     /// The lines and the rest of a block can be read; see [`Words`].
-    unsafe fn head<W: Words>(lines: *const u8, rest: *const u8) -> Self::Head<W>;
+    unsafe fn head(lines: *const u8, rest: *const u8) -> Self::Head;
 
     /// Unpacks run `J` of a block.
     ///
     /// # Safety
     /// As [`head`](Self::head).
-    unsafe fn run<W: Words, const J: usize>(lines: *const u8, head: Self::Head<W>) -> Run<W>;
+    unsafe fn run<const J: usize>(lines: *const u8, head: Self::Head) -> Run<W>;
 }
 
 /// Kinds of codes: what they are too large by, their largest magnitude, and whether they are
@@ -87,22 +89,22 @@ macro_rules! band {
         #[allow(non_camel_case_types)]
         pub(super) struct $name;
 
-        impl BandFormat for $name {
+        impl<W: Words> BandFormat<W> for $name {
             const TYPE: TensorType = TensorType::$name;
             const RUNS: usize = $runs;
             const SCALE_PER_16: bool = $fine;
             codes!($($codes)*);
-            type Head<W: Words> = $head;
+            type Head = $head;
 
             #[inline(always)]
-            unsafe fn head<W: Words>($lines: *const u8, $rest: *const u8) -> $head {
+            unsafe fn head($lines: *const u8, $rest: *const u8) -> $head {
                 let _ = ($lines, $rest);
                 // SAFETY: everything read lies within the caller's block.
                 unsafe { $make_head }
             }
 
             #[inline(always)]
-            unsafe fn run<W: Words, const $j: usize>($at: *const u8, $of: $head) -> Run<W> {
+            unsafe fn run<const $j: usize>($at: *const u8, $of: $head) -> Run<W> {
                 // SAFETY: everything read lies within the caller's block.
                 unsafe { $body }
             }
@@ -115,7 +117,7 @@ macro_rules! band {
 /// # Safety
 /// It can be read; see [`Words`].
 #[inline(always)]
-unsafe fn line<W: Words>(lines: *const u8, i: usize) -> W {
+pub(super) unsafe fn line<W: Words>(lines: *const u8, i: usize) -> W {
     // SAFETY: the caller's line.
     unsafe { W::load(lines.add(i * LINE_BYTES)) }
 }

@@ -25,6 +25,7 @@
 //! interleaved on the way, for one token block by block, for several band by band.
 
 mod formats;
+mod grids;
 mod interleave;
 mod tiles;
 mod words;
@@ -57,7 +58,7 @@ const MAX_TOKENS: usize = 8;
 pub(crate) type BandsFn = unsafe fn(&Panel<'_>, RowOrder);
 
 /// Evaluates `$then` with `$F` naming the format of the tensor type `$ty`; returns without one from
-/// the function around it for a type that has no bands.
+/// the function around it for a type that has no bands on every instruction set.
 macro_rules! with_band_format {
     ($ty:expr, $F:ident => $then:expr) => {
         with_band_format!(@arms $ty, $F, $then;
@@ -74,14 +75,54 @@ macro_rules! with_band_format {
     };
 }
 
-/// Returns the AVX2 kernel of a type that has bands.
-pub(crate) fn avx2(ty: TensorType) -> Option<BandsFn> {
-    Some(with_band_format!(ty, F => matmul::<__m256i, F, false>))
+/// Whether AVX2, AVX-512 and AMX all multiply bands of this type.
+pub(crate) const fn on_every_set(ty: TensorType) -> bool {
+    crate::bands::layout(ty).is_some()
+        && !matches!(
+            ty,
+            TensorType::IQ2_XXS
+                | TensorType::IQ2_XS
+                | TensorType::IQ2_S
+                | TensorType::IQ3_XXS
+                | TensorType::IQ3_S
+        )
 }
 
-/// Returns the AVX-512 kernel of a type that has bands, with or without tiles.
-pub(crate) fn avx512<const TILES: bool>(ty: TensorType) -> Option<BandsFn> {
-    Some(with_band_format!(ty, F => matmul::<__m512i, F, TILES>))
+/// Returns the AVX2 kernel of a type, if it has bands there.
+pub(crate) fn avx2(ty: TensorType) -> Option<BandsFn> {
+    Some(with_band_format!(ty, F => matmul::<__m256i, F>))
+}
+
+/// Returns the AVX-512 kernel of a type, if it has bands there.
+pub(crate) fn avx512(ty: TensorType) -> Option<BandsFn> {
+    grid(ty).or_else(|| Some(with_band_format!(ty, F => matmul::<__m512i, F>)))
+}
+
+/// Returns the kernel of a type with a grid, if the processor has what it takes.
+fn grid(ty: TensorType) -> Option<BandsFn> {
+    let kernel: BandsFn = match ty {
+        TensorType::IQ2_XXS => matmul::<__m512i, grids::IQ2_XXS>,
+        TensorType::IQ2_XS => matmul::<__m512i, grids::IQ2_XS>,
+        TensorType::IQ2_S => matmul::<__m512i, grids::IQ2_S>,
+        TensorType::IQ3_XXS => matmul::<__m512i, grids::IQ3_XXS>,
+        TensorType::IQ3_S => matmul::<__m512i, grids::IQ3_S>,
+        _ => return None,
+    };
+    is_x86_feature_detected!("avx512vbmi").then_some(kernel)
+}
+
+/// Returns the kernel of a type that uses tiles for many tokens, if it has bands there.
+pub(crate) fn amx(ty: TensorType) -> Option<BandsFn> {
+    if let Some(kernel) = grid(ty) {
+        return Some(kernel);
+    }
+    Some(with_band_format!(ty, F => {
+        if <F as BandFormat<__m512i>>::HAS_TILES {
+            tiled::<F>
+        } else {
+            matmul::<__m512i, F>
+        }
+    }))
 }
 
 /// One band, and where its results go.
@@ -102,7 +143,7 @@ impl Band {
     /// # Safety
     /// The block is one of the band.
     #[inline(always)]
-    unsafe fn block<F: BandFormat>(&self, block: usize) -> *const u8 {
+    unsafe fn block<W: Words, F: BandFormat<W>>(&self, block: usize) -> *const u8 {
         let rests = self.blocks * F::LAYOUT.rest_bytes * BAND_ROWS;
         // SAFETY: within the band.
         unsafe {
@@ -116,7 +157,7 @@ impl Band {
     /// # Safety
     /// The block is one of the band.
     #[inline(always)]
-    unsafe fn rest<F: BandFormat>(&self, block: usize) -> *const u8 {
+    unsafe fn rest<W: Words, F: BandFormat<W>>(&self, block: usize) -> *const u8 {
         // SAFETY: within the band.
         unsafe { self.bytes.add(block * F::LAYOUT.rest_bytes * BAND_ROWS) }
     }
@@ -159,63 +200,74 @@ thread_local! {
 ///
 /// # Safety
 /// As [`BandsFn`].
-unsafe fn matmul<W: Words, F: BandFormat, const TILES: bool>(panel: &Panel<'_>, order: RowOrder) {
+unsafe fn matmul<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, order: RowOrder) {
+    // SAFETY: the caller's panel and processor.
+    unsafe { each_band::<W, F>(panel, order, &mut |band| few_tokens::<W, F>(panel, band, 0)) }
+}
+
+/// Computes a panel, tokens by sixteens in tiles and the rest as [`matmul`] does.
+///
+/// # Safety
+/// As [`BandsFn`].
+unsafe fn tiled<F: BandFormat<__m512i>>(panel: &Panel<'_>, order: RowOrder) {
+    let tokens = tiles::count(panel.x.rows());
+    // SAFETY: the caller's panel and processor.
+    unsafe {
+        if tokens == 0 {
+            return matmul::<__m512i, F>(panel, order);
+        }
+        tiles::with_tokens::<F>(panel, tokens, |tiles| {
+            each_band::<__m512i, F>(panel, order, &mut |band| {
+                tiles.multiply::<F>(panel, band);
+                if tiles.is_last {
+                    few_tokens::<__m512i, F>(panel, band, tokens);
+                }
+            });
+        });
+    }
+}
+
+/// Calls `compute` with each band of a panel, interleaved; rows that are not and have one token only
+/// are multiplied as they are.
+///
+/// # Safety
+/// As [`BandsFn`].
+unsafe fn each_band<W: Words, F: BandFormat<W>>(
+    panel: &Panel<'_>,
+    order: RowOrder,
+    compute: &mut dyn FnMut(&Band),
+) {
     let blocks = panel.row_bytes / F::LAYOUT.block_bytes;
     assert!(
         panel.row_bytes == blocks * F::LAYOUT.block_bytes
             && blocks * F::RUNS * 32 == panel.x.cols()
             && panel.weights.len().is_multiple_of(panel.row_bytes)
     );
-    let (band_bytes, tokens) = (BAND_ROWS * panel.row_bytes, panel.x.rows());
-    let compute = |of_band: &mut dyn FnMut(&Band)| {
-        for (i, rows) in panel.weights.chunks(band_bytes).enumerate() {
-            let mut band = Band {
-                bytes: rows.as_ptr(),
-                blocks,
-                first_row: panel.first_row + i * BAND_ROWS,
-                n_rows: rows.len() / panel.row_bytes,
-            };
-            if order == RowOrder::Interleaved {
-                assert_eq!(rows.len(), band_bytes, "whole bands");
-                of_band(&band);
-                continue;
-            }
-            if tokens == 1 {
-                // SAFETY: the caller's panel and processor.
-                unsafe { W::multiply_rows::<F>(panel, &band) };
-                continue;
-            }
-            BAND.with_borrow_mut(|scratch| {
-                scratch.resize(scratch.len().max(band_bytes), 0);
-                // SAFETY: the processor is the caller's, and the rows are whole blocks.
-                unsafe { W::interleave(F::LAYOUT, panel.row_bytes, rows, band.n_rows, scratch) };
-                band.bytes = scratch.as_ptr();
-                of_band(&band);
-            });
+    let band_bytes = BAND_ROWS * panel.row_bytes;
+    for (i, rows) in panel.weights.chunks(band_bytes).enumerate() {
+        let mut band = Band {
+            bytes: rows.as_ptr(),
+            blocks,
+            first_row: panel.first_row + i * BAND_ROWS,
+            n_rows: rows.len() / panel.row_bytes,
+        };
+        if order == RowOrder::Interleaved {
+            assert_eq!(rows.len(), band_bytes, "whole bands");
+            compute(&band);
+            continue;
         }
-    };
-    let tiled = if TILES && F::HAS_TILES {
-        tiles::count(tokens)
-    } else {
-        0
-    };
-    let mut few = |band: &Band| {
-        // SAFETY: the caller's panel.
-        unsafe { few_tokens::<W, F>(panel, band, tiled) }
-    };
-    match tiled {
-        0 => compute(&mut few),
-        // SAFETY: the caller's panel and processor.
-        _ => unsafe {
-            tiles::with_tokens::<F>(panel, tiled, |tiles| {
-                compute(&mut |band| {
-                    tiles.multiply::<F>(panel, band);
-                    if tiles.is_last {
-                        few(band);
-                    }
-                });
-            });
-        },
+        if panel.x.rows() == 1 {
+            // SAFETY: the caller's panel and processor.
+            unsafe { W::multiply_rows::<F>(panel, &band) };
+            continue;
+        }
+        BAND.with_borrow_mut(|scratch| {
+            scratch.resize(scratch.len().max(band_bytes), 0);
+            // SAFETY: the processor is the caller's, and the rows are whole blocks.
+            unsafe { W::interleave(F::LAYOUT, panel.row_bytes, rows, band.n_rows, scratch) };
+            band.bytes = scratch.as_ptr();
+            compute(&band);
+        });
     }
 }
 
@@ -223,7 +275,7 @@ unsafe fn matmul<W: Words, F: BandFormat, const TILES: bool>(panel: &Panel<'_>, 
 ///
 /// # Safety
 /// As [`BandsFn`].
-unsafe fn few_tokens<W: Words, F: BandFormat>(panel: &Panel<'_>, band: &Band, first: usize) {
+unsafe fn few_tokens<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, band: &Band, first: usize) {
     let tokens = panel.x.rows();
     let mut token = first;
     while token < tokens {
@@ -247,7 +299,7 @@ unsafe fn few_tokens<W: Words, F: BandFormat>(panel: &Panel<'_>, band: &Band, fi
 
 /// Prefetches a run's share of what follows a block's lines.
 #[inline(always)]
-fn prefetch_run<F: BandFormat>(lines: *const u8, run: usize) {
+fn prefetch_run<W: Words, F: BandFormat<W>>(lines: *const u8, run: usize) {
     let line = |run| run * F::LAYOUT.n_words / F::RUNS;
     let (first, end) = (line(run), line(run + 1));
     prefetch(
@@ -272,7 +324,7 @@ type Sums<W, const N: usize> = [[<W as Words>::Floats; 2]; N];
 /// # Safety
 /// As [`BandsFn`]; see [`Words`].
 #[inline(always)]
-unsafe fn multiply<W: Words, F: BandFormat, const N: usize>(
+unsafe fn multiply<W: Words, F: BandFormat<W>, const N: usize>(
     panel: &Panel<'_>,
     band: &Band,
     token: usize,
@@ -284,7 +336,7 @@ unsafe fn multiply<W: Words, F: BandFormat, const N: usize>(
         let mut sums = [[[W::Floats::splat(0.0); 2]; N]; 2];
         let x = panel.x.blocks().as_ptr().add(token * groups);
         for block in 0..band.blocks {
-            let (lines, rest) = (band.block::<F>(block), band.rest::<F>(block));
+            let (lines, rest) = (band.block::<W, F>(block), band.rest::<W, F>(block));
             let x = x.add(block * F::RUNS / 8);
             add_block::<W, F, N, true>(lines, rest, x, groups, block % 8, &mut sums);
         }
@@ -308,7 +360,7 @@ const MAX_BLOCK_BYTES: usize = 210;
 /// # Safety
 /// As [`BandsFn`]; see [`Words`].
 #[inline(always)]
-unsafe fn multiply_rows<W: Words, F: BandFormat>(panel: &Panel<'_>, band: &Band) {
+unsafe fn multiply_rows<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, band: &Band) {
     const {
         assert!(
             F::LAYOUT.block_bytes <= MAX_BLOCK_BYTES
@@ -337,7 +389,7 @@ unsafe fn multiply_rows<W: Words, F: BandFormat>(panel: &Panel<'_>, band: &Band)
 /// # Safety
 /// As [`add_run`]; the block can be read.
 #[inline(always)]
-unsafe fn add_block<W: Words, F: BandFormat, const N: usize, const PREFETCH: bool>(
+unsafe fn add_block<W: Words, F: BandFormat<W>, const N: usize, const PREFETCH: bool>(
     lines: *const u8,
     rest: *const u8,
     x: *const ActBlock,
@@ -360,7 +412,7 @@ unsafe fn add_block<W: Words, F: BandFormat, const N: usize, const PREFETCH: boo
 /// # Safety
 /// As [`add_block`].
 #[inline(always)]
-unsafe fn add_half<W: Words, F: BandFormat, const N: usize>(
+unsafe fn add_half<W: Words, F: BandFormat<W>, const N: usize>(
     lines: *const u8,
     rest: *const u8,
     x: *const ActBlock,
@@ -371,39 +423,39 @@ unsafe fn add_half<W: Words, F: BandFormat, const N: usize>(
 ) {
     let prefetch = |run| {
         if prefetches {
-            prefetch_run::<F>(lines, run);
+            prefetch_run::<W, F>(lines, run);
         }
     };
     // SAFETY: the caller's block and processor.
     unsafe {
         prefetch(0);
-        let head = F::head::<W>(lines, rest);
+        let head = F::head(lines, rest);
         if F::RUNS == 1 {
-            let run = F::run::<W, 0>(lines, head);
+            let run = F::run::<0>(lines, head);
             return add_run::<W, F, N>(&run, x, stride, j, sums);
         }
-        add_run::<W, F, N>(&F::run::<W, 0>(lines, head), x, stride, 0, sums);
+        add_run::<W, F, N>(&F::run::<0>(lines, head), x, stride, 0, sums);
         keep_apart();
         prefetch(1);
-        add_run::<W, F, N>(&F::run::<W, 1>(lines, head), x, stride, 1, sums);
+        add_run::<W, F, N>(&F::run::<1>(lines, head), x, stride, 1, sums);
         keep_apart();
         prefetch(2);
-        add_run::<W, F, N>(&F::run::<W, 2>(lines, head), x, stride, 2, sums);
+        add_run::<W, F, N>(&F::run::<2>(lines, head), x, stride, 2, sums);
         keep_apart();
         prefetch(3);
-        add_run::<W, F, N>(&F::run::<W, 3>(lines, head), x, stride, 3, sums);
+        add_run::<W, F, N>(&F::run::<3>(lines, head), x, stride, 3, sums);
         keep_apart();
         prefetch(4);
-        add_run::<W, F, N>(&F::run::<W, 4>(lines, head), x, stride, 4, sums);
+        add_run::<W, F, N>(&F::run::<4>(lines, head), x, stride, 4, sums);
         keep_apart();
         prefetch(5);
-        add_run::<W, F, N>(&F::run::<W, 5>(lines, head), x, stride, 5, sums);
+        add_run::<W, F, N>(&F::run::<5>(lines, head), x, stride, 5, sums);
         keep_apart();
         prefetch(6);
-        add_run::<W, F, N>(&F::run::<W, 6>(lines, head), x, stride, 6, sums);
+        add_run::<W, F, N>(&F::run::<6>(lines, head), x, stride, 6, sums);
         keep_apart();
         prefetch(7);
-        add_run::<W, F, N>(&F::run::<W, 7>(lines, head), x, stride, 7, sums);
+        add_run::<W, F, N>(&F::run::<7>(lines, head), x, stride, 7, sums);
     }
 }
 
@@ -413,7 +465,7 @@ unsafe fn add_half<W: Words, F: BandFormat, const N: usize>(
 /// # Safety
 /// The blocks can be read; see [`Words`].
 #[inline(always)]
-unsafe fn add_run<W: Words, F: BandFormat, const N: usize>(
+unsafe fn add_run<W: Words, F: BandFormat<W>, const N: usize>(
     run: &Run<W>,
     x: *const ActBlock,
     stride: usize,
@@ -436,7 +488,7 @@ unsafe fn add_run<W: Words, F: BandFormat, const N: usize>(
 /// # Safety
 /// See [`Words`].
 #[inline(always)]
-unsafe fn add_products<W: Words, F: BandFormat>(
+unsafe fn add_products<W: Words, F: BandFormat<W>>(
     dots: [W; 2],
     scale: [W::Floats; 2],
     min: [W::Floats; 2],

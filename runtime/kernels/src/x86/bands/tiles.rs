@@ -93,7 +93,7 @@ pub(super) struct Tiles {
 /// # Safety
 /// As [`BandsFn`](super::BandsFn), and the processor has tiles.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub(super) unsafe fn with_tokens<F: BandFormat>(
+pub(super) unsafe fn with_tokens<F: BandFormat<__m512i>>(
     panel: &Panel<'_>,
     tiled: usize,
     mut multiply: impl FnMut(&Tiles),
@@ -158,7 +158,7 @@ impl Tiles {
     /// # Safety
     /// The parts have room for them, and the processor has the instructions.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn pack<F: BandFormat>(&self, panel: &Panel<'_>) {
+    unsafe fn pack<F: BandFormat<__m512i>>(&self, panel: &Panel<'_>) {
         let groups = panel.x.cols().div_ceil(GROUP);
         let blocks = &panel.x.blocks()[self.first * groups..];
         for token in 0..self.n_tokens.next_multiple_of(TILE_TOKENS) {
@@ -179,7 +179,7 @@ impl Tiles {
     /// As [`pack`](Self::pack).
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn pack_block<F: BandFormat>(
+    unsafe fn pack_block<F: BandFormat<__m512i>>(
         &self,
         block: Option<&ActBlock>,
         first: usize,
@@ -218,7 +218,7 @@ impl Tiles {
     /// # Safety
     /// As [`BandsFn`](super::BandsFn); the tiles are configured for the format.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    pub(super) unsafe fn multiply<F: BandFormat>(&self, panel: &Panel<'_>, band: &Band) {
+    pub(super) unsafe fn multiply<F: BandFormat<__m512i>>(&self, panel: &Panel<'_>, band: &Band) {
         // SAFETY: the caller's band.
         unsafe {
             self.unpack::<F>(band);
@@ -234,23 +234,26 @@ impl Tiles {
     /// As [`multiply`](Self::multiply).
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn unpack<F: BandFormat>(&self, band: &Band) {
+    unsafe fn unpack<F: BandFormat<__m512i>>(&self, band: &Band) {
         // SAFETY: the caller's band.
         unsafe {
             for block in 0..band.blocks {
-                let (lines, rest) = (band.block::<F>(block), band.rest::<F>(block));
+                let (lines, rest) = (
+                    band.block::<__m512i, F>(block),
+                    band.rest::<__m512i, F>(block),
+                );
                 prefetch(lines, F::LAYOUT.n_words * LINE_BYTES);
-                let head = F::head::<__m512i>(lines, rest);
+                let head = F::head(lines, rest);
                 let at = block * F::RUNS;
-                self.keep::<F>(at, F::run::<__m512i, 0>(lines, head));
+                self.keep::<F>(at, F::run::<0>(lines, head));
                 if F::RUNS > 1 {
-                    self.keep::<F>(at + 1, F::run::<__m512i, 1>(lines, head));
-                    self.keep::<F>(at + 2, F::run::<__m512i, 2>(lines, head));
-                    self.keep::<F>(at + 3, F::run::<__m512i, 3>(lines, head));
-                    self.keep::<F>(at + 4, F::run::<__m512i, 4>(lines, head));
-                    self.keep::<F>(at + 5, F::run::<__m512i, 5>(lines, head));
-                    self.keep::<F>(at + 6, F::run::<__m512i, 6>(lines, head));
-                    self.keep::<F>(at + 7, F::run::<__m512i, 7>(lines, head));
+                    self.keep::<F>(at + 1, F::run::<1>(lines, head));
+                    self.keep::<F>(at + 2, F::run::<2>(lines, head));
+                    self.keep::<F>(at + 3, F::run::<3>(lines, head));
+                    self.keep::<F>(at + 4, F::run::<4>(lines, head));
+                    self.keep::<F>(at + 5, F::run::<5>(lines, head));
+                    self.keep::<F>(at + 6, F::run::<6>(lines, head));
+                    self.keep::<F>(at + 7, F::run::<7>(lines, head));
                 }
             }
         }
@@ -261,7 +264,7 @@ impl Tiles {
     /// # Safety
     /// As [`multiply`](Self::multiply).
     #[inline(always)]
-    unsafe fn keep<F: BandFormat>(&self, at: usize, run: Run<__m512i>) {
+    unsafe fn keep<F: BandFormat<__m512i>>(&self, at: usize, run: Run<__m512i>) {
         // SAFETY: the parts have room for the runs of a band.
         unsafe {
             for (i, q) in run.q.into_iter().enumerate() {
@@ -284,7 +287,12 @@ impl Tiles {
     /// As [`multiply`](Self::multiply).
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn multiply_tile<F: BandFormat>(&self, panel: &Panel<'_>, band: &Band, tile: usize) {
+    unsafe fn multiply_tile<F: BandFormat<__m512i>>(
+        &self,
+        panel: &Panel<'_>,
+        band: &Band,
+        tile: usize,
+    ) {
         #[repr(C, align(64))]
         struct Products(MaybeUninit<[i32; BUFFERS * HALVES * TILE_TOKENS * BAND_ROWS]>);
         let halves = if F::SCALE_PER_16 { 2 } else { 1 };

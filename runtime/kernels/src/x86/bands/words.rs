@@ -109,15 +109,19 @@ pub(super) trait Words: Copy {
 
     /// Returns the products of run `j` of a block of activations: of its first and its second 16
     /// values where the format has scales for both, else of all in the first.
-    unsafe fn dots<F: BandFormat>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2];
+    unsafe fn dots<F: BandFormat<Self>>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2];
 
     /// Multiplies a band with `N` tokens: [`multiply`](super::multiply), compiled for the
     /// instruction set.
-    unsafe fn multiply<F: BandFormat, const N: usize>(panel: &Panel<'_>, band: &Band, token: usize);
+    unsafe fn multiply<F: BandFormat<Self>, const N: usize>(
+        panel: &Panel<'_>,
+        band: &Band,
+        token: usize,
+    );
 
     /// Multiplies rows that are not interleaved with one token: [`multiply_rows`](super::multiply_rows),
     /// compiled for the instruction set.
-    unsafe fn multiply_rows<F: BandFormat>(panel: &Panel<'_>, band: &Band);
+    unsafe fn multiply_rows<F: BandFormat<Self>>(panel: &Panel<'_>, band: &Band);
 
     /// Writes up to four lines: of every row, the `n` words from `at` on.
     unsafe fn write_lines(rows: &[*const u8; BAND_ROWS], at: usize, n: usize, to: *mut u8);
@@ -150,7 +154,7 @@ unsafe fn word(x: &ActBlock, j: usize, i: usize) -> i32 {
 /// # Safety
 /// As [`Words`].
 #[inline(always)]
-pub(super) unsafe fn offsets<W: Words, F: BandFormat>(x: &ActBlock, j: usize) -> [W; 2] {
+pub(super) unsafe fn offsets<W: Words, F: BandFormat<W>>(x: &ActBlock, j: usize) -> [W; 2] {
     // SAFETY: the caller's processor.
     unsafe {
         let zero = W::all(0);
@@ -300,7 +304,7 @@ impl Words for __m512i {
     }
 
     #[inline(always)]
-    unsafe fn dots<F: BandFormat>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2] {
+    unsafe fn dots<F: BandFormat<Self>>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2] {
         // SAFETY: the caller's processor.
         unsafe {
             let mut dots = offsets::<Self, F>(x, j);
@@ -312,20 +316,32 @@ impl Words for __m512i {
         }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn multiply<F: BandFormat, const N: usize>(
+    #[inline]
+    unsafe fn multiply<F: BandFormat<Self>, const N: usize>(
         panel: &Panel<'_>,
         band: &Band,
         token: usize,
     ) {
         // SAFETY: the caller's panel and processor.
-        unsafe { super::multiply::<Self, F, N>(panel, band, token) }
+        unsafe {
+            if F::NEEDS_VBMI {
+                with_vbmi::multiply::<F, N>(panel, band, token);
+            } else {
+                without_vbmi::multiply::<F, N>(panel, band, token);
+            }
+        }
     }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    unsafe fn multiply_rows<F: BandFormat>(panel: &Panel<'_>, band: &Band) {
+    #[inline]
+    unsafe fn multiply_rows<F: BandFormat<Self>>(panel: &Panel<'_>, band: &Band) {
         // SAFETY: the caller's panel and processor.
-        unsafe { super::multiply_rows::<Self, F>(panel, band) }
+        unsafe {
+            if F::NEEDS_VBMI {
+                with_vbmi::multiply_rows::<F>(panel, band);
+            } else {
+                without_vbmi::multiply_rows::<F>(panel, band);
+            }
+        }
     }
 
     #[inline(always)]
@@ -346,6 +362,43 @@ impl Words for __m512i {
         unsafe { interleave::avx512(layout, row_bytes, rows, n_rows, band) }
     }
 }
+
+/// Compiles the kernels for AVX-512 with the given sets.
+macro_rules! compiled_for {
+    ($module:ident, $features:literal) => {
+        mod $module {
+            use super::*;
+
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn multiply<F: BandFormat<__m512i>, const N: usize>(
+                panel: &Panel<'_>,
+                band: &Band,
+                token: usize,
+            ) {
+                // SAFETY: the caller's panel and processor.
+                unsafe { super::super::multiply::<__m512i, F, N>(panel, band, token) }
+            }
+
+            #[target_feature(enable = $features)]
+            pub(super) unsafe fn multiply_rows<F: BandFormat<__m512i>>(
+                panel: &Panel<'_>,
+                band: &Band,
+            ) {
+                // SAFETY: the caller's panel and processor.
+                unsafe { super::super::multiply_rows::<__m512i, F>(panel, band) }
+            }
+        }
+    };
+}
+
+compiled_for!(
+    without_vbmi,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+);
+compiled_for!(
+    with_vbmi,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c"
+);
 
 /// Largest sum of two products of activations with codes up to 1.
 const MAX_PAIR_SUM: usize = 2 * 127;
@@ -497,7 +550,7 @@ impl Words for __m256i {
     }
 
     #[inline(always)]
-    unsafe fn dots<F: BandFormat>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2] {
+    unsafe fn dots<F: BandFormat<Self>>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2] {
         // SAFETY: the caller's processor.
         unsafe {
             let n = if F::SCALE_PER_16 { 4 } else { 8 };
@@ -531,7 +584,7 @@ impl Words for __m256i {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn multiply<F: BandFormat, const N: usize>(
+    unsafe fn multiply<F: BandFormat<Self>, const N: usize>(
         panel: &Panel<'_>,
         band: &Band,
         token: usize,
@@ -541,7 +594,7 @@ impl Words for __m256i {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn multiply_rows<F: BandFormat>(panel: &Panel<'_>, band: &Band) {
+    unsafe fn multiply_rows<F: BandFormat<Self>>(panel: &Panel<'_>, band: &Band) {
         // SAFETY: the caller's panel and processor.
         unsafe { super::multiply_rows::<Self, F>(panel, band) }
     }
