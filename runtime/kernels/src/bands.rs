@@ -137,6 +137,7 @@ pub(crate) const fn layout(ty: TensorType) -> Option<BandLayout> {
         | TensorType::Q5_0
         | TensorType::Q8_0
         | TensorType::IQ4_NL
+        | TensorType::IQ1_S
         | TensorType::IQ2_XXS
         | TensorType::IQ2_XS
         | TensorType::IQ2_S
@@ -150,7 +151,8 @@ pub(crate) const fn layout(ty: TensorType) -> Option<BandLayout> {
         | TensorType::Q4_K
         | TensorType::Q5_K
         | TensorType::Q6_K
-        | TensorType::IQ4_XS => Some(BandLayout::rest_last(bytes)),
+        | TensorType::IQ4_XS
+        | TensorType::IQ1_M => Some(BandLayout::rest_last(bytes)),
         _ => None,
     }
 }

@@ -60,10 +60,9 @@ macro_rules! panel_fns {
 /// Returns the kernels of a type, for 1, 2, ... tokens.
 pub(crate) fn panels(ty: TensorType) -> PanelFns {
     with_format!(ty, F => const {
-        if super::bands::on_every_set(F::TYPE) {
-            &[]
-        } else {
-            panel_fns!(quantized, F)
+        match crate::bands::layout(F::TYPE) {
+            None => panel_fns!(quantized, F),
+            Some(_) => &[],
         }
     }, float => match ty {
         TensorType::F32 => panel_fns!(float, F32),

@@ -66,18 +66,18 @@ pub(crate) fn panels<const BY_SCALE: bool>(ty: TensorType) -> PanelFns {
         | TensorType::Q6_K
         | TensorType::IQ4_NL
         | TensorType::IQ4_XS
-        | TensorType::MXFP4 => &[],
+        | TensorType::MXFP4
+        | TensorType::IQ1_S
+        | TensorType::IQ1_M
+        | TensorType::IQ2_XXS
+        | TensorType::IQ2_XS
+        | TensorType::IQ2_S
+        | TensorType::IQ3_XXS
+        | TensorType::IQ3_S => &[],
         // `Weights` has none of these.
         TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
             &[]
         }
-        TensorType::IQ2_XXS => panel_fns!(quantized, unpack::IQ2_XXS; 1 2 3 4 5 6 7 8),
-        TensorType::IQ2_XS => panel_fns!(quantized, unpack::IQ2_XS; 1 2 3 4 5 6 7 8),
-        TensorType::IQ2_S => panel_fns!(quantized, unpack::IQ2_S; 1 2 3 4 5 6 7 8),
-        TensorType::IQ3_XXS => panel_fns!(quantized, unpack::IQ3_XXS; 1 2 3 4 5 6 7 8),
-        TensorType::IQ3_S => panel_fns!(quantized, unpack::IQ3_S; 1 2 3 4 5 6 7 8),
-        TensorType::IQ1_S => panel_fns!(quantized, unpack::IQ1_S; 1 2 3 4 5 6 7 8),
-        TensorType::IQ1_M => panel_fns!(quantized, unpack::IQ1_M; 1 2 3 4 5 6 7 8),
         TensorType::Q1_0 => panel_fns!(quantized, unpack::Q1_0; 1 2 3 4 5 6 7 8),
         TensorType::Q2_0 => panel_fns!(quantized, unpack::Q2_0; 1 2 3 4 5 6 7 8),
         TensorType::TQ1_0 => panel_fns!(quantized, unpack::TQ1_0; 1 2 3 4 5 6 7 8),

@@ -14,7 +14,6 @@
 use std::arch::x86_64::*;
 
 pub(super) use super::avx512_few_bits::{NVFP4, Q1_0, Q2_0, TQ1_0, TQ2_0};
-pub(super) use super::avx512_grids::{IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS};
 
 /// 256 unpacked weights in registers.
 #[derive(Clone, Copy)]
@@ -120,14 +119,6 @@ pub(super) fn nibbles(v: __m512i) -> [__m512i; 2] {
         _mm512_and_si512(v, mask),
         _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask),
     ]
-}
-
-/// Returns eight values, each twice in a row.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub(super) fn each_twice(v: __m256) -> __m512 {
-    let index = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    _mm512_permutexvar_ps(index, _mm512_castps256_ps512(v))
 }
 
 /// Loads one f16, sixteen times.

@@ -94,17 +94,17 @@ pub(crate) fn kernel_for(ty: TensorType, tokens: usize) -> Option<(PanelFn, usiz
         | TensorType::Q6_K
         | TensorType::IQ4_NL
         | TensorType::IQ4_XS
-        | TensorType::MXFP4 => return None,
+        | TensorType::MXFP4
+        | TensorType::IQ1_S
+        | TensorType::IQ1_M
+        | TensorType::IQ2_XXS
+        | TensorType::IQ2_XS
+        | TensorType::IQ2_S
+        | TensorType::IQ3_XXS
+        | TensorType::IQ3_S => return None,
         TensorType::I8 | TensorType::I16 | TensorType::I32 | TensorType::I64 | TensorType::F64 => {
             return None;
         }
-        TensorType::IQ2_XXS => matmul_panel::<unpack::IQ2_XXS>,
-        TensorType::IQ2_XS => matmul_panel::<unpack::IQ2_XS>,
-        TensorType::IQ2_S => matmul_panel::<unpack::IQ2_S>,
-        TensorType::IQ3_XXS => matmul_panel::<unpack::IQ3_XXS>,
-        TensorType::IQ3_S => matmul_panel::<unpack::IQ3_S>,
-        TensorType::IQ1_S => matmul_panel::<unpack::IQ1_S>,
-        TensorType::IQ1_M => matmul_panel::<unpack::IQ1_M>,
         TensorType::Q1_0 => matmul_panel::<unpack::Q1_0>,
         TensorType::Q2_0 => matmul_panel::<unpack::Q2_0>,
         TensorType::TQ1_0 => matmul_panel::<unpack::TQ1_0>,

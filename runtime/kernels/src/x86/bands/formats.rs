@@ -39,7 +39,7 @@ pub(super) trait BandFormat<W: Words> {
     /// Binary logarithm of what codes are too large by, for a format without minimums; of signed
     /// ones, where [`Words::signed`] makes them so.
     const OFFSET_BITS: Option<usize> = None;
-    /// Whether unpacking takes VBMI, which not every processor of `Isa::Avx512` has.
+    /// Whether unpacking with AVX-512 takes VBMI, which not every processor of `Isa::Avx512` has.
     const NEEDS_VBMI: bool = false;
     const LAYOUT: BandLayout = match crate::bands::layout(Self::TYPE) {
         Some(layout) => layout,

@@ -58,34 +58,22 @@ const MAX_TOKENS: usize = 8;
 pub(crate) type BandsFn = unsafe fn(&Panel<'_>, RowOrder);
 
 /// Evaluates `$then` with `$F` naming the format of the tensor type `$ty`; returns without one from
-/// the function around it for a type that has no bands on every instruction set.
+/// the function around it for a type that has no bands.
 macro_rules! with_band_format {
     ($ty:expr, $F:ident => $then:expr) => {
         with_band_format!(@arms $ty, $F, $then;
-            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4)
+            formats: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4;
+            grids: IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S)
     };
-    (@arms $ty:expr, $F:ident, $then:expr; $($name:ident)*) => {
+    (@arms $ty:expr, $F:ident, $then:expr; $($module:ident: $($name:ident)*);*) => {
         match $ty {
-            $(TensorType::$name => {
-                type $F = formats::$name;
+            $($(TensorType::$name => {
+                type $F = $module::$name;
                 $then
-            })*
+            })*)*
             _ => return None,
         }
     };
-}
-
-/// Whether AVX2, AVX-512 and AMX all multiply bands of this type.
-pub(crate) const fn on_every_set(ty: TensorType) -> bool {
-    crate::bands::layout(ty).is_some()
-        && !matches!(
-            ty,
-            TensorType::IQ2_XXS
-                | TensorType::IQ2_XS
-                | TensorType::IQ2_S
-                | TensorType::IQ3_XXS
-                | TensorType::IQ3_S
-        )
 }
 
 /// Returns the AVX2 kernel of a type, if it has bands there.
@@ -95,34 +83,27 @@ pub(crate) fn avx2(ty: TensorType) -> Option<BandsFn> {
 
 /// Returns the AVX-512 kernel of a type, if it has bands there.
 pub(crate) fn avx512(ty: TensorType) -> Option<BandsFn> {
-    grid(ty).or_else(|| Some(with_band_format!(ty, F => matmul::<__m512i, F>)))
-}
-
-/// Returns the kernel of a type with a grid, if the processor has what it takes.
-fn grid(ty: TensorType) -> Option<BandsFn> {
-    let kernel: BandsFn = match ty {
-        TensorType::IQ2_XXS => matmul::<__m512i, grids::IQ2_XXS>,
-        TensorType::IQ2_XS => matmul::<__m512i, grids::IQ2_XS>,
-        TensorType::IQ2_S => matmul::<__m512i, grids::IQ2_S>,
-        TensorType::IQ3_XXS => matmul::<__m512i, grids::IQ3_XXS>,
-        TensorType::IQ3_S => matmul::<__m512i, grids::IQ3_S>,
-        _ => return None,
-    };
-    is_x86_feature_detected!("avx512vbmi").then_some(kernel)
+    Some(with_band_format!(ty, F => in_wide_registers::<F>()))
 }
 
 /// Returns the kernel of a type that uses tiles for many tokens, if it has bands there.
 pub(crate) fn amx(ty: TensorType) -> Option<BandsFn> {
-    if let Some(kernel) = grid(ty) {
-        return Some(kernel);
-    }
     Some(with_band_format!(ty, F => {
         if <F as BandFormat<__m512i>>::HAS_TILES {
             tiled::<F>
         } else {
-            matmul::<__m512i, F>
+            in_wide_registers::<F>()
         }
     }))
+}
+
+/// Returns the AVX-512 kernel of a format, or that of AVX2 where AVX-512 lacks what it takes.
+fn in_wide_registers<F: BandFormat<__m512i> + BandFormat<__m256i>>() -> BandsFn {
+    if <F as BandFormat<__m512i>>::NEEDS_VBMI && !is_x86_feature_detected!("avx512vbmi") {
+        matmul::<__m256i, F>
+    } else {
+        matmul::<__m512i, F>
+    }
 }
 
 /// One band, and where its results go.
@@ -476,7 +457,7 @@ unsafe fn add_run<W: Words, F: BandFormat<W>, const N: usize>(
     unsafe {
         for (n, sums) in sums.iter_mut().enumerate() {
             let x = &*x.add(n * stride);
-            let dots = W::dots::<F>(run, x, j);
+            let dots = W::dots::<F, N>(run, x, j);
             add_products::<W, F>(dots, run.scale, run.min, x, j, sums);
         }
     }

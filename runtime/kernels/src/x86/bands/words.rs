@@ -12,9 +12,9 @@
 //!
 //! | largest code | sums in 16 bits | formats |
 //! |---|---|---|
-//! | 15 | 8 | Q4_0, Q4_1, Q4_K; of a scale per 16 values, 4: Q2_K, Q3_K |
+//! | 15 | 8 | Q4_0, Q4_1, Q4_K, IQ3_S; of a scale per 16 values, 4: Q2_K, Q3_K |
 //! | 31 | 4 | Q5_0, Q5_1, Q5_K, MXFP4 |
-//! | 63 | 2 | Q6_K |
+//! | 63 | 2 | Q6_K, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS |
 //! | 128 | 1 | Q8_0, IQ4_NL, IQ4_XS |
 //!
 //! `maddubs` needs one unsigned operand. A negative code moves its sign to the activation, whose
@@ -108,8 +108,13 @@ pub(super) trait Words: Copy {
     unsafe fn neg_mul_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
 
     /// Returns the products of run `j` of a block of activations: of its first and its second 16
-    /// values where the format has scales for both, else of all in the first.
-    unsafe fn dots<F: BandFormat<Self>>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2];
+    /// values where the format has scales for both, else of all in the first. `N` tokens are
+    /// multiplied with the run.
+    unsafe fn dots<F: BandFormat<Self>, const N: usize>(
+        run: &Run<Self>,
+        x: &ActBlock,
+        j: usize,
+    ) -> [Self; 2];
 
     /// Multiplies a band with `N` tokens: [`multiply`](super::multiply), compiled for the
     /// instruction set.
@@ -304,13 +309,23 @@ impl Words for __m512i {
     }
 
     #[inline(always)]
-    unsafe fn dots<F: BandFormat<Self>>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2] {
+    unsafe fn dots<F: BandFormat<Self>, const N: usize>(
+        run: &Run<Self>,
+        x: &ActBlock,
+        j: usize,
+    ) -> [Self; 2] {
         // SAFETY: the caller's processor.
         unsafe {
+            // Where unpacking is long, so few runs are under way at once that a long chain of additions
+            // is waited for.
+            let halves = F::SCALE_PER_16 || (F::NEEDS_VBMI && N == 1);
             let mut dots = offsets::<Self, F>(x, j);
             for (i, q) in run.q.into_iter().enumerate() {
-                let dot = &mut dots[if F::SCALE_PER_16 { i / 4 } else { 0 }];
+                let dot = &mut dots[if halves { i / 4 } else { 0 }];
                 *dot = _mm512_dpbusd_epi32(*dot, q, _mm512_set1_epi32(word(x, j, i)));
+            }
+            if halves && !F::SCALE_PER_16 {
+                dots[0] = _mm512_add_epi32(dots[0], dots[1]);
             }
             dots
         }
@@ -550,7 +565,11 @@ impl Words for __m256i {
     }
 
     #[inline(always)]
-    unsafe fn dots<F: BandFormat<Self>>(run: &Run<Self>, x: &ActBlock, j: usize) -> [Self; 2] {
+    unsafe fn dots<F: BandFormat<Self>, const N: usize>(
+        run: &Run<Self>,
+        x: &ActBlock,
+        j: usize,
+    ) -> [Self; 2] {
         // SAFETY: the caller's processor.
         unsafe {
             let n = if F::SCALE_PER_16 { 4 } else { 8 };
