@@ -282,6 +282,17 @@ fn instruction_sets_agree() {
             unsafe { k.matmul(w, 0..rows, acts.view(), OutMatrix::new(&mut out, rows)) };
             outs.push(out);
         }
+        // Sets that multiply bands give the same bits.
+        let bands: Vec<_> = Kernels::available()
+            .into_iter()
+            .zip(&outs)
+            .filter(|(k, _)| k.fastest_order(ty, BAND_ROWS) == RowOrder::Interleaved)
+            .map(|(_, out)| out)
+            .collect();
+        assert!(
+            bands.windows(2).all(|two| two[0] == two[1]),
+            "{ty}: {bands:?}"
+        );
         for out in &outs[1..] {
             for ((a, b), (_, magnitude)) in outs[0].iter().zip(out).zip(&magnitudes) {
                 assert!(

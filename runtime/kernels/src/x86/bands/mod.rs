@@ -143,7 +143,7 @@ impl Band {
         unsafe { self.bytes.add(block * F::LAYOUT.rest_bytes * BAND_ROWS) }
     }
 
-    /// Stores the results of the rows with tokens from `token` on.
+    /// Stores the results of the rows with `n` tokens from `token` on.
     ///
     /// # Safety
     /// The panel's output holds them; see [`Words`].
@@ -152,20 +152,21 @@ impl Band {
         &self,
         panel: &Panel<'_>,
         token: usize,
+        n: usize,
         sums: &[Sums<W, N>; 2],
     ) {
         for (half, sums) in sums.iter().enumerate().take(BAND_ROWS / W::ROWS) {
             let first = half * W::ROWS;
-            let n = self.n_rows.saturating_sub(first).min(W::ROWS);
-            if n == 0 {
+            let rows = self.n_rows.saturating_sub(first).min(W::ROWS);
+            if rows == 0 {
                 return;
             }
-            for (i, [scaled, mins]) in sums.iter().enumerate() {
+            for (i, [scaled, mins]) in sums.iter().enumerate().take(n) {
                 // SAFETY: the caller's output.
                 unsafe {
                     let to = panel.out.at(token + i, self.first_row + first);
                     let sum = W::add_floats(*scaled, *mins);
-                    sum.store_part(to, W::Floats::part(n));
+                    sum.store_part(to, W::Floats::part(rows));
                 }
             }
         }
@@ -260,18 +261,31 @@ unsafe fn few_tokens<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, band: &Band,
     let tokens = panel.x.rows();
     let mut token = first;
     while token < tokens {
-        let n = (tokens - token).min(MAX_TOKENS);
+        let mut n = (tokens - token).min(MAX_TOKENS);
         // SAFETY: the caller's panel and processor.
         unsafe {
-            match n {
-                1 => W::multiply::<F, 1>(panel, band, token),
-                2 => W::multiply::<F, 2>(panel, band, token),
-                3 => W::multiply::<F, 3>(panel, band, token),
-                4 => W::multiply::<F, 4>(panel, band, token),
-                5 => W::multiply::<F, 5>(panel, band, token),
-                6 => W::multiply::<F, 6>(panel, band, token),
-                7 => W::multiply::<F, 7>(panel, band, token),
-                _ => W::multiply::<F, MAX_TOKENS>(panel, band, token),
+            if n == 1 {
+                W::multiply::<F, 1>(panel, band, token, 1);
+            } else if W::TAKES_FEWER {
+                W::multiply::<F, MAX_TOKENS>(panel, band, token, n);
+            } else if F::NEEDS_VBMI {
+                // Unpacking is long, and so are these kernels: there are some only.
+                n = 1 << n.ilog2();
+                match n {
+                    2 => W::multiply::<F, 2>(panel, band, token, n),
+                    4 => W::multiply::<F, 4>(panel, band, token, n),
+                    _ => W::multiply::<F, MAX_TOKENS>(panel, band, token, n),
+                }
+            } else {
+                match n {
+                    2 => W::multiply::<F, 2>(panel, band, token, n),
+                    3 => W::multiply::<F, 3>(panel, band, token, n),
+                    4 => W::multiply::<F, 4>(panel, band, token, n),
+                    5 => W::multiply::<F, 5>(panel, band, token, n),
+                    6 => W::multiply::<F, 6>(panel, band, token, n),
+                    7 => W::multiply::<F, 7>(panel, band, token, n),
+                    _ => W::multiply::<F, MAX_TOKENS>(panel, band, token, n),
+                }
             }
         }
         token += n;
@@ -297,10 +311,13 @@ fn keep_apart() {
     unsafe { std::arch::asm!("", options(nostack, preserves_flags)) }
 }
 
+/// A block of activations of the first token, and how many tokens there are.
+type Tokens = (*const ActBlock, usize);
+
 /// Sums of `N` tokens with the rows of a register: of scaled products and of minimums.
 type Sums<W, const N: usize> = [[<W as Words>::Floats; 2]; N];
 
-/// Multiplies a band with `N` tokens from `token` on.
+/// Multiplies a band with `n` tokens from `token` on, at most `N`.
 ///
 /// # Safety
 /// As [`BandsFn`]; see [`Words`].
@@ -309,6 +326,7 @@ unsafe fn multiply<W: Words, F: BandFormat<W>, const N: usize>(
     panel: &Panel<'_>,
     band: &Band,
     token: usize,
+    n: usize,
 ) {
     let groups = panel.x.cols().div_ceil(GROUP);
     // SAFETY: the band has `blocks` blocks, and each token as many runs.
@@ -319,9 +337,9 @@ unsafe fn multiply<W: Words, F: BandFormat<W>, const N: usize>(
         for block in 0..band.blocks {
             let (lines, rest) = (band.block::<W, F>(block), band.rest::<W, F>(block));
             let x = x.add(block * F::RUNS / 8);
-            add_block::<W, F, N, true>(lines, rest, x, groups, block % 8, &mut sums);
+            add_block::<W, F, N, true>(lines, rest, (x, n), groups, block % 8, &mut sums);
         }
-        band.store::<W, N>(panel, token, &sums);
+        band.store::<W, N>(panel, token, n, &sums);
     }
 }
 
@@ -358,9 +376,9 @@ unsafe fn multiply_rows<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, band: &Ba
         for block in 0..band.blocks {
             rows.interleave_block::<W>(F::LAYOUT, block, rest, lines);
             let x = panel.x.blocks().as_ptr().add(block * F::RUNS / 8);
-            add_block::<W, F, 1, false>(lines, rest, x, 0, block % 8, &mut sums);
+            add_block::<W, F, 1, false>(lines, rest, (x, 1), 0, block % 8, &mut sums);
         }
-        band.store::<W, 1>(panel, 0, &sums);
+        band.store::<W, 1>(panel, 0, 1, &sums);
     }
 }
 
@@ -373,7 +391,7 @@ unsafe fn multiply_rows<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, band: &Ba
 unsafe fn add_block<W: Words, F: BandFormat<W>, const N: usize, const PREFETCH: bool>(
     lines: *const u8,
     rest: *const u8,
-    x: *const ActBlock,
+    x: Tokens,
     stride: usize,
     j: usize,
     sums: &mut [Sums<W, N>; 2],
@@ -396,7 +414,7 @@ unsafe fn add_block<W: Words, F: BandFormat<W>, const N: usize, const PREFETCH: 
 unsafe fn add_half<W: Words, F: BandFormat<W>, const N: usize>(
     lines: *const u8,
     rest: *const u8,
-    x: *const ActBlock,
+    x: Tokens,
     stride: usize,
     j: usize,
     prefetches: bool,
@@ -448,15 +466,15 @@ unsafe fn add_half<W: Words, F: BandFormat<W>, const N: usize>(
 #[inline(always)]
 unsafe fn add_run<W: Words, F: BandFormat<W>, const N: usize>(
     run: &Run<W>,
-    x: *const ActBlock,
+    (x, n): Tokens,
     stride: usize,
     j: usize,
     sums: &mut Sums<W, N>,
 ) {
     // SAFETY: the caller's blocks and processor.
     unsafe {
-        for (n, sums) in sums.iter_mut().enumerate() {
-            let x = &*x.add(n * stride);
+        for (i, sums) in sums.iter_mut().enumerate().take(n) {
+            let x = &*x.add(i * stride);
             let dots = W::dots::<F, N>(run, x, j);
             add_products::<W, F>(dots, run.scale, run.min, x, j, sums);
         }

@@ -373,7 +373,7 @@ impl Tiles {
         for (t, (scaled, mins)) in scaled.into_iter().zip(mins).enumerate().take(n) {
             let token = self.first + tile * TILE_TOKENS + t;
             // SAFETY: the caller's output.
-            unsafe { band.store::<__m512i, 1>(panel, token, &[[[scaled, mins]]; 2]) };
+            unsafe { band.store::<__m512i, 1>(panel, token, 1, &[[[scaled, mins]]; 2]) };
         }
     }
 }

@@ -65,7 +65,6 @@ pub(super) static IQ3_S_GRID: Grid<u32, 512> = Grid {
     entries: &grids::IQ3_S,
     planes: planes(&grids::IQ3_S_PACKED),
 };
-
 pub(super) static IQ1_GRID: Grid<u64, 2048> = Grid {
     entries: &grids::IQ1,
     planes: planes(&grids::IQ1_PACKED),
@@ -82,7 +81,7 @@ pub(super) static EVEN_SIGNS: [Bytes; 2] = {
     out
 };
 
-/// Codes by the number of a level, `BITS` bits, and the sign above it.
+/// Codes by the number of a level, `bits` bits, and the sign above it.
 const fn codes<const N: usize>(levels: [u8; N], bits: u32) -> Bytes {
     let mut out = [0; 64];
     let mut i = 0;
@@ -100,6 +99,8 @@ const fn codes<const N: usize>(levels: [u8; N], bits: u32) -> Bytes {
 }
 
 pub(super) static IQ2_CODES: Bytes = codes(grids::IQ2_LEVELS, 2);
+pub(super) static IQ3_XXS_CODES: Bytes = codes(grids::IQ3_XXS_LEVELS, 3);
+pub(super) static IQ3_S_CODES: Bytes = codes(grids::IQ3_S_LEVELS, 3);
 /// Codes of IQ1 by level, -8, 0 or 8, and by the sign of the one that is added.
 pub(super) static IQ1_CODES: Bytes = {
     let mut out = [0; 64];
@@ -115,8 +116,6 @@ pub(super) static IQ1_CODES: Bytes = {
     }
     Bytes(out)
 };
-pub(super) static IQ3_XXS_CODES: Bytes = codes(grids::IQ3_XXS_LEVELS, 3);
-pub(super) static IQ3_S_CODES: Bytes = codes(grids::IQ3_S_LEVELS, 3);
 
 /// Where bytes are taken from, for `vpmultishiftqb`: byte `j` of a word begins at bit
 /// `first + j * step` of the word, wherever it then ends. Words are in pairs.
@@ -158,6 +157,7 @@ pub(super) static FOUR_BITS: [Bytes; 8] = each_register!(|i| i % 4 * 8, 4);
 pub(super) static OTHER_FOUR_BITS: [Bytes; 8] = each_register!(|i| i % 4 * 8 - 8, 4);
 /// Their signs, above three bits.
 pub(super) static SIGNS_AT_3: [Bytes; 8] = each_register!(|i| 4 * i - 3, 1);
+
 /// Where the bits of the four bytes of a word are taken from: those of byte `j` begin at bit
 /// `first + j * step`. What is above `step` bits is of no account.
 pub(super) struct Spread {

@@ -25,6 +25,7 @@ impl Words for __m256i {
     type Floats = __m256;
     const ROWS: usize = 8;
     const WIDE_CODES: bool = false;
+    const TAKES_FEWER: bool = true;
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
@@ -200,9 +201,10 @@ impl Words for __m256i {
         panel: &Panel<'_>,
         band: &Band,
         token: usize,
+        n: usize,
     ) {
         // SAFETY: the caller's panel and processor.
-        unsafe { bands::multiply::<Self, F, N>(panel, band, token) }
+        unsafe { bands::multiply::<Self, F, N>(panel, band, token, n) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]

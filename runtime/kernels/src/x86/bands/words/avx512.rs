@@ -12,6 +12,7 @@ impl Words for __m512i {
     type Floats = __m512;
     const ROWS: usize = 16;
     const WIDE_CODES: bool = true;
+    const TAKES_FEWER: bool = false;
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
@@ -170,6 +171,7 @@ impl Words for __m512i {
         panel: &Panel<'_>,
         band: &Band,
         token: usize,
+        _n: usize,
     ) {
         // SAFETY: the caller's panel and processor.
         unsafe {
@@ -225,7 +227,7 @@ macro_rules! compiled_for {
                 token: usize,
             ) {
                 // SAFETY: the caller's panel and processor.
-                unsafe { crate::x86::bands::multiply::<__m512i, F, N>(panel, band, token) }
+                unsafe { crate::x86::bands::multiply::<__m512i, F, N>(panel, band, token, N) }
             }
 
             #[target_feature(enable = $features)]

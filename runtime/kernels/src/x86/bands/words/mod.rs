@@ -44,6 +44,9 @@ pub(super) trait Words: Copy {
     /// says.
     const WIDE_CODES: bool;
 
+    /// Whether a kernel takes fewer than its `N` tokens as fast: its sums are in memory anyhow.
+    const TAKES_FEWER: bool;
+
     /// Loads a word of each row.
     unsafe fn load(p: *const u8) -> Self;
 
@@ -118,12 +121,13 @@ pub(super) trait Words: Copy {
         j: usize,
     ) -> [Self; 2];
 
-    /// Multiplies a band with `N` tokens: [`multiply`](super::multiply), compiled for the
-    /// instruction set.
+    /// Multiplies a band with `n` tokens, at most `N`: [`multiply`](super::multiply), compiled for
+    /// the instruction set.
     unsafe fn multiply<F: BandFormat<Self>, const N: usize>(
         panel: &Panel<'_>,
         band: &Band,
         token: usize,
+        n: usize,
     );
 
     /// Multiplies rows that are not interleaved with one token: [`multiply_rows`](super::multiply_rows),
