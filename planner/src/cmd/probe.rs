@@ -44,7 +44,7 @@ pub struct ProbeArgs {
     /// folder]
     #[arg(long, value_name = "FOLDER")]
     pub slow_dir: Option<PathBuf>,
-    /// Measure for about 8 seconds instead of 30, as `auto` does: the model's two largest formats (or Q4_K alone), and
+    /// Measure for about 10 seconds instead of 30, as `auto` does: the model's two largest formats (or Q4_K alone), and
     /// drives for a shorter time
     #[arg(long)]
     pub quick: bool,

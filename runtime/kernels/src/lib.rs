@@ -27,9 +27,10 @@
 //! # Instruction sets
 //!
 //! A [`Kernels`] value exists only for an instruction set that this processor has, so holding one
-//! proves that its functions may be called. There are kernels for AVX2, for AVX-512, and for AMX
-//! tiles on top of AVX-512 (prompts); on AArch64 matmul kernels for NEON with `dotprod`. Everything
-//! else runs scalar Rust. The NEON kernels were tested under emulation only and never timed.
+//! proves that its functions may be called. There are kernels for AVX2, for AVX-512 (with VBMI,
+//! where the processor has it, for formats with grids), and for AMX tiles on top of AVX-512
+//! (prompts); on AArch64 matmul kernels for NEON with `dotprod`. Everything else runs scalar Rust.
+//! The NEON kernels were tested under emulation only and never timed.
 //!
 //! All sets compute the same sums in nearly the same order. Within one set, the result for a weight
 //! row and a token has the same bits however many rows or tokens are computed with it.

@@ -10,27 +10,17 @@
 //!     w[0..4] = eights 0, 1, 2, 3 of the four runs, side by side          # 32 bytes each
 //!     for each token n:
 //!         p[k] = maddubs(|w[k]|, x[n][k] with the sign of w[k])   # 16 sums of 2 products, 16 bits
-//!         sum  = widen to 8 sums of 4 products in 32 bits, and add over k # two lanes per run
+//!         sum  = add over k, and widen to 8 sums in 32 bits               # two lanes per run
 //!         acc[n] += float(sum) * weight scales * x scales
-//!         acc[n] -= minimums * x sums
 //! ```
 //!
 //! # Why 16-bit sums cannot overflow
 //!
 //! `maddubs` multiplies unsigned by signed bytes and adds neighbors in 16 bits, saturating.
-//! Activation codes are within -127 to 127, and a format's codes have magnitudes of at most
-//! `MAX_CODE`, which is at most 128. So a pair sum is at most
-//! `MAX_CODE * 2 * 127 = MAX_CODE * MAX_PAIR_SUM`, and 128 * 254 = 32512 is below 2^15. With
-//! smaller codes, several pair sums can be added before they are widened to 32 bits:
-//!
-//! | codes up to | pair sums that fit 16 bits | formats, for example |
-//! |---|---|---|
-//! | 32 | 4 | IQ1_S, TQ1_0 |
-//! | 64 | 2 | IQ2_XXS, IQ3_XXS |
-//! | 128 | 1 | none today |
-//!
-//! Formats with a scale per 16 values keep the first two eights of a run apart from the last two,
-//! so at most 2 are added (IQ2_S, NVFP4).
+//! Activation codes are within -127 to 127, and the codes of these formats have magnitudes of at most
+//! 12 (NVFP4). So the four pair sums of a run are at most `4 * 12 * 2 * 127 = 12192`, below 2^15, and
+//! are added before they are widened to 32 bits. A format with a scale per 16 values (NVFP4) keeps the
+//! first two eights of a run apart from the last two.
 //!
 //! A negative code cannot be the unsigned operand: its sign moves to the activation (`sign`), whose
 //! negative always fits, since it is never -128.
@@ -162,8 +152,8 @@ unsafe fn float<W: FloatFormat, const N: usize>(panel: &Panel<'_>) {
 fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &mut [__m256; N]) {
     const {
         assert!(
-            MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16,
-            "a pair sum fits 16 bits"
+            4 * MAX_PAIR_SUM * F::MAX_CODE <= i16::MAX as i32 && !F::HAS_MIN,
+            "a run's sums fit 16 bits, and there is no minimum"
         )
     };
     for four in 0..2 {
@@ -171,53 +161,27 @@ fn add_block<F: Format, const N: usize>(codes: &Codes, x: [&ActBlock; N], acc: &
         let [w0, w1] = eights::<F>(codes, 4 * four, 0);
         let [w2, w3] = eights::<F>(codes, 4 * four, 16);
         let scale = load8(&codes.scale, 8 * four);
-        let (first, second) = (_mm256_moveldup_ps(scale), _mm256_movehdup_ps(scale));
         for n in 0..N {
-            let x_scale = load8(&x[n].scale, 8 * four);
             let p0 = pair_sums::<F>(w0, load32(&x[n].q, 32 * four));
             let p1 = pair_sums::<F>(w1, load32(&x[n].q, 64 + 32 * four));
             let p2 = pair_sums::<F>(w2, load32(&x[n].q, 128 + 32 * four));
             let p3 = pair_sums::<F>(w3, load32(&x[n].q, 192 + 32 * four));
-            let (one, two) = if 4 * MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16 && !F::SCALE_PER_16 {
-                let all = _mm256_add_epi16(_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
-                (widen_pairs(all), _mm256_setzero_si256())
-            } else if 2 * MAX_PAIR_SUM * F::MAX_CODE <= MAX_I16 {
-                (
-                    widen_pairs(_mm256_add_epi16(p0, p1)),
-                    widen_pairs(_mm256_add_epi16(p2, p3)),
-                )
-            } else {
-                (
-                    _mm256_add_epi32(widen_pairs(p0), widen_pairs(p1)),
-                    _mm256_add_epi32(widen_pairs(p2), widen_pairs(p3)),
-                )
-            };
+            let (first, second) = (_mm256_add_epi16(p0, p1), _mm256_add_epi16(p2, p3));
             let sum = if F::SCALE_PER_16 {
-                let one = _mm256_mul_ps(_mm256_cvtepi32_ps(one), first);
-                _mm256_fmadd_ps(_mm256_cvtepi32_ps(two), second, one)
+                let first = _mm256_mul_ps(floats(first), _mm256_moveldup_ps(scale));
+                _mm256_fmadd_ps(floats(second), _mm256_movehdup_ps(scale), first)
             } else {
-                _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(one, two)), scale)
+                _mm256_mul_ps(floats(_mm256_add_epi16(first, second)), scale)
             };
-            acc[n] = _mm256_fmadd_ps(sum, x_scale, acc[n]);
-            if F::HAS_MIN {
-                acc[n] = _mm256_fnmadd_ps(
-                    load8(&codes.min, 8 * four),
-                    load8(&x[n].sums, 8 * four),
-                    acc[n],
-                );
-            }
+            acc[n] = _mm256_fmadd_ps(sum, load8(&x[n].scale, 8 * four), acc[n]);
         }
     }
 }
 
-/// Largest sum that 16 bits hold.
-const MAX_I16: i32 = i16::MAX as i32;
-
 /// Largest sum of two products of activations with codes of magnitude 1.
 const MAX_PAIR_SUM: i32 = 2 * 127;
 
-/// Returns the sums of two neighboring products, in 16 bits: at most 128 * [`MAX_PAIR_SUM`], which
-/// fits.
+/// Returns the sums of two neighboring products, in 16 bits.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn pair_sums<F: Format>(w: __m256i, x: __m256i) -> __m256i {
@@ -228,11 +192,11 @@ fn pair_sums<F: Format>(w: __m256i, x: __m256i) -> __m256i {
     }
 }
 
-/// Adds neighboring 16-bit sums, in 32 bits.
+/// Adds neighboring 16-bit sums, and converts what they give.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn widen_pairs(pairs: __m256i) -> __m256i {
-    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+fn floats(pairs: __m256i) -> __m256 {
+    _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// Returns two eights of each of four runs: those at `at` of every run, and the next ones.

@@ -3,7 +3,6 @@
 pub(super) mod amx;
 pub(super) mod avx2;
 pub(super) mod avx512;
-mod avx512_few_bits;
 mod avx512_unpack;
 pub(super) mod bands;
 mod lanes;
