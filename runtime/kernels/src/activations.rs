@@ -24,15 +24,22 @@
 //! `sums` is for formats with minimums: `sum of (scale * code - min) * x` is
 //! `scale * dot - min * sum of x`. It is kept per 16 values, since some formats have a minimum per
 //! 16 and, for what takes a run at a time, per run. `offsets` are for codes that are stored with an
-//! offset: `offset * (negated sum of q)` takes it off, in whole numbers.
+//! offset: `offset * (negated sum of q)` takes it off, in whole numbers. The most common offsets are
+//! multiplied in already: 128 of a run ([`RUN_OFFSET_BITS`]), 32 of 16 values ([`OFFSET_BITS`]).
 
 use super::Kernels;
 use crate::quant::block::GROUP;
 use crate::threads::{SharedPtr, ThreadPool};
 use std::ops::Range;
 
+/// Binary logarithm of the offset that [`ActBlock::run_offsets`] are for.
+pub(super) const RUN_OFFSET_BITS: usize = 7;
+
+/// Binary logarithm of the offset that [`ActBlock::offsets`] are for.
+pub(super) const OFFSET_BITS: usize = 5;
+
 /// 256 activations in 8 bits, in the order that the module describes.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct ActBlock {
     /// Codes, `round(value / scale)` within -127 to 127.
@@ -43,9 +50,9 @@ pub(super) struct ActBlock {
     pub sums: [f32; 16],
     /// `scale * sum of q` of each run.
     pub run_sums: [f32; 8],
-    /// Negated sum of `q` of each run.
+    /// 128 times the negated sum of `q` of each run.
     pub run_offsets: [i32; 8],
-    /// Negated sum of `q` of each 16 values.
+    /// 32 times the negated sum of `q` of each 16 values.
     pub offsets: [i32; 16],
     /// Nothing. Without it a block would be 512 bytes, and the same block of neighboring tokens 4 KiB
     /// apart where rows have 2048 values: all in the same sets of the first-level cache, which has
@@ -188,17 +195,43 @@ impl Activations {
         self.rows += from.rows;
     }
 
-    /// Replaces all rows by some of `from`: their 8-bit form if they have it, their values where
-    /// `values`.
+    /// Replaces all rows by some of `from`, on the threads of a pool: their 8-bit form if they have it,
+    /// their values where `values`.
     ///
     /// # Panics
     /// When a row is out of bounds.
-    pub fn gather(&mut self, from: ActView<'_>, rows: impl Iterator<Item = usize>, values: bool) {
-        self.clear();
-        (self.cols, self.quantized) = (from.cols, from.is_quantized());
-        for row in rows {
-            self.append(from.rows_range(row..row + 1), values);
-        }
+    pub fn gather_shared(
+        &mut self,
+        pool: &ThreadPool,
+        from: ActView<'_>,
+        rows: &[usize],
+        values: bool,
+    ) {
+        (self.rows, self.cols, self.quantized) = (rows.len(), from.cols, from.is_quantized());
+        let of_row = |all: usize| all / from.rows.max(1);
+        let (n_values, n_blocks) = (of_row(from.values.len()), of_row(from.blocks.len()));
+        let n_values = if values { n_values } else { 0 };
+        self.values.resize(rows.len() * n_values, 0.0);
+        self.blocks.resize(rows.len() * n_blocks, ActBlock::ZERO);
+        let (to_values, to_blocks) = (
+            SharedPtr(self.values.as_mut_ptr()),
+            SharedPtr(self.blocks.as_mut_ptr()),
+        );
+        pool.for_each_chunk(rows.len(), CHUNK_ROWS, |range| {
+            for to in range {
+                let row = rows[to];
+                let row_values = &from.values[row * n_values..][..n_values];
+                let row_blocks = &from.blocks[row * n_blocks..][..n_blocks];
+                // SAFETY: there is room for each row's values and blocks; every row is handed out
+                // once, and both are borrowed exclusively for the whole call.
+                unsafe {
+                    std::slice::from_raw_parts_mut(to_values.at(to * n_values), n_values)
+                        .copy_from_slice(row_values);
+                    std::slice::from_raw_parts_mut(to_blocks.at(to * n_blocks), n_blocks)
+                        .copy_from_slice(row_blocks);
+                }
+            }
+        });
     }
 
     /// Checks and sets the shape, and resizes the blocks. Blocks that stay keep their old content:
@@ -435,10 +468,10 @@ fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
             }
         }
         block.sums[2 * run + half] = scale * sum as f32;
-        block.offsets[2 * run + half] = -sum;
+        block.offsets[2 * run + half] = -(sum << OFFSET_BITS);
         both += sum;
     }
     block.run_sums[run] = scale * both as f32;
-    block.run_offsets[run] = -both;
+    block.run_offsets[run] = -(both << RUN_OFFSET_BITS);
     block.scale[2 * run..][..2].fill(scale);
 }

@@ -31,6 +31,7 @@ use super::activations::ActBlock;
 use crate::quant::block::{Codes, Format, GROUP, UnpackOps};
 
 /// Some weight rows, and as many tokens as the kernel that gets the panel is compiled for.
+#[derive(Clone, Copy)]
 pub(super) struct Panel<'a> {
     /// The weight rows, packed.
     pub weights: &'a [u8],

@@ -32,8 +32,9 @@ pub(super) fn compute(
         .iter()
         .flat_map(|e| [e.view.gate.weights.ty(), e.view.up.weights.ty()]);
     let floats = types.into_iter().any(|ty| !needs_quants(ty));
-    s.gathered
-        .gather(x, tokens().map(|(token, _)| *token), floats);
+    s.rows_of_x.clear();
+    s.rows_of_x.extend(tokens().map(|(token, _)| *token));
+    s.gathered.gather_shared(cpu.pool, x, &s.rows_of_x, floats);
     let (acts, mut jobs) = (s.gathered.view(), Vec::with_capacity(2 * experts.len()));
     let (mut gates, mut ups) = (&mut s.gate[..n * width], &mut s.up[..n * width]);
     let mut first = 0;

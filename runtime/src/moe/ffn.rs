@@ -15,7 +15,9 @@ pub(crate) struct FfnScratch {
     pub(super) up: Vec<f32>,
     /// `[rows, ffn]`: the activated `gate`, as the matrix `down` takes it.
     pub(super) inner: Activations,
-    /// `[rows, hidden]`: the rows of a batch that one expert takes.
+    /// Which rows of a batch these are.
+    pub(super) rows_of_x: Vec<usize>,
+    /// `[rows, hidden]`: the rows of a batch that experts take.
     pub(super) gathered: Activations,
     /// One bias, decoded.
     pub(super) bias: Vec<f32>,
@@ -53,6 +55,7 @@ impl FfnScratch {
             gate: vec![0.0; rows * ffn],
             up: vec![0.0; rows * ffn],
             inner: Activations::new(rows, ffn),
+            rows_of_x: Vec::with_capacity(rows),
             gathered: Activations::new(rows, hidden),
             bias: Vec::with_capacity(ffn.max(hidden)),
             results: vec![0.0; rows * hidden],

@@ -29,7 +29,7 @@
 
 use super::avx512_unpack::{self as unpack, MAX_GROUP_BYTES, Tile, Unpack};
 use super::prefetch;
-use crate::activations::{ActBlock, place, run_scale};
+use crate::activations::{ActBlock, OFFSET_BITS, RUN_OFFSET_BITS, place, run_scale};
 use crate::float_panel::{Bf16, F16, F32, FloatFormat, float_panel};
 use crate::panel::{Panel, PanelFn, PanelFns};
 use crate::quant::TensorType;
@@ -168,11 +168,11 @@ pub(crate) fn quantize_run(run: usize, x: &[f32; 32], block: &mut ActBlock) {
         }
         let sum = _mm512_reduce_add_epi32(q);
         block.sums[2 * run + half] = scale * sum as f32;
-        block.offsets[2 * run + half] = -sum;
+        block.offsets[2 * run + half] = -(sum << OFFSET_BITS);
         both += sum;
     }
     block.run_sums[run] = scale * both as f32;
-    block.run_offsets[run] = -both;
+    block.run_offsets[run] = -(both << RUN_OFFSET_BITS);
     block.scale[2 * run..][..2].fill(scale);
 }
 

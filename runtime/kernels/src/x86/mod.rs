@@ -21,15 +21,20 @@ const L2_PREFETCH_BYTES: usize = 8192;
 /// Prefetches the `bytes` bytes that lie [`L1_PREFETCH_BYTES`] and [`L2_PREFETCH_BYTES`] after `p`.
 #[inline(always)]
 pub(super) fn prefetch(p: *const u8, bytes: usize) {
+    prefetch_both(p, bytes, L2_PREFETCH_BYTES);
+}
+
+/// Prefetches the `bytes` bytes that lie [`L1_PREFETCH_BYTES`] after `p` into the first-level cache,
+/// and those that lie `far` after it into the second-level cache.
+#[inline(always)]
+fn prefetch_both(p: *const u8, bytes: usize, far: usize) {
     use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-    let mut offset = 0;
-    while offset < bytes {
+    for offset in (0..bytes).step_by(64) {
         // SAFETY: a prefetch never faults, whatever the address.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(L2_PREFETCH_BYTES + offset).cast());
+            _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(far + offset).cast());
             _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(L1_PREFETCH_BYTES + offset).cast());
         }
-        offset += 64;
     }
 }
 

@@ -27,24 +27,23 @@
 mod formats;
 mod grids;
 mod interleave;
+mod kernel;
 mod tiles;
 mod words;
 
 pub(crate) use interleave::{avx2 as interleave_avx2, avx512 as interleave_avx512};
 
-use super::prefetch;
 use crate::activations::ActBlock;
 use crate::bands::{BAND_ROWS, LINE_BYTES, RowOrder};
-use crate::lanes::Lanes;
 use crate::panel::Panel;
 use crate::quant::TensorType;
 use crate::quant::block::GROUP;
 use crate::x86::lanes::PartialLanes;
-use formats::{BandFormat, Run};
-use interleave::SixteenRows;
+use formats::BandFormat;
+use kernel::{Pass, Sums};
 use std::arch::x86_64::{__m256i, __m512i};
 use std::cell::RefCell;
-use std::mem::MaybeUninit;
+use std::ops::Range;
 use words::Words;
 
 /// Most tokens of a kernel without tiles.
@@ -116,6 +115,8 @@ struct Band {
     first_row: usize,
     /// Rows whose results are stored.
     n_rows: usize,
+    /// Whether no band of the panel came before, which would have prefetched it.
+    is_first: bool,
 }
 
 impl Band {
@@ -153,9 +154,9 @@ impl Band {
         panel: &Panel<'_>,
         token: usize,
         n: usize,
-        sums: &[Sums<W, N>; 2],
+        sums: &W::OfBand<Sums<W, N>>,
     ) {
-        for (half, sums) in sums.iter().enumerate().take(BAND_ROWS / W::ROWS) {
+        for (half, sums) in sums.as_ref().iter().enumerate() {
             let first = half * W::ROWS;
             let rows = self.n_rows.saturating_sub(first).min(W::ROWS);
             if rows == 0 {
@@ -178,13 +179,55 @@ thread_local! {
     static BAND: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Most bytes of weights that all tokens are multiplied with before the next ones: they stay in the
+/// second-level cache.
+const MAX_WEIGHT_BYTES: usize = 128 << 10;
+
+/// Most bytes of tokens that are multiplied with these weights before the next tokens: they stay
+/// there, too.
+const MAX_TOKEN_BYTES: usize = 320 << 10;
+
 /// Computes a panel.
 ///
 /// # Safety
 /// As [`BandsFn`].
 unsafe fn matmul<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, order: RowOrder) {
-    // SAFETY: the caller's panel and processor.
-    unsafe { each_band::<W, F>(panel, order, &mut |band| few_tokens::<W, F>(panel, band, 0)) }
+    let tokens = panel.x.rows();
+    let token_bytes = panel.x.cols().div_ceil(GROUP) * size_of::<ActBlock>();
+    let at_once = match order {
+        RowOrder::Interleaved => (MAX_TOKEN_BYTES / token_bytes)
+            .max(1)
+            .next_multiple_of(MAX_TOKENS),
+        // Each band would be interleaved for each of these tokens.
+        RowOrder::Sequential => tokens,
+    };
+    if tokens <= at_once {
+        // SAFETY: the caller's panel and processor.
+        return unsafe {
+            each_band::<W, F>(panel, order, &mut |band| {
+                few_tokens::<W, F>(panel, band, 0..tokens);
+            })
+        };
+    }
+    let rows = (MAX_WEIGHT_BYTES / panel.row_bytes)
+        .max(1)
+        .next_multiple_of(BAND_ROWS);
+    for (i, weights) in panel.weights.chunks(rows * panel.row_bytes).enumerate() {
+        let part = Panel {
+            weights,
+            first_row: panel.first_row + i * rows,
+            ..*panel
+        };
+        for first in (0..tokens).step_by(at_once) {
+            let tokens = first..(first + at_once).min(tokens);
+            // SAFETY: the caller's panel and processor.
+            unsafe {
+                each_band::<W, F>(&part, order, &mut |band| {
+                    few_tokens::<W, F>(panel, band, tokens.clone());
+                });
+            }
+        }
+    }
 }
 
 /// Computes a panel, tokens by sixteens in tiles and the rest as [`matmul`] does.
@@ -202,7 +245,7 @@ unsafe fn tiled<F: BandFormat<__m512i>>(panel: &Panel<'_>, order: RowOrder) {
             each_band::<__m512i, F>(panel, order, &mut |band| {
                 tiles.multiply::<F>(panel, band);
                 if tiles.is_last {
-                    few_tokens::<__m512i, F>(panel, band, tokens);
+                    few_tokens::<__m512i, F>(panel, band, tokens..panel.x.rows());
                 }
             });
         });
@@ -232,6 +275,7 @@ unsafe fn each_band<W: Words, F: BandFormat<W>>(
             blocks,
             first_row: panel.first_row + i * BAND_ROWS,
             n_rows: rows.len() / panel.row_bytes,
+            is_first: i == 0,
         };
         if order == RowOrder::Interleaved {
             assert_eq!(rows.len(), band_bytes, "whole bands");
@@ -253,262 +297,48 @@ unsafe fn each_band<W: Words, F: BandFormat<W>>(
     }
 }
 
-/// Computes a band with the tokens from `first` on.
+/// Computes a band with some of the tokens.
 ///
 /// # Safety
 /// As [`BandsFn`].
-unsafe fn few_tokens<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, band: &Band, first: usize) {
-    let tokens = panel.x.rows();
-    let mut token = first;
-    while token < tokens {
-        let mut n = (tokens - token).min(MAX_TOKENS);
+unsafe fn few_tokens<W: Words, F: BandFormat<W>>(
+    panel: &Panel<'_>,
+    band: &Band,
+    tokens: Range<usize>,
+) {
+    let passes = tokens.len().div_ceil(MAX_TOKENS);
+    let mut token = tokens.start;
+    while token < tokens.end {
+        let left = (tokens.end - token).min(MAX_TOKENS);
+        // Where unpacking is long, so are the kernels: there are some only.
+        let n = if F::NEEDS_VBMI {
+            1 << left.ilog2()
+        } else {
+            left
+        };
+        let index = (token - tokens.start) / MAX_TOKENS;
+        let pass = Pass {
+            token,
+            n,
+            index,
+            passes,
+            reads_on: passes == 1 || (index == 0 && band.is_first),
+        };
         // SAFETY: the caller's panel and processor.
         unsafe {
-            if n == 1 {
-                W::multiply::<F, 1>(panel, band, token, 1);
-            } else if W::TAKES_FEWER {
-                W::multiply::<F, MAX_TOKENS>(panel, band, token, n);
-            } else if F::NEEDS_VBMI {
-                // Unpacking is long, and so are these kernels: there are some only.
-                n = 1 << n.ilog2();
-                match n {
-                    2 => W::multiply::<F, 2>(panel, band, token, n),
-                    4 => W::multiply::<F, 4>(panel, band, token, n),
-                    _ => W::multiply::<F, MAX_TOKENS>(panel, band, token, n),
-                }
-            } else {
-                match n {
-                    2 => W::multiply::<F, 2>(panel, band, token, n),
-                    3 => W::multiply::<F, 3>(panel, band, token, n),
-                    4 => W::multiply::<F, 4>(panel, band, token, n),
-                    5 => W::multiply::<F, 5>(panel, band, token, n),
-                    6 => W::multiply::<F, 6>(panel, band, token, n),
-                    7 => W::multiply::<F, 7>(panel, band, token, n),
-                    _ => W::multiply::<F, MAX_TOKENS>(panel, band, token, n),
-                }
+            match n {
+                1 => W::multiply::<F, 1>(panel, band, pass),
+                _ if W::TAKES_FEWER => W::multiply::<F, MAX_TOKENS>(panel, band, pass),
+                2 => W::multiply::<F, 2>(panel, band, pass),
+                4 => W::multiply::<F, 4>(panel, band, pass),
+                _ if F::NEEDS_VBMI => W::multiply::<F, MAX_TOKENS>(panel, band, pass),
+                3 => W::multiply::<F, 3>(panel, band, pass),
+                5 => W::multiply::<F, 5>(panel, band, pass),
+                6 => W::multiply::<F, 6>(panel, band, pass),
+                7 => W::multiply::<F, 7>(panel, band, pass),
+                _ => W::multiply::<F, MAX_TOKENS>(panel, band, pass),
             }
         }
         token += n;
-    }
-}
-
-/// Prefetches a run's share of what follows a block's lines.
-#[inline(always)]
-fn prefetch_run<W: Words, F: BandFormat<W>>(lines: *const u8, run: usize) {
-    let line = |run| run * F::LAYOUT.n_words / F::RUNS;
-    let (first, end) = (line(run), line(run + 1));
-    prefetch(
-        lines.wrapping_add(first * LINE_BYTES),
-        (end - first) * LINE_BYTES,
-    );
-}
-
-/// Keeps the compiler from mixing the instructions of two runs, whose registers it then has to
-/// save on the stack. It moves no read of memory past an `asm` that may write memory.
-#[inline(always)]
-fn keep_apart() {
-    // SAFETY: no instructions.
-    unsafe { std::arch::asm!("", options(nostack, preserves_flags)) }
-}
-
-/// A block of activations of the first token, and how many tokens there are.
-type Tokens = (*const ActBlock, usize);
-
-/// Sums of `N` tokens with the rows of a register: of scaled products and of minimums.
-type Sums<W, const N: usize> = [[<W as Words>::Floats; 2]; N];
-
-/// Multiplies a band with `n` tokens from `token` on, at most `N`.
-///
-/// # Safety
-/// As [`BandsFn`]; see [`Words`].
-#[inline(always)]
-unsafe fn multiply<W: Words, F: BandFormat<W>, const N: usize>(
-    panel: &Panel<'_>,
-    band: &Band,
-    token: usize,
-    n: usize,
-) {
-    let groups = panel.x.cols().div_ceil(GROUP);
-    // SAFETY: the band has `blocks` blocks, and each token as many runs.
-    unsafe {
-        // The second is for the other half of the rows, where a register has half of them.
-        let mut sums = [[[W::Floats::splat(0.0); 2]; N]; 2];
-        let x = panel.x.blocks().as_ptr().add(token * groups);
-        for block in 0..band.blocks {
-            let (lines, rest) = (band.block::<W, F>(block), band.rest::<W, F>(block));
-            let x = x.add(block * F::RUNS / 8);
-            add_block::<W, F, N, true>(lines, rest, (x, n), groups, block % 8, &mut sums);
-        }
-        band.store::<W, N>(panel, token, n, &sums);
-    }
-}
-
-/// Room for a block of 16 rows.
-#[repr(align(64))]
-struct Room {
-    rests: [u8; LINE_BYTES],
-    lines: [u8; MAX_BLOCK_BYTES * BAND_ROWS],
-}
-
-/// Most bytes of a block with bands (Q6_K).
-const MAX_BLOCK_BYTES: usize = 210;
-
-/// Multiplies rows that are not interleaved, one after another at the band's address, with the
-/// panel's only token.
-///
-/// # Safety
-/// As [`BandsFn`]; see [`Words`].
-#[inline(always)]
-unsafe fn multiply_rows<W: Words, F: BandFormat<W>>(panel: &Panel<'_>, band: &Band) {
-    const {
-        assert!(
-            F::LAYOUT.block_bytes <= MAX_BLOCK_BYTES
-                && F::LAYOUT.rest_bytes * BAND_ROWS <= LINE_BYTES
-        )
-    };
-    let mut room = MaybeUninit::<Room>::uninit();
-    // SAFETY: the rows have `blocks` blocks, and so has the token; a block has its room.
-    unsafe {
-        let rows = SixteenRows::new(band.bytes, panel.row_bytes, band.n_rows);
-        let rest = (&raw mut (*room.as_mut_ptr()).rests).cast::<u8>();
-        let lines = (&raw mut (*room.as_mut_ptr()).lines).cast::<u8>();
-        let mut sums = [[[W::Floats::splat(0.0); 2]; 1]; 2];
-        for block in 0..band.blocks {
-            rows.interleave_block::<W>(F::LAYOUT, block, rest, lines);
-            let x = panel.x.blocks().as_ptr().add(block * F::RUNS / 8);
-            add_block::<W, F, 1, false>(lines, rest, (x, 1), 0, block % 8, &mut sums);
-        }
-        band.store::<W, 1>(panel, 0, 1, &sums);
-    }
-}
-
-/// Adds the products of a block of each row, register by register: of its runs, or of run `j` of a
-/// block of activations if it has one only. What follows the lines is prefetched if `PREFETCH`.
-///
-/// # Safety
-/// As [`add_run`]; the block can be read.
-#[inline(always)]
-unsafe fn add_block<W: Words, F: BandFormat<W>, const N: usize, const PREFETCH: bool>(
-    lines: *const u8,
-    rest: *const u8,
-    x: Tokens,
-    stride: usize,
-    j: usize,
-    sums: &mut [Sums<W, N>; 2],
-) {
-    for (half, sums) in sums.iter_mut().enumerate().take(BAND_ROWS / W::ROWS) {
-        // SAFETY: the caller's block and processor.
-        unsafe {
-            let lines = lines.add(half * 4 * W::ROWS);
-            let rest = rest.add(half * F::LAYOUT.rest_bytes * W::ROWS);
-            add_half::<W, F, N>(lines, rest, x, stride, j, PREFETCH && half == 0, sums);
-        }
-    }
-}
-
-/// Adds the products of the rows of a register, as [`add_block`] says.
-///
-/// # Safety
-/// As [`add_block`].
-#[inline(always)]
-unsafe fn add_half<W: Words, F: BandFormat<W>, const N: usize>(
-    lines: *const u8,
-    rest: *const u8,
-    x: Tokens,
-    stride: usize,
-    j: usize,
-    prefetches: bool,
-    sums: &mut Sums<W, N>,
-) {
-    let prefetch = |run| {
-        if prefetches {
-            prefetch_run::<W, F>(lines, run);
-        }
-    };
-    // SAFETY: the caller's block and processor.
-    unsafe {
-        prefetch(0);
-        let head = F::head(lines, rest);
-        if F::RUNS == 1 {
-            let run = F::run::<0>(lines, head);
-            return add_run::<W, F, N>(&run, x, stride, j, sums);
-        }
-        add_run::<W, F, N>(&F::run::<0>(lines, head), x, stride, 0, sums);
-        keep_apart();
-        prefetch(1);
-        add_run::<W, F, N>(&F::run::<1>(lines, head), x, stride, 1, sums);
-        keep_apart();
-        prefetch(2);
-        add_run::<W, F, N>(&F::run::<2>(lines, head), x, stride, 2, sums);
-        keep_apart();
-        prefetch(3);
-        add_run::<W, F, N>(&F::run::<3>(lines, head), x, stride, 3, sums);
-        keep_apart();
-        prefetch(4);
-        add_run::<W, F, N>(&F::run::<4>(lines, head), x, stride, 4, sums);
-        keep_apart();
-        prefetch(5);
-        add_run::<W, F, N>(&F::run::<5>(lines, head), x, stride, 5, sums);
-        keep_apart();
-        prefetch(6);
-        add_run::<W, F, N>(&F::run::<6>(lines, head), x, stride, 6, sums);
-        keep_apart();
-        prefetch(7);
-        add_run::<W, F, N>(&F::run::<7>(lines, head), x, stride, 7, sums);
-    }
-}
-
-/// Adds the products of run `j` of a block of activations, the blocks of neighboring tokens
-/// `stride` apart.
-///
-/// # Safety
-/// The blocks can be read; see [`Words`].
-#[inline(always)]
-unsafe fn add_run<W: Words, F: BandFormat<W>, const N: usize>(
-    run: &Run<W>,
-    (x, n): Tokens,
-    stride: usize,
-    j: usize,
-    sums: &mut Sums<W, N>,
-) {
-    // SAFETY: the caller's blocks and processor.
-    unsafe {
-        for (i, sums) in sums.iter_mut().enumerate().take(n) {
-            let x = &*x.add(i * stride);
-            let dots = W::dots::<F, N>(run, x, j);
-            add_products::<W, F>(dots, run.scale, run.min, x, j, sums);
-        }
-    }
-}
-
-/// Scales the integer products of run `j` of a block of activations, and adds them to the sums
-/// of scaled products and of minimums.
-///
-/// # Safety
-/// See [`Words`].
-#[inline(always)]
-unsafe fn add_products<W: Words, F: BandFormat<W>>(
-    dots: [W; 2],
-    scale: [W::Floats; 2],
-    min: [W::Floats; 2],
-    x: &ActBlock,
-    j: usize,
-    [scaled, mins]: &mut [W::Floats; 2],
-) {
-    // SAFETY: the caller's processor.
-    unsafe {
-        let mut product = W::mul(dots[0].to_floats(), scale[0]);
-        if F::SCALE_PER_16 {
-            product = W::Floats::mul_add(dots[1].to_floats(), scale[1], product);
-        }
-        if F::OFFSET_BITS.is_none() {
-            *mins = if F::SCALE_PER_16 {
-                let first = W::neg_mul_add(min[0], W::Floats::splat(x.sums[2 * j]), *mins);
-                W::neg_mul_add(min[1], W::Floats::splat(x.sums[2 * j + 1]), first)
-            } else {
-                W::neg_mul_add(min[0], W::Floats::splat(x.run_sums[j]), *mins)
-            };
-        }
-        *scaled = W::Floats::mul_add(product, W::Floats::splat(x.scale[2 * j]), *scaled);
     }
 }

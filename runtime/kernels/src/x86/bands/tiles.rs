@@ -20,11 +20,12 @@
 //! needed.
 
 use super::formats::{BandFormat, Run};
-use super::{BAND_ROWS, Band, LINE_BYTES, prefetch};
-use crate::activations::ActBlock;
+use super::{BAND_ROWS, Band, LINE_BYTES};
+use crate::activations::{ActBlock, OFFSET_BITS, RUN_OFFSET_BITS};
 use crate::panel::Panel;
 use crate::quant::block::GROUP;
 use crate::x86::amx::{Line, TILE_TOKENS, configure};
+use crate::x86::prefetch;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -199,15 +200,18 @@ impl Tiles {
                 *self.x_scales.add(TILE_TOKENS * at + row) =
                     block.map_or(0.0, |b| b.scale[2 * run]);
                 let sums = self.x_sums.add(HALVES * TILE_TOKENS * at + row);
-                let offset = |sum: i32, bits| f32::from_bits((sum << bits) as u32);
+                let offset = |of: i32, from, bits| f32::from_bits((of >> from << bits) as u32);
                 match F::OFFSET_BITS {
                     None => *sums = block.map_or(0.0, |b| b.run_sums[run]),
                     Some(bits) if F::SCALE_PER_16 => {
-                        *sums = offset(block.map_or(0, |b| b.offsets[2 * run]), bits);
-                        let second = offset(block.map_or(0, |b| b.offsets[2 * run + 1]), bits);
-                        *sums.add(TILE_TOKENS) = second;
+                        let of = |half| block.map_or(0, |b| b.offsets[2 * run + half]);
+                        *sums = offset(of(0), OFFSET_BITS, bits);
+                        *sums.add(TILE_TOKENS) = offset(of(1), OFFSET_BITS, bits);
                     }
-                    Some(bits) => *sums = offset(block.map_or(0, |b| b.run_offsets[run]), bits),
+                    Some(bits) => {
+                        let of = block.map_or(0, |b| b.run_offsets[run]);
+                        *sums = offset(of, RUN_OFFSET_BITS, bits);
+                    }
                 }
             }
         }
@@ -373,7 +377,7 @@ impl Tiles {
         for (t, (scaled, mins)) in scaled.into_iter().zip(mins).enumerate().take(n) {
             let token = self.first + tile * TILE_TOKENS + t;
             // SAFETY: the caller's output.
-            unsafe { band.store::<__m512i, 1>(panel, token, 1, &[[[scaled, mins]]; 2]) };
+            unsafe { band.store::<__m512i, 1>(panel, token, 1, &[[[scaled, mins]]]) };
         }
     }
 }

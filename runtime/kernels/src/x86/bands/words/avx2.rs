@@ -5,7 +5,8 @@ use crate::activations::ActBlock;
 use crate::bands::{BAND_ROWS, BandLayout};
 use crate::panel::Panel;
 use crate::x86::bands::formats::{BandFormat, Run};
-use crate::x86::bands::{self, Band, interleave};
+use crate::x86::bands::kernel::{self, Pass};
+use crate::x86::bands::{Band, interleave};
 use std::arch::x86_64::*;
 
 /// Largest sum of two products of activations with codes up to 1.
@@ -23,9 +24,15 @@ const fn chain(largest_code: usize, most: usize) -> usize {
 
 impl Words for __m256i {
     type Floats = __m256;
+    type OfBand<T: Copy> = [T; 2];
     const ROWS: usize = 8;
     const WIDE_CODES: bool = false;
     const TAKES_FEWER: bool = true;
+
+    #[inline(always)]
+    fn of_band<T: Copy>(value: T) -> [T; 2] {
+        [value; 2]
+    }
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
@@ -200,17 +207,16 @@ impl Words for __m256i {
     unsafe fn multiply<F: BandFormat<Self>, const N: usize>(
         panel: &Panel<'_>,
         band: &Band,
-        token: usize,
-        n: usize,
+        pass: Pass,
     ) {
         // SAFETY: the caller's panel and processor.
-        unsafe { bands::multiply::<Self, F, N>(panel, band, token, n) }
+        unsafe { kernel::multiply::<Self, F, N>(panel, band, pass) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     unsafe fn multiply_rows<F: BandFormat<Self>>(panel: &Panel<'_>, band: &Band) {
         // SAFETY: the caller's panel and processor.
-        unsafe { bands::multiply_rows::<Self, F>(panel, band) }
+        unsafe { kernel::multiply_rows::<Self, F>(panel, band) }
     }
 
     #[inline(always)]

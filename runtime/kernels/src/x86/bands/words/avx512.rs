@@ -5,14 +5,21 @@ use crate::activations::ActBlock;
 use crate::bands::{BAND_ROWS, BandLayout};
 use crate::panel::Panel;
 use crate::x86::bands::formats::{BandFormat, Run};
+use crate::x86::bands::kernel::{self, Pass};
 use crate::x86::bands::{Band, interleave};
 use std::arch::x86_64::*;
 
 impl Words for __m512i {
     type Floats = __m512;
+    type OfBand<T: Copy> = [T; 1];
     const ROWS: usize = 16;
     const WIDE_CODES: bool = true;
     const TAKES_FEWER: bool = false;
+
+    #[inline(always)]
+    fn of_band<T: Copy>(value: T) -> [T; 1] {
+        [value; 1]
+    }
 
     #[inline(always)]
     unsafe fn load(p: *const u8) -> Self {
@@ -170,15 +177,14 @@ impl Words for __m512i {
     unsafe fn multiply<F: BandFormat<Self>, const N: usize>(
         panel: &Panel<'_>,
         band: &Band,
-        token: usize,
-        _n: usize,
+        pass: Pass,
     ) {
         // SAFETY: the caller's panel and processor.
         unsafe {
             if F::NEEDS_VBMI {
-                with_vbmi::multiply::<F, N>(panel, band, token);
+                with_vbmi::multiply::<F, N>(panel, band, pass);
             } else {
-                without_vbmi::multiply::<F, N>(panel, band, token);
+                without_vbmi::multiply::<F, N>(panel, band, pass);
             }
         }
     }
@@ -224,10 +230,10 @@ macro_rules! compiled_for {
             pub(super) unsafe fn multiply<F: BandFormat<__m512i>, const N: usize>(
                 panel: &Panel<'_>,
                 band: &Band,
-                token: usize,
+                pass: Pass,
             ) {
                 // SAFETY: the caller's panel and processor.
-                unsafe { crate::x86::bands::multiply::<__m512i, F, N>(panel, band, token, N) }
+                unsafe { kernel::multiply::<__m512i, F, N>(panel, band, pass) }
             }
 
             #[target_feature(enable = $features)]
@@ -236,7 +242,7 @@ macro_rules! compiled_for {
                 band: &Band,
             ) {
                 // SAFETY: the caller's panel and processor.
-                unsafe { crate::x86::bands::multiply_rows::<__m512i, F>(panel, band) }
+                unsafe { kernel::multiply_rows::<__m512i, F>(panel, band) }
             }
         }
     };

@@ -25,10 +25,12 @@ mod avx512;
 
 use super::Band;
 use super::formats::{BandFormat, Run};
-use crate::activations::ActBlock;
+use super::kernel::Pass;
+use crate::activations::{ActBlock, OFFSET_BITS, RUN_OFFSET_BITS};
 use crate::bands::{BAND_ROWS, BandLayout};
 use crate::panel::Panel;
 use crate::x86::lanes::PartialLanes;
+use std::cmp::Ordering;
 
 /// A register of words, one of each of [`ROWS`](Self::ROWS) rows.
 ///
@@ -38,6 +40,8 @@ use crate::x86::lanes::PartialLanes;
 pub(super) trait Words: Copy {
     /// A float per row.
     type Floats: PartialLanes;
+    /// Something for each register of a word of a band.
+    type OfBand<T: Copy>: AsRef<[T]> + AsMut<[T]>;
     /// Rows per register: a divisor of the rows of a band.
     const ROWS: usize;
     /// Whether products of codes up to 255 are exact; otherwise codes stay below what their format
@@ -46,6 +50,9 @@ pub(super) trait Words: Copy {
 
     /// Whether a kernel takes fewer than its `N` tokens as fast: its sums are in memory anyhow.
     const TAKES_FEWER: bool;
+
+    /// Returns the same for each register of a word of a band.
+    fn of_band<T: Copy>(value: T) -> Self::OfBand<T>;
 
     /// Loads a word of each row.
     unsafe fn load(p: *const u8) -> Self;
@@ -121,16 +128,15 @@ pub(super) trait Words: Copy {
         j: usize,
     ) -> [Self; 2];
 
-    /// Multiplies a band with `n` tokens, at most `N`: [`multiply`](super::multiply), compiled for
+    /// Multiplies a band with the tokens of a pass, at most `N`: [`multiply`](super::kernel::multiply), compiled for
     /// the instruction set.
     unsafe fn multiply<F: BandFormat<Self>, const N: usize>(
         panel: &Panel<'_>,
         band: &Band,
-        token: usize,
-        n: usize,
+        pass: Pass,
     );
 
-    /// Multiplies rows that are not interleaved with one token: [`multiply_rows`](super::multiply_rows),
+    /// Multiplies rows that are not interleaved with one token: [`multiply_rows`](super::kernel::multiply_rows),
     /// compiled for the instruction set.
     unsafe fn multiply_rows<F: BandFormat<Self>>(panel: &Panel<'_>, band: &Band);
 
@@ -171,11 +177,30 @@ pub(super) unsafe fn offsets<W: Words, F: BandFormat<W>>(x: &ActBlock, j: usize)
         let zero = W::all(0);
         match F::OFFSET_BITS {
             None => [zero; 2],
+            // Not by `map`, whose closure would be a call: it has no target features.
             Some(bits) if F::SCALE_PER_16 => [
-                W::all(x.offsets[2 * j]).left(bits),
-                W::all(x.offsets[2 * j + 1]).left(bits),
+                scaled_offset(x.offsets[2 * j], OFFSET_BITS, bits),
+                scaled_offset(x.offsets[2 * j + 1], OFFSET_BITS, bits),
             ],
-            Some(bits) => [W::all(x.run_offsets[j]).left(bits), zero],
+            Some(bits) => [scaled_offset(x.run_offsets[j], RUN_OFFSET_BITS, bits), zero],
+        }
+    }
+}
+
+/// Returns what was multiplied by the offset of `from` bits for that of `to` bits. Nothing is to be
+/// done for the common formats, whose loads then need no arithmetic.
+///
+/// # Safety
+/// As [`Words`].
+#[inline(always)]
+unsafe fn scaled_offset<W: Words>(offset: i32, from: usize, to: usize) -> W {
+    // SAFETY: the caller's processor.
+    unsafe {
+        let offset = W::all(offset);
+        match to.cmp(&from) {
+            Ordering::Less => offset.right_signed(from - to),
+            Ordering::Equal => offset,
+            Ordering::Greater => offset.left(to - from),
         }
     }
 }
