@@ -1,9 +1,14 @@
-"""Line charts as SVG, light and dark, for the scripts beside this file."""
+"""Charts as SVG, light and dark, for the scripts beside this file."""
 
 from xml.sax.saxutils import escape
 
 # Okabe and Ito's colors, which color-blind readers tell apart.
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+
+STYLE = (
+    "<style>text{fill:#222}.grid{stroke:#ddd}"
+    "@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#444}}</style>"
+)
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 420, 64, 190, 52, 52
 
@@ -33,7 +38,7 @@ def lines(title, x_label, y_label, ticks, series, level=None):
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
-        "<style>text{fill:#222}.grid{stroke:#ddd}@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#444}}</style>",
+        STYLE,
     ]
     text(LEFT, 22, title, font_size=15)
     text(16, TOP - 10, y_label)
@@ -58,3 +63,26 @@ def lines(title, x_label, y_label, ticks, series, level=None):
         text(WIDTH - RIGHT + 42, legend + 4, name)
         legend += 20
     return "\n".join([*out, "</svg>", ""])
+
+
+def bars(title, rows):
+    """Returns an SVG of horizontal bars with a line at 1. `rows` are (name, value, words beside the bar)."""
+    left, right, step, top = 210, 190, 26, 44
+    height = top + step * len(rows) + 14
+    high = max(value for _, value, _ in rows)
+    scale = (WIDTH - left - right) / high
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
+        STYLE,
+        f'<text x="12" y="22" font-size="15">{escape(title)}</text>',
+    ]
+    for at, (name, value, words) in enumerate(rows):
+        y = top + step * at
+        out += [
+            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
+            f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="{step - 8}" fill="{COLORS[0]}"/>',
+            f'<text x="{left + value * scale + 8:.1f}" y="{y + 13}">{escape(words)}</text>',
+        ]
+    x = left + scale
+    line = f'<line x1="{x:.1f}" y1="{top - 6}" x2="{x:.1f}" y2="{height - 12}" stroke="{COLORS[1]}" stroke-width="2"/>'
+    return "\n".join([*out, line, "</svg>", ""])

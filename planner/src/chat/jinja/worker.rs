@@ -263,6 +263,10 @@ mod tests {
     use super::*;
 
     fn served(source: &str, messages: Option<Vec<Value>>) -> Reply {
+        served_within(source, messages, FUEL)
+    }
+
+    fn served_within(source: &str, messages: Option<Vec<Value>>, fuel: u64) -> Reply {
         let request = Request {
             source: source.into(),
             bos: "<s>".into(),
@@ -272,7 +276,7 @@ mod tests {
             variables: Cow::default(),
         };
         let json = serde_json::to_string(&request).unwrap();
-        answer(json.as_bytes(), FUEL)
+        answer(json.as_bytes(), fuel)
     }
 
     #[test]
@@ -293,6 +297,16 @@ mod tests {
             answer(&b"{\"source\": \"a"[..], FUEL),
             Reply::Refused(_)
         ));
+    }
+
+    #[test]
+    fn steps_are_counted() {
+        let loops = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}";
+        let reply = served_within(loops, Some(vec![]), 100_000);
+        assert!(matches!(reply, Reply::Refused(why) if why.contains("takes")));
+        let fewer = loops.replace("90000", "90");
+        let reply = served_within(&fewer, Some(vec![]), 100_000);
+        assert!(matches!(reply, Reply::Rendered(text) if text.is_empty()));
     }
 
     #[test]
