@@ -16,6 +16,7 @@
 mod assemble;
 pub mod baselines;
 pub mod bound;
+mod branch;
 mod cpu_only;
 mod generate;
 mod kv_tier;

@@ -7,6 +7,7 @@
 
 use super::bound::lagrangian::{self, DualSolution};
 use super::bound::pricing::Pricer;
+use super::branch;
 use super::generate::{Generated, generate};
 use super::options::Backend;
 use super::primal::choice::{Choice, Master, PricedColumn};
@@ -145,11 +146,20 @@ pub(super) fn optimize(
         capacity,
         dual: &dual,
     };
+    let mut proof = Proof {
+        choice: incumbent,
+        bound: dual.bound_s,
+        origin: Origin::LocalSearch,
+    };
+    if let (false, true, Some(choice)) = (is_complete, proof.is_open(ending), &proof.choice) {
+        let branched = branch::branch(&master, choice.clone(), ending)?;
+        (proof.choice, proof.bound) = (Some(branched.choice), branched.bound_s);
+    }
     let Proof {
         choice,
         bound,
         origin,
-    } = prove(&master, is_complete, ending, incumbent, instance.backend);
+    } = prove(&master, is_complete, ending, proof, instance.backend);
     let is_cut_short = Instant::now() >= deadline;
     let Some(choice) = choice else {
         bail!(infeasible::no_division(problem, capacity, constraints))
@@ -208,7 +218,11 @@ pub(super) fn bound_over_all(instance: &Instance<'_>, deadline: Instant) -> Resu
 }
 
 /// Finds a choice near the bound: improves several starting points, then the best of those further.
-fn find_incumbent(master: &Master<'_>, known: Vec<Choice>, ending: Ending) -> Option<Choice> {
+pub(super) fn find_incumbent(
+    master: &Master<'_>,
+    known: Vec<Choice>,
+    ending: Ending,
+) -> Option<Choice> {
     let Ending {
         tolerance,
         deadline,
@@ -322,32 +336,26 @@ struct Proof {
     origin: Origin,
 }
 
+impl Proof {
+    /// Whether the choice is not good enough yet.
+    fn is_open(&self, ending: Ending) -> bool {
+        self.choice
+            .as_ref()
+            .is_none_or(|c| c.cost_s - self.bound > ending.tolerance * c.cost_s)
+    }
+}
+
 /// Closes what gap it can between a choice and the bound: by label setting, then by the MIP.
 fn prove(
     master: &Master<'_>,
     is_complete: bool,
     ending: Ending,
-    incumbent: Option<Choice>,
+    mut proof: Proof,
     backend: Backend,
 ) -> Proof {
-    let Ending {
-        tolerance,
-        deadline,
-        ..
-    } = ending;
-    let mut proof = Proof {
-        choice: incumbent,
-        bound: master.dual.bound_s,
-        origin: Origin::LocalSearch,
-    };
-    let is_open = |proof: &Proof| {
-        proof
-            .choice
-            .as_ref()
-            .is_none_or(|c| c.cost_s - proof.bound > tolerance * c.cost_s)
-    };
+    let deadline = ending.deadline;
     // On an incomplete list, far too many columns survive to prove more.
-    if let (true, true, Some(known)) = (is_complete, is_open(&proof), &proof.choice) {
+    if let (true, true, Some(known)) = (is_complete, proof.is_open(ending), &proof.choice) {
         let found = label_setting::solve(master, known, deadline);
         if found.bound_s > proof.bound || found.choice.is_some() {
             proof.origin = Origin::LabelSetting;
@@ -360,7 +368,7 @@ fn prove(
         .as_secs_f64();
     // On an incomplete list, the integer program seldom finds more than exchange search has.
     let is_worth = is_complete && left_s > 0.0 || proof.choice.is_none();
-    if is_open(&proof) && is_worth {
+    if proof.is_open(ending) && is_worth {
         let limits = Limits {
             max_columns: mip::MAX_COLUMNS,
             seconds: left_s.max(1.0),

@@ -301,7 +301,8 @@ mod tests {
 
     #[test]
     fn steps_are_counted() {
-        let loops = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}";
+        let loops =
+            "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}";
         let reply = served_within(loops, Some(vec![]), 100_000);
         assert!(matches!(reply, Reply::Refused(why) if why.contains("takes")));
         let fewer = loops.replace("90000", "90");

@@ -489,7 +489,7 @@ fn minus(left: &RowBytes, bytes: &RowBytes) -> RowBytes {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::solve) mod tests {
     use super::*;
     use crate::solve::bound::lagrangian;
     use crate::solve::problem::capacity::Capacity;
@@ -499,14 +499,11 @@ mod tests {
     use tier_plan_runtime::formats::machine::{Accelerator, Tier, TierKind};
     use tier_plan_runtime::formats::placement::TierIdx;
 
-    fn capacity(left_bytes: Vec<u64>) -> Capacity {
+    /// Returns tiers of these kinds, with so many bytes left.
+    pub(in crate::solve) fn capacity(kinds: &[TierKind], left_bytes: Vec<u64>) -> Capacity {
         let tier = |at: usize| Tier {
             name: format!("t{at}"),
-            kind: if at == 0 {
-                TierKind::Dram
-            } else {
-                TierKind::Nvme
-            },
+            kind: kinds[at],
             capacity_bytes: 1 << 40,
             read_gbps: 1.0,
             latency_us: 0.0,
@@ -551,7 +548,7 @@ mod tests {
         ) {
             let far = || Instant::now() + Duration::from_secs(60);
             let fail = |e: anyhow::Error| TestCaseError::fail(e.to_string());
-            let capacity = capacity(vec![left.0, left.1]);
+            let capacity = capacity(&[TierKind::Dram, TierKind::Nvme], vec![left.0, left.1]);
             let two = if alike { vec![item(2, &a)] } else { vec![item(1, &a), item(1, &b)] };
             let other = if alike { &a } else { &b };
             let mut fits = Vec::new();
