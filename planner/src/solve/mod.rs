@@ -8,8 +8,9 @@
 //!    columns that were not listed.
 //! 3. [`primal`] turns the prices into an integer choice by LP rounding, greedy construction,
 //!    exchange search, label setting, and a MIP.
-//! 4. `optimize` runs that loop, `assemble` makes plans of choices, `optimum` compares plans with
-//!    the [`baselines`], and `kv_tier` does so for each tier that the KV cache may be on.
+//! 4. `optimize` runs that loop, and `branch` branches where the gap stays open. `assemble` makes
+//!    plans of choices, `optimum` compares plans with the [`baselines`], and `kv_tier` does so for
+//!    each tier that the KV cache may be on.
 //! 5. [`verify`] checks every plan with code that shares no arithmetic with the search.
 //! 6. [`policy`] chooses how slots are refilled, and [`report`] explains the outcome.
 
