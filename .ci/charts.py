@@ -67,7 +67,9 @@ def lines(title, x_label, y_label, ticks, series, level=None):
 
 def bars(title, rows):
     """Returns an SVG of horizontal bars with a line at 1. `rows` are (name, value, words beside the bar)."""
-    left, right, step, top = 210, 190, 26, 44
+    # Letters are at most so wide.
+    left = 24 + 7.6 * max(len(name) for name, *_ in rows)
+    right, step, top = 190, 26, 44
     height = top + step * len(rows) + 14
     high = max(value for _, value, _ in rows)
     scale = (WIDTH - left - right) / high
@@ -79,8 +81,8 @@ def bars(title, rows):
     for at, (name, value, words) in enumerate(rows):
         y = top + step * at
         out += [
-            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
-            f'<rect x="{left}" y="{y}" width="{value * scale:.1f}" height="{step - 8}" fill="{COLORS[0]}"/>',
+            f'<text x="{left - 8:.1f}" y="{y + 13}" text-anchor="end">{escape(name)}</text>',
+            f'<rect x="{left:.1f}" y="{y}" width="{value * scale:.1f}" height="{step - 8}" fill="{COLORS[0]}"/>',
             f'<text x="{left + value * scale + 8:.1f}" y="{y + 13}">{escape(words)}</text>',
         ]
     x = left + scale
