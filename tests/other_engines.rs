@@ -14,10 +14,9 @@ fn a_probed_machine_is_planned_for_and_runs() {
     let dir = tempfile::tempdir().unwrap();
     let demo = text(&demo_model());
     fs::write(dir.path().join("machine.toml"), "of last year").unwrap();
+    let is_quick = !tier_plan_testing::is_nightly();
     let mut probe = vec!["probe", "--model", &demo, "--threads", "1", "--json"];
-    if !tier_plan_testing::is_nightly() {
-        probe.push("--quick");
-    }
+    probe.extend(is_quick.then_some("--quick"));
     let found = json(run_in(dir.path(), &probe));
     let positive = |value: &serde_json::Value| value.as_f64().is_some_and(|v| v > 0.0);
     for key in [
@@ -40,7 +39,9 @@ fn a_probed_machine_is_planned_for_and_runs() {
         .iter()
         .map(|k| k["share"].as_f64().unwrap())
         .sum();
-    assert!((shares - 1.0).abs() < 1e-9, "{shares}");
+    // Quickly, what most of the bytes have alone.
+    let least = if is_quick { 0.5 } else { 1.0 - 1e-9 };
+    assert!((least..=1.0 + 1e-9).contains(&shares), "{shares}");
     let machine = fs::read_to_string(dir.path().join("machine.toml")).unwrap();
     assert!(
         machine.contains("measured") && !machine.contains("emulated = true"),
