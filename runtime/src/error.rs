@@ -160,11 +160,6 @@ pub enum RunError {
         /// Texts that the plan is for.
         texts: usize,
     },
-    /// A GPU holds the KV cache of one text.
-    #[error(
-        "a plan with attention on a GPU runs one text at a time; plan the attention on the CPU for several"
-    )]
-    OneTextOnGpu,
     /// The text was removed.
     #[error("the text is not in the engine: it was removed")]
     NoText,

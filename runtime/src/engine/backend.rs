@@ -6,7 +6,7 @@
 
 use super::batch::Batch;
 use super::cpu::Cpu;
-use super::sequences::{Cache, WHOLE};
+use super::sequences::Cache;
 use crate::error::RunError;
 use crate::gpu::Gpus;
 use crate::layers::cpu_context::CpuContext;
@@ -71,14 +71,6 @@ pub(crate) struct Stage<'a> {
 }
 
 impl Stage<'_> {
-    /// The position of the first row in its text.
-    pub(crate) fn past(&self) -> usize {
-        self.batch
-            .segments(&self.rows, WHOLE)
-            .next()
-            .map_or(0, |segment| segment.past)
-    }
-
     /// The values of the rows in the hidden state, `[batch, residual width]`.
     pub(crate) fn residual(&self) -> Range<usize> {
         let width = self.spec.residual_width();

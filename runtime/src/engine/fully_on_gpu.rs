@@ -3,6 +3,7 @@
 use super::Engine;
 use super::batch::{Batch, Phase};
 use super::meter::TokenExperts;
+use super::sequences::WHOLE;
 use crate::error::RunError;
 use crate::gpu::Token;
 use crate::layers::index::layers;
@@ -26,6 +27,11 @@ impl Engine {
         let processors = &mut backends.processors;
         let embeds = processors.gpus.places.embedding == Some(tier);
         output.logits.resize(spec.n_vocab, 0.0);
+        let Some(mut segment) = batch.segments(&(0..1), WHOLE).next() else {
+            return Ok(());
+        };
+        let checkpoints = std::mem::take(&mut segment.checkpoints);
+        let own = segment.state;
         let token = Token {
             token: id,
             state: if embeds {
@@ -33,7 +39,7 @@ impl Engine {
             } else {
                 Some(processors.cpu.embed_token(spec, id))
             },
-            past: batch.spans[0].past,
+            segment,
             experts: &mut output.routing.experts,
             weights: &mut output.routing.weights,
             logits: &mut output.logits,
@@ -43,6 +49,9 @@ impl Engine {
             token,
             &mut sequences.cache.rotations.tables,
         )?;
+        for (_, checkpoint) in checkpoints {
+            sequences.cache.copy_state(own, checkpoint)?;
+        }
         sequences.advance(batch.spans[0].sequence, &batch.tokens);
         if batch.phase == Phase::Decode {
             let store = &experts.store;

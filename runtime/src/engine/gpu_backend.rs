@@ -1,9 +1,11 @@
 //! The stages of a pass on a GPU.
 
 use super::backend::{LayerBackend, Stage};
+use super::sequences::WHOLE;
 use crate::error::RunError;
 use crate::gpu::{FfnInput, Gpu};
 use crate::layers::index::Layer;
+use crate::layers::mixer::Segment;
 use tier_plan_formats::model::spec::Ffn;
 
 impl LayerBackend for Gpu {
@@ -12,10 +14,10 @@ impl LayerBackend for Gpu {
     }
 
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        let past = stage.past();
+        let segments: Vec<Segment<'_>> = stage.batch.segments(&stage.rows, WHOLE).collect();
         Ok(Gpu::mixer(self, layer.index.get())?.run(
             stage.rows.clone(),
-            past,
+            &segments,
             &mut stage.cache.rotations.tables,
         )?)
     }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 use std::time::SystemTime;
+use tier_plan_cuda::CudaError;
 use tier_plan_formats::safely;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
@@ -174,8 +175,13 @@ impl KeptFiles {
         }
     }
 
-    /// Writes what follows from these tokens, unless it is there already.
-    pub(crate) fn write(&mut self, kept: Kept, tokens: &[u32], values: impl FnOnce() -> Vec<u8>) {
+    /// Writes what follows from these tokens, unless it is there already, or a GPU that has it fails.
+    pub(crate) fn write(
+        &mut self,
+        kept: Kept,
+        tokens: &[u32],
+        values: impl FnOnce() -> Result<Vec<u8>, CudaError>,
+    ) {
         let mut bytes = self.head(kept, tokens);
         let path = self.path(kept, &bytes);
         if let Ok(file) = File::open(&path) {
@@ -183,7 +189,10 @@ impl KeptFiles {
             let _ = file.set_modified(SystemTime::now());
             return;
         }
-        bytes.extend(values());
+        match values() {
+            Ok(values) => bytes.extend(values),
+            Err(error) => return self.note(&path, "is not kept", &error),
+        }
         bytes.extend(xxh3_64(&bytes).to_le_bytes());
         let n = bytes.len() as u64;
         if n > self.most_bytes {
@@ -309,7 +318,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("new/one");
         let mut files = open(&folder, 1 << 20);
-        files.write(Kept::Page, &[1, 2], || vec![7; 100]);
+        files.write(Kept::Page, &[1, 2], || Ok(vec![7; 100]));
         files.write(Kept::Page, &[1, 2], || unreachable!("it is there"));
         assert!(files.has(Kept::Page, &[1, 2]) && !files.has(Kept::State, &[1, 2]));
         let mut again = open(&folder, 1 << 20);
@@ -326,7 +335,7 @@ mod tests {
     fn a_damaged_file_is_named_once_and_goes() {
         let folder = tempfile::tempdir().unwrap();
         let mut files = open(folder.path(), 1 << 20);
-        files.write(Kept::Page, &[1], || vec![7; 50]);
+        files.write(Kept::Page, &[1], || Ok(vec![7; 50]));
         let path = files.list().unwrap().remove(0).path;
         let good = fs::read(&path).unwrap();
         let mut cases = vec![
@@ -351,7 +360,7 @@ mod tests {
             assert!(!path.exists());
         }
         // A file of another text under this one's name is none of it.
-        files.write(Kept::Page, &[2], || vec![7; 50]);
+        files.write(Kept::Page, &[2], || Ok(vec![7; 50]));
         let other = files.list().unwrap().remove(0).path;
         fs::rename(other, &path).unwrap();
         assert_eq!(files.read(Kept::Page, &[1], 50), None);
@@ -364,7 +373,7 @@ mod tests {
         let mut files = open(folder.path(), 1 << 20);
         let tokens: Vec<u32> = (0..40).collect();
         for n in 1..=40 {
-            files.write(Kept::Page, &tokens[..n], || vec![n as u8; 70]);
+            files.write(Kept::Page, &tokens[..n], || Ok(vec![n as u8; 70]));
         }
         let read = |files: &mut KeptFiles, most: usize| {
             let mut found = Vec::new();
@@ -402,7 +411,7 @@ mod tests {
         fs::write(folder.path().join("notes.txt"), vec![0; 5000]).unwrap();
         let mut files = open(folder.path(), 4000);
         for token in 0..20 {
-            files.write(Kept::Page, &[token], || vec![token as u8; 400]);
+            files.write(Kept::Page, &[token], || Ok(vec![token as u8; 400]));
             std::thread::sleep(std::time::Duration::from_millis(5));
             assert!(files.has(Kept::Page, &[token]));
             assert!(files.read(Kept::Page, &[0], 400).is_some(), "{token}");
@@ -411,7 +420,7 @@ mod tests {
         assert!(bytes <= 4000 && bytes == files.bytes, "{bytes}");
         assert!(!files.has(Kept::Page, &[1]));
         assert!(folder.path().join("notes.txt").exists());
-        files.write(Kept::Page, &[99], || vec![0; 5000]);
+        files.write(Kept::Page, &[99], || Ok(vec![0; 5000]));
         assert!(!files.has(Kept::Page, &[99]), "more than all");
         let smaller = open(folder.path(), 1000);
         assert!(smaller.bytes <= 1000);
@@ -422,8 +431,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut files = open(folder.path(), 1 << 20);
         fs::remove_dir(folder.path()).unwrap();
-        files.write(Kept::Page, &[1], || vec![0; 10]);
-        files.write(Kept::Page, &[2], || vec![0; 10]);
+        files.write(Kept::Page, &[1], || Ok(vec![0; 10]));
+        files.write(Kept::Page, &[2], || Ok(vec![0; 10]));
         let notes = files.take_notes();
         assert!(
             notes.len() == 1 && notes[0].contains("is not kept"),

@@ -12,7 +12,7 @@ use super::sequences::Sequences;
 use crate::error::LoadError;
 use crate::gpu::devices::GiveDevice;
 use crate::gpu::rows::{GpuRows, gpu_row_values, gpu_rows};
-use crate::gpu::{Gpus, full_gpu_tier};
+use crate::gpu::{Gpus, KeptByLayers, full_gpu_tier};
 use crate::layers::places::Places;
 use crate::load::{Loaded, load};
 use crate::moe::offload::{StreamSetup, Streams};
@@ -64,7 +64,7 @@ impl Engine {
         } = load(&model, plan, options, give, kernels, progress)?;
         store.cancel = options.cancel.clone();
         let places = Places::new(plan, spec.layers.len());
-        let sequences = Sequences::new(spec, plan, &places, &weights)?;
+        let sequences = Sequences::new(spec, plan, &places, &weights, &devices)?;
         for (bytes, tier) in sequences.bytes().zip(plan.cache_tiers(spec.layers.len())) {
             memory.resident_bytes[tier] += bytes;
         }
@@ -76,7 +76,10 @@ impl Engine {
             &weights,
             &devices,
             places,
-            &sequences.cache.rotations.of_layer,
+            KeptByLayers {
+                caches: &sequences.cache.layers,
+                ropes: &sequences.cache.rotations.of_layer,
+            },
         )?;
         let mut pool = match &options.shards {
             Some(shards) => shards.pool(options.threads),

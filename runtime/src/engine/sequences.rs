@@ -13,6 +13,8 @@ pub(crate) use windows::{States, WindowPages};
 use super::kept_files::KeptFiles;
 use super::prefixes::{Found, Prefixes};
 use crate::error::{LoadError, RunError};
+use crate::gpu::devices::Devices;
+use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::LayerCache;
 use crate::layers::pages::{PAGE, PageIdx, PagePool, StateIdx, pages_for};
 use crate::layers::places::Places;
@@ -20,9 +22,11 @@ use crate::layers::rope::Rotations;
 use crate::layers::weights::DenseWeights;
 use crate::tiers::arena::ArenaError;
 use crate::tiers::nodes;
+use std::sync::Arc;
+use tier_plan_cuda::Device;
 use tier_plan_formats::model::kv::CacheRoom;
 use tier_plan_formats::model::shape::cache_shape;
-use tier_plan_formats::model::spec::ModelSpec;
+use tier_plan_formats::model::spec::{LayerSpec, ModelSpec};
 use tier_plan_formats::placement::Placement;
 
 /// The name of a text in an engine. It names no other text once this one is removed.
@@ -74,6 +78,24 @@ impl Cache {
     fn of_kind_mut(&mut self, kind: usize) -> impl Iterator<Item = &mut LayerCache> {
         let layers = self.layers.iter_mut().zip(&self.kinds);
         layers.filter_map(move |(layer, of)| (*of == kind).then_some(layer))
+    }
+
+    /// Copies the first `len` positions of a page to another, in the layers of a kind.
+    fn copy_page(
+        &mut self,
+        kind: usize,
+        from: PageIdx,
+        to: PageIdx,
+        len: usize,
+    ) -> Result<(), RunError> {
+        let mut layers = self.of_kind_mut(kind);
+        Ok(layers.try_for_each(|layer| layer.copy_page(from, to, len))?)
+    }
+
+    /// Copies a recurrent state to another, in all layers.
+    pub(crate) fn copy_state(&mut self, from: StateIdx, to: StateIdx) -> Result<(), RunError> {
+        let mut layers = self.layers.iter_mut();
+        Ok(layers.try_for_each(|layer| layer.copy_state(from, to))?)
     }
 }
 
@@ -152,8 +174,6 @@ pub(crate) struct Sequences {
     is_recurrent: bool,
     /// Whether texts have states and checkpoints that this engine keeps.
     has_states: bool,
-    /// Whether a layer's cache is in a GPU's memory, which holds one text.
-    on_gpu: bool,
 }
 
 impl Sequences {
@@ -167,23 +187,32 @@ impl Sequences {
         plan: &Placement,
         places: &Places,
         weights: &DenseWeights,
+        devices: &Devices,
     ) -> Result<Self, LoadError> {
         let (context, room) = (plan.context as usize, plan.room());
         let (positions, n_states) = (room.positions() as usize, room.states() as usize);
         let (kinds, windows) = kinds(spec, room, places);
         let placed = spec.layers.iter().zip(&places.layers).zip(&kinds);
+        let on_gpu = |device: &Arc<dyn Device>, layer: &LayerSpec| {
+            DeviceCache::new(device, &layer.mixer, plan.kv_type, positions, n_states)
+                .map(LayerCache::OnGpu)
+                .map_err(|source| LoadError::Gpu {
+                    plan: plan.name.clone(),
+                    source,
+                })
+        };
         let layers: Vec<LayerCache> = placed
             .map(|((layer, place), kind)| {
                 let positions = match kind {
                     &WHOLE => positions,
                     kind => windows[kind - 1].1,
                 };
-                match place.mixer {
-                    Some(_) => LayerCache::on_gpu(layer, plan.kv_type, context),
-                    None => LayerCache::new(layer, plan.kv_type, positions, n_states),
+                match place.mixer.and_then(|tier| devices.of(tier)) {
+                    Some(device) => on_gpu(device, layer),
+                    None => Ok(LayerCache::new(layer, plan.kv_type, positions, n_states)),
                 }
             })
-            .collect();
+            .collect::<Result<_, _>>()?;
         for (cache, tier) in layers.iter().zip(plan.cache_tiers(spec.layers.len())) {
             let tier = &plan.tiers[tier].tier;
             let pages = nodes::Pages::of_tier(tier);
@@ -204,9 +233,8 @@ impl Sequences {
             most_texts: plan.sequences as usize,
             spacing: (has_states && checkpoints > 0)
                 .then(|| (context / checkpoints).next_multiple_of(PAGE).max(PAGE)),
-            is_recurrent: !layers.iter().all(LayerCache::can_rewind),
+            is_recurrent: layers.iter().any(LayerCache::is_recurrent),
             has_states,
-            on_gpu: places.layers.iter().any(|place| place.mixer.is_some()),
             cache: Cache {
                 layers,
                 kinds,
@@ -282,12 +310,9 @@ impl Sequences {
     /// Adds an empty text.
     ///
     /// # Errors
-    /// When all recurrent states are in use, or a GPU holds the cache of another text.
+    /// When all recurrent states are in use.
     pub(crate) fn add(&mut self) -> Result<SequenceId, RunError> {
         let n_texts = self.n_texts();
-        if self.on_gpu && n_texts > 0 {
-            return Err(RunError::OneTextOnGpu);
-        }
         let state = if self.has_states {
             let texts = self.most_texts;
             let state = if n_texts < texts {
@@ -425,8 +450,9 @@ impl Sequences {
             } else {
                 self.states.release(state);
             }
-            for layer in &mut self.cache.layers {
-                layer.copy_state(state, own);
+            if let Err(error) = self.cache.copy_state(state, own) {
+                self.remove(id);
+                return Err(error);
             }
         }
         Ok(id)
@@ -508,8 +534,12 @@ impl Sequences {
             }
             let shared = std::mem::replace(&mut self.get_mut(id)?.pages[index], taken);
             let len = n_past.saturating_sub(index * PAGE).min(PAGE);
-            for layer in self.cache.of_kind_mut(WHOLE) {
-                layer.copy_page(shared, taken, len);
+            let copied = self.cache.copy_page(WHOLE, shared, taken, len);
+            if copied.is_err() {
+                // The page that is shared still has what the text needs.
+                self.get_mut(id)?.pages[index] = shared;
+                self.pages.release(taken);
+                copied?;
             }
             self.pages.release(shared);
         }
@@ -562,9 +592,8 @@ impl Sequences {
                 free: 0,
             })?;
             for copy in copies {
-                for layer in self.cache.of_kind_mut(copy.kind + 1) {
-                    layer.copy_page(copy.from, copy.to, copy.len);
-                }
+                let kind = copy.kind + 1;
+                self.cache.copy_page(kind, copy.from, copy.to, copy.len)?;
             }
         }
         Ok(())

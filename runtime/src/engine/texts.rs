@@ -67,9 +67,27 @@ impl Engine {
         if !windows.is_empty() {
             depends_on = format!("{depends_on} windows {windows}");
         }
+        if let Some(gpus) = self.gpu_parts() {
+            depends_on = format!("{depends_on} {gpus}");
+        }
         let files = KeptFiles::open(folder, most_bytes, depends_on)?;
         self.sequences.keep_in(files);
         Ok(())
+    }
+
+    /// Returns what a GPU computes of the model, in words: sums are rounded in another order there,
+    /// and rows of its layers lie otherwise.
+    fn gpu_parts(&self) -> Option<String> {
+        let places = &self.backends.processors.gpus.places;
+        if !places.any() && self.experts.store.n_gpus() == 0 {
+            return None;
+        }
+        let layers = places.layers.iter().enumerate();
+        let mixers = layers.filter_map(|(layer, at)| at.mixer.map(|_| layer.to_string()));
+        Some(format!(
+            "GPU with attention of {}",
+            mixers.collect::<Vec<_>>().join(",")
+        ))
     }
 
     /// Returns one sentence on files of kept texts that could not be used or written, if there were

@@ -1,9 +1,11 @@
 //! The buffers of forward passes on a GPU, all allocated when a model is loaded.
 
+use super::Most;
+use crate::layers::pages::PAGE;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{AttentionBuffers, Quants};
+use tier_plan_cuda::ops::{AttentionBuffers, BatchPositions, CacheSize, Quants};
 use tier_plan_cuda::{Buffer, CudaError, Device};
 use tier_plan_formats::model::spec::{DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
 use tier_plan_formats::placement::TierIdx;
@@ -45,6 +47,8 @@ pub(crate) struct BufferSizes {
     latents: usize,
     absorbed: usize,
     logits: usize,
+    /// Words of the tokens' positions and pages.
+    positions: usize,
     /// A token's choices in all layers.
     record: usize,
     attend: usize,
@@ -65,23 +69,21 @@ pub(super) fn logit_rows(n_vocab: usize, rows: usize) -> usize {
 
 impl BufferSizes {
     /// Computes the sizes for the parts of `spec` on the GPU of a tier.
-    ///
-    /// `batch` is the most tokens of a batch, `rows` the most that a part takes at once, and
-    /// `context` the positions of the KV cache.
-    pub(crate) fn new(
-        spec: &ModelSpec,
-        places: &Places,
-        tier: TierIdx,
-        batch: usize,
-        rows: usize,
-        context: usize,
-    ) -> Self {
+    pub(super) fn new(spec: &ModelSpec, places: &Places, tier: TierIdx, most: Most) -> Self {
+        let Most {
+            batch,
+            rows,
+            texts,
+            context,
+            ..
+        } = most;
         let hidden = spec.hidden;
         let mut s = Self {
             x: batch * hidden,
             rows,
             hidden,
             n_used: 1,
+            positions: BatchPositions::words(rows, texts, context, PAGE),
             attend_width: usize::MAX,
             ..Self::default()
         };
@@ -202,7 +204,7 @@ impl BufferSizes {
             rows * self.n_expert,
             rows,
             rows,
-            1,
+            self.positions,
             self.raw,
             self.q,
             self.k,
@@ -247,8 +249,8 @@ pub(super) struct GpuBuffers {
     pub(super) ids: Buffer,
     /// `[rows]` factor on the queries of each token.
     pub(super) factors: Buffer,
-    /// One integer: the position of the first row.
-    pub(super) past: Buffer,
+    /// Positions of the rows, and the pages of their texts.
+    pub(super) positions: BatchPositions,
     /// Results that are still to be reordered.
     pub(super) raw: Buffer,
     pub(super) q: Buffer,
@@ -277,7 +279,11 @@ pub(super) struct GpuBuffers {
 }
 
 impl GpuBuffers {
-    pub(super) fn new(device: &Arc<dyn Device>, s: &BufferSizes) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        device: &Arc<dyn Device>,
+        s: &BufferSizes,
+        cache: CacheSize,
+    ) -> Result<Self, CudaError> {
         let floats = |values: usize| Buffer::new_f32(device, values);
         let (rows, hidden) = (s.rows, s.hidden);
         Ok(Self {
@@ -287,7 +293,7 @@ impl GpuBuffers {
             router_logits: floats(rows * s.n_expert)?,
             ids: floats(rows)?,
             factors: floats(rows)?,
-            past: floats(1)?,
+            positions: BatchPositions::new(device, s.positions, cache)?,
             raw: floats(s.raw)?,
             q: floats(s.q)?,
             k: floats(s.k)?,

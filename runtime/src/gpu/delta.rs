@@ -3,8 +3,10 @@
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, product, products};
 use super::mixer::{MixerBatch, output};
+use crate::layers::device_cache::DeviceCache;
+use std::ops::Range;
 use tier_plan_cuda::ops::{self, DeltaSizes};
-use tier_plan_cuda::{Buffer, CudaError, Ops};
+use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 
 /// A layer's delta net with its state. At position 0 the kernels take the state for zero, so
@@ -22,12 +24,16 @@ pub(super) struct Delta {
     decay: Buffer,
     norm: Buffer,
     out: Matrix,
-    inputs: Buffer,
-    matrices: Buffer,
+    /// The convolution's inputs and the matrices of texts and checkpoints.
+    states: DeviceCache,
 }
 
 impl Delta {
-    pub(super) fn new(loader: &GpuLoader<'_>, d: &DeltaSpec) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        loader: &GpuLoader<'_>,
+        d: &DeltaSpec,
+        states: DeviceCache,
+    ) -> Result<Self, CudaError> {
         let (projection, gate) = match &d.input {
             DeltaInput::Split { qkv, gate } => (qkv, Some(gate)),
             DeltaInput::ByKeyHead(fused) => (fused, None),
@@ -47,8 +53,7 @@ impl Delta {
             decay: loader.vector(d.decay)?,
             norm: loader.vector(d.norm)?,
             out: loader.linear(&d.out)?,
-            inputs: Buffer::new_f32(loader.device, sizes.conv_state())?,
-            matrices: Buffer::new_f32(loader.device, sizes.matrices())?,
+            states,
             sizes,
         })
     }
@@ -61,44 +66,62 @@ impl Delta {
             .any(Matrix::takes_quants)
     }
 
+    /// Computes the rows of each text after its state. Rows that a checkpoint follows end a launch.
     pub(super) fn run(
         &self,
         ops: &Ops,
         buffers: &mut GpuBuffers,
-        batch: MixerBatch,
+        batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let MixerBatch { n, eps, .. } = batch;
-        let (x, raw_rates) = (buffers.answer.view(), buffers.k.view());
+        let MixerBatch { n, eps, segments } = batch;
+        let (x, strengths) = (buffers.answer.view(), buffers.k.view());
         let mut first = vec![
             (&self.projection, buffers.raw.view()),
-            (&self.beta, raw_rates),
+            (&self.beta, strengths),
         ];
         first.extend(self.gate.as_ref().map(|gate| (gate, buffers.gate.view())));
         products(ops, &first, n, x, &buffers.quants)?;
+        let decays = strengths.floats(n * self.beta.n_out..strengths.words());
         if let Some(alpha) = &self.alpha {
-            let after = raw_rates.floats(n * self.beta.n_out..raw_rates.words());
-            product(ops, alpha, n, x, &buffers.quants, after)?;
+            product(ops, alpha, n, x, &buffers.quants, decays)?;
         }
-        let delta = ops::Delta {
-            sizes: self.sizes,
-            tokens: n,
-            projected: buffers.raw.view(),
-            gates: buffers.gate.view(),
-            raw_rates,
-            conv: self.conv.view(),
-            dt_bias: self.dt_bias.view(),
-            decay: self.decay.view(),
-            norm: self.norm.view(),
-            eps,
-            past: buffers.past.view(),
-            inputs: self.inputs.view(),
-            matrices: self.matrices.view(),
-            heads: buffers.q.view(),
-            rates: buffers.v.view(),
-            out: buffers.mixed.view(),
-        };
-        let quantizes = self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
-        ops.delta(&delta, quantizes.then_some(&mut buffers.inner))?;
+        let only = matches!(segments, [only] if only.checkpoints.is_empty());
+        let quantizes = only && self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
+        for segment in segments {
+            for (rows, checkpoint) in segment.parts() {
+                if !rows.is_empty() {
+                    let quants = quantizes.then_some(&mut buffers.inner);
+                    let delta = ops::Delta {
+                        sizes: self.sizes,
+                        projected: of_rows(buffers.raw.view(), &rows, self.projection.n_out),
+                        gates: match &self.gate {
+                            Some(gate) => of_rows(buffers.gate.view(), &rows, gate.n_out),
+                            None => buffers.gate.view(),
+                        },
+                        raw_strengths: of_rows(strengths, &rows, self.beta.n_out),
+                        raw_decays: match &self.alpha {
+                            Some(alpha) => of_rows(decays, &rows, alpha.n_out),
+                            None => decays,
+                        },
+                        conv: self.conv.view(),
+                        dt_bias: self.dt_bias.view(),
+                        decay: self.decay.view(),
+                        norm: self.norm.view(),
+                        eps,
+                        positions: buffers.positions.all().part(rows.clone()),
+                        inputs: self.states.state(0, segment.state),
+                        matrices: self.states.state(1, segment.state),
+                        heads: buffers.q.view(),
+                        rates: buffers.v.view(),
+                        out: of_rows(buffers.mixed.view(), &rows, self.out.n_in),
+                    };
+                    ops.delta(&delta, quants)?;
+                }
+                if let Some(to) = checkpoint {
+                    self.states.copy_state(segment.state, to)?;
+                }
+            }
+        }
         if quantizes {
             return product(
                 ops,
@@ -111,4 +134,9 @@ impl Delta {
         }
         output(ops, &self.out, n, buffers)
     }
+}
+
+/// Returns rows of a buffer with rows of `width` values.
+fn of_rows<'a>(view: View<'a>, rows: &Range<usize>, width: usize) -> View<'a> {
+    view.floats(rows.start * width..rows.end * width)
 }

@@ -1,15 +1,14 @@
 //! Whether a plan fits the memory of the GPUs.
 
-use super::GPU_RESERVE_BYTES;
 use super::buffers::BufferSizes;
+use super::{GPU_RESERVE_BYTES, Most};
 use crate::error::LoadError;
 use crate::gpu::devices::Devices;
 use crate::gpu::rows::gpu_row_bytes;
 use crate::layers::places::Places;
 use crate::options::LoadOptions;
-use crate::options::batches;
 use tier_plan_formats::model::spec::ModelSpec;
-use tier_plan_formats::placement::{Placement, TierIdx};
+use tier_plan_formats::placement::Placement;
 
 /// Compares the bytes that a plan needs on each GPU with the bytes that are free.
 ///
@@ -30,7 +29,7 @@ pub(crate) fn check(
         })? as u64;
         let (weights, cache) = (t.bytes.dense + t.bytes.pinned + t.bytes.slots, t.bytes.kv);
         let dense = if places.uses(tier) {
-            buffer_sizes(spec, plan, options, &places, tier).bytes()
+            BufferSizes::new(spec, &places, tier, Most::of(plan, options)).bytes()
         } else {
             0
         };
@@ -63,16 +62,4 @@ pub(crate) fn check(
         }
     }
     Ok(())
-}
-
-/// Returns the sizes of the buffers of forward passes on a tier's GPU.
-pub(super) fn buffer_sizes(
-    spec: &ModelSpec,
-    plan: &Placement,
-    options: &LoadOptions,
-    places: &Places,
-    tier: TierIdx,
-) -> BufferSizes {
-    let (batch, rows) = batches(options, plan.room());
-    BufferSizes::new(spec, places, tier, batch, rows, plan.context as usize)
 }

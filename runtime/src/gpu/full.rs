@@ -8,6 +8,8 @@ use super::Gpu;
 use super::stages::{ChoiceViews, FfnBlock, Head, LayerFfn, LayerMixer, Router};
 use super::workspace::{Output, Residual, Workspace};
 use crate::gpu::matrix::Matrix;
+use crate::layers::mixer::Segment;
+use crate::layers::pages::StateIdx;
 use crate::layers::places::{Place, Places};
 use crate::layers::rope::RopeTable;
 use tier_plan_cuda::CudaError;
@@ -26,9 +28,11 @@ pub(super) struct Replay {
     recorded: Option<RecordedChunk>,
 }
 
-/// Launches that serve for every position of a chunk of the context.
+/// Launches that serve for every position of a chunk of the context, of all texts with a recurrent
+/// state.
 struct RecordedChunk {
     chunk: usize,
+    state: StateIdx,
     launches: Recorded,
 }
 
@@ -37,8 +41,8 @@ pub(crate) struct Token<'a> {
     pub(crate) token: u32,
     /// Hidden state before the first layer, `[hidden]`, if the embedding is elsewhere.
     pub(crate) state: Option<&'a [f32]>,
-    /// Number of tokens before it.
-    pub(crate) past: usize,
+    /// Its place in its text. No checkpoint follows.
+    pub(crate) segment: Segment<'a>,
     /// Experts that the routers chose, `[layers, n_used]`.
     pub(crate) experts: &'a mut [u16],
     /// `[layers, n_used]`.
@@ -149,12 +153,13 @@ impl FullModel<'_> {
         token: Token<'_>,
         ropes: &mut [RopeTable],
     ) -> Result<(), CudaError> {
-        let past = token.past;
-        self.work.prepare(past, 1, ropes)?;
+        let segments = std::slice::from_ref(&token.segment);
+        let Segment { past, state, .. } = token.segment;
+        self.work.prepare(segments, ropes)?;
         match token.state {
-            Some(state) => {
+            Some(values) => {
                 self.embedding = None;
-                self.work.state(0..1).write_f32(state)?;
+                self.work.state(0..1).write_f32(values)?;
             }
             None => self
                 .work
@@ -165,22 +170,28 @@ impl FullModel<'_> {
         }
         let chunk = past / CHUNK;
         match &self.replay.recorded {
-            Some(recorded) if recorded.chunk == chunk => recorded.launches.replay()?,
+            Some(recorded) if recorded.chunk == chunk && recorded.state == state => {
+                recorded.launches.replay()?;
+            }
             _ if !self.replay.warm || self.replay.unsupported => {
-                self.launch(experts.as_deref_mut(), past)?;
+                self.launch(experts.as_deref_mut(), segments)?;
                 self.replay.warm = true;
             }
             _ => {
                 self.replay.recorded = None;
                 let ops = self.work.ops.clone();
-                match ops.record(|| self.launch(experts.as_deref_mut(), past))? {
+                match ops.record(|| self.launch(experts.as_deref_mut(), segments))? {
                     Some(launches) => {
                         launches.replay()?;
-                        self.replay.recorded = Some(RecordedChunk { chunk, launches });
+                        self.replay.recorded = Some(RecordedChunk {
+                            chunk,
+                            state,
+                            launches,
+                        });
                     }
                     None => {
                         self.replay.unsupported = true;
-                        self.launch(experts, past)?;
+                        self.launch(experts, segments)?;
                     }
                 }
             }
@@ -221,7 +232,7 @@ impl FullModel<'_> {
     fn launch(
         &mut self,
         mut experts: Option<&mut PinnedExperts>,
-        past: usize,
+        segments: &[Segment<'_>],
     ) -> Result<(), CudaError> {
         let work = &mut *self.work;
         if let Some(table) = self.embedding {
@@ -233,7 +244,7 @@ impl FullModel<'_> {
         // What a part computes is added to the state by the norm of the next part.
         let mut residual = Residual::None;
         for FullLayer { mixer, ffn, block } in &self.layers {
-            mixer.run(work, 0..1, past, residual)?;
+            mixer.run(work, 0..1, segments, residual)?;
             let (router, shared) = match block {
                 FullBlock::Dense(block) => {
                     ffn.norm(work, 0..1, Residual::Pending, Output::F32)?;

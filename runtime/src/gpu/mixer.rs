@@ -4,47 +4,26 @@
 use super::buffers::{GpuBuffers, part_tokens};
 use super::delta::Delta;
 use super::matrix::{GpuLoader, Matrix, product, products};
+use crate::layers::device_cache::DeviceCache;
+use crate::layers::mixer::Segment;
 use std::sync::Arc;
 use tier_plan_cuda::ops::{
-    Attend, CacheRows, HeadNorms, Heads as NewHeads, Input, Matrices, MatrixTable, Matvec,
-    Positions, Quants, RopeTurns, SharedView, Strided, TransposedMatvec,
+    Attend, CacheRows, HeadNorms, Heads as NewHeads, Input, Matrices, MatrixTable, Matvec, Quants,
+    RopeTurns, SharedView, Strided, TransposedMatvec,
 };
-use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
-use tier_plan_formats::model::kv::KvType;
+use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::{GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan};
 use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
-/// Storage type and size of the KV cache.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct CacheSpec {
-    pub(super) kv_type: KvType,
-    /// Positions of the cache.
-    pub(super) context: usize,
-}
-
-impl CacheSpec {
-    /// Allocates rows for `heads` heads.
-    fn rows(
-        self,
-        device: &Arc<dyn Device>,
-        heads: usize,
-        width: usize,
-    ) -> Result<Buffer, CudaError> {
-        Buffer::new(
-            device,
-            heads * self.context * self.kv_type.row_bytes(width as u64) as usize,
-        )
-    }
-}
-
-/// A batch of `n` tokens after `past` others. Their normalized state is in `buffers.answer`, and
-/// quantized in `buffers.quants` where [`Mixer::takes_quants`].
+/// A batch of `n` tokens, which are the segments' one after the other, at `buffers.positions`. Their
+/// normalized state is in `buffers.answer`, and quantized in `buffers.quants` where
+/// [`Mixer::takes_quants`].
 #[derive(Clone, Copy)]
-pub(super) struct MixerBatch {
+pub(super) struct MixerBatch<'a> {
     pub(super) n: usize,
-    pub(super) past: usize,
     pub(super) eps: f32,
+    pub(super) segments: &'a [Segment<'a>],
 }
 
 /// A layer's attention with its KV cache, or its delta net with its state.
@@ -60,12 +39,12 @@ impl Mixer {
         loader: &GpuLoader<'_>,
         spec: &MixerSpec,
         rope: Option<usize>,
-        cache: CacheSpec,
+        cache: DeviceCache,
     ) -> Result<Self, CudaError> {
         match spec {
             MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
-            MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d)?))),
+            MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d, cache)?))),
             MixerSpec::Kda(_) => Err(lacks(loader, "Kimi delta attention")),
             MixerSpec::ShortConv(_) => Err(lacks(loader, "a short convolution")),
             MixerSpec::Mamba(_) => Err(lacks(loader, "Mamba-2")),
@@ -95,7 +74,7 @@ impl Mixer {
         &self,
         ops: &Ops,
         buffers: &mut GpuBuffers,
-        batch: MixerBatch,
+        batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
         match self {
             Self::Gqa(a) => a.run(ops, buffers, batch),
@@ -130,9 +109,8 @@ pub(super) struct Gqa {
     qk_norm: Option<QkNorm>,
     sinks: Option<Buffer>,
     rope: Option<usize>,
-    keys: Buffer,
-    values: Buffer,
-    cache: CacheSpec,
+    /// Keys and values.
+    cache: DeviceCache,
 }
 
 impl Gqa {
@@ -140,7 +118,7 @@ impl Gqa {
         loader: &GpuLoader<'_>,
         a: &GqaSpec,
         rope: Option<usize>,
-        cache: CacheSpec,
+        cache: DeviceCache,
     ) -> Result<Self, CudaError> {
         // What a GPU can't compute is refused when the plan is checked.
         let norms = a
@@ -162,14 +140,17 @@ impl Gqa {
             qk_norm: norms.transpose()?,
             sinks: loader.opt_vector(a.sinks)?,
             rope,
-            keys: cache.rows(loader.device, a.n_head_kv, a.key_dim)?,
-            values: cache.rows(loader.device, a.n_head_kv, a.value_dim)?,
             cache,
         })
     }
 
-    fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
-        let (a, MixerBatch { n, past, eps }) = (&self.spec, batch);
+    fn run(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        batch: MixerBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let (a, MixerBatch { n, eps, .. }) = (&self.spec, batch);
         let (x, q, k, v) = (
             buffers.answer.view(),
             buffers.q.view(),
@@ -219,11 +200,8 @@ impl Gqa {
                 None
             }
         };
-        let CacheSpec { kv_type, context } = self.cache;
-        let positions = Positions {
-            past,
-            on_device: buffers.past.view(),
-        };
+        let (kv_type, positions) = (self.cache.kv_type(), buffers.positions.all());
+        let (keys, values) = (self.cache.rows(0), self.cache.rows(1));
         ops.place_heads(&NewHeads {
             queries: q,
             new_keys: k,
@@ -237,32 +215,27 @@ impl Gqa {
                     kind: rope.kind,
                     half: rope.dims / 2,
                 }),
-            tokens: n,
             n_head: a.n_head,
             n_head_kv: a.n_head_kv,
             key_width: width,
             value_width: a.value_dim,
             kv_type,
-            context,
             positions,
-            keys: self.keys.view(),
-            values: self.values.view(),
+            keys,
+            values,
         })?;
         let attention = Attend {
             queries: q,
-            keys: self.keys.view(),
-            values: self.values.view(),
+            keys,
+            values,
             kv_type,
-            context,
             n_head_kv: a.n_head_kv,
             group: a.n_head / a.n_head_kv,
             key_width: width,
             value_row_width: a.value_dim,
             value_width: a.value_dim,
             scale: a.scale,
-            tokens: n,
             positions,
-            first: 0,
             window: a.window,
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
@@ -409,11 +382,10 @@ pub(super) struct Mla {
     to_values: HeadMatrices,
     o: Matrix,
     rope: Option<usize>,
-    /// KV cache of latents and rotated keys, `[context, kv_rank + rope]`.
-    rows: Buffer,
     /// Head of each job of a part.
     heads: Buffer,
-    cache: CacheSpec,
+    /// Latents with rotated keys, `[positions, kv_rank + rope]`.
+    cache: DeviceCache,
 }
 
 impl Mla {
@@ -421,7 +393,7 @@ impl Mla {
         loader: &GpuLoader<'_>,
         a: &MlaSpec,
         rope: Option<usize>,
-        cache: CacheSpec,
+        cache: DeviceCache,
     ) -> Result<Self, CudaError> {
         let indices = |values: &mut dyn Iterator<Item = usize>| {
             Buffer::of_i32(loader.device, &values.map(|n| n as i32).collect::<Vec<_>>())
@@ -468,15 +440,19 @@ impl Mla {
             to_values,
             o: loader.linear(&a.o)?,
             rope,
-            rows: cache.rows(loader.device, 1, a.kv_rank + a.shared_dim)?,
             heads: indices(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
             cache,
             spec: a.clone(),
         })
     }
 
-    fn run(&self, ops: &Ops, buffers: &mut GpuBuffers, batch: MixerBatch) -> Result<(), CudaError> {
-        let (a, MixerBatch { n, past, eps }) = (&self.spec, batch);
+    fn run(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        batch: MixerBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let (a, MixerBatch { n, eps, .. }) = (&self.spec, batch);
         let rank = a.kv_rank;
         let (width, key_dim) = (rank + a.shared_dim, a.nope_dim + a.shared_dim);
         let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
@@ -520,20 +496,13 @@ impl Mla {
         if a.temperature.is_some() {
             ops.scale_rows(q, buffers.factors.view(), n, a.q.n_out)?;
         }
-        let positions = Positions {
-            past,
-            on_device: buffers.past.view(),
-        };
-        let CacheSpec { kv_type, context } = self.cache;
         ops.store(
             kv,
-            n,
-            positions,
+            buffers.positions.all(),
             &CacheRows {
-                kv_type,
-                at: self.rows.view(),
+                kv_type: self.cache.kv_type(),
+                at: self.cache.rows(0),
                 heads: 1,
-                context,
                 width,
             },
         )?;
@@ -551,7 +520,7 @@ impl Mla {
         let mut first = 0;
         while first < n {
             let tokens = part_tokens(a).min(n - first);
-            self.part(ops, buffers, past, first, tokens)?;
+            self.part(ops, buffers, first, tokens)?;
             first += tokens;
         }
         output(ops, &self.o, n, buffers)
@@ -562,7 +531,6 @@ impl Mla {
         &self,
         ops: &Ops,
         buffers: &mut GpuBuffers,
-        past: usize,
         first: usize,
         n: usize,
     ) -> Result<(), CudaError> {
@@ -611,22 +579,16 @@ impl Mla {
         // All query heads share one head of keys, whose values are the latents at its beginning.
         let attention = Attend {
             queries,
-            keys: self.rows.view(),
-            values: self.rows.view(),
-            kv_type: self.cache.kv_type,
-            context: self.cache.context,
+            keys: self.cache.rows(0),
+            values: self.cache.rows(0),
+            kv_type: self.cache.kv_type(),
             n_head_kv: 1,
             group: a.n_head,
             key_width: width,
             value_row_width: width,
             value_width: rank,
             scale: a.scale,
-            tokens: n,
-            positions: Positions {
-                past,
-                on_device: buffers.past.view(),
-            },
-            first,
+            positions: buffers.positions.all().part(first..first + n),
             window: None,
             sinks: None,
         };

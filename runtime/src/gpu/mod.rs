@@ -27,6 +27,7 @@ pub use parts::check as check_parts;
 pub(crate) use stages::FfnInput;
 
 use crate::error::LoadError;
+use crate::layers::mixer::LayerCache;
 use crate::layers::places::{Place, Places};
 use crate::layers::weights::DenseWeights;
 use crate::options::LoadOptions;
@@ -35,7 +36,6 @@ use buffers::BufferSizes;
 use devices::Devices;
 use full::Replay;
 use matrix::{GpuLoader, Matrix};
-use mixer::CacheSpec;
 use stages::{EmbeddingPart, FfnPart, Head, HeadPart, Layer, MixerPart, RouterPart};
 use std::ops::Range;
 use std::sync::Arc;
@@ -62,17 +62,51 @@ pub(super) struct Gpu {
     replay: Replay,
 }
 
+/// What layers keep of texts, and how they rotate.
+#[derive(Clone, Copy)]
+pub(super) struct KeptByLayers<'a> {
+    /// `[layers]`.
+    pub(super) caches: &'a [LayerCache],
+    /// Rope table of each layer, `[layers]`.
+    pub(super) ropes: &'a [Option<usize>],
+}
+
+/// The most that passes and the KV cache have room for.
+#[derive(Debug, Clone, Copy)]
+struct Most {
+    /// Tokens of a batch.
+    batch: usize,
+    /// Tokens that a part takes at once.
+    rows: usize,
+    /// Texts at once.
+    texts: usize,
+    /// Tokens of a text.
+    context: usize,
+    /// Positions of the KV cache.
+    positions: usize,
+}
+
+impl Most {
+    fn of(plan: &Placement, options: &LoadOptions) -> Self {
+        let (batch, rows) = batches(options, plan.room());
+        Self {
+            batch,
+            rows,
+            texts: plan.sequences as usize,
+            context: plan.context as usize,
+            positions: plan.room().positions() as usize,
+        }
+    }
+}
+
 /// What the parts on a GPU are made from.
 struct GpuSpec<'a> {
     spec: &'a ModelSpec,
     weights: &'a DenseWeights,
     places: &'a Places,
     tier: TierIdx,
-    cache: CacheSpec,
-    /// Most tokens that a part takes at once.
-    rows: usize,
-    /// Rope table of each layer, `[layers]`.
-    ropes: &'a [Option<usize>],
+    kept: KeptByLayers<'a>,
+    most: Most,
     sizes: &'a BufferSizes,
 }
 
@@ -88,28 +122,21 @@ impl Gpus {
         weights: &DenseWeights,
         devices: &Devices,
         places: Places,
-        ropes: &[Option<usize>],
+        kept: KeptByLayers<'_>,
     ) -> Result<Self, LoadError> {
-        let context = plan.context as usize;
         let mut by_tier = Vec::with_capacity(plan.tiers.len());
         for tier in plan.tiers.indices() {
             let device = devices.of(tier).filter(|_| places.uses(tier));
             let gpu = device.map(|device| {
-                let sizes = fits::buffer_sizes(spec, plan, options, &places, tier);
-                let rows = batches(options, plan.room()).1;
-                let cache = CacheSpec {
-                    kv_type: plan.kv_type,
-                    context,
-                };
+                let most = Most::of(plan, options);
                 let gpu = GpuSpec {
                     spec,
                     weights,
                     places: &places,
                     tier,
-                    cache,
-                    rows,
-                    ropes,
-                    sizes: &sizes,
+                    kept,
+                    most,
+                    sizes: &BufferSizes::new(spec, &places, tier, most),
                 };
                 Gpu::new(device, &gpu).map_err(|source| LoadError::Gpu {
                     plan: plan.name.clone(),
@@ -141,16 +168,23 @@ impl Gpu {
             weights,
             places,
             tier,
-            cache,
-            rows,
-            ropes,
+            kept,
+            most,
             sizes,
         } = gpu;
         let loader = GpuLoader { device, weights };
         let here = |place: Place| place == Some(tier);
-        let layers = spec.layers.iter().zip(&places.layers).zip(ropes);
+        let layers = spec.layers.iter().zip(&places.layers);
         let layers =
-            layers.map(|((layer, at), rope)| Layer::new(&loader, layer, *at, tier, *rope, cache));
+            layers
+                .zip(kept.ropes.iter().zip(kept.caches))
+                .map(|((layer, at), (rope, cache))| {
+                    let cache = match cache {
+                        LayerCache::OnGpu(cache) => Some(cache),
+                        _ => None,
+                    };
+                    Layer::new(&loader, layer, *at, tier, *rope, cache)
+                });
         let vocabulary = |id| loader.rows(id, 0..spec.n_vocab, spec.hidden);
         let head = || {
             Ok(Head {
@@ -162,7 +196,7 @@ impl Gpu {
             layers: layers.collect::<Result<_, _>>()?,
             head: here(places.head).then(head).transpose()?,
             embedding: here(places.embedding).then(|| vocabulary(spec.embedding)),
-            work: Workspace::new(device, spec, sizes, rows)?,
+            work: Workspace::new(device, spec, sizes, most)?,
             replay: Replay::default(),
         })
     }
@@ -264,6 +298,9 @@ pub(super) fn mixer_alone(
     (x, hidden): (&[f32], usize),
     batches: &[usize],
 ) -> Vec<f32> {
+    use crate::layers::device_cache::DeviceCache;
+    use crate::layers::mixer::Segment;
+    use crate::layers::pages::mixed_pages;
     use tier_plan_formats::model::spec::{Ffn, GatedFfn, LayerSpec, Linear};
     let device: Arc<dyn Device> = tier_plan_cuda::shim::shared();
     weights.move_to(&device);
@@ -312,24 +349,44 @@ pub(super) fn mixer_alone(
         ..Places::default()
     };
     let (context, rows) = (x.len() / hidden, batches.iter().copied().max().unwrap());
-    let sizes = BufferSizes::new(&spec, &places, TierIdx::FIRST, context, rows, context);
+    let most = Most {
+        batch: context,
+        rows,
+        texts: 1,
+        context,
+        positions: context,
+    };
+    let sizes = BufferSizes::new(&spec, &places, TierIdx::FIRST, most);
     let mut rotations = super::layers::rope::Rotations::new(&spec, &weights, context);
-    let cache = CacheSpec { kv_type, context };
+    // The state of the text is not the first one.
+    let (state, pages) = (1, mixed_pages(context));
+    let cache = DeviceCache::new(&device, mixer, kv_type, context, 2).unwrap();
+    let kept = KeptByLayers {
+        caches: &[LayerCache::OnGpu(cache)],
+        ropes: &rotations.of_layer,
+    };
     let gpu = GpuSpec {
         spec: &spec,
         weights: &weights,
         places: &places,
         tier: TierIdx::FIRST,
-        cache,
-        rows,
-        ropes: &rotations.of_layer,
+        kept,
+        most,
         sizes: &sizes,
     };
     let mut gpu = Gpu::new(&device, &gpu).unwrap();
     let (mut past, mut out) = (0, Vec::new());
     for &n in batches {
         let Gpu { layers, work, .. } = &mut gpu;
-        work.prepare(past, n, &mut rotations.tables).unwrap();
+        let segment = Segment {
+            rows: 0..n,
+            past,
+            pages: &pages,
+            state,
+            checkpoints: Vec::new(),
+        };
+        let segments = [segment];
+        work.prepare(&segments, &mut rotations.tables).unwrap();
         work.buffers
             .answer
             .view()
@@ -350,7 +407,11 @@ pub(super) fn mixer_alone(
             .run(
                 &work.ops,
                 &mut work.buffers,
-                mixer::MixerBatch { n, past, eps },
+                mixer::MixerBatch {
+                    n,
+                    eps,
+                    segments: &segments,
+                },
             )
             .unwrap();
         out.extend(

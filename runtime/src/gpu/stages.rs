@@ -2,8 +2,10 @@
 
 use super::buffers::logit_rows;
 use super::matrix::{FfnMatrices, GpuLoader, Matrix, product};
-use super::mixer::{CacheSpec, Mixer, MixerBatch};
+use super::mixer::{Mixer, MixerBatch};
 use super::workspace::{Output, Residual, Workspace};
+use crate::layers::device_cache::DeviceCache;
+use crate::layers::mixer::Segment;
 use crate::layers::places::{LayerPlaces, Place};
 use crate::layers::rope::RopeTable;
 use std::ops::Range;
@@ -52,14 +54,15 @@ pub(super) struct Head {
 }
 
 impl Layer {
-    /// Makes the parts of a layer that are placed on `tier`. `rope` is the layer's rope table.
+    /// Makes the parts of a layer that are placed on `tier`. `rope` is the layer's rope table, and
+    /// `cache` what its mixer keeps, if that is on a GPU.
     pub(super) fn new(
         loader: &GpuLoader<'_>,
         layer: &LayerSpec,
         places: LayerPlaces,
         tier: TierIdx,
         rope: Option<usize>,
-        cache: CacheSpec,
+        cache: Option<&DeviceCache>,
     ) -> Result<Self, CudaError> {
         let here = |place: Place| place == Some(tier);
         let (router, block) = match &layer.ffn {
@@ -84,14 +87,14 @@ impl Layer {
                 (router.transpose()?, shared.transpose()?)
             }
         };
-        let mixer = || {
+        let mixer = cache.filter(|_| here(places.mixer)).map(|cache| {
             let norm = loader.vector(layer.mixer_norm)?;
             Ok(LayerMixer {
                 norm,
-                mixer: Mixer::new(loader, &layer.mixer, rope, cache)?,
+                mixer: Mixer::new(loader, &layer.mixer, rope, cache.clone())?,
             })
-        };
-        let mixer = here(places.mixer).then(mixer).transpose()?;
+        });
+        let mixer = mixer.transpose()?;
         let has_ffn = router.is_some() || block.is_some();
         let ffn = has_ffn.then(|| {
             let norm = loader.vector(layer.ffn_norm)?;
@@ -122,13 +125,13 @@ impl Router {
 }
 
 impl LayerMixer {
-    /// Computes to `buffers.out` what the mixer adds to rows, the first of which is at position
-    /// `past`. Launches only: the positions are prepared.
+    /// Computes to `buffers.out` what the mixer adds to rows, which are the segments' one after the
+    /// other. Launches only, where no checkpoint follows a row: the positions are prepared.
     pub(super) fn run(
         &self,
         work: &mut Workspace,
         rows: Range<usize>,
-        past: usize,
+        segments: &[Segment<'_>],
         residual: Residual,
     ) -> Result<(), CudaError> {
         let n = rows.len();
@@ -143,8 +146,8 @@ impl LayerMixer {
             &mut work.buffers,
             MixerBatch {
                 n,
-                past,
                 eps: work.eps,
+                segments,
             },
         )
     }
@@ -286,16 +289,16 @@ pub(crate) struct MixerPart<'a> {
 }
 
 impl MixerPart<'_> {
-    /// Adds the mixer's result to rows of the batch, the first of which is at position `past`.
+    /// Adds the mixer's result to rows of the batch, which are the segments' one after the other.
     pub(crate) fn run(
         self,
         rows: Range<usize>,
-        past: usize,
+        segments: &[Segment<'_>],
         ropes: &mut [RopeTable],
     ) -> Result<(), CudaError> {
         let Self { mixer, work } = self;
-        work.prepare(past, rows.len(), ropes)?;
-        mixer.run(work, rows.clone(), past, Residual::None)?;
+        work.prepare(segments, ropes)?;
+        mixer.run(work, rows.clone(), segments, Residual::None)?;
         work.add_out(rows)
     }
 }

@@ -1,10 +1,13 @@
 //! What all parts on a GPU share: the hidden state, the buffers, and what depends on positions.
 
+use super::Most;
 use super::buffers::{BufferSizes, GpuBuffers};
+use crate::layers::mixer::Segment;
+use crate::layers::pages::PAGE;
 use crate::layers::rope::RopeTable;
 use std::ops::Range;
 use std::sync::Arc;
-use tier_plan_cuda::ops::AddNorm;
+use tier_plan_cuda::ops::{AddNorm, CacheSize, TextTokens};
 use tier_plan_cuda::{Buffer, CudaError, Device, Ops, View};
 use tier_plan_formats::model::spec::{Mixer, ModelSpec, Temperature};
 
@@ -17,16 +20,10 @@ pub(super) struct Workspace {
     /// Most rows that a part takes at once.
     pub(super) rows: usize,
     temperature: Option<Temperature>,
-    prepared: Option<Prepared>,
+    /// Whether what depends on positions is on the device.
+    is_prepared: bool,
     /// What was last copied from `buffers.answer`.
     pub(super) answer: Vec<f32>,
-}
-
-/// Positions that the rope tables on the device are for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Prepared {
-    past: usize,
-    n: usize,
 }
 
 /// What a norm adds to the state before it.
@@ -59,21 +56,25 @@ impl Output {
 }
 
 impl Workspace {
-    /// Allocates the buffers. `rows` is the most that a part takes at once.
+    /// Allocates the buffers.
     pub(super) fn new(
         device: &Arc<dyn Device>,
         spec: &ModelSpec,
         sizes: &BufferSizes,
-        rows: usize,
+        most: Most,
     ) -> Result<Self, CudaError> {
+        let cache = CacheSize {
+            positions: most.positions,
+            page: PAGE,
+        };
         Ok(Self {
-            buffers: GpuBuffers::new(device, sizes)?,
+            buffers: GpuBuffers::new(device, sizes, cache)?,
             ops: Ops::new(Arc::clone(device)),
             hidden: spec.hidden,
             eps: spec.norm_eps,
-            rows,
+            rows: most.rows,
             temperature: temperature(spec),
-            prepared: None,
+            is_prepared: false,
             answer: Vec::new(),
         })
     }
@@ -111,33 +112,33 @@ impl Workspace {
         self.ops.add(self.state(rows), self.buffers.out.view(), n)
     }
 
-    /// Copies what depends on positions to the device, for `n` tokens after `past` others.
+    /// Copies what depends on positions to the device, unless it is there from the layer before.
     pub(super) fn prepare(
         &mut self,
-        past: usize,
-        n: usize,
+        segments: &[Segment<'_>],
         ropes: &mut [RopeTable],
     ) -> Result<(), CudaError> {
-        let wanted = Prepared { past, n };
-        if self.prepared == Some(wanted) {
+        let texts = segments.iter().map(|segment| TextTokens {
+            past: segment.past,
+            tokens: segment.rows.len(),
+            pages: segment.pages,
+        });
+        let is_new = self.buffers.positions.set(texts)?;
+        if self.is_prepared && !is_new {
             return Ok(());
         }
-        self.prepared = None;
-        self.buffers
-            .past
-            .view()
-            .write(&(past as i32).to_ne_bytes())?;
+        self.is_prepared = false;
+        let positions = segments.iter().map(Segment::range);
         for (rope, turns) in ropes.iter_mut().zip(&self.buffers.turns) {
-            rope.prepare(std::iter::once(past..past + n));
+            rope.prepare(positions.clone());
             turns.view().write_f32(&rope.turns())?;
         }
         if let Some(temperature) = &self.temperature {
-            let factors: Vec<f32> = (past..past + n)
-                .map(|position| temperature.at(position))
-                .collect();
+            let positions = positions.flatten();
+            let factors: Vec<f32> = positions.map(|position| temperature.at(position)).collect();
             self.buffers.factors.view().write_f32(&factors)?;
         }
-        self.prepared = Some(wanted);
+        self.is_prepared = true;
         Ok(())
     }
 

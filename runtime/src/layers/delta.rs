@@ -172,13 +172,8 @@ pub(super) fn run(
     rates(c, weights, spec, n, s);
     let (conv, norm) = (weights.vector(spec.conv), weights.vector(spec.norm));
     for segment in input.segments {
-        let mut start = segment.rows.start;
-        let checkpoints = segment
-            .checkpoints
-            .iter()
-            .map(|(end, to)| (*end, Some(*to)));
-        for (end, checkpoint) in checkpoints.chain([(segment.rows.end, None)]) {
-            let (rows, state) = (start..end, &mut states[segment.state as usize]);
+        for (rows, checkpoint) in segment.parts() {
+            let state = &mut states[segment.state as usize];
             if !rows.is_empty() {
                 let inputs = &mut state.inputs;
                 convolve(c, conv, spec, input.norm_eps, rows.clone(), inputs, s);
@@ -188,7 +183,6 @@ pub(super) fn run(
             if let Some(to) = checkpoint {
                 copy_mixer_state(states, segment.state, to);
             }
-            start = end;
         }
     }
     let mixed = &s.mixed[..n * spec.out.n_in];

@@ -147,13 +147,8 @@ pub(super) fn run(
     rates(c, weights, spec, n, s);
     let norm = weights.vector(spec.norm);
     for segment in input.segments {
-        let mut start = segment.rows.start;
-        let checkpoints = segment
-            .checkpoints
-            .iter()
-            .map(|(end, to)| (*end, Some(*to)));
-        for (end, checkpoint) in checkpoints.chain([(segment.rows.end, None)]) {
-            let (rows, state) = (start..end, &mut states[segment.state as usize]);
+        for (rows, checkpoint) in segment.parts() {
+            let state = &mut states[segment.state as usize];
             if !rows.is_empty() {
                 convolve(c, weights, spec, n, rows.clone(), &mut state.inputs, s);
                 recur(c, spec, rows.clone(), &mut state.matrices, s);
@@ -162,7 +157,6 @@ pub(super) fn run(
             if let Some(to) = checkpoint {
                 copy_mixer_state(states, segment.state, to);
             }
-            start = end;
         }
     }
     let width = spec.width();

@@ -99,20 +99,16 @@ pub(super) fn run(
         norm_eps: input.norm_eps,
     };
     for segment in input.segments {
-        let mut start = segment.rows.start;
-        let checkpoints = segment.checkpoints.iter();
-        let checkpoints = checkpoints.map(|(end, to)| (*end, Some(*to)));
-        for (end, checkpoint) in checkpoints.chain([(segment.rows.end, None)]) {
+        for (rows, checkpoint) in segment.parts() {
             let state = &mut states[segment.state as usize];
-            if start < end {
-                convolve(c, &parameters, start..end, &mut state.inputs, s);
-                recur(c, &parameters, start..end, &mut state.matrices, s);
-                gate(c, &parameters, start..end, s);
+            if !rows.is_empty() {
+                convolve(c, &parameters, rows.clone(), &mut state.inputs, s);
+                recur(c, &parameters, rows.clone(), &mut state.matrices, s);
+                gate(c, &parameters, rows, s);
             }
             if let Some(to) = checkpoint {
                 copy_mixer_state(states, segment.state, to);
             }
-            start = end;
         }
     }
     let mixed = &s.mixed[..n * spec.inner()];

@@ -6,6 +6,7 @@ use super::chosen::Chosen;
 use super::compressed::{CompressedCache, CompressedScratch, CompressedStores};
 use super::cpu_context::CpuContext;
 use super::delta::DeltaScratch;
+use super::device_cache::DeviceCache;
 use super::gqa::{GqaCache, GqaScratch};
 use super::kda::KdaScratch;
 use super::kv_rows::{KeyValues, LatentRows, RowStore};
@@ -19,6 +20,7 @@ use super::weights::DenseWeights;
 use super::{compressed, delta, gqa, kda, mamba, mla, short_conv};
 use crate::tiers::nodes::Pages;
 use std::ops::Range;
+use tier_plan_cuda::CudaError;
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::mixer_rows;
 use tier_plan_formats::model::spec::{IndexerSpec, LayerSpec, Mixer, ModelSpec};
@@ -37,12 +39,7 @@ pub(crate) enum LayerCache {
     /// Nothing: the layer does not mix tokens.
     Nothing,
     /// The cache is in a GPU's memory.
-    OnGpu {
-        /// Bytes in the GPU's memory.
-        bytes: u64,
-        /// Whether a text can go back to fewer tokens.
-        rewinds: bool,
-    },
+    OnGpu(DeviceCache),
 }
 
 impl LayerCache {
@@ -108,24 +105,6 @@ impl LayerCache {
         }
     }
 
-    /// Makes the stand-in of a cache in a GPU's memory, for one text of up to `context` tokens.
-    pub(crate) fn on_gpu(layer: &LayerSpec, kv_type: KvType, context: usize) -> Self {
-        let rows = mixer_rows(&layer.mixer);
-        let bytes = |rows: &KvRows| {
-            kv_type
-                .row_bytes(rows.width)
-                .saturating_mul(rows.held(context as u64))
-        };
-        let bytes = rows
-            .iter()
-            .map(bytes)
-            .fold(layer.state_bytes(), u64::saturating_add);
-        Self::OnGpu {
-            bytes,
-            rewinds: layer.state_bytes() == 0,
-        }
-    }
-
     /// Returns the stores of rows per token.
     fn stores(&self) -> Vec<&RowStore> {
         match self {
@@ -133,7 +112,7 @@ impl LayerCache {
             Self::Indexed(cache) => vec![&cache.kv.keys, &cache.kv.values, &cache.index],
             Self::Mla(rows) => rows.stores().collect(),
             Self::Compressed(cache) => cache.stores.all(),
-            Self::Delta(_) | Self::Nothing | Self::OnGpu { .. } => Vec::new(),
+            Self::Delta(_) | Self::Nothing | Self::OnGpu(_) => Vec::new(),
         }
     }
 
@@ -145,7 +124,7 @@ impl LayerCache {
             }
             Self::Mla(rows) => rows.stores_mut().collect(),
             Self::Compressed(cache) => cache.stores.all_mut(),
-            Self::Delta(_) | Self::Nothing | Self::OnGpu { .. } => Vec::new(),
+            Self::Delta(_) | Self::Nothing | Self::OnGpu(_) => Vec::new(),
         }
     }
 
@@ -168,17 +147,21 @@ impl LayerCache {
         }
     }
 
-    /// Returns whether it has recurrent states of its own.
+    /// Returns whether it has recurrent states of its own. Then a text can only go back to none of its
+    /// tokens, or to a checkpoint.
     pub(crate) fn is_recurrent(&self) -> bool {
-        matches!(self, Self::Delta(_))
-            || matches!(self, Self::Compressed(_))
-            || matches!(self, Self::Mla(rows) if !rows.open.is_empty())
+        match self {
+            Self::Delta(_) | Self::Compressed(_) => true,
+            Self::Mla(rows) => !rows.open.is_empty(),
+            Self::OnGpu(cache) => cache.is_recurrent(),
+            Self::Gqa(_) | Self::Indexed(_) | Self::Nothing => false,
+        }
     }
 
     /// Returns the bytes of the cache.
     pub(crate) fn bytes(&self) -> u64 {
-        if let Self::OnGpu { bytes, .. } = self {
-            return *bytes;
+        if let Self::OnGpu(cache) = self {
+            return cache.bytes();
         }
         let rows: u64 = self.stores().into_iter().map(RowStore::bytes).sum();
         rows + self.states().iter().map(RecurrentState::bytes).sum::<u64>()
@@ -193,14 +176,6 @@ impl LayerCache {
             .try_for_each(|state| state.move_to(pages))
     }
 
-    /// Returns whether a text can go back to fewer tokens. Otherwise it can only go back to none.
-    pub(crate) fn can_rewind(&self) -> bool {
-        match self {
-            Self::OnGpu { rewinds, .. } => *rewinds,
-            _ => !self.is_recurrent(),
-        }
-    }
-
     /// Has a recurrent state forget all tokens. Rows are written before they are read, and a GPU
     /// ignores a recurrent state at position 0.
     pub(crate) fn reset(&mut self, state: StateIdx) {
@@ -210,15 +185,25 @@ impl LayerCache {
     }
 
     /// Copies a recurrent state to another.
-    pub(crate) fn copy_state(&mut self, from: StateIdx, to: StateIdx) {
+    ///
+    /// # Errors
+    /// When a GPU fails, here and below.
+    pub(crate) fn copy_state(&mut self, from: StateIdx, to: StateIdx) -> Result<(), CudaError> {
+        if let Self::OnGpu(cache) = self {
+            return cache.copy_state(from, to);
+        }
         let states = self.states_mut();
         if !states.is_empty() {
             copy_state(states, from, to);
         }
+        Ok(())
     }
 
     /// Returns the bytes of a full page, and of a recurrent state.
     pub(crate) fn saved_bytes(&self) -> (usize, usize) {
+        if let Self::OnGpu(cache) = self {
+            return cache.saved_bytes();
+        }
         let page = self.stores().into_iter().map(RowStore::page_bytes).sum();
         (
             page,
@@ -227,38 +212,69 @@ impl LayerCache {
     }
 
     /// Appends a full page to `out`.
-    pub(crate) fn save_page(&self, page: PageIdx, out: &mut Vec<u8>) {
+    pub(crate) fn save_page(&self, page: PageIdx, out: &mut Vec<u8>) -> Result<(), CudaError> {
+        if let Self::OnGpu(cache) = self {
+            return cache.save_page(page, out);
+        }
         for store in self.stores() {
             store.save_page(page, out);
         }
+        Ok(())
     }
 
     /// Takes a full page from the beginning of `bytes`. Returns the rest.
-    pub(crate) fn load_page<'b>(&mut self, page: PageIdx, bytes: &'b [u8]) -> &'b [u8] {
+    pub(crate) fn load_page<'b>(
+        &mut self,
+        page: PageIdx,
+        bytes: &'b [u8],
+    ) -> Result<&'b [u8], CudaError> {
+        if let Self::OnGpu(cache) = self {
+            return cache.load_page(page, bytes);
+        }
         let stores = self.stores_mut().into_iter();
-        stores.fold(bytes, |bytes, store| store.load_page(page, bytes))
+        Ok(stores.fold(bytes, |bytes, store| store.load_page(page, bytes)))
     }
 
     /// Appends a recurrent state to `out`.
-    pub(crate) fn save_state(&self, state: StateIdx, out: &mut Vec<u8>) {
+    pub(crate) fn save_state(&self, state: StateIdx, out: &mut Vec<u8>) -> Result<(), CudaError> {
+        if let Self::OnGpu(cache) = self {
+            return cache.save_state(state, out);
+        }
         if let Some(state) = self.states().get(state as usize) {
             state.save(out);
         }
+        Ok(())
     }
 
     /// Takes a recurrent state from the beginning of `bytes`. Returns the rest.
-    pub(crate) fn load_state<'b>(&mut self, state: StateIdx, bytes: &'b [u8]) -> &'b [u8] {
-        match self.states_mut().get_mut(state as usize) {
+    pub(crate) fn load_state<'b>(
+        &mut self,
+        state: StateIdx,
+        bytes: &'b [u8],
+    ) -> Result<&'b [u8], CudaError> {
+        if let Self::OnGpu(cache) = self {
+            return cache.load_state(state, bytes);
+        }
+        Ok(match self.states_mut().get_mut(state as usize) {
             Some(state) => state.load(bytes),
             None => bytes,
-        }
+        })
     }
 
     /// Copies the first `len` positions of a page to another.
-    pub(crate) fn copy_page(&mut self, from: PageIdx, to: PageIdx, len: usize) {
+    pub(crate) fn copy_page(
+        &mut self,
+        from: PageIdx,
+        to: PageIdx,
+        len: usize,
+    ) -> Result<(), CudaError> {
+        if let Self::OnGpu(cache) = self {
+            return cache.copy_page(from, to, len);
+        }
         for store in self.stores_mut() {
             store.copy_page(from, to, len);
         }
+        Ok(())
     }
 }
 
@@ -343,6 +359,15 @@ pub(crate) struct Segment<'a> {
 }
 
 impl Segment<'_> {
+    /// Returns the rows in parts, each up to the next checkpoint, with the recurrent state that it
+    /// goes to.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = (Range<usize>, Option<StateIdx>)> {
+        let mut start = self.rows.start;
+        let checkpoints = self.checkpoints.iter().map(|(end, to)| (*end, Some(*to)));
+        let ends = checkpoints.chain([(self.rows.end, None)]);
+        ends.map(move |(end, to)| (std::mem::replace(&mut start, end)..end, to))
+    }
+
     /// Returns the positions of the rows in the text.
     pub(crate) fn range(&self) -> Range<usize> {
         self.past..self.past + self.rows.len()

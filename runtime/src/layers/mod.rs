@@ -1,5 +1,5 @@
-//! The arithmetic of one layer on the CPU: mixers, router, rotary embedding, and the weights that
-//! they read.
+//! The arithmetic of one layer on the CPU: mixers, router, rotary embedding, the weights that they
+//! read, and what layers keep of texts.
 
 pub(crate) mod attend_runs;
 pub(crate) mod attention;
@@ -10,6 +10,7 @@ pub(crate) mod compressed;
 pub(crate) mod compressed_index;
 pub(crate) mod cpu_context;
 pub(crate) mod delta;
+pub(crate) mod device_cache;
 pub(crate) mod gqa;
 pub(crate) mod index;
 pub(crate) mod indexer;

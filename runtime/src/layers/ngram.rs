@@ -77,17 +77,13 @@ impl Ngrams {
         self.read(on, input);
         self.gate(on, input.block, x);
         for segment in input.segments {
-            let mut start = segment.rows.start;
-            let checkpoints = segment.checkpoints.iter();
-            let checkpoints = checkpoints.map(|(end, to)| (*end, Some(*to)));
-            for (end, checkpoint) in checkpoints.chain([(segment.rows.end, None)]) {
+            for (rows, checkpoint) in segment.parts() {
                 if let Some(state) = states.get_mut(segment.state as usize) {
-                    self.convolve(on, input.block, start..end, &mut state.ngram, x);
+                    self.convolve(on, input.block, rows, &mut state.ngram, x);
                 }
                 if let Some(to) = checkpoint {
                     copy_ngram_state(states, segment.state, to);
                 }
-                start = end;
             }
         }
     }

@@ -64,18 +64,12 @@ pub(super) fn run(
     });
     let taps = weights.vector(spec.conv);
     for segment in input.segments {
-        let mut start = segment.rows.start;
-        let checkpoints = segment
-            .checkpoints
-            .iter()
-            .map(|(end, to)| (*end, Some(*to)));
-        for (end, checkpoint) in checkpoints.chain([(segment.rows.end, None)]) {
+        for (rows, checkpoint) in segment.parts() {
             let past = &mut states[segment.state as usize].inputs;
-            convolve(c, spec, taps, start..end, past, s);
+            convolve(c, spec, taps, rows, past, s);
             if let Some(to) = checkpoint {
                 copy_mixer_state(states, segment.state, to);
             }
-            start = end;
         }
     }
     let mixed = &s.mixed[..n * width];

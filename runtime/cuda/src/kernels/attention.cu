@@ -1,6 +1,7 @@
 // Attention over the KV cache. Each block computes the share of some heads in a chunk of 256
 // positions for one token; a second kernel combines a query's chunks in their order. Chunks begin
-// at fixed positions, so a result does not depend on other tokens of the batch.
+// at fixed positions, and every token has its own text, so a result does not depend on other
+// tokens of the batch.
 #include "rows.cuh"
 
 /// Positions per chunk.
@@ -15,16 +16,16 @@
 #define SHARE 8
 
 /// Computes the shares of chunks: `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and
-/// `sums` `[tokens, heads, chunks]`. The tokens begin at position `*past + first_token`.
+/// `sums` `[tokens, heads, chunks]`, from the first chunk that the token attends to.
 ///
 /// If there is only one chunk, `out` may be given, and gets what `join_chunks` would compute with
-/// its arguments. Grid: chunks, from the first that a token attends to, perhaps with more after the
-/// last; heads of keys and values times blocks of heads; tokens.
+/// its arguments. Grid: chunks, perhaps more than some of the tokens have; heads of keys and values
+/// times blocks of heads; tokens.
 template <class Rows>
-DEVICE void attend(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,
-                   int key_width, int value_row_width, int value_width, float scale, const int* past,
-                   int first_token, int window, float* mixed, float* largest, float* sums, const float* sinks,
-                   float* out, i8* q, float* quant_scale, float* quant_sums) {
+DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,
+                   int value_row_width, int value_width, float scale, const int* positions, const int* begins,
+                   const int* tables, int page_bits, int window, float* mixed, float* largest, float* sums,
+                   const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {
     __shared__ float query[HEADS][MAX_KEY];
     __shared__ float scores[HEADS][CHUNK];
     // If there is only one chunk: its weight beside the sink, and the sum of both.
@@ -36,12 +37,10 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
     const int token = (int)blockIdx.z, chunk = (int)blockIdx.x, chunks = (int)gridDim.x;
     const int n_head = n_head_kv * group;
     const i64 first_query = (i64)token * n_head + kv_head * group + first_head;
-    // The first of these tokens.
-    const int begin = *past + first_token;
-    const int end_seen = begin + token + 1;
+    const Pages pages(tables, begins, token, page_bits);
+    const int end_seen = positions[token] + 1;
     const int begin_seen = window > 0 && end_seen > window ? end_seen - window : 0;
-    const int first_chunk = window > 0 && begin + 1 > window ? (begin + 1 - window) / CHUNK : 0;
-    const int chunk_start = (first_chunk + chunk) * CHUNK;
+    const int chunk_start = (begin_seen / CHUNK + chunk) * CHUNK;
     const int start = begin_seen > chunk_start ? begin_seen : chunk_start;
     const int end = end_seen < chunk_start + CHUNK ? end_seen : chunk_start + CHUNK;
     const int n = end > start ? end - start : 0;
@@ -51,8 +50,6 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
     }
     __syncthreads();
     const i64 key_bytes = Rows::row_bytes(key_width), value_bytes = Rows::row_bytes(value_row_width);
-    const u8* key = keys + ((i64)kv_head * context + start) * key_bytes;
-    const u8* value = values + ((i64)kv_head * context + start) * value_bytes;
     // Groups of eight lanes take positions in turn; all lanes of a warp make the same number of
     // rounds.
     for (int p0 = 0; p0 < n; p0 += THREADS / SHARE) {
@@ -60,8 +57,9 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
         float dots[HEADS];
         for (int h = 0; h < HEADS; h++) dots[h] = 0.0f;
         if (p < n) {
+            const u8* key = keys + (pages.at(start + p) * n_head_kv + kv_head) * key_bytes;
             for (int i = thread % SHARE * 4; i < key_width; i += SHARE * 4) {
-                const float4 k = Rows::four(key + p * key_bytes, i);
+                const float4 k = Rows::four(key, i);
                 for (int h = 0; h < HEADS; h++) {
                     if (h >= heads) continue;
                     const float* q = query[h] + i;
@@ -102,10 +100,14 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
     for (int c = thread; c < value_width; c += THREADS) {
         float acc[HEADS];
         for (int h = 0; h < HEADS; h++) acc[h] = 0.0f;
-        for (int p = 0; p < n; p++) {
-            const float v = Rows::at(value + p * value_bytes, c);
-            for (int h = 0; h < HEADS; h++) {
-                if (h < heads) acc[h] += scores[h][p] * v;
+        for (int p = 0; p < n;) {
+            const int rest = pages.page_end(start + p) - start, page_end = rest < n ? rest : n;
+            const u8* value = values + (pages.at(start + p) * n_head_kv + kv_head) * value_bytes;
+            for (; p < page_end; p++, value += n_head_kv * value_bytes) {
+                const float v = Rows::at(value, c);
+                for (int h = 0; h < HEADS; h++) {
+                    if (h < heads) acc[h] += scores[h][p] * v;
+                }
             }
         }
         for (int h = 0; h < HEADS; h++) {
@@ -123,12 +125,13 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int c
 }
 
 #define ATTEND(NAME, ROWS)                                                                                              \
-    KERNEL NAME(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,          \
-                int key_width, int value_row_width, int value_width, float scale, const int* past,                      \
-                int first_token, int window, float* mixed, float* largest, float* sums, const float* sinks,             \
-                float* out, i8* q, float* quant_scale, float* quant_sums) {                                             \
-        attend<ROWS>(queries, keys, values, context, n_head_kv, group, key_width, value_row_width, value_width, scale,  \
-                     past, first_token, window, mixed, largest, sums, sinks, out, q, quant_scale, quant_sums);          \
+    KERNEL NAME(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,        \
+                int value_row_width, int value_width, float scale, const int* positions, const int* begins,             \
+                const int* tables, int page_bits, int window, float* mixed, float* largest, float* sums,                \
+                const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {                         \
+        attend<ROWS>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale,           \
+                     positions, begins, tables, page_bits, window, mixed, largest, sums, sinks, out, q, quant_scale,    \
+                     quant_sums);                                                                                       \
     }
 
 ATTEND(attend_f32, RowsF32)

@@ -100,24 +100,34 @@ struct StoreQ8 {
     }
 };
 
-/// Stores `[tokens, heads, width]` in a cache `[heads, context, width]`, from position `*past` on.
-/// Grid: heads, tokens.
+/// Returns the bytes of a token's row of a head in a cache.
 template <class Store>
-DEVICE void store(const float* x, int width, int context, const int* past, u8* cache) {
-    const float* from = x + ((i64)blockIdx.y * gridDim.x + blockIdx.x) * width;
-    Store::row(from, width, cache + ((i64)blockIdx.x * context + *past + blockIdx.y) * Store::row_bytes(width));
+DEVICE u8* stored_row(u8* cache, int head, int heads, int width, const int* positions, const int* begins,
+                      const int* tables, int page_bits, int token) {
+    const i64 at = Pages(tables, begins, token, page_bits).at(positions[token]);
+    return cache + (at * heads + head) * Store::row_bytes(width);
+}
+
+/// Stores `[tokens, heads, width]` in a cache at the tokens' positions. Grid: heads, tokens.
+template <class Store>
+DEVICE void store(const float* x, int width, const int* positions, const int* begins, const int* tables, int page_bits,
+                  u8* cache) {
+    const int head = (int)blockIdx.x, heads = (int)gridDim.x, token = (int)blockIdx.y;
+    const float* from = x + ((i64)token * heads + head) * width;
+    Store::row(from, width, stored_row<Store>(cache, head, heads, width, positions, begins, tables, page_bits, token));
 }
 
 /// Widest key or value.
 #define MAX_KEY 640
 
 /// Normalizes and rotates the heads of queries and keys, the queries in place, and stores keys and
-/// values, from position `*past` on. Norms and `turns` may be null. Grid: heads of queries, of keys
+/// values at the tokens' positions. Norms and `turns` may be null. Grid: heads of queries, of keys
 /// and of values; tokens.
 template <class Store>
 DEVICE void place_heads(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, float eps,
                         const float* turns, int half, int neighbours, int n_head, int n_head_kv, int key_width,
-                        int value_width, int context, const int* past, u8* keys, u8* values) {
+                        int value_width, const int* positions, const int* begins, const int* tables, int page_bits,
+                        u8* keys, u8* values) {
     __shared__ float row[MAX_KEY];
     __shared__ float room[WARP];
     const int head = (int)blockIdx.x, token = (int)blockIdx.y;
@@ -153,18 +163,21 @@ DEVICE void place_heads(float* q, const float* k, const float* v, const float* q
         return;
     }
     u8* cache = is_value ? values : keys;
-    Store::row(row, width, cache + ((i64)at * context + *past + token) * Store::row_bytes(width));
+    Store::row(row, width,
+               stored_row<Store>(cache, at, n_head_kv, width, positions, begins, tables, page_bits, token));
 }
 
 #define STORE(NAME, STORE_ROWS)                                                                                        \
-    KERNEL store_##NAME(const float* x, int width, int context, const int* past, u8* cache) {                          \
-        store<STORE_ROWS>(x, width, context, past, cache);                                                             \
+    KERNEL store_##NAME(const float* x, int width, const int* positions, const int* begins, const int* tables,         \
+                        int page_bits, u8* cache) {                                                                    \
+        store<STORE_ROWS>(x, width, positions, begins, tables, page_bits, cache);                                      \
     }                                                                                                                  \
     KERNEL place_heads_##NAME(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,      \
                               float eps, const float* turns, int half, int neighbours, int n_head, int n_head_kv,      \
-                              int key_width, int value_width, int context, const int* past, u8* keys, u8* values) {    \
+                              int key_width, int value_width, const int* positions, const int* begins,                 \
+                              const int* tables, int page_bits, u8* keys, u8* values) {                                \
         place_heads<STORE_ROWS>(q, k, v, q_norm, k_norm, eps, turns, half, neighbours, n_head, n_head_kv, key_width,   \
-                                value_width, context, past, keys, values);                                             \
+                                value_width, positions, begins, tables, page_bits, keys, values);                      \
     }
 
 STORE(f32, StoreF32)

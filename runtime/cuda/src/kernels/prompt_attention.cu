@@ -38,16 +38,18 @@ DEVICE int least(int a, int b) {
     return a < b ? a : b;
 }
 
-/// Loads columns `column0` to `column0 + PART` of the keys of a tile, zeros outside.
+/// Loads columns `column0` to `column0 + PART` of the keys of a tile, zeros outside. Positions are
+/// `stride` bytes apart in the cache.
 template <class Rows, int WARPS>
-DEVICE void load_keys(u16* to, const u8* keys, i64 row_bytes, int p0, int end, int column0, int width, int padded) {
+DEVICE void load_keys(u16* to, const u8* keys, const Pages& pages, i64 stride, int p0, int end, int column0, int width,
+                      int padded) {
     const int warp = (int)threadIdx.x / WARP, column = column0 + (int)threadIdx.x % WARP * 4;
     if (column >= padded) return;
 #pragma unroll 4
     for (int p = warp; p < KEYS; p += WARPS) {
         uint2 four;
         four.x = four.y = 0;
-        if (p0 + p < end && column < width) four = Halves<Rows>::four(keys + (p0 + p) * row_bytes, column);
+        if (p0 + p < end && column < width) four = Halves<Rows>::four(keys + pages.at(p0 + p) * stride, column);
         *(uint2*)(to + p * KEY_STRIDE + column - column0) = four;
     }
 }
@@ -56,7 +58,7 @@ DEVICE void load_keys(u16* to, const u8* keys, i64 row_bytes, int p0, int end, i
 /// must not meet NaN. Positions 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of 16 are side by side per
 /// column, as a lane multiplies them.
 template <class Rows, int WARPS>
-DEVICE void load_values(u32* to, const u8* values, i64 row_bytes, int p0, int end, int column0, int n) {
+DEVICE void load_values(u32* to, const u8* values, const Pages& pages, i64 stride, int p0, int end, int column0, int n) {
     const int warp = (int)threadIdx.x / WARP, column = (int)threadIdx.x % WARP * 4;
     if (column >= n) return;
 #pragma unroll 2
@@ -66,7 +68,7 @@ DEVICE void load_values(u32* to, const u8* values, i64 row_bytes, int p0, int en
         for (int i = 0; i < 4; i++) {
             const int p = first + i / 2 * 8 + i % 2;
             row[i].x = row[i].y = 0;
-            if (p < end) row[i] = Halves<Rows>::four(values + p * row_bytes, column0 + column);
+            if (p < end) row[i] = Halves<Rows>::four(values + pages.at(p) * stride, column0 + column);
         }
         uint4* out = (uint4*)(to + group * VALUE_STRIDE + 2 * column);
         out[0] = make_uint4(__byte_perm(row[0].x, row[1].x, 0x5410), __byte_perm(row[2].x, row[3].x, 0x5410),
@@ -77,15 +79,16 @@ DEVICE void load_values(u32* to, const u8* values, i64 row_bytes, int p0, int en
 }
 
 /// Computes the shares of splits: `mixed` is `[tokens, heads, splits, value_width]`, `largest` and
-/// `sums` `[tokens, heads, splits]`, as `attend` leaves them. The first token is at position `*past
-/// + first_token`. A block has 16 rows per warp, and keys are at most `MOST_WIDE` wide.
+/// `sums` `[tokens, heads, splits]`, as `attend` leaves them. The tokens follow each other in one
+/// text. A block has 16 rows per warp, and keys are at most `MOST_WIDE` wide.
 ///
 /// Grid: blocks of rows; heads of keys and values times parts of values; splits, from the first
 /// that a token attends to.
 template <class Rows, int WARPS, int MOST_WIDE>
-DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,
-                          int key_width, int value_row_width, int value_width, float scale, const int* past,
-                          int first_token, int tokens, int window, float* mixed, float* largest, float* sums) {
+DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group,
+                          int key_width, int value_row_width, int value_width, float scale, const int* positions,
+                          const int* begins, const int* tables, int page_bits, int tokens, int window, float* mixed,
+                          float* largest, float* sums) {
     constexpr int BLOCK_ROWS = 16 * WARPS, QUERY_STRIDE = MOST_WIDE + 16;
     // Wide queries leave too little shared memory for both.
     constexpr bool APART = MOST_WIDE <= PART;
@@ -103,7 +106,8 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
     // The last rows attend to the most positions, so they begin first.
     const int row0 = (int)(gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS;
     const int last = least(row0 + BLOCK_ROWS, n_rows) - 1;
-    const int begin = *past + first_token;
+    const Pages pages(tables, begins, 0, page_bits);
+    const int begin = positions[0];
     const int padded = (key_width + 15) / 16 * 16;
     for (int i = thread; i < BLOCK_ROWS * (padded / 4); i += WARP * WARPS) {
         const int r = i / (padded / 4), column = i % (padded / 4) * 4, row = row0 + r;
@@ -128,8 +132,9 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
     const int start = first_seen > split_start ? first_seen / KEYS * KEYS : split_start;
     const int end = least(begin + last / group + 1, split_start + SPLIT);
     const i64 key_bytes = Rows::row_bytes(key_width), value_bytes = Rows::row_bytes(value_row_width);
-    keys += (i64)kv_head * context * key_bytes;
-    values += (i64)kv_head * context * value_bytes;
+    const i64 key_stride = n_head_kv * key_bytes, value_stride = n_head_kv * value_bytes;
+    keys += kv_head * key_bytes;
+    values += kv_head * value_bytes;
     float acc[PART / 8][4];
     float most[2], sum[2];
     for (int j = 0; j < PART / 8; j++) {
@@ -146,8 +151,8 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
         }
         for (int column0 = 0; column0 < padded; column0 += PART) {
             __syncthreads();
-            load_keys<Rows, WARPS>(key, keys, key_bytes, p0, end, column0, key_width, padded);
-            if (APART) load_values<Rows, WARPS>(value, values, value_bytes, p0, end, first_value, n_values);
+            load_keys<Rows, WARPS>(key, keys, pages, key_stride, p0, end, column0, key_width, padded);
+            if (APART) load_values<Rows, WARPS>(value, values, pages, value_stride, p0, end, first_value, n_values);
             __syncthreads();
             const int n = least(PART, padded - column0);
             const u16* q = query + (16 * warp + lane / 4) * QUERY_STRIDE + column0 + lane % 4 * 4;
@@ -194,7 +199,7 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
         }
         if (!APART) {
             __syncthreads();
-            load_values<Rows, WARPS>(value, values, value_bytes, p0, end, first_value, n_values);
+            load_values<Rows, WARPS>(value, values, pages, value_stride, p0, end, first_value, n_values);
             __syncthreads();
         }
         for (int s = 0; s < KEYS / 16; s++) {
@@ -229,11 +234,11 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
 }
 
 #define PROMPT_ATTEND(NAME, ROWS, WARPS, MOST_WIDE)                                                                     \
-    KERNEL NAME(const float* queries, const u8* keys, const u8* values, int context, int n_head_kv, int group,          \
-                int key_width, int value_row_width, int value_width, float scale, const int* past, int first_token,     \
-                int tokens, int window, float* mixed, float* largest, float* sums) {                                    \
-        prompt_attend<ROWS, WARPS, MOST_WIDE>(queries, keys, values, context, n_head_kv, group, key_width,              \
-                                              value_row_width, value_width, scale, past, first_token, tokens, window,   \
+    KERNEL NAME(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,        \
+                int value_row_width, int value_width, float scale, const int* positions, const int* begins,             \
+                const int* tables, int page_bits, int tokens, int window, float* mixed, float* largest, float* sums) {  \
+        prompt_attend<ROWS, WARPS, MOST_WIDE>(queries, keys, values, n_head_kv, group, key_width, value_row_width,      \
+                                              value_width, scale, positions, begins, tables, page_bits, tokens, window, \
                                               mixed, largest, sums);                                                    \
     }
 

@@ -1,7 +1,26 @@
 // Rows of the KV cache as stored: 32-bit floats, 16-bit floats, or 8 bits with a scale per 32
-// values (the last block of a row may be shorter). Widths are multiples of 4.
+// values (the last block of a row may be shorter). Widths are multiples of 4. A cache is
+// `[positions of all pages, heads, width]`.
 #pragma once
 #include "base.cuh"
+
+/// The pages of a text, each of `1 << bits` positions, in the order of the text.
+struct Pages {
+    const int* table;
+    int bits;
+
+    /// Takes the pages of a token's text. `tables` are those of all texts, one after the other;
+    /// `begins` has each token's place in them.
+    DEVICE Pages(const int* tables, const int* begins, int token, int bits) : table(tables + begins[token]), bits(bits) {}
+
+    /// Returns where a position of the text is in the cache.
+    DEVICE i64 at(int position) const {
+        return ((i64)table[position >> bits] << bits) + (position & ((1 << bits) - 1));
+    }
+
+    /// Returns the first position after the page of `position`.
+    DEVICE int page_end(int position) const { return ((position >> bits) + 1) << bits; }
+};
 
 struct RowsF32 {
     static DEVICE i64 row_bytes(int width) { return 4 * (i64)width; }

@@ -1,5 +1,6 @@
 //! Rotation of heads, the KV cache, and attention over it.
 
+use super::positions::Positions;
 use super::prompt_attention::prompt_kernel;
 use super::{Quants, blocks, few, int, null_or};
 use crate::device::{Arg, Buffer, Device, View};
@@ -17,22 +18,6 @@ const HEADS: usize = 8;
 
 /// Widest key; the kernel has the same constant.
 pub use tier_plan_formats::model::gpu::MAX_KEY;
-
-/// Positions of consecutive tokens. Kernels read the first one from a word on the device, so that
-/// recorded launches serve for other positions.
-#[derive(Clone, Copy)]
-pub struct Positions<'a> {
-    /// Tokens before the first one.
-    pub past: usize,
-    /// `past` as a 32-bit integer on the device.
-    pub on_device: View<'a>,
-}
-
-impl Positions<'_> {
-    pub(super) fn word(self) -> Arg {
-        self.on_device.floats(0..1).arg()
-    }
-}
 
 /// Weights of the norms of each head.
 #[derive(Clone, Copy)]
@@ -62,12 +47,10 @@ pub struct RopeTurns<'a> {
 pub struct CacheRows<'a> {
     /// Storage type of the cache.
     pub kv_type: KvType,
-    /// `[heads, context, width]`.
+    /// `[positions of the cache, heads, width]`.
     pub at: View<'a>,
     /// Heads of keys or values.
     pub heads: usize,
-    /// Positions of the cache.
-    pub context: usize,
     /// Values of a row.
     pub width: usize,
 }
@@ -85,8 +68,6 @@ pub struct Heads<'a> {
     pub norms: Option<HeadNorms<'a>>,
     /// Rotation of queries and keys, if the layer has any.
     pub turns: Option<RopeTurns<'a>>,
-    /// Number of new tokens.
-    pub tokens: usize,
     /// Number of query heads.
     pub n_head: usize,
     /// Heads of keys and values.
@@ -97,13 +78,11 @@ pub struct Heads<'a> {
     pub value_width: usize,
     /// Storage type of the cache.
     pub kv_type: KvType,
-    /// Positions of the cache.
-    pub context: usize,
-    /// Positions of the tokens.
+    /// The tokens.
     pub positions: Positions<'a>,
-    /// `[n_head_kv, context, key_width]`.
+    /// `[positions of the cache, n_head_kv, key_width]`.
     pub keys: View<'a>,
-    /// `[n_head_kv, context, value_width]`.
+    /// `[positions of the cache, n_head_kv, value_width]`.
     pub values: View<'a>,
 }
 
@@ -156,14 +135,12 @@ impl AttentionBuffers {
 pub struct Attend<'a> {
     /// `[tokens, n_head_kv * group, key_width]`.
     pub queries: View<'a>,
-    /// `[n_head_kv, context, key_width]`.
+    /// `[positions of the cache, n_head_kv, key_width]`.
     pub keys: View<'a>,
-    /// `[n_head_kv, context, value_row_width]`; may be the keys.
+    /// `[positions of the cache, n_head_kv, value_row_width]`; may be the keys.
     pub values: View<'a>,
     /// Storage type of both.
     pub kv_type: KvType,
-    /// Positions of the cache.
-    pub context: usize,
     /// Heads of keys and values.
     pub n_head_kv: usize,
     /// Query heads per head of keys.
@@ -176,12 +153,8 @@ pub struct Attend<'a> {
     pub value_width: usize,
     /// Factor on the scores.
     pub scale: f32,
-    /// Number of tokens.
-    pub tokens: usize,
-    /// Positions of the batch that the tokens are part of.
+    /// The tokens, of any number of texts.
     pub positions: Positions<'a>,
-    /// Tokens of the batch before these.
-    pub first: usize,
     /// Most positions that a token attends to (sliding window).
     pub window: Option<usize>,
     /// `[n_head_kv * group]`: a score per head beside those of the positions.
@@ -192,9 +165,11 @@ impl Attend<'_> {
     /// Panics if a size is not supported, or a buffer is too short.
     fn check(&self, out: View<'_>) {
         let heads = self.n_head_kv * self.group;
-        let past = self.positions.past + self.first;
+        let tokens = self.positions.tokens();
         let cache = |width: usize| {
-            self.n_head_kv * self.context * self.kv_type.row_bytes(width as u64) as usize
+            self.positions.capacity()
+                * self.n_head_kv
+                * self.kv_type.row_bytes(width as u64) as usize
         };
         assert!(
             self.key_width.is_multiple_of(4) && self.value_row_width.is_multiple_of(4),
@@ -205,23 +180,18 @@ impl Attend<'_> {
             "keys of {}",
             self.key_width
         );
-        assert!(
-            past + self.tokens <= self.context && self.group > 0,
-            "{past} + {} of {}",
-            self.tokens,
-            self.context
-        );
+        assert!(self.group > 0, "no queries");
         assert!(
             self.keys.len() >= cache(self.key_width)
                 && self.values.len() >= cache(self.value_row_width),
             "cached rows"
         );
         assert!(
-            self.queries.words() >= self.tokens * heads * self.key_width,
+            self.queries.words() >= tokens * heads * self.key_width,
             "queries"
         );
         assert!(
-            out.words() >= self.tokens * heads * self.value_width,
+            out.words() >= tokens * heads * self.value_width,
             "results of attention"
         );
         assert!(
@@ -230,44 +200,62 @@ impl Attend<'_> {
         );
     }
 
-    /// Returns the number of pieces of `len` positions that some of the tokens attend to, from the
-    /// first piece of the first token to the last piece of the last token.
-    ///
-    /// For a single token this is the most at any position of its last piece, so that recorded
-    /// launches serve for all of them.
-    pub(super) fn pieces(&self, len: usize, first: usize, tokens: usize) -> usize {
-        let past = self.positions.past + self.first + first;
-        if tokens == 1 {
-            let windows = self
-                .window
-                .map_or(usize::MAX, |window| window.div_ceil(len) + 1);
-            return (past + 1).div_ceil(len).min(windows);
-        }
-        let begin = self
-            .window
-            .map_or(0, |window| (past + 1).saturating_sub(window))
-            / len;
-        (past + tokens).div_ceil(len) - begin
+    /// Returns the first position that the token at a position attends to.
+    fn first_seen(&self, position: usize) -> usize {
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
-    /// Returns how many tokens from `first` on fit into the buffers at once when the context is cut
-    /// into pieces of `len` positions, and the number of their pieces.
+    /// Returns the number of chunks that a token attends to.
+    ///
+    /// For a token by itself this is the most at any position of its last chunk, so that recorded
+    /// launches serve for all of them.
+    fn chunks(&self, token: usize) -> usize {
+        let position = self.positions.of(token);
+        if self.positions.tokens() == 1 {
+            let windows = self
+                .window
+                .map_or(usize::MAX, |window| window.div_ceil(CHUNK) + 1);
+            return (position + 1).div_ceil(CHUNK).min(windows);
+        }
+        (position + 1).div_ceil(CHUNK) - self.first_seen(position) / CHUNK
+    }
+
+    /// Returns the number of pieces of `len` positions from the first that the first of consecutive
+    /// tokens attends to, to the last of the last token.
+    pub(super) fn pieces(&self, len: usize, tokens: &Range<usize>) -> usize {
+        let (first, last) = (
+            self.positions.of(tokens.start),
+            self.positions.of(tokens.end - 1),
+        );
+        (last + 1).div_ceil(len) - self.first_seen(first) / len
+    }
+
+    /// Returns how many of these tokens fit into the buffers at once, and the most pieces of one of
+    /// them; `pieces` has those of the tokens from the first to another.
     pub(super) fn fitting(
         &self,
         buffers: &AttentionBuffers,
-        len: usize,
-        first: usize,
+        tokens: &Range<usize>,
+        mut pieces: impl FnMut(usize) -> usize,
     ) -> (usize, usize) {
         let heads = self.n_head_kv * self.group;
-        let fits = |tokens: usize| {
-            self.pieces(len, first, tokens) * tokens * heads
-                <= buffers.query_chunks(self.value_width)
-        };
-        let tokens = (1..=self.tokens - first).rev().find(|n| fits(*n));
-        let positions = self.positions.past + self.first + first + 1;
-        let tokens = tokens
-            .unwrap_or_else(|| panic!("too small buffers for attention to {positions} positions"));
-        (tokens, self.pieces(len, first, tokens))
+        let room = buffers.query_chunks(self.value_width);
+        let (mut fitting, mut most) = (0, 0);
+        for token in tokens.clone() {
+            let wanted = most.max(pieces(token));
+            if wanted * (fitting + 1) * heads > room {
+                break;
+            }
+            (fitting, most) = (fitting + 1, wanted);
+        }
+        let position = self.positions.of(tokens.start);
+        assert!(
+            fitting > 0,
+            "too small buffers for attention to {} positions",
+            position + 1
+        );
+        (fitting, most)
     }
 }
 
@@ -326,7 +314,6 @@ impl Ops {
     pub fn store(
         &self,
         x: View<'_>,
-        tokens: usize,
         positions: Positions<'_>,
         cache: &CacheRows<'_>,
     ) -> Result<(), CudaError> {
@@ -334,29 +321,32 @@ impl Ops {
             kv_type,
             at,
             heads,
-            context,
             width,
         } = cache;
-        let bytes = heads * context * kv_type.row_bytes(width as u64) as usize;
-        let past = positions.past;
+        let tokens = positions.tokens();
+        let bytes = heads * positions.capacity() * kv_type.row_bytes(width as u64) as usize;
         assert!(
             width.is_multiple_of(4) && x.words() >= tokens * heads * width,
             "{tokens} x {heads} x {width}"
         );
         assert!(
-            past + tokens <= context && at.len() >= bytes,
-            "{past} + {tokens} of {context} positions"
+            at.len() >= bytes,
+            "a cache of {} positions",
+            positions.capacity()
         );
         let kernel = match kv_type {
             KvType::F32 => "store_f32",
             KvType::F16 => "store_f16",
             KvType::Q8_0 => "store_q8",
         };
+        let [at_positions, begins, tables, page_bits] = positions.args();
         let args = [
             x.arg(),
             int(width),
-            int(context),
-            positions.word(),
+            at_positions,
+            begins,
+            tables,
+            page_bits,
             at.arg(),
         ];
         self.launch(kernel, [blocks(heads, 1), few(tokens), 1], 128, &args)
@@ -368,9 +358,10 @@ impl Ops {
     /// # Panics
     /// When a head is wider than [`MAX_KEY`].
     pub fn place_heads(&self, h: &Heads<'_>) -> Result<(), CudaError> {
-        let (n, past) = (h.tokens, h.positions.past);
-        let cache =
-            |width: usize| h.n_head_kv * h.context * h.kv_type.row_bytes(width as u64) as usize;
+        let n = h.positions.tokens();
+        let cache = |width: usize| {
+            h.positions.capacity() * h.n_head_kv * h.kv_type.row_bytes(width as u64) as usize
+        };
         assert!(
             h.key_width <= MAX_KEY && h.value_width <= MAX_KEY,
             "heads of {}, {}",
@@ -382,11 +373,6 @@ impl Ops {
         assert!(
             h.new_values.words() >= n * h.n_head_kv * h.value_width,
             "values"
-        );
-        assert!(
-            past + n <= h.context,
-            "{past} + {n} of {} positions",
-            h.context
         );
         assert!(
             h.keys.len() >= cache(h.key_width) && h.values.len() >= cache(h.value_width),
@@ -406,6 +392,7 @@ impl Ops {
             KvType::F16 => "place_heads_f16",
             KvType::Q8_0 => "place_heads_q8",
         };
+        let [positions, begins, tables, page_bits] = h.positions.args();
         let args = [
             h.queries.arg(),
             h.new_keys.arg(),
@@ -423,8 +410,10 @@ impl Ops {
             int(h.n_head_kv),
             int(h.key_width),
             int(h.value_width),
-            int(h.context),
-            h.positions.word(),
+            positions,
+            begins,
+            tables,
+            page_bits,
             h.keys.arg(),
             h.values.arg(),
         ];
@@ -439,8 +428,8 @@ impl Ops {
     /// Computes attention; `out` is `[tokens, n_head_kv * group, value_width]`, and `quants` get
     /// its quantized form, a row per token.
     ///
-    /// From [`PROMPT_TOKENS`](super::PROMPT_TOKENS) tokens on, 16-bit floats are multiplied, unless
-    /// the keys are too wide for that.
+    /// For [`PROMPT_TOKENS`](super::PROMPT_TOKENS) tokens of one text and more, 16-bit floats are
+    /// multiplied, unless the keys are too wide for that.
     ///
     /// # Panics
     /// When a width is not a multiple of 4 (of quantized values, of 32), or keys are wider than
@@ -452,34 +441,52 @@ impl Ops {
         out: View<'_>,
         quants: Option<&mut Quants>,
     ) -> Result<(), CudaError> {
-        let heads = a.n_head_kv * a.group;
         a.check(out);
-        let kernel = match a.kv_type {
-            KvType::F32 => "attend_f32",
-            KvType::F16 => "attend_f16",
-            KvType::Q8_0 => "attend_q8",
-        };
-        let width = heads * a.value_width;
+        let tokens = a.positions.tokens();
         let quants = quants.map(|quants| {
             assert!(
                 a.value_width.is_multiple_of(32),
                 "values of {} to quantize",
                 a.value_width
             );
-            let _ = quants.take_shape(a.tokens, width);
+            let _ = quants.take_shape(tokens, a.n_head_kv * a.group * a.value_width);
             &*quants
         });
-        if let Some(kernel) = prompt_kernel(a) {
-            return self.attend_prompt(kernel, a, buffers, out, quants);
+        // Texts with few tokens each are taken together.
+        let mut done = 0;
+        for run in a.positions.runs() {
+            if let Some(kernel) = prompt_kernel(a, run.len()) {
+                self.attend_few(a, done..run.start, buffers, out, quants)?;
+                self.attend_prompt(kernel, a, run.clone(), buffers, out, quants)?;
+                done = run.end;
+            }
         }
-        let mut first = 0;
-        while first < a.tokens {
-            let (tokens, chunks) = a.fitting(buffers, CHUNK, first);
+        self.attend_few(a, done..tokens, buffers, out, quants)
+    }
+
+    /// Computes attention of some of the tokens, one by one.
+    fn attend_few(
+        &self,
+        a: &Attend<'_>,
+        tokens: Range<usize>,
+        buffers: &AttentionBuffers,
+        out: View<'_>,
+        quants: Option<&Quants>,
+    ) -> Result<(), CudaError> {
+        let heads = a.n_head_kv * a.group;
+        let kernel = match a.kv_type {
+            KvType::F32 => "attend_f32",
+            KvType::F16 => "attend_f16",
+            KvType::Q8_0 => "attend_q8",
+        };
+        let mut first = tokens.start;
+        while first < tokens.end {
+            let rest = first..tokens.end;
+            let (n, chunks) = a.fitting(buffers, &rest, |token| a.chunks(token));
             let queries = a
                 .queries
-                .floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
-            let to =
-                out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
+                .floats(first * heads * a.key_width..(first + n) * heads * a.key_width);
+            let to = out.floats(first * heads * a.value_width..(first + n) * heads * a.value_width);
             let (mixed, largest, sums) = (
                 buffers.mixed.view(),
                 buffers.largest.view(),
@@ -488,19 +495,21 @@ impl Ops {
             // The kernel writes the final result where there is only one chunk.
             let whole = chunks == 1;
             let [q, quant_scale, quant_sums] = quant_args(a, quants.filter(|_| whole), first);
+            let [positions, begins, tables, page_bits] = a.positions.part(first..first + n).args();
             let args = [
                 queries.arg(),
                 a.keys.aligned().arg(),
                 a.values.aligned().arg(),
-                int(a.context),
                 int(a.n_head_kv),
                 int(a.group),
                 int(a.key_width),
                 int(a.value_row_width),
                 int(a.value_width),
                 Arg::Float(a.scale),
-                a.positions.word(),
-                int(a.first + first),
+                positions,
+                begins,
+                tables,
+                page_bits,
                 int(a.window.unwrap_or(0)),
                 mixed.arg(),
                 largest.arg(),
@@ -514,13 +523,13 @@ impl Ops {
             let grid = [
                 blocks(chunks, 1),
                 few(a.n_head_kv * a.group.div_ceil(HEADS)),
-                few(tokens),
+                few(n),
             ];
             self.launch(kernel, grid, 128, &args)?;
             if !whole {
-                self.join(a, buffers, first..first + tokens, chunks, to, quants)?;
+                self.join(a, buffers, first..first + n, chunks, to, quants)?;
             }
-            first += tokens;
+            first += n;
         }
         Ok(())
     }

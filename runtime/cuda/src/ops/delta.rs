@@ -1,6 +1,6 @@
 //! The gated delta net between its matrix products.
 
-use super::{Quants, blocks, few, int};
+use super::{Positions, Quants, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
@@ -90,15 +90,15 @@ impl DeltaSizes {
 pub struct Delta<'a> {
     /// Sizes of the layer.
     pub sizes: DeltaSizes,
-    /// Number of tokens of the batch.
-    pub tokens: usize,
     /// `[tokens, channels]`, with the gates of all value heads if grouped by key head.
     pub projected: View<'a>,
     /// `[tokens, n_value_head * head_dim]`, unless grouped by key head.
     pub gates: View<'a>,
-    /// Strengths, then decays, `[tokens, n_value_head]` each; or `[tokens, 2 * n_value_head]`
+    /// Strengths, `[tokens, n_value_head]`; or strengths and decays, `[tokens, 2 * n_value_head]`
     /// grouped by key head.
-    pub raw_rates: View<'a>,
+    pub raw_strengths: View<'a>,
+    /// Decays, `[tokens, n_value_head]`, unless grouped by key head.
+    pub raw_decays: View<'a>,
     /// `[channels, conv_taps]`, oldest tap first.
     pub conv: View<'a>,
     /// `[n_value_head]`, added to the decay's input.
@@ -109,8 +109,8 @@ pub struct Delta<'a> {
     pub norm: View<'a>,
     /// Epsilon of all norms.
     pub eps: f32,
-    /// One integer: the number of tokens before these. At 0 the state is taken for zero.
-    pub past: View<'a>,
+    /// The tokens, of one text. At position 0 the state is taken for zero.
+    pub positions: Positions<'a>,
     /// `[conv_taps - 1, channels]`: the convolution's inputs of the last tokens, the newest last.
     pub inputs: View<'a>,
     /// `[n_value_head, head_dim, head_dim]`: the state, column by column.
@@ -126,11 +126,7 @@ pub struct Delta<'a> {
 impl Delta<'_> {
     /// Panics if a size is not supported, or a buffer is too short.
     fn check(&self) {
-        let &Delta {
-            sizes: s,
-            tokens: n,
-            ..
-        } = self;
+        let (s, n) = (self.sizes, self.positions.tokens());
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         let (channels, values) = (s.heads() * dim, n_value * dim);
         assert!(
@@ -149,10 +145,13 @@ impl Delta<'_> {
             self.projected.words() >= n * s.projected(),
             "{n} inputs: {s:?}"
         );
-        assert!(
-            self.raw_rates.words() >= 2 * n * n_value,
-            "{n} inputs: {s:?}"
-        );
+        let rates = if s.rates_by_key_head {
+            self.raw_strengths.words() / 2
+        } else {
+            self.raw_strengths.words().min(self.raw_decays.words())
+        };
+        assert!(rates >= n * n_value, "{n} inputs: {s:?}");
+        assert!(self.positions.runs().count() <= 1, "several texts");
         assert!(
             s.by_key_head || self.gates.words() >= n * values,
             "{n} gates: {s:?}"
@@ -162,9 +161,7 @@ impl Delta<'_> {
             "{s:?}"
         );
         assert!(
-            self.dt_bias.words() >= n_value
-                && self.decay.words() >= n_value
-                && self.past.words() >= 1,
+            self.dt_bias.words() >= n_value && self.decay.words() >= n_value,
             "{s:?}"
         );
         assert!(
@@ -187,25 +184,21 @@ impl Ops {
     /// # Panics
     /// When it is quantized and the width of heads is not a multiple of 32.
     pub fn delta(&self, d: &Delta<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let &Delta {
-            sizes: s,
-            tokens: n,
-            ..
-        } = d;
+        let (s, n) = (d.sizes, d.positions.tokens());
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         d.check();
         let values = n_value * dim;
         if n == 0 {
             return Ok(());
         }
-        let (past, by_key_head) = (d.past.arg(), Arg::Int(i32::from(s.by_key_head)));
-        // Decays follow the strengths: of all tokens, or of a key head.
+        let (past, by_key_head) = (d.positions.at().arg(), Arg::Int(i32::from(s.by_key_head)));
+        // Decays follow the strengths of a key head, or are apart.
         let alpha = if s.rates_by_key_head {
-            n_value / n_key
+            d.raw_strengths
+                .floats(n_value / n_key..d.raw_strengths.words())
         } else {
-            n * n_value
+            d.raw_decays
         };
-        let alpha = d.raw_rates.floats(alpha..d.raw_rates.words());
         let args = [
             d.projected.arg(),
             int(s.projected()),
@@ -217,7 +210,7 @@ impl Ops {
             d.conv.arg(),
             d.inputs.arg(),
             past,
-            d.raw_rates.arg(),
+            d.raw_strengths.arg(),
             alpha.arg(),
             Arg::Int(i32::from(s.rates_by_key_head)),
             d.dt_bias.arg(),

@@ -7,16 +7,18 @@
 mod attention;
 mod delta;
 mod gated;
+mod positions;
 mod products;
 mod prompt_attention;
 mod small;
 mod stream;
 
 pub use attention::{
-    Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, Positions, RopeTurns,
+    Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, RopeTurns,
 };
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
+pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
 pub use products::{
     BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants,
     SharedView, TokenGroup, TokenGroups, TransposedMatvec,

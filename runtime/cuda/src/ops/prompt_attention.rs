@@ -4,6 +4,7 @@ use super::attention::{Attend, AttentionBuffers};
 use super::{Quants, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
+use std::ops::Range;
 use tier_plan_formats::model::kv::KvType;
 
 /// Number of tokens from which on attention multiplies 16-bit floats.
@@ -23,9 +24,10 @@ pub(super) struct PromptKernel {
     warps: usize,
 }
 
-/// Returns the kernel for these sizes; `None` if there are too few tokens or the keys are too wide.
-pub(super) fn prompt_kernel(a: &Attend<'_>) -> Option<PromptKernel> {
-    if a.tokens < PROMPT_TOKENS {
+/// Returns the kernel for so many tokens of a text; `None` if they are too few or the keys are too
+/// wide.
+pub(super) fn prompt_kernel(a: &Attend<'_>, tokens: usize) -> Option<PromptKernel> {
+    if tokens < PROMPT_TOKENS {
         return None;
     }
     let kernel = |warps, f32, f16, q8| {
@@ -60,37 +62,43 @@ pub(super) fn prompt_kernel(a: &Attend<'_>) -> Option<PromptKernel> {
 }
 
 impl Ops {
-    /// Computes attention, whose sizes [`attend`](Self::attend) has checked.
+    /// Computes attention of consecutive tokens of one text. [`attend`](Self::attend) has checked
+    /// the sizes.
     pub(super) fn attend_prompt(
         &self,
         kernel: PromptKernel,
         a: &Attend<'_>,
+        run: Range<usize>,
         buffers: &AttentionBuffers,
         out: View<'_>,
         quants: Option<&Quants>,
     ) -> Result<(), CudaError> {
         let heads = a.n_head_kv * a.group;
-        let mut first = 0;
-        while first < a.tokens {
-            let (tokens, splits) = a.fitting(buffers, SPLIT, first);
+        let mut first = run.start;
+        while first < run.end {
+            let pieces = |last: usize| a.pieces(SPLIT, &(first..last + 1));
+            let (tokens, splits) = a.fitting(buffers, &(first..run.end), pieces);
             let queries = a
                 .queries
                 .floats(first * heads * a.key_width..(first + tokens) * heads * a.key_width);
             let to =
                 out.floats(first * heads * a.value_width..(first + tokens) * heads * a.value_width);
+            let [positions, begins, tables, page_bits] =
+                a.positions.part(first..first + tokens).args();
             let args = [
                 queries.aligned().arg(),
                 a.keys.aligned().arg(),
                 a.values.aligned().arg(),
-                int(a.context),
                 int(a.n_head_kv),
                 int(a.group),
                 int(a.key_width),
                 int(a.value_row_width),
                 int(a.value_width),
                 Arg::Float(a.scale),
-                a.positions.word(),
-                int(a.first + first),
+                positions,
+                begins,
+                tables,
+                page_bits,
                 int(tokens),
                 int(a.window.unwrap_or(0)),
                 buffers.mixed.view().arg(),

@@ -2,12 +2,12 @@
 
 use super::Check;
 use super::small::same_quants;
+use super::texts::{Text, parts_of_a_prompt, several_texts};
 use crate::outcome::{Expected, Outcome};
 use half::f16;
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
-    Attend, AttentionBuffers, CacheRows, HeadNorms, Heads, PROMPT_TOKENS, Positions, Quants,
-    RopeTurns,
+    Attend, AttentionBuffers, CacheRows, HeadNorms, Heads, PROMPT_TOKENS, Quants, RopeTurns,
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
@@ -49,6 +49,10 @@ pub(super) fn checks() -> Vec<Check> {
             format!("attend, a prompt, {kv_type}"),
             move |ops, random| prompt(ops, random, kv_type),
         ));
+        checks.push(Check::new(
+            format!("attend, several texts, {kv_type}"),
+            move |ops, random| several_texts(ops, random, kv_type),
+        ));
         let alone = move |ops: &Ops, random: &mut Random| parts_of_a_prompt(ops, random, kv_type);
         checks.push(Check::new(
             format!("attend, parts of a prompt, {kv_type}"),
@@ -59,7 +63,7 @@ pub(super) fn checks() -> Vec<Check> {
 }
 
 /// Stores a row as the CPU does.
-fn stored(kv_type: KvType, row: &[f32]) -> Vec<u8> {
+pub(super) fn stored(kv_type: KvType, row: &[f32]) -> Vec<u8> {
     match kv_type {
         KvType::F32 => row.iter().flat_map(|v| v.to_le_bytes()).collect(),
         KvType::F16 => {
@@ -100,7 +104,8 @@ fn widened(kv_type: KvType, bytes: &[u8], width: usize) -> Vec<f32> {
 fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
     for width in [4, 32, 40, 128, 576] {
-        let (tokens, heads, context, past) = (2, 3, 7, 4);
+        let (tokens, heads, past) = (2, 3, 7);
+        let text = Text::new(ops, past, tokens)?;
         let mut x: Vec<f32> = random.activations(tokens * heads * width);
         // A tie between two 16-bit floats, one below the smallest, zeros, and one too large for 16
         // bits.
@@ -108,30 +113,23 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
         x[width..width + 4].fill(0.0);
         x[2 * width] = 70_000.0;
         let row_bytes = kv_type.row_bytes(width as u64) as usize;
-        let before = vec![0x5a; heads * context * row_bytes];
+        let before = vec![0x5a; heads * text.capacity() * row_bytes];
         let cache = Buffer::of_bytes(ops.device(), &before)?;
         let rows = Buffer::of_f32(ops.device(), &x)?;
-        let word = Buffer::of_i32(ops.device(), &[past as i32])?;
-        let positions = Positions {
-            past,
-            on_device: word.view(),
-        };
         ops.store(
             rows.view(),
-            tokens,
-            positions,
+            text.positions(),
             &CacheRows {
                 kv_type,
                 at: cache.view(),
                 heads,
-                context,
                 width,
             },
         )?;
         let mut expected = before;
         for (at, row) in x.chunks_exact(width).enumerate() {
             let (t, head) = (at / heads, at % heads);
-            expected[(head * context + past + t) * row_bytes..][..row_bytes]
+            expected[(text.at(past + t) * heads + head) * row_bytes..][..row_bytes]
                 .copy_from_slice(&stored(kv_type, row));
         }
         outcome.compare_exact(&cache.view().to_bytes()?, &expected);
@@ -142,7 +140,8 @@ fn store(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
 /// Compares the fused kernel with single kernels, which have checks of their own.
 fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, CudaError> {
     let mut outcome = Outcome::default();
-    let (tokens, n_head, n_head_kv, context, past, half) = (3, 4, 2, 9, 5, 12);
+    let (tokens, n_head, n_head_kv, past, half) = (3, 4, 2, 6, 12);
+    let text = Text::new(ops, past, tokens)?;
     for (key_width, value_width, kind) in [(64, 64, RopeKind::Halves), (40, 24, RopeKind::Adjacent)]
     {
         for (normed, turned) in [(true, true), (false, true), (false, false)] {
@@ -157,13 +156,9 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
                 Buffer::of_f32(device, &random.floats(key_width))?,
             ];
             let turns = Buffer::of_f32(device, &random.floats(2 * tokens * half))?;
-            let word = Buffer::of_i32(device, &[past as i32])?;
-            let positions = Positions {
-                past,
-                on_device: word.view(),
-            };
             let rows = |width: usize| {
-                vec![0x5a; n_head_kv * context * kv_type.row_bytes(width as u64) as usize]
+                let row_bytes = kv_type.row_bytes(width as u64) as usize;
+                vec![0x5a; text.capacity() * n_head_kv * row_bytes]
             };
             let mut results = Vec::new();
             for fused in [true, false] {
@@ -188,14 +183,12 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
                         kind,
                         half,
                     }),
-                    tokens,
                     n_head,
                     n_head_kv,
                     key_width,
                     value_width,
                     kv_type,
-                    context,
-                    positions,
+                    positions: text.positions(),
                     keys: keys.view(),
                     values: values.view(),
                 };
@@ -224,8 +217,9 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
                 let rows = results[0][at]
                     .chunks_exact(bytes)
                     .zip(results[1][at].chunks_exact(bytes));
+                let written: Vec<usize> = (past..past + tokens).map(|p| text.at(p)).collect();
                 for (row, (got, expected)) in rows.enumerate() {
-                    if (past..past + tokens).contains(&(row % context)) {
+                    if written.contains(&(row / n_head_kv)) {
                         let expected = widened(kv_type, expected, width);
                         outcome.compare(
                             &widened(kv_type, got, width),
@@ -243,6 +237,7 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
 
 /// Normalizes, rotates and stores heads with one kernel per step.
 fn place_by_single_kernels(ops: &Ops, h: &Heads<'_>) -> Result<(), CudaError> {
+    let tokens = h.positions.tokens();
     let norms = h
         .norms
         .map_or([None; 2], |norms| [Some(norms.queries), Some(norms.keys)]);
@@ -252,26 +247,24 @@ fn place_by_single_kernels(ops: &Ops, h: &Heads<'_>) -> Result<(), CudaError> {
     ] {
         if let Some(norm) = norm {
             // Rows are so narrow that the order of sums is that of the fused kernel.
-            ops.rms_norm(x, Some(norm), h.tokens * heads, h.key_width, 1e-6, x)?;
+            ops.rms_norm(x, Some(norm), tokens * heads, h.key_width, 1e-6, x)?;
         }
         if let Some(turns) = &h.turns {
-            ops.rope(x, turns, h.tokens, heads, h.key_width)?;
+            ops.rope(x, turns, tokens, heads, h.key_width)?;
         }
     }
-    let (kv_type, heads, context) = (h.kv_type, h.n_head_kv, h.context);
+    let (kv_type, heads) = (h.kv_type, h.n_head_kv);
     for (x, at, width) in [
         (h.new_keys, h.keys, h.key_width),
         (h.new_values, h.values, h.value_width),
     ] {
         ops.store(
             x,
-            h.tokens,
             h.positions,
             &CacheRows {
                 kv_type,
                 at,
                 heads,
-                context,
                 width,
             },
         )?;
@@ -477,62 +470,6 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
     Ok(outcome)
 }
 
-/// Compares a prompt with parts of it: other tokens change no bit of a token's result.
-fn parts_of_a_prompt(
-    ops: &Ops,
-    random: &mut Random,
-    kv_type: KvType,
-) -> Result<Outcome, CudaError> {
-    let (n_head_kv, group, width, tokens, past) = (2, 3, 32, 45, 19);
-    let (heads, context) = (n_head_kv * group, past + tokens);
-    let mut cache = || {
-        let rows = (0..n_head_kv * context).map(|_| stored(kv_type, &random.floats(width)));
-        Buffer::of_bytes(ops.device(), &rows.collect::<Vec<_>>().concat())
-    };
-    let (keys, values) = (cache()?, cache()?);
-    let queries = Buffer::of_f32(ops.device(), &random.floats(tokens * heads * width))?;
-    let word = Buffer::of_i32(ops.device(), &[past as i32])?;
-    let buffers = AttentionBuffers::new(
-        ops.device(),
-        AttentionBuffers::values(tokens, heads, context, width),
-        width,
-    )?;
-    let mut outcome = Outcome::default();
-    for window in [None, Some(11)] {
-        let run = |first: usize, tokens: usize| -> Result<Vec<u32>, CudaError> {
-            let out = Buffer::new_f32(ops.device(), tokens * heads * width)?;
-            let attention = Attend {
-                queries: queries
-                    .view()
-                    .floats(first * heads * width..(first + tokens) * heads * width),
-                keys: keys.view(),
-                values: values.view(),
-                kv_type,
-                context,
-                n_head_kv,
-                group,
-                key_width: width,
-                value_row_width: width,
-                value_width: width,
-                scale: 0.3,
-                tokens,
-                positions: Positions {
-                    past,
-                    on_device: word.view(),
-                },
-                first,
-                window,
-                sinks: None,
-            };
-            ops.attend(&attention, &buffers, out.view(), None)?;
-            Ok(out.view().to_f32()?.into_iter().map(f32::to_bits).collect())
-        };
-        let whole = run(0, tokens)?;
-        outcome.compare_exact(&[run(0, 29)?, run(29, 16)?].concat(), &whole);
-    }
-    Ok(outcome)
-}
-
 fn compare_case(
     ops: &Ops,
     random: &mut Random,
@@ -550,16 +487,18 @@ fn compare_case(
         window,
         sinks,
     } = case;
-    let (heads, context) = (n_head_kv * group, past + tokens + 3);
+    let heads = n_head_kv * group;
+    // The tokens are the last of a batch.
+    let before = past.min(2);
+    let text = Text::new(ops, past - before, before + tokens)?;
     let mut rows_of = |width: usize| -> (Vec<u8>, Vec<Vec<f32>>) {
-        let mut rows: Vec<Vec<u8>> = (0..n_head_kv * context)
+        let mut rows: Vec<Vec<u8>> = (0..text.capacity() * n_head_kv)
             .map(|_| stored(kv_type, &random.floats(width)))
             .collect();
         // Positions without a token may hold NaN.
-        for head in rows.chunks_exact_mut(context) {
-            head[past + tokens..]
-                .iter_mut()
-                .for_each(|row| row.fill(0xff));
+        for position in past + tokens..text.capacity() {
+            let of_heads = &mut rows[text.at(position) * n_head_kv..][..n_head_kv];
+            of_heads.iter_mut().for_each(|row| row.fill(0xff));
         }
         (
             rows.concat(),
@@ -587,8 +526,6 @@ fn compare_case(
     let query_buffer = Buffer::of_f32(ops.device(), &queries)?;
     let sink_buffer = Buffer::of_f32(ops.device(), &sink_values)?;
     let out = Buffer::new_f32(ops.device(), tokens * heads * value_width)?;
-    let first = past.min(2);
-    let word = Buffer::of_i32(ops.device(), &[(past - first) as i32])?;
     // For two tokens at once, so that more tokens take several launches.
     let values_needed = AttentionBuffers::values(tokens.min(2), heads, past + tokens, value_width);
     let buffers = AttentionBuffers::new(ops.device(), values_needed, value_width)?;
@@ -601,19 +538,13 @@ fn compare_case(
             value_buffer.view()
         },
         kv_type,
-        context,
         n_head_kv,
         group,
         key_width,
         value_row_width,
         value_width,
         scale,
-        tokens,
-        positions: Positions {
-            past: past - first,
-            on_device: word.view(),
-        },
-        first,
+        positions: text.positions().part(before..before + tokens),
         window,
         sinks: sinks.then_some(sink_buffer.view()),
     };
@@ -641,13 +572,14 @@ fn compare_case(
         let query = &queries[at * key_width..][..key_width];
         let end = past + t + 1;
         let seen = window.map_or(0, |w| end.saturating_sub(w))..end;
-        let first = head / group * context;
-        let (seen_keys, seen_values) = (&keys[first..][seen.clone()], &values[first..][seen]);
+        let rows = seen.map(|p| text.at(p) * n_head_kv + head / group);
+        let of_text = |of: &[Vec<f32>]| rows.clone().map(|row| of[row].clone()).collect();
+        let (seen_keys, seen_values): (Vec<Vec<f32>>, Vec<_>) = (of_text(&keys), of_text(&values));
         let sink = sinks.then(|| f64::from(sink_values[head]));
-        let mut expected = plain_attention(f64::from(scale), query, seen_keys, seen_values, sink);
+        let mut expected = plain_attention(f64::from(scale), query, &seen_keys, &seen_values, sink);
         expected.truncate(value_width);
         let allowed = if halves {
-            F16_EPSILON * in_halves(kv_type, f64::from(scale), query, seen_keys)
+            F16_EPSILON * in_halves(kv_type, f64::from(scale), query, &seen_keys)
         } else {
             0.0
         };

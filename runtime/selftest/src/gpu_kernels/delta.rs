@@ -2,6 +2,7 @@
 
 use super::Check;
 use super::small::same_quants;
+use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{Delta, DeltaSizes, Quants};
@@ -271,12 +272,11 @@ impl Layer {
         };
         let (mut past, mut outcome) = (0, Outcome::default());
         for &n in batches {
-            let (projected, raw_rates) = (
-                given(&self.projected(past, n))?,
-                given(&self.raw_rates(past, n))?,
-            );
+            let projected = given(&self.projected(past, n))?;
+            let [strengths, decays] = self.raw_rates(past, n);
+            let (strengths, decays) = (given(&strengths)?, given(&decays)?);
             let gates = given(&self.gates[past * values..][..n * values])?;
-            let on_device = Buffer::of_i32(ops.device(), &[past as i32])?;
+            let text = Text::new(ops, past, n)?;
             let (heads, rates, out) = (
                 buffer(n * channels)?,
                 buffer(2 * n * n_value)?,
@@ -287,16 +287,16 @@ impl Layer {
             let mut after = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
             let delta = Delta {
                 sizes: s,
-                tokens: n,
                 projected: projected.view(),
                 gates: gates.view(),
-                raw_rates: raw_rates.view(),
+                raw_strengths: strengths.view(),
+                raw_decays: decays.view(),
                 conv: conv.view(),
                 dt_bias: dt_bias.view(),
                 decay: decay.view(),
                 norm: norm.view(),
                 eps: EPS,
-                past: on_device.view(),
+                positions: text.positions(),
                 inputs: inputs.view(),
                 matrices: matrices.view(),
                 heads: heads.view(),
@@ -343,19 +343,21 @@ impl Layer {
         projected
     }
 
-    /// Returns the results of the products for rates for some tokens.
-    fn raw_rates(&self, first: usize, n: usize) -> Vec<f32> {
+    /// Returns the results of the products for rates for some tokens: strengths and decays, or both
+    /// by key head.
+    fn raw_rates(&self, first: usize, n: usize) -> [Vec<f32>; 2] {
         let s = self.sizes;
         let range = first * s.n_value_head..(first + n) * s.n_value_head;
         let (beta, alpha) = (&self.beta[range.clone()], &self.alpha[range]);
         if !s.rates_by_key_head {
-            return [beta, alpha].concat();
+            return [beta.to_vec(), alpha.to_vec()];
         }
         let group = s.n_value_head / s.n_key_head;
-        beta.chunks_exact(group)
+        let by_key_head = beta
+            .chunks_exact(group)
             .zip(alpha.chunks_exact(group))
-            .flat_map(|(b, a)| [b, a].concat())
-            .collect()
+            .flat_map(|(b, a)| [b, a].concat());
+        [by_key_head.collect(), Vec::new()]
     }
 }
 

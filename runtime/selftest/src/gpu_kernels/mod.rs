@@ -7,6 +7,7 @@ mod gated;
 mod products;
 mod small;
 mod stream;
+mod texts;
 
 use crate::outcome::Outcome;
 use std::sync::Arc;

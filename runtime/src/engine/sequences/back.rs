@@ -146,13 +146,18 @@ impl Sequences {
             let old = std::mem::replace(&mut sequence.windows, windows);
             self.states.windows.release(old);
         }
-        for layer in &mut self.cache.layers {
-            match state {
-                Some(state) => layer.copy_state(state, own),
-                None => layer.reset(own),
+        let copied = match state {
+            Some(state) => self.cache.copy_state(state, own),
+            None => {
+                let layers = self.cache.layers.iter_mut();
+                layers.for_each(|layer| layer.reset(own));
+                Ok(())
             }
+        };
+        if copied.is_err() {
+            self.get_mut(id)?.broken = true;
         }
         self.trim(id);
-        Ok(())
+        copied
     }
 }

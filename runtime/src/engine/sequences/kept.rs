@@ -1,7 +1,6 @@
 //! Beginnings of texts that are kept for texts to come: in the cache, and in files.
 
 use super::super::kept_files::{Kept, KeptFiles};
-use super::super::prefixes::Found;
 use super::{Cache, Sequence, SequenceId, Sequences, States, WHOLE, find};
 use crate::error::RunError;
 use crate::layers::pages::{PAGE, StateIdx};
@@ -14,13 +13,9 @@ impl Sequences {
     /// As [`add`](Self::add).
     pub(crate) fn begin(&mut self, tokens: &[u32]) -> Result<(SequenceId, usize), RunError> {
         let most = tokens.len().saturating_sub(1).min(self.context);
-        let found = if self.on_gpu {
-            Found::default()
-        } else {
-            self.load_kept(tokens, most);
-            let needs_checkpoints = self.needs_checkpoints();
-            self.prefixes.find(tokens, most, needs_checkpoints)
-        };
+        self.load_kept(tokens, most);
+        let needs_checkpoints = self.needs_checkpoints();
+        let found = self.prefixes.find(tokens, most, needs_checkpoints);
         let n = found.n;
         let windows = self.states.windows.begin_at(found.state);
         Ok((self.add_with(&tokens[..n], found, windows, true)?, n))
@@ -30,7 +25,7 @@ impl Sequences {
     pub(crate) fn keep(&mut self, id: SequenceId) {
         let Ok(sequence) = self.get(id) else { return };
         let (n_past, state) = (sequence.n_past(), sequence.state);
-        if sequence.broken || self.on_gpu || n_past == 0 {
+        if sequence.broken || n_past == 0 {
             return;
         }
         let is_here = |(at, _): &(usize, StateIdx)| *at == n_past;
@@ -39,10 +34,9 @@ impl Sequences {
             && !has_checkpoint
             && let Some(copy) = self.take_checkpoint()
         {
-            for layer in &mut self.cache.layers {
-                layer.copy_state(state, copy);
-            }
-            if let Some(sequence) = find(&mut self.slots, id) {
+            if self.cache.copy_state(state, copy).is_err() {
+                self.states.release(copy);
+            } else if let Some(sequence) = find(&mut self.slots, id) {
                 self.states.windows.hold(copy, &sequence.windows, n_past);
                 sequence.checkpoints.push((n_past, copy));
             }
@@ -101,10 +95,14 @@ impl Sequences {
                 let Some(page) = self.take_page(PAGE) else {
                     return false;
                 };
-                let layers = self.cache.of_kind_mut(WHOLE);
-                layers.fold(&bytes[..], |bytes, layer| layer.load_page(page, bytes));
-                pages.push(page);
-                true
+                let mut layers = self.cache.of_kind_mut(WHOLE);
+                let loaded =
+                    layers.try_fold(&bytes[..], |bytes, layer| layer.load_page(page, bytes).ok());
+                match loaded {
+                    Some(_) => pages.push(page),
+                    None => self.pages.release(page),
+                }
+                loaded.is_some()
             });
         }
         self.files = files;
@@ -135,12 +133,15 @@ impl Sequences {
         let len = states.chain(held).sum();
         let bytes = self.files.as_mut()?.read(Kept::State, tokens, len)?;
         let pages = self.states.windows.hold_new(state, tokens.len())?;
-        let layers = self.cache.layers.iter_mut();
-        let mut bytes = layers.fold(&bytes[..], |bytes, layer| layer.load_state(state, bytes));
+        let mut layers = self.cache.layers.iter_mut();
+        let mut bytes = layers.try_fold(&bytes[..], |bytes, layer| {
+            layer.load_state(state, bytes).ok()
+        })?;
         for (kind, pages) in pages.iter().enumerate() {
             for page in pages {
-                let layers = self.cache.of_kind_mut(kind + 1);
-                bytes = layers.fold(bytes, |bytes, layer| layer.load_page(*page, bytes));
+                let mut layers = self.cache.of_kind_mut(kind + 1);
+                bytes =
+                    layers.try_fold(bytes, |bytes, layer| layer.load_page(*page, bytes).ok())?;
             }
         }
         Some(())
@@ -163,22 +164,22 @@ fn save_kept(files: &mut KeptFiles, sequence: &Sequence, cache: &Cache, states: 
         let tokens = &sequence.tokens[..end];
         files.write(Kept::Page, tokens, || {
             let mut bytes = Vec::new();
-            let layers = cache.of_kind(WHOLE);
-            layers.for_each(|layer| layer.save_page(*page, &mut bytes));
-            bytes
+            let mut layers = cache.of_kind(WHOLE);
+            layers.try_for_each(|layer| layer.save_page(*page, &mut bytes))?;
+            Ok(bytes)
         });
         if let Some((_, state)) = sequence.checkpoints.iter().find(|(at, _)| *at == end) {
             files.write(Kept::State, tokens, || {
                 let mut bytes = Vec::new();
-                let layers = cache.layers.iter();
-                layers.for_each(|layer| layer.save_state(*state, &mut bytes));
+                let mut layers = cache.layers.iter();
+                layers.try_for_each(|layer| layer.save_state(*state, &mut bytes))?;
                 for (kind, pages) in states.windows.held(*state).enumerate() {
                     for page in pages {
-                        let layers = cache.of_kind(kind + 1);
-                        layers.for_each(|layer| layer.save_page(*page, &mut bytes));
+                        let mut layers = cache.of_kind(kind + 1);
+                        layers.try_for_each(|layer| layer.save_page(*page, &mut bytes))?;
                     }
                 }
-                bytes
+                Ok(bytes)
             });
         }
     }
