@@ -49,6 +49,9 @@ impl Engine {
             token,
             &mut sequences.cache.rotations.tables,
         )?;
+        if batch.logits.is_empty() {
+            output.logits.clear();
+        }
         for (_, checkpoint) in checkpoints {
             sequences.cache.copy_state(own, checkpoint)?;
         }

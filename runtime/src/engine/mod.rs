@@ -31,6 +31,8 @@ mod gpu_split_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod gpu_tests;
+#[cfg(test)]
+mod gpu_texts_tests;
 mod kept_files;
 mod load;
 pub mod measure;

@@ -15,19 +15,19 @@ use tier_plan_formats::model::{describe, spec::Mixer};
 use tier_plan_formats::placement::{Pins, Placement, TierIdx};
 use tier_plan_testing::{data, is_nightly, models};
 
-const CONTEXT: u32 = 40;
-const TEXTS: u32 = 4;
+pub(super) const CONTEXT: u32 = 40;
+pub(super) const TEXTS: u32 = 4;
 
 /// A model, and its texts' logits when each is alone.
-struct Fixture {
-    gguf: Arc<Gguf>,
-    shape: ModelShape,
+pub(super) struct Fixture {
+    pub(super) gguf: Arc<Gguf>,
+    pub(super) shape: ModelShape,
     /// Whether a text can go back to fewer tokens.
     rewinds: bool,
 }
 
 impl Fixture {
-    fn new(name: &str) -> Self {
+    pub(super) fn new(name: &str) -> Self {
         Self::of("arch", name)
     }
 
@@ -71,7 +71,7 @@ impl Fixture {
     }
 
     /// The logits of every token of a text that is alone, `[tokens, n_vocab]`, as bits.
-    fn alone(&self, tokens: &[u32], kv_type: KvType) -> Vec<Vec<u32>> {
+    pub(super) fn alone(&self, tokens: &[u32], kv_type: KvType) -> Vec<Vec<u32>> {
         let mut engine = self.engine(&self.plan(1, kv_type, 0, false), 1, 512);
         let n_vocab = engine.spec().n_vocab;
         let logits = engine.forward(tokens, LogitsMode::All).unwrap();
@@ -85,7 +85,7 @@ pub(super) fn rows(logits: &[f32], n_vocab: usize) -> Vec<Vec<u32>> {
 }
 
 /// The tokens of a text that a number names. All begin alike.
-fn text(number: usize) -> Vec<u32> {
+pub(super) fn text(number: usize) -> Vec<u32> {
     text_of(number, CONTEXT as usize)
 }
 
@@ -99,7 +99,7 @@ pub(super) fn text_of(number: usize, len: usize) -> Vec<u32> {
 
 /// What happens to one of the texts at a time.
 #[derive(Debug, Clone)]
-enum Action {
+pub(super) enum Action {
     /// A step with this many tokens of each text, in this order, of as many as it has left.
     Step(Vec<(usize, usize)>),
     /// The text is kept for others.
@@ -113,7 +113,7 @@ enum Action {
     Back(usize, usize),
 }
 
-fn action() -> impl Strategy<Value = Action> {
+pub(super) fn action() -> impl Strategy<Value = Action> {
     let texts = TEXTS as usize - 1;
     let part = (0..texts, prop_oneof![3 => Just(1), 2 => 0..12usize]);
     prop_oneof![
@@ -130,14 +130,47 @@ fn action() -> impl Strategy<Value = Action> {
 }
 
 /// An engine with some texts, each compared with itself alone.
-struct Company<'a> {
+pub(super) struct Company<'a> {
     fixture: &'a Fixture,
-    engine: Engine,
+    pub(super) engine: Engine,
     texts: Vec<(SequenceId, Vec<u32>)>,
     alone: &'a [Vec<Vec<u32>>],
+    /// Whether a token's logits are as they should be; both are bits.
+    agree: fn(&[u32], &[u32]) -> bool,
 }
 
-impl Company<'_> {
+impl<'a> Company<'a> {
+    /// Begins all texts but one that an engine has room for.
+    pub(super) fn new(
+        fixture: &'a Fixture,
+        mut engine: Engine,
+        alone: &'a [Vec<Vec<u32>>],
+        agree: fn(&[u32], &[u32]) -> bool,
+    ) -> Self {
+        let texts = (0..TEXTS as usize - 1)
+            .map(|t| (engine.add_sequence().unwrap(), text(t)))
+            .collect();
+        Self {
+            fixture,
+            engine,
+            texts,
+            alone,
+            agree,
+        }
+    }
+
+    /// Takes actions, and ends the texts: no page is lost.
+    pub(super) fn act_all(&mut self, actions: &[Action]) {
+        for action in actions {
+            self.act(action);
+        }
+        for (id, _) in &self.texts {
+            self.engine.remove_sequence(*id);
+        }
+        let Pages { free, total } = self.engine.pages();
+        assert_eq!(free, total, "no page is lost");
+    }
+
     fn act(&mut self, action: &Action) {
         match action {
             Action::Step(parts) => self.step(parts),
@@ -207,7 +240,7 @@ impl Company<'_> {
         assert_eq!(found.len(), wanted.len());
         for (found, (text, at)) in found.iter().zip(wanted) {
             assert!(
-                *found == self.alone[text][at],
+                (self.agree)(found, &self.alone[text][at]),
                 "token {at} of text {text}, in {parts:?}"
             );
         }
@@ -259,19 +292,8 @@ fn compare_with_company(fixture: &Fixture, cases: u32) {
     };
     proptest!(config, |((actions, kv, checkpoints, pinned, threads, batch) in strategy)| {
         let plan = fixture.plan(TEXTS, kv_types[kv], checkpoints, pinned);
-        let mut engine = fixture.engine(&plan, threads, batch);
-        let all = engine.pages();
-        let texts = (0..TEXTS as usize - 1)
-            .map(|t| (engine.add_sequence().unwrap(), text(t)))
-            .collect();
-        let mut company = Company { fixture, engine, texts, alone: &alone[kv] };
-        for action in &actions {
-            company.act(action);
-        }
-        for (id, _) in &company.texts {
-            company.engine.remove_sequence(*id);
-        }
-        assert_eq!(company.engine.pages(), all, "no page is lost");
+        let engine = fixture.engine(&plan, threads, batch);
+        Company::new(fixture, engine, &alone[kv], |a, b| a == b).act_all(&actions);
     });
 }
 

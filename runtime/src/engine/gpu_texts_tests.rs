@@ -1,0 +1,147 @@
+//! Several texts in one engine with attention on a GPU, which is emulated on the processor: the
+//! kernels are those of a real one.
+
+use super::gpu_tests::{ALL, Experts, load, plan};
+use super::sequences_tests::{CONTEXT, Company, Fixture, TEXTS, action, rows, text};
+use crate::engine::{Engine, LogitsMode, Rows};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::DenseKind;
+use tier_plan_formats::placement::Placement;
+use tier_plan_testing::{is_nightly, nmse};
+
+/// Largest error of a token's logits from the processor's, as in the tests of single texts.
+const SMALL_ERROR: f64 = 1e-5;
+
+/// Grouped queries, windows with sinks, latents, and delta nets.
+const NAMES: [&str; 4] = ["qwen3moe", "gpt-oss", "deepseek-v3", "qwen3next"];
+
+fn nearly(found: &[u32], expected: &[u32]) -> bool {
+    let floats = |bits: &[u32]| bits.iter().map(|x| f32::from_bits(*x)).collect::<Vec<_>>();
+    nmse(&floats(found), &floats(expected)) < SMALL_ERROR
+}
+
+/// A plan for some texts, with all or every second layer's attention on the GPU.
+fn plan_for(
+    fixture: &Fixture,
+    kv_type: KvType,
+    (sequences, checkpoints): (u32, u32),
+    part: usize,
+) -> Placement {
+    let (shape, of) = (&fixture.shape, (CONTEXT, kv_type));
+    let odd = |kind: DenseKind, layer: Option<u32>| {
+        kind == DenseKind::Attention && layer.is_some_and(|layer| layer % 2 == 1)
+    };
+    let mut plan = match part {
+        0 => plan(shape, of, ALL, true, Experts::Gpu),
+        1 => plan(shape, of, ALL, true, Experts::File),
+        _ => plan(shape, of, odd, false, Experts::Memory),
+    };
+    (plan.sequences, plan.checkpoints) = (sequences, checkpoints);
+    plan.fill_sums(shape);
+    for tier in &mut plan.tiers {
+        tier.budget_bytes = tier.used_bytes();
+    }
+    plan
+}
+
+#[test]
+fn texts_on_a_gpu_have_nearly_the_logits_that_they_have_alone_on_the_processor() {
+    let strategy = (
+        prop::collection::vec(action(), 4..24),
+        0..3usize,
+        0..6u32,
+        prop_oneof![Just(3usize), Just(16), Just(512)],
+    );
+    let kv_types = [KvType::F32, KvType::F16, KvType::Q8_0];
+    let cases = if is_nightly() { 24 } else { 2 };
+    for name in NAMES {
+        let fixture = Fixture::new(name);
+        let alone = kv_types.map(|kv| {
+            let texts = 0..TEXTS as usize;
+            texts
+                .map(|t| fixture.alone(&text(t), kv))
+                .collect::<Vec<_>>()
+        });
+        // The same cases in every run: where two experts are nearly tied, the other may be chosen.
+        let mut runner = TestRunner::deterministic();
+        for part in (0..3).flat_map(|part| std::iter::repeat_n(part, cases)) {
+            let tree = strategy.new_tree(&mut runner).unwrap();
+            let (actions, kv, checkpoints, batch) = tree.current();
+            let plan = plan_for(&fixture, kv_types[kv], (TEXTS, checkpoints), part);
+            let engine = load(&fixture.gguf, &plan, batch);
+            Company::new(&fixture, engine, &alone[kv], nearly).act_all(&actions);
+        }
+    }
+}
+
+/// Adds the rest of a text after what is kept of it, keeps it, and removes it. Returns how many
+/// tokens were kept, and the last logits.
+fn read(engine: &mut Engine, tokens: &[u32]) -> (usize, Vec<u32>) {
+    let (sequence, n) = engine.begin_sequence(tokens).unwrap();
+    let n_vocab = engine.spec().n_vocab;
+    // Token by token, as they are decoded.
+    let mut found = Vec::new();
+    for token in &tokens[n..] {
+        let rest = Rows {
+            sequence,
+            tokens: &[*token],
+            logits: Some(LogitsMode::Last),
+        };
+        found = rows(engine.step(&[rest]).unwrap(), n_vocab).remove(0);
+    }
+    engine.keep_sequence(sequence);
+    engine.remove_sequence(sequence);
+    assert!(engine.take_kept_notes().is_empty());
+    (n, found)
+}
+
+#[test]
+fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
+    for (name, checkpoints) in [("qwen3moe", 0), ("deepseek-v3", 0), ("qwen3next", 5)] {
+        let (fixture, kv_type) = (Fixture::new(name), KvType::Q8_0);
+        let folder = tempfile::tempdir().unwrap();
+        let open = |part: usize| {
+            let plan = plan_for(&fixture, kv_type, (2, checkpoints), part);
+            let mut engine = load(&fixture.gguf, &plan, 512);
+            engine.keep_in(folder.path(), 1 << 30).unwrap();
+            engine
+        };
+        let mut other = text(0)[..31].to_vec();
+        other[27] += 1;
+        let alone = fixture.alone(&other, kv_type);
+        let mut engine = open(0);
+        assert_eq!(read(&mut engine, &text(0)[..30]).0, 0, "{name}");
+        let (n, found) = read(&mut engine, &other);
+        assert!(n >= 24 && nearly(&found, &alone[30]), "{name}: {n}");
+        // Another program has the same bits; one that has other parts on the GPU begins anew.
+        assert_eq!(read(&mut open(0), &other), (24, found), "{name}");
+        assert_eq!(read(&mut open(2), &other).0, 0, "{name}");
+    }
+}
+
+#[test]
+fn launches_are_recorded_anew_for_a_text_with_another_state() {
+    let fixture = Fixture::new("qwen3next");
+    let plan = plan_for(&fixture, KvType::F16, (2, 0), 0);
+    let mut engine = load(&fixture.gguf, &plan, 512);
+    let texts = [0, 1].map(|number| (engine.add_sequence().unwrap(), text(number)));
+    let alone = [0, 1].map(|number| fixture.alone(&text(number), KvType::F16));
+    let n_vocab = engine.spec().n_vocab;
+    // Three tokens of one text, then three of the other.
+    for at in 0..12 {
+        for (which, (sequence, tokens)) in texts.iter().enumerate() {
+            for token in at * 3..(at + 1) * 3 {
+                let step = Rows {
+                    sequence: *sequence,
+                    tokens: &tokens[token..token + 1],
+                    logits: Some(LogitsMode::Last),
+                };
+                let found = rows(engine.step(&[step]).unwrap(), n_vocab);
+                assert!(nearly(&found[0], &alone[which][token]), "{which} {token}");
+            }
+        }
+    }
+}
