@@ -76,7 +76,14 @@ impl LayerBackend for Gpu {
     }
 
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError> {
-        Ok(Gpu::head(self)?.run(stage.rows.clone(), logits)?)
+        let (n_vocab, mut rest) = (stage.spec.n_vocab, logits);
+        // Rows without wanted logits lie between those of several texts.
+        for rows in stage.batch.logits.chunk_by(|a, b| a + 1 == *b) {
+            let (of_rows, after) = rest.split_at_mut(rows.len() * n_vocab);
+            Gpu::head(self)?.run(rows[0]..rows[0] + rows.len(), of_rows)?;
+            rest = after;
+        }
+        Ok(())
     }
 
     fn predict(

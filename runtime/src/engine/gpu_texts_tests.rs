@@ -56,7 +56,7 @@ fn texts_on_a_gpu_have_nearly_the_logits_that_they_have_alone_on_the_processor()
         prop_oneof![Just(3usize), Just(16), Just(512)],
     );
     let kv_types = [KvType::F32, KvType::F16, KvType::Q8_0];
-    let cases = if is_nightly() { 24 } else { 2 };
+    let cases = if is_nightly() { 32 } else { 4 };
     for name in NAMES {
         let fixture = Fixture::new(name);
         let alone = kv_types.map(|kv| {
