@@ -5,7 +5,7 @@
 
 use crate::common::{self, check_refusal, demo_model, json, root, stdout, succeeded};
 use crate::driver::{Place, Report};
-use serde_json::Value;
+use serde_json::{Value, json as value};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -321,6 +321,115 @@ fn the_bundled_model_on_a_gpu_says_what_its_logits_do() {
     let (output, report) = case.place.clean(&[], &list);
     assert_eq!(json(output)["text"], tokenizer.decode(&answer.greedy));
     assert!(report.calls("cuGraphLaunch") >= 5, "{report:?}");
+}
+
+#[test]
+fn several_texts_at_once_say_on_a_gpu_what_they_say_on_the_processor() {
+    let place = Place::new();
+    let (model, folder) = (demo_model(), place.path().to_path_buf());
+    let model = model.to_str().unwrap();
+    let requests = [
+        PROMPT,
+        "And he said unto them",
+        "In the beginning",
+        PROMPT,
+        "Now when",
+    ];
+    let lines = requests.iter().enumerate().map(|(id, prompt)| {
+        let body = value!({"prompt": prompt, "max_tokens": 12, "temperature": 0});
+        let line = value!({"custom_id": id.to_string(), "method": "POST", "url": "/v1/completions", "body": body});
+        format!("{line}\n")
+    });
+    fs::write(folder.join("in.jsonl"), lines.collect::<String>()).unwrap();
+    let answers = |vram: &[&str], plan: &str| {
+        fs::write(folder.join("machine.toml"), machine(vram, "64MiB")).unwrap();
+        let solve = [
+            "solve",
+            model,
+            "-m",
+            "machine.toml",
+            "-o",
+            plan,
+            "--context",
+            "64",
+            "--parallel",
+            "3",
+            "--json",
+        ];
+        let solved = json(common::run_in(&folder, &solve));
+        let kv_on_gpu = vram
+            .iter()
+            .enumerate()
+            .all(|(tier, _)| solved["tiers"][tier]["kv_bytes"].as_u64() > Some(0));
+        assert!(kv_on_gpu, "{solved}");
+        let _ = fs::remove_file(folder.join("out.jsonl"));
+        let batch = [
+            "batch",
+            model,
+            "in.jsonl",
+            "-o",
+            "out.jsonl",
+            "--plan",
+            plan,
+        ];
+        let report = if vram.is_empty() {
+            succeeded(common::run_in(&folder, &batch));
+            Report::default()
+        } else {
+            let (output, report) = place.clean(&[], &batch);
+            succeeded(output);
+            report
+        };
+        let out = fs::read_to_string(folder.join("out.jsonl")).unwrap();
+        let mut texts: Vec<(String, String)> = out
+            .lines()
+            .map(|line| {
+                let line: Value = serde_json::from_str(line).unwrap();
+                let text = &line["response"]["body"]["choices"][0]["text"];
+                let id = line["custom_id"].as_str().unwrap();
+                (
+                    id.into(),
+                    text.as_str().unwrap_or_else(|| panic!("{line}")).into(),
+                )
+            })
+            .collect();
+        texts.sort();
+        (texts, report)
+    };
+    let (on_gpu, report) = answers(&["64MiB"], "plan.toml");
+    assert!(report.calls("cuLaunchKernel") > 0, "{report:?}");
+    let (on_processor, _) = answers(&[], "processor.toml");
+    assert_eq!(on_gpu.len(), requests.len());
+    assert_eq!(on_gpu, on_processor);
+    assert_eq!(on_gpu[0].1, on_gpu[3].1);
+}
+
+#[test]
+fn a_machine_with_a_gpu_is_probed_and_planned_for() {
+    let place = Place::new();
+    let model = root().join("tests/data/arch/qwen3moe.gguf");
+    let model = model.to_str().unwrap();
+    let probe = ["probe", "--quick", "--model", model, "--json"];
+    let (output, _) = place.clean(&[], &probe);
+    let found = json(output);
+    let gpu = &found["gpus"][0];
+    assert_eq!(gpu["name"], "Stand-in 0", "{found}");
+    let machine = fs::read_to_string(place.path().join("machine.toml")).unwrap();
+    for figure in [
+        "link_gbps",
+        "layer_us",
+        "resident_layer_us",
+        "prompt_gflops",
+    ] {
+        assert!(
+            machine.contains(&format!("{figure} = ")),
+            "{figure}: {machine}"
+        );
+    }
+    let solve = ["solve", model, "-m", "machine.toml", "--json"];
+    let solved = json(common::run_in(place.path(), &solve));
+    let tiers = solved["tiers"].as_array().unwrap();
+    assert!(tiers.iter().any(|tier| tier["name"] == "vram"), "{solved}");
 }
 
 #[test]

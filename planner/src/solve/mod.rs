@@ -186,7 +186,6 @@ pub fn solve_with_pool(
     };
     let mut notes = evidence.notes.clone();
     notes.extend(efficiency_note(problem));
-    notes.extend(gpu_note(problem));
     notes.extend(cpu_only::notes(problem));
     notes.extend(best.notes);
     if objective.target_tok_s.is_some() || objective.kind != Objective::Latency {
@@ -235,15 +234,6 @@ fn efficiency_note(problem: &Problem<'_>) -> Option<String> {
             "rates of the tiers that the CPU computes on are those of machine '{name}' times its efficiency of \
              {efficiency}"
         )
-    })
-}
-
-/// Returns a sentence on GPUs that several texts keep from having attention.
-fn gpu_note(problem: &Problem<'_>) -> Option<String> {
-    let has_gpu = problem.machine.tiers.iter().any(|tier| tier.is_gpu());
-    (has_gpu && problem.sequences > 1).then(|| {
-        "a GPU keeps the keys and values of one text only: with several at once, attention is planned for the CPU"
-            .to_string()
     })
 }
 

@@ -351,8 +351,8 @@ impl Capacity {
 
     /// Adds the layers' KV caches with the real GPUs that may have them.
     ///
-    /// A GPU may if it has room for the layer's attention too, kernels for it, and one text only: the
-    /// engine keeps no other text's cache there. A cache that no GPU may have is set aside.
+    /// A GPU may if it has room for the layer's attention too, and kernels for it. A cache that no
+    /// GPU may have is set aside.
     fn add_caches(&mut self, problem: &Problem<'_>, constraints: &Constraints) -> Result<()> {
         let Problem {
             shape,
@@ -387,8 +387,7 @@ impl Capacity {
                     |g: &DenseShape| g.bytes.saturating_add(gpu_bytes) <= self.left_bytes[t.get()];
                 let allowed = |g: &DenseShape| constraints.allows_attention(g.layer, *t);
                 let runs = |g: &DenseShape| self.runs((Part::Dense(g.kind), g.layer), *t);
-                let is_gpu = self.tiers[*t].is_gpu() && problem.sequences == 1;
-                is_gpu && group.is_some_and(|g| fits(g) && allowed(g) && runs(g))
+                self.tiers[*t].is_gpu() && group.is_some_and(|g| fits(g) && allowed(g) && runs(g))
             };
             let gpus: Vec<TierIdx> = self.tiers.indices().filter(may_have).collect();
             if gpus.is_empty() {
