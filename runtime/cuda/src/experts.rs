@@ -67,12 +67,14 @@ pub struct ChosenExperts<'a> {
     pub input: View<'a>,
     /// Quantized `input`, where the layer's experts [take](PinnedExperts::takes_quants) it.
     pub quants: &'a Quants,
-    /// `[n]` indices of experts.
+    /// `[tokens, n_used]` indices of experts.
     pub which: View<'a>,
-    /// `[n]`.
+    /// `[tokens, n_used]`.
     pub weights: View<'a>,
-    /// Number of chosen experts.
-    pub n: usize,
+    /// Number of tokens.
+    pub tokens: usize,
+    /// Chosen experts per token.
+    pub n_used: usize,
 }
 
 /// Experts of a model on one device.
@@ -348,8 +350,8 @@ impl PinnedExperts {
         self.layer(layer).is_some_and(Layer::takes_quants)
     }
 
-    /// Adds the weighted results of a token's experts to `x`, `[hidden]`. Nothing is copied to the
-    /// host.
+    /// Adds the weighted results of the tokens' experts to `x`, `[tokens, hidden]`. Nothing is copied
+    /// to the host.
     ///
     /// # Panics
     /// When not all experts of the layer are pinned here, or there are too few
@@ -365,14 +367,16 @@ impl PinnedExperts {
             quants,
             which,
             weights,
-            n,
+            tokens,
+            n_used,
         } = chosen;
+        let jobs = tokens * n_used;
         let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else {
             panic!("layer {layer} on a device")
         };
         assert!(
-            l.pinned.iter().all(|pinned| *pinned) && n <= self.rows,
-            "{n} experts of layer {layer}"
+            l.pinned.iter().all(|pinned| *pinned) && jobs <= self.rows,
+            "{jobs} experts of layer {layer}"
         );
         let ExpertKind {
             hidden, ffn, down, ..
@@ -385,8 +389,8 @@ impl PinnedExperts {
         };
         let uses = Uses {
             which,
-            jobs: n,
-            rows: 1,
+            jobs,
+            rows: tokens,
             groups: TokenGroups::none(which),
         };
         l.inner(
@@ -404,8 +408,8 @@ impl PinnedExperts {
             which,
             bias: l.bias(Part::Down),
             weights,
-            tokens: 1,
-            n_used: n,
+            tokens,
+            n_used,
             n_rows: hidden,
             n_cols: ffn,
             x: Input::for_type(down, inner.gate.view(), inner.quants),

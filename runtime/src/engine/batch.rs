@@ -3,7 +3,7 @@
 use super::backend::Buffers;
 use super::sequences::{SequenceId, Sequences};
 use crate::error::RunError;
-use crate::layers::index::MoeLayer;
+use crate::layers::index::{MoeIdx, MoeLayer};
 use crate::layers::mixer::Segment;
 use crate::layers::pages::{PageIdx, StateIdx};
 use std::ops::Range;
@@ -231,6 +231,12 @@ impl Choices {
             per_token,
         }
     }
+
+    /// Returns where the `n_used` experts of a layer are among those of a token.
+    pub(crate) fn of_layer(&self, layer: MoeIdx, n_used: usize) -> Range<usize> {
+        let first = self.first[layer.get()];
+        first..first + n_used
+    }
 }
 
 /// What a step returns.
@@ -260,9 +266,10 @@ impl Output {
         buffers: &Buffers,
     ) {
         let used = moe.spec.n_used;
+        let first = choices.of_layer(moe.index, used).start;
         for t in 0..batch.len() {
             let from = t * used;
-            let to = (batch.offset + t) * choices.per_token + choices.first[moe.index.get()];
+            let to = (batch.offset + t) * choices.per_token + first;
             self.routing.experts[to..to + used]
                 .copy_from_slice(&buffers.experts[from..from + used]);
             self.routing.weights[to..to + used]

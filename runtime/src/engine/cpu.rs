@@ -88,10 +88,10 @@ impl Cpu {
         }
     }
 
-    /// Returns the hidden state that a token has before the first layer, `[hidden]`.
-    pub(crate) fn embed_token(&mut self, spec: &ModelSpec, token: u32) -> &[f32] {
-        self.embed_rows(spec, &[token]);
-        &self.x[..spec.hidden]
+    /// Returns the hidden states that tokens have before the first layer, `[tokens, hidden]`.
+    pub(crate) fn embed_tokens(&mut self, spec: &ModelSpec, tokens: &[u32]) -> &[f32] {
+        self.embed_rows(spec, tokens);
+        &self.x[..tokens.len() * spec.residual_width()]
     }
 
     fn embed_rows(&mut self, spec: &ModelSpec, tokens: &[u32]) {

@@ -1,17 +1,33 @@
-//! A single token through a model that is fully on one GPU.
+//! Decoded tokens, one each of some texts, through a model that is fully on one GPU.
 
 use super::Engine;
 use super::batch::{Batch, Phase};
-use super::meter::TokenExperts;
+use super::meter::StepExperts;
 use super::sequences::WHOLE;
 use crate::error::RunError;
-use crate::gpu::Token;
+use crate::gpu::Tokens;
 use crate::layers::index::layers;
+use crate::layers::mixer::Segment;
+use crate::layers::pages::StateIdx;
+use std::collections::BTreeSet;
 use std::time::Instant;
 use tier_plan_formats::placement::TierIdx;
 
 impl Engine {
-    /// Takes a call's single token through a model that is all on the GPU of `tier`.
+    /// Returns the tier whose GPU takes all of a batch through the model without the host, if one
+    /// does.
+    pub(super) fn gpu_of_step(&mut self, batch: &Batch) -> Result<Option<TierIdx>, RunError> {
+        let is_decoding = batch.single
+            || batch.phase == Phase::Decode && batch.spans.iter().all(|span| span.rows.len() == 1);
+        let tier = self
+            .fully_on_gpu
+            .filter(|_| is_decoding && !self.experts.scores_predictions);
+        let Some(tier) = tier else { return Ok(None) };
+        let gpu = self.backends.processors.gpus.of(tier);
+        Ok((batch.len() <= gpu.full_model()?.most_tokens()).then_some(tier))
+    }
+
+    /// Takes a batch with one token per text through a model that is all on the GPU of `tier`.
     pub(super) fn pass_on_gpu(&mut self, tier: TierIdx, batch: &Batch) -> Result<(), RunError> {
         let start = Instant::now();
         let Self {
@@ -21,54 +37,75 @@ impl Engine {
             sequences,
             meter,
             output,
+            choices,
             ..
         } = self;
-        let (spec, id) = (model.spec(), batch.tokens[0]);
+        let (spec, n) = (model.spec(), batch.len());
         let processors = &mut backends.processors;
         let embeds = processors.gpus.places.embedding == Some(tier);
-        output.logits.resize(spec.n_vocab, 0.0);
-        let Some(mut segment) = batch.segments(&(0..1), WHOLE).next() else {
-            return Ok(());
-        };
-        let checkpoints = std::mem::take(&mut segment.checkpoints);
-        let own = segment.state;
-        let token = Token {
-            token: id,
-            state: if embeds {
+        let first = output.logits.len();
+        output.logits.resize(first + n * spec.n_vocab, 0.0);
+        let mut segments: Vec<Segment<'_>> = batch.segments(&(0..n), WHOLE).collect();
+        let checkpoints: Vec<(StateIdx, StateIdx)> = segments
+            .iter_mut()
+            .flat_map(|segment| {
+                let state = segment.state;
+                let checkpoints = segment.checkpoints.drain(..);
+                checkpoints.map(move |(_, to)| (state, to))
+            })
+            .collect();
+        let chosen = batch.offset * choices.per_token..(batch.offset + n) * choices.per_token;
+        let tokens = Tokens {
+            ids: &batch.tokens,
+            states: if embeds {
                 None
             } else {
-                Some(processors.cpu.embed_token(spec, id))
+                Some(processors.cpu.embed_tokens(spec, &batch.tokens))
             },
-            segment,
-            experts: &mut output.routing.experts,
-            weights: &mut output.routing.weights,
-            logits: &mut output.logits,
+            segments: &segments,
+            experts: &mut output.routing.experts[chosen.clone()],
+            weights: &mut output.routing.weights[chosen.clone()],
+            logits: &mut output.logits[first..],
         };
-        processors.gpus.of(tier).full_model()?.token(
+        processors.gpus.of(tier).full_model()?.tokens(
             experts.store.of_tier(tier),
-            token,
+            tokens,
             &mut sequences.cache.rotations.tables,
         )?;
-        if batch.logits.is_empty() {
-            output.logits.clear();
+        keep_rows(&mut output.logits, first, spec.n_vocab, &batch.logits);
+        for (from, to) in checkpoints {
+            sequences.cache.copy_state(from, to)?;
         }
-        for (_, checkpoint) in checkpoints {
-            sequences.cache.copy_state(own, checkpoint)?;
+        for span in &batch.spans {
+            sequences.advance(span.sequence, &batch.tokens[span.rows.clone()]);
         }
-        sequences.advance(batch.spans[0].sequence, &batch.tokens);
         if batch.phase == Phase::Decode {
-            let store = &experts.store;
-            let used = layers(spec).filter_map(|layer| {
-                let moe = layer.moe?;
-                let n_used = moe.spec.n_used as u64;
-                Some(TokenExperts {
-                    layer,
-                    n_used,
-                    bytes: store.expert_bytes(moe.index.get()) * n_used,
+            let (store, chosen) = (&experts.store, &output.routing.experts[chosen]);
+            let used: Vec<StepExperts<'_>> = layers(spec)
+                .filter_map(|layer| {
+                    let moe = layer.moe?;
+                    let of_tokens = chosen.chunks_exact(choices.per_token);
+                    let at = choices.of_layer(moe.index, moe.spec.n_used);
+                    let of_layer = of_tokens.flat_map(|token| &token[at.clone()]);
+                    let distinct = of_layer.collect::<BTreeSet<_>>().len() as u64;
+                    Some(StepExperts {
+                        layer,
+                        n_used: distinct,
+                        bytes: store.expert_bytes(moe.index.get()) * distinct,
+                    })
                 })
-            });
-            meter.count_token_on_gpu(start, tier, used);
+                .collect();
+            meter.count_step_on_gpu(start, tier, &used);
         }
         Ok(())
     }
+}
+
+/// Keeps the wanted rows of logits, `[rows, n_vocab]` from `first` on.
+fn keep_rows(logits: &mut Vec<f32>, first: usize, n_vocab: usize, wanted: &[usize]) {
+    for (to, from) in wanted.iter().enumerate() {
+        let row = first + from * n_vocab;
+        logits.copy_within(row..row + n_vocab, first + to * n_vocab);
+    }
+    logits.truncate(first + wanted.len() * n_vocab);
 }

@@ -1,15 +1,19 @@
 //! Several texts in one engine with attention on a GPU, which is emulated on the processor: the
 //! kernels are those of a real one.
 
-use super::gpu_tests::{ALL, Experts, load, plan};
+use super::gpu_tests::{ALL, Experts, Watched, load, plan};
 use super::sequences_tests::{CONTEXT, Company, Fixture, TEXTS, action, rows, text};
 use crate::engine::{Engine, LogitsMode, Rows};
+use crate::options::LoadOptions;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use tier_plan_cuda::Device;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::DenseKind;
-use tier_plan_formats::placement::Placement;
+use tier_plan_formats::placement::{Placement, TierIdx};
 use tier_plan_testing::{is_nightly, nmse};
 
 /// Largest error of a token's logits from the processor's, as in the tests of single texts.
@@ -23,7 +27,8 @@ fn nearly(found: &[u32], expected: &[u32]) -> bool {
     nmse(&floats(found), &floats(expected)) < SMALL_ERROR
 }
 
-/// A plan for some texts, with all or every second layer's attention on the GPU.
+/// A plan for some texts: everything on the GPU, experts in the file with slots in main memory or on
+/// the GPU, or no more than every second layer's attention on the GPU.
 fn plan_for(
     fixture: &Fixture,
     kv_type: KvType,
@@ -36,9 +41,15 @@ fn plan_for(
     };
     let mut plan = match part {
         0 => plan(shape, of, ALL, true, Experts::Gpu),
-        1 => plan(shape, of, ALL, true, Experts::File),
+        1 | 2 => plan(shape, of, ALL, true, Experts::File),
         _ => plan(shape, of, odd, false, Experts::Memory),
     };
+    if part == 2 {
+        let layers = plan.layers.iter_mut().zip(&shape.experts);
+        layers.for_each(|(layer, of)| {
+            (layer.slots, layer.slot_tier) = (of.n_expert / 2, TierIdx::FIRST);
+        });
+    }
     (plan.sequences, plan.checkpoints) = (sequences, checkpoints);
     plan.fill_sums(shape);
     for tier in &mut plan.tiers {
@@ -67,7 +78,7 @@ fn texts_on_a_gpu_have_nearly_the_logits_that_they_have_alone_on_the_processor()
         });
         // The same cases in every run: where two experts are nearly tied, the other may be chosen.
         let mut runner = TestRunner::deterministic();
-        for part in (0..3).flat_map(|part| std::iter::repeat_n(part, cases)) {
+        for part in (0..4).flat_map(|part| std::iter::repeat_n(part, cases)) {
             let tree = strategy.new_tree(&mut runner).unwrap();
             let (actions, kv, checkpoints, batch) = tree.current();
             let plan = plan_for(&fixture, kv_types[kv], (TEXTS, checkpoints), part);
@@ -118,7 +129,81 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         assert!(n >= 24 && nearly(&found, &alone[30]), "{name}: {n}");
         // Another program has the same bits; one that has other parts on the GPU begins anew.
         assert_eq!(read(&mut open(0), &other), (24, found), "{name}");
-        assert_eq!(read(&mut open(2), &other).0, 0, "{name}");
+        assert_eq!(read(&mut open(3), &other).0, 0, "{name}");
+    }
+}
+
+#[test]
+fn tokens_of_several_texts_go_through_a_gpu_without_coming_back() {
+    for name in NAMES {
+        let (fixture, kv_type) = (Fixture::new(name), KvType::F16);
+        let plan = plan_for(&fixture, kv_type, (3, 0), 0);
+        let device = Arc::new(Watched::new(usize::MAX));
+        let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+        let options = LoadOptions {
+            threads: Some(2),
+            ..LoadOptions::default()
+        };
+        let gguf = Arc::clone(&fixture.gguf);
+        let loaded = Engine::load_on(gguf, &plan, &options, Some(&give), &mut |_, _| {});
+        let mut engine = loaded.unwrap();
+        let n_vocab = engine.spec().n_vocab;
+        let texts: Vec<_> = (0..3)
+            .map(|t| (engine.add_sequence().unwrap(), text(t)))
+            .collect();
+        let alone = [0, 1, 2].map(|t| fixture.alone(&text(t), kv_type));
+        // Prompts of several lengths, all of them with something.
+        for (t, (sequence, tokens)) in texts.iter().enumerate() {
+            let prompt = Rows {
+                sequence: *sequence,
+                tokens: &tokens[..3 + 4 * t],
+                logits: None,
+            };
+            engine.step(&[prompt]).unwrap();
+        }
+        engine.reset_counters();
+        let mut uses = 0;
+        for i in 0..6 {
+            let step: Vec<Rows<'_>> = texts
+                .iter()
+                .enumerate()
+                .map(|(t, (sequence, tokens))| Rows {
+                    sequence: *sequence,
+                    tokens: &tokens[3 + 4 * t + i..4 + 4 * t + i],
+                    // One text wants none.
+                    logits: (t != 1).then_some(LogitsMode::Last),
+                })
+                .collect();
+            device.take();
+            let found = rows(engine.step(&step).unwrap(), n_vocab);
+            let [launches, reads, _, recordings] = device.take();
+            assert_eq!(
+                (reads, recordings),
+                (2, usize::from(i == 1)),
+                "{name}, step {i}"
+            );
+            assert_eq!(launches > 0, i < 2, "{name}, step {i}: {launches} launches");
+            for (found, t) in found.iter().zip([0, 2]) {
+                assert!(
+                    nearly(found, &alone[t][3 + 4 * t + i]),
+                    "{name}, step {i}, text {t}"
+                );
+            }
+            let per_token = engine.routing().experts.len() / 3;
+            let used = fixture.shape.experts.iter().scan(0, |first, layer| {
+                let n_used = layer.n_used as usize;
+                let at = *first..*first + n_used;
+                *first = at.end;
+                let of_tokens = engine.routing().experts.chunks_exact(per_token);
+                let of_layer = of_tokens.flat_map(|token| &token[at.clone()]);
+                Some(of_layer.collect::<BTreeSet<_>>().len() as u64)
+            });
+            uses += used.sum::<u64>();
+        }
+        let layers = &engine.counters().layers;
+        let hits: u64 = layers.iter().map(|layer| layer.pinned_hits).sum();
+        assert_eq!(hits, uses, "{name}: an expert counts once per step");
+        assert_eq!(engine.counters().decode_tokens, 18);
     }
 }
 

@@ -324,13 +324,13 @@ impl Meter {
         }
     }
 
-    /// Counts a decoded token that never left the GPU of `tier`. Nothing was waited for in between,
-    /// so its time since `start` is shared out by bytes. `experts` are those of each MoE layer.
-    pub(crate) fn count_token_on_gpu<'a>(
+    /// Counts decoded tokens that never left the GPU of `tier`. Nothing was waited for in between, so
+    /// their time since `start` is shared out by bytes. `experts` are those of each MoE layer.
+    pub(crate) fn count_step_on_gpu(
         &mut self,
         start: Instant,
         tier: TierIdx,
-        experts: impl Iterator<Item = TokenExperts<'a>> + Clone,
+        experts: &[StepExperts<'_>],
     ) {
         let time = start.elapsed();
         let mut total = StageBytes::new(self.outside.by_tier().len());
@@ -345,11 +345,11 @@ impl Meter {
                 .for_each(|(tier, bytes)| total.add(tier, *bytes));
         }
         experts
-            .clone()
+            .iter()
             .for_each(|layer| total.add(tier, layer.bytes));
         let sum: u64 = total.by_tier().iter().sum();
         let share = |bytes: u64| time.mul_f64(bytes as f64 / sum.max(1) as f64);
-        for TokenExperts {
+        for &StepExperts {
             layer,
             n_used,
             bytes,
@@ -406,9 +406,9 @@ fn ahead_bytes(shape: &ModelShape, experts: &ExpertShape) -> Option<u64> {
         .then(|| shape.dense_bytes_of(experts.layer))
 }
 
-/// The experts that a token uses in one layer.
+/// The experts that the tokens of a step use in one layer, each counted once.
 #[derive(Clone, Copy)]
-pub(crate) struct TokenExperts<'a> {
+pub(crate) struct StepExperts<'a> {
     pub(crate) layer: Layer<'a>,
     pub(crate) n_used: u64,
     /// Bytes of all of them.

@@ -317,10 +317,7 @@ impl Engine {
 
     /// Takes a batch through all layers.
     fn pass(&mut self, batch: &Batch) -> Result<(), RunError> {
-        if let Some(tier) = self
-            .fully_on_gpu
-            .filter(|_| batch.single && !self.experts.scores_predictions)
-        {
+        if let Some(tier) = self.gpu_of_step(batch)? {
             return self.pass_on_gpu(tier, batch);
         }
         let Self {

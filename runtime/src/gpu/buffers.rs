@@ -1,6 +1,7 @@
 //! The buffers of forward passes on a GPU, all allocated when a model is loaded.
 
 use super::Most;
+use super::full::most_texts;
 use crate::layers::pages::PAGE;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
@@ -49,7 +50,7 @@ pub(crate) struct BufferSizes {
     logits: usize,
     /// Words of the tokens' positions and pages.
     positions: usize,
-    /// A token's choices in all layers.
+    /// Choices in all layers for the tokens of a step that stays on the GPU.
     record: usize,
     attend: usize,
     /// Smallest width of attention's values.
@@ -101,7 +102,7 @@ impl BufferSizes {
                 Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.up.n_out),
                 Ffn::Moe(moe) => {
                     if here(at.ffn) {
-                        s.record += 2 * moe.n_used;
+                        s.record += 2 * moe.n_used * most_texts(texts.min(rows));
                         (s.n_expert, s.n_used) =
                             (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
                     }
@@ -266,8 +267,8 @@ pub(super) struct GpuBuffers {
     /// `[n_head, nope, kv_rank]` dequantized projections of a layer from latents to keys.
     pub(super) absorbed: Buffer,
     pub(super) logits: Buffer,
-    /// Routers' choices for a token that stays on the GPU: by layer, experts and then their
-    /// weights.
+    /// Routers' choices for tokens that stay on the GPU: by layer, the experts of all tokens and then
+    /// their weights.
     pub(super) record: Buffer,
     /// Rotations by rope table, `[rows, pairs]` of cosine and sine.
     pub(super) turns: Vec<Buffer>,

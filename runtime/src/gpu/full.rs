@@ -1,10 +1,13 @@
-//! A decoded token of a model that is fully on one GPU: everything is launched without waiting, and
-//! the routers' choices are copied to the host at the end.
+//! Decoded tokens of a model that is fully on one GPU, one each of some texts: everything is launched
+//! without waiting, and the routers' choices are copied to the host at the end.
 //!
-//! The launches are recorded once per chunk of the context, and replayed for every token in it.
-//! What differs between tokens, their id and their position, is in the device's memory.
+//! The launches are recorded once per chunk of the context, and replayed for every token in it. With
+//! several texts they are recorded anew where any of them comes to a chunk. What differs between
+//! tokens, their ids, positions, and pages, is in the device's memory.
 
 use super::Gpu;
+use super::buffers::logit_rows;
+use super::rows::GPU_ROWS;
 use super::stages::{ChoiceViews, FfnBlock, Head, LayerFfn, LayerMixer, Router};
 use super::workspace::{Output, Residual, Workspace};
 use crate::gpu::matrix::Matrix;
@@ -12,42 +15,47 @@ use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
 use crate::layers::places::{Place, Places};
 use crate::layers::rope::RopeTable;
+use std::collections::BTreeSet;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ChosenExperts, PinnedExperts};
 use tier_plan_cuda::ops::{CHUNK, Recorded};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
-/// Recorded launches of a token.
+/// Most texts whose tokens go through a GPU together without coming back. Each reads its own experts:
+/// with many texts, it is better to read once what several have chosen.
+const MAX_TEXTS: usize = 16;
+
+/// Recorded launches of a step.
 #[derive(Default)]
 pub(super) struct Replay {
-    /// Whether all kernels have been launched once, which recording requires.
-    warm: bool,
+    /// Numbers of tokens whose kernels have all been launched once, which recording requires.
+    warm: BTreeSet<usize>,
     /// Whether the device can't record.
     unsupported: bool,
-    recorded: Option<RecordedChunk>,
+    recorded: Option<RecordedStep>,
 }
 
-/// Launches that serve for every position of a chunk of the context, of all texts with a recurrent
-/// state.
-struct RecordedChunk {
-    chunk: usize,
-    state: StateIdx,
+/// Launches that serve for every position in the same chunks of the context.
+struct RecordedStep {
+    /// Of each text: the chunk of the context, and the recurrent state.
+    texts: Vec<(usize, StateIdx)>,
     launches: Recorded,
 }
 
-/// A decoded token, and memory for its results.
-pub(crate) struct Token<'a> {
-    pub(crate) token: u32,
-    /// Hidden state before the first layer, `[hidden]`, if the embedding is elsewhere.
-    pub(crate) state: Option<&'a [f32]>,
-    /// Its place in its text. No checkpoint follows.
-    pub(crate) segment: Segment<'a>,
-    /// Experts that the routers chose, `[layers, n_used]`.
+/// Decoded tokens, one each of some texts, and memory for their results.
+pub(crate) struct Tokens<'a> {
+    /// `[n]`.
+    pub(crate) ids: &'a [u32],
+    /// Hidden states before the first layer, `[n, hidden]`, if the embedding is elsewhere.
+    pub(crate) states: Option<&'a [f32]>,
+    /// The tokens' places in their texts. No checkpoint follows any of them.
+    pub(crate) segments: &'a [Segment<'a>],
+    /// Experts that the routers chose, `[n, layers, n_used]`.
     pub(crate) experts: &'a mut [u16],
-    /// `[layers, n_used]`.
+    /// `[n, layers, n_used]`.
     pub(crate) weights: &'a mut [f32],
-    /// `[n_vocab]`.
+    /// `[n, n_vocab]`.
     pub(crate) logits: &'a mut [f32],
 }
 
@@ -85,8 +93,8 @@ pub(crate) fn full_gpu_tier(
         .then_some(tier)
 }
 
-/// Returns the tier whose GPU holds a whole model, except perhaps the embedding. A decoded token
-/// stays on that GPU from its id to its logits.
+/// Returns the tier whose GPU holds a whole model, except perhaps the embedding. Decoded tokens stay
+/// on that GPU from their ids to their logits.
 pub fn fully_on_gpu(plan: &Placement, shape: &ModelShape) -> Option<TierIdx> {
     full_gpu_tier(plan, shape, &Places::new(plan, shape.n_layer as usize))
 }
@@ -146,36 +154,45 @@ impl Gpu {
 }
 
 impl FullModel<'_> {
-    /// Computes a token. `experts` are those of the model's layers, if it has any.
-    pub(crate) fn token(
+    /// Returns the most tokens that are computed together.
+    pub(crate) fn most_tokens(&self) -> usize {
+        let used = self.layers.iter().filter_map(|layer| match &layer.block {
+            FullBlock::Moe { router, .. } => Some(router.spec.n_used),
+            FullBlock::Dense(_) => None,
+        });
+        let rows = GPU_ROWS / used.max().unwrap_or(1).max(1);
+        most_texts(rows.min(logit_rows(self.head.matrix.n_out, self.work.rows)))
+    }
+
+    /// Computes tokens. `experts` are those of the model's layers, if it has any.
+    pub(crate) fn tokens(
         mut self,
         mut experts: Option<&mut PinnedExperts>,
-        token: Token<'_>,
+        tokens: Tokens<'_>,
         ropes: &mut [RopeTable],
     ) -> Result<(), CudaError> {
-        let segments = std::slice::from_ref(&token.segment);
-        let Segment { past, state, .. } = token.segment;
+        let (segments, n) = (tokens.segments, tokens.ids.len());
         self.work.prepare(segments, ropes)?;
-        match token.state {
+        match tokens.states {
             Some(values) => {
                 self.embedding = None;
-                self.work.state(0..1).write_f32(values)?;
+                self.work.state(0..n).write_f32(values)?;
             }
-            None => self
-                .work
-                .buffers
-                .ids
-                .view()
-                .write(&token.token.to_ne_bytes())?,
+            None => {
+                let ids: Vec<u8> = tokens.ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
+                self.work.buffers.ids.view().write(&ids)?;
+            }
         }
-        let chunk = past / CHUNK;
+        let texts = segments
+            .iter()
+            .map(|segment| (segment.past / CHUNK, segment.state));
         match &self.replay.recorded {
-            Some(recorded) if recorded.chunk == chunk && recorded.state == state => {
+            Some(recorded) if texts.clone().eq(recorded.texts.iter().copied()) => {
                 recorded.launches.replay()?;
             }
-            _ if !self.replay.warm || self.replay.unsupported => {
+            _ if !self.replay.warm.contains(&n) || self.replay.unsupported => {
                 self.launch(experts.as_deref_mut(), segments)?;
-                self.replay.warm = true;
+                self.replay.warm.insert(n);
             }
             _ => {
                 self.replay.recorded = None;
@@ -183,11 +200,8 @@ impl FullModel<'_> {
                 match ops.record(|| self.launch(experts.as_deref_mut(), segments))? {
                     Some(launches) => {
                         launches.replay()?;
-                        self.replay.recorded = Some(RecordedChunk {
-                            chunk,
-                            state,
-                            launches,
-                        });
+                        let texts = texts.collect();
+                        self.replay.recorded = Some(RecordedStep { texts, launches });
                     }
                     None => {
                         self.replay.unsupported = true;
@@ -196,31 +210,41 @@ impl FullModel<'_> {
                 }
             }
         }
-        self.work.buffers.logits.view().read_f32(token.logits)?;
-        self.read_choices(token.experts, token.weights)
+        self.work.buffers.logits.view().read_f32(tokens.logits)?;
+        self.read_choices(n, tokens.experts, tokens.weights)
     }
 
-    /// Copies the routers' choices to the host: by layer, `n_used` experts and then their weights.
-    fn read_choices(&mut self, experts: &mut [u16], weights: &mut [f32]) -> Result<(), CudaError> {
+    /// Copies the routers' choices for `n` tokens to the host: by layer, the experts of all tokens and
+    /// then their weights.
+    fn read_choices(
+        &mut self,
+        n: usize,
+        experts: &mut [u16],
+        weights: &mut [f32],
+    ) -> Result<(), CudaError> {
         let mut choices = std::mem::take(&mut self.work.answer);
         choices.resize(2 * experts.len(), 0.0);
         let read = self.work.buffers.record.view().read_f32(&mut choices);
-        let mut first = 0;
+        let (per_token, mut first) = (experts.len() / n, 0);
         let decoded = read.and_then(|()| {
             for (index, layer) in self.layers.iter().enumerate() {
                 let FullBlock::Moe { router, .. } = &layer.block else {
                     continue;
                 };
-                let (n, n_expert) = (router.spec.n_used, router.spec.n_expert);
-                let (indices, chosen_weights) = choices[2 * first..2 * (first + n)].split_at(n);
-                self.work.decode_experts(
-                    index,
-                    n_expert,
-                    indices,
-                    &mut experts[first..first + n],
-                )?;
-                weights[first..first + n].copy_from_slice(chosen_weights);
-                first += n;
+                let (used, n_expert) = (router.spec.n_used, router.spec.n_expert);
+                let of_layer = &choices[2 * n * first..2 * n * (first + used)];
+                let (indices, chosen_weights) = of_layer.split_at(n * used);
+                for token in 0..n {
+                    let (from, to) = (token * used, token * per_token + first);
+                    self.work.decode_experts(
+                        index,
+                        n_expert,
+                        &indices[from..from + used],
+                        &mut experts[to..to + used],
+                    )?;
+                    weights[to..to + used].copy_from_slice(&chosen_weights[from..from + used]);
+                }
+                first += used;
             }
             Ok(())
         });
@@ -228,27 +252,27 @@ impl FullModel<'_> {
         decoded
     }
 
-    /// Computes a token from its id, or its first hidden state, to its logits: launches only.
+    /// Computes tokens from their ids, or their first hidden states, to their logits: launches only.
     fn launch(
         &mut self,
         mut experts: Option<&mut PinnedExperts>,
         segments: &[Segment<'_>],
     ) -> Result<(), CudaError> {
-        let work = &mut *self.work;
+        let (work, n) = (&mut *self.work, segments.len());
         if let Some(table) = self.embedding {
-            let (ids, x) = (work.buffers.ids.view(), work.state(0..1));
+            let (ids, x) = (work.buffers.ids.view(), work.state(0..n));
             work.ops
-                .dequantize_chosen(table.ty, table.view(), work.hidden, ids, 1, x)?;
+                .dequantize_chosen(table.ty, table.view(), work.hidden, ids, n, x)?;
         }
         let (mut first, mut moe_index) = (0, 0);
         // What a part computes is added to the state by the norm of the next part.
         let mut residual = Residual::None;
         for FullLayer { mixer, ffn, block } in &self.layers {
-            mixer.run(work, 0..1, segments, residual)?;
+            mixer.run(work, 0..n, segments, residual)?;
             let (router, shared) = match block {
                 FullBlock::Dense(block) => {
-                    ffn.norm(work, 0..1, Residual::Pending, Output::F32)?;
-                    block.run(work, 1)?;
+                    ffn.norm(work, 0..n, Residual::Pending, Output::F32)?;
+                    block.run(work, n)?;
                     residual = Residual::Pending;
                     continue;
                 }
@@ -259,26 +283,27 @@ impl FullModel<'_> {
                 .is_some_and(|experts| experts.takes_quants(moe_index));
             ffn.norm(
                 work,
-                0..1,
+                0..n,
                 Residual::Pending,
                 Output::quantized_if(takes_quants),
             )?;
-            let n = router.spec.n_used;
-            let record = work.buffers.record.view().floats(first..first + 2 * n);
-            router.choose(work, 1, ChoiceViews::of(record, n))?;
+            let n_used = router.spec.n_used;
+            let choices = first..first + 2 * n * n_used;
+            let record = work.buffers.record.view().floats(choices.clone());
+            router.choose(work, n, ChoiceViews::of(record, n * n_used))?;
             residual = match shared {
                 Some(shared) => {
-                    shared.run(work, 1)?;
+                    shared.run(work, n)?;
                     Residual::Pending
                 }
                 None => Residual::None,
             };
             if let Some(experts) = experts.as_deref_mut() {
-                let record = work.buffers.record.view().floats(first..first + 2 * n);
+                let record = work.buffers.record.view().floats(choices.clone());
                 let ChoiceViews {
                     experts: which,
                     weights,
-                } = ChoiceViews::of(record, n);
+                } = ChoiceViews::of(record, n * n_used);
                 let (input, quants) = (work.buffers.answer.view(), &work.buffers.quants);
                 experts.add_chosen(
                     moe_index,
@@ -287,14 +312,20 @@ impl FullModel<'_> {
                         quants,
                         which,
                         weights,
-                        n,
+                        tokens: n,
+                        n_used,
                     },
-                    work.state(0..1),
+                    work.state(0..n),
                 )?;
             }
-            first += 2 * n;
+            first = choices.end;
             moe_index += 1;
         }
-        self.head.run(work, 0..1, residual)
+        self.head.run(work, 0..n, residual)
     }
+}
+
+/// Returns the most texts whose tokens go through together where there is room for `rows`.
+pub(super) fn most_texts(rows: usize) -> usize {
+    rows.min(MAX_TEXTS)
 }

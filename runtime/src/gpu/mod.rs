@@ -22,7 +22,7 @@ mod stages;
 mod workspace;
 
 pub use full::fully_on_gpu;
-pub(crate) use full::{Token, full_gpu_tier};
+pub(crate) use full::{Tokens, full_gpu_tier};
 pub use parts::check as check_parts;
 pub(crate) use stages::FfnInput;
 

@@ -5,7 +5,7 @@ use tier_plan_formats::model::spec::ModelSpec;
 
 /// Rows that a GPU takes until its results are fetched, unless one token has more experts: the
 /// experts of a token are never split.
-const GPU_ROWS: usize = 512;
+pub(super) const GPU_ROWS: usize = 512;
 
 /// Returns the number of rows that GPUs have buffers for.
 pub(crate) fn gpu_rows(spec: &ModelSpec) -> usize {

@@ -112,7 +112,7 @@ fn compare(
         .enumerate()
         .collect();
     here.add_layer(0, kind, &pinned, 0, biased).unwrap();
-    here.reserve(3).unwrap();
+    here.reserve(6).unwrap();
     let x = random.activations(HIDDEN);
     let chosen = [3usize, 0, 2];
     here.ask(0, Some(&x), &chosen.map(Place::Pinned)).unwrap();
@@ -123,17 +123,29 @@ fn compare(
         .map(|e| plain(&kind, &experts[*e], &x, biased))
         .collect();
     near(&got, &expected.concat());
-    // The weighted results, added to a state on the device.
-    let (input, weights) = (Buffer::of_f32(&device, &x).unwrap(), [0.5, -0.25, 0.125]);
-    let which = Buffer::of_i32(&device, &chosen.map(|e| e as i32)).unwrap();
-    let by = Buffer::of_f32(&device, &weights).unwrap();
-    let mut state = random.floats(HIDDEN);
+    // The weighted results of two tokens, added to their states on the device.
+    let second: Vec<f32> = x.iter().map(|v| 0.5 - v).collect();
+    let both = [&x[..], &second[..]].concat();
+    let input = Buffer::of_f32(&device, &both).unwrap();
+    let weights = [[0.5, -0.25, 0.125], [2.0, 0.75, -0.5]];
+    let used = [chosen, [chosen[2], chosen[0], chosen[1]]];
+    let which = Buffer::of_i32(
+        &device,
+        &used
+            .as_flattened()
+            .iter()
+            .map(|e| *e as i32)
+            .collect::<Vec<_>>(),
+    )
+    .unwrap();
+    let by = Buffer::of_f32(&device, weights.as_flattened()).unwrap();
+    let mut state = random.floats(2 * HIDDEN);
     let on_device = Buffer::of_f32(&device, &state).unwrap();
-    let mut quants = Quants::new(&device, HIDDEN).unwrap();
+    let mut quants = Quants::new(&device, 2 * HIDDEN).unwrap();
     assert_eq!(here.takes_quants(0), needs_quants(gate) || needs_quants(up));
     if here.takes_quants(0) {
         Ops::new(Arc::clone(&device))
-            .quantize(input.view(), 1, HIDDEN, &mut quants)
+            .quantize(input.view(), 2, HIDDEN, &mut quants)
             .unwrap();
     }
     let chosen = ChosenExperts {
@@ -141,11 +153,16 @@ fn compare(
         quants: &quants,
         which: which.view(),
         weights: by.view(),
-        n: 3,
+        tokens: 2,
+        n_used: 3,
     };
     here.add_chosen(0, &chosen, on_device.view()).unwrap();
-    for (result, by) in expected.iter().zip(weights) {
-        Kernels::SCALAR.axpy(by, result, &mut state);
+    for (token, state) in state.chunks_exact_mut(HIDDEN).enumerate() {
+        let x = &both[token * HIDDEN..][..HIDDEN];
+        for (expert, by) in used[token].iter().zip(weights[token]) {
+            let result = plain(&kind, &experts[*expert], x, biased);
+            Kernels::SCALAR.axpy(by, &result, state);
+        }
     }
     near(&on_device.view().to_f32().unwrap(), &state);
 }
