@@ -337,6 +337,29 @@ int cuMemFreeHost(void* at) {
     return SUCCESS;
 }
 
+int cuMemHostRegister_v2(void* at, size_t len, unsigned) {
+    CALL(CONTEXT);
+    NOT_IN_CAPTURE();
+    if (!len) return INVALID_VALUE;
+    if (pinned_of(at) || pinned_of((char*)at + len - 1)) return ALREADY_REGISTERED;
+    state.pinned[(u64)at] = new Pinned{current->device, (char*)at, len};
+    return SUCCESS;
+}
+
+int cuMemHostUnregister(void* at) {
+    CALL(CONTEXT);
+    NOT_IN_CAPTURE();
+    Pinned* p = pinned_of(at);
+    if (!p || p->start != at) {
+        wrong("cuMemHostUnregister: what is not registered");
+        return INVALID_VALUE;
+    }
+    if (p->pending) wrong("cuMemHostUnregister: a copy is still to come");
+    state.pinned.erase((u64)at);
+    delete p;
+    return SUCCESS;
+}
+
 int cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t len, Stream* stream) {
     CALL(CONTEXT);
     LIVE(streams, stream);

@@ -46,7 +46,7 @@ struct StagingBuffer {
 }
 
 /// A point in a stream.
-struct Event {
+pub(super) struct Event {
     gpu: Arc<Gpu>,
     raw: sys::CUevent,
 }
@@ -61,12 +61,16 @@ impl Drop for Event {
 }
 
 impl Event {
-    fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
         let raw = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
         Ok(Self {
             raw: raw.map_err(|e| gpu.failed("an event", e))?,
             gpu: Arc::clone(gpu),
         })
+    }
+
+    pub(super) fn raw(&self) -> sys::CUevent {
+        self.raw
     }
 }
 

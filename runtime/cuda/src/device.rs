@@ -2,6 +2,7 @@
 
 use super::CudaError;
 use super::copy_stream::CopyStream;
+use super::transfers::Transfers;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -99,6 +100,12 @@ pub trait Device: Send + Sync {
     /// Opens a copy stream that runs concurrently with compute, with pinned host buffers of `len`
     /// bytes. Returns `None` if unsupported.
     fn copy_stream(self: Arc<Self>, _len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
+        Ok(None)
+    }
+
+    /// Opens a stream for copies that nothing waits for but what computes with them. Returns `None`
+    /// if unsupported.
+    fn transfers(self: Arc<Self>) -> Result<Option<Box<dyn Transfers>>, CudaError> {
         Ok(None)
     }
 

@@ -6,11 +6,14 @@
 //! as the expert that it held has been enqueued.
 
 mod layer;
+mod slots;
 
 use super::device::{Buffer, Device, View};
 use super::ops::{ChosenSum, Input, Quants, TokenGroup, TokenGroups};
+use super::transfers::{TransferId, TransferOrder};
 use super::{CudaError, Ops};
 use layer::{Activations, Inner, Layer, Part, Uses};
+use slots::SlotTransfers;
 use std::sync::Arc;
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::quant::TensorType;
@@ -92,6 +95,17 @@ pub struct PinnedExperts {
     hidden: usize,
     /// Bytes of matrices, pinned or in slots, with padding.
     bytes: u64,
+    /// How slots are filled, where not by the device in its order.
+    transfers: Option<SlotTransfers>,
+}
+
+/// Returns a layer, and the place in its tables of a slot.
+fn slot_of(layers: &[Option<Layer>], layer: usize, slot: usize) -> (&Layer, usize) {
+    let Some(l) = layers.get(layer).and_then(Option::as_ref) else {
+        panic!("layer {layer} on a device")
+    };
+    assert!(slot < l.n_slots, "slot {slot} of {}", l.n_slots);
+    (l, l.kind.n_expert + slot)
 }
 
 /// Buffers of requests and their results.
@@ -161,6 +175,7 @@ impl PinnedExperts {
             asked: 0,
             hidden: 0,
             bytes: 0,
+            transfers: None,
         })
     }
 
@@ -214,7 +229,33 @@ impl PinnedExperts {
         self.layers.get(layer).and_then(Option::as_ref)
     }
 
-    /// Copies an expert into a slot, after everything that was asked of the previous one.
+    /// Has slots filled beside what the device computes, where that is supported and there are slots.
+    ///
+    /// # Errors
+    /// When the device refuses a stream.
+    pub fn open_transfers(&mut self) -> Result<(), CudaError> {
+        let with_slots = self.layers.iter().flatten().filter(|l| l.n_slots > 0);
+        let Some(stride) = with_slots.map(|l| l.layout.stride).max() else {
+            return Ok(());
+        };
+        if let Some(stream) = Arc::clone(self.ops.device()).transfers()? {
+            self.transfers = Some(SlotTransfers::new(stream, stride));
+        }
+        Ok(())
+    }
+
+    /// Locks host memory that slots are [filled from](Self::fill_in_place), until this value is
+    /// dropped. Returns whether they can be.
+    ///
+    /// # Safety
+    /// The memory is mapped, and stays so until this value is dropped.
+    pub unsafe fn lock(&mut self, start: *const u8, len: usize) -> bool {
+        let transfers = self.transfers.as_mut();
+        // SAFETY: the caller's promise.
+        transfers.is_some_and(|transfers| unsafe { transfers.stream.lock(start, len) })
+    }
+
+    /// Copies an expert into a slot. The bytes may be overwritten when this returns.
     ///
     /// # Errors
     /// After an error, the content of the slot is undefined.
@@ -226,12 +267,64 @@ impl PinnedExperts {
         layer: usize,
         slot: usize,
         expert: &ExpertBytes<'_>,
+        order: TransferOrder,
     ) -> Result<(), CudaError> {
-        let Some(l) = self.layer(layer) else {
-            panic!("layer {layer} on a device")
+        let Self {
+            layers, transfers, ..
+        } = self;
+        let (l, entry) = slot_of(layers, layer, slot);
+        match transfers {
+            Some(transfers) => {
+                transfers.send_copy(l, slot, expert, order)?;
+                l.put_biases(entry, expert)
+            }
+            // The device works in order, so this comes after what was asked of the previous expert.
+            None => l.put(&l.slots, slot, entry, expert),
+        }
+    }
+
+    /// Copies an expert into a slot from [locked](Self::lock) memory, which is read until the
+    /// transfer is done.
+    ///
+    /// # Errors
+    /// As [`fill`](Self::fill).
+    ///
+    /// # Safety
+    /// The bytes of the matrices are locked, stay, and are not written until the transfer is done.
+    ///
+    /// # Panics
+    /// As [`fill`](Self::fill), and when no memory was locked.
+    pub unsafe fn fill_in_place(
+        &mut self,
+        layer: usize,
+        slot: usize,
+        expert: &ExpertBytes<'_>,
+        order: TransferOrder,
+    ) -> Result<TransferId, CudaError> {
+        let Self {
+            layers, transfers, ..
+        } = self;
+        let (l, entry) = slot_of(layers, layer, slot);
+        let Some(transfers) = transfers else {
+            panic!("a device that copies in place")
         };
-        assert!(slot < l.n_slots, "slot {slot} of {}", l.n_slots);
-        l.put(&l.slots, slot, l.kind.n_expert + slot, expert)
+        let copies: Vec<(View<'_>, &[u8])> = l.copies(slot, expert).collect();
+        // SAFETY: the caller's promise.
+        let sent = unsafe { transfers.stream.send(&copies, order) }?;
+        l.put_biases(entry, expert)?;
+        Ok(sent)
+    }
+
+    /// Whether a transfer is done.
+    pub fn is_filled(&mut self, transfer: TransferId) -> Result<bool, CudaError> {
+        let transfers = self.transfers.as_mut();
+        transfers.map_or(Ok(true), |transfers| transfers.stream.is_done(transfer))
+    }
+
+    /// Waits until a transfer is done.
+    pub fn wait_filled(&mut self, transfer: TransferId) -> Result<(), CudaError> {
+        let transfers = self.transfers.as_mut();
+        transfers.map_or(Ok(()), |transfers| transfers.stream.wait(transfer))
     }
 
     /// Returns the matrices in a slot: gate, up, down.

@@ -5,6 +5,7 @@ use super::copy_stream::{self, CopyStream};
 use super::device::{Arg, Device, Grid, Recording};
 use super::nvrtc::{Compiler, NVRTC_VARIABLE};
 use super::source::{MODULES, Module, module_of};
+use super::transfers::{self, Transfers};
 use super::upload_ring::{HALF_BYTES, UploadRing};
 use super::{CudaError, Version, graph, kernel_cache};
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
@@ -520,6 +521,10 @@ impl Device for Gpu {
 
     fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
         copy_stream::open(self, len).map(Some)
+    }
+
+    fn transfers(self: Arc<Self>) -> Result<Option<Box<dyn Transfers>>, CudaError> {
+        transfers::open(self).map(Some)
     }
 
     fn begin_recording(&self) -> Result<bool, CudaError> {

@@ -47,6 +47,7 @@ mod pinned;
 pub mod shim;
 pub mod source;
 pub mod stream;
+pub mod transfers;
 mod upload_ring;
 
 pub use device::{Buffer, Device, View};

@@ -7,6 +7,7 @@ use std::thread::ThreadId;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::copy_stream::CopyStream;
 use tier_plan_cuda::device::{Arg, Device, Grid, Recording};
+use tier_plan_cuda::transfers::Transfers;
 
 /// Wraps a device and counts its launches.
 pub struct CountingDevice {
@@ -89,6 +90,10 @@ impl Device for CountingDevice {
 
     fn wait(&self) -> Result<(), CudaError> {
         self.inner.wait()
+    }
+
+    fn transfers(self: Arc<Self>) -> Result<Option<Box<dyn Transfers>>, CudaError> {
+        Arc::clone(&self.inner).transfers()
     }
 
     fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tier_plan_cuda::device::{Arg, Grid};
+use tier_plan_cuda::transfers::Transfers;
 use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::TierKind;
@@ -151,6 +152,9 @@ impl Device for Watched {
     }
     fn wait(&self) -> Result<(), CudaError> {
         self.of.wait()
+    }
+    fn transfers(self: Arc<Self>) -> Result<Option<Box<dyn Transfers>>, CudaError> {
+        Arc::clone(&self.of).transfers()
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tier_plan_cuda::copy_stream::CopyStream;
 use tier_plan_cuda::device::{Arg, Grid};
+use tier_plan_cuda::transfers::Transfers;
 use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
@@ -235,6 +236,10 @@ impl Device for Failing {
     fn wait(&self) -> Result<(), CudaError> {
         self.0.wait()
     }
+    fn transfers(self: Arc<Self>) -> Result<Option<Box<dyn Transfers>>, CudaError> {
+        Arc::clone(&self.0).transfers()
+    }
+
     fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
         Arc::clone(&self.0).copy_stream(len)
     }

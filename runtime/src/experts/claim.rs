@@ -7,12 +7,14 @@
 //! whichever expert the cache gives that slot moves in afterwards, as where an evicted expert
 //! computes in the step that evicts it.
 
+use super::gpu::FillFrom;
 use super::ids::{ExpertId, LayerExpert, SlotId, StepPos};
 use super::prefetch::{Abandoned, LandedExpert, Prefetch, PrefetchState};
 use super::step::{DeferredMove, ExpertState, LoadTarget, Step};
 use super::store::ExpertStore;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::ReadError;
+use tier_plan_cuda::transfers::TransferOrder;
 
 impl ExpertStore {
     /// Takes the buffer of an empty slot for a prefetch, if the layer has one that nothing else may
@@ -240,7 +242,7 @@ impl ExpertStore {
         None
     }
 
-    /// Copies a prefetched expert to its slot on a GPU and frees the buffer.
+    /// Sends a prefetched expert to its slot on a GPU.
     fn fill_from_prefetch(
         &mut self,
         layer: usize,
@@ -248,8 +250,8 @@ impl ExpertStore {
         slot: SlotId,
         bytes: ArenaSlice,
     ) -> ExpertState {
-        self.fill_gpu_slot(layer, expert, slot, Some(&bytes));
-        self.free_staging(bytes);
+        let (from, order) = (FillFrom::Staging(bytes), TransferOrder::AtOnce);
+        self.fill_gpu_slot(layer, expert, slot, from, order);
         ExpertState::InSlot(slot)
     }
 

@@ -1,27 +1,40 @@
 //! Experts on GPUs: which of a step's are there, requesting their results, and filling slots there.
 //!
-//! An expert whose slot is on a GPU is read into staging, copied to the slot as soon as it has
-//! landed, and computed there; its staging buffer is free at once. If another expert of the step
-//! still uses the slot, the CPU computes the new one from staging. It moves to the slot once the
-//! other one has been requested, as it does with slots in main memory.
+//! An expert whose slot is on a GPU is read into staging, sent to the slot as soon as it has landed,
+//! and computed there. The CPU and the GPU go on computing meanwhile: the copy is a transfer from the
+//! staging buffer, which is free once the transfer is done. If another expert of the step still uses
+//! the slot, the CPU computes the new one from staging. It moves to the slot once the other one has
+//! been requested, as it does with slots in main memory.
 
 use super::ids::{ExpertId, SlotId, StepPos};
 use super::layer::ExpertBacking;
 use super::step::{ExpertState, Step};
 use super::store::ExpertStore;
 use crate::tiers::arena::ArenaSlice;
+use crate::tiers::transit::{ExpertRanges, SlotFiller};
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts, Place};
+use tier_plan_cuda::transfers::TransferOrder;
 use tier_plan_formats::placement::TierIdx;
 
 /// A GPU's experts, and the requests of the current step.
 pub(super) struct GpuExperts {
     tier: TierIdx,
-    experts: PinnedExperts,
+    filler: SlotFiller,
     /// Positions in the step of the requested experts, in the order of the requests.
     requested: Vec<usize>,
     /// Whether the GPU has the activations of the step's token.
     has_token: bool,
+}
+
+/// Where the bytes of an expert are that goes to a slot on a GPU.
+pub(super) enum FillFrom<'a> {
+    /// In a staging buffer, which is free once the GPU has the bytes.
+    Staging(ArenaSlice),
+    /// In a buffer that its owner uses again at once.
+    Lent(&'a ArenaSlice),
+    /// In the mapped file.
+    Mapped,
 }
 
 /// Where on a GPU an expert of a step computes.
@@ -39,7 +52,7 @@ impl ExpertStore {
     pub(crate) fn set_gpus(&mut self, gpus: Vec<(TierIdx, PinnedExperts)>) {
         let with_tier = |(tier, experts)| GpuExperts {
             tier,
-            experts,
+            filler: SlotFiller::new(experts, &self.staging),
             requested: Vec::new(),
             has_token: false,
         };
@@ -56,12 +69,12 @@ impl ExpertStore {
         self.gpus
             .iter_mut()
             .find(|g| g.tier == tier)
-            .map(|g| &mut g.experts)
+            .map(|g| g.filler.experts())
     }
 
     /// Returns how many results a GPU can hold until they are fetched.
     pub(crate) fn gpu_capacity(&self, gpu: usize) -> usize {
-        self.gpus.get(gpu).map_or(0, |g| g.experts.free_rows())
+        self.gpus.get(gpu).map_or(0, |g| g.filler.free_rows())
     }
 
     /// Returns where the expert at this position of the step computes, if that is a GPU.
@@ -142,7 +155,8 @@ impl ExpertStore {
     ) -> Result<(), CudaError> {
         let failed_copy = self.gpu_error.take();
         let gpu = &mut self.gpus[gpu];
-        let requested = failed_copy.map_or_else(|| gpu.experts.ask(step.layer, x, places), Err);
+        let requested =
+            failed_copy.map_or_else(|| gpu.filler.experts().ask(step.layer, x, places), Err);
         gpu.requested.extend_from_slice(positions);
         requested.inspect_err(|_| self.give_up(step))
     }
@@ -165,7 +179,7 @@ impl ExpertStore {
         if positions.is_empty() {
             return Ok(positions);
         }
-        let fetched = gpu.experts.fetch(out);
+        let fetched = gpu.filler.experts().fetch(out);
         fetched.inspect_err(|_| self.give_up(step))?;
         Ok(positions)
     }
@@ -181,50 +195,99 @@ impl ExpertStore {
     /// Drops the requests and results of the previous step.
     pub(super) fn forget_requests(&mut self) {
         for gpu in &mut self.gpus {
-            gpu.experts.forget();
+            gpu.filler.experts().forget();
             gpu.requested.clear();
             gpu.has_token = false;
         }
     }
 
-    /// Copies an expert to its slot on a GPU, from a staging buffer or, without one, from the
-    /// mapped file. An error is kept for the next request, and the cache forgets the expert.
+    /// Fills an expert's slot on a GPU. An error is kept for the next request, and the cache forgets
+    /// the expert.
     pub(super) fn fill_gpu_slot(
         &mut self,
         layer: usize,
         expert: ExpertId,
         slot: SlotId,
-        from: Option<&ArenaSlice>,
+        from: FillFrom<'_>,
+        order: TransferOrder,
     ) {
+        let in_layer = &self.layers[layer];
+        let Some(at) = self.gpus.iter().position(|g| g.tier == in_layer.slot_tier) else {
+            unreachable!("a layer's slots are on a GPU that the store has")
+        };
         // Taken out of the store, whose other parts the view borrows.
         let mut gpus = std::mem::take(&mut self.gpus);
-        let in_layer = &self.layers[layer];
-        let view = match from {
-            Some(buffer) => self.view_in(layer, expert, buffer, in_layer.layout),
-            None => self.mapped_view(in_layer, expert),
+        let (filler, to) = (&mut gpus[at].filler, (layer, slot.index()));
+        let view = match &from {
+            FillFrom::Staging(buffer) => self.view_in(layer, expert, buffer, in_layer.layout),
+            FillFrom::Lent(buffer) => self.view_in(layer, expert, buffer, in_layer.layout),
+            FillFrom::Mapped => self.mapped_view(in_layer, expert),
         };
         let biases = view.biases();
         let biases = biases
             .as_ref()
             .map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-        let (gate, up, down) = (
-            view.gate.weights.bytes(),
-            view.up.weights.bytes(),
-            view.down.weights.bytes(),
-        );
-        let gpu = gpus.iter_mut().find(|g| g.tier == in_layer.slot_tier);
-        let bytes = ExpertBytes {
-            gate,
-            up,
-            down,
-            biases,
+        let [gate, up, down] = [&view.gate, &view.up, &view.down].map(|l| l.weights.bytes());
+        // Where the GPU reads the matrices itself; otherwise they have been sent.
+        let ranges = match &from {
+            FillFrom::Staging(buffer) if filler.reads(buffer) => Ok(ExpertRanges {
+                gate: buffer.range_of(gate),
+                up: buffer.range_of(up),
+                down: buffer.range_of(down),
+            }),
+            _ => {
+                let bytes = ExpertBytes {
+                    gate,
+                    up,
+                    down,
+                    biases,
+                };
+                Err(filler.experts().fill(to.0, to.1, &bytes, order))
+            }
         };
-        let filled = gpu.map(|gpu| gpu.experts.fill(layer, slot.index(), &bytes));
+        let (filled, free) = match (from, ranges) {
+            (FillFrom::Staging(buffer), Ok(ranges)) => {
+                match filler.fill_from(to, buffer, &ranges, biases, order) {
+                    Ok(transit) => {
+                        self.in_transit.push_back((at, transit));
+                        (Ok(()), None)
+                    }
+                    Err((buffer, error)) => (Err(error), Some(buffer)),
+                }
+            }
+            (FillFrom::Staging(buffer), Err(sent)) => (sent, Some(buffer)),
+            (FillFrom::Lent(_) | FillFrom::Mapped, sent) => (sent.err().unwrap_or(Ok(())), None),
+        };
         self.gpus = gpus;
-        if let Some(Err(error)) = filled {
+        if let Some(buffer) = free {
+            self.free_staging(buffer);
+        }
+        if let Err(error) = filled {
             self.layers[layer].cache.forget(expert.get());
             self.gpu_error.get_or_insert(error);
         }
+    }
+
+    /// Gives back the staging buffers that GPUs have read.
+    pub(super) fn end_transfers(&mut self) {
+        while let Some((gpu, transit)) = self.in_transit.front() {
+            if !self.gpus[*gpu].filler.has_read(transit) {
+                break;
+            }
+            self.wait_for_transfer();
+        }
+    }
+
+    /// Waits for the oldest transfer, and gives its staging buffer back, if there is one.
+    pub(super) fn wait_for_transfer(&mut self) {
+        let Some((gpu, transit)) = self.in_transit.pop_front() else {
+            return;
+        };
+        let (buffer, waited) = self.gpus[gpu].filler.take_back(transit);
+        if let Err(error) = waited {
+            self.gpu_error.get_or_insert(error);
+        }
+        self.free_staging(buffer);
     }
 
     /// Returns the matrices in a slot on a GPU, one after the other.
@@ -235,6 +298,6 @@ impl ExpertStore {
             .iter()
             .find(|g| g.tier == self.layers[layer].slot_tier)
             .unwrap();
-        gpu.experts.slot_bytes(layer, slot.index()).unwrap()
+        gpu.filler.slot_bytes(layer, slot.index()).unwrap()
     }
 }

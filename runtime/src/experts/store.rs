@@ -34,7 +34,7 @@
 use super::cache::Access;
 use super::checksums::{Checksums, TensorSlice};
 use super::copies::ExpertReads;
-use super::gpu::GpuExperts;
+use super::gpu::{FillFrom, GpuExperts};
 use super::ids::{ExpertId, SlotId, StepPos};
 use super::layer::{ExpertBacking, LayerExperts, Layout};
 use super::prefetch::{Prefetcher, StepRead};
@@ -45,9 +45,12 @@ use super::warmup::Warmup;
 use crate::cancel::Cancel;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Completion, FileTier, Priority, ReadError};
+use crate::tiers::transit::InTransit;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 use tier_plan_cuda::CudaError;
+use tier_plan_cuda::transfers::TransferOrder;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::placement::TierIdx;
 
@@ -81,6 +84,8 @@ pub(crate) struct ExpertStore {
     /// What every read is compared with.
     pub(super) checksums: Option<Arc<Checksums>>,
     pub(super) gpus: Vec<GpuExperts>,
+    /// Staging buffers that GPUs read, with the number of the GPU, in the order of the transfers.
+    pub(super) in_transit: VecDeque<(usize, InTransit)>,
     /// Why an expert could not be copied to its slot on a GPU.
     pub(super) gpu_error: Option<CudaError>,
 }
@@ -115,6 +120,7 @@ impl ExpertStore {
             rearranger: Rearranger::default(),
             checksums: None,
             gpus: Vec::new(),
+            in_transit: VecDeque::new(),
             gpu_error: None,
         }
     }
@@ -216,6 +222,7 @@ impl ExpertStore {
         if self.files.is_none() {
             return;
         }
+        self.end_transfers();
         while step.next_read < step.states.len()
             && step.in_flight < MIN_READ_WINDOW.max(self.n_staging)
         {
@@ -223,7 +230,8 @@ impl ExpertStore {
             let on_gpu = self.layers[step.layer].slots_on_gpu;
             let (target, deferred) = match *step.state(at) {
                 ExpertState::NeedsSlot { slot, after: None } if on_gpu && self.n_staging == 0 => {
-                    self.fill_gpu_slot(step.layer, step.expert(at), slot, None);
+                    let (expert, order) = (step.expert(at), TransferOrder::AtOnce);
+                    self.fill_gpu_slot(step.layer, expert, slot, FillFrom::Mapped, order);
                     step.set_state(at, ExpertState::InSlot(slot));
                     step.next_read += 1;
                     continue;
@@ -264,6 +272,9 @@ impl ExpertStore {
 
     /// Takes a staging buffer, of the length that a layer's experts need, if one is free.
     pub(super) fn take_staging(&mut self, layer: usize) -> Option<ArenaSlice> {
+        if self.staging.is_empty() {
+            self.wait_for_transfer();
+        }
         let mut buffer = self.staging.pop()?;
         let layer = &self.layers[layer];
         buffer.truncate(layer.buffer_bytes(layer.layout));
@@ -360,12 +371,13 @@ impl ExpertStore {
                 if self.layers[step.layer].slots_on_gpu =>
             {
                 if succeeded {
-                    self.fill_gpu_slot(step.layer, step.expert(at), slot, Some(&buffer));
-                }
-                self.free_staging(buffer);
-                if succeeded {
+                    // No expert of this step has had the slot, and earlier steps have ended.
+                    let (expert, order) = (step.expert(at), TransferOrder::AtOnce);
+                    let from = FillFrom::Staging(buffer);
+                    self.fill_gpu_slot(step.layer, expert, slot, from, order);
                     ExpertState::InSlot(slot)
                 } else {
+                    self.free_staging(buffer);
                     ExpertState::Released
                 }
             }
@@ -509,8 +521,9 @@ impl ExpertStore {
         if after.is_none() && !self.is_away(step.layer, slot) {
             return self.move_to_slot(step.layer, expert, slot, buffer);
         }
+        self.end_transfers();
         // One buffer stays free, or reads could not go on.
-        if self.staging.len() > 1 {
+        if self.staging.len() + self.in_transit.len() > 1 {
             step.held.push(HeldExpert {
                 expert,
                 slot,
@@ -525,12 +538,11 @@ impl ExpertStore {
 
     /// Moves a computed expert from a staging buffer to its slot, and frees a staging buffer.
     fn move_to_slot(&mut self, layer: usize, expert: ExpertId, slot: SlotId, buffer: ArenaSlice) {
-        let free = if self.layers[layer].slots_on_gpu {
-            self.fill_gpu_slot(layer, expert, slot, Some(&buffer));
-            buffer
-        } else {
-            self.layers[layer].exchange(slot, buffer, self.staging_tier)
-        };
+        if self.layers[layer].slots_on_gpu {
+            let (from, order) = (FillFrom::Staging(buffer), TransferOrder::AfterCompute);
+            return self.fill_gpu_slot(layer, expert, slot, from, order);
+        }
+        let free = self.layers[layer].exchange(slot, buffer, self.staging_tier);
         self.free_staging(free);
     }
 
@@ -555,7 +567,8 @@ impl ExpertStore {
         while let Some(SlotRefill { at, slot }) = step.refills.pop() {
             let expert = step.expert(at);
             if self.layers[step.layer].slots_on_gpu && self.n_staging == 0 {
-                self.fill_gpu_slot(step.layer, expert, slot, None);
+                let order = TransferOrder::AfterCompute;
+                self.fill_gpu_slot(step.layer, expert, slot, FillFrom::Mapped, order);
                 continue;
             }
             let target = LoadTarget::Slot(slot);

@@ -193,6 +193,9 @@ pub(super) fn store(setup: &Setup, reads: &Arc<Mutex<Reads>>) -> ExpertStore {
             .collect();
         layer.set_slots(slots, setup.layout, setup.policy);
     }
+    if setup.on_gpu && setup.slots % 2 == 1 {
+        gpu.open_transfers().unwrap();
+    }
     let staging = (0..setup.staging)
         .map(|_| arena.take(room).unwrap())
         .collect();
@@ -311,7 +314,7 @@ pub(super) fn take(
 /// Fails unless every buffer is where it belongs, or in a read for a later step.
 pub(super) fn check_buffers(store: &ExpertStore, staging: usize) {
     if staging > 0 {
-        let all = store.staging.len() + store.buffers_ahead();
+        let all = store.staging.len() + store.in_transit.len() + store.buffers_ahead();
         assert_eq!(all, staging, "all staging buffers are known");
     }
     for (at, layer) in store.layers.iter().enumerate() {
@@ -328,6 +331,9 @@ pub(super) fn drain(store: &mut ExpertStore, staging: usize) {
     while store.prefetcher.is_used() || store.buffers_ahead() > 0 {
         let completion = store.files.as_ref().unwrap().wait().unwrap();
         assert!(store.take_completion(completion).is_none());
+    }
+    while !store.in_transit.is_empty() {
+        store.wait_for_transfer();
     }
     assert_eq!(store.staging.len(), staging, "all buffers came back");
     let mut slots = store.layers.iter().flat_map(|l| &l.slots);

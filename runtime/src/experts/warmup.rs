@@ -6,12 +6,14 @@
 //! dropped.
 
 use super::cache::SlotCache;
+use super::gpu::FillFrom;
 use super::ids::{ExpertId, LayerExpert, SlotId};
 use super::prefetch::RESERVED_STAGING_BUFFERS;
 use super::store::ExpertStore;
 use crate::tiers::arena::{Arena, ArenaError, ArenaSlice};
 use crate::tiers::file::{Completion, FileTier, Priority};
 use std::collections::VecDeque;
+use tier_plan_cuda::transfers::TransferOrder;
 
 /// Set in the keys of warm-up reads.
 const WARMUP_KEY_BIT: u64 = 1 << 62;
@@ -198,7 +200,9 @@ impl ExpertStore {
             && let Some(slot) = in_layer.cache.preload(expert.get()).map(SlotId::new)
         {
             if in_layer.slots_on_gpu {
-                self.fill_gpu_slot(layer, expert, slot, Some(&buffer));
+                let order = TransferOrder::AfterCompute;
+                let lent = FillFrom::Lent(&buffer);
+                self.fill_gpu_slot(layer, expert, slot, lent, order);
                 self.warmup.n_filled += u64::from(self.layers[layer].cache.contains(expert.get()));
             } else if in_layer.slots[slot.index()].is_some() {
                 buffer = in_layer.exchange(slot, buffer, self.staging_tier);

@@ -122,6 +122,7 @@ impl Loader<'_> {
             }
             if let Some(mut gpu) = gpu.take().filter(|gpu| gpu.bytes() > 0) {
                 gpu.reserve(rows).map_err(&failed)?;
+                gpu.open_transfers().map_err(&failed)?;
                 ready.push((tier, gpu));
             }
         }

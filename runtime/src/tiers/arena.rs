@@ -6,7 +6,8 @@
 use super::nodes::Pages;
 use super::numa::NumaError;
 use memmap2::MmapMut;
-use std::ops::{Deref, DerefMut};
+use std::any::Any;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -235,6 +236,23 @@ impl ArenaSlice {
         self.start as usize
     }
 
+    /// Returns where bytes of this slice are in it.
+    pub(crate) fn range_of(&self, bytes: &[u8]) -> Range<usize> {
+        let first = bytes.as_ptr() as usize - self.address();
+        debug_assert!(first + bytes.len() <= self.len);
+        first..first + bytes.len()
+    }
+
+    /// Returns whether a slice is of the same arena.
+    pub(super) fn is_beside(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.mapping, &other.mapping)
+    }
+
+    /// Returns what keeps the arena's memory mapped.
+    pub(super) fn keep_alive(&self) -> Arc<dyn Any + Send + Sync> {
+        Arc::clone(&self.mapping) as _
+    }
+
     /// Cuts the whole range into its first `len` bytes, at most all of them, and the rest.
     pub(crate) fn split(self, len: usize) -> (Self, Self) {
         let len = len.min(self.capacity);
@@ -256,7 +274,7 @@ impl ArenaSlice {
     /// Gives both back otherwise.
     pub(crate) fn join(self, next: Self) -> Result<Self, (Self, Self)> {
         let is_next = self.address() + self.capacity == next.address();
-        if !is_next || !Arc::ptr_eq(&self.mapping, &next.mapping) {
+        if !is_next || !self.is_beside(&next) {
             return Err((self, next));
         }
         let capacity = self.capacity + next.capacity;

@@ -2,9 +2,9 @@
 //! NUMA nodes, and the pacing of emulated tiers.
 //!
 //! All `unsafe` code of this crate that talks to the operating system is in here: anonymous
-//! mappings ([`arena`]), reader threads that fill one buffer together ([`file`]), and system calls
-//! without a safe wrapper ([`numa`], [`limits`], [`source`]). It knows nothing of models, layers,
-//! or experts.
+//! mappings ([`arena`]), reader threads that fill one buffer together ([`file`]), buffers that GPUs
+//! read (`transit`), and system calls without a safe wrapper ([`numa`], [`limits`], [`source`]). It
+//! knows nothing of models or layers.
 
 pub mod arena;
 pub mod bandwidth;
@@ -18,6 +18,7 @@ pub mod numa;
 pub mod pace;
 pub mod shards;
 pub mod source;
+pub(crate) mod transit;
 pub(crate) mod zeroed;
 
 /// Makes a folder of small files that stands for `/sys` or `/proc` in tests.

@@ -155,14 +155,31 @@ impl Layer {
         entry: usize,
         expert: &ExpertBytes<'_>,
     ) -> Result<(), CudaError> {
-        for (part, bytes) in Part::ALL
-            .into_iter()
-            .zip([expert.gate, expert.up, expert.down])
-        {
+        for (part, bytes) in parts_of(expert) {
             let range = self.layout.range(i, part);
             assert_eq!(range.len(), bytes.len(), "bytes of {part:?} of an expert");
             memory.view().part(range).write(bytes)?;
         }
+        self.put_biases(entry, expert)
+    }
+
+    /// Returns where the matrices of an expert go in a slot, and their bytes.
+    pub(super) fn copies<'a>(
+        &'a self,
+        slot: usize,
+        expert: &ExpertBytes<'a>,
+    ) -> impl Iterator<Item = (View<'a>, &'a [u8])> {
+        let to =
+            move |(part, bytes)| (self.slots.view().part(self.layout.range(slot, part)), bytes);
+        parts_of(expert).map(to)
+    }
+
+    /// Copies the biases of an expert to table entry `entry`.
+    pub(super) fn put_biases(
+        &self,
+        entry: usize,
+        expert: &ExpertBytes<'_>,
+    ) -> Result<(), CudaError> {
         if let (Some(tables), Some(biases)) = (&self.biases, expert.biases) {
             for (table, bias) in tables.iter().zip(biases) {
                 table
@@ -282,6 +299,13 @@ impl Layer {
             None => Ok(()),
         }
     }
+}
+
+/// Returns the matrices of an expert.
+fn parts_of<'a>(expert: &ExpertBytes<'a>) -> impl Iterator<Item = (Part, &'a [u8])> {
+    Part::ALL
+        .into_iter()
+        .zip([expert.gate, expert.up, expert.down])
 }
 
 /// Activations in both forms; the quantized form is filled only where a matrix takes it.

@@ -1,0 +1,129 @@
+//! Staging buffers that a GPU reads by itself, to fill its slots.
+
+use super::arena::ArenaSlice;
+use super::source::ALIGN;
+use std::any::Any;
+use std::ops::Range;
+use std::sync::Arc;
+use tier_plan_cuda::CudaError;
+use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
+use tier_plan_cuda::transfers::{TransferId, TransferOrder};
+
+/// A GPU's experts, whose slots are filled from staging buffers where they lie, if the driver allows
+/// that.
+///
+/// The experts are dropped first, which ends all transfers and unlocks the memory.
+pub(crate) struct SlotFiller {
+    experts: PinnedExperts,
+    memory: Option<LockedMemory>,
+}
+
+/// The memory of all staging buffers.
+struct LockedMemory {
+    range: Range<usize>,
+    #[allow(dead_code, reason = "held for its memory")]
+    kept: Arc<dyn Any + Send + Sync>,
+}
+
+/// Where the matrices of an expert are in a buffer.
+#[derive(Debug, Clone)]
+pub(crate) struct ExpertRanges {
+    pub(crate) gate: Range<usize>,
+    pub(crate) up: Range<usize>,
+    pub(crate) down: Range<usize>,
+}
+
+/// A staging buffer that a GPU reads. Nothing else has it meanwhile.
+pub(crate) struct InTransit {
+    transfer: TransferId,
+    buffer: ArenaSlice,
+}
+
+impl SlotFiller {
+    /// Lets a GPU read these staging buffers, which follow each other in one arena.
+    pub(crate) fn new(mut experts: PinnedExperts, staging: &[ArenaSlice]) -> Self {
+        let memory = memory_of(staging).filter(|memory| {
+            let Range { start, end } = memory.range;
+            // SAFETY: the memory is mapped while `memory` is there, which outlives the experts.
+            unsafe { experts.lock(start as *const u8, end - start) }
+        });
+        Self { experts, memory }
+    }
+
+    /// Returns the experts.
+    pub(crate) fn experts(&mut self) -> &mut PinnedExperts {
+        &mut self.experts
+    }
+
+    /// Returns how many results can be asked for until they are fetched.
+    pub(crate) fn free_rows(&self) -> usize {
+        self.experts.free_rows()
+    }
+
+    /// Returns the matrices in a slot, one after the other.
+    #[cfg(test)]
+    pub(crate) fn slot_bytes(&self, layer: usize, slot: usize) -> Result<Vec<u8>, CudaError> {
+        self.experts.slot_bytes(layer, slot)
+    }
+
+    /// Whether the GPU reads a buffer where it lies.
+    pub(crate) fn reads(&self, buffer: &ArenaSlice) -> bool {
+        let (start, end) = (buffer.address(), buffer.address() + buffer.capacity());
+        let memory = self.memory.as_ref();
+        memory.is_some_and(|memory| memory.range.start <= start && end <= memory.range.end)
+    }
+
+    /// Has the GPU fill a slot from a buffer that it [reads](Self::reads).
+    ///
+    /// # Errors
+    /// When the GPU fails. What the slot holds is undefined then, and the buffer is not read.
+    pub(crate) fn fill_from(
+        &mut self,
+        (layer, slot): (usize, usize),
+        buffer: ArenaSlice,
+        ranges: &ExpertRanges,
+        biases: Option<[&[f32]; 3]>,
+        order: TransferOrder,
+    ) -> Result<InTransit, (ArenaSlice, CudaError)> {
+        debug_assert!(self.reads(&buffer));
+        let part = |range: &Range<usize>| &buffer[range.clone()];
+        let bytes = ExpertBytes {
+            gate: part(&ranges.gate),
+            up: part(&ranges.up),
+            down: part(&ranges.down),
+            biases,
+        };
+        // SAFETY: the memory is locked. The buffer stays as it is until the transfer has ended: it
+        // is given back only then.
+        match unsafe { self.experts.fill_in_place(layer, slot, &bytes, order) } {
+            Ok(transfer) => Ok(InTransit { transfer, buffer }),
+            Err(error) => Err((buffer, error)),
+        }
+    }
+
+    /// Whether the GPU has read a buffer. One that has failed reads no more.
+    pub(crate) fn has_read(&mut self, transit: &InTransit) -> bool {
+        self.experts.is_filled(transit.transfer).unwrap_or(true)
+    }
+
+    /// Waits until the GPU has read a buffer, and gives it back.
+    pub(crate) fn take_back(&mut self, transit: InTransit) -> (ArenaSlice, Result<(), CudaError>) {
+        let waited = self.experts.wait_filled(transit.transfer);
+        (transit.buffer, waited)
+    }
+}
+
+/// Returns the memory of buffers that follow each other in one arena.
+fn memory_of(buffers: &[ArenaSlice]) -> Option<LockedMemory> {
+    let start = buffers.iter().map(ArenaSlice::address).min()?;
+    let end = |buffer: &ArenaSlice| buffer.address() + buffer.capacity();
+    let end = buffers.iter().map(end).max()?;
+    let held: usize = buffers.iter().map(ArenaSlice::capacity).sum();
+    let first = buffers.first()?;
+    let in_one = buffers.iter().all(|buffer| buffer.is_beside(first));
+    // What lies between them would be locked, too.
+    (in_one && end - start <= held + buffers.len() * ALIGN).then(|| LockedMemory {
+        range: start..end,
+        kept: first.keep_alive(),
+    })
+}
