@@ -78,6 +78,11 @@ impl Case {
     }
 
     fn new(model: PathBuf, vram: &[&str], dram: &str, context: &str) -> Self {
+        Self::with(model, vram, dram, context, &[])
+    }
+
+    /// The same with more options of `solve`.
+    fn with(model: PathBuf, vram: &[&str], dram: &str, context: &str, more: &[&str]) -> Self {
         let place = Place::new();
         let solve = |vram: &[&str], dram: &str, plan: &str| {
             fs::write(place.path().join("machine.toml"), machine(vram, dram)).unwrap();
@@ -93,7 +98,7 @@ impl Case {
             ];
             json(common::run_in(
                 place.path(),
-                &[&list[..], &["--json"]].concat(),
+                &[&list[..], &["--json"], more].concat(),
             ))
         };
         solve(&[], "64MiB", "processor.toml");
@@ -491,6 +496,44 @@ fn parts_on_a_gpu_say_the_same_in_every_order_of_streams() {
         );
         assert!(answer == first, "{order}");
     }
+}
+
+#[test]
+fn slots_on_a_gpu_are_filled_while_it_computes() {
+    let case = Case::with(
+        root().join("tests/data/arch/qwen3moe.gguf"),
+        &["250KiB"],
+        "150KiB",
+        "200",
+        &["--strategy", "lru-only"],
+    );
+    assert!(
+        case.bytes(0, "slot") > 0 && case.bytes(0, "pinned") == 0,
+        "{}",
+        case.solved
+    );
+    let (first, _) = case.on_gpu(&[], &tokens(40), 20);
+    case.agrees(&tokens(40), &first, SMALL_ERROR);
+    for order in ["late", "copies-first", "computing-first"] {
+        let (answer, report) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(40), 20);
+        // Staging, and two buffers for what it gets from slots in main memory in exchange.
+        assert_eq!(report.calls("cuMemHostRegister_v2"), 3, "{report:?}");
+        // Each fill is waited for by what computes with it.
+        assert!(
+            report.calls("cuStreamWaitEvent") > 20,
+            "{order}: {report:?}"
+        );
+        assert!(answer == first, "{order}");
+    }
+    // Where the driver locks no memory of the program, the bytes are copied first.
+    let refused = [("STAND_IN_FAULT", "cuMemHostRegister_v2:1:801")];
+    let (answer, _) = case.on_gpu(&refused, &tokens(40), 20);
+    assert!(answer == first);
+    let fails = [("STAND_IN_FAULT", "cuEventRecord:9:719")];
+    let list = case.arguments(&tokens(40), 20);
+    let list: Vec<&str> = list.iter().map(String::as_str).collect();
+    let (output, _) = case.place.clean(&fails, &list);
+    check_refusal(&output, &["copying beside what it computes"]);
 }
 
 #[test]
