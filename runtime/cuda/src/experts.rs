@@ -443,17 +443,18 @@ impl PinnedExperts {
         self.layer(layer).is_some_and(Layer::takes_quants)
     }
 
-    /// Adds the weighted results of the tokens' experts to `x`, `[tokens, hidden]`. Nothing is copied
-    /// to the host.
+    /// Computes the weighted sums of what the tokens' experts make, on top of `onto` where given,
+    /// `[tokens, hidden]`; `out` may be `onto`. Nothing is copied to the host.
     ///
     /// # Panics
     /// When not all experts of the layer are pinned here, or there are too few
     /// [free rows](Self::free_rows).
-    pub fn add_chosen(
+    pub fn sum_chosen(
         &mut self,
         layer: usize,
         chosen: &ChosenExperts<'_>,
-        x: View<'_>,
+        onto: Option<View<'_>>,
+        out: View<'_>,
     ) -> Result<(), CudaError> {
         let &ChosenExperts {
             input,
@@ -507,7 +508,7 @@ impl PinnedExperts {
             n_cols: ffn,
             x: Input::for_type(down, inner.gate.view(), inner.quants),
         };
-        ops.chosen_sum(&sum, Some(x), x)
+        ops.chosen_sum(&sum, onto, out)
     }
 
     /// Returns the number of results that were asked for and not fetched yet.

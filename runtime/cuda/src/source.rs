@@ -50,6 +50,7 @@ pub static MODULES: [Module; 11] = [
             "add_norm",
             "activate",
             "gate",
+            "scale",
             "copy_rows",
             "scale_rows",
             "matvec_transposed",

@@ -1,7 +1,9 @@
 //! The stages of a pass on the CPU.
 
 use super::backend::{LayerBackend, Stage};
-use super::residual::{LayerRows, TokenRows, finish_block, norm_in_place, scale_rows};
+use super::residual::{
+    LayerRows, TokenRows, finish_block, finish_logits, norm_in_place, scale_rows,
+};
 use super::rows::{BlockInput, LatentRows, StreamRows};
 use crate::error::RunError;
 use crate::layers::cpu_context::{CpuContext, add_bias};
@@ -453,16 +455,8 @@ impl LayerBackend for Cpu {
                 cpu.kernels,
                 &[MatJob::new(output, buffers.acts.view(), logits)],
             );
-            let head = &spec.head;
-            add_bias(logits, self.weights.opt_vector(head.bias));
-            if head.scale != 1.0 {
-                logits.iter_mut().for_each(|z| *z *= head.scale);
-            }
-            if let Some(cap) = head.softcap {
-                cpu.pool.for_each_slice(logits, spec.n_vocab, |_, row| {
-                    row.iter_mut().for_each(|z| *z = cap * (*z / cap).tanh());
-                });
-            }
+            let bias = self.weights.opt_vector(spec.head.bias);
+            finish_logits(cpu, &spec.head, bias, spec.n_vocab, logits);
         }
         Ok(())
     }

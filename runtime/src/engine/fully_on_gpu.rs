@@ -3,9 +3,11 @@
 use super::Engine;
 use super::batch::{Batch, Phase};
 use super::meter::StepExperts;
+use super::residual::finish_logits;
 use super::sequences::WHOLE;
 use crate::error::RunError;
 use crate::gpu::Tokens;
+use crate::layers::cpu_context::CpuContext;
 use crate::layers::index::layers;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
@@ -72,6 +74,18 @@ impl Engine {
             tokens,
             &mut sequences.cache.rotations.tables,
         )?;
+        let cpu = CpuContext {
+            pool: &backends.pool,
+            kernels: backends.kernels,
+        };
+        let bias = processors.gpus.of(tier).head_bias();
+        finish_logits(
+            cpu,
+            &spec.head,
+            bias,
+            spec.n_vocab,
+            &mut output.logits[first..],
+        );
         keep_rows(&mut output.logits, first, spec.n_vocab, &batch.logits);
         for (from, to) in checkpoints {
             sequences.cache.copy_state(from, to)?;

@@ -1,6 +1,7 @@
 //! The stages of a pass on a GPU.
 
-use super::backend::{LayerBackend, Stage};
+use super::backend::{Buffers, LayerBackend, Stage};
+use super::residual::{finish_block, finish_logits};
 use super::sequences::WHOLE;
 use crate::error::RunError;
 use crate::gpu::{FfnInput, Gpu};
@@ -23,9 +24,7 @@ impl LayerBackend for Gpu {
     }
 
     fn dense_ffn(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
-        Ok(self
-            .ffn(layer.index.get())?
-            .run(stage.rows.clone(), FfnInput::Raw)?)
+        Ok(self.ffn(layer.index.get())?.run(stage.rows.clone())?)
     }
 
     fn route(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
@@ -66,13 +65,26 @@ impl LayerBackend for Gpu {
         } else {
             FfnInput::Raw
         };
-        Ok(self
-            .ffn(layer.index.get())?
-            .run(stage.rows.clone(), input)?)
+        let (values, part) = (stage.values(), self.ffn(layer.index.get())?);
+        if layer.spec.sums_experts_apart() {
+            let shared = &mut stage.buffers.shared[values];
+            return Ok(part.take_shared(stage.rows.clone(), input, shared)?);
+        }
+        Ok(part.run_shared(stage.rows.clone(), input)?)
     }
 
-    fn add_experts(&mut self, stage: &mut Stage<'_>, _: Layer<'_>) -> Result<(), RunError> {
-        Ok(self.add(&stage.buffers.out[stage.values()])?)
+    fn add_experts(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
+        let (values, spec, cpu) = (stage.values(), stage.spec, stage.cpu);
+        let Buffers { out, shared, .. } = &mut *stage.buffers;
+        let out = &mut out[values.clone()];
+        if let Some(end) = self.end_of_experts(layer.index.get()) {
+            if layer.spec.moe().is_some_and(|moe| moe.shared.is_some()) {
+                cpu.kernels.add(out, &shared[values]);
+            }
+            let norm = end.norm.as_deref();
+            finish_block(cpu, norm, spec.norm_eps, end.scale, spec.hidden, out);
+        }
+        Ok(self.add(out)?)
     }
 
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError> {
@@ -81,6 +93,13 @@ impl LayerBackend for Gpu {
         for rows in stage.batch.logits.chunk_by(|a, b| a + 1 == *b) {
             let (of_rows, after) = rest.split_at_mut(rows.len() * n_vocab);
             Gpu::head(self)?.run(rows[0]..rows[0] + rows.len(), of_rows)?;
+            finish_logits(
+                stage.cpu,
+                &stage.spec.head,
+                self.head_bias(),
+                n_vocab,
+                of_rows,
+            );
             rest = after;
         }
         Ok(())

@@ -4,7 +4,7 @@
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::weights::DenseWeights;
 use std::ops::Range;
-use tier_plan_formats::model::spec::{LayerInput, ModelSpec, TensorId, TokenInputs};
+use tier_plan_formats::model::spec::{HeadOptions, LayerInput, ModelSpec, TensorId, TokenInputs};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, Activations, needs_quants};
@@ -30,6 +30,25 @@ pub(super) fn finish_block(
             row.iter_mut().for_each(|x| *x *= scale);
         }
     });
+}
+
+/// Makes logits of a head's products, `[rows, n_vocab]`.
+pub(super) fn finish_logits(
+    cpu: CpuContext<'_>,
+    head: &HeadOptions,
+    bias: Option<&[f32]>,
+    n_vocab: usize,
+    logits: &mut [f32],
+) {
+    add_bias(logits, bias);
+    if head.scale != 1.0 {
+        logits.iter_mut().for_each(|z| *z *= head.scale);
+    }
+    if let Some(cap) = head.softcap {
+        cpu.pool.for_each_slice(logits, n_vocab, |_, row| {
+            row.iter_mut().for_each(|z| *z = cap * (*z / cap).tanh());
+        });
+    }
 }
 
 /// Computes the RMS norm of a row in place; an empty `weight` stands for ones.

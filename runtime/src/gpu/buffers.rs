@@ -8,7 +8,9 @@ use crate::layers::rope::tables;
 use std::sync::Arc;
 use tier_plan_cuda::ops::{AttentionBuffers, BatchPositions, CacheSize, Quants};
 use tier_plan_cuda::{Buffer, CudaError, Device};
-use tier_plan_formats::model::spec::{DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec};
+use tier_plan_formats::model::spec::{
+    DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate,
+};
 use tier_plan_formats::placement::TierIdx;
 
 /// Most values of attention's workspace, unless one token needs more: 64 MiB.
@@ -130,6 +132,9 @@ impl BufferSizes {
                 if a.gated() {
                     self.raw = self.raw.max(rows * a.q.n_out);
                     self.gate = self.gate.max(rows * a.o.n_in);
+                }
+                if let Some(OutputGate::Separate { linear, .. }) = &a.gate {
+                    self.gate = self.gate.max(rows * linear.n_out);
                 }
                 self.q = self.q.max(rows * a.n_head * a.key_dim);
                 self.k = self.k.max(rows * a.k.n_out);

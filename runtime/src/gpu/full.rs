@@ -260,9 +260,7 @@ impl FullModel<'_> {
     ) -> Result<(), CudaError> {
         let (work, n) = (&mut *self.work, segments.len());
         if let Some(table) = self.embedding {
-            let (ids, x) = (work.buffers.ids.view(), work.state(0..n));
-            work.ops
-                .dequantize_chosen(table.ty, table.view(), work.hidden, ids, n, x)?;
+            work.embed(table, 0..n)?;
         }
         let (mut first, mut moe_index) = (0, 0);
         // What a part computes is added to the state by the norm of the next part.
@@ -273,6 +271,7 @@ impl FullModel<'_> {
                 FullBlock::Dense(block) => {
                     ffn.norm(work, 0..n, Residual::Pending, Output::F32)?;
                     block.run(work, n)?;
+                    ffn.finish(work, n)?;
                     residual = Residual::Pending;
                     continue;
                 }
@@ -291,12 +290,16 @@ impl FullModel<'_> {
             let choices = first..first + 2 * n * n_used;
             let record = work.buffers.record.view().floats(choices.clone());
             router.choose(work, n, ChoiceViews::of(record, n * n_used))?;
-            residual = match shared {
-                Some(shared) => {
-                    shared.run(work, n)?;
-                    Residual::Pending
-                }
-                None => Residual::None,
+            if let Some(shared) = shared {
+                shared.run(work, n)?;
+            }
+            // Experts are added to the state, or, where something follows their sum, to the shared
+            // one's result.
+            let (is_apart, has_shared) = (ffn.has_end(), shared.is_some());
+            residual = if is_apart || has_shared {
+                Residual::Pending
+            } else {
+                Residual::None
             };
             if let Some(experts) = experts.as_deref_mut() {
                 let record = work.buffers.record.view().floats(choices.clone());
@@ -305,7 +308,12 @@ impl FullModel<'_> {
                     weights,
                 } = ChoiceViews::of(record, n * n_used);
                 let (input, quants) = (work.buffers.answer.view(), &work.buffers.quants);
-                experts.add_chosen(
+                let out = if is_apart {
+                    work.buffers.out.view()
+                } else {
+                    work.state(0..n)
+                };
+                experts.sum_chosen(
                     moe_index,
                     &ChosenExperts {
                         input,
@@ -315,8 +323,10 @@ impl FullModel<'_> {
                         tokens: n,
                         n_used,
                     },
-                    work.state(0..n),
+                    (!is_apart || has_shared).then_some(out),
+                    out,
                 )?;
+                ffn.finish(work, n)?;
             }
             first = choices.end;
             moe_index += 1;

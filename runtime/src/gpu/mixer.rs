@@ -12,7 +12,9 @@ use tier_plan_cuda::ops::{
     RopeTurns, SharedView, Strided, TransposedMatvec,
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
-use tier_plan_formats::model::spec::{GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan};
+use tier_plan_formats::model::spec::{
+    GateFunction, GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan, OutputGate,
+};
 use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
@@ -56,7 +58,11 @@ impl Mixer {
     /// Whether any of its first products takes quantized activations.
     pub(super) fn takes_quants(&self) -> bool {
         match self {
-            Self::Gqa(a) => [&a.q, &a.k, &a.v].into_iter().any(Matrix::takes_quants),
+            Self::Gqa(a) => {
+                let gate = a.gate.as_ref().map(|gate| &gate.matrix);
+                let first = [&a.q, &a.k, &a.v].into_iter().chain(gate);
+                first.into_iter().any(Matrix::takes_quants)
+            }
             Self::Mla(a) => {
                 a.q_down
                     .as_ref()
@@ -99,9 +105,16 @@ struct QkNorm {
     span: NormSpan,
 }
 
+/// Gates on the attention's result, which a matrix of their own makes.
+struct Gate {
+    matrix: Matrix,
+    function: GateFunction,
+}
+
 /// Grouped-query attention with its KV cache.
 pub(super) struct Gqa {
     spec: GqaSpec,
+    gate: Option<Gate>,
     q: Matrix,
     k: Matrix,
     v: Matrix,
@@ -131,8 +144,16 @@ impl Gqa {
                 span,
             })
         });
+        let gate = match &a.gate {
+            Some(OutputGate::Separate { linear, function }) => Some(Gate {
+                matrix: loader.linear(linear)?,
+                function: *function,
+            }),
+            Some(OutputGate::WithQueries) | None => None,
+        };
         Ok(Self {
             spec: a.clone(),
+            gate,
             q: loader.linear(&a.q)?,
             k: loader.linear(&a.k)?,
             v: loader.linear(&a.v)?,
@@ -187,6 +208,16 @@ impl Gqa {
             split(first, &buffers.q)?;
             split(first.floats(width..first.words()), &buffers.gate)?;
         }
+        if let Some(gate) = &self.gate {
+            product(
+                ops,
+                &gate.matrix,
+                n,
+                x,
+                &buffers.quants,
+                buffers.gate.view(),
+            )?;
+        }
         let head_norms = match &self.qk_norm {
             None => None,
             Some(norm) if norm.span == NormSpan::Head => Some(HeadNorms {
@@ -224,6 +255,9 @@ impl Gqa {
             keys,
             values,
         })?;
+        if a.temperature.is_some() {
+            ops.scale_rows(q, buffers.factors.view(), n, a.n_head * width)?;
+        }
         let attention = Attend {
             queries: q,
             keys,
@@ -239,16 +273,21 @@ impl Gqa {
             window: a.window,
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
-        // Gated results are quantized after the gate.
-        let quantizes = self.o.takes_quants() && !gated && a.value_dim.is_multiple_of(32);
+        // How many values share a gate, if there are gates. Results are quantized after them.
+        let share = match &self.gate {
+            Some(gate) => Some((a.o.n_in / gate.matrix.n_out, gate.function)),
+            None => gated.then_some((1, GateFunction::Sigmoid)),
+        };
+        let quantizes = self.o.takes_quants() && share.is_none() && a.value_dim.is_multiple_of(32);
         ops.attend(
             &attention,
             &buffers.attend,
             buffers.mixed.view(),
             quantizes.then_some(&mut buffers.inner),
         )?;
-        if gated {
-            ops.gate(buffers.mixed.view(), buffers.gate.view(), n * a.o.n_in)?;
+        if let Some((share, function)) = share {
+            let (mixed, gate) = (buffers.mixed.view(), buffers.gate.view());
+            ops.gate(mixed, gate, share, function, n * a.o.n_in)?;
         }
         if quantizes {
             return product(

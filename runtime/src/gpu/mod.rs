@@ -24,7 +24,7 @@ mod workspace;
 pub use full::fully_on_gpu;
 pub(crate) use full::{Tokens, full_gpu_tier};
 pub use parts::check as check_parts;
-pub(crate) use stages::FfnInput;
+pub(crate) use stages::{FfnInput, HostEnd};
 
 use crate::error::LoadError;
 use crate::layers::mixer::LayerCache;
@@ -190,6 +190,7 @@ impl Gpu {
             Ok(Head {
                 norm: loader.vector(spec.output_norm)?,
                 matrix: vocabulary(spec.output),
+                bias: spec.head.bias.map(|id| weights.vector(id).to_vec()),
             })
         };
         Ok(Self {
@@ -268,6 +269,16 @@ impl Gpu {
             return Err(work.missing("the head"));
         };
         Ok(HeadPart { head, work })
+    }
+
+    /// Returns what is added to logits on the host, `[n_vocab]`.
+    pub(super) fn head_bias(&self) -> Option<&[f32]> {
+        self.head.as_ref()?.bias.as_deref()
+    }
+
+    /// Returns what follows the sum of a layer's experts, where they are added up apart.
+    pub(super) fn end_of_experts(&self, layer: usize) -> Option<&HostEnd> {
+        self.layers[layer].ffn.as_ref()?.host_end.as_ref()
     }
 
     /// Overwrites rows of the hidden state, `[rows, hidden]`.

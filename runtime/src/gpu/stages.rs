@@ -3,7 +3,7 @@
 use super::buffers::logit_rows;
 use super::matrix::{FfnMatrices, GpuLoader, Matrix, product};
 use super::mixer::{Mixer, MixerBatch};
-use super::workspace::{Output, Residual, Workspace};
+use super::workspace::{BlockEnd, Output, Residual, Workspace};
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use crate::layers::places::{LayerPlaces, Place};
@@ -24,6 +24,7 @@ pub(super) struct Layer {
 pub(super) struct LayerMixer {
     norm: Buffer,
     pub(super) mixer: Mixer,
+    end: BlockEnd,
 }
 
 /// The feed-forward parts of a layer: at least one of them is here.
@@ -34,6 +35,17 @@ pub(super) struct LayerFfn {
     pub(super) router: Option<Router>,
     /// The shared expert or the dense block.
     pub(super) block: Option<FfnBlock>,
+    /// What follows the dense block, or all experts together.
+    end: Option<BlockEnd>,
+    /// The same on the host, for experts' results that meet there.
+    pub(super) host_end: Option<HostEnd>,
+}
+
+/// What is done on the host to the sum of all experts, the shared one included.
+pub(crate) struct HostEnd {
+    /// `[hidden]`.
+    pub(crate) norm: Option<Vec<f32>>,
+    pub(crate) scale: f32,
 }
 
 pub(super) struct Router {
@@ -51,6 +63,8 @@ pub(super) struct FfnBlock {
 pub(super) struct Head {
     pub(super) norm: Buffer,
     pub(super) matrix: Matrix,
+    /// What is added to logits on the host, `[n_vocab]`.
+    pub(super) bias: Option<Vec<f32>>,
 }
 
 impl Layer {
@@ -91,6 +105,10 @@ impl Layer {
             let norm = loader.vector(layer.mixer_norm)?;
             Ok(LayerMixer {
                 norm,
+                end: BlockEnd {
+                    norm: loader.opt_vector(layer.residual.mixer_norm)?,
+                    scale: layer.residual.mixer_scale,
+                },
                 mixer: Mixer::new(loader, &layer.mixer, rope, cache.clone())?,
             })
         });
@@ -100,11 +118,26 @@ impl Layer {
             let norm = loader.vector(layer.ffn_norm)?;
             let takes_quants = router.as_ref().is_some_and(|r| r.matrix.takes_quants())
                 || block.as_ref().is_some_and(|b| b.matrices.takes_quants());
+            let residual = &layer.residual;
+            let end = (!residual.ffn_is_plain()).then(|| {
+                Ok(BlockEnd {
+                    norm: loader.opt_vector(residual.ffn_norm)?,
+                    scale: residual.ffn_scale,
+                })
+            });
+            let host_norm = residual
+                .ffn_norm
+                .map(|id| loader.weights.vector(id).to_vec());
             Ok(LayerFfn {
                 norm,
                 output: Output::quantized_if(takes_quants),
                 router,
                 block,
+                end: end.transpose()?,
+                host_end: layer.sums_experts_apart().then_some(HostEnd {
+                    norm: host_norm,
+                    scale: residual.ffn_scale,
+                }),
             })
         });
         Ok(Self {
@@ -149,7 +182,8 @@ impl LayerMixer {
                 eps: work.eps,
                 segments,
             },
-        )
+        )?;
+        work.finish(&self.end, n)
     }
 }
 
@@ -187,6 +221,16 @@ impl LayerFfn {
             output
         };
         work.norm(&self.norm, rows, residual, output)
+    }
+
+    /// Does to `n` rows of `buffers.out` what follows the dense block, or all experts together.
+    pub(super) fn finish(&self, work: &Workspace, n: usize) -> Result<(), CudaError> {
+        self.end.as_ref().map_or(Ok(()), |end| work.finish(end, n))
+    }
+
+    /// Whether something follows.
+    pub(super) fn has_end(&self) -> bool {
+        self.end.is_some()
     }
 }
 
@@ -273,10 +317,7 @@ impl EmbeddingPart<'_> {
         for (i, part) in tokens.chunks(work.rows).enumerate() {
             let ids: Vec<u8> = part.iter().flat_map(|t| t.to_ne_bytes()).collect();
             work.buffers.ids.view().write(&ids)?;
-            let to = work.state(i * work.rows..i * work.rows + part.len());
-            let ids = work.buffers.ids.view();
-            work.ops
-                .dequantize_chosen(table.ty, table.view(), work.hidden, ids, part.len(), to)?;
+            work.embed(table, i * work.rows..i * work.rows + part.len())?;
         }
         Ok(())
     }
@@ -395,15 +436,44 @@ pub(crate) struct FfnPart<'a> {
     pub(super) work: &'a mut Workspace,
 }
 
-impl FfnPart<'_> {
-    /// Adds the block's result to rows.
-    pub(crate) fn run(self, rows: Range<usize>, input: FfnInput) -> Result<(), CudaError> {
-        let Self { ffn, block, work } = self;
-        if input == FfnInput::Raw {
-            ffn.norm(work, rows.clone(), Residual::None, Output::F32)?;
-        }
-        block.run(work, rows.len())?;
+impl<'a> FfnPart<'a> {
+    /// Adds a dense block's result to rows.
+    pub(crate) fn run(self, rows: Range<usize>) -> Result<(), CudaError> {
+        let (ffn, work) = self.compute(rows.clone(), FfnInput::Raw)?;
+        ffn.finish(work, rows.len())?;
         work.add_out(rows)
+    }
+
+    /// Adds a shared expert's result to rows.
+    pub(crate) fn run_shared(self, rows: Range<usize>, input: FfnInput) -> Result<(), CudaError> {
+        let (_, work) = self.compute(rows.clone(), input)?;
+        work.add_out(rows)
+    }
+
+    /// Copies a shared expert's results for rows to the host, `[rows, hidden]`: there they meet those
+    /// of the routed experts.
+    pub(crate) fn take_shared(
+        self,
+        rows: Range<usize>,
+        input: FfnInput,
+        out: &mut [f32],
+    ) -> Result<(), CudaError> {
+        let (_, work) = self.compute(rows, input)?;
+        work.buffers.out.view().read_f32(out)
+    }
+
+    fn compute(
+        self,
+        rows: Range<usize>,
+        input: FfnInput,
+    ) -> Result<(&'a LayerFfn, &'a mut Workspace), CudaError> {
+        let Self { ffn, block, work } = self;
+        let n = rows.len();
+        if input == FfnInput::Raw {
+            ffn.norm(work, rows, Residual::None, Output::F32)?;
+        }
+        block.run(work, n)?;
+        Ok((ffn, work))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::Most;
 use super::buffers::{BufferSizes, GpuBuffers};
+use super::matrix::Matrix;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::PAGE;
 use crate::layers::rope::RopeTable;
@@ -17,6 +18,8 @@ pub(super) struct Workspace {
     pub(super) buffers: GpuBuffers,
     pub(super) hidden: usize,
     pub(super) eps: f32,
+    /// Factor on embeddings.
+    embedding_scale: f32,
     /// Most rows that a part takes at once.
     pub(super) rows: usize,
     temperature: Option<Temperature>,
@@ -72,6 +75,7 @@ impl Workspace {
             ops: Ops::new(Arc::clone(device)),
             hidden: spec.hidden,
             eps: spec.norm_eps,
+            embedding_scale: spec.embedding_scale,
             rows: most.rows,
             temperature: temperature(spec),
             is_prepared: false,
@@ -104,6 +108,30 @@ impl Workspace {
             self.ops.add(to, self.buffers.out.view(), part.len())?;
         }
         Ok(())
+    }
+
+    /// Sets rows of the hidden state to the embeddings of the tokens in `buffers.ids`.
+    pub(super) fn embed(&self, table: &Matrix, rows: Range<usize>) -> Result<(), CudaError> {
+        let (n, x, ids) = (rows.len(), self.state(rows), self.buffers.ids.view());
+        let ops = &self.ops;
+        ops.dequantize_chosen(table.ty, table.view(), self.hidden, ids, n, x)?;
+        match self.embedding_scale {
+            1.0 => Ok(()),
+            scale => ops.scale(x, scale, n * self.hidden),
+        }
+    }
+
+    /// Does to `n` rows of `buffers.out`, a block's result, what follows the block.
+    pub(super) fn finish(&self, end: &BlockEnd, n: usize) -> Result<(), CudaError> {
+        let (out, hidden) = (self.buffers.out.view(), self.hidden);
+        if let Some(norm) = &end.norm {
+            let weight = Some(norm.view());
+            self.ops.rms_norm(out, weight, n, hidden, self.eps, out)?;
+        }
+        match end.scale {
+            1.0 => Ok(()),
+            scale => self.ops.scale(out, scale, n * hidden),
+        }
     }
 
     /// Adds `buffers.out` to rows of the hidden state.
@@ -205,11 +233,19 @@ impl Workspace {
     }
 }
 
+/// What is done to a block's result before it is added to the hidden state.
+pub(super) struct BlockEnd {
+    /// `[hidden]`.
+    pub(super) norm: Option<Buffer>,
+    pub(super) scale: f32,
+}
+
 /// Returns how scores grow with the position. All layers of a model share it, as it comes from the
 /// model's metadata.
 fn temperature(spec: &ModelSpec) -> Option<Temperature> {
     spec.layers.iter().find_map(|layer| match &layer.mixer {
         Mixer::Mla(a) => a.temperature,
+        Mixer::Gqa(a) => a.temperature,
         _ => None,
     })
 }

@@ -156,7 +156,9 @@ fn compare(
         tokens: 2,
         n_used: 3,
     };
-    here.add_chosen(0, &chosen, on_device.view()).unwrap();
+    let on_top = Some(on_device.view());
+    here.sum_chosen(0, &chosen, on_top, on_device.view())
+        .unwrap();
     for (token, state) in state.chunks_exact_mut(HIDDEN).enumerate() {
         let x = &both[token * HIDDEN..][..HIDDEN];
         for (expert, by) in used[token].iter().zip(weights[token]) {

@@ -198,10 +198,23 @@ KERNEL activate(float* gate, const float* up, int activation, float a, float b, 
     if (q) quantize_run(v, i / 32, q, scale, sums);
 }
 
-/// Computes `x = x / (1 + exp(-gate))`.
-KERNEL gate(float* x, const float* gate, int n) {
+/// Multiplies values by their gates, one gate per `share` values in turn: by `1 / (1 + exp(-gate))`,
+/// or, with `softplus`, by `log(1 + exp(gate))`.
+KERNEL gate(float* x, const float* gate, int share, int softplus, i64 n) {
     const i64 i = thread_number();
-    if (i < n) x[i] = x[i] / (1.0f + expf(-gate[i]));
+    if (i >= n) return;
+    const float g = gate[i / share];
+    if (softplus) {
+        x[i] *= g > 20.0f ? g : log1pf(expf(g));
+    } else {
+        x[i] = x[i] / (1.0f + expf(-g));
+    }
+}
+
+/// Multiplies `n` values by a factor.
+KERNEL scale(float* x, float factor, i64 n) {
+    const i64 i = thread_number();
+    if (i < n) x[i] *= factor;
 }
 
 /// Copies rows of `width` values that begin `x_stride` and `out_stride` values apart; `n` values in

@@ -3,7 +3,7 @@
 use super::{Quants, THREADS, blocks, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
-use tier_plan_formats::model::spec::{Activation, Gating, Groups, MoeSpec};
+use tier_plan_formats::model::spec::{Activation, GateFunction, Gating, Groups, MoeSpec};
 
 /// Most experts of a layer; the router kernel has the same constant.
 pub use tier_plan_formats::model::gpu::MAX_EXPERTS;
@@ -224,15 +224,36 @@ impl Ops {
         self.launch("scale_rows", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
-    /// Computes `x *= sigmoid(gate)` for `n` values.
-    pub fn gate(&self, x: View<'_>, gate: View<'_>, n: usize) -> Result<(), CudaError> {
-        assert!(x.words() >= n && gate.words() >= n, "{n} values");
-        self.launch(
-            "gate",
-            [blocks(n, THREADS), 1, 1],
-            THREADS,
-            &[x.arg(), gate.arg(), int(n)],
-        )
+    /// Multiplies `n` values by what a function makes of their gates, one gate per `share` values in
+    /// turn.
+    pub fn gate(
+        &self,
+        x: View<'_>,
+        gate: View<'_>,
+        share: usize,
+        function: GateFunction,
+        n: usize,
+    ) -> Result<(), CudaError> {
+        assert!(
+            share > 0 && x.words() >= n && gate.words() >= n.div_ceil(share),
+            "{n} values, one gate per {share}"
+        );
+        let softplus = i32::from(function == GateFunction::Softplus);
+        let args = [
+            x.arg(),
+            gate.arg(),
+            int(share),
+            Arg::Int(softplus),
+            Arg::Long(n as i64),
+        ];
+        self.launch("gate", [blocks(n, THREADS), 1, 1], THREADS, &args)
+    }
+
+    /// Multiplies `n` values by a factor.
+    pub fn scale(&self, x: View<'_>, factor: f32, n: usize) -> Result<(), CudaError> {
+        assert!(x.words() >= n, "{n} values");
+        let args = [x.arg(), Arg::Float(factor), Arg::Long(n as i64)];
+        self.launch("scale", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
     /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest

@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    Activation, DeltaGate, Ffn, GateUp, GatedFfn, Gating, GqaSpec, HeadOptions, KvUp, LayerSpec,
-    Linear, Mixer, MlaSpec, ModelSpec, MoeSpec, OutputGate, Reach, TensorId, WindowKind,
+    Activation, DeltaGate, Ffn, GateUp, GatedFfn, Gating, GqaSpec, KvUp, LayerSpec, Linear, Mixer,
+    MlaSpec, ModelSpec, MoeSpec, Reach, TensorId, WindowKind,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -197,9 +197,6 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             )
         })
     };
-    if !layer.residual.mixer_is_plain() {
-        return Some("a norm of or a factor on the result of attention".into());
-    }
     if layer.residual.connections.is_some() {
         return Some(SEVERAL_STREAMS.into());
     }
@@ -216,9 +213,7 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         Mixer::Kda(_) => Some("Kimi delta attention".into()),
         Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {
-            let linears = [&a.q, &a.k, &a.v, &a.o]
-                .into_iter()
-                .find_map(|l| misplaced(gguf, l));
+            let linears = a.linears().into_iter().find_map(|l| misplaced(gguf, l));
             linears.or(key(a.key_dim)).or(key(a.value_dim))
         }
         Mixer::Mla(a) => {
@@ -249,10 +244,6 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
     let norm = a.qk_norm;
     let options = [
         (a.softcap.is_some(), "a soft cap on attention scores"),
-        (
-            a.temperature.is_some(),
-            "scores that grow with the position",
-        ),
         (a.value_norm, "a norm of values"),
         (a.index.is_some(), "block-sparse attention"),
         (a.shared_kv.is_some(), "keys and values of another layer"),
@@ -263,10 +254,6 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
         (
             norm.is_some_and(|norm| norm.after_rope || norm.q.is_none() || norm.k.is_none()),
             "a norm after rotation or without weights",
-        ),
-        (
-            matches!(a.gate, Some(OutputGate::Separate { .. })),
-            "gates with a matrix of their own",
         ),
     ];
     options
@@ -304,16 +291,12 @@ fn embedding(spec: &ModelSpec) -> Option<String> {
     if spec.streams.is_some() {
         return Some(SEVERAL_STREAMS.into());
     }
-    (spec.embedding_scale != 1.0).then(|| "a factor on embeddings".into())
+    None
 }
 
 /// Returns what of the head no kernel of a GPU computes.
 fn head(spec: &ModelSpec) -> Option<String> {
-    if spec.streams.is_some() {
-        return Some(SEVERAL_STREAMS.into());
-    }
-    let plain = spec.head == HeadOptions::default();
-    (!plain).then(|| "a bias, a factor or a soft cap on logits".into())
+    spec.streams.is_some().then(|| SEVERAL_STREAMS.into())
 }
 
 /// Returns what of a layer's routed experts no kernel of a GPU computes.
@@ -338,8 +321,8 @@ fn activation(activation: Activation) -> Option<String> {
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
 fn blocks(layer: &LayerSpec) -> Option<String> {
     let residual = &layer.residual;
-    if !residual.ffn_is_plain() || !residual.ends_plain() {
-        return Some("a norm of or a factor on the result of the feed-forward block".into());
+    if !residual.ends_plain() {
+        return Some("what follows the feed-forward block".into());
     }
     if residual.connections.is_some() {
         return Some(SEVERAL_STREAMS.into());

@@ -6,8 +6,8 @@ use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{AddNorm, Quants, RopeTurns, RouterSpec, Strided};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{
-    Activation, ExpertLinear, GateUp, Gating, Groups, Linear, MoeSpec, RopeKind, RopeScaling,
-    RopeSpec, RouterInput,
+    Activation, ExpertLinear, GateFunction, GateUp, Gating, Groups, Linear, MoeSpec, RopeKind,
+    RopeScaling, RopeSpec, RouterInput,
 };
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::random::Random;
@@ -117,11 +117,24 @@ fn factors(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         .for_each(|(row, by)| row.iter_mut().for_each(|v| *v *= by));
     let mut outcome = Outcome::default();
     outcome.compare_exact(&on_device.view().to_f32()?, &x);
-    ops.gate(on_device.view(), gate.view(), rows * width)?;
-    x.iter_mut()
-        .zip(&gates)
-        .for_each(|(v, gate)| *v /= 1.0 + (-gate).exp());
-    outcome.compare(&on_device.view().to_f32()?, near(&x, 1e-30));
+    ops.scale(on_device.view(), 0.75, rows * width)?;
+    x.iter_mut().for_each(|v| *v *= 0.75);
+    outcome.compare_exact(&on_device.view().to_f32()?, &x);
+    // A gate per value, and one per ten.
+    for share in [1, 10] {
+        for function in [GateFunction::Sigmoid, GateFunction::Softplus] {
+            let on_device = Buffer::of_f32(ops.device(), &x)?;
+            ops.gate(on_device.view(), gate.view(), share, function, rows * width)?;
+            let factor = |gate: f32| match function {
+                GateFunction::Sigmoid => 1.0 / (1.0 + (-gate).exp()),
+                GateFunction::Softplus if gate > 20.0 => gate,
+                GateFunction::Softplus => gate.exp().ln_1p(),
+            };
+            let gated = x.iter().enumerate();
+            let gated: Vec<f32> = gated.map(|(i, v)| v * factor(gates[i / share])).collect();
+            outcome.compare(&on_device.view().to_f32()?, near(&gated, 1e-30));
+        }
+    }
     Ok(outcome)
 }
 

@@ -32,27 +32,12 @@ type Reason = (&'static [Part], &'static str);
 /// Returns the reasons of an architecture.
 fn reasons(arch: &str) -> &'static [Reason] {
     match arch {
-        "afmoe" => &[
-            (&[EMBEDDING], EMBEDDING_FACTOR),
-            (&[MIXER], MIXER_NORM),
-            (&BLOCKS, FFN_NORM),
-        ],
         "bailingmoe3" | "kimi-linear" => &[(&[MIXER], "Kimi delta attention")],
         "deepseek32" | "dots3note" | "glm-dsa" => &[(&[MIXER], INDEXER)],
         "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
-        "gemma3" => &[
-            (&[EMBEDDING], EMBEDDING_FACTOR),
-            (&[MIXER], MIXER_NORM),
-            (&BLOCKS, FFN_NORM),
-        ],
         "gemma4" => &[
             (&[EMBEDDING], EMBEDDING_FACTOR),
             (&[TABLE], "inputs of tokens for every layer"),
-            (&[MIXER], MIXER_NORM),
-            (&BLOCKS, FFN_NORM),
-        ],
-        "granitemoe" => &[
-            (&[EMBEDDING], EMBEDDING_FACTOR),
             (&[MIXER], MIXER_NORM),
             (&BLOCKS, FFN_NORM),
         ],
