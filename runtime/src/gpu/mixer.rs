@@ -13,7 +13,7 @@ use tier_plan_cuda::ops::{
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::{
-    GateFunction, GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan, OutputGate,
+    GateFunction, GqaSpec, KvUp, Mixer as MixerSpec, MlaSpec, NormSpan, OutputGate, TensorId,
 };
 use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
@@ -99,10 +99,11 @@ fn lacks(loader: &GpuLoader<'_>, part: &str) -> CudaError {
 }
 
 /// Norms of queries and keys.
-struct QkNorm {
+struct QkNorms {
     q: Buffer,
     k: Buffer,
     span: NormSpan,
+    after_rope: bool,
 }
 
 /// Gates on the attention's result, which a matrix of their own makes.
@@ -119,7 +120,9 @@ pub(super) struct Gqa {
     k: Matrix,
     v: Matrix,
     o: Matrix,
-    qk_norm: Option<QkNorm>,
+    qk_norm: Option<QkNorms>,
+    /// Ones, if values are normalized.
+    v_norm: Option<Buffer>,
     sinks: Option<Buffer>,
     rope: Option<usize>,
     /// Keys and values.
@@ -133,15 +136,18 @@ impl Gqa {
         rope: Option<usize>,
         cache: DeviceCache,
     ) -> Result<Self, CudaError> {
-        // What a GPU can't compute is refused when the plan is checked.
-        let norms = a
-            .qk_norm
-            .and_then(|norm| Some((norm.q?, norm.k?, norm.span)));
-        let norms = norms.map(|(q, k, span)| {
-            Ok::<_, CudaError>(QkNorm {
-                q: loader.vector(q)?,
-                k: loader.vector(k)?,
-                span,
+        let ones = |width: usize| Buffer::of_f32(loader.device, &vec![1.0; width]);
+        let norm = |weights: Option<TensorId>, heads: usize, span: NormSpan| match weights {
+            Some(id) => loader.vector(id),
+            None if span == NormSpan::Full => ones(heads * a.key_dim),
+            None => ones(a.key_dim),
+        };
+        let qk_norm = a.qk_norm.map(|of| {
+            Ok::<_, CudaError>(QkNorms {
+                q: norm(of.q, a.n_head, of.span)?,
+                k: norm(of.k, a.n_head_kv, of.span)?,
+                span: of.span,
+                after_rope: of.after_rope,
             })
         });
         let gate = match &a.gate {
@@ -158,7 +164,8 @@ impl Gqa {
             k: loader.linear(&a.k)?,
             v: loader.linear(&a.v)?,
             o: loader.linear(&a.o)?,
-            qk_norm: norms.transpose()?,
+            qk_norm: qk_norm.transpose()?,
+            v_norm: a.value_norm.then(|| ones(a.value_dim)).transpose()?,
             sinks: loader.opt_vector(a.sinks)?,
             rope,
             cache,
@@ -218,26 +225,30 @@ impl Gqa {
                 buffers.gate.view(),
             )?;
         }
-        let head_norms = match &self.qk_norm {
-            None => None,
-            Some(norm) if norm.span == NormSpan::Head => Some(HeadNorms {
-                queries: norm.q.view(),
-                keys: norm.k.view(),
-                eps,
-            }),
+        let mut norms = HeadNorms {
+            values: self.v_norm.as_ref().map(Buffer::view),
+            eps,
+            ..HeadNorms::default()
+        };
+        match &self.qk_norm {
+            None => {}
+            Some(norm) if norm.span == NormSpan::Head => {
+                norms.queries = Some(norm.q.view());
+                norms.keys = Some(norm.k.view());
+                norms.after_rope = norm.after_rope;
+            }
             Some(norm) => {
                 ops.rms_norm(q, Some(norm.q.view()), n, a.n_head * width, eps, q)?;
                 ops.rms_norm(k, Some(norm.k.view()), n, a.n_head_kv * width, eps, k)?;
-                None
             }
-        };
+        }
         let (kv_type, positions) = (self.cache.kv_type(), buffers.positions.all());
         let (keys, values) = (self.cache.rows(0), self.cache.rows(1));
         ops.place_heads(&NewHeads {
             queries: q,
             new_keys: k,
             new_values: v,
-            norms: head_norms,
+            norms,
             turns: self
                 .rope
                 .zip(a.rope.as_ref())

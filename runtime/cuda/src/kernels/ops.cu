@@ -120,14 +120,22 @@ DEVICE void store(const float* x, int width, const int* positions, const int* be
 /// Widest key or value.
 #define MAX_KEY 640
 
-/// Normalizes and rotates the heads of queries and keys, the queries in place, and stores keys and
-/// values at the tokens' positions. Norms and `turns` may be null. Grid: heads of queries, of keys
-/// and of values; tokens.
+/// Normalizes a row in place.
+DEVICE void norm_row(float* row, int width, const float* norm, float eps, float* room) {
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) squares += row[i] * row[i];
+    const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) row[i] = row[i] * factor * norm[i];
+}
+
+/// Normalizes heads, rotates those of queries and keys, the queries in place, and stores keys and
+/// values at the tokens' positions. Norms and `turns` may be null; those of queries and keys are
+/// `norms_last` after the rotation. Grid: heads of queries, of keys and of values; tokens.
 template <class Store>
-DEVICE void place_heads(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm, float eps,
-                        const float* turns, int half, int neighbours, int n_head, int n_head_kv, int key_width,
-                        int value_width, const int* positions, const int* begins, const int* tables, int page_bits,
-                        u8* keys, u8* values) {
+DEVICE void place_heads(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,
+                        const float* v_norm, int norms_last, float eps, const float* turns, int half, int neighbours,
+                        int n_head, int n_head_kv, int key_width, int value_width, const int* positions,
+                        const int* begins, const int* tables, int page_bits, u8* keys, u8* values) {
     __shared__ float row[MAX_KEY];
     __shared__ float room[WARP];
     const int head = (int)blockIdx.x, token = (int)blockIdx.y;
@@ -136,16 +144,11 @@ DEVICE void place_heads(float* q, const float* k, const float* v, const float* q
     const int width = is_value ? value_width : key_width;
     float* query = q + ((i64)token * n_head + at) * width;
     const float* from = is_query ? query : (is_value ? v : k) + ((i64)token * n_head_kv + at) * width;
-    const float* norm = is_query ? q_norm : is_value ? nullptr : k_norm;
-    float squares = 0.0f;
-    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) {
-        row[i] = from[i];
-        squares += row[i] * row[i];
-    }
-    if (norm) {
-        const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
-        for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) row[i] = row[i] * factor * norm[i];
-    }
+    const float* norm = is_query ? q_norm : is_value ? v_norm : k_norm;
+    const bool last = norms_last && !is_value;
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) row[i] = from[i];
+    // A thread has the same values throughout, so there is no barrier in between.
+    if (norm && !last) norm_row(row, width, norm, eps, room);
     __syncthreads();
     if (turns && !is_value) {
         const float* turn = turns + (i64)token * half * 2;
@@ -156,6 +159,10 @@ DEVICE void place_heads(float* q, const float* k, const float* v, const float* q
             *a = from_a * cosine - from_b * sine;
             *b = from_a * sine + from_b * cosine;
         }
+        __syncthreads();
+    }
+    if (norm && last) {
+        norm_row(row, width, norm, eps, room);
         __syncthreads();
     }
     if (is_query) {
@@ -173,11 +180,13 @@ DEVICE void place_heads(float* q, const float* k, const float* v, const float* q
         store<STORE_ROWS>(x, width, positions, begins, tables, page_bits, cache);                                      \
     }                                                                                                                  \
     KERNEL place_heads_##NAME(float* q, const float* k, const float* v, const float* q_norm, const float* k_norm,      \
-                              float eps, const float* turns, int half, int neighbours, int n_head, int n_head_kv,      \
-                              int key_width, int value_width, const int* positions, const int* begins,                 \
-                              const int* tables, int page_bits, u8* keys, u8* values) {                                \
-        place_heads<STORE_ROWS>(q, k, v, q_norm, k_norm, eps, turns, half, neighbours, n_head, n_head_kv, key_width,   \
-                                value_width, positions, begins, tables, page_bits, keys, values);                      \
+                              const float* v_norm, int norms_last, float eps, const float* turns, int half,            \
+                              int neighbours, int n_head, int n_head_kv, int key_width, int value_width,               \
+                              const int* positions, const int* begins, const int* tables, int page_bits, u8* keys,     \
+                              u8* values) {                                                                            \
+        place_heads<STORE_ROWS>(q, k, v, q_norm, k_norm, v_norm, norms_last, eps, turns, half, neighbours, n_head,     \
+                                n_head_kv, key_width, value_width, positions, begins, tables, page_bits, keys,         \
+                                values);                                                                               \
     }
 
 STORE(f32, StoreF32)

@@ -20,13 +20,17 @@ const HEADS: usize = 8;
 pub use tier_plan_formats::model::gpu::MAX_KEY;
 
 /// Weights of the norms of each head.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct HeadNorms<'a> {
-    /// `[key_width]`.
-    pub queries: View<'a>,
-    /// `[key_width]`.
-    pub keys: View<'a>,
-    /// Epsilon of both norms.
+    /// `[key_width]`, if queries are normalized.
+    pub queries: Option<View<'a>>,
+    /// `[key_width]`, if keys are normalized.
+    pub keys: Option<View<'a>>,
+    /// `[value_width]`, if values are normalized.
+    pub values: Option<View<'a>>,
+    /// Whether the norms of queries and keys follow the rotation.
+    pub after_rope: bool,
+    /// Epsilon of all norms.
     pub eps: f32,
 }
 
@@ -64,8 +68,8 @@ pub struct Heads<'a> {
     pub new_keys: View<'a>,
     /// `[tokens, n_head_kv, value_width]`.
     pub new_values: View<'a>,
-    /// Norms of queries and keys, if the layer has any.
-    pub norms: Option<HeadNorms<'a>>,
+    /// Norms of heads.
+    pub norms: HeadNorms<'a>,
     /// Rotation of queries and keys, if the layer has any.
     pub turns: Option<RopeTurns<'a>>,
     /// Number of query heads.
@@ -378,11 +382,15 @@ impl Ops {
             h.keys.len() >= cache(h.key_width) && h.values.len() >= cache(h.value_width),
             "cached rows"
         );
-        assert!(
-            h.norms
-                .is_none_or(|n| n.queries.words() >= h.key_width && n.keys.words() >= h.key_width),
-            "norms"
-        );
+        let norms = [
+            (h.norms.queries, h.key_width),
+            (h.norms.keys, h.key_width),
+            (h.norms.values, h.value_width),
+        ];
+        let fits = |(norm, width): (Option<View<'_>>, usize)| {
+            norm.is_none_or(|norm| norm.words() >= width)
+        };
+        assert!(norms.into_iter().all(fits), "norms");
         let half = h.turns.map_or(0, |turns| turns.half);
         let fits =
             |turns: RopeTurns<'_>| 2 * half <= h.key_width && turns.values.words() >= 2 * n * half;
@@ -397,9 +405,11 @@ impl Ops {
             h.queries.arg(),
             h.new_keys.arg(),
             h.new_values.arg(),
-            null_or(h.norms.map(|norms| norms.queries)),
-            null_or(h.norms.map(|norms| norms.keys)),
-            Arg::Float(h.norms.map_or(0.0, |norms| norms.eps)),
+            null_or(h.norms.queries),
+            null_or(h.norms.keys),
+            null_or(h.norms.values),
+            Arg::Int(i32::from(h.norms.after_rope)),
+            Arg::Float(h.norms.eps),
             null_or(h.turns.map(|turns| turns.values)),
             int(half),
             Arg::Int(i32::from(

@@ -13,7 +13,7 @@ pub(crate) use archs::cpu_only_of;
 use super::shape::DenseKind;
 use super::spec::{
     Activation, DeltaGate, Ffn, GateUp, GatedFfn, Gating, GqaSpec, KvUp, LayerSpec, Linear, Mixer,
-    MlaSpec, ModelSpec, MoeSpec, Reach, TensorId, WindowKind,
+    MlaSpec, ModelSpec, MoeSpec, NormSpan, Reach, TensorId, WindowKind,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -244,7 +244,6 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
     let norm = a.qk_norm;
     let options = [
         (a.softcap.is_some(), "a soft cap on attention scores"),
-        (a.value_norm, "a norm of values"),
         (a.index.is_some(), "block-sparse attention"),
         (a.shared_kv.is_some(), "keys and values of another layer"),
         (
@@ -252,8 +251,8 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
             "a chunked window",
         ),
         (
-            norm.is_some_and(|norm| norm.after_rope || norm.q.is_none() || norm.k.is_none()),
-            "a norm after rotation or without weights",
+            norm.is_some_and(|norm| norm.after_rope && norm.span == NormSpan::Full),
+            "a norm of all heads after rotation",
         ),
     ];
     options

@@ -9,7 +9,7 @@ use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
     Attend, AttentionBuffers, CacheRows, HeadNorms, Heads, PROMPT_TOKENS, Quants, RopeTurns,
 };
-use tier_plan_cuda::{CudaError, Ops};
+use tier_plan_cuda::{CudaError, Ops, View};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::RopeKind;
 use tier_plan_kernels::random::Random;
@@ -144,7 +144,13 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
     let text = Text::new(ops, past, tokens)?;
     for (key_width, value_width, kind) in [(64, 64, RopeKind::Halves), (40, 24, RopeKind::Adjacent)]
     {
-        for (normed, turned) in [(true, true), (false, true), (false, false)] {
+        // Whether heads are normalized, and after the rotation.
+        for (normed, after_rope, turned) in [
+            (true, false, true),
+            (true, true, true),
+            (false, false, true),
+            (false, false, false),
+        ] {
             let device = ops.device();
             let (q, k) = (
                 random.floats(tokens * n_head * key_width),
@@ -154,6 +160,7 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
             let norms = [
                 Buffer::of_f32(device, &random.floats(key_width))?,
                 Buffer::of_f32(device, &random.floats(key_width))?,
+                Buffer::of_f32(device, &random.floats(value_width))?,
             ];
             let turns = Buffer::of_f32(device, &random.floats(2 * tokens * half))?;
             let rows = |width: usize| {
@@ -173,11 +180,13 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
                     queries: q.view(),
                     new_keys: k.view(),
                     new_values: v.view(),
-                    norms: normed.then_some(HeadNorms {
-                        queries: norms[0].view(),
-                        keys: norms[1].view(),
+                    norms: HeadNorms {
+                        queries: normed.then_some(norms[0].view()),
+                        keys: normed.then_some(norms[1].view()),
+                        values: normed.then_some(norms[2].view()),
+                        after_rope,
                         eps: 1e-6,
-                    }),
+                    },
                     turns: turned.then_some(RopeTurns {
                         values: turns.view(),
                         kind,
@@ -238,21 +247,29 @@ fn place(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cud
 /// Normalizes, rotates and stores heads with one kernel per step.
 fn place_by_single_kernels(ops: &Ops, h: &Heads<'_>) -> Result<(), CudaError> {
     let tokens = h.positions.tokens();
-    let norms = h
-        .norms
-        .map_or([None; 2], |norms| [Some(norms.queries), Some(norms.keys)]);
+    let HeadNorms {
+        queries,
+        keys,
+        values,
+        after_rope,
+        eps,
+    } = h.norms;
+    // Rows are so narrow that the order of sums is that of the fused kernel.
+    let normalize = |x: View<'_>, norm: Option<View<'_>>, heads: usize, width: usize| match norm {
+        Some(norm) => ops.rms_norm(x, Some(norm), tokens * heads, width, eps, x),
+        None => Ok(()),
+    };
     for (x, norm, heads) in [
-        (h.queries, norms[0], h.n_head),
-        (h.new_keys, norms[1], h.n_head_kv),
+        (h.queries, queries, h.n_head),
+        (h.new_keys, keys, h.n_head_kv),
     ] {
-        if let Some(norm) = norm {
-            // Rows are so narrow that the order of sums is that of the fused kernel.
-            ops.rms_norm(x, Some(norm), tokens * heads, h.key_width, 1e-6, x)?;
-        }
+        normalize(x, norm.filter(|_| !after_rope), heads, h.key_width)?;
         if let Some(turns) = &h.turns {
             ops.rope(x, turns, tokens, heads, h.key_width)?;
         }
+        normalize(x, norm.filter(|_| after_rope), heads, h.key_width)?;
     }
+    normalize(h.new_values, values, h.n_head_kv, h.value_width)?;
     let (kv_type, heads) = (h.kv_type, h.n_head_kv);
     for (x, at, width) in [
         (h.new_keys, h.keys, h.key_width),

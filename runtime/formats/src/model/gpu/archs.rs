@@ -18,13 +18,8 @@ const BLOCKS: [Part; 3] = [ROUTER, SHARED, DENSE_FFN];
 const ALL_DENSE: [Part; 6] = [EMBEDDING, MIXER, ROUTER, SHARED, DENSE_FFN, HEAD];
 
 const STREAMS: &str = super::SEVERAL_STREAMS;
-const EMBEDDING_FACTOR: &str = "a factor on embeddings";
-const MIXER_NORM: &str = "a norm of or a factor on the result of attention";
-const FFN_NORM: &str = "a norm of or a factor on the result of the feed-forward block";
 const OWN_ROUTER: &str = "norms of, factors on, or a router apart from the experts";
 const INDEXER: &str = "a lightning indexer";
-const GATES: &str = "gates with a matrix of their own";
-const POSITION: &str = "scores that grow with the position";
 
 /// Parts that no GPU can run for one reason.
 type Reason = (&'static [Part], &'static str);
@@ -36,28 +31,21 @@ fn reasons(arch: &str) -> &'static [Reason] {
         "deepseek32" | "dots3note" | "glm-dsa" => &[(&[MIXER], INDEXER)],
         "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
         "gemma4" => &[
-            (&[EMBEDDING], EMBEDDING_FACTOR),
-            (&[TABLE], "inputs of tokens for every layer"),
-            (&[MIXER], MIXER_NORM),
-            (&BLOCKS, FFN_NORM),
+            (&[EMBEDDING, TABLE], "inputs of tokens for every layer"),
+            (&[MIXER], "keys and values that other layers read"),
+            (&BLOCKS, "what follows the feed-forward block"),
         ],
         "grok" => &[
-            (&[EMBEDDING], EMBEDDING_FACTOR),
-            (&[MIXER], MIXER_NORM),
-            (&BLOCKS, FFN_NORM),
-            (&[HEAD], "a bias, a factor or a soft cap on logits"),
+            (&[MIXER], "a soft cap on attention scores"),
+            (&[ROUTER, SHARED], OWN_ROUTER),
         ],
-        "hunyuan-moe" => &[(&[MIXER], "a norm after rotation or without weights")],
-        "laguna" | "step35" => &[(&[MIXER], GATES)],
         "lfm2moe" => &[(&[MIXER], "a short convolution")],
         "llama4" => &[
-            (&[MIXER], POSITION),
+            (&[MIXER], "a chunked window"),
             (&[ROUTER, SHARED], OWN_ROUTER),
             (&[EXPERTS], "weights on what experts read"),
         ],
-        "mimo2" => &[(&[MIXER], MIXER_NORM)],
         "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
-        "mistral3" => &[(&[MIXER], POSITION)],
         "nemotron_h_moe" => &[
             (&[MIXER], "Mamba-2"),
             (&[ROUTER, SHARED], OWN_ROUTER),
