@@ -368,18 +368,17 @@ impl ExpertStore {
         let succeeded = result.is_ok();
         let state = match *step.state(at) {
             ExpertState::Loading(LoadTarget::Slot(slot))
-                if self.layers[step.layer].slots_on_gpu =>
+                if succeeded && self.layers[step.layer].slots_on_gpu =>
             {
-                if succeeded {
-                    // No expert of this step has had the slot, and earlier steps have ended.
-                    let (expert, order) = (step.expert(at), TransferOrder::AtOnce);
-                    let from = FillFrom::Staging(buffer);
-                    self.fill_gpu_slot(step.layer, expert, slot, from, order);
-                    ExpertState::InSlot(slot)
-                } else {
-                    self.free_staging(buffer);
-                    ExpertState::Released
-                }
+                // No expert of this step has had the slot, and earlier steps have ended.
+                let (expert, order) = (step.expert(at), TransferOrder::AtOnce);
+                let from = FillFrom::Staging(buffer);
+                self.fill_gpu_slot(step.layer, expert, slot, from, order);
+                ExpertState::InSlot(slot)
+            }
+            ExpertState::Loading(LoadTarget::Slot(_)) if self.layers[step.layer].slots_on_gpu => {
+                self.free_staging(buffer);
+                ExpertState::Released
             }
             ExpertState::Loading(LoadTarget::Slot(slot)) => {
                 self.layers[step.layer].slots[slot.index()] = Some(buffer);
