@@ -26,7 +26,7 @@ const LAYERS: Effort = Effort {
     decode: 160,
     warm: 8,
     rounds: 3,
-    limit: Duration::from_secs(5),
+    limit: Duration::from_secs(2),
 };
 
 /// The work that a GPU is measured with.

@@ -40,7 +40,8 @@ pub struct Grid {
     pub threads: u32,
 }
 
-/// Memory and kernel launches. A device executes requests in the order in which they are made.
+/// Memory and kernel launches. A device executes requests in the order in which they are made, but for
+/// those of its [copy streams](Device::copy_stream) and [transfers](Device::transfers).
 pub trait Device: Send + Sync {
     /// Returns the name of the device.
     fn name(&self) -> &str;

@@ -2,8 +2,8 @@
 //! computed in one sequence of launches, which the CPU does not wait for.
 //!
 //! The matrices of a layer form one table: the experts by index, then the slots. Filling a slot
-//! changes memory, never the table. A device executes in order, so a slot may be refilled as soon
-//! as the expert that it held has been enqueued.
+//! changes memory, never the table. What computes comes after the fills before it, and a fill that is
+//! ordered after what computes may follow as soon as the expert that the slot held was enqueued.
 
 mod layer;
 mod slots;
@@ -275,8 +275,8 @@ impl PinnedExperts {
         let (l, entry) = slot_of(layers, layer, slot);
         match transfers {
             Some(transfers) => {
-                transfers.send_copy(l, slot, expert, order)?;
-                l.put_biases(entry, expert)
+                l.put_biases(entry, expert)?;
+                transfers.send_copy(l, slot, expert, order)
             }
             // The device works in order, so this comes after what was asked of the previous expert.
             None => l.put(&l.slots, slot, entry, expert),
@@ -308,14 +308,14 @@ impl PinnedExperts {
         let Some(transfers) = transfers else {
             panic!("a device that copies in place")
         };
+        // Nothing may fail once the bytes are on their way.
+        l.put_biases(entry, expert)?;
         let copies: Vec<(View<'_>, &[u8])> = l.copies(slot, expert).collect();
         // SAFETY: the caller's promise.
-        let sent = unsafe { transfers.stream.send(&copies, order) }?;
-        l.put_biases(entry, expert)?;
-        Ok(sent)
+        unsafe { transfers.stream.send(&copies, order) }
     }
 
-    /// Whether a transfer is done.
+    /// Returns whether a transfer is done.
     pub fn is_filled(&mut self, transfer: TransferId) -> Result<bool, CudaError> {
         let transfers = self.transfers.as_mut();
         transfers.map_or(Ok(true), |transfers| transfers.stream.is_done(transfer))

@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 11] = [
+pub static MODULES: [Module; 12] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -97,6 +97,11 @@ pub static MODULES: [Module; 11] = [
             "delta_recur_256",
             "delta_gate",
         ],
+    },
+    Module {
+        name: "short_conv.cu",
+        text: include_str!("kernels/short_conv.cu"),
+        kernels: &["short_conv", "short_conv_keep"],
     },
     Module {
         name: "stream.cu",

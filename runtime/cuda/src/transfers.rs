@@ -40,7 +40,8 @@ pub trait Transfers: Send {
     /// The memory is mapped, and stays so until this value is dropped.
     unsafe fn lock(&mut self, start: *const u8, len: usize) -> bool;
 
-    /// Enqueues copies as one transfer. Compute that is enqueued from now on waits for it.
+    /// Enqueues copies as one transfer. Compute that is enqueued from now on waits for it. After an
+    /// error nothing reads the bytes.
     ///
     /// # Safety
     /// The bytes are [locked](Self::lock), stay, and are not written until the transfer is done.
@@ -53,7 +54,7 @@ pub trait Transfers: Send {
         order: TransferOrder,
     ) -> Result<TransferId, CudaError>;
 
-    /// Whether a transfer is done.
+    /// Returns whether a transfer is done.
     fn is_done(&mut self, transfer: TransferId) -> Result<bool, CudaError>;
 
     /// Waits until a transfer is done.
@@ -175,6 +176,11 @@ impl Transfers for GpuTransfers {
                 .and_then(|()| result::stream::wait_event(compute, done, flags))
         };
         self.n_sent += 1;
+        if sent.is_err() {
+            // What was enqueued must not read the bytes any more when this returns.
+            // SAFETY: the stream lives as long as this value.
+            let _ = unsafe { result::stream::synchronize(self.stream) };
+        }
         self.checked(sent)?;
         Ok(TransferId(transfer))
     }

@@ -330,7 +330,7 @@ pub fn texts_at_once(engine: &mut Engine, most: usize) -> usize {
     if plan.sequences == 1 && !plan.context.is_multiple_of(kv::PAGE) {
         return 1;
     }
-    // Recurrent states and the caches of GPUs are for as many texts as planned.
+    // Recurrent states are for as many texts as planned.
     let texts: Vec<SequenceId> = (0..most)
         .map_while(|_| engine.add_sequence().ok())
         .collect();

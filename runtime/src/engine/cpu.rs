@@ -90,7 +90,8 @@ impl Cpu {
         }
     }
 
-    /// Returns the hidden states that tokens have before the first layer, `[tokens, hidden]`.
+    /// Returns the hidden states that tokens have before the first layer, `[tokens, residual
+    /// width]`.
     pub(crate) fn embed_tokens(&mut self, spec: &ModelSpec, tokens: &[u32]) -> &[f32] {
         self.embed_rows(spec, tokens);
         &self.x[..tokens.len() * spec.residual_width()]

@@ -19,7 +19,7 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 21] = [
+const WHOLE: [&str; 22] = [
     "afmoe",
     "bailingmoe2",
     "deepseek",
@@ -31,6 +31,7 @@ const WHOLE: [&str; 21] = [
     "hunyuan-moe",
     "hy_v3",
     "laguna",
+    "lfm2moe",
     "mimo2",
     "mistral3",
     "mistral4",

@@ -2,9 +2,10 @@
 //! kernels are those of a real one.
 
 use super::gpu_tests::{ALL, Experts, Watched, load, plan};
-use super::sequences_tests::{CONTEXT, Company, Fixture, TEXTS, action, rows, text};
-use crate::engine::{Engine, LogitsMode, Rows};
+use super::sequences_tests::{CONTEXT, Company, Fixture, TEXTS, action, rows, text, text_of};
+use crate::engine::{Engine, LogitsMode, Rows, SequenceId};
 use crate::options::LoadOptions;
+use crate::plans::in_memory::all_in_memory;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
@@ -19,8 +20,16 @@ use tier_plan_testing::{is_nightly, nmse};
 /// Largest error of a token's logits from the processor's, as in the tests of single texts.
 const SMALL_ERROR: f64 = 1e-5;
 
-/// Grouped queries, windows with sinks, latents, and delta nets.
-const NAMES: [&str; 4] = ["qwen3moe", "gpt-oss", "deepseek-v3", "qwen3next"];
+/// Grouped queries, windows with sinks, latents, delta nets, short convolutions, and norms and factors
+/// on what blocks make.
+const NAMES: [(&str, &str); 6] = [
+    ("arch", "qwen3moe"),
+    ("arch", "gpt-oss"),
+    ("arch", "deepseek-v3"),
+    ("arch", "qwen3next"),
+    ("arch2", "lfm2moe"),
+    ("arch2", "afmoe"),
+];
 
 fn nearly(found: &[u32], expected: &[u32]) -> bool {
     let floats = |bits: &[u32]| bits.iter().map(|x| f32::from_bits(*x)).collect::<Vec<_>>();
@@ -67,9 +76,9 @@ fn texts_on_a_gpu_have_nearly_the_logits_that_they_have_alone_on_the_processor()
         prop_oneof![Just(3usize), Just(16), Just(512)],
     );
     let kv_types = [KvType::F32, KvType::F16, KvType::Q8_0];
-    let cases = if is_nightly() { 32 } else { 4 };
-    for name in NAMES {
-        let fixture = Fixture::new(name);
+    let cases = if is_nightly() { 32 } else { 2 };
+    for (folder, name) in NAMES {
+        let fixture = Fixture::of(folder, name);
         let alone = kv_types.map(|kv| {
             let texts = 0..TEXTS as usize;
             texts
@@ -135,8 +144,8 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
 
 #[test]
 fn tokens_of_several_texts_go_through_a_gpu_without_coming_back() {
-    for name in NAMES {
-        let (fixture, kv_type) = (Fixture::new(name), KvType::F16);
+    for (folder, name) in NAMES {
+        let (fixture, kv_type) = (Fixture::of(folder, name), KvType::F16);
         let plan = plan_for(&fixture, kv_type, (3, 0), 0);
         let device = Arc::new(Watched::new(usize::MAX));
         let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
@@ -204,6 +213,86 @@ fn tokens_of_several_texts_go_through_a_gpu_without_coming_back() {
         let hits: u64 = layers.iter().map(|layer| layer.pinned_hits).sum();
         assert_eq!(hits, uses, "{name}: an expert counts once per step");
         assert_eq!(engine.counters().decode_tokens, 18);
+    }
+}
+
+/// Two texts decode beyond the first chunk of 256 positions; one ends, and another takes its place at
+/// another position of the same chunk. With a window, it attends to a chunk more than the one before.
+#[test]
+fn a_recorded_step_serves_for_every_position_in_its_chunks() {
+    for (folder, name) in [("arch", "gpt-oss"), ("arch", "qwen3moe")] {
+        let fixture = Fixture::of(folder, name);
+        let (kv_type, len) = (KvType::F32, 420);
+        let mut plan = plan(&fixture.shape, (len, kv_type), ALL, true, Experts::Gpu);
+        plan.sequences = 2;
+        plan.fill_sums(&fixture.shape);
+        plan.tiers
+            .iter_mut()
+            .for_each(|tier| tier.budget_bytes = tier.used_bytes());
+        let mut engine = load(&fixture.gguf, &plan, 64);
+        let n_vocab = engine.spec().n_vocab;
+        let texts = [0, 1, 2].map(|number| text_of(number, len as usize));
+        let mut plan = all_in_memory(&fixture.shape, len, kv_type);
+        plan.fill_sums(&fixture.shape);
+        let mut plain = load(&fixture.gguf, &plan, 64);
+        let alone = texts.each_ref().map(|text| {
+            plain.clear();
+            rows(plain.forward(text, LogitsMode::All).unwrap(), n_vocab)
+        });
+        let begin = |engine: &mut Engine, which: usize, n: usize| {
+            let sequence = engine.add_sequence().unwrap();
+            let prompt = Rows {
+                sequence,
+                tokens: &texts[which][..n],
+                logits: None,
+            };
+            engine.step(&[prompt]).unwrap();
+            sequence
+        };
+        let decode = |engine: &mut Engine, both: [(SequenceId, usize); 2]| {
+            for _ in 0..4 {
+                let past = both.map(|(sequence, _)| engine.n_past_of(sequence));
+                let step = [0, 1].map(|i| Rows {
+                    sequence: both[i].0,
+                    tokens: &texts[both[i].1][past[i]..past[i] + 1],
+                    logits: Some(LogitsMode::Last),
+                });
+                let found = rows(engine.step(&step).unwrap(), n_vocab);
+                for i in [0, 1] {
+                    let (which, at) = (both[i].1, past[i]);
+                    assert!(
+                        nearly(&found[i], &alone[which][at]),
+                        "{name} {which} at {at}"
+                    );
+                }
+            }
+        };
+        let first = begin(&mut engine, 0, 400);
+        let second = begin(&mut engine, 1, 390);
+        decode(&mut engine, [(first, 0), (second, 1)]);
+        engine.remove_sequence(second);
+        let third = begin(&mut engine, 2, 258);
+        decode(&mut engine, [(first, 0), (third, 2)]);
+    }
+}
+
+#[test]
+fn there_may_be_more_texts_than_planned_as_long_as_there_are_pages() {
+    let fixture = Fixture::new("qwen3moe");
+    let mut engine = load(&fixture.gguf, &plan_for(&fixture, KvType::F16, (1, 0), 0), 512);
+    let n_vocab = engine.spec().n_vocab;
+    let texts = [0, 1, 2].map(|number| (engine.add_sequence().unwrap(), text(number)));
+    let alone = [0, 1, 2].map(|number| fixture.alone(&text(number), KvType::F16));
+    for at in 0..8 {
+        let step = texts.each_ref().map(|(sequence, tokens)| Rows {
+            sequence: *sequence,
+            tokens: &tokens[at..at + 1],
+            logits: Some(LogitsMode::Last),
+        });
+        let found = rows(engine.step(&step).unwrap(), n_vocab);
+        for (found, alone) in found.iter().zip(&alone) {
+            assert!(nearly(found, &alone[at]), "token {at}");
+        }
     }
 }
 

@@ -354,7 +354,7 @@ fn gpus_refuse_by_name_what_they_do_not_compute() {
         ("grok", "a soft cap on attention scores"),
         ("llama4", "weights on what experts read"),
         ("minimax-m3", "block-sparse attention"),
-        ("lfm2moe", "a short convolution"),
+        ("kimi-linear", "Kimi delta attention"),
     ] {
         let gguf = Arc::new(Gguf::open(&data(&format!("arch2/{name}.gguf"))).unwrap());
         let spec = describe(&gguf).unwrap();

@@ -181,7 +181,7 @@ impl Sequences {
     /// texts yet.
     ///
     /// # Errors
-    /// When a NUMA node refuses the memory.
+    /// When a NUMA node or a GPU refuses the memory.
     pub(crate) fn new(
         spec: &ModelSpec,
         plan: &Placement,
@@ -500,8 +500,8 @@ impl Sequences {
     /// states for the checkpoints on the way.
     ///
     /// # Errors
-    /// When the text is unknown or unusable, would be too long, or too few pages are free; nothing
-    /// is changed then.
+    /// When the text is unknown or unusable, would be too long, too few pages are free, or a GPU
+    /// fails; the text is as before then.
     pub(crate) fn reserve(&mut self, id: SequenceId, n: usize) -> Result<(), RunError> {
         let (context, sequence) = (self.context, self.get(id)?);
         if sequence.broken {
@@ -527,19 +527,20 @@ impl Sequences {
             };
             new.push((*index, page));
         }
-        for (index, taken) in new {
+        let mut new = new.into_iter();
+        while let Some((index, taken)) = new.next() {
             if index >= had {
                 self.get_mut(id)?.pages.push(taken);
                 continue;
             }
             let shared = std::mem::replace(&mut self.get_mut(id)?.pages[index], taken);
             let len = n_past.saturating_sub(index * PAGE).min(PAGE);
-            let copied = self.cache.copy_page(WHOLE, shared, taken, len);
-            if copied.is_err() {
+            if let Err(error) = self.cache.copy_page(WHOLE, shared, taken, len) {
                 // The page that is shared still has what the text needs.
                 self.get_mut(id)?.pages[index] = shared;
                 self.pages.release(taken);
-                copied?;
+                new.for_each(|(_, page)| self.pages.release(page));
+                return Err(error);
             }
             self.pages.release(shared);
         }

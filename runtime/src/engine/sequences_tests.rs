@@ -31,7 +31,7 @@ impl Fixture {
         Self::of("arch", name)
     }
 
-    fn of(folder: &str, name: &str) -> Self {
+    pub(super) fn of(folder: &str, name: &str) -> Self {
         let gguf = Arc::new(Gguf::open(&data(&format!("{folder}/{name}.gguf"))).unwrap());
         let spec = describe(&gguf).unwrap();
         let recurrent = |mixer: &Mixer| mixer.state_bytes() > 0;

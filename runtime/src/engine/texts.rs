@@ -10,7 +10,7 @@ impl Engine {
     /// Adds an empty text.
     ///
     /// # Errors
-    /// When the plan has no recurrent state left for it, or a GPU holds the cache of another text.
+    /// When the plan has no recurrent state left for it.
     pub fn add_sequence(&mut self) -> Result<SequenceId, RunError> {
         self.sequences.add()
     }
@@ -84,10 +84,11 @@ impl Engine {
         }
         let layers = places.layers.iter().enumerate();
         let mixers = layers.filter_map(|(layer, at)| at.mixer.map(|_| layer.to_string()));
-        Some(format!(
-            "GPU with attention of {}",
-            mixers.collect::<Vec<_>>().join(",")
-        ))
+        let mixers: Vec<String> = mixers.collect();
+        if mixers.is_empty() {
+            return Some("GPU".into());
+        }
+        Some(format!("GPU with attention of {}", mixers.join(",")))
     }
 
     /// Returns one sentence on files of kept texts that could not be used or written, if there were

@@ -230,7 +230,7 @@ impl ExpertStore {
         let [gate, up, down] = [&view.gate, &view.up, &view.down].map(|l| l.weights.bytes());
         // Where the GPU reads the matrices itself; otherwise they have been sent.
         let ranges = match &from {
-            FillFrom::Staging(buffer) if filler.reads(buffer) => Ok(ExpertRanges {
+            FillFrom::Staging(buffer) if filler.can_read(buffer) => Ok(ExpertRanges {
                 gate: buffer.range_of(gate),
                 up: buffer.range_of(up),
                 down: buffer.range_of(down),

@@ -370,7 +370,8 @@ impl ExpertStore {
             ExpertState::Loading(LoadTarget::Slot(slot))
                 if succeeded && self.layers[step.layer].slots_on_gpu =>
             {
-                // No expert of this step has had the slot, and earlier steps have ended.
+                // No request for the slot's old expert is under way: those of earlier steps have been
+                // fetched, and those of this one, where the slot is filled when it ends.
                 let (expert, order) = (step.expert(at), TransferOrder::AtOnce);
                 let from = FillFrom::Staging(buffer);
                 self.fill_gpu_slot(step.layer, expert, slot, from, order);
@@ -588,5 +589,14 @@ impl ExpertStore {
     /// [`ReadError::Changed`].
     pub(crate) fn check_files(&self) -> Result<(), ReadError> {
         self.files.as_ref().map_or(Ok(()), FileTier::check)
+    }
+}
+
+impl Drop for ExpertStore {
+    fn drop(&mut self) {
+        // A GPU that goes unlocks memory that others may still read.
+        while !self.in_transit.is_empty() {
+            self.wait_for_transfer();
+        }
     }
 }

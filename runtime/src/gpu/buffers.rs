@@ -76,7 +76,6 @@ impl BufferSizes {
         let Most {
             batch,
             rows,
-            texts,
             context,
             ..
         } = most;
@@ -86,7 +85,8 @@ impl BufferSizes {
             rows,
             hidden,
             n_used: 1,
-            positions: BatchPositions::words(rows, texts, context, PAGE),
+            // There may be more texts than planned, as long as there are pages.
+            positions: BatchPositions::words(rows, rows, context, PAGE),
             attend_width: usize::MAX,
             ..Self::default()
         };
@@ -104,7 +104,7 @@ impl BufferSizes {
                 Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.up.n_out),
                 Ffn::Moe(moe) => {
                     if here(at.ffn) {
-                        s.record += 2 * moe.n_used * most_texts(texts.min(rows));
+                        s.record += 2 * moe.n_used * most_texts(rows);
                         (s.n_expert, s.n_used) =
                             (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
                     }
@@ -179,8 +179,14 @@ impl BufferSizes {
                 self.inner = self.inner.max(d.out.n_in);
                 return;
             }
+            Mixer::ShortConv(c) => {
+                self.raw = self.raw.max(rows * c.input.n_out);
+                self.mixed = self.mixed.max(rows * c.out.n_in);
+                self.inner = self.inner.max(c.out.n_in);
+                return;
+            }
             // Refused when the plan is checked.
-            Mixer::Kda(_) | Mixer::ShortConv(_) | Mixer::Mamba(_) => return,
+            Mixer::Kda(_) | Mixer::Mamba(_) => return,
             Mixer::Compressed(_) | Mixer::None => return,
         };
         self.attend = self.attend.max(wanted);

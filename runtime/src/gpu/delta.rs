@@ -1,12 +1,11 @@
 //! The gated delta net on a GPU. The arithmetic is that of `layers/delta.rs`.
 
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, product, products};
+use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
 use super::mixer::{MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
-use std::ops::Range;
 use tier_plan_cuda::ops::{self, DeltaSizes};
-use tier_plan_cuda::{Buffer, CudaError, Ops, View};
+use tier_plan_cuda::{Buffer, CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec};
 
 /// A layer's delta net with its state. At position 0 the kernels take the state for zero, so
@@ -134,9 +133,4 @@ impl Delta {
         }
         output(ops, &self.out, n, buffers)
     }
-}
-
-/// Returns rows of a buffer with rows of `width` values.
-fn of_rows<'a>(view: View<'a>, rows: &Range<usize>, width: usize) -> View<'a> {
-    view.floats(rows.start * width..rows.end * width)
 }

@@ -1,8 +1,8 @@
 //! Decoded tokens of a model that is fully on one GPU, one each of some texts: everything is launched
 //! without waiting, and the routers' choices are copied to the host at the end.
 //!
-//! The launches are recorded once per chunk of the context, and replayed for every token in it. With
-//! several texts they are recorded anew where any of them comes to a chunk. What differs between
+//! The launches are recorded once per chunk of the context, and replayed for the tokens in it. With
+//! several texts they are recorded anew where any of them has come to a chunk. What differs between
 //! tokens, their ids, positions, and pages, is in the device's memory.
 
 use super::Gpu;
@@ -33,6 +33,8 @@ pub(super) struct Replay {
     warm: BTreeSet<usize>,
     /// Whether the device can't record.
     unsupported: bool,
+    /// The texts of the last step, as those of a recording. A step is recorded when they come again.
+    last: Vec<(usize, StateIdx)>,
     recorded: Option<RecordedStep>,
 }
 
@@ -186,11 +188,15 @@ impl FullModel<'_> {
         let texts = segments
             .iter()
             .map(|segment| (segment.past / CHUNK, segment.state));
+        let is_warm = self.replay.warm.contains(&n) && !self.replay.unsupported;
+        let comes_again = texts.clone().eq(self.replay.last.iter().copied());
+        self.replay.last.clear();
+        self.replay.last.extend(texts.clone());
         match &self.replay.recorded {
             Some(recorded) if texts.clone().eq(recorded.texts.iter().copied()) => {
                 recorded.launches.replay()?;
             }
-            _ if !self.replay.warm.contains(&n) || self.replay.unsupported => {
+            _ if !is_warm || !comes_again => {
                 self.launch(experts.as_deref_mut(), segments)?;
                 self.replay.warm.insert(n);
             }

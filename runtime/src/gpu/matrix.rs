@@ -91,6 +91,11 @@ impl GpuLoader<'_> {
     }
 }
 
+/// Returns rows of a buffer with rows of `width` values.
+pub(super) fn of_rows<'a>(view: View<'a>, rows: &Range<usize>, width: usize) -> View<'a> {
+    view.floats(rows.start * width..rows.end * width)
+}
+
 /// Computes `out = matrix · x + bias` for `n` rows. `quants` is the quantized form of `x`, where
 /// the matrix takes it.
 pub(super) fn product(

@@ -4,6 +4,7 @@
 use super::buffers::{GpuBuffers, part_tokens};
 use super::delta::Delta;
 use super::matrix::{GpuLoader, Matrix, product, products};
+use super::short_conv::ShortConv;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use std::sync::Arc;
@@ -28,11 +29,12 @@ pub(super) struct MixerBatch<'a> {
     pub(super) segments: &'a [Segment<'a>],
 }
 
-/// A layer's attention with its KV cache, or its delta net with its state.
+/// A layer's attention with its KV cache, or its delta net or short convolution with its state.
 pub(super) enum Mixer {
     Gqa(Box<Gqa>),
     Mla(Box<Mla>),
     Delta(Box<Delta>),
+    ShortConv(Box<ShortConv>),
 }
 
 impl Mixer {
@@ -48,7 +50,9 @@ impl Mixer {
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
             MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d, cache)?))),
             MixerSpec::Kda(_) => Err(lacks(loader, "Kimi delta attention")),
-            MixerSpec::ShortConv(_) => Err(lacks(loader, "a short convolution")),
+            MixerSpec::ShortConv(c) => {
+                Ok(Self::ShortConv(Box::new(ShortConv::new(loader, c, cache)?)))
+            }
             MixerSpec::Mamba(_) => Err(lacks(loader, "Mamba-2")),
             MixerSpec::Compressed(_) => Err(lacks(loader, "compressed attention")),
             MixerSpec::None => Err(lacks(loader, "a layer without a mixer")),
@@ -71,6 +75,7 @@ impl Mixer {
                     || a.kv_down.takes_quants()
             }
             Self::Delta(d) => d.takes_quants(),
+            Self::ShortConv(c) => c.takes_quants(),
         }
     }
 
@@ -86,6 +91,7 @@ impl Mixer {
             Self::Gqa(a) => a.run(ops, buffers, batch),
             Self::Mla(a) => a.run(ops, buffers, batch),
             Self::Delta(d) => d.run(ops, buffers, batch),
+            Self::ShortConv(c) => c.run(ops, buffers, batch),
         }
     }
 }

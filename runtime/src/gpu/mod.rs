@@ -1,5 +1,5 @@
 //! The parts of a model that run on GPUs beside routed experts: attention with its KV cache, delta
-//! nets with their state, routers, shared experts, dense blocks, the head and the embedding.
+//! nets and short convolutions with their states, routers, shared experts, dense blocks, the head and the embedding.
 //!
 //! The hidden state of a batch stays on a GPU while consecutive parts run there. A router's choices
 //! are copied to the CPU, whose expert store knows where experts are. All buffers are allocated at
@@ -18,6 +18,7 @@ mod matrix;
 mod mixer;
 pub(crate) mod parts;
 pub(crate) mod rows;
+mod short_conv;
 mod stages;
 mod workspace;
 
@@ -78,8 +79,6 @@ struct Most {
     batch: usize,
     /// Tokens that a part takes at once.
     rows: usize,
-    /// Texts at once.
-    texts: usize,
     /// Tokens of a text.
     context: usize,
     /// Positions of the KV cache.
@@ -92,7 +91,6 @@ impl Most {
         Self {
             batch,
             rows,
-            texts: plan.sequences as usize,
             context: plan.context as usize,
             positions: plan.room().positions() as usize,
         }
@@ -363,7 +361,6 @@ pub(super) fn mixer_alone(
     let most = Most {
         batch: context,
         rows,
-        texts: 1,
         context,
         positions: context,
     };

@@ -228,7 +228,7 @@ impl LayerFfn {
         self.end.as_ref().map_or(Ok(()), |end| work.finish(end, n))
     }
 
-    /// Whether something follows.
+    /// Returns whether something follows the dense block, or all experts together.
     pub(super) fn has_end(&self) -> bool {
         self.end.is_some()
     }

@@ -14,7 +14,7 @@ pub(crate) struct DeviceCache {
     kv_type: KvType,
     /// `[positions, heads, width]`: keys and values, or latents.
     rows: Vec<Store>,
-    /// By text, then those of checkpoints: the convolution's inputs, and the matrices.
+    /// By text, then those of checkpoints: a convolution's inputs, and a delta net's matrices.
     states: Vec<Store>,
 }
 
@@ -72,6 +72,7 @@ impl DeviceCache {
                 let sizes = DeltaSizes::from(d);
                 vec![4 * sizes.conv_state(), 4 * sizes.matrices()]
             }
+            Mixer::ShortConv(c) => vec![4 * c.state_values()],
             _ => Vec::new(),
         };
         let stores = |each: Vec<usize>, parts: usize| -> Result<Vec<Store>, CudaError> {
@@ -95,7 +96,7 @@ impl DeviceCache {
         self.rows[index].buffer.view()
     }
 
-    /// Returns a text's inputs of the convolution, or its matrices.
+    /// Returns a text's inputs of the convolution (0), or its matrices (1).
     pub(crate) fn state(&self, index: usize, state: StateIdx) -> View<'_> {
         let state = state as usize;
         self.states[index].part(state..state + 1)

@@ -187,7 +187,7 @@ impl LayerCache {
     /// Copies a recurrent state to another.
     ///
     /// # Errors
-    /// When a GPU fails, here and below.
+    /// When a GPU that has the cache fails; so do the other functions that return one.
     pub(crate) fn copy_state(&mut self, from: StateIdx, to: StateIdx) -> Result<(), CudaError> {
         if let Self::OnGpu(cache) = self {
             return cache.copy_state(from, to);

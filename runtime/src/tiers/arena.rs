@@ -244,7 +244,7 @@ impl ArenaSlice {
     }
 
     /// Returns whether a slice is of the same arena.
-    pub(super) fn is_beside(&self, other: &Self) -> bool {
+    pub(super) fn is_of_same_arena(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.mapping, &other.mapping)
     }
 
@@ -274,7 +274,7 @@ impl ArenaSlice {
     /// Gives both back otherwise.
     pub(crate) fn join(self, next: Self) -> Result<Self, (Self, Self)> {
         let is_next = self.address() + self.capacity == next.address();
-        if !is_next || !self.is_beside(&next) {
+        if !is_next || !self.is_of_same_arena(&next) {
             return Err((self, next));
         }
         let capacity = self.capacity + next.capacity;

@@ -50,7 +50,7 @@ impl SlotFiller {
         Self { experts, memory }
     }
 
-    /// Returns the experts.
+    /// Returns the experts, which stay in here: they are dropped before the memory that they read.
     pub(crate) fn experts(&mut self) -> &mut PinnedExperts {
         &mut self.experts
     }
@@ -66,14 +66,14 @@ impl SlotFiller {
         self.experts.slot_bytes(layer, slot)
     }
 
-    /// Whether the GPU reads a buffer where it lies.
-    pub(crate) fn reads(&self, buffer: &ArenaSlice) -> bool {
+    /// Returns whether the GPU can read a buffer where it lies.
+    pub(crate) fn can_read(&self, buffer: &ArenaSlice) -> bool {
         let (start, end) = (buffer.address(), buffer.address() + buffer.capacity());
         let memory = self.memory.as_ref();
         memory.is_some_and(|memory| memory.range.start <= start && end <= memory.range.end)
     }
 
-    /// Has the GPU fill a slot from a buffer that it [reads](Self::reads).
+    /// Has the GPU fill a slot from a buffer that it [can read](Self::can_read).
     ///
     /// # Errors
     /// When the GPU fails. What the slot holds is undefined then, and the buffer is not read.
@@ -85,7 +85,7 @@ impl SlotFiller {
         biases: Option<[&[f32]; 3]>,
         order: TransferOrder,
     ) -> Result<InTransit, (ArenaSlice, CudaError)> {
-        debug_assert!(self.reads(&buffer));
+        debug_assert!(self.can_read(&buffer));
         let part = |range: &Range<usize>| &buffer[range.clone()];
         let bytes = ExpertBytes {
             gate: part(&ranges.gate),
@@ -101,7 +101,7 @@ impl SlotFiller {
         }
     }
 
-    /// Whether the GPU has read a buffer. One that has failed reads no more.
+    /// Returns whether the GPU has read a buffer. One that has failed reads no more.
     pub(crate) fn has_read(&mut self, transit: &InTransit) -> bool {
         self.experts.is_filled(transit.transfer).unwrap_or(true)
     }
@@ -120,7 +120,7 @@ fn memory_of(buffers: &[ArenaSlice]) -> Option<LockedMemory> {
     let end = buffers.iter().map(end).max()?;
     let held: usize = buffers.iter().map(ArenaSlice::capacity).sum();
     let first = buffers.first()?;
-    let in_one = buffers.iter().all(|buffer| buffer.is_beside(first));
+    let in_one = buffers.iter().all(|buffer| buffer.is_of_same_arena(first));
     // What lies between them would be locked, too.
     (in_one && end - start <= held + buffers.len() * ALIGN).then(|| LockedMemory {
         range: start..end,

@@ -5,6 +5,7 @@ use super::layer::Layer;
 use crate::CudaError;
 use crate::device::View;
 use crate::transfers::{TransferId, TransferOrder, Transfers};
+use std::ops::Range;
 
 /// Buffers for experts that are copied before they are sent: one is filled while another is on its
 /// way.
@@ -22,9 +23,14 @@ pub(super) struct SlotTransfers {
     len: usize,
 }
 
+/// Granularity of locked memory in bytes.
+const PAGE: usize = 4096;
+
 /// Locked memory that an expert is copied to.
 struct BounceBuffer {
     bytes: Vec<u8>,
+    /// The whole pages within the bytes, which nothing else lies in.
+    pages: Range<usize>,
     /// What was last sent from it.
     sent: Option<TransferId>,
 }
@@ -51,23 +57,31 @@ impl SlotTransfers {
         let copies: Vec<(View<'_>, &[u8])> = layer.copies(slot, expert).collect();
         if self.bounce.len() < BOUNCE_BUFFERS {
             self.next = self.bounce.len();
-            let bytes = vec![0; self.len];
+            let bytes = vec![0u8; self.len.next_multiple_of(PAGE) + PAGE];
+            let first = bytes.as_ptr().align_offset(PAGE);
+            let pages = first..first + self.len.next_multiple_of(PAGE);
+            let locked = &bytes[pages.clone()];
             // SAFETY: the buffer is never moved or freed while the stream lives, which is dropped
             // first.
-            let is_locked = unsafe { self.stream.lock(bytes.as_ptr(), bytes.len()) };
+            let is_locked = unsafe { self.stream.lock(locked.as_ptr(), locked.len()) };
             if !is_locked {
-                return copies
-                    .into_iter()
-                    .try_for_each(|(to, bytes)| to.write(bytes));
+                let mut copies = copies.into_iter();
+                copies.try_for_each(|(to, bytes)| to.write(bytes))?;
+                // A later transfer to the slot might overtake the writes.
+                return layer.slots.device().wait();
             }
-            self.bounce.push(BounceBuffer { bytes, sent: None });
+            self.bounce.push(BounceBuffer {
+                bytes,
+                pages,
+                sent: None,
+            });
         }
         let buffer = &mut self.bounce[self.next];
         self.next = (self.next + 1) % BOUNCE_BUFFERS;
         if let Some(sent) = buffer.sent {
             self.stream.wait(sent)?;
         }
-        let mut rest = &mut buffer.bytes[..];
+        let mut rest = &mut buffer.bytes[buffer.pages.clone()];
         let mut parts: Vec<(View<'_>, &[u8])> = Vec::with_capacity(copies.len());
         for (to, bytes) in copies {
             let (part, after) = rest.split_at_mut(bytes.len());

@@ -1,7 +1,7 @@
 // Attention over the KV cache. Each block computes the share of some heads in a chunk of 256
 // positions for one token; a second kernel combines a query's chunks in their order. Chunks begin
-// at fixed positions, and every token has its own text, so a result does not depend on other
-// tokens of the batch.
+// at fixed positions, and every token reads the pages of its own text, so a result does not
+// depend on other tokens of the batch.
 #include "rows.cuh"
 
 /// Positions per chunk.

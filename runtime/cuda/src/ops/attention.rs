@@ -212,11 +212,11 @@ impl Attend<'_> {
 
     /// Returns the number of chunks that a token attends to.
     ///
-    /// For a token by itself this is the most at any position of its last chunk, so that recorded
-    /// launches serve for all of them.
+    /// Where every text has one token, this is the most at any position of the token's last chunk,
+    /// so that recorded launches serve for all of them.
     fn chunks(&self, token: usize) -> usize {
         let position = self.positions.of(token);
-        if self.positions.tokens() == 1 {
+        if self.positions.runs().all(|run| run.len() == 1) {
             let windows = self
                 .window
                 .map_or(usize::MAX, |window| window.div_ceil(CHUNK) + 1);

@@ -10,6 +10,7 @@ mod gated;
 mod positions;
 mod products;
 mod prompt_attention;
+mod short_conv;
 mod small;
 mod stream;
 
@@ -24,6 +25,7 @@ pub use products::{
     SharedView, TokenGroup, TokenGroups, TransposedMatvec,
 };
 pub use prompt_attention::PROMPT_TOKENS;
+pub use short_conv::ShortConv;
 pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterSpec, Strided};
 
 use super::CudaError;

@@ -209,7 +209,9 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         Mixer::None => None,
         Mixer::Delta(d) if d.gate != DeltaGate::Silu => Some("sigmoid gates of a delta net".into()),
         Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
-        Mixer::ShortConv(_) => Some("a short convolution".into()),
+        Mixer::ShortConv(c) => [&c.input, &c.out]
+            .into_iter()
+            .find_map(|l| misplaced(gguf, l)),
         Mixer::Kda(_) => Some("Kimi delta attention".into()),
         Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {

@@ -5,6 +5,7 @@ mod attention;
 mod delta;
 mod gated;
 mod products;
+mod short_conv;
 mod small;
 mod stream;
 mod texts;
@@ -70,6 +71,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(small::checks());
     checks.extend(attention::checks());
     checks.extend(delta::checks());
+    checks.extend(short_conv::checks());
     checks.extend(stream::checks());
     checks
 }

@@ -39,7 +39,6 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&[MIXER], "a soft cap on attention scores"),
             (&[ROUTER, SHARED], OWN_ROUTER),
         ],
-        "lfm2moe" => &[(&[MIXER], "a short convolution")],
         "llama4" => &[
             (&[MIXER], "a chunked window"),
             (&[ROUTER, SHARED], OWN_ROUTER),

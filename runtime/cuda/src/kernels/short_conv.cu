@@ -1,0 +1,52 @@
+// The gated short convolution between its products: with the thirds `b`, `c`, `x` of a row of
+// projections, each channel of `b * x` is convolved over the last tokens, and multiplied by `c`.
+//
+// A channel's sum runs over its taps in order, so a batch gives the same bits as its tokens one by
+// one. At position 0 the inputs before are taken for zero, whatever their memory holds.
+#include "base.cuh"
+
+/// Returns `b * x` of a channel.
+DEVICE float conv_input(const float* projected, int channels, i64 token, int channel) {
+    const float* row = projected + 3 * token * channels + channel;
+    return row[0] * row[2 * channels];
+}
+
+/// Computes `out`, `[tokens, channels]`. `projected` is `[tokens, 3 * channels]`, `weight`
+/// `[channels, taps]`, oldest tap first, and `inputs` `[taps - 1, channels]`, the newest last. Grid:
+/// channels by threads, tokens.
+KERNEL short_conv(const float* projected, int channels, int taps, const float* weight, const float* inputs,
+                  const int* past, float* out) {
+    const int channel = (int)(blockIdx.x * blockDim.x + threadIdx.x), token = (int)blockIdx.y, keep = taps - 1;
+    if (channel >= channels) return;
+    const bool fresh = *past == 0;
+    float sum = 0.0f;
+    for (int tap = 0; tap < taps; tap++) {
+        const int at = token + tap;
+        float seen;
+        if (at >= keep) {
+            seen = conv_input(projected, channels, at - keep, channel);
+        } else {
+            seen = fresh ? 0.0f : inputs[(i64)at * channels + channel];
+        }
+        sum += weight[channel * taps + tap] * seen;
+    }
+    out[(i64)token * channels + channel] = projected[(3 * (i64)token + 1) * channels + channel] * sum;
+}
+
+/// Keeps the inputs that the tokens after these `n` need. Grid: channels by threads.
+KERNEL short_conv_keep(const float* projected, int channels, int n, int keep, const int* past, float* inputs) {
+    const int channel = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (channel >= channels) return;
+    const bool fresh = *past == 0;
+    for (int i = 0; i < keep; i++) {
+        // Inputs that are not overwritten yet.
+        const int at = n + i;
+        float v;
+        if (at >= keep) {
+            v = conv_input(projected, channels, at - keep, channel);
+        } else {
+            v = fresh ? 0.0f : inputs[(i64)at * channels + channel];
+        }
+        inputs[(i64)i * channels + channel] = v;
+    }
+}

@@ -1,0 +1,70 @@
+//! The gated short convolution on a GPU. The arithmetic is that of `layers/short_conv.rs`.
+
+use super::buffers::GpuBuffers;
+use super::matrix::{GpuLoader, Matrix, of_rows, product};
+use super::mixer::{MixerBatch, output};
+use crate::layers::device_cache::DeviceCache;
+use tier_plan_cuda::ops;
+use tier_plan_cuda::{Buffer, CudaError, Ops};
+use tier_plan_formats::model::spec::ShortConvSpec;
+
+/// A layer's short convolution with its state.
+pub(super) struct ShortConv {
+    channels: usize,
+    taps: usize,
+    input: Matrix,
+    conv: Buffer,
+    out: Matrix,
+    /// The convolution's inputs of texts and checkpoints.
+    states: DeviceCache,
+}
+
+impl ShortConv {
+    pub(super) fn new(
+        loader: &GpuLoader<'_>,
+        c: &ShortConvSpec,
+        states: DeviceCache,
+    ) -> Result<Self, CudaError> {
+        Ok(Self {
+            channels: c.channels,
+            taps: c.taps,
+            input: loader.linear(&c.input)?,
+            conv: loader.vector(c.conv)?,
+            out: loader.linear(&c.out)?,
+            states,
+        })
+    }
+
+    pub(super) fn takes_quants(&self) -> bool {
+        self.input.takes_quants()
+    }
+
+    /// Computes the rows of each text after its state. Rows that a checkpoint follows end a launch.
+    pub(super) fn run(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        batch: MixerBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let MixerBatch { n, segments, .. } = batch;
+        let (x, projected) = (buffers.answer.view(), buffers.raw.view());
+        product(ops, &self.input, n, x, &buffers.quants, projected)?;
+        for segment in segments {
+            for (rows, checkpoint) in segment.parts() {
+                ops.short_conv(&ops::ShortConv {
+                    channels: self.channels,
+                    taps: self.taps,
+                    projected: of_rows(projected, &rows, 3 * self.channels),
+                    weight: self.conv.view(),
+                    positions: buffers.positions.all().part(rows.clone()),
+                    inputs: self.states.state(0, segment.state),
+                    out: of_rows(buffers.mixed.view(), &rows, self.channels),
+                })?;
+                if let Some(to) = checkpoint {
+                    self.states.copy_state(segment.state, to)?;
+                }
+            }
+        }
+        output(ops, &self.out, n, buffers)
+    }
+}
