@@ -279,7 +279,11 @@ fn a_recorded_step_serves_for_every_position_in_its_chunks() {
 #[test]
 fn there_may_be_more_texts_than_planned_as_long_as_there_are_pages() {
     let fixture = Fixture::new("qwen3moe");
-    let mut engine = load(&fixture.gguf, &plan_for(&fixture, KvType::F16, (1, 0), 0), 512);
+    let mut engine = load(
+        &fixture.gguf,
+        &plan_for(&fixture, KvType::F16, (1, 0), 0),
+        512,
+    );
     let n_vocab = engine.spec().n_vocab;
     let texts = [0, 1, 2].map(|number| (engine.add_sequence().unwrap(), text(number)));
     let alone = [0, 1, 2].map(|number| fixture.alone(&text(number), KvType::F16));

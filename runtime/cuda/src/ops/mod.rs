@@ -7,6 +7,7 @@
 mod attention;
 mod delta;
 mod gated;
+mod heads;
 mod positions;
 mod products;
 mod prompt_attention;
@@ -14,11 +15,10 @@ mod short_conv;
 mod small;
 mod stream;
 
-pub use attention::{
-    Attend, AttentionBuffers, CHUNK, CacheRows, HeadNorms, Heads, MAX_KEY, RopeTurns,
-};
+pub use attention::{Attend, AttentionBuffers, CHUNK, MAX_KEY};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
+pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
 pub use products::{
     BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants,

@@ -1,0 +1,337 @@
+//! Multi-head latent attention on a GPU. The arithmetic is that of `layers/mla.rs`.
+
+use super::buffers::{GpuBuffers, part_tokens};
+use super::matrix::{GpuLoader, Matrix, product, products};
+use super::mixer::{MixerBatch, output};
+use crate::layers::device_cache::DeviceCache;
+use std::sync::Arc;
+use tier_plan_cuda::ops::{
+    Attend, CacheRows, Input, Matrices, MatrixTable, Matvec, Quants, RopeTurns, SharedView,
+    Strided, TransposedMatvec,
+};
+use tier_plan_cuda::{Buffer, CudaError, Ops, View};
+use tier_plan_formats::model::spec::{KvUp, MlaSpec};
+use tier_plan_kernels::needs_quants;
+use tier_plan_kernels::quant::TensorType;
+
+/// One matrix per head.
+struct HeadMatrices {
+    table: MatrixTable<'static>,
+    ty: TensorType,
+    n_out: usize,
+    n_in: usize,
+}
+
+impl HeadMatrices {
+    /// Takes `n_out` rows per head from a matrix in which heads are `stride` rows apart, beginning
+    /// with row `first` of each head.
+    fn new(
+        loader: &GpuLoader<'_>,
+        whole: &Matrix,
+        first: usize,
+        stride: usize,
+        n_out: usize,
+    ) -> Result<Self, CudaError> {
+        let Matrix { ty, n_in, .. } = *whole;
+        let row = ty.row_bytes(n_in as u64).unwrap_or_default() as usize;
+        let matrix = |head: usize| {
+            let start = whole.range.start + (head * stride + first) * row;
+            Some(SharedView {
+                buffer: Arc::clone(&whole.bytes),
+                range: start..start + n_out * row,
+            })
+        };
+        let matrices = (0..whole.n_out / stride).map(matrix).collect();
+        Ok(Self {
+            table: MatrixTable::owning(loader.device, matrices)?,
+            ty,
+            n_out,
+            n_in,
+        })
+    }
+
+    /// Computes `out[token, head] = matrix[head] · x[token, head]`. `heads` has the head of each
+    /// job.
+    fn product(
+        &self,
+        ops: &Ops,
+        heads: &Buffer,
+        jobs: usize,
+        x: View<'_>,
+        inner: &mut Quants,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        let quantize = needs_quants(self.ty);
+        if quantize {
+            ops.quantize(x, jobs, self.n_in, inner)?;
+        }
+        let matvec = Matvec {
+            ty: self.ty,
+            matrices: Matrices::Chosen(&self.table, heads.view()),
+            bias: None,
+            jobs,
+            n_rows: self.n_out,
+            n_cols: self.n_in,
+            x: if quantize {
+                Input::Quants(inner)
+            } else {
+                Input::Floats(x)
+            },
+            jobs_per_x: 1,
+        };
+        ops.matvec(&matvec, out)
+    }
+}
+
+/// The projections that take queries to the space of the latents.
+enum ToLatents {
+    /// Stored transposed: one matrix per head.
+    Transposed(HeadMatrices),
+    /// Stored as projections from latents to keys, fused with those to values.
+    Fused {
+        matrix: Matrix,
+        /// Indices of the rows that belong to keys.
+        key_rows: Buffer,
+    },
+}
+
+/// The low-rank projection of queries, with its norm.
+struct QueryDown {
+    matrix: Matrix,
+    norm: Buffer,
+}
+
+/// Multi-head latent attention with its KV cache.
+pub(super) struct Mla {
+    spec: MlaSpec,
+    q_down: Option<QueryDown>,
+    q: Matrix,
+    kv_down: Matrix,
+    kv_norm: Buffer,
+    to_latents: ToLatents,
+    to_values: HeadMatrices,
+    o: Matrix,
+    rope: Option<usize>,
+    /// Head of each job of a part.
+    heads: Buffer,
+    /// Latents with rotated keys, `[positions, kv_rank + rope]`.
+    cache: DeviceCache,
+}
+
+impl Mla {
+    pub(super) fn new(
+        loader: &GpuLoader<'_>,
+        a: &MlaSpec,
+        rope: Option<usize>,
+        cache: DeviceCache,
+    ) -> Result<Self, CudaError> {
+        let indices = |values: &mut dyn Iterator<Item = usize>| {
+            Buffer::of_i32(loader.device, &values.map(|n| n as i32).collect::<Vec<_>>())
+        };
+        let (to_latents, to_values) = match a.kv_up {
+            KvUp::Split { k, v } => {
+                let k = loader.rows(k, 0..a.n_head * a.kv_rank, a.nope_dim);
+                let v = loader.rows(v, 0..a.n_head * a.value_dim, a.kv_rank);
+                let to_values = HeadMatrices::new(loader, &v, 0, a.value_dim, a.value_dim)?;
+                (
+                    ToLatents::Transposed(HeadMatrices::new(loader, &k, 0, a.kv_rank, a.kv_rank)?),
+                    to_values,
+                )
+            }
+            KvUp::Fused(kv) => {
+                let stride = a.nope_dim + a.value_dim;
+                let kv = loader.rows(kv, 0..a.n_head * stride, a.kv_rank);
+                let to_values = HeadMatrices::new(loader, &kv, a.nope_dim, stride, a.value_dim)?;
+                let key_rows = indices(
+                    &mut (0..a.n_head * a.nope_dim)
+                        .map(|i| i / a.nope_dim * stride + i % a.nope_dim),
+                );
+                (
+                    ToLatents::Fused {
+                        matrix: kv,
+                        key_rows: key_rows?,
+                    },
+                    to_values,
+                )
+            }
+        };
+        let q_down = a.q_down.map(|low| {
+            Ok::<_, CudaError>(QueryDown {
+                matrix: loader.linear(&low.down)?,
+                norm: loader.vector(low.norm)?,
+            })
+        });
+        Ok(Self {
+            q_down: q_down.transpose()?,
+            q: loader.linear(&a.q)?,
+            kv_down: loader.linear(&a.kv_down)?,
+            kv_norm: loader.vector(a.kv_norm)?,
+            to_latents,
+            to_values,
+            o: loader.linear(&a.o)?,
+            rope,
+            heads: indices(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
+            cache,
+            spec: a.clone(),
+        })
+    }
+
+    pub(super) fn takes_quants(&self) -> bool {
+        let first = self.q_down.as_ref().map_or(&self.q, |down| &down.matrix);
+        first.takes_quants() || self.kv_down.takes_quants()
+    }
+
+    /// Stores the tokens' latents, and computes their attention.
+    pub(super) fn run(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        batch: MixerBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let (a, MixerBatch { n, eps, .. }) = (&self.spec, batch);
+        let rank = a.kv_rank;
+        let (width, key_dim) = (rank + a.shared_dim, a.nope_dim + a.shared_dim);
+        let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
+        let (first, to) = self
+            .q_down
+            .as_ref()
+            .map_or((&self.q, q), |down| (&down.matrix, buffers.low.view()));
+        products(
+            ops,
+            &[(first, to), (&self.kv_down, kv)],
+            n,
+            x,
+            &buffers.quants,
+        )?;
+        if let Some(down) = &self.q_down {
+            let (low, n_low) = (buffers.low.view(), down.matrix.n_out);
+            ops.rms_norm(low, Some(down.norm.view()), n, n_low, eps, low)?;
+            if self.q.takes_quants() {
+                ops.quantize(low, n, n_low, &mut buffers.inner)?;
+            }
+            product(ops, &self.q, n, low, &buffers.inner, q)?;
+        }
+        let latents = Strided {
+            at: kv,
+            stride: width,
+        };
+        ops.rms_norm_of(latents, Some(self.kv_norm.view()), n, rank, eps, latents)?;
+        if let Some((table, rope)) = self.rope.zip(a.rope.as_ref()) {
+            let turns = RopeTurns {
+                values: buffers.turns[table].view(),
+                kind: rope.kind,
+                half: rope.dims / 2,
+            };
+            // The last values of each row are rotated.
+            let rotate = |rows: View<'_>, skip: usize, heads: usize, width: usize| {
+                ops.rope(rows.floats(skip..rows.words()), &turns, n, heads, width)
+            };
+            rotate(q, a.nope_dim, a.n_head, key_dim)?;
+            rotate(kv, rank, 1, width)?;
+        }
+        if a.temperature.is_some() {
+            ops.scale_rows(q, buffers.factors.view(), n, a.q.n_out)?;
+        }
+        ops.store(
+            kv,
+            buffers.positions.all(),
+            &CacheRows {
+                kv_type: self.cache.kv_type(),
+                at: self.cache.rows(0),
+                heads: 1,
+                width,
+            },
+        )?;
+        if let ToLatents::Fused { matrix, key_rows } = &self.to_latents {
+            let n_rows = a.n_head * a.nope_dim;
+            ops.dequantize_chosen(
+                matrix.ty,
+                matrix.view(),
+                rank,
+                key_rows.view(),
+                n_rows,
+                buffers.absorbed.view(),
+            )?;
+        }
+        let mut first = 0;
+        while first < n {
+            let tokens = part_tokens(a).min(n - first);
+            self.part(ops, buffers, first, tokens)?;
+            first += tokens;
+        }
+        output(ops, &self.o, n, buffers)
+    }
+
+    /// Computes attention of `n` of the batch's tokens, from `buffers.q` to `buffers.mixed`.
+    fn part(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        first: usize,
+        n: usize,
+    ) -> Result<(), CudaError> {
+        let a = &self.spec;
+        let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.shared_dim, n * a.n_head);
+        let (key_dim, width) = (nope + rope, rank + rope);
+        let q = buffers.q.view();
+        let q = q.floats(first * a.q.n_out..q.words());
+        let (latents, queries) = (buffers.latents.view(), buffers.raw.view());
+        let rows = |at, stride| Strided { at, stride };
+        ops.copy_rows(
+            rows(q, key_dim),
+            jobs,
+            nope,
+            rows(buffers.nope.view(), nope),
+        )?;
+        match &self.to_latents {
+            ToLatents::Transposed(k) => k.product(
+                ops,
+                &self.heads,
+                jobs,
+                buffers.nope.view(),
+                &mut buffers.inner,
+                latents,
+            )?,
+            ToLatents::Fused { .. } => {
+                let transposed = TransposedMatvec {
+                    w: buffers.absorbed.view(),
+                    heads: a.n_head,
+                    jobs,
+                    n_rows: nope,
+                    n_cols: rank,
+                    x: buffers.nope.view(),
+                };
+                ops.matvec_transposed(&transposed, latents)?;
+            }
+        }
+        ops.copy_rows(rows(latents, rank), jobs, rank, rows(queries, width))?;
+        let rotated = rows(q.floats(nope..q.words()), key_dim);
+        ops.copy_rows(
+            rotated,
+            jobs,
+            rope,
+            rows(queries.floats(rank..queries.words()), width),
+        )?;
+        // All query heads share one head of keys, whose values are the latents at its beginning.
+        let attention = Attend {
+            queries,
+            keys: self.cache.rows(0),
+            values: self.cache.rows(0),
+            kv_type: self.cache.kv_type(),
+            n_head_kv: 1,
+            group: a.n_head,
+            key_width: width,
+            value_row_width: width,
+            value_width: rank,
+            scale: a.scale,
+            positions: buffers.positions.all().part(first..first + n),
+            window: None,
+            sinks: None,
+        };
+        ops.attend(&attention, &buffers.attend, latents, None)?;
+        let mixed = buffers.mixed.view();
+        let mixed = mixed.floats(first * a.o.n_in..mixed.words());
+        self.to_values
+            .product(ops, &self.heads, jobs, latents, &mut buffers.inner, mixed)
+    }
+}
