@@ -516,8 +516,12 @@ fn slots_on_a_gpu_are_filled_while_it_computes() {
     case.agrees(&tokens(40), &first, SMALL_ERROR);
     for order in ["late", "copies-first", "computing-first"] {
         let (answer, report) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(40), 20);
-        // Staging, and two buffers for what it gets from slots in main memory in exchange.
-        assert_eq!(report.calls("cuMemHostRegister_v2"), 3, "{report:?}");
+        // Staging, and what it gets from slots in main memory in exchange.
+        assert!(report.calls("cuMemHostRegister_v2") > 1, "{report:?}");
+        assert_eq!(
+            report.calls("cuMemHostRegister_v2"),
+            report.calls("cuMemHostUnregister")
+        );
         // Each fill is waited for by what computes with it.
         assert!(
             report.calls("cuStreamWaitEvent") > 20,

@@ -15,7 +15,6 @@ use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
 use crate::layers::places::{Place, Places};
 use crate::layers::rope::RopeTable;
-use std::collections::BTreeSet;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ChosenExperts, PinnedExperts};
 use tier_plan_cuda::ops::{CHUNK, Recorded};
@@ -29,19 +28,20 @@ const MAX_TEXTS: usize = 16;
 /// Recorded launches of a step.
 #[derive(Default)]
 pub(super) struct Replay {
-    /// Numbers of tokens whose kernels have all been launched once, which recording requires.
-    warm: BTreeSet<usize>,
     /// Whether the device can't record.
     unsupported: bool,
-    /// The texts of the last step, as those of a recording. A step is recorded when they come again.
-    last: Vec<(usize, StateIdx)>,
+    /// The texts of the last step that was launched without a recording. If they come again, the step
+    /// is recorded; its kernels have all been launched then, which recording requires.
+    launched: Vec<TextKey>,
     recorded: Option<RecordedStep>,
 }
 
+/// What launches for a text depend on: the chunk of the context, and the recurrent state.
+type TextKey = (usize, StateIdx);
+
 /// Launches that serve for every position in the same chunks of the context.
 struct RecordedStep {
-    /// Of each text: the chunk of the context, and the recurrent state.
-    texts: Vec<(usize, StateIdx)>,
+    texts: Vec<TextKey>,
     launches: Recorded,
 }
 
@@ -185,20 +185,13 @@ impl FullModel<'_> {
                 self.work.buffers.ids.view().write(&ids)?;
             }
         }
-        let texts = segments
-            .iter()
-            .map(|segment| (segment.past / CHUNK, segment.state));
-        let is_warm = self.replay.warm.contains(&n) && !self.replay.unsupported;
-        let comes_again = texts.clone().eq(self.replay.last.iter().copied());
-        self.replay.last.clear();
-        self.replay.last.extend(texts.clone());
+        let key = |segment: &Segment<'_>| (segment.past / CHUNK, segment.state);
+        let texts: Vec<TextKey> = segments.iter().map(key).collect();
         match &self.replay.recorded {
-            Some(recorded) if texts.clone().eq(recorded.texts.iter().copied()) => {
-                recorded.launches.replay()?;
-            }
-            _ if !is_warm || !comes_again => {
-                self.launch(experts.as_deref_mut(), segments)?;
-                self.replay.warm.insert(n);
+            Some(recorded) if recorded.texts == texts => recorded.launches.replay()?,
+            _ if self.replay.launched != texts || self.replay.unsupported => {
+                self.launch(experts, segments)?;
+                self.replay.launched = texts;
             }
             _ => {
                 self.replay.recorded = None;
@@ -206,7 +199,6 @@ impl FullModel<'_> {
                 match ops.record(|| self.launch(experts.as_deref_mut(), segments))? {
                     Some(launches) => {
                         launches.replay()?;
-                        let texts = texts.collect();
                         self.replay.recorded = Some(RecordedStep { texts, launches });
                     }
                     None => {

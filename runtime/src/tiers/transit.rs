@@ -3,11 +3,15 @@
 use super::arena::ArenaSlice;
 use super::source::ALIGN;
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
 use tier_plan_cuda::transfers::{TransferId, TransferOrder};
+
+/// Most buffers that are locked one by one.
+const MAX_LOCKED_BUFFERS: usize = 4096;
 
 /// A GPU's experts, whose slots are filled from staging buffers where they lie, if the driver allows
 /// that.
@@ -15,14 +19,30 @@ use tier_plan_cuda::transfers::{TransferId, TransferOrder};
 /// The experts are dropped first, which ends all transfers and unlocks the memory.
 pub(crate) struct SlotFiller {
     experts: PinnedExperts,
-    memory: Option<LockedMemory>,
+    staging: Option<LockedMemory>,
+    /// By address: buffers that staging got from slots in main memory in exchange for its own.
+    exchanged: BTreeMap<usize, LockedMemory>,
 }
 
-/// The memory of all staging buffers.
+/// Memory that the driver has locked, which stays mapped meanwhile.
 struct LockedMemory {
     range: Range<usize>,
     #[allow(dead_code, reason = "held for its memory")]
     kept: Arc<dyn Any + Send + Sync>,
+}
+
+impl LockedMemory {
+    /// Locks memory, if the driver does that.
+    fn new(
+        experts: &mut PinnedExperts,
+        range: Range<usize>,
+        kept: Arc<dyn Any + Send + Sync>,
+    ) -> Option<Self> {
+        // SAFETY: `kept` keeps the memory mapped. It is in the filler that has the experts, which are
+        // dropped first.
+        let is_locked = unsafe { experts.lock(range.start as *const u8, range.len()) };
+        is_locked.then_some(Self { range, kept })
+    }
 }
 
 /// Where the matrices of an expert are in a buffer.
@@ -42,12 +62,12 @@ pub(crate) struct InTransit {
 impl SlotFiller {
     /// Lets a GPU read these staging buffers, which follow each other in one arena.
     pub(crate) fn new(mut experts: PinnedExperts, staging: &[ArenaSlice]) -> Self {
-        let memory = memory_of(staging).filter(|memory| {
-            let Range { start, end } = memory.range;
-            // SAFETY: the memory is mapped while `memory` is there, which outlives the experts.
-            unsafe { experts.lock(start as *const u8, end - start) }
-        });
-        Self { experts, memory }
+        let memory = memory_of(staging);
+        Self {
+            staging: memory.and_then(|(range, kept)| LockedMemory::new(&mut experts, range, kept)),
+            exchanged: BTreeMap::new(),
+            experts,
+        }
     }
 
     /// Returns the experts, which stay in here: they are dropped before the memory that they read.
@@ -66,17 +86,38 @@ impl SlotFiller {
         self.experts.slot_bytes(layer, slot)
     }
 
-    /// Returns whether the GPU can read a buffer where it lies.
-    pub(crate) fn can_read(&self, buffer: &ArenaSlice) -> bool {
-        let (start, end) = (buffer.address(), buffer.address() + buffer.capacity());
-        let memory = self.memory.as_ref();
-        memory.is_some_and(|memory| memory.range.start <= start && end <= memory.range.end)
+    /// Returns whether the GPU can read a buffer where it lies. One that is new to it is locked now,
+    /// once for all times that it is read.
+    pub(crate) fn can_read(&mut self, buffer: &ArenaSlice) -> bool {
+        let Some(staging) = &self.staging else {
+            return false;
+        };
+        let range = buffer.address()..buffer.address() + buffer.capacity();
+        if staging.range.start <= range.start && range.end <= staging.range.end {
+            return true;
+        }
+        if let Some(locked) = self.exchanged.get(&range.start) {
+            return range.end <= locked.range.end;
+        }
+        // The driver locks whole pages, and none of them twice.
+        let has_own_pages = range.start.is_multiple_of(ALIGN) && range.len().is_multiple_of(ALIGN);
+        if !has_own_pages || self.exchanged.len() == MAX_LOCKED_BUFFERS {
+            return false;
+        }
+        let start = range.start;
+        let locked = LockedMemory::new(&mut self.experts, range, buffer.keep_alive());
+        let is_locked = locked.is_some();
+        self.exchanged.extend(locked.map(|locked| (start, locked)));
+        is_locked
     }
 
     /// Has the GPU fill a slot from a buffer that it [can read](Self::can_read).
     ///
     /// # Errors
     /// When the GPU fails. What the slot holds is undefined then, and the buffer is not read.
+    ///
+    /// # Panics
+    /// When the GPU can't read the buffer.
     pub(crate) fn fill_from(
         &mut self,
         (layer, slot): (usize, usize),
@@ -85,7 +126,7 @@ impl SlotFiller {
         biases: Option<[&[f32]; 3]>,
         order: TransferOrder,
     ) -> Result<InTransit, (ArenaSlice, CudaError)> {
-        debug_assert!(self.can_read(&buffer));
+        assert!(self.can_read(&buffer), "a buffer that is not locked");
         let part = |range: &Range<usize>| &buffer[range.clone()];
         let bytes = ExpertBytes {
             gate: part(&ranges.gate),
@@ -93,7 +134,7 @@ impl SlotFiller {
             down: part(&ranges.down),
             biases,
         };
-        // SAFETY: the memory is locked. The buffer stays as it is until the transfer has ended: it
+        // SAFETY: the buffer is locked, as was checked. It stays as it is until the transfer has ended: it
         // is given back only then.
         match unsafe { self.experts.fill_in_place(layer, slot, &bytes, order) } {
             Ok(transfer) => Ok(InTransit { transfer, buffer }),
@@ -113,8 +154,8 @@ impl SlotFiller {
     }
 }
 
-/// Returns the memory of buffers that follow each other in one arena.
-fn memory_of(buffers: &[ArenaSlice]) -> Option<LockedMemory> {
+/// Returns the memory of buffers that follow each other in one arena, and what keeps it mapped.
+fn memory_of(buffers: &[ArenaSlice]) -> Option<(Range<usize>, Arc<dyn Any + Send + Sync>)> {
     let start = buffers.iter().map(ArenaSlice::address).min()?;
     let end = |buffer: &ArenaSlice| buffer.address() + buffer.capacity();
     let end = buffers.iter().map(end).max()?;
@@ -122,8 +163,6 @@ fn memory_of(buffers: &[ArenaSlice]) -> Option<LockedMemory> {
     let first = buffers.first()?;
     let in_one = buffers.iter().all(|buffer| buffer.is_of_same_arena(first));
     // What lies between them would be locked, too.
-    (in_one && end - start <= held + buffers.len() * ALIGN).then(|| LockedMemory {
-        range: start..end,
-        kept: first.keep_alive(),
-    })
+    let is_dense = end - start <= held + buffers.len() * ALIGN;
+    (in_one && is_dense).then(|| (start..end, first.keep_alive()))
 }
