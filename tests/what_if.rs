@@ -397,6 +397,8 @@ fn what_if_of_a_file_needs_no_more_than_its_header() {
             &machine,
             "--context",
             "256",
+            "--time-limit",
+            "1",
         ],
     )));
     assert!(words.contains("emulated tiers"), "{words}");
@@ -407,6 +409,8 @@ fn what_if_of_a_file_needs_no_more_than_its_header() {
         "out",
         "--context",
         "256",
+        "--time-limit",
+        "1",
         "--json",
     ];
     let found = json(run_in(
