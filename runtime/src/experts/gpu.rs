@@ -283,7 +283,11 @@ impl ExpertStore {
         let Some((gpu, transit)) = self.in_transit.pop_front() else {
             return;
         };
-        let (buffer, waited) = self.gpus[gpu].filler.take_back(transit);
+        // None is missing but while a panic unwinds.
+        let Some(gpu) = self.gpus.get_mut(gpu) else {
+            return;
+        };
+        let (buffer, waited) = gpu.filler.take_back(transit);
         if let Err(error) = waited {
             self.gpu_error.get_or_insert(error);
         }

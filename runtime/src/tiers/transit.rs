@@ -22,6 +22,8 @@ pub(crate) struct SlotFiller {
     staging: Option<LockedMemory>,
     /// By address: buffers that staging got from slots in main memory in exchange for its own.
     exchanged: BTreeMap<usize, LockedMemory>,
+    /// Whether the driver has refused to lock one more.
+    is_full: bool,
 }
 
 /// Memory that the driver has locked, which stays mapped meanwhile.
@@ -66,6 +68,7 @@ impl SlotFiller {
         Self {
             staging: memory.and_then(|(range, kept)| LockedMemory::new(&mut experts, range, kept)),
             exchanged: BTreeMap::new(),
+            is_full: false,
             experts,
         }
     }
@@ -99,14 +102,16 @@ impl SlotFiller {
         if let Some(locked) = self.exchanged.get(&range.start) {
             return range.end <= locked.range.end;
         }
-        // The driver locks whole pages, and none of them twice.
+        // The driver locks whole pages, and none of them twice. Buffers are apart, and keep their
+        // places: nothing moves in an arena where a GPU has experts.
         let has_own_pages = range.start.is_multiple_of(ALIGN) && range.len().is_multiple_of(ALIGN);
-        if !has_own_pages || self.exchanged.len() == MAX_LOCKED_BUFFERS {
+        if self.is_full || !has_own_pages || self.exchanged.len() == MAX_LOCKED_BUFFERS {
             return false;
         }
         let start = range.start;
         let locked = LockedMemory::new(&mut self.experts, range, buffer.keep_alive());
         let is_locked = locked.is_some();
+        self.is_full = !is_locked;
         self.exchanged.extend(locked.map(|locked| (start, locked)));
         is_locked
     }

@@ -140,11 +140,11 @@ impl Attend<'_> {
 
     /// Returns the number of chunks that a token attends to.
     ///
-    /// Where every text has one token, this is the most at any position of the token's last chunk,
+    /// With `one_token_each` of all texts, this is the most at any position of the token's last chunk,
     /// so that recorded launches serve for all of them.
-    fn chunks(&self, token: usize) -> usize {
+    fn chunks(&self, token: usize, one_token_each: bool) -> usize {
         let position = self.positions.of(token);
-        if self.positions.runs().all(|run| run.len() == 1) {
+        if one_token_each {
             let windows = self
                 .window
                 .map_or(usize::MAX, |window| window.div_ceil(CHUNK) + 1);
@@ -264,10 +264,11 @@ impl Ops {
             KvType::F16 => "attend_f16",
             KvType::Q8_0 => "attend_q8",
         };
+        let one_token_each = a.positions.runs().all(|run| run.len() == 1);
         let mut first = tokens.start;
         while first < tokens.end {
             let rest = first..tokens.end;
-            let (n, chunks) = a.fitting(buffers, &rest, |token| a.chunks(token));
+            let (n, chunks) = a.fitting(buffers, &rest, |token| a.chunks(token, one_token_each));
             let queries = a
                 .queries
                 .floats(first * heads * a.key_width..(first + n) * heads * a.key_width);
