@@ -1,8 +1,9 @@
 //! Copy streams: host-to-device copies that run concurrently with compute.
 
 use super::gpu::{Gpu, Pinned};
+use super::side_stream::{Event, SideStream};
 use super::{CudaError, device::View};
-use cudarc::driver::sys::{self, CUevent_flags, CUevent_wait_flags};
+use cudarc::driver::sys::{self, CUevent_wait_flags};
 use cudarc::driver::{DriverError, result};
 use std::sync::Arc;
 
@@ -34,7 +35,8 @@ pub trait CopyStream: Send {
 /// A second stream of a GPU.
 struct GpuCopyStream {
     gpu: Arc<Gpu>,
-    stream: sys::CUstream,
+    /// Dropped before the buffers: copies end before their memory is freed.
+    stream: SideStream,
     buffers: Vec<StagingBuffer>,
 }
 
@@ -45,62 +47,17 @@ struct StagingBuffer {
     used: Event,
 }
 
-/// A point in a stream.
-pub(super) struct Event {
-    gpu: Arc<Gpu>,
-    raw: sys::CUevent,
-}
-
-impl Drop for Event {
-    fn drop(&mut self) {
-        if self.gpu.bind().is_ok() {
-            // SAFETY: nothing else has it.
-            let _ = unsafe { result::event::destroy(self.raw) };
-        }
-    }
-}
-
-impl Event {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self, CudaError> {
-        let raw = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
-        Ok(Self {
-            raw: raw.map_err(|e| gpu.failed("an event", e))?,
-            gpu: Arc::clone(gpu),
-        })
-    }
-
-    pub(super) fn raw(&self) -> sys::CUevent {
-        self.raw
-    }
-}
-
 // SAFETY: driver handles may be used from any thread that has the context bound, which every
 // function here ensures.
 unsafe impl Send for GpuCopyStream {}
-
-impl Drop for GpuCopyStream {
-    fn drop(&mut self) {
-        if self.gpu.bind().is_err() {
-            return;
-        }
-        // SAFETY: nothing else has the stream; copies end before their memory is freed.
-        unsafe {
-            let _ = result::stream::synchronize(self.stream);
-            let _ = result::stream::destroy(self.stream);
-        }
-    }
-}
 
 /// Opens a copy stream to a GPU with pinned staging buffers of `len` bytes.
 ///
 /// # Errors
 /// When host memory can't be pinned, too.
 pub(super) fn open(gpu: Arc<Gpu>, len: usize) -> Result<Box<dyn CopyStream>, CudaError> {
-    gpu.bind()?;
-    let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
-    let stream = stream.map_err(|e| gpu.failed("a stream", e))?;
     let mut copies = GpuCopyStream {
-        stream,
+        stream: SideStream::new(&gpu)?,
         gpu,
         buffers: Vec::new(),
     };
@@ -125,7 +82,7 @@ impl CopyStream for GpuCopyStream {
     fn staging(&mut self, which: usize) -> Result<&mut [u8], CudaError> {
         self.gpu.bind()?;
         // SAFETY: the event lives as long as this value.
-        let waited = unsafe { sys::cuEventSynchronize(self.buffers[which].copied.raw) }.result();
+        let waited = unsafe { sys::cuEventSynchronize(self.buffers[which].copied.raw()) }.result();
         self.done(waited)?;
         Ok(self.buffers[which].memory.bytes())
     }
@@ -133,7 +90,7 @@ impl CopyStream for GpuCopyStream {
     fn is_free(&mut self, which: usize) -> Result<bool, CudaError> {
         self.gpu.bind()?;
         // SAFETY: the event lives as long as this value.
-        match unsafe { result::event::query(self.buffers[which].copied.raw) } {
+        match unsafe { result::event::query(self.buffers[which].copied.raw()) } {
             Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
             other => self.done(other).map(|()| true),
         }
@@ -142,16 +99,16 @@ impl CopyStream for GpuCopyStream {
     fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError> {
         self.gpu.bind()?;
         let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        let (copies, compute) = (self.stream, self.gpu.stream());
+        let (copies, compute) = (self.stream.raw(), self.gpu.stream());
         let buffer = &mut self.buffers[which];
         let bytes = &buffer.memory.bytes()[..to.len()];
         // SAFETY: the view is memory of this device, which the owner of both ensures. The buffer is
         // pinned, and not written before `copied`. Streams and events live as long as this value.
         let sent = unsafe {
-            result::stream::wait_event(copies, buffer.used.raw, flags)
+            result::stream::wait_event(copies, buffer.used.raw(), flags)
                 .and_then(|()| result::memcpy_htod_async(to.address(), bytes, copies))
-                .and_then(|()| result::event::record(buffer.copied.raw, copies))
-                .and_then(|()| result::stream::wait_event(compute, buffer.copied.raw, flags))
+                .and_then(|()| result::event::record(buffer.copied.raw(), copies))
+                .and_then(|()| result::stream::wait_event(compute, buffer.copied.raw(), flags))
         };
         self.done(sent)
     }
@@ -160,7 +117,7 @@ impl CopyStream for GpuCopyStream {
         self.gpu.bind()?;
         // SAFETY: event and stream live as long as this value.
         let recorded =
-            unsafe { result::event::record(self.buffers[which].used.raw, self.gpu.stream()) };
+            unsafe { result::event::record(self.buffers[which].used.raw(), self.gpu.stream()) };
         self.done(recorded)
     }
 }

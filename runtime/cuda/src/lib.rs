@@ -45,6 +45,7 @@ pub mod ops;
 mod pinned;
 #[cfg(any(test, feature = "emulator"))]
 pub mod shim;
+mod side_stream;
 pub mod source;
 pub mod stream;
 pub mod transfers;

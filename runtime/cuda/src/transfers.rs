@@ -4,9 +4,9 @@
 //! from is locked, and stays as it is until its copy is done.
 
 use super::CudaError;
-use super::copy_stream::Event;
 use super::device::View;
 use super::gpu::Gpu;
+use super::side_stream::{Event, SideStream};
 use cudarc::driver::sys::{self, CUevent_wait_flags, CUresult};
 use cudarc::driver::{DriverError, result};
 use std::ffi::c_void;
@@ -64,7 +64,7 @@ pub trait Transfers: Send {
 /// A second stream of a GPU.
 struct GpuTransfers {
     gpu: Arc<Gpu>,
-    stream: sys::CUstream,
+    stream: SideStream,
     /// What follows each of the last transfers in their stream.
     done: Vec<Event>,
     /// What compute has come to when a transfer begins.
@@ -84,10 +84,9 @@ impl Drop for GpuTransfers {
         if self.gpu.bind().is_err() {
             return;
         }
-        // SAFETY: nothing else has the stream. Copies end before the memory is unlocked.
+        // SAFETY: copies have ended before the memory is unlocked, which nothing else does.
         unsafe {
-            let _ = result::stream::synchronize(self.stream);
-            let _ = result::stream::destroy(self.stream);
+            let _ = result::stream::synchronize(self.stream.raw());
             for start in self.locked.drain(..) {
                 let _ = sys::cuMemHostUnregister(start);
             }
@@ -97,22 +96,16 @@ impl Drop for GpuTransfers {
 
 /// Opens a stream for transfers to a GPU.
 pub(super) fn open(gpu: Arc<Gpu>) -> Result<Box<dyn Transfers>, CudaError> {
-    gpu.bind()?;
-    let stream = result::stream::create(result::stream::StreamKind::NonBlocking);
-    let stream = stream.map_err(|e| gpu.failed("a stream", e))?;
-    let mut transfers = GpuTransfers {
+    let done = (0..MAX_IN_FLIGHT).map(|_| Event::new(&gpu));
+    Ok(Box::new(GpuTransfers {
+        stream: SideStream::new(&gpu)?,
         computed: Event::new(&gpu)?,
-        stream,
+        done: done.collect::<Result<_, _>>()?,
         gpu,
-        done: Vec::new(),
         n_sent: 0,
         n_done: 0,
         locked: Vec::new(),
-    };
-    for _ in 0..MAX_IN_FLIGHT {
-        transfers.done.push(Event::new(&transfers.gpu)?);
-    }
-    Ok(Box::new(transfers))
+    }))
 }
 
 impl GpuTransfers {
@@ -155,7 +148,7 @@ impl Transfers for GpuTransfers {
         }
         self.gpu.bind()?;
         let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        let (copying, compute) = (self.stream, self.gpu.stream());
+        let (copying, compute) = (self.stream.raw(), self.gpu.stream());
         let (computed, done) = (self.computed.raw(), self.event_of(transfer));
         // SAFETY: the views are memory of this device, which the owner of both ensures. The bytes
         // stay as they are: the caller's promise. Streams and events live as long as this value.
@@ -179,7 +172,7 @@ impl Transfers for GpuTransfers {
         if sent.is_err() {
             // What was enqueued must not read the bytes any more when this returns.
             // SAFETY: the stream lives as long as this value.
-            let _ = unsafe { result::stream::synchronize(self.stream) };
+            let _ = unsafe { result::stream::synchronize(self.stream.raw()) };
         }
         self.checked(sent)?;
         Ok(TransferId(transfer))

@@ -18,15 +18,14 @@ use tier_plan_formats::placement::TierIdx;
 impl Engine {
     /// Returns the tier whose GPU takes all of a batch through the model without the host, if one
     /// does.
-    pub(super) fn gpu_of_step(&mut self, batch: &Batch) -> Result<Option<TierIdx>, RunError> {
+    pub(super) fn gpu_of_step(&mut self, batch: &Batch) -> Option<TierIdx> {
         let is_decoding = batch.single
             || batch.phase == Phase::Decode && batch.spans.iter().all(|span| span.rows.len() == 1);
         let tier = self
             .fully_on_gpu
             .filter(|_| is_decoding && !self.experts.scores_predictions);
-        let Some(tier) = tier else { return Ok(None) };
-        let gpu = self.backends.processors.gpus.of(tier);
-        Ok((batch.len() <= gpu.full_model()?.most_tokens()).then_some(tier))
+        let gpus = &mut self.backends.processors.gpus;
+        tier.filter(|tier| batch.len() <= gpus.of(*tier).most_tokens())
     }
 
     /// Takes a batch with one token per text through a model that is all on the GPU of `tier`.

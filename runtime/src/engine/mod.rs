@@ -317,7 +317,7 @@ impl Engine {
 
     /// Takes a batch through all layers.
     fn pass(&mut self, batch: &Batch) -> Result<(), RunError> {
-        if let Some(tier) = self.gpu_of_step(batch)? {
+        if let Some(tier) = self.gpu_of_step(batch) {
             return self.pass_on_gpu(tier, batch);
         }
         let Self {

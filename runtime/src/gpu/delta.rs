@@ -2,7 +2,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
-use super::mixer::{MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{self, DeltaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -121,16 +121,11 @@ impl Delta {
                 }
             }
         }
-        if quantizes {
-            return product(
-                ops,
-                &self.out,
-                n,
-                buffers.mixed.view(),
-                &buffers.inner,
-                buffers.out.view(),
-            );
-        }
-        output(ops, &self.out, n, buffers)
+        let mixed = if quantizes {
+            Mixed::Quantized
+        } else {
+            Mixed::Floats
+        };
+        output(ops, &self.out, n, buffers, mixed)
     }
 }

@@ -21,8 +21,9 @@ use tier_plan_cuda::ops::{CHUNK, Recorded};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
-/// Most texts whose tokens go through a GPU together without coming back. Each reads its own experts:
-/// with many texts, it is better to read once what several have chosen.
+/// Most texts whose tokens go through a GPU together without coming back. Each token reads its own
+/// experts, where other steps read once what several have chosen. How many texts that is worth is not
+/// measured: no GPU was available.
 const MAX_TEXTS: usize = 16;
 
 /// Recorded launches of a step.
@@ -126,6 +127,16 @@ enum FullBlock<'a> {
 }
 
 impl Gpu {
+    /// Returns the most tokens that go through a whole model together.
+    pub(crate) fn most_tokens(&self) -> usize {
+        let ffns = self.layers.iter().filter_map(|layer| layer.ffn.as_ref());
+        let routers = ffns.filter_map(|ffn| ffn.router.as_ref());
+        let most_used = routers.map(|router| router.spec.n_used).max();
+        let rows = GPU_ROWS / most_used.unwrap_or(1).max(1);
+        let n_vocab = self.head.as_ref().map_or(0, |head| head.matrix.n_out);
+        most_texts(rows.min(logit_rows(n_vocab, self.work.rows)))
+    }
+
     /// Returns the whole model.
     ///
     /// # Errors
@@ -156,16 +167,6 @@ impl Gpu {
 }
 
 impl FullModel<'_> {
-    /// Returns the most tokens that are computed together.
-    pub(crate) fn most_tokens(&self) -> usize {
-        let used = self.layers.iter().filter_map(|layer| match &layer.block {
-            FullBlock::Moe { router, .. } => Some(router.spec.n_used),
-            FullBlock::Dense(_) => None,
-        });
-        let rows = GPU_ROWS / used.max().unwrap_or(1).max(1);
-        most_texts(rows.min(logit_rows(self.head.matrix.n_out, self.work.rows)))
-    }
-
     /// Computes tokens. `experts` are those of the model's layers, if it has any.
     pub(crate) fn tokens(
         mut self,

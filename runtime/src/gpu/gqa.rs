@@ -2,7 +2,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, product, products};
-use super::mixer::{MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{Attend, HeadNorms, Heads, RopeTurns, Strided};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
@@ -217,16 +217,11 @@ impl Gqa {
             let (mixed, gate) = (buffers.mixed.view(), buffers.gate.view());
             ops.gate(mixed, gate, share, function, n * a.o.n_in)?;
         }
-        if quantizes {
-            return product(
-                ops,
-                &self.o,
-                n,
-                buffers.mixed.view(),
-                &buffers.inner,
-                buffers.out.view(),
-            );
-        }
-        output(ops, &self.o, n, buffers)
+        let mixed = if quantizes {
+            Mixed::Quantized
+        } else {
+            Mixed::Floats
+        };
+        output(ops, &self.o, n, buffers, mixed)
     }
 }

@@ -86,14 +86,24 @@ fn lacks(loader: &GpuLoader<'_>, part: &str) -> CudaError {
     }
 }
 
+/// The form in which a mixer leaves its rows in front of its last product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mixed {
+    /// Floats in `buffers.mixed`.
+    Floats,
+    /// Those, and their quantized form in `buffers.inner`.
+    Quantized,
+}
+
 /// Computes `buffers.out = o(buffers.mixed)`, the last product of a mixer.
 pub(super) fn output(
     ops: &Ops,
     o: &Matrix,
     n: usize,
     buffers: &mut GpuBuffers,
+    mixed: Mixed,
 ) -> Result<(), CudaError> {
-    if o.takes_quants() {
+    if o.takes_quants() && mixed == Mixed::Floats {
         ops.quantize(buffers.mixed.view(), n, o.n_in, &mut buffers.inner)?;
     }
     product(

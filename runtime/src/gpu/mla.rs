@@ -2,7 +2,7 @@
 
 use super::buffers::{GpuBuffers, part_tokens};
 use super::matrix::{GpuLoader, Matrix, product, products};
-use super::mixer::{MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
 use std::sync::Arc;
 use tier_plan_cuda::ops::{
@@ -259,7 +259,7 @@ impl Mla {
             self.part(ops, buffers, first, tokens)?;
             first += tokens;
         }
-        output(ops, &self.o, n, buffers)
+        output(ops, &self.o, n, buffers, Mixed::Floats)
     }
 
     /// Computes attention of `n` of the batch's tokens, from `buffers.q` to `buffers.mixed`.

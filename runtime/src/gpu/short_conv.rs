@@ -2,7 +2,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, product};
-use super::mixer::{MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops;
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -65,6 +65,6 @@ impl ShortConv {
                 }
             }
         }
-        output(ops, &self.out, n, buffers)
+        output(ops, &self.out, n, buffers, Mixed::Floats)
     }
 }

@@ -11,6 +11,14 @@ DEVICE float conv_input(const float* projected, int channels, i64 token, int cha
     return row[0] * row[2 * channels];
 }
 
+/// Returns the input of a channel `at` tokens after the first that is kept: a kept one, or that of a
+/// token at hand.
+DEVICE float conv_seen(const float* projected, int channels, int keep, const float* inputs, bool fresh, int at,
+                       int channel) {
+    if (at >= keep) return conv_input(projected, channels, at - keep, channel);
+    return fresh ? 0.0f : inputs[(i64)at * channels + channel];
+}
+
 /// Computes `out`, `[tokens, channels]`. `projected` is `[tokens, 3 * channels]`, `weight`
 /// `[channels, taps]`, oldest tap first, and `inputs` `[taps - 1, channels]`, the newest last. Grid:
 /// channels by threads, tokens.
@@ -21,13 +29,7 @@ KERNEL short_conv(const float* projected, int channels, int taps, const float* w
     const bool fresh = *past == 0;
     float sum = 0.0f;
     for (int tap = 0; tap < taps; tap++) {
-        const int at = token + tap;
-        float seen;
-        if (at >= keep) {
-            seen = conv_input(projected, channels, at - keep, channel);
-        } else {
-            seen = fresh ? 0.0f : inputs[(i64)at * channels + channel];
-        }
+        const float seen = conv_seen(projected, channels, keep, inputs, fresh, token + tap, channel);
         sum += weight[channel * taps + tap] * seen;
     }
     out[(i64)token * channels + channel] = projected[(3 * (i64)token + 1) * channels + channel] * sum;
@@ -39,14 +41,7 @@ KERNEL short_conv_keep(const float* projected, int channels, int n, int keep, co
     if (channel >= channels) return;
     const bool fresh = *past == 0;
     for (int i = 0; i < keep; i++) {
-        // Inputs that are not overwritten yet.
-        const int at = n + i;
-        float v;
-        if (at >= keep) {
-            v = conv_input(projected, channels, at - keep, channel);
-        } else {
-            v = fresh ? 0.0f : inputs[(i64)at * channels + channel];
-        }
-        inputs[(i64)i * channels + channel] = v;
+        // What it sees is not overwritten yet.
+        inputs[(i64)i * channels + channel] = conv_seen(projected, channels, keep, inputs, fresh, n + i, channel);
     }
 }
