@@ -24,6 +24,8 @@ mod fuzz_inputs;
 mod golden_quant;
 #[cfg(target_os = "linux")]
 mod gpu_driver;
+#[cfg(target_os = "linux")]
+mod gpu_faults;
 mod hostile;
 #[cfg(unix)]
 mod hub;
