@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 12] = [
+pub static MODULES: [Module; 13] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -99,6 +99,17 @@ pub static MODULES: [Module; 12] = [
         ],
     },
     Module {
+        name: "kda.cu",
+        text: include_str!("kernels/kda.cu"),
+        kernels: &[
+            "kda_convolve",
+            "kda_recur_32",
+            "kda_recur_64",
+            "kda_recur_128",
+            "kda_recur_256",
+        ],
+    },
+    Module {
         name: "short_conv.cu",
         text: include_str!("kernels/short_conv.cu"),
         kernels: &["short_conv", "short_conv_keep"],
@@ -159,6 +170,7 @@ pub fn headers() -> &'static [(&'static str, String)] {
             ),
             ("halves.cuh", include_str!("kernels/halves.cuh").to_string()),
             ("rows.cuh", include_str!("kernels/rows.cuh").to_string()),
+            ("delta.cuh", include_str!("kernels/delta.cuh").to_string()),
             ("grids.cuh", grids_header()),
         ]
     });

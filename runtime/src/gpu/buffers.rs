@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tier_plan_cuda::ops::{AttentionBuffers, BatchPositions, CacheSize, Quants};
 use tier_plan_cuda::{Buffer, CudaError, Device};
 use tier_plan_formats::model::spec::{
-    DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate,
+    DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate, Projection,
 };
 use tier_plan_formats::placement::TierIdx;
 
@@ -185,8 +185,22 @@ impl BufferSizes {
                 self.inner = self.inner.max(c.out.n_in);
                 return;
             }
+            Mixer::Kda(k) => {
+                let width = k.width();
+                let rank = |p: &Projection| p.second.map_or(0, |second| second.n_in);
+                let ranks = [&k.decay, &k.gate].map(rank);
+                self.raw = self.raw.max(3 * rows * width);
+                self.q = self.q.max(3 * rows * width);
+                self.k = self.k.max(rows * k.n_head);
+                self.v = self.v.max(2 * rows * k.n_head);
+                self.gate = self.gate.max(2 * rows * width);
+                self.low = self.low.max(rows * (ranks[0] + ranks[1]));
+                self.mixed = self.mixed.max(rows * width);
+                self.inner = self.inner.max(width).max(ranks[0]).max(ranks[1]);
+                return;
+            }
             // Refused when the plan is checked.
-            Mixer::Kda(_) | Mixer::Mamba(_) => return,
+            Mixer::Mamba(_) => return,
             Mixer::Compressed(_) | Mixer::None => return,
         };
         self.attend = self.attend.max(wanted);

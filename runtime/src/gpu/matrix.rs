@@ -152,10 +152,12 @@ pub(super) fn products<'a>(
         let (now, later): (Vec<_>, Vec<_>) = left
             .into_iter()
             .partition(|(m, _)| family(m) == family(first));
-        if n >= MATMUL_MIN_ROWS || now.len() == 1 || now.len() > MAX_FUSED {
-            now.iter()
-                .try_for_each(|(matrix, out)| product(ops, matrix, n, x, quants, *out))?;
-        } else {
+        let at_once = if n >= MATMUL_MIN_ROWS { 1 } else { MAX_FUSED };
+        for now in now.chunks(at_once) {
+            if let [(matrix, out)] = now {
+                product(ops, matrix, n, x, quants, *out)?;
+                continue;
+            }
             let fuse = |m: &'a Matrix, out| FusedMatvec {
                 ty: m.ty,
                 w: m.view(),

@@ -3,6 +3,7 @@
 use super::buffers::GpuBuffers;
 use super::delta::Delta;
 use super::gqa::Gqa;
+use super::kda::Kda;
 use super::matrix::{GpuLoader, Matrix, product};
 use super::mla::Mla;
 use super::short_conv::ShortConv;
@@ -21,11 +22,12 @@ pub(super) struct MixerBatch<'a> {
     pub(super) segments: &'a [Segment<'a>],
 }
 
-/// A layer's attention with its KV cache, or its delta net or short convolution with its state.
+/// A layer's attention with its KV cache, or what it has in place of that with its state.
 pub(super) enum Mixer {
     Gqa(Box<Gqa>),
     Mla(Box<Mla>),
     Delta(Box<Delta>),
+    Kda(Box<Kda>),
     ShortConv(Box<ShortConv>),
 }
 
@@ -41,7 +43,7 @@ impl Mixer {
             MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
             MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
             MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d, cache)?))),
-            MixerSpec::Kda(_) => Err(lacks(loader, "Kimi delta attention")),
+            MixerSpec::Kda(k) => Ok(Self::Kda(Box::new(Kda::new(loader, k, cache)?))),
             MixerSpec::ShortConv(c) => {
                 Ok(Self::ShortConv(Box::new(ShortConv::new(loader, c, cache)?)))
             }
@@ -57,6 +59,7 @@ impl Mixer {
             Self::Gqa(a) => a.takes_quants(),
             Self::Mla(a) => a.takes_quants(),
             Self::Delta(d) => d.takes_quants(),
+            Self::Kda(k) => k.takes_quants(),
             Self::ShortConv(c) => c.takes_quants(),
         }
     }
@@ -73,6 +76,7 @@ impl Mixer {
             Self::Gqa(a) => a.run(ops, buffers, batch),
             Self::Mla(a) => a.run(ops, buffers, batch),
             Self::Delta(d) => d.run(ops, buffers, batch),
+            Self::Kda(k) => k.run(ops, buffers, batch),
             Self::ShortConv(c) => c.run(ops, buffers, batch),
         }
     }

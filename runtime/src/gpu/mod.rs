@@ -16,6 +16,7 @@ pub(crate) mod factors;
 pub(crate) mod fits;
 mod full;
 mod gqa;
+mod kda;
 mod matrix;
 mod mixer;
 mod mla;

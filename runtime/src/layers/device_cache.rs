@@ -3,7 +3,7 @@
 use super::pages::{PAGE, PageIdx, StateIdx};
 use std::ops::Range;
 use std::sync::Arc;
-use tier_plan_cuda::ops::DeltaSizes;
+use tier_plan_cuda::ops::{DeltaSizes, KdaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Device, View};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::Mixer;
@@ -70,6 +70,10 @@ impl DeviceCache {
         let states = match mixer {
             Mixer::Delta(d) => {
                 let sizes = DeltaSizes::from(d);
+                vec![4 * sizes.conv_state(), 4 * sizes.matrices()]
+            }
+            Mixer::Kda(k) => {
+                let sizes = KdaSizes::from(k);
                 vec![4 * sizes.conv_state(), 4 * sizes.matrices()]
             }
             Mixer::ShortConv(c) => vec![4 * c.state_values()],

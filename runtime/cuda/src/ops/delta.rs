@@ -3,7 +3,7 @@
 use super::{Positions, Quants, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
-use tier_plan_formats::model::spec::{DeltaInput, DeltaRates, DeltaSpec, KeySharing};
+use tier_plan_formats::model::spec::{DeltaGate, DeltaInput, DeltaRates, DeltaSpec, KeySharing};
 
 /// Widest head; the kernels have the same constant. Widths are multiples of 4.
 pub use tier_plan_formats::model::gpu::MAX_DELTA_HEAD;
@@ -12,7 +12,7 @@ pub use tier_plan_formats::model::gpu::MAX_DELTA_HEAD;
 const COLUMNS: usize = 16;
 
 /// Threads per block; the kernels have the same constant.
-const THREADS: u32 = 128;
+pub(super) const THREADS: u32 = 128;
 
 /// Sizes and layout of a layer.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +32,8 @@ pub struct DeltaSizes {
     pub by_key_head: bool,
     /// Whether strengths and decays are grouped by key head. Otherwise all strengths come first.
     pub rates_by_key_head: bool,
+    /// Factor that a gate becomes.
+    pub gate: DeltaGate,
 }
 
 impl From<&DeltaSpec> for DeltaSizes {
@@ -42,6 +44,7 @@ impl From<&DeltaSpec> for DeltaSizes {
             head_dim,
             conv_taps,
             sharing,
+            gate,
             ..
         } = d;
         let by_key_head = matches!(d.input, DeltaInput::ByKeyHead(_));
@@ -54,6 +57,7 @@ impl From<&DeltaSpec> for DeltaSizes {
             sharing,
             by_key_head,
             rates_by_key_head,
+            gate,
         }
     }
 }
@@ -83,6 +87,38 @@ impl DeltaSizes {
         };
         (self.heads() + gates) * self.head_dim
     }
+}
+
+/// Where the heads of projections lie: rows of `width` values, in which key heads are `key_step`
+/// values apart, and the value heads of a key head begin `value_step` after those of the last one.
+pub(super) struct ProjectedHeads<'a> {
+    pub(super) queries: View<'a>,
+    pub(super) keys: View<'a>,
+    pub(super) values: View<'a>,
+    pub(super) width: usize,
+    pub(super) key_step: usize,
+    pub(super) value_step: usize,
+}
+
+/// The gates of a result, in rows of `width` values: those of `group` value heads lie one after the
+/// other, `step` values after those of the last group.
+pub(super) struct ResultGates<'a> {
+    pub(super) values: View<'a>,
+    pub(super) width: usize,
+    pub(super) step: usize,
+    pub(super) group: usize,
+    pub(super) gate: DeltaGate,
+}
+
+/// The heads of a result, `[tokens, heads, dim]`.
+pub(super) struct ResultHeads<'a> {
+    pub(super) values: View<'a>,
+    pub(super) tokens: usize,
+    pub(super) heads: usize,
+    pub(super) dim: usize,
+    /// `[dim]`.
+    pub(super) norm: View<'a>,
+    pub(super) eps: f32,
 }
 
 /// A layer's tokens after its first matrix products, and its state.
@@ -123,7 +159,48 @@ pub struct Delta<'a> {
     pub out: View<'a>,
 }
 
-impl Delta<'_> {
+impl<'a> Delta<'a> {
+    /// Returns the projected heads.
+    fn projected_heads(&self) -> ProjectedHeads<'a> {
+        let s = self.sizes;
+        let (n_key, dim) = (s.n_key_head, s.head_dim);
+        let group = s.n_value_head / n_key;
+        let from = |head: usize| self.projected.floats(head * dim..self.projected.words());
+        let (key, value, key_step, value_step) = if s.by_key_head {
+            (1, 2, 2 + 2 * group, 2 + 2 * group)
+        } else {
+            (n_key, 2 * n_key, 1, group)
+        };
+        ProjectedHeads {
+            queries: self.projected,
+            keys: from(key),
+            values: from(value),
+            width: s.projected(),
+            key_step: key_step * dim,
+            value_step: value_step * dim,
+        }
+    }
+
+    /// Returns the gates of the result.
+    fn result_gates(&self) -> ResultGates<'a> {
+        let s = self.sizes;
+        let (dim, group) = (s.head_dim, s.n_value_head / s.n_key_head);
+        let (values, width, step) = if s.by_key_head {
+            let first = (2 + group) * dim;
+            let gates = self.projected.floats(first..self.projected.words());
+            (gates, s.projected(), (2 + 2 * group) * dim)
+        } else {
+            (self.gates, s.n_value_head * dim, group * dim)
+        };
+        ResultGates {
+            values,
+            width,
+            step,
+            group,
+            gate: s.gate,
+        }
+    }
+
     /// Panics if a size is not supported, or a buffer is too short.
     fn check(&self) {
         let (s, n) = (self.sizes, self.positions.tokens());
@@ -177,7 +254,7 @@ impl Delta<'_> {
 }
 
 impl Ops {
-    /// Advances a layer's state by tokens: `out = norm(delta(conv(projected))) * silu(gates)`, also
+    /// Advances a layer's state by tokens: `out = norm(delta(conv(projected))) * act(gates)`, also
     /// quantized in `quants`. The result does not depend on how tokens are split into calls, to the
     /// bit.
     ///
@@ -185,13 +262,13 @@ impl Ops {
     /// When it is quantized and the width of heads is not a multiple of 32.
     pub fn delta(&self, d: &Delta<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
         let (s, n) = (d.sizes, d.positions.tokens());
-        let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         d.check();
-        let values = n_value * dim;
         if n == 0 {
             return Ok(());
         }
-        let (past, by_key_head) = (d.positions.at().arg(), Arg::Int(i32::from(s.by_key_head)));
+        let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
+        let heads = d.projected_heads();
+        let past = d.positions.at().arg();
         // Decays follow the strengths of a key head, or are apart.
         let alpha = if s.rates_by_key_head {
             d.raw_strengths
@@ -200,9 +277,12 @@ impl Ops {
             d.raw_decays
         };
         let args = [
-            d.projected.arg(),
-            int(s.projected()),
-            by_key_head,
+            heads.queries.arg(),
+            heads.keys.arg(),
+            heads.values.arg(),
+            int(heads.width),
+            int(heads.key_step),
+            int(heads.value_step),
             int(n_key),
             int(n_value),
             int(dim),
@@ -219,12 +299,8 @@ impl Ops {
             d.heads.arg(),
             d.rates.arg(),
         ];
-        self.launch(
-            "delta_convolve",
-            [blocks(s.heads(), 1), few(n), 1],
-            THREADS,
-            &args,
-        )?;
+        let grid = [blocks(s.heads(), 1), few(n), 1];
+        self.launch("delta_convolve", grid, THREADS, &args)?;
         let args = [
             d.heads.aligned().arg(),
             d.rates.arg(),
@@ -236,53 +312,83 @@ impl Ops {
             past,
             d.matrices.aligned().arg(),
             d.out.arg(),
-            d.projected.arg(),
-            int(s.projected()),
-            by_key_head,
+            heads.queries.arg(),
+            heads.keys.arg(),
+            heads.values.arg(),
+            int(heads.width),
+            int(heads.key_step),
+            int(heads.value_step),
             int(taps - 1),
             d.inputs.arg(),
         ];
-        let recur = match dim {
-            0..=32 => "delta_recur_32",
-            33..=64 => "delta_recur_64",
-            65..=128 => "delta_recur_128",
-            _ => "delta_recur_256",
-        };
+        let kernels = [
+            "delta_recur_32",
+            "delta_recur_64",
+            "delta_recur_128",
+            "delta_recur_256",
+        ];
         self.launch(
-            recur,
-            [blocks(dim.div_ceil(COLUMNS), 1), few(n_value), 1],
+            of_width(kernels, dim),
+            columns(dim, n_value),
             THREADS,
             &args,
         )?;
-        let (gates, width) = if s.by_key_head {
-            (d.projected, s.projected())
-        } else {
-            (d.gates, values)
+        let result = ResultHeads {
+            values: d.out,
+            tokens: n,
+            heads: n_value,
+            dim,
+            norm: d.norm,
+            eps: d.eps,
         };
+        self.gate_heads(&result, &d.result_gates(), quants)
+    }
+
+    /// Normalizes and gates a result, also quantized in `quants`.
+    pub(super) fn gate_heads(
+        &self,
+        of: &ResultHeads<'_>,
+        gates: &ResultGates<'_>,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        let &ResultHeads {
+            tokens, heads, dim, ..
+        } = of;
         assert!(
             quants.is_none() || dim.is_multiple_of(32),
             "heads of {dim} in 8 bits"
         );
-        let [q, scale, sums] = Quants::fill_or_null(quants, n, values);
-        let (norm, eps) = (d.norm.arg(), Arg::Float(d.eps));
+        let [q, scale, sums] = Quants::fill_or_null(quants, tokens, heads * dim);
         let args = [
-            d.out.arg(),
-            gates.arg(),
-            int(width),
-            by_key_head,
-            int(n_key),
+            of.values.arg(),
+            gates.values.arg(),
+            int(gates.width),
+            int(gates.step),
+            int(gates.group),
             int(dim),
-            norm,
-            eps,
+            Arg::Int(i32::from(gates.gate == DeltaGate::Sigmoid)),
+            of.norm.arg(),
+            Arg::Float(of.eps),
             q,
             scale,
             sums,
         ];
-        self.launch(
-            "delta_gate",
-            [blocks(n_value, 1), few(n), 1],
-            THREADS,
-            &args,
-        )
+        let grid = [blocks(heads, 1), few(tokens), 1];
+        self.launch("delta_gate", grid, THREADS, &args)
     }
+}
+
+/// Returns the kernel for heads of `dim` values: those for up to 32, 64, 128, and 256.
+pub(super) fn of_width(kernels: [&'static str; 4], dim: usize) -> &'static str {
+    match dim {
+        0..=32 => kernels[0],
+        33..=64 => kernels[1],
+        65..=128 => kernels[2],
+        _ => kernels[3],
+    }
+}
+
+/// Returns the blocks of the recurrence: columns of matrices, and heads.
+pub(super) fn columns(dim: usize, heads: usize) -> [u32; 3] {
+    [blocks(dim.div_ceil(COLUMNS), 1), few(heads), 1]
 }

@@ -8,6 +8,7 @@ mod attention;
 mod delta;
 mod gated;
 mod heads;
+mod kda;
 mod positions;
 mod products;
 mod prompt_attention;
@@ -19,6 +20,7 @@ pub use attention::{Attend, AttentionBuffers, CHUNK, MAX_KEY};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
+pub use kda::{Kda, KdaSizes};
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
 pub use products::{
     BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants,

@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    Activation, DeltaGate, Ffn, GateUp, GatedFfn, Gating, GqaSpec, KvUp, LayerSpec, Linear, Mixer,
-    MlaSpec, ModelSpec, MoeSpec, NormSpan, Reach, TensorId, WindowKind,
+    Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, KvUp, LayerSpec, Linear, Mixer, MlaSpec,
+    ModelSpec, MoeSpec, NormSpan, Reach, TensorId, WindowKind,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -207,12 +207,10 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         Mixer::Mamba(_) => Some("Mamba-2".into()),
         Mixer::Compressed(_) => Some("compressed attention".into()),
         Mixer::None => None,
-        Mixer::Delta(d) if d.gate != DeltaGate::Silu => Some("sigmoid gates of a delta net".into()),
         Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
         Mixer::ShortConv(c) => [&c.input, &c.out]
             .into_iter()
             .find_map(|l| misplaced(gguf, l)),
-        Mixer::Kda(_) => Some("Kimi delta attention".into()),
         Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {
             let linears = a.linears().into_iter().find_map(|l| misplaced(gguf, l));
@@ -229,16 +227,23 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         }
         Mixer::Delta(d) => {
             let linears = d.linears().into_iter().find_map(|l| misplaced(gguf, l));
-            let dim = d.head_dim;
-            let unsupported = !dim.is_multiple_of(4) || dim > MAX_DELTA_HEAD;
-            let why = || {
-                format!(
-                    "heads of {dim} values in its state, expected a multiple of 4 up to {MAX_DELTA_HEAD}"
-                )
-            };
-            linears.or_else(|| unsupported.then(why))
+            linears.or_else(|| delta_head(d.head_dim))
+        }
+        Mixer::Kda(k) => {
+            let linears = k.linears().into_iter().find_map(|l| misplaced(gguf, l));
+            linears.or_else(|| delta_head(k.head_dim))
         }
     }
+}
+
+/// Returns why heads of a delta net can't be of this width, if so.
+fn delta_head(dim: usize) -> Option<String> {
+    let unsupported = !dim.is_multiple_of(4) || dim > MAX_DELTA_HEAD;
+    unsupported.then(|| {
+        format!(
+            "heads of {dim} values in its state, expected a multiple of 4 up to {MAX_DELTA_HEAD}"
+        )
+    })
 }
 
 /// Returns what of an attention no kernel of a GPU computes.

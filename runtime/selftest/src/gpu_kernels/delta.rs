@@ -7,7 +7,7 @@ use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{Delta, DeltaSizes, Quants};
 use tier_plan_cuda::{CudaError, Ops};
-use tier_plan_formats::model::spec::KeySharing;
+use tier_plan_formats::model::spec::{DeltaGate, KeySharing};
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::{DeltaStep, Kernels};
 
@@ -18,7 +18,7 @@ const VALUE_TOLERANCE: f64 = 2e-5;
 const EPS: f32 = 1e-6;
 
 /// More tokens than a block loads at once.
-const TOKENS: usize = 21;
+pub(super) const TOKENS: usize = 21;
 
 pub(super) fn checks() -> Vec<Check> {
     let plain = DeltaSizes {
@@ -29,6 +29,7 @@ pub(super) fn checks() -> Vec<Check> {
         sharing: KeySharing::Cyclic,
         by_key_head: false,
         rates_by_key_head: false,
+        gate: DeltaGate::Silu,
     };
     let grouped = DeltaSizes {
         sharing: KeySharing::Grouped,
@@ -64,6 +65,7 @@ pub(super) fn checks() -> Vec<Check> {
             head_dim: 36,
             conv_taps: 16,
             n_value_head: 2,
+            gate: DeltaGate::Sigmoid,
             ..plain
         },
         DeltaSizes {
@@ -86,7 +88,12 @@ pub(super) fn checks() -> Vec<Check> {
             (false, true) => ", rates by key head",
             (false, false) => "",
         };
-        let name = format!("delta, {keys} and {values} heads of {head_dim}, {taps} taps{how}");
+        let gate = match sizes.gate {
+            DeltaGate::Silu => "",
+            DeltaGate::Sigmoid => ", sigmoid gates",
+        };
+        let name =
+            format!("delta, {keys} and {values} heads of {head_dim}, {taps} taps{how}{gate}");
         Check::new(name, move |ops, random| delta(ops, random, sizes))
     });
     named.into()
@@ -168,25 +175,14 @@ impl Layer {
             ..
         } = &self.sizes;
         let channels = (2 * n_key + n_value) * dim;
-        let before = vec![0.0; (taps - 1) * channels];
-        let rows: Vec<&[f32]> = before
-            .chunks_exact(channels)
-            .chain(self.heads.chunks_exact(channels))
-            .collect();
-        let mut heads = vec![0.0; TOKENS * channels];
-        for (t, to) in heads.chunks_exact_mut(channels).enumerate() {
-            k.conv_silu(&rows[t..t + taps], &self.conv, to);
-            for (head, to) in to.chunks_exact_mut(dim).take(2 * n_key).enumerate() {
-                let scale = if head < n_key {
-                    1.0 / (dim as f32).sqrt()
-                } else {
-                    1.0
-                };
-                let factor = scale / (k.dot(to, to) + EPS).sqrt();
-                to.iter_mut().for_each(|v| *v *= factor);
-            }
-        }
-        let softplus = |x: f32| if x > 20.0 { x } else { x.exp().ln_1p() };
+        let convolved = Convolution {
+            n_query: n_key,
+            n_heads: 2 * n_key + n_value,
+            dim,
+            taps,
+            eps: EPS,
+        };
+        let (heads, inputs) = convolved.plain(&self.heads, &self.conv);
         let rates = self
             .alpha
             .iter()
@@ -236,15 +232,21 @@ impl Layer {
                 }
                 let mut normed = vec![0.0; dim];
                 k.rms_norm(&read, &self.norm, EPS, &mut normed);
-                out.copy_from_slice(&self.gates[(t * n_value + value_head) * dim..][..dim]);
-                k.silu_mul(out, &normed);
+                let gates = &self.gates[(t * n_value + value_head) * dim..][..dim];
+                match self.sizes.gate {
+                    DeltaGate::Silu => {
+                        out.copy_from_slice(gates);
+                        k.silu_mul(out, &normed);
+                    }
+                    DeltaGate::Sigmoid => sigmoid_mul(gates, &normed, out),
+                }
             }
         }
         Results {
             heads,
             rates,
             out,
-            inputs: rows[TOKENS..].concat(),
+            inputs,
             matrices,
         }
     }
@@ -361,6 +363,56 @@ impl Layer {
     }
 }
 
+/// A convolution of heads: `n_query` of queries, as many of keys, then those of values.
+pub(super) struct Convolution {
+    pub(super) n_query: usize,
+    pub(super) n_heads: usize,
+    pub(super) dim: usize,
+    pub(super) taps: usize,
+    pub(super) eps: f32,
+}
+
+impl Convolution {
+    /// Convolves `[tokens, heads, dim]` with the CPU's scalar kernels. Returns the normalized heads,
+    /// and the inputs that the next tokens need.
+    pub(super) fn plain(&self, heads: &[f32], weight: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let (k, dim) = (Kernels::SCALAR, self.dim);
+        let channels = self.n_heads * dim;
+        let before = vec![0.0; (self.taps - 1) * channels];
+        let rows: Vec<&[f32]> = before
+            .chunks_exact(channels)
+            .chain(heads.chunks_exact(channels))
+            .collect();
+        let mut out = vec![0.0; heads.len()];
+        for (t, to) in out.chunks_exact_mut(channels).enumerate() {
+            k.conv_silu(&rows[t..t + self.taps], weight, to);
+            let normed = to.chunks_exact_mut(dim).take(2 * self.n_query);
+            for (head, to) in normed.enumerate() {
+                let scale = if head < self.n_query {
+                    1.0 / (dim as f32).sqrt()
+                } else {
+                    1.0
+                };
+                let factor = scale / (k.dot(to, to) + self.eps).sqrt();
+                to.iter_mut().for_each(|v| *v *= factor);
+            }
+        }
+        let n = heads.len() / channels;
+        (out, rows[n..].concat())
+    }
+}
+
+pub(super) fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}
+
+/// Computes `out = sigmoid(gates) * x`.
+pub(super) fn sigmoid_mul(gates: &[f32], x: &[f32], out: &mut [f32]) {
+    for ((out, gate), x) in out.iter_mut().zip(gates).zip(x) {
+        *out = x / (1.0 + (-gate).exp());
+    }
+}
+
 fn delta(ops: &Ops, random: &mut Random, sizes: DeltaSizes) -> Result<Outcome, CudaError> {
     let layer = Layer::new(random, sizes);
     let expected = layer.plain();
@@ -388,7 +440,7 @@ fn delta(ops: &Ops, random: &mut Random, sizes: DeltaSizes) -> Result<Outcome, C
     Ok(outcome)
 }
 
-fn near(expected: &[f32]) -> impl Iterator<Item = Expected> + '_ {
+pub(super) fn near(expected: &[f32]) -> impl Iterator<Item = Expected> + '_ {
     let squares: f64 = expected.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
     let size = (squares / expected.len().max(1) as f64).sqrt();
     expected

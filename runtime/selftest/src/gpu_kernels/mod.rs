@@ -4,6 +4,7 @@
 mod attention;
 mod delta;
 mod gated;
+mod kda;
 mod products;
 mod short_conv;
 mod small;
@@ -71,6 +72,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(small::checks());
     checks.extend(attention::checks());
     checks.extend(delta::checks());
+    checks.extend(kda::checks());
     checks.extend(short_conv::checks());
     checks.extend(stream::checks());
     checks

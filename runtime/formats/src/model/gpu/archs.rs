@@ -27,7 +27,7 @@ type Reason = (&'static [Part], &'static str);
 /// Returns the reasons of an architecture.
 fn reasons(arch: &str) -> &'static [Reason] {
     match arch {
-        "bailingmoe3" | "kimi-linear" => &[(&[MIXER], "Kimi delta attention")],
+        "bailingmoe3" | "kimi-linear" => &[(&[MIXER], "latent attention without rotation")],
         "deepseek32" | "dots3note" | "glm-dsa" => &[(&[MIXER], INDEXER)],
         "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
         "gemma4" => &[
