@@ -197,8 +197,10 @@ impl Gqa {
             value_row_width: a.value_dim,
             value_width: a.value_dim,
             scale: a.scale,
+            softcap: a.softcap,
             positions,
             window: a.window,
+            window_kind: a.window_kind,
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
         // How many values share a gate, if there are gates. Results are quantized after them.

@@ -10,7 +10,7 @@ use tier_plan_cuda::ops::{
     Strided, TransposedMatvec,
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
-use tier_plan_formats::model::spec::{KvUp, MlaSpec};
+use tier_plan_formats::model::spec::{KvUp, MlaSpec, WindowKind};
 use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
@@ -324,8 +324,10 @@ impl Mla {
             value_row_width: width,
             value_width: rank,
             scale: a.scale,
+            softcap: None,
             positions: buffers.positions.all().part(first..first + n),
             window: None,
+            window_kind: WindowKind::Sliding,
             sinks: None,
         };
         ops.attend(&attention, &buffers.attend, latents, None)?;

@@ -23,9 +23,9 @@
 /// times blocks of heads; tokens.
 template <class Rows>
 DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,
-                   int value_row_width, int value_width, float scale, const int* positions, const int* begins,
-                   const int* tables, int page_bits, int window, float* mixed, float* largest, float* sums,
-                   const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {
+                   int value_row_width, int value_width, float scale, float cap, const int* positions,
+                   const int* begins, const int* tables, int page_bits, int window, float* mixed, float* largest,
+                   float* sums, const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {
     __shared__ float query[HEADS][MAX_KEY];
     __shared__ float scores[HEADS][CHUNK];
     // If there is only one chunk: its weight beside the sink, and the sum of both.
@@ -39,7 +39,7 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n
     const i64 first_query = (i64)token * n_head + kv_head * group + first_head;
     const Pages pages(tables, begins, token, page_bits);
     const int end_seen = positions[token] + 1;
-    const int begin_seen = window > 0 && end_seen > window ? end_seen - window : 0;
+    const int begin_seen = first_attended(end_seen - 1, window);
     const int chunk_start = (begin_seen / CHUNK + chunk) * CHUNK;
     const int start = begin_seen > chunk_start ? begin_seen : chunk_start;
     const int end = end_seen < chunk_start + CHUNK ? end_seen : chunk_start + CHUNK;
@@ -69,7 +69,7 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n
         }
         for (int h = 0; h < HEADS; h++) {
             for (int step = SHARE / 2; step > 0; step /= 2) dots[h] += __shfl_xor_sync(ALL_LANES, dots[h], step);
-            if (p < n && h < heads && thread % SHARE == 0) scores[h][p] = dots[h];
+            if (p < n && h < heads && thread % SHARE == 0) scores[h][p] = capped(dots[h], cap);
         }
     }
     __syncthreads();
@@ -126,10 +126,10 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n
 
 #define ATTEND(NAME, ROWS)                                                                                              \
     KERNEL NAME(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,        \
-                int value_row_width, int value_width, float scale, const int* positions, const int* begins,             \
-                const int* tables, int page_bits, int window, float* mixed, float* largest, float* sums,                \
-                const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {                         \
-        attend<ROWS>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale,           \
+                int value_row_width, int value_width, float scale, float cap, const int* positions,                     \
+                const int* begins, const int* tables, int page_bits, int window, float* mixed, float* largest,          \
+                float* sums, const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {            \
+        attend<ROWS>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale, cap,      \
                      positions, begins, tables, page_bits, window, mixed, largest, sums, sinks, out, q, quant_scale,    \
                      quant_sums);                                                                                       \
     }

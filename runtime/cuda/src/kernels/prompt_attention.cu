@@ -86,9 +86,9 @@ DEVICE void load_values(u32* to, const u8* values, const Pages& pages, i64 strid
 /// that a token attends to.
 template <class Rows, int WARPS, int MOST_WIDE>
 DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group,
-                          int key_width, int value_row_width, int value_width, float scale, const int* positions,
-                          const int* begins, const int* tables, int page_bits, int tokens, int window, float* mixed,
-                          float* largest, float* sums) {
+                          int key_width, int value_row_width, int value_width, float scale, float cap,
+                          const int* positions, const int* begins, const int* tables, int page_bits, int tokens,
+                          int window, float* mixed, float* largest, float* sums) {
     constexpr int BLOCK_ROWS = 16 * WARPS, QUERY_STRIDE = MOST_WIDE + 16;
     // Wide queries leave too little shared memory for both.
     constexpr bool APART = MOST_WIDE <= PART;
@@ -124,11 +124,11 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
     int from[2], to[2];
     for (int i = 0; i < 2; i++) {
         to[i] = rows[i] < n_rows ? begin + rows[i] / group : -1;
-        from[i] = window > 0 ? to[i] - window + 1 : 0;
+        from[i] = first_attended(to[i], window);
     }
-    const int first_split = window > 0 && begin + 1 > window ? (begin + 1 - window) / SPLIT : 0;
+    const int first_split = first_attended(begin, window) / SPLIT;
     const int split_start = (first_split + (int)blockIdx.z) * SPLIT;
-    const int first_seen = window > 0 ? begin + row0 / group + 1 - window : 0;
+    const int first_seen = first_attended(begin + row0 / group, window);
     const int start = first_seen > split_start ? first_seen / KEYS * KEYS : split_start;
     const int end = least(begin + last / group + 1, split_start + SPLIT);
     const i64 key_bytes = Rows::row_bytes(key_width), value_bytes = Rows::row_bytes(value_row_width);
@@ -170,7 +170,7 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
         for (int j = 0; j < KEYS / 8; j++) {
             for (int i = 0; i < 4; i++) {
                 const int p = p0 + 8 * j + lane % 4 * 2 + i % 2;
-                if (p < from[i / 2] || p > to[i / 2]) scores[j][i] = minus_infinity();
+                scores[j][i] = p < from[i / 2] || p > to[i / 2] ? minus_infinity() : capped(scores[j][i], cap);
                 largest_here[i / 2] = fmaxf(largest_here[i / 2], scores[j][i]);
             }
         }
@@ -235,11 +235,12 @@ DEVICE void prompt_attend(const float* queries, const u8* keys, const u8* values
 
 #define PROMPT_ATTEND(NAME, ROWS, WARPS, MOST_WIDE)                                                                     \
     KERNEL NAME(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,        \
-                int value_row_width, int value_width, float scale, const int* positions, const int* begins,             \
-                const int* tables, int page_bits, int tokens, int window, float* mixed, float* largest, float* sums) {  \
+                int value_row_width, int value_width, float scale, float cap, const int* positions,                     \
+                const int* begins, const int* tables, int page_bits, int tokens, int window, float* mixed,              \
+                float* largest, float* sums) {                                                                          \
         prompt_attend<ROWS, WARPS, MOST_WIDE>(queries, keys, values, n_head_kv, group, key_width, value_row_width,      \
-                                              value_width, scale, positions, begins, tables, page_bits, tokens, window, \
-                                              mixed, largest, sums);                                                    \
+                                              value_width, scale, cap, positions, begins, tables, page_bits,            \
+                                              tokens, window, mixed, largest, sums);                                    \
     }
 
 PROMPT_ATTEND(prompt_attend_f32, RowsF32, 4, 128)

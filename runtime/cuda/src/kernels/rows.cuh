@@ -22,6 +22,19 @@ struct Pages {
     DEVICE int page_end(int position) const { return ((position >> bits) + 1) << bits; }
 };
 
+/// Returns the first position that the token at `position` attends to: with a positive `window`
+/// that many up to its own, with a negative one those from the last multiple of `-window` on, and
+/// with 0 all.
+DEVICE int first_attended(int position, int window) {
+    if (window > 0) return position < window ? 0 : position + 1 - window;
+    return window < 0 ? position / -window * -window : 0;
+}
+
+/// Caps a score smoothly at `cap`, unless that is 0.
+DEVICE float capped(float score, float cap) {
+    return cap == 0.0f ? score : cap * tanhf(score / cap);
+}
+
 struct RowsF32 {
     static DEVICE i64 row_bytes(int width) { return 4 * (i64)width; }
     static DEVICE float at(const u8* row, int i) { return ((const float*)row)[i]; }

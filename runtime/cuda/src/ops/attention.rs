@@ -8,6 +8,7 @@ use crate::{CudaError, Ops};
 use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::WindowKind;
 
 /// Positions per chunk of the context; the kernel has the same constant.
 pub const CHUNK: usize = 256;
@@ -85,10 +86,14 @@ pub struct Attend<'a> {
     pub value_width: usize,
     /// Factor on the scores.
     pub scale: f32,
+    /// Scores `s` become `cap * tanh(s / cap)`.
+    pub softcap: Option<f32>,
     /// The tokens, of any number of texts.
     pub positions: Positions<'a>,
-    /// Most positions that a token attends to (sliding window).
+    /// Most positions that a token attends to.
     pub window: Option<usize>,
+    /// Where a window begins.
+    pub window_kind: WindowKind,
     /// `[n_head_kv * group]`: a score per head beside those of the positions.
     pub sinks: Option<View<'a>>,
 }
@@ -127,6 +132,10 @@ impl Attend<'_> {
             "results of attention"
         );
         assert!(
+            self.window != Some(0) && self.softcap != Some(0.0),
+            "a window or a cap of 0"
+        );
+        assert!(
             self.sinks.is_none_or(|s| s.words() >= heads),
             "a sink per head"
         );
@@ -134,8 +143,24 @@ impl Attend<'_> {
 
     /// Returns the first position that the token at a position attends to.
     fn first_seen(&self, position: usize) -> usize {
-        self.window
-            .map_or(0, |window| (position + 1).saturating_sub(window))
+        self.window.map_or(0, |window| match self.window_kind {
+            WindowKind::Sliding => (position + 1).saturating_sub(window),
+            WindowKind::Chunked => position / window * window,
+        })
+    }
+
+    /// Returns the window as the kernels take it.
+    pub(super) fn window_arg(&self) -> Arg {
+        let window = i32::try_from(self.window.unwrap_or(0)).unwrap_or(i32::MAX);
+        Arg::Int(match self.window_kind {
+            WindowKind::Sliding => window,
+            WindowKind::Chunked => -window,
+        })
+    }
+
+    /// Returns the cap as the kernels take it.
+    pub(super) fn cap_arg(&self) -> Arg {
+        Arg::Float(self.softcap.unwrap_or(0.0))
     }
 
     /// Returns the number of chunks that a token attends to.
@@ -144,13 +169,12 @@ impl Attend<'_> {
     /// so that recorded launches serve for all of them.
     fn chunks(&self, token: usize, one_token_each: bool) -> usize {
         let position = self.positions.of(token);
-        if one_token_each {
-            let windows = self
-                .window
-                .map_or(usize::MAX, |window| window.div_ceil(CHUNK) + 1);
-            return (position + 1).div_ceil(CHUNK).min(windows);
-        }
-        (position + 1).div_ceil(CHUNK) - self.first_seen(position) / CHUNK
+        let earliest = if one_token_each {
+            position / CHUNK * CHUNK
+        } else {
+            position
+        };
+        position / CHUNK + 1 - self.first_seen(earliest) / CHUNK
     }
 
     /// Returns the number of pieces of `len` positions from the first that the first of consecutive
@@ -292,11 +316,12 @@ impl Ops {
                 int(a.value_row_width),
                 int(a.value_width),
                 Arg::Float(a.scale),
+                a.cap_arg(),
                 positions,
                 begins,
                 tables,
                 page_bits,
-                int(a.window.unwrap_or(0)),
+                a.window_arg(),
                 mixed.arg(),
                 largest.arg(),
                 sums.arg(),

@@ -13,7 +13,7 @@ pub(crate) use archs::cpu_only_of;
 use super::shape::DenseKind;
 use super::spec::{
     Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, KvUp, LayerSpec, Linear, Mixer, MlaSpec,
-    ModelSpec, MoeSpec, NormSpan, Reach, TensorId, WindowKind,
+    ModelSpec, MoeSpec, NormSpan, Reach, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -250,13 +250,8 @@ fn delta_head(dim: usize) -> Option<String> {
 fn attention(a: &GqaSpec) -> Option<&'static str> {
     let norm = a.qk_norm;
     let options = [
-        (a.softcap.is_some(), "a soft cap on attention scores"),
         (a.index.is_some(), "block-sparse attention"),
         (a.shared_kv.is_some(), "keys and values of another layer"),
-        (
-            a.window.is_some() && a.window_kind != WindowKind::Sliding,
-            "a chunked window",
-        ),
         (
             norm.is_some_and(|norm| norm.after_rope && norm.span == NormSpan::Full),
             "a norm of all heads after rotation",

@@ -11,7 +11,7 @@ use tier_plan_cuda::ops::{
 };
 use tier_plan_cuda::{CudaError, Ops, View};
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::spec::RopeKind;
+use tier_plan_formats::model::spec::{RopeKind, WindowKind};
 use tier_plan_kernels::random::Random;
 use tier_plan_kernels::{Kernels, StoredRows, q8_row_bytes};
 
@@ -301,6 +301,8 @@ struct Case {
     tokens: usize,
     past: usize,
     window: Option<usize>,
+    window_kind: WindowKind,
+    softcap: Option<f32>,
     sinks: bool,
 }
 
@@ -314,6 +316,8 @@ fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
         tokens: 1,
         past: 0,
         window: None,
+        window_kind: WindowKind::Sliding,
+        softcap: None,
         sinks: false,
     };
     let cases = [
@@ -336,6 +340,14 @@ fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
             tokens: 2,
             past: 600,
             window: Some(128),
+            ..gqa
+        },
+        Case {
+            tokens: 3,
+            past: 510,
+            window: Some(300),
+            window_kind: WindowKind::Chunked,
+            softcap: Some(0.7),
             ..gqa
         },
         Case {
@@ -375,6 +387,8 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
         tokens: 16,
         past: 0,
         window: None,
+        window_kind: WindowKind::Sliding,
+        softcap: None,
         sinks: false,
     };
     let cases = [
@@ -404,6 +418,14 @@ fn prompt(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
             group: 8,
             tokens: 50,
             window: Some(7),
+            ..gqa
+        },
+        Case {
+            tokens: 40,
+            past: 20,
+            window: Some(25),
+            window_kind: WindowKind::Chunked,
+            softcap: Some(1.5),
             ..gqa
         },
         Case {
@@ -502,6 +524,8 @@ fn compare_case(
         tokens,
         past,
         window,
+        window_kind,
+        softcap,
         sinks,
     } = case;
     let heads = n_head_kv * group;
@@ -561,8 +585,10 @@ fn compare_case(
         value_row_width,
         value_width,
         scale,
+        softcap,
         positions: text.positions().part(before..before + tokens),
         window,
+        window_kind,
         sinks: sinks.then_some(sink_buffer.view()),
     };
     let n = tokens * heads * value_width;
@@ -588,12 +614,20 @@ fn compare_case(
         let (t, head) = (at / heads, at % heads);
         let query = &queries[at * key_width..][..key_width];
         let end = past + t + 1;
-        let seen = window.map_or(0, |w| end.saturating_sub(w))..end;
+        let first = window.map_or(0, |w| match window_kind {
+            WindowKind::Sliding => end.saturating_sub(w),
+            WindowKind::Chunked => (end - 1) / w * w,
+        });
+        let seen = first..end;
         let rows = seen.map(|p| text.at(p) * n_head_kv + head / group);
         let of_text = |of: &[Vec<f32>]| rows.clone().map(|row| of[row].clone()).collect();
         let (seen_keys, seen_values): (Vec<Vec<f32>>, Vec<_>) = (of_text(&keys), of_text(&values));
-        let sink = sinks.then(|| f64::from(sink_values[head]));
-        let mut expected = plain_attention(f64::from(scale), query, &seen_keys, &seen_values, sink);
+        let scores = Scores {
+            scale: f64::from(scale),
+            cap: softcap.map(f64::from),
+            sink: sinks.then(|| f64::from(sink_values[head])),
+        };
+        let mut expected = plain_attention(&scores, query, &seen_keys, &seen_values);
         expected.truncate(value_width);
         let allowed = if halves {
             F16_EPSILON * in_halves(kv_type, f64::from(scale), query, &seen_keys)
@@ -626,31 +660,33 @@ fn compare_case(
     Ok(outcome)
 }
 
-/// Computes attention of one query in 64-bit floats.
-fn plain_attention(
+/// How scores are made of products.
+struct Scores {
     scale: f64,
-    query: &[f32],
-    keys: &[Vec<f32>],
-    values: &[Vec<f32>],
+    cap: Option<f64>,
     sink: Option<f64>,
-) -> Vec<f64> {
+}
+
+/// Computes attention of one query in 64-bit floats.
+fn plain_attention(of: &Scores, query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>]) -> Vec<f64> {
     let score = |key: &Vec<f32>| -> f64 {
         let products = query
             .iter()
             .zip(key)
             .map(|(q, k)| f64::from(*q) * f64::from(*k));
-        scale * products.sum::<f64>()
+        let score = of.scale * products.sum::<f64>();
+        of.cap.map_or(score, |cap| cap * (score / cap).tanh())
     };
     let scores: Vec<f64> = keys.iter().map(score).collect();
     let most = scores
         .iter()
         .copied()
-        .chain(sink)
+        .chain(of.sink)
         .fold(f64::NEG_INFINITY, f64::max);
     let total: f64 = scores
         .iter()
         .copied()
-        .chain(sink)
+        .chain(of.sink)
         .map(|s| (s - most).exp())
         .sum();
     let mut mixed = vec![0.0f64; values.first().map_or(0, Vec::len)];

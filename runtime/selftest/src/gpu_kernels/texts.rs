@@ -9,7 +9,15 @@ use tier_plan_cuda::ops::{
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::WindowKind;
 use tier_plan_kernels::random::Random;
+
+/// Windows that texts are compared with.
+const WINDOWS: [(Option<usize>, WindowKind); 3] = [
+    (None, WindowKind::Sliding),
+    (Some(11), WindowKind::Sliding),
+    (Some(24), WindowKind::Chunked),
+];
 
 /// Positions per page: few, so that short texts have several.
 const PAGE: usize = 8;
@@ -65,7 +73,7 @@ pub(super) fn parts_of_a_prompt(
     let text = Text::new(ops, past, tokens)?;
     let shared = SharedCache::new(ops, random, kv_type, text.capacity(), tokens)?;
     let mut outcome = Outcome::default();
-    for window in [None, Some(11)] {
+    for window in WINDOWS {
         let whole = shared.run(ops, text.positions(), 0, window)?;
         let [first, second] = [0..29, 29..45].map(|part| {
             let positions = text.positions().part(part.clone());
@@ -111,7 +119,7 @@ pub(super) fn several_texts(
     let mut together = BatchPositions::new(ops.device(), words, size)?;
     together.set(rows.clone())?;
     let mut outcome = Outcome::default();
-    for window in [None, Some(11)] {
+    for window in WINDOWS {
         let all = shared.run(ops, together.all(), 0, window)?;
         let (mut first, mut apart) = (0, Vec::new());
         for text in rows.clone() {
@@ -171,7 +179,7 @@ impl SharedCache {
         ops: &Ops,
         positions: Positions<'_>,
         first: usize,
-        window: Option<usize>,
+        (window, window_kind): (Option<usize>, WindowKind),
     ) -> Result<Vec<u32>, CudaError> {
         let width = Self::WIDTH;
         let values = positions.tokens() * Self::HEADS * width;
@@ -188,8 +196,10 @@ impl SharedCache {
             value_row_width: width,
             value_width: width,
             scale: 0.3,
+            softcap: None,
             positions,
             window,
+            window_kind,
             sinks: None,
         };
         ops.attend(&attention, &self.buffers, out.view(), None)?;

@@ -35,12 +35,8 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&[MIXER], "keys and values that other layers read"),
             (&BLOCKS, "what follows the feed-forward block"),
         ],
-        "grok" => &[
-            (&[MIXER], "a soft cap on attention scores"),
-            (&[ROUTER, SHARED], OWN_ROUTER),
-        ],
+        "grok" => &[(&[ROUTER, SHARED], OWN_ROUTER)],
         "llama4" => &[
-            (&[MIXER], "a chunked window"),
             (&[ROUTER, SHARED], OWN_ROUTER),
             (&[EXPERTS], "weights on what experts read"),
         ],
