@@ -74,12 +74,13 @@ fn kind(gguf: &Gguf, moe: &MoeSpec) -> ExpertKind {
     let last = types.last().copied().unwrap_or(first);
     ExpertKind {
         n_expert: moe.n_expert,
-        hidden: moe.router.n_in,
+        hidden: moe.expert_width(),
         ffn: moe.expert_ffn,
-        gate: first,
+        gate: moe.has_gate().then_some(first),
         up: if types.len() > 2 { types[1] } else { first },
         down: last,
         activation: moe.activation,
+        weigh_input: moe.weigh_input,
     }
 }
 

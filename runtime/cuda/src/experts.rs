@@ -16,6 +16,7 @@ use layer::{Activations, Inner, Layer, Part, Uses};
 use slots::SlotTransfers;
 use std::sync::Arc;
 use tier_plan_formats::model::spec::Activation;
+use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
 /// Rows from which on experts are computed by matmul instead of matvec.
@@ -30,27 +31,43 @@ pub struct ExpertKind {
     pub hidden: usize,
     /// Width between the matrices.
     pub ffn: usize,
-    /// Format of `[ffn, hidden]`.
-    pub gate: TensorType,
+    /// Format of `[ffn, hidden]`; `None` without a gate.
+    pub gate: Option<TensorType>,
     /// Format of `[ffn, hidden]`.
     pub up: TensorType,
     /// Format of `[hidden, ffn]`.
     pub down: TensorType,
     /// Function that combines gate and up.
     pub activation: Activation,
+    /// Whether an expert's weight multiplies what it reads instead of what it returns.
+    pub weigh_input: bool,
+}
+
+impl ExpertKind {
+    /// Whether gate or up take quantized activations.
+    pub fn takes_quants(&self) -> bool {
+        needs_quants(self.up) || self.gate.is_some_and(needs_quants)
+    }
+
+    /// Returns the format of gate and up, where they have one.
+    pub(super) fn one_format(&self) -> Option<TensorType> {
+        self.gate
+            .is_none_or(|gate| gate == self.up)
+            .then_some(self.up)
+    }
 }
 
 /// Bytes of one expert as in the model file.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertBytes<'a> {
-    /// `[ffn, hidden]`.
-    pub gate: &'a [u8],
+    /// `[ffn, hidden]`; `None` without a gate.
+    pub gate: Option<&'a [u8]>,
     /// `[ffn, hidden]`.
     pub up: &'a [u8],
     /// `[hidden, ffn]`.
     pub down: &'a [u8],
     /// Biases of gate, `[ffn]`, up, `[ffn]`, and down, `[hidden]`: for all experts of a layer or
-    /// none.
+    /// none. That of a gate that is missing has no meaning.
     pub biases: Option<[&'a [f32]; 3]>,
 }
 
@@ -61,6 +78,16 @@ pub enum Place {
     Pinned(usize),
     /// In a slot, by its index.
     Slot(usize),
+}
+
+/// Experts for rows of activations.
+#[derive(Clone, Copy)]
+pub struct RequestedExperts<'a> {
+    /// Where they are. Each row takes equally many, the first row the first ones.
+    pub places: &'a [Place],
+    /// The experts' weights, which are read only where they multiply what experts
+    /// [read](ExpertKind::weigh_input).
+    pub weights: &'a [f32],
 }
 
 /// Experts that a token chose, on the device.
@@ -113,6 +140,7 @@ struct ExpertBuffers {
     x: Buffer,
     x_quants: Quants,
     which: Buffer,
+    weights: Buffer,
     groups: Buffer,
     gate: Buffer,
     up: Buffer,
@@ -136,7 +164,7 @@ pub fn workspace_bytes(rows: usize, hidden: usize, ffn: usize) -> u64 {
         + quants(outer)
         + 8 * inner
         + quants(inner)
-        + 4 * (1 + TokenGroups::WORDS as u64) * rows as u64
+        + 4 * (2 + TokenGroups::WORDS as u64) * rows as u64
 }
 
 impl ExpertBuffers {
@@ -151,6 +179,7 @@ impl ExpertBuffers {
             x: Buffer::new_f32(device, outer)?,
             x_quants: Quants::new(device, outer)?,
             which: Buffer::new_f32(device, rows)?,
+            weights: Buffer::new_f32(device, rows)?,
             groups: Buffer::new_f32(device, TokenGroups::WORDS * rows)?,
             gate: Buffer::new_f32(device, inner)?,
             up: Buffer::new_f32(device, inner)?,
@@ -334,6 +363,7 @@ impl PinnedExperts {
             return Ok(Vec::new());
         };
         let bytes = |part| l.slots.view().part(l.layout.range(slot, part)).to_bytes();
+        // That of a gate that is missing is empty.
         Ok([bytes(Part::Gate)?, bytes(Part::Up)?, bytes(Part::Down)?].concat())
     }
 
@@ -346,8 +376,7 @@ impl PinnedExperts {
     /// Enqueues experts for rows of activations; [`fetch`](Self::fetch) returns the results, after
     /// those that were asked for before.
     ///
-    /// `x` is `[rows, hidden]`; `None` takes the rows of the previous call for the same layer. Each
-    /// row takes `experts.len() / rows` of the experts, the first row the first ones.
+    /// `x` is `[rows, hidden]`; `None` takes the rows of the previous call for the same layer.
     ///
     /// # Panics
     /// When an expert is not here, the rows do not take equally many, or there are too few [free
@@ -356,23 +385,26 @@ impl PinnedExperts {
         &mut self,
         layer: usize,
         x: Option<&[f32]>,
-        experts: &[Place],
+        experts: RequestedExperts<'_>,
     ) -> Result<(), CudaError> {
-        if experts.is_empty() {
+        if experts.places.is_empty() {
             return Ok(());
         }
         let Some(l) = self.layers.get(layer).and_then(Option::as_ref) else {
             panic!("layer {layer} on a device")
         };
         let ExpertKind {
-            n_expert, hidden, ..
+            n_expert,
+            hidden,
+            weigh_input,
+            ..
         } = l.kind;
         let entry = |place: &Place| match *place {
             Place::Pinned(expert) if l.pinned.get(expert) == Some(&true) => expert,
             Place::Slot(slot) if slot < l.n_slots => n_expert + slot,
             _ => panic!("{place:?} of layer {layer} is not on the device"),
         };
-        let entries: Vec<usize> = experts.iter().map(entry).collect();
+        let entries: Vec<usize> = experts.places.iter().map(entry).collect();
         let rows = x.map_or(self.given, |x| x.len() / hidden);
         let jobs = entries.len();
         let whole_rows = x.is_none_or(|x| x.len() == rows * hidden);
@@ -391,9 +423,13 @@ impl PinnedExperts {
             .flat_map(|entry| (*entry as i32).to_ne_bytes())
             .collect();
         b.which.view().write(&which)?;
+        if weigh_input {
+            assert_eq!(experts.weights.len(), jobs, "weights of experts");
+            b.weights.view().write_f32(experts.weights)?;
+        }
         if let Some(x) = x {
             b.x.view().write_f32(x)?;
-            if l.takes_quants() {
+            if l.kind.takes_quants() {
                 ops.quantize(b.x.view(), rows, hidden, &mut b.x_quants)?;
             }
         }
@@ -415,6 +451,7 @@ impl PinnedExperts {
         };
         let uses = Uses {
             which: b.which.view(),
+            factors: weigh_input.then(|| b.weights.view()),
             jobs,
             rows,
             groups,
@@ -440,7 +477,7 @@ impl PinnedExperts {
 
     /// Whether the experts of a layer take quantized input.
     pub fn takes_quants(&self, layer: usize) -> bool {
-        self.layer(layer).is_some_and(Layer::takes_quants)
+        self.layer(layer).is_some_and(|l| l.kind.takes_quants())
     }
 
     /// Computes the weighted sums of what the tokens' experts make, on top of `onto` where given,
@@ -473,7 +510,11 @@ impl PinnedExperts {
             "{jobs} experts of layer {layer}"
         );
         let ExpertKind {
-            hidden, ffn, down, ..
+            hidden,
+            ffn,
+            down,
+            weigh_input,
+            ..
         } = l.kind;
         let (ops, b) = (&self.ops, &mut self.buffers);
         let mut inner = Inner {
@@ -483,6 +524,7 @@ impl PinnedExperts {
         };
         let uses = Uses {
             which,
+            factors: weigh_input.then_some(weights),
             jobs,
             rows: tokens,
             groups: TokenGroups::none(which),
@@ -501,7 +543,7 @@ impl PinnedExperts {
             table: &l.down,
             which,
             bias: l.bias(Part::Down),
-            weights,
+            weights: (!weigh_input).then_some(weights),
             tokens,
             n_used,
             n_rows: hidden,

@@ -27,7 +27,7 @@ pub struct StreamSizes {
     pub n_used: usize,
     /// Most rows that an expert takes at once.
     pub rows: usize,
-    /// Width of input and output.
+    /// Largest width of input and output.
     pub hidden: usize,
     /// Largest width between an expert's matrices.
     pub ffn: usize,
@@ -91,12 +91,17 @@ pub struct ExpertStream {
     n_uses: usize,
     /// Uses of the experts that were sent.
     n_sent: usize,
+    /// Tokens of the batch.
     tokens: usize,
+    /// Width of the batch's rows.
+    hidden: usize,
 }
 
 /// Ranges of an expert's matrices and biases in its buffer on the device.
 struct SentExpert {
-    matrices: [Range<usize>; 3],
+    gate: Option<Range<usize>>,
+    up: Range<usize>,
+    down: Range<usize>,
     biases: Option<[Range<usize>; 3]>,
 }
 
@@ -105,6 +110,8 @@ struct Product<'a> {
     ty: TensorType,
     matrix: View<'a>,
     bias: Option<View<'a>>,
+    /// Factors on the products before the bias.
+    factors: Option<View<'a>>,
     n_rows: usize,
     n_cols: usize,
     x: Input<'a>,
@@ -145,6 +152,7 @@ impl ExpertStream {
             n_uses: 0,
             n_sent: 0,
             tokens: 0,
+            hidden: 0,
             ops: Ops::new(Arc::clone(device)),
             sizes,
         };
@@ -161,7 +169,7 @@ impl ExpertStream {
     pub fn begin(&mut self, hidden: usize, x: &[f32], uses: &[Use]) -> Result<(), CudaError> {
         let tokens = x.len() / hidden;
         assert!(
-            hidden == self.sizes.hidden && uses.iter().all(|used| used.token < tokens),
+            hidden <= self.sizes.hidden && uses.iter().all(|used| used.token < tokens),
             "tokens of {tokens}"
         );
         let which: Vec<u8> = uses
@@ -173,7 +181,8 @@ impl ExpertStream {
         self.which.view().write(&which)?;
         self.weights.view().write_f32(&weights)?;
         self.ops.clear(self.out.view(), tokens * hidden)?;
-        (self.n_uses, self.n_sent, self.tokens) = (uses.len(), 0, tokens);
+        (self.n_uses, self.n_sent) = (uses.len(), 0);
+        (self.tokens, self.hidden) = (tokens, hidden);
         Ok(())
     }
 
@@ -201,7 +210,7 @@ impl ExpertStream {
             self.n_uses
         );
         assert!(
-            kind.hidden == self.sizes.hidden && kind.ffn <= self.sizes.ffn,
+            kind.hidden == self.hidden && kind.ffn <= self.sizes.ffn,
             "an expert {} wide",
             kind.ffn
         );
@@ -214,14 +223,21 @@ impl ExpertStream {
             end = range.end.next_multiple_of(ALIGNMENT);
             range
         };
-        let matrices = [expert.gate, expert.up, expert.down].map(&mut put);
+        assert_eq!(expert.gate.is_some(), kind.gate.is_some(), "its gate");
+        let gate = expert.gate.map(&mut put);
+        let [up, down] = [expert.up, expert.down].map(&mut put);
         let biases = expert.biases.map(|biases| {
             biases.map(|bias| {
                 let bytes: Vec<u8> = bias.iter().flat_map(|v| v.to_ne_bytes()).collect();
                 put(&bytes)
             })
         });
-        let sent = SentExpert { matrices, biases };
+        let sent = SentExpert {
+            gate,
+            up,
+            down,
+            biases,
+        };
         self.copies.send(
             which,
             self.memory[which]
@@ -244,69 +260,83 @@ impl ExpertStream {
     /// Enqueues the expert in the current buffer for the next `n` uses.
     fn compute(&mut self, kind: &ExpertKind, sent: &SentExpert, n: usize) -> Result<(), CudaError> {
         let ExpertKind { hidden, ffn, .. } = *kind;
-        let (memory, uses) = (self.memory[self.next].view(), self.n_sent..self.n_sent + n);
-        let (which, weights) = (
-            self.which.view().floats(uses.clone()),
-            self.weights.view().floats(uses),
-        );
+        let uses = self.n_sent..self.n_sent + n;
         let ops = &self.ops;
+        let which = self.which.view().floats(uses.clone());
         ops.gather_rows(self.x.view(), which, n, hidden, self.rows.view())?;
-        if needs_quants(kind.gate) || needs_quants(kind.up) {
+        if kind.takes_quants() {
             ops.quantize(self.rows.view(), n, hidden, &mut self.rows_quants)?;
         }
-        let matrix = |i: usize| memory.part(sent.matrices[i].clone());
-        let bias = |i: usize| {
-            sent.biases
-                .as_ref()
-                .map(|biases| memory.part(biases[i].clone()))
+        self.gate_up(kind, sent, n)?;
+        let (ops, memory) = (&self.ops, self.memory[self.next].view());
+        let down = Product {
+            ty: kind.down,
+            matrix: memory.part(sent.down.clone()),
+            bias: sent.bias(2, memory),
+            factors: None,
+            n_rows: hidden,
+            n_cols: ffn,
+            x: Input::for_type(kind.down, self.gate.view(), &self.inner),
         };
+        let (results, out) = (self.results.view(), self.out.view());
+        down.run(ops, n, results)?;
+        let which = self.which.view().floats(uses.clone());
+        let weights = (!kind.weigh_input).then(|| self.weights.view().floats(uses));
+        ops.add_rows(results, which, weights, n, hidden, out)
+    }
+
+    /// Computes gate, up, and the activation of the gathered rows, as down takes them.
+    fn gate_up(&mut self, kind: &ExpertKind, sent: &SentExpert, n: usize) -> Result<(), CudaError> {
+        let (ops, memory) = (&self.ops, self.memory[self.next].view());
+        let weights = self.weights.view().floats(self.n_sent..self.n_sent + n);
+        let factors = kind.weigh_input.then_some(weights);
+        let ExpertKind { hidden, ffn, .. } = *kind;
         let x = |ty| Input::for_type(ty, self.rows.view(), &self.rows_quants);
         let (gate, up) = (self.gate.view(), self.up.view());
-        let inner = needs_quants(kind.down).then_some(&mut self.inner);
-        if n < MATMUL_MIN_ROWS && kind.gate == kind.up {
+        let [gate_bias, up_bias] = [0, 1].map(|i| sent.bias(i, memory));
+        let gates = sent.gate.clone().map(|range| memory.part(range));
+        let ups = memory.part(sent.up.clone());
+        let quants = needs_quants(kind.down).then_some(&mut self.inner);
+        if let Some(ty) = kind.one_format().filter(|_| n < MATMUL_MIN_ROWS) {
             let gated = Gated {
-                ty: kind.gate,
-                matrices: GateUpMatrices::One([matrix(0), matrix(1)]),
-                biases: [bias(0), bias(1)],
+                ty,
+                matrices: match gates {
+                    Some(gates) => GateUpMatrices::One([gates, ups]),
+                    None => GateUpMatrices::Up(ups),
+                },
+                biases: [gate_bias, up_bias],
+                factors,
                 activation: kind.activation,
                 jobs: n,
                 n_rows: ffn,
                 n_cols: hidden,
-                x: x(kind.gate),
+                x: x(ty),
                 jobs_per_x: 1,
             };
-            ops.gated(&gated, gate, inner)?;
-        } else {
-            for (i, ty, out) in [(0, kind.gate, gate), (1, kind.up, up)] {
-                let product = Product {
-                    ty,
-                    matrix: matrix(i),
-                    bias: bias(i),
-                    n_rows: ffn,
-                    n_cols: hidden,
-                    x: x(ty),
-                };
-                product.run(ops, n, out)?;
-            }
-            ops.activate(kind.activation, gate, up, n, ffn, inner)?;
+            return ops.gated(&gated, gate, quants);
         }
-        let down = Product {
-            ty: kind.down,
-            matrix: matrix(2),
-            bias: bias(2),
-            n_rows: hidden,
-            n_cols: ffn,
-            x: Input::for_type(kind.down, gate, &self.inner),
+        let product = |ty, matrix, bias, out| {
+            let product = Product {
+                ty,
+                matrix,
+                bias,
+                factors,
+                n_rows: ffn,
+                n_cols: hidden,
+                x: x(ty),
+            };
+            product.run(ops, n, out)
         };
-        down.run(ops, n, self.results.view())?;
-        ops.add_rows(
-            self.results.view(),
-            which,
-            weights,
-            n,
-            hidden,
-            self.out.view(),
-        )
+        let up = match kind.gate.zip(gates) {
+            Some((ty, gates)) => {
+                product(ty, gates, gate_bias, gate)?;
+                up
+            }
+            // The product with up takes the gate's place.
+            None => gate,
+        };
+        product(kind.up, ups, up_bias, up)?;
+        ops.activate(kind.activation, gate, up, n, ffn, quants)
     }
 
     /// Waits for the sum over all experts, `[tokens, hidden]`.
@@ -316,7 +346,7 @@ impl ExpertStream {
     pub fn finish(&mut self, out: &mut [f32]) -> Result<(), CudaError> {
         assert_eq!(
             out.len(),
-            self.tokens * self.sizes.hidden,
+            self.tokens * self.hidden,
             "results of streamed experts"
         );
         self.out.view().read_f32(out)
@@ -342,33 +372,46 @@ impl ExpertStream {
     }
 }
 
+impl SentExpert {
+    /// Returns the bias of a matrix: gate, up, or down.
+    fn bias<'a>(&self, i: usize, memory: View<'a>) -> Option<View<'a>> {
+        let biases = self.biases.as_ref();
+        biases.map(|biases| memory.part(biases[i].clone()))
+    }
+}
+
 impl Product<'_> {
     fn run(&self, ops: &Ops, n: usize, out: View<'_>) -> Result<(), CudaError> {
         let &Product {
             ty,
             matrix,
             bias,
+            factors,
             n_rows,
             n_cols,
             x,
         } = self;
         if n < MATMUL_MIN_ROWS {
-            let matrices = Matrices::One(matrix);
-            return ops.matvec(
-                &Matvec {
-                    ty,
-                    matrices,
-                    bias,
-                    jobs: n,
-                    n_rows,
-                    n_cols,
-                    x,
-                    jobs_per_x: 1,
-                },
-                out,
-            );
+            let matvec = Matvec {
+                ty,
+                matrices: Matrices::One(matrix),
+                bias: bias.filter(|_| factors.is_none()),
+                jobs: n,
+                n_rows,
+                n_cols,
+                x,
+                jobs_per_x: 1,
+            };
+            ops.matvec(&matvec, out)?;
+            if factors.is_none() {
+                return Ok(());
+            }
+        } else {
+            ops.matmul(ty, BatchMatrices::One(matrix, n), n_rows, n_cols, x, out)?;
         }
-        ops.matmul(ty, BatchMatrices::One(matrix, n), n_rows, n_cols, x, out)?;
+        if let Some(factors) = factors {
+            ops.scale_rows(out, factors, n, n_rows)?;
+        }
         match bias {
             Some(bias) => ops.add_bias(out, bias, None, n, n_rows),
             None => Ok(()),

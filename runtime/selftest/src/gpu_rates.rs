@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tier_plan_cuda::device::{Buffer, Device, View};
-use tier_plan_cuda::experts::{ExpertBytes, ExpertKind, PinnedExperts, Place};
+use tier_plan_cuda::experts::{ExpertBytes, ExpertKind, PinnedExperts, Place, RequestedExperts};
 use tier_plan_cuda::gpu::{Pinned, Properties};
 use tier_plan_cuda::ops::{Input, Matrices, MatrixTable, Matvec, Quants};
 use tier_plan_cuda::{CudaError, Gpu, Ops};
@@ -370,10 +370,11 @@ pub fn common_experts() -> (ExpertKind, usize) {
             n_expert: 128,
             hidden: HIDDEN,
             ffn: FFN,
-            gate: ty,
+            gate: Some(ty),
             up: ty,
             down: ty,
             activation,
+            weigh_input: false,
         },
         8,
     )
@@ -394,7 +395,8 @@ pub fn experts(
         row.and_then(|row| row.checked_mul(rows))
     };
     let sizes = [
-        bytes_of(kind.gate, kind.ffn, kind.hidden),
+        kind.gate
+            .map_or(Some(0), |gate| bytes_of(gate, kind.ffn, kind.hidden)),
         bytes_of(kind.up, kind.ffn, kind.hidden),
         bytes_of(kind.down, kind.hidden, kind.ffn),
     ];
@@ -410,7 +412,7 @@ pub fn experts(
     }
     let largest = vec![0x11u8; gate.max(up).max(down)];
     let one = ExpertBytes {
-        gate: &largest[..gate],
+        gate: kind.gate.map(|_| &largest[..gate]),
         up: &largest[..up],
         down: &largest[..down],
         biases: None,
@@ -425,6 +427,7 @@ pub fn experts(
     let rows = in_batch * BATCH_TOKENS;
     store.reserve(rows.max(used))?;
     let x = vec![0.25f32; kind.hidden];
+    let weights = vec![0.5f32; rows.max(used)];
     let mut out = vec![0.0f32; used * kind.hidden];
     let mut times = Vec::with_capacity(effort.stages.max(1));
     // Other experts every time, so that they are in no cache.
@@ -433,7 +436,7 @@ pub fn experts(
         let chosen: Vec<Place> = (0..used).map(|i| Place::Pinned((first + i) % n)).collect();
         first = (first + used) % n;
         let start = Instant::now();
-        store.ask(0, Some(&x), &chosen)?;
+        store.ask(0, Some(&x), requested(&chosen, &weights))?;
         store.fetch(&mut out)?;
         if stage > 0 {
             times.push(start.elapsed());
@@ -456,16 +459,25 @@ pub fn experts(
         .collect();
     let mut out = vec![0.0f32; rows * kind.hidden];
     let seconds = fastest(effort.passes, || {
-        store.ask(0, Some(&x), &chosen)?;
+        store.ask(0, Some(&x), requested(&chosen, &weights))?;
         store.fetch(&mut out)
     })?;
-    let operations = 2.0 * (3 * kind.hidden * kind.ffn) as f64 * rows as f64;
+    let matrices = 2 + usize::from(kind.gate.is_some());
+    let operations = 2.0 * (matrices * kind.hidden * kind.ffn) as f64 * rows as f64;
     Ok(Some(Experts {
         expert_bytes,
         used,
         token_us,
         batch_gflops: operations / seconds / 1e9,
     }))
+}
+
+/// Returns experts with the first of some weights.
+fn requested<'a>(places: &'a [Place], weights: &'a [f32]) -> RequestedExperts<'a> {
+    RequestedExperts {
+        places,
+        weights: &weights[..places.len()],
+    }
 }
 
 #[cfg(test)]
@@ -540,10 +552,11 @@ mod tests {
             n_expert: 6,
             hidden: 64,
             ffn: 32,
-            gate: q4,
+            gate: Some(q4),
             up: q4,
             down: TensorType::F32,
             activation,
+            weigh_input: false,
         };
         let measured = experts(&subject, kind, 2).unwrap().unwrap();
         assert_eq!(
@@ -559,6 +572,14 @@ mod tests {
             None,
             "a token can't use more than there are"
         );
+        // A third less to read without a gate.
+        let up_only = ExpertKind {
+            gate: None,
+            activation: Activation::SquaredRelu,
+            ..kind
+        };
+        let measured = experts(&subject, up_only, 2).unwrap().unwrap();
+        assert_eq!(measured.expert_bytes, 64 * 32 / 32 * 18 + 4 * 64 * 32);
         let unsupported = ExpertKind { hidden: 63, ..kind };
         assert_eq!(experts(&subject, unsupported, 2).unwrap(), None);
     }

@@ -133,13 +133,7 @@ fn what_a_gpu_takes_of_each_model_gives_its_golden_values() {
             assert!(error <= BOUND, "{name}, token by token: {error:e}");
         }
         // What is worth most of a GPU's memory.
-        let experts = left.reasons.iter().find(|(group, _)| *group == "experts");
-        let expected = match shape.arch.as_str() {
-            "llama4" => Some("weights on what experts read"),
-            "nemotron_h_moe" => Some("experts without a gate"),
-            _ => None,
-        };
-        assert_eq!(experts.map(|(_, why)| why.as_str()), expected, "{name}");
+        assert!(!left.has("experts", None), "{name}: {:?}", left.reasons);
         let whole = WHOLE.contains(&name.as_str());
         assert_eq!(left.reasons.is_empty(), whole, "{name}: {:?}", left.reasons);
     }

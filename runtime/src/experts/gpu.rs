@@ -10,10 +10,11 @@ use super::ids::{ExpertId, SlotId, StepPos};
 use super::layer::ExpertBacking;
 use super::step::{ExpertState, Step};
 use super::store::ExpertStore;
+use crate::gpu::rows::GpuRows;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::transit::{ExpertRanges, SlotFiller};
 use tier_plan_cuda::CudaError;
-use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts, Place};
+use tier_plan_cuda::experts::{PinnedExperts, Place, RequestedExperts};
 use tier_plan_cuda::transfers::TransferOrder;
 use tier_plan_formats::placement::TierIdx;
 
@@ -95,7 +96,7 @@ impl ExpertStore {
     }
 
     /// Requests the experts at these positions of a token's step, which are all on GPUs, without
-    /// waiting.
+    /// waiting. `x` is the token's row, and `weights` are those of all of its experts.
     ///
     /// # Errors
     /// When a GPU fails; the step is given up then.
@@ -104,6 +105,7 @@ impl ExpertStore {
         step: &mut Step,
         positions: &[usize],
         x: &[f32],
+        weights: &[f32],
     ) -> Result<(), CudaError> {
         for gpu in 0..self.gpus.len() {
             let slots = positions
@@ -117,14 +119,19 @@ impl ExpertStore {
                 continue;
             }
             let x = (!self.gpus[gpu].has_token).then_some(x);
-            self.request(step, gpu, x, &places, &positions)?;
+            let weights: Vec<f32> = positions.iter().map(|at| weights[*at]).collect();
+            let experts = RequestedExperts {
+                places: &places,
+                weights: &weights,
+            };
+            self.request(step, gpu, x, experts, &positions)?;
             self.gpus[gpu].has_token = true;
         }
         Ok(())
     }
 
-    /// Requests experts for rows of a batch without waiting. `x` is `[rows, hidden]`. Row `i` goes
-    /// through the expert at `positions[i]` of the step, which is on this GPU.
+    /// Requests experts for rows of a batch without waiting. Row `i` goes through the expert at
+    /// `positions[i]` of the step, which is on this GPU.
     ///
     /// # Errors
     /// When the GPU fails; the step is given up then.
@@ -133,14 +140,18 @@ impl ExpertStore {
         step: &mut Step,
         gpu: usize,
         positions: &[usize],
-        x: &[f32],
+        rows: &GpuRows,
     ) -> Result<(), CudaError> {
         let places: Vec<Place> = positions
             .iter()
             .filter_map(|at| Some(self.gpu_slot(step, *at)?.place))
             .collect();
         debug_assert_eq!(places.len(), positions.len());
-        self.request(step, gpu, Some(x), &places, positions)
+        let experts = RequestedExperts {
+            places: &places,
+            weights: &rows.weights,
+        };
+        self.request(step, gpu, Some(&rows.sent), experts, positions)
     }
 
     /// Requests results from a GPU; `x` is `None` where it has the token's activations already. An
@@ -150,13 +161,13 @@ impl ExpertStore {
         step: &mut Step,
         gpu: usize,
         x: Option<&[f32]>,
-        places: &[Place],
+        experts: RequestedExperts<'_>,
         positions: &[usize],
     ) -> Result<(), CudaError> {
         let failed_copy = self.gpu_error.take();
         let gpu = &mut self.gpus[gpu];
         let requested =
-            failed_copy.map_or_else(|| gpu.filler.experts().ask(step.layer, x, places), Err);
+            failed_copy.map_or_else(|| gpu.filler.experts().ask(step.layer, x, experts), Err);
         gpu.requested.extend_from_slice(positions);
         requested.inspect_err(|_| self.give_up(step))
     }
@@ -224,27 +235,19 @@ impl ExpertStore {
             FillFrom::Mapped => self.mapped_view(in_layer, expert),
         };
         let biases = view.biases();
-        let biases = biases
-            .as_ref()
-            .map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-        let [gate, up, down] = [&view.gate, &view.up, &view.down].map(|l| l.weights.bytes());
+        let bytes = view.bytes(biases.as_ref());
         // Where the GPU reads the matrices itself; otherwise they have been sent.
         let ranges = match &from {
             FillFrom::Staging(buffer) if filler.can_read(buffer) => Ok(ExpertRanges {
-                gate: buffer.range_of(gate),
-                up: buffer.range_of(up),
-                down: buffer.range_of(down),
+                gate: bytes.gate.map(|gate| buffer.range_of(gate)),
+                up: buffer.range_of(bytes.up),
+                down: buffer.range_of(bytes.down),
             }),
-            _ => {
-                let bytes = ExpertBytes {
-                    gate,
-                    up,
-                    down,
-                    biases,
-                };
-                Err(filler.experts().fill(to.0, to.1, &bytes, order))
-            }
+            _ => Err(filler.experts().fill(to.0, to.1, &bytes, order)),
         };
+        let biases = biases
+            .as_ref()
+            .map(|biases| biases.each_ref().map(Vec::as_slice));
         let (filled, free) = match (from, ranges) {
             (FillFrom::Staging(buffer), Ok(ranges)) => {
                 match filler.fill_from(to, buffer, &ranges, biases, order) {

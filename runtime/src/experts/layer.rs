@@ -11,7 +11,7 @@ use crate::tiers::file::{BandsInBuffer, Extent, Finish, SliceChecksum, Span};
 use crate::tiers::source::ALIGN;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::Scales;
-use tier_plan_formats::model::spec::{ExpertLinear, GateUp, MoeSpec, TensorId};
+use tier_plan_formats::model::spec::{ExpertLinear, MoeSpec, TensorId};
 use tier_plan_formats::placement::{SlotPolicy, TierIdx};
 use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::{Kernels, RowOrder, Weights};
@@ -172,7 +172,7 @@ impl LayerExperts {
             parts,
             matrices,
             expert_ffn: moe.expert_ffn,
-            is_gated: !matches!(moe.gate_up, GateUp::Up(_)),
+            is_gated: moe.has_gate(),
             backings,
             copy: None,
             copies: Vec::new(),

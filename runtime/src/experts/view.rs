@@ -2,7 +2,7 @@
 //! file.
 
 use crate::layers::cpu_context::add_bias;
-use tier_plan_cuda::experts::ExpertKind;
+use tier_plan_cuda::experts::{ExpertBytes, ExpertKind};
 use tier_plan_formats::model::spec::MoeSpec;
 use tier_plan_kernels::Weights;
 use tier_plan_kernels::quant::{TensorType, dequantize_row};
@@ -27,7 +27,18 @@ pub(crate) struct ViewLinear<'a> {
     pub bias: Option<Bias<'a>>,
 }
 
-impl ExpertView<'_> {
+impl<'a> ExpertView<'a> {
+    /// Returns the bytes that a GPU takes, with the expert's [biases](Self::biases).
+    pub(crate) fn bytes(&self, biases: Option<&'a [Vec<f32>; 3]>) -> ExpertBytes<'a> {
+        let [gate, up, down] = [self.gate, self.up, self.down].map(|l| l.weights.bytes());
+        ExpertBytes {
+            gate: self.is_gated.then_some(gate),
+            up,
+            down,
+            biases: biases.map(|biases| biases.each_ref().map(Vec::as_slice)),
+        }
+    }
+
     /// Returns the dequantized biases of gate, up, and down, with zeros for a matrix without one,
     /// or `None` if no matrix has one.
     pub(crate) fn biases(&self) -> Option<[Vec<f32>; 3]> {
@@ -47,12 +58,13 @@ impl ExpertView<'_> {
     pub(crate) fn kind(&self, moe: &MoeSpec) -> ExpertKind {
         ExpertKind {
             n_expert: moe.n_expert,
-            hidden: self.gate.weights.n_cols(),
-            ffn: self.gate.weights.n_rows(),
-            gate: self.gate.weights.ty(),
+            hidden: self.up.weights.n_cols(),
+            ffn: self.up.weights.n_rows(),
+            gate: self.is_gated.then(|| self.gate.weights.ty()),
             up: self.up.weights.ty(),
             down: self.down.weights.ty(),
             activation: moe.activation,
+            weigh_input: moe.weigh_input,
         }
     }
 }

@@ -173,9 +173,9 @@ pub(super) fn products<'a>(
     Ok(())
 }
 
-/// The matrices of a gated feed-forward block.
+/// The matrices of a feed-forward block, gated in most models.
 pub(super) struct FfnMatrices {
-    gate: Matrix,
+    gate: Option<Matrix>,
     up: Matrix,
     down: Matrix,
     activation: Activation,
@@ -183,24 +183,17 @@ pub(super) struct FfnMatrices {
 
 impl FfnMatrices {
     pub(super) fn new(loader: &GpuLoader<'_>, ffn: &GatedFfn) -> Result<Self, CudaError> {
-        let Some(gate) = &ffn.gate else {
-            return Err(CudaError::NotThere {
-                device: loader.device.name().to_string(),
-                part: "a feed-forward block without a gate".into(),
-            });
-        };
-        let [gate, up, down] = [gate, &ffn.up, &ffn.down].map(|l| loader.linear(l));
         Ok(Self {
-            gate: gate?,
-            up: up?,
-            down: down?,
+            gate: ffn.gate.as_ref().map(|l| loader.linear(l)).transpose()?,
+            up: loader.linear(&ffn.up)?,
+            down: loader.linear(&ffn.down)?,
             activation: ffn.activation,
         })
     }
 
     /// Whether gate or up take quantized activations.
     pub(super) fn takes_quants(&self) -> bool {
-        self.gate.takes_quants() || self.up.takes_quants()
+        self.gate.as_ref().is_some_and(Matrix::takes_quants) || self.up.takes_quants()
     }
 
     /// Computes `buffers.out = down(activation(gate x, up x))` for `n` rows of `buffers.answer`,
@@ -211,33 +204,37 @@ impl FfnMatrices {
         buffers: &mut GpuBuffers,
         n: usize,
     ) -> Result<(), CudaError> {
-        let (x, width) = (buffers.answer.view(), self.gate.n_out);
-        let (gate, up) = (buffers.ffn_gate.view(), buffers.ffn_up.view());
-        let quants = self.down.takes_quants().then_some(&mut buffers.inner);
-        if n < MATMUL_MIN_ROWS && self.gate.ty == self.up.ty {
+        let Self { gate, up, down, .. } = self;
+        let (x, width) = (buffers.answer.view(), up.n_out);
+        let (of_gate, of_up) = (buffers.ffn_gate.view(), buffers.ffn_up.view());
+        let quants = down.takes_quants().then_some(&mut buffers.inner);
+        let one_format = gate.as_ref().is_none_or(|gate| gate.ty == up.ty);
+        if n < MATMUL_MIN_ROWS && one_format {
             let gated = Gated {
-                ty: self.gate.ty,
-                matrices: GateUpMatrices::One([self.gate.view(), self.up.view()]),
-                biases: [self.gate.bias(), self.up.bias()],
+                ty: up.ty,
+                matrices: match gate {
+                    Some(gate) => GateUpMatrices::One([gate.view(), up.view()]),
+                    None => GateUpMatrices::Up(up.view()),
+                },
+                biases: [gate.as_ref().and_then(Matrix::bias), up.bias()],
+                factors: None,
                 activation: self.activation,
                 jobs: n,
                 n_rows: width,
-                n_cols: self.gate.n_in,
-                x: self.gate.input(x, &buffers.quants),
+                n_cols: up.n_in,
+                x: up.input(x, &buffers.quants),
                 jobs_per_x: 1,
             };
-            ops.gated(&gated, gate, quants)?;
+            ops.gated(&gated, of_gate, quants)?;
         } else {
-            products(
-                ops,
-                &[(&self.gate, gate), (&self.up, up)],
-                n,
-                x,
-                &buffers.quants,
-            )?;
-            ops.activate(self.activation, gate, up, n, width, quants)?;
+            // Without a gate, the product with up takes its place.
+            let of_up = if gate.is_some() { of_up } else { of_gate };
+            let gate = gate.iter().map(|gate| (gate, of_gate));
+            let both: Vec<_> = gate.chain([(up, of_up)]).collect();
+            products(ops, &both, n, x, &buffers.quants)?;
+            ops.activate(self.activation, of_gate, of_up, n, width, quants)?;
         }
-        product(ops, &self.down, n, gate, &buffers.inner, buffers.out.view())
+        product(ops, down, n, of_gate, &buffers.inner, buffers.out.view())
     }
 }
 

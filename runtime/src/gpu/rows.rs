@@ -33,6 +33,8 @@ pub(crate) fn gpu_row_values(spec: &ModelSpec) -> usize {
 pub(crate) struct GpuRows {
     /// `[rows, width]`.
     pub(crate) sent: Vec<f32>,
+    /// Weights of the experts that the rows go through, `[rows]`.
+    pub(crate) weights: Vec<f32>,
     /// `[rows, width]`.
     pub(crate) fetched: Vec<f32>,
 }
@@ -40,10 +42,11 @@ pub(crate) struct GpuRows {
 impl GpuRows {
     /// Allocates buffers for `rows` rows.
     pub(crate) fn new(rows: usize, width: usize) -> Self {
-        let buffer = || Vec::with_capacity(rows * width);
+        let buffer = |width: usize| Vec::with_capacity(rows * width);
         Self {
-            sent: buffer(),
-            fetched: buffer(),
+            sent: buffer(width),
+            weights: buffer(1),
+            fetched: buffer(width),
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::load::storage::Storage;
 use crate::tiers::arena::Arena;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
-use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
+use tier_plan_cuda::experts::PinnedExperts;
 use tier_plan_formats::placement::{LayerPlacement, PerTier, Placement, TierIdx};
 
 /// Returns the GPUs of a plan by tier, with no experts yet.
@@ -80,21 +80,7 @@ impl Loader<'_> {
         let experts: Vec<_> = pinned
             .iter()
             .zip(views.iter().zip(&biases))
-            .map(|(expert, (view, biases))| {
-                let biases = biases
-                    .as_ref()
-                    .map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-                let (gate, up, down) = (view.gate.weights, view.up.weights, view.down.weights);
-                (
-                    *expert as usize,
-                    ExpertBytes {
-                        gate: gate.bytes(),
-                        up: up.bytes(),
-                        down: down.bytes(),
-                        biases,
-                    },
-                )
-            })
+            .map(|(expert, (view, biases))| (*expert as usize, view.bytes(biases.as_ref())))
             .collect();
         let (any, failed) = (layer.packed(&any), self.gpu_failed());
         if let Some(gpu) = &mut self.gpu_experts[tier] {

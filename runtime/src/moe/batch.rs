@@ -114,6 +114,7 @@ impl BatchRun<'_, '_> {
         let batch = Batch {
             x: run.x,
             users: self.tokens,
+            moe: run.layer.spec,
             hidden: run.layer.spec.expert_width(),
         };
         let mut on = StoreStep {
@@ -157,6 +158,7 @@ impl BatchRun<'_, '_> {
         let batch = Batch {
             x: run.x,
             users: self.tokens,
+            moe: run.layer.spec,
             hidden: run.layer.spec.expert_width(),
         };
         let mut on = StoreStep {
@@ -172,6 +174,7 @@ impl BatchRun<'_, '_> {
         let batch = Batch {
             x: run.x,
             users: self.tokens,
+            moe: run.layer.spec,
             hidden: run.layer.spec.expert_width(),
         };
         let mut on = StoreStep {

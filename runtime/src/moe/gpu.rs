@@ -1,6 +1,7 @@
 //! A batch's experts on GPUs: each GPU computes as many rows at a time as its buffers hold, while
 //! the CPU computes its own experts.
 
+use super::ffn::result_weight;
 use super::routing::Batch;
 use crate::error::RunError;
 use crate::experts::store::{ExpertStore, Step};
@@ -71,16 +72,19 @@ impl GpuBatch {
             let mut free_rows = on.store.gpu_capacity(gpu);
             let (mut positions, mut done) = (Vec::new(), Vec::new());
             rows.sent.clear();
+            rows.weights.clear();
             while free_rows > 0
                 && let Some(ExpertTokens { position, tokens }) = self.waiting[gpu].front_mut()
             {
                 let position = *position;
                 let now = tokens.start..tokens.end.min(tokens.start + free_rows);
-                for (token, _) in &batch.users.of(on.step.experts()[position] as usize)[now.clone()]
+                for (token, weight) in
+                    &batch.users.of(on.step.experts()[position] as usize)[now.clone()]
                 {
                     rows.sent.extend_from_slice(
                         &batch.x.values()[token * batch.hidden..][..batch.hidden],
                     );
+                    rows.weights.push(*weight);
                 }
                 positions.extend(std::iter::repeat_n(position, now.len()));
                 free_rows -= now.len();
@@ -96,7 +100,7 @@ impl GpuBatch {
                 }
             }
             if !positions.is_empty() {
-                on.store.ask_rows(on.step, gpu, &positions, &rows.sent)?;
+                on.store.ask_rows(on.step, gpu, &positions, rows)?;
             }
             // The GPU executes in order, so the experts' slots may be refilled.
             done.into_iter()
@@ -132,7 +136,7 @@ impl GpuBatch {
                 let tokens = &batch.users.of(on.step.experts()[position] as usize)[tokens];
                 for ((token, weight), result) in tokens.iter().zip(&mut results) {
                     kernels.axpy(
-                        *weight,
+                        result_weight(batch.moe, *weight),
                         result,
                         &mut out[token * batch.hidden..][..batch.hidden],
                     );

@@ -11,11 +11,11 @@ use crate::experts::store::{ExpertStore, Step};
 use crate::gpu::GPU_RESERVE_BYTES;
 use crate::gpu::devices::Devices;
 use crate::gpu::factors;
+use crate::gpu::rows::gpu_row_values;
 use crate::layers::places::Places;
 use crate::options::{LoadOptions, StreamRates};
 use crate::tiers::pace::StageBytes;
 use tier_plan_cuda::CudaError;
-use tier_plan_cuda::experts::ExpertBytes;
 use tier_plan_cuda::stream::{ExpertStream, StreamSizes, Use};
 use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::shape::ModelShape;
@@ -143,7 +143,7 @@ impl Streams {
             streams.streams.push(GpuStream { experts, rates });
         }
         if streams.any() {
-            streams.sums = vec![0.0; batch * spec.hidden];
+            streams.sums = vec![0.0; batch * gpu_row_values(spec)];
         }
         Ok(streams)
     }
@@ -210,11 +210,9 @@ impl StreamSetup<'_> {
     /// Returns the layers whose experts a tier's GPU may be streamed, by index among those with
     /// routed experts, and the sizes that they need.
     fn streamed_layers(&self, tier: TierIdx) -> (Vec<usize>, StreamSizes) {
-        let hidden = self.spec.hidden;
         let mut sizes = StreamSizes {
             tokens: self.batch,
             rows: self.rows,
-            hidden,
             ..StreamSizes::default()
         };
         let mut layers = Vec::new();
@@ -230,6 +228,7 @@ impl StreamSetup<'_> {
             }
             layers.push(moe_index);
             sizes.n_used = sizes.n_used.max(moe.n_used);
+            sizes.hidden = sizes.hidden.max(moe.expert_width());
             sizes.ffn = sizes.ffn.max(moe.expert_ffn);
             sizes.expert_bytes = sizes
                 .expert_bytes
@@ -266,10 +265,11 @@ struct Cost {
 impl Cost {
     fn new(rates: StreamRates, expert_bytes: u64, moe: &MoeSpec, tokens: usize) -> Self {
         let (hidden, link) = (moe.expert_width() as f64, rates.link_gbps * 1e9);
+        let matrices = if moe.has_gate() { 3.0 } else { 2.0 };
         Self {
             stream_s: expert_bytes as f64 / link,
             rows_s: 8.0 * hidden * tokens as f64 / link,
-            use_s: 6.0 * hidden * moe.expert_ffn as f64 / (rates.processor_gflops * 1e9),
+            use_s: 2.0 * matrices * hidden * moe.expert_ffn as f64 / (rates.processor_gflops * 1e9),
         }
     }
 
@@ -401,20 +401,7 @@ fn send_one(
     let (view, tier) = on.store.view(on.step, expert.position);
     computed.add(tier, on.store.expert_bytes(on.step.layer()));
     let biases = view.biases();
-    let biases = biases
-        .as_ref()
-        .map(|[gate, up, down]| [&gate[..], &up[..], &down[..]]);
-    let (gate, up, down) = (
-        view.gate.weights.bytes(),
-        view.up.weights.bytes(),
-        view.down.weights.bytes(),
-    );
-    let bytes = ExpertBytes {
-        gate,
-        up,
-        down,
-        biases,
-    };
+    let bytes = view.bytes(biases.as_ref());
     stream.send(&view.kind(moe), &bytes, expert.n_tokens, &|to, from| {
         pool.copy(to, from)
     })

@@ -1,5 +1,6 @@
 //! Which experts each token of a batch uses, and which tokens use each expert.
 
+use tier_plan_formats::model::spec::MoeSpec;
 use tier_plan_kernels::ActView;
 
 /// The experts that a layer's router chose for each token of a batch.
@@ -79,6 +80,7 @@ pub(crate) struct Batch<'a> {
     /// `[tokens, hidden]`: normed rows.
     pub x: ActView<'a>,
     pub users: &'a TokensByExpert,
+    pub moe: &'a MoeSpec,
     pub hidden: usize,
 }
 

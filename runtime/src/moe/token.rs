@@ -80,9 +80,10 @@ impl TokenRun<'_> {
                 self.run.count(spot.tier);
             }
         }
-        self.run
-            .store
-            .ask_token(&mut self.step, positions, self.run.x.values())?;
+        let MoeRun {
+            store, x, routing, ..
+        } = &mut self.run;
+        store.ask_token(&mut self.step, positions, x.values(), routing.weights)?;
         // What comes to their slots now comes after them on the GPU.
         positions
             .iter()

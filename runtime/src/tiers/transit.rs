@@ -50,7 +50,8 @@ impl LockedMemory {
 /// Where the matrices of an expert are in a buffer.
 #[derive(Debug, Clone)]
 pub(crate) struct ExpertRanges {
-    pub(crate) gate: Range<usize>,
+    /// `None` without a gate.
+    pub(crate) gate: Option<Range<usize>>,
     pub(crate) up: Range<usize>,
     pub(crate) down: Range<usize>,
 }
@@ -134,7 +135,7 @@ impl SlotFiller {
         assert!(self.can_read(&buffer), "a buffer that is not locked");
         let part = |range: &Range<usize>| &buffer[range.clone()];
         let bytes = ExpertBytes {
-            gate: part(&ranges.gate),
+            gate: ranges.gate.as_ref().map(part),
             up: part(&ranges.up),
             down: part(&ranges.down),
             biases,

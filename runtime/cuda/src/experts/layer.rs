@@ -15,7 +15,7 @@ use tier_plan_kernels::quant::TensorType;
 /// Alignment of a matrix in a device's memory, in bytes.
 const ALIGNMENT: usize = 256;
 
-/// The three matrices of an expert, in the order in which they are stored.
+/// The matrices of an expert, in the order in which they are stored. A gate may be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     Gate,
@@ -32,7 +32,7 @@ impl Part {
 pub(super) struct ExpertLayout {
     /// First byte of each matrix.
     offsets: [usize; 3],
-    /// Bytes of each matrix.
+    /// Bytes of each matrix; none of a gate that is missing.
     lens: [usize; 3],
     /// Bytes from the beginning of one expert to the next.
     pub(super) stride: usize,
@@ -48,7 +48,7 @@ impl ExpertLayout {
             row as usize * rows
         };
         let lens = [
-            bytes(kind.gate, ffn, hidden),
+            kind.gate.map_or(0, |gate| bytes(gate, ffn, hidden)),
             bytes(kind.up, ffn, hidden),
             bytes(kind.down, hidden, ffn),
         ];
@@ -72,7 +72,7 @@ impl ExpertLayout {
 pub(super) struct Layer {
     pub(super) kind: ExpertKind,
     pub(super) layout: ExpertLayout,
-    gate: MatrixTable<'static>,
+    gate: Option<MatrixTable<'static>>,
     up: MatrixTable<'static>,
     pub(super) down: MatrixTable<'static>,
     /// `[n_expert + slots, width]` of gate, up and down; zeros for experts that are elsewhere.
@@ -100,7 +100,7 @@ impl Layer {
             )?))
         };
         let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
-        let n = kind.n_expert + n_slots;
+        let (n, has_gate) = (kind.n_expert + n_slots, kind.gate.is_some());
         let mut is_pinned = vec![false; kind.n_expert];
         let mut tables: [Vec<Option<SharedView>>; 3] = std::array::from_fn(|_| vec![None; n]);
         for (part, table) in Part::ALL.into_iter().zip(&mut tables) {
@@ -126,7 +126,9 @@ impl Layer {
         let layer = Self {
             kind,
             layout,
-            gate: MatrixTable::owning(device, gate)?,
+            gate: has_gate
+                .then(|| MatrixTable::owning(device, gate))
+                .transpose()?,
             up: MatrixTable::owning(device, up)?,
             down: MatrixTable::owning(device, down)?,
             biases,
@@ -155,7 +157,7 @@ impl Layer {
         entry: usize,
         expert: &ExpertBytes<'_>,
     ) -> Result<(), CudaError> {
-        for (part, bytes) in parts_of(expert) {
+        for (part, bytes) in self.parts_of(expert) {
             let range = self.layout.range(i, part);
             assert_eq!(range.len(), bytes.len(), "bytes of {part:?} of an expert");
             memory.view().part(range).write(bytes)?;
@@ -171,7 +173,19 @@ impl Layer {
     ) -> impl Iterator<Item = (View<'a>, &'a [u8])> {
         let to =
             move |(part, bytes)| (self.slots.view().part(self.layout.range(slot, part)), bytes);
-        parts_of(expert).map(to)
+        self.parts_of(expert).map(to)
+    }
+
+    /// Returns the matrices of an expert.
+    fn parts_of<'a>(
+        &self,
+        expert: &ExpertBytes<'a>,
+    ) -> impl Iterator<Item = (Part, &'a [u8])> + use<'a> {
+        let has_gate = self.kind.gate.is_some();
+        assert_eq!(expert.gate.is_some(), has_gate, "the gate of an expert");
+        let gate = expert.gate.map(|gate| (Part::Gate, gate));
+        let others = [(Part::Up, expert.up), (Part::Down, expert.down)];
+        gate.into_iter().chain(others)
     }
 
     /// Copies the biases of an expert to table entry `entry`.
@@ -191,11 +205,6 @@ impl Layer {
         Ok(())
     }
 
-    /// Whether gate or up take quantized activations.
-    pub(super) fn takes_quants(&self) -> bool {
-        needs_quants(self.kind.gate) || needs_quants(self.kind.up)
-    }
-
     /// Computes gate, up and the activation: quantized in `inner.quants` or as floats in
     /// `inner.gate`, as down takes them.
     pub(super) fn inner(
@@ -205,42 +214,47 @@ impl Layer {
         x: Activations<'_>,
         uses: Uses<'_>,
     ) -> Result<(), CudaError> {
-        let (
-            Uses {
-                which,
-                jobs,
-                rows,
-                groups,
-            },
-            ExpertKind {
-                ffn,
-                hidden,
-                activation,
-                ..
-            },
-        ) = (uses, self.kind);
-        let (gate, up, jobs_per_x) = (inner.gate.view(), inner.up.view(), jobs / rows);
+        let (jobs, jobs_per_x) = (uses.jobs, uses.jobs / uses.rows);
+        let ExpertKind {
+            ffn,
+            hidden,
+            activation,
+            ..
+        } = self.kind;
+        let (gate, up) = (inner.gate.view(), inner.up.view());
         let quants = needs_quants(self.kind.down).then_some(&mut *inner.quants);
-        if groups.is_empty() && self.kind.gate == self.kind.up {
+        if let Some(ty) = self.kind.one_format().filter(|_| uses.groups.is_empty()) {
             let gated = Gated {
-                ty: self.kind.gate,
-                matrices: GateUpMatrices::Chosen([&self.gate, &self.up], which),
+                ty,
+                matrices: match &self.gate {
+                    Some(gates) => GateUpMatrices::Chosen([gates, &self.up], uses.which),
+                    None => GateUpMatrices::ChosenUp(&self.up, uses.which),
+                },
                 biases: [self.bias(Part::Gate), self.bias(Part::Up)],
+                factors: uses.factors,
                 activation,
                 jobs,
                 n_rows: ffn,
                 n_cols: hidden,
-                x: x.input(self.kind.gate),
+                x: x.input(ty),
                 jobs_per_x,
             };
             return ops.gated(&gated, gate, quants);
         }
-        self.product(ops, Part::Gate, uses, x, jobs_per_x, gate)?;
+        let up = match &self.gate {
+            Some(_) => {
+                self.product(ops, Part::Gate, uses, x, jobs_per_x, gate)?;
+                up
+            }
+            // The product with up takes the gate's place.
+            None => gate,
+        };
         self.product(ops, Part::Up, uses, x, jobs_per_x, up)?;
         ops.activate(activation, gate, up, jobs, ffn, quants)
     }
 
-    /// Multiplies one of the three matrices of each expert, and adds its bias.
+    /// Multiplies one of the matrices of each expert, and adds its bias: of gate and up after the
+    /// experts' factors.
     pub(super) fn product(
         &self,
         ops: &Ops,
@@ -250,62 +264,47 @@ impl Layer {
         jobs_per_x: usize,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        let (
-            Uses {
-                which,
-                jobs,
-                groups,
-                ..
-            },
-            ExpertKind { ffn, hidden, .. },
-        ) = (uses, self.kind);
-        let (ty, table) = match part {
-            Part::Gate => (self.kind.gate, &self.gate),
-            Part::Up => (self.kind.up, &self.up),
-            Part::Down => (self.kind.down, &self.down),
+        let ExpertKind { ffn, hidden, .. } = self.kind;
+        let Uses { which, jobs, .. } = uses;
+        let (ty, table) = match (part, self.kind.gate, &self.gate) {
+            (Part::Gate, Some(ty), Some(table)) => (ty, table),
+            (Part::Gate, ..) => unreachable!("experts with a gate"),
+            (Part::Up, ..) => (self.kind.up, &self.up),
+            (Part::Down, ..) => (self.kind.down, &self.down),
         };
-        let (n_rows, n_cols) = if part == Part::Down {
-            (hidden, ffn)
+        let ((n_rows, n_cols), factors) = if part == Part::Down {
+            ((hidden, ffn), None)
         } else {
-            (ffn, hidden)
+            ((ffn, hidden), uses.factors)
         };
         let (x, bias) = (x.input(ty), self.bias(part));
-        if groups.is_empty() {
-            let matrices = Matrices::Chosen(table, which);
-            return ops.matvec(
-                &Matvec {
-                    ty,
-                    matrices,
-                    bias,
-                    jobs,
-                    n_rows,
-                    n_cols,
-                    x,
-                    jobs_per_x,
-                },
-                out,
-            );
+        if uses.groups.is_empty() {
+            let matvec = Matvec {
+                ty,
+                matrices: Matrices::Chosen(table, which),
+                bias: bias.filter(|_| factors.is_none()),
+                jobs,
+                n_rows,
+                n_cols,
+                x,
+                jobs_per_x,
+            };
+            ops.matvec(&matvec, out)?;
+            if factors.is_none() {
+                return Ok(());
+            }
+        } else {
+            let matrices = BatchMatrices::Groups(table, uses.groups);
+            ops.matmul(ty, matrices, n_rows, n_cols, x, out)?;
         }
-        ops.matmul(
-            ty,
-            BatchMatrices::Groups(table, groups),
-            n_rows,
-            n_cols,
-            x,
-            out,
-        )?;
+        if let Some(factors) = factors {
+            ops.scale_rows(out, factors, jobs, n_rows)?;
+        }
         match bias {
             Some(bias) => ops.add_bias(out, bias, Some(which), jobs, n_rows),
             None => Ok(()),
         }
     }
-}
-
-/// Returns the matrices of an expert.
-fn parts_of<'a>(expert: &ExpertBytes<'a>) -> impl Iterator<Item = (Part, &'a [u8])> {
-    Part::ALL
-        .into_iter()
-        .zip([expert.gate, expert.up, expert.down])
 }
 
 /// Activations in both forms; the quantized form is filled only where a matrix takes it.
@@ -333,6 +332,8 @@ pub(super) struct Inner<'a> {
 pub(super) struct Uses<'a> {
     /// `[jobs]` indices in the layer's tables.
     pub(super) which: View<'a>,
+    /// Factors on the products with gate and up, `[jobs]`.
+    pub(super) factors: Option<View<'a>>,
     pub(super) jobs: usize,
     /// Rows of activations, each with `jobs / rows` jobs.
     pub(super) rows: usize,

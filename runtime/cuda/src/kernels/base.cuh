@@ -106,7 +106,7 @@ DEVICE void quantize_run(float v, i64 run, i8* q, float* scale, float* sums) {
 
 /// What stands between the first two products of a feed-forward block and its last, in the order of
 /// `activation_args`.
-enum { SILU, CLAMPED_SWIGLU, CLAMPED_SILU, LIMITED_SILU, GELU, SITU };
+enum { SILU, CLAMPED_SWIGLU, CLAMPED_SILU, LIMITED_SILU, GELU, SITU, SQUARED_RELU };
 
 DEVICE float silu(float x) {
     return x / (1.0f + expf(-x));
@@ -124,7 +124,7 @@ DEVICE float within(float x, float limit) {
 }
 
 /// Returns the activation of `gate` and `up` with the parameters `a` and `b`. Its formulas are those
-/// of `Activation` on the CPU.
+/// of `Activation` on the CPU. The squared ReLU ignores the gate.
 DEVICE float activated(int activation, float a, float b, float gate, float up) {
     switch (activation) {
     case CLAMPED_SWIGLU: {
@@ -141,6 +141,11 @@ DEVICE float activated(int activation, float a, float b, float gate, float up) {
     case SITU: {
         const float u = b > 0.0f ? b * tanhf(up / b) : up;
         return a * tanhf(gate / a) / (1.0f + expf(-gate)) * u;
+    }
+    case SQUARED_RELU: {
+        // Compared rather than clamped, so that NaN propagates.
+        const float positive = up < 0.0f ? 0.0f : up;
+        return positive * positive;
     }
     default: return silu(gate) * up;
     }

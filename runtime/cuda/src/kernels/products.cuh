@@ -117,36 +117,43 @@ DEVICE void matvecs(Part part, Part second, Part third, int n_cols, typename W::
 /// Rows per block of `gated`: a run of its results.
 #define GATED_ROWS 32
 
-/// Computes the products of each job with gate and up, and their activation by `activated`. The
-/// result is `[jobs, n_rows]`: quantized if `q` is not null, with `n_rows` a multiple of 32,
-/// otherwise in `out`. Biases and missing matrices are as with `matvec`.
+/// Computes the products of each job with gate and up, times the job's factor, and their activation
+/// by `activated`. Without gates, which have neither `base` nor `table`, there is no product with one.
+/// The result is `[jobs, n_rows]`: quantized if `q` is not null, with `n_rows` a multiple of 32,
+/// otherwise in `out`. Factors may be null. Biases and missing matrices are as with `matvec`.
 /// Grid: runs of 32 rows, jobs.
 template <class W>
-DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const float* up_bias, int n_rows, int n_cols,
-                  typename W::Acts x, int jobs_per_x, int activation, float a, float b, float* out, i8* q,
-                  float* scale, float* sums) {
+DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const float* up_bias, const float* factors,
+                  int n_rows, int n_cols, typename W::Acts x, int jobs_per_x, int activation, float a, float b,
+                  float* out, i8* q, float* scale, float* sums) {
     __shared__ float gates[GATED_ROWS];
     __shared__ float ups[GATED_ROWS];
     const int lane = threadIdx.x % WARP, warp = (int)(threadIdx.x / WARP);
     const int first = (int)blockIdx.x * GATED_ROWS;
     const i64 job = blockIdx.y;
+    const bool has_gate = gate.base || gate.table;
     i64 gate_at, up_at;
     const u8 *g = gate.of(job, gate_at), *u = up.of(job, up_at);
-    if (!g || !u) return;
+    if ((has_gate && !g) || !u) return;
     x = x.row(job / jobs_per_x, n_cols);
     const i64 row_bytes = W::row_bytes(n_cols);
+    const float factor = factors ? factors[job] : 1.0f;
     for (int r = warp; r < GATED_ROWS && first + r < n_rows; r += (int)(blockDim.x / WARP)) {
         const i64 row = first + r;
-        const u8 *gate_row = g + row * row_bytes, *up_row = u + row * row_bytes;
         float of_gate = 0.0f, of_up = 0.0f;
-        for (int i = lane; i < W::pieces(n_cols); i += WARP) {
-            W::add(gate_row, i, n_cols, x, of_gate);
-            W::add(up_row, i, n_cols, x, of_up);
+        if (has_gate) {
+            const u8 *gate_row = g + row * row_bytes, *up_row = u + row * row_bytes;
+            for (int i = lane; i < W::pieces(n_cols); i += WARP) {
+                W::add(gate_row, i, n_cols, x, of_gate);
+                W::add(up_row, i, n_cols, x, of_up);
+            }
+            of_gate = warp_sum(of_gate) * factor;
+        } else {
+            of_up = share_of_row<W>(u, row, n_cols, x, lane);
         }
-        of_gate = warp_sum(of_gate);
-        of_up = warp_sum(of_up);
+        of_up = warp_sum(of_up) * factor;
         if (lane == 0) {
-            gates[r] = gate_bias ? of_gate + gate_bias[gate_at * n_rows + row] : of_gate;
+            gates[r] = has_gate && gate_bias ? of_gate + gate_bias[gate_at * n_rows + row] : of_gate;
             ups[r] = up_bias ? of_up + up_bias[up_at * n_rows + row] : of_up;
         }
     }
@@ -164,8 +171,8 @@ DEVICE void gated(Matrices gate, Matrices up, const float* gate_bias, const floa
 }
 
 /// Computes `out[token, row] = onto[token, row] + sum over k of weights[token, k] * (w[k][row] .
-/// x[token, k] + bias)`: down of the experts that a token chose. `onto` and `bias` may be null;
-/// missing matrices add nothing.
+/// x[token, k] + bias)`: down of the experts that a token chose. `onto` and `bias` may be null, and
+/// `weights`, which stands for ones; missing matrices add nothing.
 ///
 /// A warp has a row of all of them. Its lanes take their pieces in turn as of one long row, so that
 /// no lane idles where an expert has few pieces. Grid: rows by warps, tokens.
@@ -184,7 +191,7 @@ DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weight
         const i64 first_job = token * n_used + first;
         i64 at = 0;
         const u8* own = lane < n ? matrices.of(first_job + lane, at) : nullptr;
-        const float factor = lane < n ? weights[first_job + lane] : 0.0f;
+        const float factor = lane >= n ? 0.0f : weights ? weights[first_job + lane] : 1.0f;
         __syncthreads();
         if (threadIdx.x < WARP) {
             starts[lane] = own;
@@ -216,11 +223,11 @@ DEVICE void chosen_sum(Matrices matrices, const float* bias, const float* weight
         matvec<TYPE>({base, table, n_table, which}, bias, n_rows, n_cols, {x, scale, sums}, jobs_per_x, out);          \
     }                                                                                                                  \
     KERNEL gated_##NAME(const u8* gate, const u8* const* gates, const u8* up, const u8* const* ups, int n_table,       \
-                        const int* which, const float* gate_bias, const float* up_bias, int n_rows, int n_cols,        \
-                        const u8* x, const float* scale, const float* sums, int jobs_per_x, int activation,            \
-                        float a, float b, float* out, i8* to_q, float* to_scale, float* to_sums) {                     \
-        gated<TYPE>({gate, gates, n_table, which}, {up, ups, n_table, which}, gate_bias, up_bias, n_rows, n_cols,      \
-                    {x, scale, sums}, jobs_per_x, activation, a, b, out, to_q, to_scale, to_sums);                     \
+                        const int* which, const float* gate_bias, const float* up_bias, const float* factors,          \
+                        int n_rows, int n_cols, const u8* x, const float* scale, const float* sums, int jobs_per_x,    \
+                        int activation, float a, float b, float* out, i8* to_q, float* to_scale, float* to_sums) {     \
+        gated<TYPE>({gate, gates, n_table, which}, {up, ups, n_table, which}, gate_bias, up_bias, factors, n_rows,     \
+                    n_cols, {x, scale, sums}, jobs_per_x, activation, a, b, out, to_q, to_scale, to_sums);             \
     }                                                                                                                  \
     KERNEL chosen_sum_##NAME(const u8* const* table, int n_table, const int* which, const float* bias,                 \
                              const float* weights, int n_used, int n_rows, int n_cols, const u8* x,                    \

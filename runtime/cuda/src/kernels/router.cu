@@ -13,6 +13,7 @@
 #define SIGMOID 1
 #define SQRT_SOFTPLUS 2
 #define SOFTMAX_CHOSEN 3
+#define SIGMOID_CHOSEN 4
 
 /// Returns a score for comparisons: NaN is the smallest.
 DEVICE float key_of(float score) {
@@ -132,6 +133,9 @@ KERNEL route(const float* logits, const float* bias, int n_expert, int n_used, i
                 total += weights[k];
             }
             for (int k = 0; k < n_used; k++) weights[k] /= total;
+        }
+        if (gating == SIGMOID_CHOSEN) {
+            for (int k = 0; k < n_used; k++) weights[k] = 1.0f / (1.0f + expf(-weights[k]));
         }
         if (normalize) {
             float total = 0.0f;

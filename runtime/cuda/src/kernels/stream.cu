@@ -8,10 +8,13 @@ KERNEL gather_rows(const float* x, const int* which, int width, float* out) {
     if (column < width) out[(i64)blockIdx.y * width + column] = x[(i64)which[blockIdx.y] * width + column];
 }
 
-/// Computes `to[which[row]] += weights[row] * x[row]`, rows of `width`. No index may occur twice.
+/// Computes `to[which[row]] += weights[row] * x[row]`, rows of `width`. Null weights stand for ones.
+/// No index may occur twice.
 KERNEL add_rows(const float* x, const int* which, const float* weights, int width, float* to) {
     const int column = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    if (column < width) to[(i64)which[blockIdx.y] * width + column] += weights[blockIdx.y] * x[(i64)blockIdx.y * width + column];
+    if (column >= width) return;
+    const float v = x[(i64)blockIdx.y * width + column];
+    to[(i64)which[blockIdx.y] * width + column] += weights ? weights[blockIdx.y] * v : v;
 }
 
 /// Sets `n` values to zero.

@@ -3,7 +3,7 @@
 
 use super::products::row_bytes;
 use super::{Input, MATVEC_ROWS, Matrices, MatrixTable, Quants, blocks, few, int, null_or};
-use crate::device::View;
+use crate::device::{Arg, View};
 use crate::{CudaError, Ops, source};
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::quant::TensorType;
@@ -18,14 +18,34 @@ const GATED_THREADS: u32 = 256;
 /// Number of blocks from which on [`GATED_THREADS`] fill a GPU.
 const MANY_BLOCKS: usize = 128;
 
-/// Gate and up of one format: one pair for all jobs, or one of several per job.
+/// Gate and up of one format: one pair for all jobs, or one of several per job. Blocks without a
+/// gate have only up.
 #[derive(Clone, Copy)]
 pub enum GateUpMatrices<'a> {
     /// One pair for every job.
     One([View<'a>; 2]),
+    /// One matrix for every job, without a gate.
+    Up(View<'a>),
     /// Job `i` takes the pair whose index is `which[i]`, `[jobs]` integers on the device. For an
     /// index outside of the tables, the result stays as it is.
     Chosen([&'a MatrixTable<'a>; 2], View<'a>),
+    /// Job `i` takes the matrix whose index is `which[i]`, as above, without a gate.
+    ChosenUp(&'a MatrixTable<'a>, View<'a>),
+}
+
+impl<'a> GateUpMatrices<'a> {
+    /// Returns the gates, if there are any, and the others.
+    fn split(self) -> (Option<Matrices<'a>>, Matrices<'a>) {
+        match self {
+            Self::One([gate, up]) => (Some(Matrices::One(gate)), Matrices::One(up)),
+            Self::Up(up) => (None, Matrices::One(up)),
+            Self::Chosen([gates, ups], which) => {
+                let gates = Matrices::Chosen(gates, which);
+                (Some(gates), Matrices::Chosen(ups, which))
+            }
+            Self::ChosenUp(ups, which) => (None, Matrices::Chosen(ups, which)),
+        }
+    }
 }
 
 /// Gate, up and activation of feed-forward blocks.
@@ -37,6 +57,8 @@ pub struct Gated<'a> {
     pub matrices: GateUpMatrices<'a>,
     /// Biases of gate and up, `[matrices, n_rows]` each.
     pub biases: [Option<View<'a>>; 2],
+    /// Factors on both products before the biases, `[jobs]`.
+    pub factors: Option<View<'a>>,
     /// Function that combines the two products.
     pub activation: Activation,
     /// Number of rows of results.
@@ -62,8 +84,8 @@ pub struct ChosenSum<'a> {
     pub which: View<'a>,
     /// `[matrices, n_rows]`.
     pub bias: Option<View<'a>>,
-    /// `[tokens, n_used]`.
-    pub weights: View<'a>,
+    /// `[tokens, n_used]`, or ones.
+    pub weights: Option<View<'a>>,
     /// Rows of the sums.
     pub tokens: usize,
     /// Experts per token.
@@ -94,27 +116,35 @@ impl Ops {
             ..
         } = g;
         let bytes = n_rows * row_bytes(ty, n_cols);
-        let [gate, up] = match g.matrices {
-            GateUpMatrices::One(both) => both.map(Matrices::One),
-            GateUpMatrices::Chosen(tables, which) => {
-                tables.map(|table| Matrices::Chosen(table, which))
-            }
-        };
-        assert!(gate.count() == up.count(), "as many of both");
-        let [one_gate, gates, n_table, which] = gate.args(jobs, bytes);
-        let [one_up, ups, ..] = up.args(jobs, bytes);
+        let (gate, up) = g.matrices.split();
+        assert!(
+            gate.is_none_or(|gate| gate.count() == up.count()),
+            "as many of both"
+        );
+        assert!(
+            gate.is_some() || g.activation == Activation::SquaredRelu,
+            "{:?} without a gate",
+            g.activation
+        );
+        let no_gate = [Arg::Pointer(0); 4];
+        let [one_gate, gates, ..] = gate.map_or(no_gate, |gate| gate.args(jobs, bytes));
+        let [one_up, ups, n_table, which] = up.args(jobs, bytes);
         let biased =
-            |bias: &Option<View<'_>>| bias.is_none_or(|b| b.words() >= gate.count() * n_rows);
+            |bias: &Option<View<'_>>| bias.is_none_or(|b| b.words() >= up.count() * n_rows);
         assert!(
             g.biases.iter().all(biased),
             "biases of {} matrices with {n_rows} rows",
-            gate.count()
+            up.count()
+        );
+        assert!(
+            g.factors.is_none_or(|factors| factors.words() >= jobs),
+            "{jobs} factors"
         );
         assert!(
             jobs_per_x > 0 && (quants.is_some() || out.words() >= jobs * n_rows),
             "{jobs} x {n_rows} results"
         );
-        let [activation, first, second] = self.activation_args(g.activation)?;
+        let [activation, first, second] = Self::activation_args(g.activation);
         let [q, scale, sums] = Quants::fill_or_null(quants, jobs, n_rows);
         let [x, x_scale, x_sums] = g.x.args(ty, jobs.div_ceil(jobs_per_x), n_cols);
         let [gate_bias, up_bias] = g.biases.map(null_or);
@@ -127,6 +157,7 @@ impl Ops {
             which,
             gate_bias,
             up_bias,
+            null_or(g.factors),
             int(n_rows),
             int(n_cols),
             x,
@@ -176,7 +207,7 @@ impl Ops {
             "biases of {n_rows} rows"
         );
         assert!(
-            s.weights.words() >= tokens * n_used,
+            s.weights.is_none_or(|w| w.words() >= tokens * n_used),
             "{tokens} x {n_used} weights"
         );
         let fits = |sums: View<'_>| sums.words() >= tokens * n_rows;
@@ -190,7 +221,7 @@ impl Ops {
             n_table,
             which,
             null_or(s.bias),
-            s.weights.arg(),
+            null_or(s.weights),
             int(n_used),
             int(n_rows),
             int(n_cols),

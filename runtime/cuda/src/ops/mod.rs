@@ -114,15 +114,6 @@ impl Ops {
         recording.map(|recording| Some(Recorded(recording)))
     }
 
-    /// Returns the error of an operation that no kernel has.
-    fn unsupported(&self, what: String) -> CudaError {
-        CudaError::Call {
-            device: self.device.name().to_string(),
-            what,
-            why: "no kernel computes it".into(),
-        }
-    }
-
     fn launch(
         &self,
         kernel: &'static str,

@@ -292,7 +292,7 @@ impl Ops {
             Gating::Sigmoid => 1,
             Gating::SqrtSoftplus => 2,
             Gating::SoftmaxChosen => 3,
-            other => return Err(self.unsupported(format!("gating {other:?}"))),
+            Gating::SigmoidChosen => 4,
         };
         let args = [
             logits.arg(),
@@ -311,7 +311,7 @@ impl Ops {
     }
 
     /// Combines the products with gate and up of `rows` rows of `width` values, in place in `gate`
-    /// and quantized in `quants`.
+    /// and quantized in `quants`. Without a gate, both are the products with up.
     pub fn activate(
         &self,
         activation: Activation,
@@ -325,17 +325,14 @@ impl Ops {
         assert!(gate.words() >= n && up.words() >= n, "{n} values");
         let grid = [blocks(n, THREADS), 1, 1];
         let [q, scale, sums] = Quants::fill_or_null(quants, rows, width);
-        let [activation, first, second] = self.activation_args(activation)?;
+        let [activation, first, second] = Self::activation_args(activation);
         let (gate, up) = (gate.arg(), up.arg());
         let args = [gate, up, activation, first, second, int(n), q, scale, sums];
         self.launch("activate", grid, THREADS, &args)
     }
 
     /// Returns an activation's number in `base.cuh`, and its parameters.
-    ///
-    /// # Errors
-    /// Names one that is not of a gate and up.
-    pub(super) fn activation_args(&self, activation: Activation) -> Result<[Arg; 3], CudaError> {
+    pub(super) fn activation_args(activation: Activation) -> [Arg; 3] {
         let (number, first, second) = match activation {
             Activation::Silu => (0, 0.0, 0.0),
             Activation::ClampedSwiglu { alpha, limit } => (1, alpha, limit),
@@ -343,9 +340,9 @@ impl Ops {
             Activation::LimitedSilu { limit } => (3, limit, 0.0),
             Activation::Gelu => (4, 0.0, 0.0),
             Activation::Situ { beta, linear } => (5, beta, linear),
-            Activation::SquaredRelu => return Err(self.unsupported("squared ReLU".into())),
+            Activation::SquaredRelu => (6, 0.0, 0.0),
         };
-        Ok([Arg::Int(number), Arg::Float(first), Arg::Float(second)])
+        [Arg::Int(number), Arg::Float(first), Arg::Float(second)]
     }
 
     /// Computes `x += y` for `n` values.

@@ -1,6 +1,6 @@
 //! Gathering the rows of a batch for an expert, and adding its results to the rows.
 
-use super::{THREADS, blocks, few, int};
+use super::{THREADS, blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 
@@ -27,22 +27,24 @@ impl Ops {
         )
     }
 
-    /// Computes `to[which[row]] += weights[row] * x[row]` for `n` rows of `width`. The indices are
-    /// not checked, and no index may occur twice.
+    /// Computes `to[which[row]] += weights[row] * x[row]` for `n` rows of `width`; weights that are
+    /// not given are ones. The indices are not checked, and no index may occur twice.
     pub fn add_rows(
         &self,
         x: View<'_>,
         which: View<'_>,
-        weights: View<'_>,
+        weights: Option<View<'_>>,
         n: usize,
         width: usize,
         to: View<'_>,
     ) -> Result<(), CudaError> {
         assert!(
-            which.words() >= n && weights.words() >= n && x.words() >= n * width,
+            which.words() >= n && x.words() >= n * width,
             "{n} rows of {width}"
         );
-        let args = [x.arg(), which.arg(), weights.arg(), int(width), to.arg()];
+        assert!(weights.is_none_or(|w| w.words() >= n), "{n} weights");
+        let weights = null_or(weights);
+        let args = [x.arg(), which.arg(), weights, int(width), to.arg()];
         self.launch(
             "add_rows",
             [blocks(width, THREADS), few(n), 1],

@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    Activation, Ffn, GateUp, GatedFfn, Gating, GqaSpec, KvUp, LayerSpec, Linear, Mixer, MlaSpec,
-    ModelSpec, MoeSpec, NormSpan, Reach, TensorId,
+    Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec, NormSpan, Reach,
+    TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -114,9 +114,6 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
     // The head of a tied model is the embedding.
     let tied = of_embedding.filter(|_| spec.tied());
     add(Part::Dense(DenseKind::Head), None, tied.or(head(spec)));
-    for (index, moe) in spec.moe_layers() {
-        add(Part::Experts, Some(index), experts(moe));
-    }
     let owners = owners_of_shared_rows(spec);
     for (index, layer) in spec.layers.iter().enumerate() {
         if layer.has_mixer() {
@@ -300,25 +297,6 @@ fn head(spec: &ModelSpec) -> Option<String> {
     spec.streams.is_some().then(|| SEVERAL_STREAMS.into())
 }
 
-/// Returns what of a layer's routed experts no kernel of a GPU computes.
-fn experts(moe: &MoeSpec) -> Option<String> {
-    let options = [
-        (moe.weigh_input, "weights on what experts read"),
-        (
-            matches!(moe.gate_up, GateUp::Up(_)),
-            "experts without a gate",
-        ),
-    ];
-    let option = options.into_iter().find(|(has, _)| *has);
-    let option = option.map(|(_, what)| what.to_string());
-    option.or(activation(moe.activation))
-}
-
-/// Returns why no kernel of a GPU computes an activation, if so.
-fn activation(activation: Activation) -> Option<String> {
-    (activation == Activation::SquaredRelu).then(|| "squared ReLU".into())
-}
-
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
 fn blocks(layer: &LayerSpec) -> Option<String> {
     let residual = &layer.residual;
@@ -329,20 +307,11 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
         return Some(SEVERAL_STREAMS.into());
     }
     match &layer.ffn {
-        Ffn::None => None,
-        Ffn::Dense(ffn) => activation(ffn.activation),
         Ffn::Moe(moe) if !moe.is_plain() => {
             Some("norms of, factors on, or a router apart from the experts".into())
         }
         Ffn::Moe(moe) if moe.by_token.is_some() => Some(BY_TOKEN.into()),
-        Ffn::Moe(moe) => {
-            let gating = (moe.gating == Gating::SigmoidChosen)
-                .then(|| "sigmoid weights of experts chosen by their logits".into());
-            let shared = moe.shared.as_ref();
-            gating
-                .or(activation(moe.activation))
-                .or(shared.and_then(|shared| activation(shared.ffn.activation)))
-        }
+        Ffn::Moe(_) | Ffn::Dense(_) | Ffn::None => None,
     }
 }
 

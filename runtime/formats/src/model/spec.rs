@@ -331,6 +331,11 @@ impl GatedFfn {
 }
 
 impl MoeSpec {
+    /// Whether routed experts have gates.
+    pub fn has_gate(&self) -> bool {
+        !matches!(self.gate_up, GateUp::Up(_))
+    }
+
     /// Returns the width of what a routed expert reads and returns.
     pub fn expert_width(&self) -> usize {
         self.latent
@@ -343,7 +348,6 @@ impl MoeSpec {
         self.router_input == RouterInput::Normed
             && self.input_norm.is_none()
             && self.output_norm.is_none()
-            && !self.weigh_input
             && self.expert_scale.is_none()
             && self.sum_scale == 1.0
             && self.latent.is_none()

@@ -1,11 +1,10 @@
-//! Fused kernels for few rows: several matrices at once, gate and up with the activation, and down
-//! with the weighted sum over a token's experts.
+//! Fused kernels for few rows: several matrices at once, and gate and up with the activation.
 
 use super::Check;
 use super::products::Inputs;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{ChosenSum, FusedMatvec, GateUpMatrices, Gated, MatrixTable, Quants};
+use tier_plan_cuda::ops::{FusedMatvec, GateUpMatrices, Gated, Quants};
 use tier_plan_cuda::{CudaError, Ops, source};
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::Weights;
@@ -13,10 +12,10 @@ use tier_plan_kernels::quant::TensorType;
 use tier_plan_kernels::random::Random;
 
 /// Relative tolerance of a value: exponentials are computed differently.
-const VALUE_TOLERANCE: f64 = 4e-6;
+pub(super) const VALUE_TOLERANCE: f64 = 4e-6;
 
 /// The activation of gpt-oss.
-const CLAMPED: Activation = Activation::ClampedSwiglu {
+pub(super) const CLAMPED: Activation = Activation::ClampedSwiglu {
     alpha: 1.702,
     limit: 7.0,
 };
@@ -31,20 +30,12 @@ pub(super) fn checks() -> Vec<Check> {
         checks.push(Check::new(format!("gated_{ty}"), move |ops, random| {
             block(ops, random, ty)
         }));
-        checks.push(Check::new(
-            format!("gated_{ty}, chosen experts"),
-            move |ops, random| experts(ops, random, ty),
-        ));
-        checks.push(Check::new(
-            format!("chosen_sum_{ty}"),
-            move |ops, random| sums(ops, random, ty),
-        ));
     }
     checks
 }
 
 /// Rounds a number of columns up to one that the format supports.
-fn columns(ty: TensorType, at_least: usize) -> usize {
+pub(super) fn columns(ty: TensorType, at_least: usize) -> usize {
     at_least.next_multiple_of(ty.block_len().max(32))
 }
 
@@ -131,7 +122,7 @@ fn several(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cu
 }
 
 /// Applies an activation to two products, and propagates their tolerances.
-fn activated(activation: Activation, gate: Expected, up: Expected) -> Expected {
+pub(super) fn activated(activation: Activation, gate: Expected, up: Expected) -> Expected {
     let (g, u) = (gate.value, up.value);
     let silu = |x: f64| x / (1.0 + (-x).exp());
     let (left, right) = match activation {
@@ -162,7 +153,13 @@ fn activated(activation: Activation, gate: Expected, up: Expected) -> Expected {
             };
             (beta * (g / beta).tanh() / (1.0 + (-g).exp()), up)
         }
-        Activation::SquaredRelu => unreachable!("it has no gate"),
+        Activation::SquaredRelu => {
+            let u = u.max(0.0);
+            return Expected {
+                value: u * u,
+                allowed: up.allowed * (2.0 * u + up.allowed) + VALUE_TOLERANCE * u * u + 1e-30,
+            };
+        }
     };
     // No curve is steeper than 1.2.
     let allowed = 1.2 * gate.allowed * (right.abs() + up.allowed) + up.allowed * left.abs();
@@ -234,8 +231,12 @@ fn block(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cuda
         let up_bias = Buffer::of_f32(ops.device(), &biases[1])?;
         let gated = Gated {
             ty,
-            matrices: GateUpMatrices::One([gate.view(), up.view()]),
+            matrices: match activation {
+                Activation::SquaredRelu => GateUpMatrices::Up(up.view()),
+                _ => GateUpMatrices::One([gate.view(), up.view()]),
+            },
             biases: [None, Some(up_bias.view())],
+            factors: None,
             activation,
             jobs: tokens,
             n_rows,
@@ -268,208 +269,20 @@ fn block(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, Cuda
     Ok(outcome)
 }
 
+/// Multiplies an expected value by a factor.
+pub(super) fn scaled(product: Expected, factor: f32) -> Expected {
+    let factor = f64::from(factor);
+    let value = factor * product.value;
+    Expected {
+        value,
+        allowed: factor.abs() * product.allowed + VALUE_TOLERANCE * value.abs(),
+    }
+}
+
 /// Adds a bias to an expected value.
-fn biased(product: Expected, bias: f32) -> Expected {
+pub(super) fn biased(product: Expected, bias: f32) -> Expected {
     Expected {
         value: product.value + f64::from(bias),
         allowed: product.allowed + VALUE_TOLERANCE * f64::from(bias.abs()),
     }
-}
-
-/// Matrices of a layer's experts with biases; one expert is missing.
-struct Experts {
-    bytes: Vec<Vec<u8>>,
-    biases: Vec<f32>,
-    on_device: Vec<Buffer>,
-    bias: Buffer,
-    n_rows: usize,
-}
-
-/// A matrix of an expert.
-#[derive(Clone, Copy)]
-struct ExpertWeights {
-    ty: TensorType,
-    cols: usize,
-    expert: usize,
-}
-
-impl Experts {
-    const N: usize = 5;
-    const MISSING: usize = 2;
-
-    fn new(
-        ops: &Ops,
-        random: &mut Random,
-        ty: TensorType,
-        n_rows: usize,
-        cols: usize,
-    ) -> Result<Self, CudaError> {
-        let bytes: Vec<_> = (0..Self::N)
-            .map(|_| random.weights(ty, n_rows * cols))
-            .collect();
-        let biases = random.floats(Self::N * n_rows);
-        let on_device = bytes
-            .iter()
-            .map(|b| Buffer::of_bytes(ops.device(), b))
-            .collect::<Result<Vec<_>, _>>()?;
-        let bias = Buffer::of_f32(ops.device(), &biases)?;
-        Ok(Self {
-            bytes,
-            biases,
-            on_device,
-            bias,
-            n_rows,
-        })
-    }
-
-    fn table(&self, ops: &Ops) -> Result<MatrixTable<'_>, CudaError> {
-        let views: Vec<_> = self
-            .on_device
-            .iter()
-            .enumerate()
-            .map(|(e, b)| (e != Self::MISSING).then_some(b.view()))
-            .collect();
-        MatrixTable::new(ops.device(), &views)
-    }
-
-    /// Returns the plain product of an expert with a row of activations, and with its bias added.
-    fn expected(
-        &self,
-        inputs: &Inputs,
-        w: ExpertWeights,
-        row: usize,
-        with_bias: bool,
-    ) -> Vec<Expected> {
-        let ExpertWeights { ty, cols, expert } = w;
-        let Some(w) = Weights::new(ty, &self.bytes[expert], self.n_rows, cols) else {
-            return Vec::new();
-        };
-        let bias = &self.biases[expert * self.n_rows..][..self.n_rows];
-        let add = |(v, b): (Expected, &f32)| if with_bias { biased(v, *b) } else { v };
-        inputs
-            .expected(w, row)
-            .into_iter()
-            .zip(bias)
-            .map(add)
-            .collect()
-    }
-
-    /// Returns the expert of an index, if it is not missing.
-    fn present(index: i32) -> Option<usize> {
-        usize::try_from(index)
-            .ok()
-            .filter(|e| *e < Self::N && *e != Self::MISSING)
-    }
-}
-
-/// Compares two tokens that chose three of five experts each; one expert is missing, one index
-/// invalid.
-fn experts(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
-    let mut outcome = Outcome::default();
-    let (n_used, tokens, cols) = (3, 2, columns(ty, 96));
-    let choices = [4, 2, 0, 1, -1, 3];
-    let which = Buffer::of_i32(ops.device(), &choices)?;
-    let jobs = tokens * n_used;
-    for (n_rows, activation, with) in [
-        (7, CLAMPED, true),
-        (32, Activation::Silu, false),
-        (40, Activation::Silu, true),
-    ] {
-        let inputs = Inputs::new(ops, random, ty, tokens, cols)?;
-        let gate = Experts::new(ops, random, ty, n_rows, cols)?;
-        let up = Experts::new(ops, random, ty, n_rows, cols)?;
-        let (gates, ups) = (gate.table(ops)?, up.table(ops)?);
-        let untouched = 7.5f32;
-        let out = Buffer::of_f32(ops.device(), &vec![untouched; jobs * n_rows])?;
-        let gated = Gated {
-            ty,
-            matrices: GateUpMatrices::Chosen([&gates, &ups], which.view()),
-            biases: [&gate, &up].map(|m| with.then(|| m.bias.view())),
-            activation,
-            jobs,
-            n_rows,
-            n_cols: cols,
-            x: inputs.input(ty),
-            jobs_per_x: n_used,
-        };
-        ops.gated(&gated, out.view(), None)?;
-        let got = out.view().to_f32()?;
-        for ((job, choice), got) in choices.iter().enumerate().zip(got.chunks_exact(n_rows)) {
-            let Some(expert) = Experts::present(*choice) else {
-                outcome.compare_exact(got, &vec![untouched; n_rows]);
-                continue;
-            };
-            let w = ExpertWeights { ty, cols, expert };
-            let product = |m: &Experts| m.expected(&inputs, w, job / n_used, with);
-            let pairs = product(&gate).into_iter().zip(product(&up));
-            outcome.compare(got, pairs.map(|(g, u)| activated(activation, g, u)));
-        }
-    }
-    Ok(outcome)
-}
-
-/// Compares sums over the experts of a token: fewer runs than lanes, more experts than lanes,
-/// several tokens.
-fn sums(ops: &Ops, random: &mut Random, ty: TensorType) -> Result<Outcome, CudaError> {
-    let mut outcome = Outcome::default();
-    let sizes = [
-        (1, 8, 6, 768, true),
-        (2, 3, 9, 32, false),
-        (1, 35, 3, 64, true),
-        (1, 1, 5, 1056, false),
-    ];
-    for (tokens, n_used, n_rows, cols, with) in sizes {
-        let (cols, jobs) = (columns(ty, cols), tokens * n_used);
-        let inputs = Inputs::new(ops, random, ty, jobs, cols)?;
-        let experts = Experts::new(ops, random, ty, n_rows, cols)?;
-        let table = experts.table(ops)?;
-        let choices: Vec<i32> = (0..jobs)
-            .map(|job| [4, 0, 2, 3, 1, -1, 5][job % 7])
-            .collect();
-        let which = Buffer::of_i32(ops.device(), &choices)?;
-        let (by, onto) = (random.floats(jobs), random.floats(tokens * n_rows));
-        let weights = Buffer::of_f32(ops.device(), &by)?;
-        let out = Buffer::of_f32(ops.device(), &onto)?;
-        let sum = ChosenSum {
-            ty,
-            table: &table,
-            which: which.view(),
-            bias: with.then(|| experts.bias.view()),
-            weights: weights.view(),
-            tokens,
-            n_used,
-            n_rows,
-            n_cols: cols,
-            x: inputs.input(ty),
-        };
-        let alone = Buffer::new_f32(ops.device(), tokens * n_rows)?;
-        ops.chosen_sum(&sum, None, alone.view())?;
-        ops.chosen_sum(&sum, Some(out.view()), out.view())?;
-        let mut expected = vec![
-            Expected {
-                value: 0.0,
-                allowed: 1e-30
-            };
-            tokens * n_rows
-        ];
-        for (job, choice) in choices.iter().enumerate() {
-            let Some(expert) = Experts::present(*choice) else {
-                continue;
-            };
-            let results = experts.expected(&inputs, ExpertWeights { ty, cols, expert }, job, with);
-            for (sum, result) in expected[job / n_used * n_rows..].iter_mut().zip(results) {
-                let by = f64::from(by[job]);
-                sum.value += by * result.value;
-                sum.allowed +=
-                    by.abs() * result.allowed + VALUE_TOLERANCE * (by * result.value).abs();
-            }
-        }
-        outcome.compare(&alone.view().to_f32()?, expected.iter().copied());
-        let added = expected
-            .iter()
-            .zip(&onto)
-            .map(|(sum, onto)| biased(*sum, *onto));
-        outcome.compare(&out.view().to_f32()?, added);
-    }
-    Ok(outcome)
 }

@@ -2,6 +2,7 @@
 //! on a GPU, in `tier-plan selftest`, and on the GPU emulator, in the tests.
 
 mod attention;
+mod chosen;
 mod delta;
 mod gated;
 mod kda;
@@ -17,8 +18,8 @@ use tier_plan_cuda::{CudaError, Device, Ops};
 use tier_plan_formats::model::spec::Activation;
 use tier_plan_kernels::random::Random;
 
-/// Every activation of a gate and up, with bounds within what random products reach.
-const ACTIVATIONS: [Activation; 6] = [
+/// Every activation, with bounds within what random products reach.
+const ACTIVATIONS: [Activation; 7] = [
     Activation::Silu,
     Activation::ClampedSwiglu {
         alpha: 1.702,
@@ -31,6 +32,7 @@ const ACTIVATIONS: [Activation; 6] = [
         beta: 4.0,
         linear: 25.0,
     },
+    Activation::SquaredRelu,
 ];
 
 type Comparison = Box<dyn Fn(&Ops, &mut Random) -> Result<Outcome, CudaError> + Send + Sync>;
@@ -69,6 +71,7 @@ impl Check {
 pub fn all() -> Vec<Check> {
     let mut checks = products::checks();
     checks.extend(gated::checks());
+    checks.extend(chosen::checks());
     checks.extend(small::checks());
     checks.extend(attention::checks());
     checks.extend(delta::checks());

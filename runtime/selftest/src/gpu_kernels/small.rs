@@ -220,7 +220,10 @@ fn activated(ops: &Ops, random: &mut Random, activation: Activation) -> Result<O
         Activation::Situ { beta, linear } => {
             Kernels::SCALAR.situ_mul(&mut gate, &up[..999], beta, linear);
         }
-        Activation::SquaredRelu => unreachable!("it has no gate"),
+        Activation::SquaredRelu => {
+            let square = |(gate, up): (&mut f32, &f32)| *gate = up.max(0.0).powi(2);
+            gate.iter_mut().zip(&up[..999]).for_each(square);
+        }
     }
     gate.extend(last);
     let mut outcome = Outcome::default();
@@ -386,6 +389,13 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
             n_expert: 32,
             n_used: 4,
             gating: Gating::SoftmaxChosen,
+            normalize: false,
+            ..plain
+        },
+        RouterSpec {
+            n_expert: 32,
+            n_used: 3,
+            gating: Gating::SigmoidChosen,
             normalize: false,
             ..plain
         },

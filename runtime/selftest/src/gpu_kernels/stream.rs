@@ -38,20 +38,15 @@ fn rows(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         ops.clear(sums.view(), tokens * width)?;
         let mut expected = vec![0.0f64; tokens * width + 1];
         expected[tokens * width] = 1.5;
-        for _ in 0..2 {
-            ops.add_rows(
-                taken.view(),
-                numbers.view(),
-                w.view(),
-                n,
-                width,
-                sums.view(),
-            )?;
+        for is_weighted in [true, false, true] {
+            let w = is_weighted.then(|| w.view());
+            ops.add_rows(taken.view(), numbers.view(), w, n, width, sums.view())?;
             for (token, weight) in which.iter().zip(&weights) {
+                let weight = if is_weighted { *weight } else { 1.0 };
                 let to = &mut expected[*token as usize * width..][..width];
                 to.iter_mut()
                     .zip(row(*token))
-                    .for_each(|(to, v)| *to += f64::from(*weight) * f64::from(*v));
+                    .for_each(|(to, v)| *to += f64::from(weight) * f64::from(*v));
             }
         }
         outcome.compare(

@@ -12,7 +12,6 @@ const ROUTER: Part = Part::Dense(DenseKind::Router);
 const SHARED: Part = Part::Dense(DenseKind::SharedExpert);
 const DENSE_FFN: Part = Part::Dense(DenseKind::DenseFfn);
 const HEAD: Part = Part::Dense(DenseKind::Head);
-const EXPERTS: Part = Part::Experts;
 
 const BLOCKS: [Part; 3] = [ROUTER, SHARED, DENSE_FFN];
 const ALL_DENSE: [Part; 6] = [EMBEDDING, MIXER, ROUTER, SHARED, DENSE_FFN, HEAD];
@@ -36,16 +35,8 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&BLOCKS, "what follows the feed-forward block"),
         ],
         "grok" => &[(&[ROUTER, SHARED], OWN_ROUTER)],
-        "llama4" => &[
-            (&[ROUTER, SHARED], OWN_ROUTER),
-            (&[EXPERTS], "weights on what experts read"),
-        ],
         "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
-        "nemotron_h_moe" => &[
-            (&[MIXER], "Mamba-2"),
-            (&[ROUTER, SHARED], OWN_ROUTER),
-            (&[EXPERTS], "experts without a gate"),
-        ],
+        "nemotron_h_moe" => &[(&[MIXER], "Mamba-2"), (&[ROUTER, SHARED], OWN_ROUTER)],
         "qwen4exp" => &[(&ALL_DENSE, STREAMS), (&[TABLE], "a table of n-grams")],
         _ => &[],
     }
@@ -74,9 +65,7 @@ pub(crate) fn cpu_only_of(shape: &ModelShape) -> Vec<CpuOnly> {
     };
     let dense = shape.dense.iter();
     let dense = dense.filter_map(|d| of_part(Part::Dense(d.kind), d.layer));
-    let experts = shape.experts.iter();
-    let experts = experts.filter_map(|e| of_part(Part::Experts, Some(e.layer)));
-    dense.chain(experts).collect()
+    dense.collect()
 }
 
 #[cfg(test)]
