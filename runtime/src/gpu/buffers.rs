@@ -146,6 +146,9 @@ impl BufferSizes {
             Mixer::Mla(a) => {
                 let low = a.q_down.map_or(0, |low| low.down.n_out);
                 let part = part_tokens(a).min(rows);
+                if let Some(OutputGate::Separate { linear, .. }) = &a.gate {
+                    self.gate = self.gate.max(rows * linear.n_out);
+                }
                 // One head more, as views of the rotated values begin at an offset.
                 self.q = self.q.max(rows * a.q.n_out + a.nope_dim + a.shared_dim);
                 self.k = self.k.max(rows * a.kv_down.n_out + a.kv_down.n_out);

@@ -2,11 +2,11 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, product, products};
-use super::mixer::{Mixed, MixerBatch, output};
+use super::mixer::{Gate, Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{Attend, HeadNorms, Heads, RopeTurns, Strided};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
-use tier_plan_formats::model::spec::{GateFunction, GqaSpec, NormSpan, OutputGate, TensorId};
+use tier_plan_formats::model::spec::{GateFunction, GqaSpec, NormSpan, TensorId};
 
 /// Norms of queries and keys.
 struct QkNorms {
@@ -14,12 +14,6 @@ struct QkNorms {
     k: Buffer,
     span: NormSpan,
     after_rope: bool,
-}
-
-/// Gates on the attention's result, which a matrix of their own makes.
-struct Gate {
-    matrix: Matrix,
-    function: GateFunction,
 }
 
 /// Grouped-query attention with its KV cache.
@@ -60,16 +54,9 @@ impl Gqa {
                 after_rope: of.after_rope,
             })
         });
-        let gate = match &a.gate {
-            Some(OutputGate::Separate { linear, function }) => Some(Gate {
-                matrix: loader.linear(linear)?,
-                function: *function,
-            }),
-            Some(OutputGate::WithQueries) | None => None,
-        };
         Ok(Self {
             spec: a.clone(),
-            gate,
+            gate: Gate::new(loader, a.gate.as_ref())?,
             q: loader.linear(&a.q)?,
             k: loader.linear(&a.k)?,
             v: loader.linear(&a.v)?,
@@ -205,7 +192,7 @@ impl Gqa {
         };
         // How many values share a gate, if there are gates. Results are quantized after them.
         let share = match &self.gate {
-            Some(gate) => Some((a.o.n_in / gate.matrix.n_out, gate.function)),
+            Some(gate) => Some((gate.share(a.o.n_in), gate.function)),
             None => gated.then_some((1, GateFunction::Sigmoid)),
         };
         let quantizes = self.o.takes_quants() && share.is_none() && a.value_dim.is_multiple_of(32);

@@ -10,7 +10,7 @@ use super::short_conv::ShortConv;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use tier_plan_cuda::{CudaError, Ops};
-use tier_plan_formats::model::spec::Mixer as MixerSpec;
+use tier_plan_formats::model::spec::{GateFunction, Mixer as MixerSpec, OutputGate};
 
 /// A batch of `n` tokens, which are the segments' one after the other, at `buffers.positions`. Their
 /// normalized state is in `buffers.answer`, and quantized in `buffers.quants` where
@@ -79,6 +79,33 @@ impl Mixer {
             Self::Kda(k) => k.run(ops, buffers, batch),
             Self::ShortConv(c) => c.run(ops, buffers, batch),
         }
+    }
+}
+
+/// Gates on an attention's result, which a matrix of their own makes.
+pub(super) struct Gate {
+    pub(super) matrix: Matrix,
+    pub(super) function: GateFunction,
+}
+
+impl Gate {
+    /// Loads the matrix of gates that have one.
+    pub(super) fn new(
+        loader: &GpuLoader<'_>,
+        gate: Option<&OutputGate>,
+    ) -> Result<Option<Self>, CudaError> {
+        match gate {
+            Some(OutputGate::Separate { linear, function }) => Ok(Some(Self {
+                matrix: loader.linear(linear)?,
+                function: *function,
+            })),
+            Some(OutputGate::WithQueries) | None => Ok(None),
+        }
+    }
+
+    /// Returns how many values of a result of `width` values share a gate.
+    pub(super) fn share(&self, width: usize) -> usize {
+        width / self.matrix.n_out
     }
 }
 

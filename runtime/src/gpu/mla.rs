@@ -2,7 +2,7 @@
 
 use super::buffers::{GpuBuffers, part_tokens};
 use super::matrix::{GpuLoader, Matrix, product, products};
-use super::mixer::{Mixed, MixerBatch, output};
+use super::mixer::{Gate, Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
 use std::sync::Arc;
 use tier_plan_cuda::ops::{
@@ -108,8 +108,11 @@ pub(super) struct Mla {
     q: Matrix,
     kv_down: Matrix,
     kv_norm: Buffer,
+    shared_norm: Option<Buffer>,
     to_latents: ToLatents,
     to_values: HeadMatrices,
+    sinks: Option<Buffer>,
+    gate: Option<Gate>,
     o: Matrix,
     rope: Option<usize>,
     /// Head of each job of a part.
@@ -166,8 +169,11 @@ impl Mla {
             q: loader.linear(&a.q)?,
             kv_down: loader.linear(&a.kv_down)?,
             kv_norm: loader.vector(a.kv_norm)?,
+            shared_norm: loader.opt_vector(a.shared_norm)?,
             to_latents,
             to_values,
+            sinks: loader.opt_vector(a.sinks)?,
+            gate: Gate::new(loader, a.gate.as_ref())?,
             o: loader.linear(&a.o)?,
             rope,
             heads: indices(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
@@ -178,7 +184,9 @@ impl Mla {
 
     pub(super) fn takes_quants(&self) -> bool {
         let first = self.q_down.as_ref().map_or(&self.q, |down| &down.matrix);
-        first.takes_quants() || self.kv_down.takes_quants()
+        let gate = self.gate.as_ref().map(|gate| &gate.matrix);
+        let all = [first, &self.kv_down].into_iter().chain(gate);
+        all.into_iter().any(Matrix::takes_quants)
     }
 
     /// Stores the tokens' latents, and computes their attention.
@@ -188,34 +196,82 @@ impl Mla {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let (a, MixerBatch { n, eps, .. }) = (&self.spec, batch);
-        let rank = a.kv_rank;
-        let (width, key_dim) = (rank + a.shared_dim, a.nope_dim + a.shared_dim);
+        let (a, MixerBatch { n, .. }) = (&self.spec, batch);
+        self.project(ops, buffers, batch)?;
+        self.place(ops, buffers, batch)?;
+        if let ToLatents::Fused { matrix, key_rows } = &self.to_latents {
+            let n_rows = a.n_head * a.nope_dim;
+            ops.dequantize_chosen(
+                matrix.ty,
+                matrix.view(),
+                a.kv_rank,
+                key_rows.view(),
+                n_rows,
+                buffers.absorbed.view(),
+            )?;
+        }
+        let mut first = 0;
+        while first < n {
+            let tokens = part_tokens(a).min(n - first);
+            self.part(ops, buffers, first, tokens)?;
+            first += tokens;
+        }
+        if let Some(gate) = &self.gate {
+            let (mixed, gates) = (buffers.mixed.view(), buffers.gate.view());
+            let share = gate.share(a.o.n_in);
+            ops.gate(mixed, gates, share, gate.function, n * a.o.n_in)?;
+        }
+        output(ops, &self.o, n, buffers, Mixed::Floats)
+    }
+
+    /// Projects to queries in `buffers.q`, to latents and shared key parts in `buffers.k`, and to
+    /// gates.
+    fn project(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        batch: MixerBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let MixerBatch { n, eps, .. } = batch;
         let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
         let (first, to) = self
             .q_down
             .as_ref()
             .map_or((&self.q, q), |down| (&down.matrix, buffers.low.view()));
-        products(
-            ops,
-            &[(first, to), (&self.kv_down, kv)],
-            n,
-            x,
-            &buffers.quants,
-        )?;
-        if let Some(down) = &self.q_down {
-            let (low, n_low) = (buffers.low.view(), down.matrix.n_out);
-            ops.rms_norm(low, Some(down.norm.view()), n, n_low, eps, low)?;
-            if self.q.takes_quants() {
-                ops.quantize(low, n, n_low, &mut buffers.inner)?;
-            }
-            product(ops, &self.q, n, low, &buffers.inner, q)?;
-        }
-        let latents = Strided {
-            at: kv,
-            stride: width,
+        let mut matrices = vec![(first, to), (&self.kv_down, kv)];
+        let gate = self.gate.as_ref();
+        matrices.extend(gate.map(|gate| (&gate.matrix, buffers.gate.view())));
+        products(ops, &matrices, n, x, &buffers.quants)?;
+        let Some(down) = &self.q_down else {
+            return Ok(());
         };
-        ops.rms_norm_of(latents, Some(self.kv_norm.view()), n, rank, eps, latents)?;
+        let (low, n_low) = (buffers.low.view(), down.matrix.n_out);
+        ops.rms_norm(low, Some(down.norm.view()), n, n_low, eps, low)?;
+        if self.q.takes_quants() {
+            ops.quantize(low, n, n_low, &mut buffers.inner)?;
+        }
+        product(ops, &self.q, n, low, &buffers.inner, q)
+    }
+
+    /// Rotates queries, normalizes latents, normalizes and rotates shared key parts, and stores
+    /// both.
+    fn place(
+        &self,
+        ops: &Ops,
+        buffers: &GpuBuffers,
+        batch: MixerBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let (a, MixerBatch { n, eps, .. }) = (&self.spec, batch);
+        let (rank, q, kv) = (a.kv_rank, buffers.q.view(), buffers.k.view());
+        let (width, key_dim) = (rank + a.shared_dim, a.nope_dim + a.shared_dim);
+        let norm = |at: View<'_>, weight: &Buffer, values: usize| {
+            let rows = Strided { at, stride: width };
+            ops.rms_norm_of(rows, Some(weight.view()), n, values, eps, rows)
+        };
+        norm(kv, &self.kv_norm, rank)?;
+        if let Some(weight) = &self.shared_norm {
+            norm(kv.floats(rank..kv.words()), weight, a.shared_dim)?;
+        }
         if let Some((table, rope)) = self.rope.zip(a.rope.as_ref()) {
             let turns = RopeTurns {
                 values: buffers.turns[table].view(),
@@ -241,25 +297,7 @@ impl Mla {
                 heads: 1,
                 width,
             },
-        )?;
-        if let ToLatents::Fused { matrix, key_rows } = &self.to_latents {
-            let n_rows = a.n_head * a.nope_dim;
-            ops.dequantize_chosen(
-                matrix.ty,
-                matrix.view(),
-                rank,
-                key_rows.view(),
-                n_rows,
-                buffers.absorbed.view(),
-            )?;
-        }
-        let mut first = 0;
-        while first < n {
-            let tokens = part_tokens(a).min(n - first);
-            self.part(ops, buffers, first, tokens)?;
-            first += tokens;
-        }
-        output(ops, &self.o, n, buffers, Mixed::Floats)
+        )
     }
 
     /// Computes attention of `n` of the batch's tokens, from `buffers.q` to `buffers.mixed`.
@@ -326,9 +364,9 @@ impl Mla {
             scale: a.scale,
             softcap: None,
             positions: buffers.positions.all().part(first..first + n),
-            window: None,
+            window: a.reach.window(),
             window_kind: WindowKind::Sliding,
-            sinks: None,
+            sinks: self.sinks.as_ref().map(Buffer::view),
         };
         ops.attend(&attention, &buffers.attend, latents, None)?;
         let mixed = buffers.mixed.view();

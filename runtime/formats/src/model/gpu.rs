@@ -214,10 +214,7 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             linears.or(key(a.key_dim)).or(key(a.value_dim))
         }
         Mixer::Mla(a) => {
-            let linears = [&a.q, &a.kv_down, &a.o]
-                .into_iter()
-                .chain(a.q_down.as_ref().map(|low| &low.down));
-            let linears = linears.into_iter().find_map(|l| misplaced(gguf, l));
+            let linears = a.linears().into_iter().find_map(|l| misplaced(gguf, l));
             linears
                 .or(key(a.kv_rank + a.shared_dim))
                 .or_else(|| misplaced_heads(gguf, a))
@@ -262,20 +259,11 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
 
 /// Returns what of a latent attention no kernel of a GPU computes.
 fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
-    let reach = match &a.reach {
-        Reach::All => None,
-        Reach::Window(_) => Some("a window of latent attention"),
+    match &a.reach {
+        Reach::All | Reach::Window(_) => None,
         Reach::Indexed(_) => Some("a lightning indexer"),
         Reach::Reused(_) => Some("positions that another layer's indexer chose"),
-    };
-    let options = [
-        (a.rope.is_none(), "latent attention without rotation"),
-        (a.shared_norm.is_some(), "a norm of the shared key part"),
-        (a.sinks.is_some(), "sinks of latent attention"),
-        (a.gate.is_some(), "gates with a matrix of their own"),
-    ];
-    let option = options.into_iter().find(|(has, _)| *has);
-    reach.or(option.map(|(_, what)| what))
+    }
 }
 
 /// Returns what of the embedding no kernel of a GPU computes.
