@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 13] = [
+pub static MODULES: [Module; 15] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -84,6 +84,24 @@ pub static MODULES: [Module; 13] = [
             "prompt_attend_latent_f32",
             "prompt_attend_latent_f16",
             "prompt_attend_latent_q8",
+        ],
+    },
+    Module {
+        name: "sparse_attention.cu",
+        text: include_str!("kernels/sparse_attention.cu"),
+        kernels: &["attend_chosen_f32", "attend_chosen_f16", "attend_chosen_q8"],
+    },
+    Module {
+        name: "index.cu",
+        text: include_str!("kernels/index.cu"),
+        kernels: &[
+            "place_index_f32",
+            "place_index_f16",
+            "place_index_q8",
+            "rate_f32",
+            "rate_f16",
+            "rate_q8",
+            "choose_positions",
         ],
     },
     Module {
@@ -171,6 +189,8 @@ pub fn headers() -> &'static [(&'static str, String)] {
             ("halves.cuh", include_str!("kernels/halves.cuh").to_string()),
             ("rows.cuh", include_str!("kernels/rows.cuh").to_string()),
             ("delta.cuh", include_str!("kernels/delta.cuh").to_string()),
+            ("place.cuh", include_str!("kernels/place.cuh").to_string()),
+            ("attend.cuh", include_str!("kernels/attend.cuh").to_string()),
             ("grids.cuh", grids_header()),
         ]
     });

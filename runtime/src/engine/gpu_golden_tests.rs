@@ -19,19 +19,26 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 22] = [
+const WHOLE: [&str; 29] = [
     "afmoe",
     "bailingmoe2",
+    "bailingmoe3",
+    "bailingmoe3-vl",
     "deepseek",
+    "deepseek32",
     "dots1",
+    "dots3note",
     "ernie4_5-moe",
     "exaone-moe",
     "gemma3",
+    "glm-dsa",
     "granitemoe",
     "hunyuan-moe",
     "hy_v3",
+    "kimi-linear",
     "laguna",
     "lfm2moe",
+    "llama4",
     "mimo2",
     "mistral3",
     "mistral4",

@@ -6,7 +6,9 @@ use crate::layers::pages::PAGE;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{AttentionBuffers, BatchPositions, CacheSize, Quants};
+use tier_plan_cuda::ops::{
+    AttentionBuffers, BatchPositions, CacheSize, Quants, may_choose, rating_words,
+};
 use tier_plan_cuda::{Buffer, CudaError, Device};
 use tier_plan_formats::model::spec::{
     DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate, Projection,
@@ -22,6 +24,9 @@ const MAX_LOGITS: usize = 4 << 20;
 /// Most values in the space of the latents that are computed at once: 16 MiB. Fewer in tests, so
 /// that batches have several parts.
 const MAX_LATENT_VALUES: usize = if cfg!(test) { 512 } else { 4 << 20 };
+
+/// Most ratings that are held at once, unless one token has more: 16 MiB.
+const MAX_RATINGS: usize = if cfg!(test) { 1024 } else { 4 << 20 };
 
 /// Most jobs per launch.
 const MAX_JOBS: usize = 65_535;
@@ -49,6 +54,9 @@ pub(crate) struct BufferSizes {
     nope: usize,
     latents: usize,
     absorbed: usize,
+    index_weights: usize,
+    ratings: usize,
+    chosen: usize,
     logits: usize,
     /// Words of the tokens' positions and pages.
     positions: usize,
@@ -99,6 +107,9 @@ impl BufferSizes {
         for (layer, at) in spec.layers.iter().zip(&places.layers) {
             if here(at.mixer) {
                 s.mixer(&layer.mixer, context);
+                if let Mixer::Mla(a) = &layer.mixer {
+                    s.choices(a, batch, context);
+                }
             }
             match &layer.ffn {
                 Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.up.n_out),
@@ -210,6 +221,26 @@ impl BufferSizes {
         self.attend_width = self.attend_width.min(width);
     }
 
+    /// Grows to what a layer's tokens choose that don't attend to all positions.
+    fn choices(&mut self, a: &MlaSpec, batch: usize, context: usize) {
+        let rows = self.rows;
+        let most = a.reach.selection().map(|selection| selection.most());
+        let most = most.filter(|most| may_choose(context, *most));
+        if let Some(most) = most {
+            self.chosen = self.chosen.max(batch.saturating_mul(most));
+        }
+        let Some(indexer) = a.reach.indexer() else {
+            return;
+        };
+        self.v = self.v.max(rows * indexer.key_dim);
+        if most.is_some() {
+            let (all, one) = (rating_words(rows, context), rating_words(1, context));
+            self.ratings = self.ratings.max(all.min(one.max(MAX_RATINGS)));
+            self.raw = self.raw.max(rows * indexer.q.n_out);
+            self.index_weights = self.index_weights.max(rows * indexer.n_head);
+        }
+    }
+
     fn quants(values: usize) -> [usize; 3] {
         let values = values.next_multiple_of(32);
         [values, values / 8, values / 4]
@@ -246,6 +277,9 @@ impl BufferSizes {
             self.nope,
             self.latents,
             self.absorbed,
+            self.index_weights,
+            self.ratings,
+            self.chosen,
             self.logits,
             self.record,
         ];
@@ -294,6 +328,12 @@ pub(super) struct GpuBuffers {
     pub(super) latents: Buffer,
     /// `[n_head, nope, kv_rank]` dequantized projections of a layer from latents to keys.
     pub(super) absorbed: Buffer,
+    /// `[rows, heads of an indexer]` weights of their ratings.
+    pub(super) index_weights: Buffer,
+    /// `[tokens, positions]` ratings of an indexer.
+    pub(super) ratings: Buffer,
+    /// `[batch, most]` positions that tokens attend to, as the last indexer chose them.
+    pub(super) chosen: Buffer,
     pub(super) logits: Buffer,
     /// Routers' choices for tokens that stay on the GPU: by layer, the experts of all tokens and then
     /// their weights.
@@ -335,6 +375,9 @@ impl GpuBuffers {
             nope: floats(s.nope)?,
             latents: floats(s.latents)?,
             absorbed: floats(s.absorbed)?,
+            index_weights: floats(s.index_weights)?,
+            ratings: floats(s.ratings)?,
+            chosen: floats(s.chosen)?,
             logits: floats(s.logits)?,
             record: floats(s.record)?,
             turns: s

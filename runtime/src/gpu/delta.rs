@@ -72,7 +72,9 @@ impl Delta {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let MixerBatch { n, eps, segments } = batch;
+        let MixerBatch {
+            n, eps, segments, ..
+        } = batch;
         let (x, strengths) = (buffers.answer.view(), buffers.k.view());
         let mut first = vec![
             (&self.projection, buffers.raw.view()),

@@ -101,7 +101,9 @@ impl Kda {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let MixerBatch { n, eps, segments } = batch;
+        let MixerBatch {
+            n, eps, segments, ..
+        } = batch;
         self.project(ops, buffers, n)?;
         let only = matches!(segments, [only] if only.checkpoints.is_empty());
         let quantizes = only && self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);

@@ -96,6 +96,11 @@ pub(super) fn of_rows<'a>(view: View<'a>, rows: &Range<usize>, width: usize) -> 
     view.floats(rows.start * width..rows.end * width)
 }
 
+/// Returns a buffer from one of its values on.
+pub(super) fn from_value(view: View<'_>, first: usize) -> View<'_> {
+    view.floats(first..view.words())
+}
+
 /// Computes `out = matrix · x + bias` for `n` rows. `quants` is the quantized form of `x`, where
 /// the matrix takes it.
 pub(super) fn product(

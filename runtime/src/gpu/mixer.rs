@@ -9,6 +9,7 @@ use super::mla::Mla;
 use super::short_conv::ShortConv;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
+use crate::layers::rope::LayerRopes;
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{GateFunction, Mixer as MixerSpec, OutputGate};
 
@@ -18,6 +19,8 @@ use tier_plan_formats::model::spec::{GateFunction, Mixer as MixerSpec, OutputGat
 #[derive(Clone, Copy)]
 pub(super) struct MixerBatch<'a> {
     pub(super) n: usize,
+    /// Row of the whole batch that the first token is in; a large batch comes in parts.
+    pub(super) first_row: usize,
     pub(super) eps: f32,
     pub(super) segments: &'a [Segment<'a>],
 }
@@ -32,16 +35,21 @@ pub(super) enum Mixer {
 }
 
 impl Mixer {
-    /// Loads a layer's mixer. `rope` is the layer's rope table.
+    /// Loads a layer's mixer. `ropes` are the layer's rope tables.
     pub(super) fn new(
         loader: &GpuLoader<'_>,
         spec: &MixerSpec,
-        rope: Option<usize>,
+        ropes: LayerRopes,
         cache: DeviceCache,
     ) -> Result<Self, CudaError> {
         match spec {
-            MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(loader, a, rope, cache)?))),
-            MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, rope, cache)?))),
+            MixerSpec::Gqa(a) => Ok(Self::Gqa(Box::new(Gqa::new(
+                loader,
+                a,
+                ropes.mixer,
+                cache,
+            )?))),
+            MixerSpec::Mla(a) => Ok(Self::Mla(Box::new(Mla::new(loader, a, ropes, cache)?))),
             MixerSpec::Delta(d) => Ok(Self::Delta(Box::new(Delta::new(loader, d, cache)?))),
             MixerSpec::Kda(k) => Ok(Self::Kda(Box::new(Kda::new(loader, k, cache)?))),
             MixerSpec::ShortConv(c) => {

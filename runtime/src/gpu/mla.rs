@@ -1,13 +1,16 @@
 //! Multi-head latent attention on a GPU. The arithmetic is that of `layers/mla.rs`.
 
 use super::buffers::{GpuBuffers, part_tokens};
-use super::matrix::{GpuLoader, Matrix, product, products};
+use super::indexer::Indexer;
+use super::matrix::{GpuLoader, Matrix, from_value, product, products};
 use super::mixer::{Gate, Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
+use crate::layers::rope::LayerRopes;
+use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::ops::{
-    Attend, CacheRows, Input, Matrices, MatrixTable, Matvec, Quants, RopeTurns, SharedView,
-    Strided, TransposedMatvec,
+    Attend, CacheRows, ChosenPositions, Input, Matrices, MatrixTable, Matvec, Quants, Reached,
+    RopeTurns, SharedView, Strided, TransposedMatvec,
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::{KvUp, MlaSpec, WindowKind};
@@ -117,7 +120,8 @@ pub(super) struct Mla {
     rope: Option<usize>,
     /// Head of each job of a part.
     heads: Buffer,
-    /// Latents with rotated keys, `[positions, kv_rank + rope]`.
+    indexer: Option<Indexer>,
+    /// Latents with rotated keys, `[positions, kv_rank + rope]`, and the indexer's keys.
     cache: DeviceCache,
 }
 
@@ -125,7 +129,7 @@ impl Mla {
     pub(super) fn new(
         loader: &GpuLoader<'_>,
         a: &MlaSpec,
-        rope: Option<usize>,
+        ropes: LayerRopes,
         cache: DeviceCache,
     ) -> Result<Self, CudaError> {
         let indices = |values: &mut dyn Iterator<Item = usize>| {
@@ -164,6 +168,8 @@ impl Mla {
                 norm: loader.vector(low.norm)?,
             })
         });
+        let indexer = a.reach.indexer();
+        let indexer = indexer.map(|indexer| Indexer::new(loader, indexer, ropes.indexer));
         Ok(Self {
             q_down: q_down.transpose()?,
             q: loader.linear(&a.q)?,
@@ -175,7 +181,8 @@ impl Mla {
             sinks: loader.opt_vector(a.sinks)?,
             gate: Gate::new(loader, a.gate.as_ref())?,
             o: loader.linear(&a.o)?,
-            rope,
+            rope: ropes.mixer,
+            indexer: indexer.transpose()?,
             heads: indices(&mut (0..part_tokens(a) * a.n_head).map(|job| job % a.n_head))?,
             cache,
             spec: a.clone(),
@@ -185,8 +192,9 @@ impl Mla {
     pub(super) fn takes_quants(&self) -> bool {
         let first = self.q_down.as_ref().map_or(&self.q, |down| &down.matrix);
         let gate = self.gate.as_ref().map(|gate| &gate.matrix);
+        let indexer = self.indexer.iter().flat_map(|i| [&i.k, &i.head_weights]);
         let all = [first, &self.kv_down].into_iter().chain(gate);
-        all.into_iter().any(Matrix::takes_quants)
+        all.chain(indexer).any(Matrix::takes_quants)
     }
 
     /// Stores the tokens' latents, and computes their attention.
@@ -196,9 +204,21 @@ impl Mla {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let (a, MixerBatch { n, .. }) = (&self.spec, batch);
-        self.project(ops, buffers, batch)?;
+        let (a, MixerBatch { n, first_row, .. }) = (&self.spec, batch);
+        let selection = a.reach.selection();
+        let parts = match selection {
+            Some(selection) => buffers.positions.all().by_reach(selection.most()),
+            None => Vec::new(),
+        };
+        let chooses = parts.iter().any(|part| part.chooses);
+        self.project(ops, buffers, batch, chooses)?;
         self.place(ops, buffers, batch)?;
+        // What the last indexer chose for these rows of the batch.
+        let lists_at = first_row * selection.map_or(0, |s| if chooses { s.most() } else { 0 });
+        if let Some(indexer) = &self.indexer {
+            let lists = from_value(buffers.chosen.view(), lists_at);
+            indexer.run(ops, buffers, &self.cache, &parts, lists)?;
+        }
         if let ToLatents::Fused { matrix, key_rows } = &self.to_latents {
             let n_rows = a.n_head * a.nope_dim;
             ops.dequantize_chosen(
@@ -212,9 +232,9 @@ impl Mla {
         }
         let mut first = 0;
         while first < n {
-            let tokens = part_tokens(a).min(n - first);
-            self.part(ops, buffers, first, tokens)?;
-            first += tokens;
+            let tokens = first..n.min(first + part_tokens(a));
+            first = tokens.end;
+            self.part(ops, buffers, tokens, &parts, lists_at)?;
         }
         if let Some(gate) = &self.gate {
             let (mixed, gates) = (buffers.mixed.view(), buffers.gate.view());
@@ -225,12 +245,13 @@ impl Mla {
     }
 
     /// Projects to queries in `buffers.q`, to latents and shared key parts in `buffers.k`, and to
-    /// gates.
+    /// gates; for an indexer to keys, and, where a token `chooses`, to queries and weights of heads.
     fn project(
         &self,
         ops: &Ops,
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
+        chooses: bool,
     ) -> Result<(), CudaError> {
         let MixerBatch { n, eps, .. } = batch;
         let (x, q, kv) = (buffers.answer.view(), buffers.q.view(), buffers.k.view());
@@ -241,16 +262,24 @@ impl Mla {
         let mut matrices = vec![(first, to), (&self.kv_down, kv)];
         let gate = self.gate.as_ref();
         matrices.extend(gate.map(|gate| (&gate.matrix, buffers.gate.view())));
+        if let Some(indexer) = &self.indexer {
+            matrices.push((&indexer.k, buffers.v.view()));
+            if chooses {
+                matrices.push((&indexer.head_weights, buffers.index_weights.view()));
+            }
+        }
         products(ops, &matrices, n, x, &buffers.quants)?;
         let Some(down) = &self.q_down else {
             return Ok(());
         };
         let (low, n_low) = (buffers.low.view(), down.matrix.n_out);
         ops.rms_norm(low, Some(down.norm.view()), n, n_low, eps, low)?;
-        if self.q.takes_quants() {
+        let asks = self.indexer.as_ref().filter(|_| chooses);
+        if self.q.takes_quants() || asks.is_some_and(Indexer::takes_quants) {
             ops.quantize(low, n, n_low, &mut buffers.inner)?;
         }
-        product(ops, &self.q, n, low, &buffers.inner, q)
+        product(ops, &self.q, n, low, &buffers.inner, q)?;
+        asks.map_or(Ok(()), |indexer| indexer.ask(ops, buffers, n, low))
     }
 
     /// Rotates queries, normalizes latents, normalizes and rotates shared key parts, and stores
@@ -270,7 +299,7 @@ impl Mla {
         };
         norm(kv, &self.kv_norm, rank)?;
         if let Some(weight) = &self.shared_norm {
-            norm(kv.floats(rank..kv.words()), weight, a.shared_dim)?;
+            norm(from_value(kv, rank), weight, a.shared_dim)?;
         }
         if let Some((table, rope)) = self.rope.zip(a.rope.as_ref()) {
             let turns = RopeTurns {
@@ -280,7 +309,7 @@ impl Mla {
             };
             // The last values of each row are rotated.
             let rotate = |rows: View<'_>, skip: usize, heads: usize, width: usize| {
-                ops.rope(rows.floats(skip..rows.words()), &turns, n, heads, width)
+                ops.rope(from_value(rows, skip), &turns, n, heads, width)
             };
             rotate(q, a.nope_dim, a.n_head, key_dim)?;
             rotate(kv, rank, 1, width)?;
@@ -300,19 +329,48 @@ impl Mla {
         )
     }
 
-    /// Computes attention of `n` of the batch's tokens, from `buffers.q` to `buffers.mixed`.
+    /// Computes attention of some of the batch's tokens, from `buffers.q` to `buffers.mixed`. `parts`
+    /// says which tokens of the batch choose what they attend to.
     fn part(
         &self,
         ops: &Ops,
         buffers: &mut GpuBuffers,
-        first: usize,
-        n: usize,
+        tokens: Range<usize>,
+        parts: &[Reached],
+        lists_at: usize,
     ) -> Result<(), CudaError> {
         let a = &self.spec;
-        let (rank, nope, rope, jobs) = (a.kv_rank, a.nope_dim, a.shared_dim, n * a.n_head);
-        let (key_dim, width) = (nope + rope, rank + rope);
+        let jobs = tokens.len() * a.n_head;
+        self.absorb(ops, buffers, &tokens)?;
+        if parts.is_empty() {
+            self.attend(ops, buffers, &tokens, tokens.clone(), None)?;
+        }
+        for part in parts {
+            let own = part.tokens.start.max(tokens.start)..part.tokens.end.min(tokens.end);
+            if !own.is_empty() {
+                let lists = part.chooses.then_some(lists_at);
+                self.attend(ops, buffers, &tokens, own, lists)?;
+            }
+        }
+        let (latents, mixed) = (buffers.latents.view(), buffers.mixed.view());
+        let mixed = from_value(mixed, tokens.start * a.o.n_in);
+        self.to_values
+            .product(ops, &self.heads, jobs, latents, &mut buffers.inner, mixed)
+    }
+
+    /// Takes the queries of some of the batch's tokens to the space of the latents, in
+    /// `buffers.raw`.
+    fn absorb(
+        &self,
+        ops: &Ops,
+        buffers: &mut GpuBuffers,
+        tokens: &Range<usize>,
+    ) -> Result<(), CudaError> {
+        let a = &self.spec;
+        let (rank, nope, shared) = (a.kv_rank, a.nope_dim, a.shared_dim);
+        let (jobs, key_dim, width) = (tokens.len() * a.n_head, nope + shared, rank + shared);
         let q = buffers.q.view();
-        let q = q.floats(first * a.q.n_out..q.words());
+        let q = from_value(q, tokens.start * a.q.n_out);
         let (latents, queries) = (buffers.latents.view(), buffers.raw.view());
         let rows = |at, stride| Strided { at, stride };
         ops.copy_rows(
@@ -343,16 +401,33 @@ impl Mla {
             }
         }
         ops.copy_rows(rows(latents, rank), jobs, rank, rows(queries, width))?;
-        let rotated = rows(q.floats(nope..q.words()), key_dim);
+        let rotated = rows(from_value(q, nope), key_dim);
         ops.copy_rows(
             rotated,
             jobs,
-            rope,
-            rows(queries.floats(rank..queries.words()), width),
-        )?;
+            shared,
+            rows(from_value(queries, rank), width),
+        )
+    }
+
+    /// Computes attention of `own` tokens of a part, from `buffers.raw` to `buffers.latents`. With
+    /// `lists_at`, each attends to its list of `buffers.chosen`, where that of the batch's first
+    /// token begins there.
+    fn attend(
+        &self,
+        ops: &Ops,
+        buffers: &GpuBuffers,
+        part: &Range<usize>,
+        own: Range<usize>,
+        lists_at: Option<usize>,
+    ) -> Result<(), CudaError> {
+        let a = &self.spec;
+        let (rank, width) = (a.kv_rank, a.kv_rank + a.shared_dim);
+        let first = (own.start - part.start) * a.n_head;
+        let out = from_value(buffers.latents.view(), first * rank);
         // All query heads share one head of keys, whose values are the latents at its beginning.
         let attention = Attend {
-            queries,
+            queries: from_value(buffers.raw.view(), first * width),
             keys: self.cache.rows(0),
             values: self.cache.rows(0),
             kv_type: self.cache.kv_type(),
@@ -363,15 +438,19 @@ impl Mla {
             value_width: rank,
             scale: a.scale,
             softcap: None,
-            positions: buffers.positions.all().part(first..first + n),
+            positions: buffers.positions.all().part(own.clone()),
             window: a.reach.window(),
             window_kind: WindowKind::Sliding,
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
-        ops.attend(&attention, &buffers.attend, latents, None)?;
-        let mixed = buffers.mixed.view();
-        let mixed = mixed.floats(first * a.o.n_in..mixed.words());
-        self.to_values
-            .product(ops, &self.heads, jobs, latents, &mut buffers.inner, mixed)
+        match (lists_at, a.reach.selection()) {
+            (Some(at), Some(selection)) => {
+                let most = selection.most();
+                let lists = from_value(buffers.chosen.view(), at + own.start * most);
+                let chosen = ChosenPositions { lists, most };
+                ops.attend_chosen(&attention, chosen, &buffers.attend, out)
+            }
+            _ => ops.attend(&attention, &buffers.attend, out, None),
+        }
     }
 }

@@ -16,6 +16,7 @@ pub(crate) mod factors;
 pub(crate) mod fits;
 mod full;
 mod gqa;
+mod indexer;
 mod kda;
 mod matrix;
 mod mixer;
@@ -34,6 +35,7 @@ pub(crate) use stages::{FfnInput, HostEnd};
 use crate::error::LoadError;
 use crate::layers::mixer::LayerCache;
 use crate::layers::places::{Place, Places};
+use crate::layers::rope::LayerRopes;
 use crate::layers::weights::DenseWeights;
 use crate::options::LoadOptions;
 use crate::options::batches;
@@ -72,8 +74,8 @@ pub(super) struct Gpu {
 pub(super) struct KeptByLayers<'a> {
     /// `[layers]`.
     pub(super) caches: &'a [LayerCache],
-    /// Rope table of each layer, `[layers]`.
-    pub(super) ropes: &'a [Option<usize>],
+    /// Rope tables of each layer, `[layers]`.
+    pub(super) ropes: &'a [LayerRopes],
 }
 
 /// The most that passes and the KV cache have room for.
@@ -421,6 +423,7 @@ pub(super) fn mixer_alone(
                 &mut work.buffers,
                 mixer::MixerBatch {
                     n,
+                    first_row: 0,
                     eps,
                     segments: &segments,
                 },

@@ -7,7 +7,7 @@ use super::workspace::{BlockEnd, Output, Residual, Workspace};
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use crate::layers::places::{LayerPlaces, Place};
-use crate::layers::rope::RopeTable;
+use crate::layers::rope::{LayerRopes, RopeTable};
 use std::ops::Range;
 use tier_plan_cuda::ops::RouterSpec;
 use tier_plan_cuda::{Buffer, CudaError, View};
@@ -68,14 +68,14 @@ pub(super) struct Head {
 }
 
 impl Layer {
-    /// Makes the parts of a layer that are placed on `tier`. `rope` is the layer's rope table, and
-    /// `cache` what its mixer keeps, if that is on a GPU.
+    /// Makes the parts of a layer that are placed on `tier`. `ropes` are the layer's rope tables,
+    /// and `cache` is what its mixer keeps, if that is on a GPU.
     pub(super) fn new(
         loader: &GpuLoader<'_>,
         layer: &LayerSpec,
         places: LayerPlaces,
         tier: TierIdx,
-        rope: Option<usize>,
+        ropes: LayerRopes,
         cache: Option<&DeviceCache>,
     ) -> Result<Self, CudaError> {
         let here = |place: Place| place == Some(tier);
@@ -109,7 +109,7 @@ impl Layer {
                     norm: loader.opt_vector(layer.residual.mixer_norm)?,
                     scale: layer.residual.mixer_scale,
                 },
-                mixer: Mixer::new(loader, &layer.mixer, rope, cache.clone())?,
+                mixer: Mixer::new(loader, &layer.mixer, ropes, cache.clone())?,
             })
         });
         let mixer = mixer.transpose()?;
@@ -167,22 +167,20 @@ impl LayerMixer {
         segments: &[Segment<'_>],
         residual: Residual,
     ) -> Result<(), CudaError> {
-        let n = rows.len();
+        let (n, first_row) = (rows.len(), rows.start);
         work.norm(
             &self.norm,
             rows,
             residual,
             Output::quantized_if(self.mixer.takes_quants()),
         )?;
-        self.mixer.run(
-            &work.ops,
-            &mut work.buffers,
-            MixerBatch {
-                n,
-                eps: work.eps,
-                segments,
-            },
-        )?;
+        let batch = MixerBatch {
+            n,
+            first_row,
+            eps: work.eps,
+            segments,
+        };
+        self.mixer.run(&work.ops, &mut work.buffers, batch)?;
         work.finish(&self.end, n)
     }
 }

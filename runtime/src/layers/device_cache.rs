@@ -12,7 +12,7 @@ use tier_plan_formats::model::spec::Mixer;
 #[derive(Clone)]
 pub(crate) struct DeviceCache {
     kv_type: KvType,
-    /// `[positions, heads, width]`: keys and values, or latents.
+    /// `[positions, heads, width]`: keys and values, or latents and keys of an indexer.
     rows: Vec<Store>,
     /// By text, then those of checkpoints: a convolution's inputs, and a delta net's matrices.
     states: Vec<Store>,
@@ -63,7 +63,11 @@ impl DeviceCache {
         let row = |width: usize| kv_type.row_bytes(width as u64) as usize;
         let rows = match mixer {
             Mixer::Gqa(a) => vec![a.n_head_kv * row(a.key_dim), a.n_head_kv * row(a.value_dim)],
-            Mixer::Mla(a) => vec![row(a.kv_rank + a.shared_dim)],
+            Mixer::Mla(a) => {
+                let index = a.reach.indexer().map(|indexer| row(indexer.key_dim));
+                let latents = [row(a.kv_rank + a.shared_dim)];
+                latents.into_iter().chain(index).collect()
+            }
             // What no GPU runs is refused when the plan is checked.
             _ => Vec::new(),
         };
@@ -95,7 +99,7 @@ impl DeviceCache {
         self.kv_type
     }
 
-    /// Returns the rows of keys (or latents), or of values.
+    /// Returns the rows of keys (or latents), or of values (or keys of an indexer).
     pub(crate) fn rows(&self, index: usize) -> View<'_> {
         self.rows[index].buffer.view()
     }

@@ -115,12 +115,25 @@ fn rotations_at(
     })
 }
 
-/// Returns the different ways in which layers rotate, and by layer its index among them.
-pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<Option<usize>>) {
+/// The rope tables of a layer, as indices among those of the model.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LayerRopes {
+    /// Of the layer's attention.
+    pub(crate) mixer: Option<usize>,
+    /// Of the layer's indexer.
+    pub(crate) indexer: Option<usize>,
+}
+
+/// Returns the different ways in which layers rotate, and by layer which of them are its own.
+pub(crate) fn tables(spec: &ModelSpec) -> (Vec<&RopeSpec>, Vec<LayerRopes>) {
     let mut tables = Vec::new();
     let ropes = spec.layers.iter().map(|layer| layer.mixer.rope());
-    let by_layer = number(ropes, &mut tables);
-    (tables, by_layer)
+    let of_mixers = number(ropes, &mut tables);
+    let ropes = spec.layers.iter().map(|layer| layer.mixer.indexer_rope());
+    let of_indexers = number(ropes, &mut tables);
+    let by_layer = of_mixers.into_iter().zip(of_indexers);
+    let by_layer = by_layer.map(|(mixer, indexer)| LayerRopes { mixer, indexer });
+    (tables, by_layer.collect())
 }
 
 /// Numbers ropes, equal ones alike; adds those that `tables` lacks.
@@ -142,24 +155,19 @@ fn number<'a>(
 pub(crate) struct Rotations {
     /// One per way in which layers rotate.
     pub(crate) tables: Vec<RopeTable>,
-    /// By layer: index into `tables`.
-    pub(crate) of_layer: Vec<Option<usize>>,
-    /// By layer: index into `tables` for the layer's indexer.
-    of_indexer: Vec<Option<usize>>,
+    /// By layer: indices into `tables`.
+    pub(crate) of_layer: Vec<LayerRopes>,
 }
 
 impl Rotations {
     /// Makes the tables of a model for contexts of up to `context` tokens.
     pub(crate) fn new(spec: &ModelSpec, weights: &DenseWeights, context: usize) -> Self {
-        let (mut tables, of_layer) = tables(spec);
-        let ropes = spec.layers.iter().map(|layer| layer.mixer.indexer_rope());
-        let of_indexer = number(ropes, &mut tables);
+        let (tables, of_layer) = tables(spec);
         let table =
             |rope: &&RopeSpec| RopeTable::new(rope, weights.opt_vector(rope.factors_for(context)));
         Self {
             tables: tables.iter().map(table).collect(),
             of_layer,
-            of_indexer,
         }
     }
 
@@ -172,12 +180,14 @@ impl Rotations {
 
     /// Returns the table of a layer that rotates.
     pub(crate) fn of(&self, layer: usize) -> Option<&RopeTable> {
-        self.of_layer[layer].map(|table| &self.tables[table])
+        self.of_layer[layer].mixer.map(|table| &self.tables[table])
     }
 
     /// Returns the table of a layer's indexer that rotates.
     pub(crate) fn of_indexer(&self, layer: usize) -> Option<&RopeTable> {
-        self.of_indexer[layer].map(|table| &self.tables[table])
+        self.of_layer[layer]
+            .indexer
+            .map(|table| &self.tables[table])
     }
 }
 

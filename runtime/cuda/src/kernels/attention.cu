@@ -2,126 +2,39 @@
 // positions for one token; a second kernel combines a query's chunks in their order. Chunks begin
 // at fixed positions, and every token reads the pages of its own text, so a result does not
 // depend on other tokens of the batch.
-#include "rows.cuh"
+#include "attend.cuh"
 
-/// Positions per chunk.
-#define CHUNK 256
-/// Query heads per block, all of one head of keys and values.
-#define HEADS 8
-/// Threads per block.
-#define THREADS 128
-/// Widest key: a latent of 512 and a rotated part of 64 are 576.
-#define MAX_KEY 640
-/// Lanes per position while scores are computed.
-#define SHARE 8
+/// Consecutive positions of a text.
+struct Consecutive {
+    Pages pages;
+    int start;
 
-/// Computes the shares of chunks: `mixed` is `[tokens, heads, chunks, value_width]`, `largest` and
-/// `sums` `[tokens, heads, chunks]`, from the first chunk that the token attends to.
-///
-/// If there is only one chunk, `out` may be given, and gets what `join_chunks` would compute with
-/// its arguments. Grid: chunks, perhaps more than some of the tokens have; heads of keys and values
-/// times blocks of heads; tokens.
+    /// Returns the row of number `p` in the cache.
+    DEVICE i64 row(int p) const { return pages.at(start + p); }
+
+    /// Returns the first of `n` numbers whose row does not follow those from `p` on.
+    DEVICE int run_end(int p, int n) const {
+        const int rest = pages.page_end(start + p) - start;
+        return rest < n ? rest : n;
+    }
+};
+
+/// Attends to the positions from `first_attended` up to the token's own. Chunks count from the first
+/// that the token attends to.
 template <class Rows>
-DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,
-                   int value_row_width, int value_width, float scale, float cap, const int* positions,
-                   const int* begins, const int* tables, int page_bits, int window, float* mixed, float* largest,
-                   float* sums, const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {
-    __shared__ float query[HEADS][MAX_KEY];
-    __shared__ float scores[HEADS][CHUNK];
-    // If there is only one chunk: its weight beside the sink, and the sum of both.
-    __shared__ float share[HEADS];
-    __shared__ float total[HEADS];
-    const int head_blocks = (group + HEADS - 1) / HEADS;
-    const int kv_head = (int)blockIdx.y / head_blocks, first_head = (int)blockIdx.y % head_blocks * HEADS;
-    const int heads = group - first_head < HEADS ? group - first_head : HEADS;
-    const int token = (int)blockIdx.z, chunk = (int)blockIdx.x, chunks = (int)gridDim.x;
-    const int n_head = n_head_kv * group;
-    const i64 first_query = (i64)token * n_head + kv_head * group + first_head;
-    const Pages pages(tables, begins, token, page_bits);
+DEVICE void attend_all(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,
+                       int value_row_width, int value_width, float scale, float cap, const int* positions,
+                       const int* begins, const int* tables, int page_bits, int window, float* mixed, float* largest,
+                       float* sums, const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {
+    const int token = (int)blockIdx.z;
     const int end_seen = positions[token] + 1;
     const int begin_seen = first_attended(end_seen - 1, window);
-    const int chunk_start = (begin_seen / CHUNK + chunk) * CHUNK;
+    const int chunk_start = (begin_seen / CHUNK + (int)blockIdx.x) * CHUNK;
     const int start = begin_seen > chunk_start ? begin_seen : chunk_start;
     const int end = end_seen < chunk_start + CHUNK ? end_seen : chunk_start + CHUNK;
-    const int n = end > start ? end - start : 0;
-    const int thread = (int)threadIdx.x, lane = thread % WARP, warp = thread / WARP;
-    for (int i = thread; i < heads * key_width; i += THREADS) {
-        query[i / key_width][i % key_width] = scale * queries[first_query * key_width + i];
-    }
-    __syncthreads();
-    const i64 key_bytes = Rows::row_bytes(key_width), value_bytes = Rows::row_bytes(value_row_width);
-    // Groups of eight lanes take positions in turn; all lanes of a warp make the same number of
-    // rounds.
-    for (int p0 = 0; p0 < n; p0 += THREADS / SHARE) {
-        const int p = p0 + thread / SHARE;
-        float dots[HEADS];
-        for (int h = 0; h < HEADS; h++) dots[h] = 0.0f;
-        if (p < n) {
-            const u8* key = keys + (pages.at(start + p) * n_head_kv + kv_head) * key_bytes;
-            for (int i = thread % SHARE * 4; i < key_width; i += SHARE * 4) {
-                const float4 k = Rows::four(key, i);
-                for (int h = 0; h < HEADS; h++) {
-                    if (h >= heads) continue;
-                    const float* q = query[h] + i;
-                    dots[h] += k.x * q[0] + k.y * q[1] + k.z * q[2] + k.w * q[3];
-                }
-            }
-        }
-        for (int h = 0; h < HEADS; h++) {
-            for (int step = SHARE / 2; step > 0; step /= 2) dots[h] += __shfl_xor_sync(ALL_LANES, dots[h], step);
-            if (p < n && h < heads && thread % SHARE == 0) scores[h][p] = capped(dots[h], cap);
-        }
-    }
-    __syncthreads();
-    for (int h = warp; h < heads; h += THREADS / WARP) {
-        float most = minus_infinity();
-        for (int p = lane; p < n; p += WARP) most = fmaxf(most, scores[h][p]);
-        most = warp_max(most);
-        float sum = 0.0f;
-        for (int p = lane; p < n; p += WARP) {
-            const float e = expf(scores[h][p] - most);
-            scores[h][p] = e;
-            sum += e;
-        }
-        sum = warp_sum(sum);
-        if (lane == 0 && !out) {
-            largest[(first_query + h) * chunks + chunk] = most;
-            sums[(first_query + h) * chunks + chunk] = sum;
-        }
-        if (lane == 0 && out) {
-            const float sink = sinks ? sinks[kv_head * group + first_head + h] : minus_infinity();
-            const float top = fmaxf(sink, most);
-            share[h] = expf(most - top);
-            total[h] = share[h] * sum;
-            if (sinks) total[h] += expf(sink - top);
-        }
-    }
-    __syncthreads();
-    for (int c = thread; c < value_width; c += THREADS) {
-        float acc[HEADS];
-        for (int h = 0; h < HEADS; h++) acc[h] = 0.0f;
-        for (int p = 0; p < n;) {
-            const int rest = pages.page_end(start + p) - start, page_end = rest < n ? rest : n;
-            const u8* value = values + (pages.at(start + p) * n_head_kv + kv_head) * value_bytes;
-            for (; p < page_end; p++, value += n_head_kv * value_bytes) {
-                const float v = Rows::at(value, c);
-                for (int h = 0; h < HEADS; h++) {
-                    if (h < heads) acc[h] += scores[h][p] * v;
-                }
-            }
-        }
-        for (int h = 0; h < HEADS; h++) {
-            if (h >= heads) continue;
-            if (!out) {
-                mixed[((first_query + h) * chunks + chunk) * value_width + c] = acc[h];
-                continue;
-            }
-            const i64 to = (first_query + h) * value_width + c;
-            const float v = share[h] * acc[h] / total[h];
-            out[to] = v;
-            if (q) quantize_run(v, to / 32, q, quant_scale, quant_sums);
-        }
-    }
+    const Consecutive where = {Pages(tables, begins, token, page_bits), start};
+    attend<Rows>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale, cap, where,
+                 end > start ? end - start : 0, mixed, largest, sums, sinks, out, q, quant_scale, quant_sums);
 }
 
 #define ATTEND(NAME, ROWS)                                                                                              \
@@ -129,9 +42,9 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n
                 int value_row_width, int value_width, float scale, float cap, const int* positions,                     \
                 const int* begins, const int* tables, int page_bits, int window, float* mixed, float* largest,          \
                 float* sums, const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {            \
-        attend<ROWS>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale, cap,      \
-                     positions, begins, tables, page_bits, window, mixed, largest, sums, sinks, out, q, quant_scale,    \
-                     quant_sums);                                                                                       \
+        attend_all<ROWS>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale,       \
+                         cap, positions, begins, tables, page_bits, window, mixed, largest, sums, sinks, out, q,        \
+                         quant_scale, quant_sums);                                                                      \
     }
 
 ATTEND(attend_f32, RowsF32)

@@ -14,7 +14,7 @@ use tier_plan_formats::model::spec::WindowKind;
 pub const CHUNK: usize = 256;
 
 /// Query heads per attention block; the kernel has the same constant.
-const HEADS: usize = 8;
+pub(super) const HEADS: usize = 8;
 
 /// Widest key; the kernel has the same constant.
 pub use tier_plan_formats::model::gpu::MAX_KEY;
@@ -100,7 +100,7 @@ pub struct Attend<'a> {
 
 impl Attend<'_> {
     /// Panics if a size is not supported, or a buffer is too short.
-    fn check(&self, out: View<'_>) {
+    pub(super) fn check(&self, out: View<'_>) {
         let heads = self.n_head_kv * self.group;
         let tokens = self.positions.tokens();
         let cache = |width: usize| {

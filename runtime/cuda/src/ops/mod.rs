@@ -8,18 +8,21 @@ mod attention;
 mod delta;
 mod gated;
 mod heads;
+mod index;
 mod kda;
 mod positions;
 mod products;
 mod prompt_attention;
 mod short_conv;
 mod small;
+mod sparse_attention;
 mod stream;
 
 pub use attention::{Attend, AttentionBuffers, CHUNK, MAX_KEY};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
+pub use index::{IndexQueries, IndexRows, Reached, may_choose, rating_words};
 pub use kda::{Kda, KdaSizes};
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
 pub use products::{
@@ -29,6 +32,7 @@ pub use products::{
 pub use prompt_attention::PROMPT_TOKENS;
 pub use short_conv::ShortConv;
 pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterSpec, Strided};
+pub use sparse_attention::ChosenPositions;
 
 use super::CudaError;
 use super::device::{Arg, Device, Grid, Recording, View};

@@ -242,6 +242,24 @@ inline T __shfl_xor_sync(u32 mask, T v, int step) {
     return __shfl_sync(mask, v, (int)(shim::running % 32) ^ step);
 }
 
+/// Returns the lanes of the warp whose value is not 0; all lanes take part.
+inline u32 __ballot_sync(u32, int v) {
+    const u32 self = shim::running;
+    u64* slots = shim::slots[shim::turn()];
+    slots[self] = v != 0;
+    shim::wait(shim::WARP_MATES);
+    u32 lanes = 0;
+    for (u32 i = 0; i < 32; i++) lanes |= (u32)slots[self / 32 * 32 + i] << i;
+    return lanes;
+}
+
+/// Threads change places only where they wait.
+inline int atomicAdd(int* to, int v) {
+    const int before = *to;
+    *to += v;
+    return before;
+}
+
 inline int __float_as_int(float v) { int i; memcpy(&i, &v, 4); return i; }
 inline float __int_as_float(int i) { float v; memcpy(&v, &i, 4); return v; }
 inline float __fmul_rn(float a, float b) { return a * b; }

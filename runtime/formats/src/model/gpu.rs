@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec, NormSpan, Reach,
-    TensorId,
+    Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec, NormSpan,
+    Selection, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -217,6 +217,7 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             let linears = a.linears().into_iter().find_map(|l| misplaced(gguf, l));
             linears
                 .or(key(a.kv_rank + a.shared_dim))
+                .or(a.reach.indexer().and_then(|indexer| key(indexer.key_dim)))
                 .or_else(|| misplaced_heads(gguf, a))
         }
         Mixer::Delta(d) => {
@@ -259,11 +260,11 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
 
 /// Returns what of a latent attention no kernel of a GPU computes.
 fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
-    match &a.reach {
-        Reach::All | Reach::Window(_) => None,
-        Reach::Indexed(_) => Some("a lightning indexer"),
-        Reach::Reused(_) => Some("positions that another layer's indexer chose"),
-    }
+    let is_of_blocks = |selection: Selection| selection.block > 1;
+    let indexer = a.reach.indexer();
+    let rates_blocks = indexer.is_some_and(|indexer| indexer.pool.is_some());
+    (rates_blocks || a.reach.selection().is_some_and(is_of_blocks))
+        .then_some("an indexer that rates blocks of positions")
 }
 
 /// Returns what of the embedding no kernel of a GPU computes.

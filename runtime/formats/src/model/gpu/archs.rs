@@ -18,7 +18,6 @@ const ALL_DENSE: [Part; 6] = [EMBEDDING, MIXER, ROUTER, SHARED, DENSE_FFN, HEAD]
 
 const STREAMS: &str = super::SEVERAL_STREAMS;
 const OWN_ROUTER: &str = "norms of, factors on, or a router apart from the experts";
-const INDEXER: &str = "a lightning indexer";
 
 /// Parts that no GPU can run for one reason.
 type Reason = (&'static [Part], &'static str);
@@ -26,8 +25,6 @@ type Reason = (&'static [Part], &'static str);
 /// Returns the reasons of an architecture.
 fn reasons(arch: &str) -> &'static [Reason] {
     match arch {
-        "bailingmoe3" | "kimi-linear" => &[(&[MIXER], "latent attention without rotation")],
-        "deepseek32" | "dots3note" | "glm-dsa" => &[(&[MIXER], INDEXER)],
         "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
         "gemma4" => &[
             (&[EMBEDDING, TABLE], "inputs of tokens for every layer"),
