@@ -60,7 +60,8 @@ impl LayerBackend for Gpu {
         layer: Layer<'_>,
         routed_here: bool,
     ) -> Result<(), RunError> {
-        let input = if routed_here {
+        let reads_others = layer.spec.moe().is_some_and(|moe| moe.input_norm.is_some());
+        let input = if routed_here && !reads_others {
             FfnInput::Normalized
         } else {
             FfnInput::Raw
@@ -77,14 +78,17 @@ impl LayerBackend for Gpu {
         let (values, spec, cpu) = (stage.values(), stage.spec, stage.cpu);
         let Buffers { out, shared, .. } = &mut *stage.buffers;
         let out = &mut out[values.clone()];
-        if let Some(end) = self.end_of_experts(layer.index.get()) {
+        let (index, eps, hidden) = (layer.index.get(), spec.norm_eps, spec.hidden);
+        if let Some(end) = self.end_of_experts(index) {
+            let norm = end.experts_norm.as_deref();
+            finish_block(cpu, norm, eps, 1.0, hidden, out);
             if layer.spec.moe().is_some_and(|moe| moe.shared.is_some()) {
                 cpu.kernels.add(out, &shared[values]);
             }
-            let norm = end.norm.as_deref();
-            finish_block(cpu, norm, spec.norm_eps, end.scale, spec.hidden, out);
+            finish_block(cpu, None, eps, end.sum_scale, hidden, out);
+            finish_block(cpu, end.norm.as_deref(), eps, end.scale, hidden, out);
         }
-        Ok(self.add(out)?)
+        Ok(self.add_sums(index, out)?)
     }
 
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError> {

@@ -19,7 +19,7 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 29] = [
+const WHOLE: [&str; 30] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
@@ -33,6 +33,7 @@ const WHOLE: [&str; 29] = [
     "gemma3",
     "glm-dsa",
     "granitemoe",
+    "grok",
     "hunyuan-moe",
     "hy_v3",
     "kimi-linear",

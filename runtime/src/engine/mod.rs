@@ -23,6 +23,8 @@ mod gpu_delta_tests;
 #[allow(unsafe_code)]
 mod gpu_golden_tests;
 #[cfg(test)]
+mod gpu_places_tests;
+#[cfg(test)]
 #[allow(unsafe_code)]
 mod gpu_slot_tests;
 #[cfg(test)]

@@ -48,6 +48,8 @@ pub(crate) struct BufferSizes {
     v: usize,
     gate: usize,
     mixed: usize,
+    /// Sums of routed experts under a norm of their own.
+    sums: usize,
     inner: usize,
     ffn: usize,
     low: usize,
@@ -115,6 +117,9 @@ impl BufferSizes {
                 Ffn::Dense(ffn) if here(at.ffn) => s.ffn = s.ffn.max(ffn.up.n_out),
                 Ffn::Moe(moe) => {
                     if here(at.ffn) {
+                        if moe.output_norm.is_some() {
+                            s.sums = rows * hidden;
+                        }
                         s.record += 2 * moe.n_used * most_texts(rows);
                         (s.n_expert, s.n_used) =
                             (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
@@ -271,6 +276,7 @@ impl BufferSizes {
             self.v,
             self.gate,
             self.mixed,
+            self.sums,
             rows * self.ffn,
             rows * self.ffn,
             self.low,
@@ -321,6 +327,8 @@ pub(super) struct GpuBuffers {
     pub(super) v: Buffer,
     pub(super) gate: Buffer,
     pub(super) mixed: Buffer,
+    /// `[rows, hidden]` sums of routed experts under a norm of their own.
+    pub(super) sums: Buffer,
     pub(super) ffn_gate: Buffer,
     pub(super) ffn_up: Buffer,
     pub(super) low: Buffer,
@@ -369,6 +377,7 @@ impl GpuBuffers {
             v: floats(s.v)?,
             gate: floats(s.gate)?,
             mixed: floats(s.mixed)?,
+            sums: floats(s.sums)?,
             ffn_gate: floats(rows * s.ffn)?,
             ffn_up: floats(rows * s.ffn)?,
             low: floats(s.low)?,

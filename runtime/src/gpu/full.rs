@@ -271,7 +271,7 @@ impl FullModel<'_> {
                     ffn.norm(work, 0..n, Residual::Pending, Output::F32)?;
                     block.run(work, n)?;
                     ffn.finish(work, n)?;
-                    residual = Residual::Pending;
+                    residual = ffn.end_layer(work, 0..n, Residual::Pending)?;
                     continue;
                 }
                 FullBlock::Moe { router, shared } => (router, shared),
@@ -279,59 +279,91 @@ impl FullModel<'_> {
             let takes_quants = experts
                 .as_deref()
                 .is_some_and(|experts| experts.takes_quants(moe_index));
-            ffn.norm(
-                work,
-                0..n,
-                Residual::Pending,
-                Output::quantized_if(takes_quants),
-            )?;
+            let output = Output::quantized_if(takes_quants);
+            ffn.norm_for_router(work, router, 0..n, Residual::Pending, output)?;
             let n_used = router.spec.n_used;
             let choices = first..first + 2 * n * n_used;
             let record = work.buffers.record.view().floats(choices.clone());
             router.choose(work, n, ChoiceViews::of(record, n * n_used))?;
             if let Some(shared) = shared {
+                if !ffn.shares_rows() {
+                    ffn.norm(work, 0..n, Residual::None, Output::F32)?;
+                }
                 shared.run(work, n)?;
             }
-            // Experts are added to the state, or, where something follows their sum, to the shared
-            // one's result.
-            let (is_apart, has_shared) = (ffn.has_end(), shared.is_some());
-            residual = if is_apart || has_shared {
+            ffn.norm_for_experts(work, 0..n, output)?;
+            let mut left = if shared.is_some() {
                 Residual::Pending
             } else {
                 Residual::None
             };
             if let Some(experts) = experts.as_deref_mut() {
                 let record = work.buffers.record.view().floats(choices.clone());
-                let ChoiceViews {
-                    experts: which,
-                    weights,
-                } = ChoiceViews::of(record, n * n_used);
-                let (input, quants) = (work.buffers.answer.view(), &work.buffers.quants);
-                let out = if is_apart {
-                    work.buffers.out.view()
-                } else {
-                    work.state(0..n)
+                let chosen = Chosen {
+                    layer: moe_index,
+                    choices: ChoiceViews::of(record, n * n_used),
+                    tokens: n,
+                    n_used,
                 };
-                experts.sum_chosen(
-                    moe_index,
-                    &ChosenExperts {
-                        input,
-                        quants,
-                        which,
-                        weights,
-                        tokens: n,
-                        n_used,
-                    },
-                    (!is_apart || has_shared).then_some(out),
-                    out,
-                )?;
-                ffn.finish(work, n)?;
+                left = add_experts(work, experts, ffn, &chosen, left)?;
             }
+            residual = ffn.end_layer(work, 0..n, left)?;
             first = choices.end;
             moe_index += 1;
         }
         self.head.run(work, 0..n, residual)
     }
+}
+
+/// The experts that a layer's router chose for tokens.
+struct Chosen<'a> {
+    /// Index among layers with routed experts.
+    layer: usize,
+    choices: ChoiceViews<'a>,
+    tokens: usize,
+    n_used: usize,
+}
+
+/// Computes the chosen experts. Adds their sum to the hidden state or, where something is done to the
+/// sum of all experts, to the shared one's result in `buffers.out`, if that is still to be added.
+/// Returns what is left to add.
+fn add_experts(
+    work: &Workspace,
+    experts: &mut PinnedExperts,
+    ffn: &LayerFfn,
+    chosen: &Chosen<'_>,
+    shared: Residual,
+) -> Result<Residual, CudaError> {
+    let (buffers, n) = (&work.buffers, chosen.tokens);
+    let has_shared = shared == Residual::Pending;
+    let all = ChosenExperts {
+        input: buffers.answer.view(),
+        quants: &buffers.quants,
+        which: chosen.choices.experts,
+        weights: chosen.choices.weights,
+        tokens: n,
+        n_used: chosen.n_used,
+    };
+    if !ffn.sums_apart() {
+        let state = work.state(0..n);
+        experts.sum_chosen(chosen.layer, &all, Some(state), state)?;
+        return Ok(shared);
+    }
+    let (out, hidden) = (buffers.out.view(), work.hidden);
+    match ffn.sum_norm() {
+        None => experts.sum_chosen(chosen.layer, &all, has_shared.then_some(out), out)?,
+        Some(norm) => {
+            let sums = if has_shared { buffers.sums.view() } else { out };
+            experts.sum_chosen(chosen.layer, &all, None, sums)?;
+            let norm = Some(norm.view());
+            work.ops.rms_norm(sums, norm, n, hidden, work.eps, sums)?;
+            if has_shared {
+                work.ops.add(out, sums, n * hidden)?;
+            }
+        }
+    }
+    ffn.finish(work, n)?;
+    Ok(Residual::Pending)
 }
 
 /// Returns the most texts whose tokens go through together where there is room for `rows`.

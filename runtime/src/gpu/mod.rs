@@ -49,7 +49,7 @@ use std::sync::Arc;
 use tier_plan_cuda::{CudaError, Device};
 use tier_plan_formats::model::spec::ModelSpec;
 use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
-use workspace::Workspace;
+use workspace::{Residual, Workspace};
 
 /// Bytes of a GPU's memory that are left free for the driver, the kernels and small tables.
 pub(crate) const GPU_RESERVE_BYTES: u64 = 128 << 20;
@@ -295,9 +295,16 @@ impl Gpu {
         self.work.state(rows).read_f32(x)
     }
 
-    /// Adds values to the first rows of the hidden state, `[n, hidden]`.
-    pub(super) fn add(&self, values: &[f32]) -> Result<(), CudaError> {
-        self.work.add_to_state(values)
+    /// Adds the sums of a layer's experts to the first rows of the hidden state, `[n, hidden]`, and
+    /// does what follows the layer.
+    pub(super) fn add_sums(&self, layer: usize, sums: &[f32]) -> Result<(), CudaError> {
+        self.work.add_to_state(sums)?;
+        let Some(ffn) = &self.layers[layer].ffn else {
+            return Ok(());
+        };
+        let rows = 0..sums.len() / self.work.hidden;
+        ffn.end_layer(&self.work, rows, Residual::None)?;
+        Ok(())
     }
 }
 

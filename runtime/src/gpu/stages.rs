@@ -9,9 +9,9 @@ use crate::layers::mixer::Segment;
 use crate::layers::places::{LayerPlaces, Place};
 use crate::layers::rope::{LayerRopes, RopeTable};
 use std::ops::Range;
-use tier_plan_cuda::ops::RouterSpec;
+use tier_plan_cuda::ops::{RouterLogits, RouterSpec};
 use tier_plan_cuda::{Buffer, CudaError, View};
-use tier_plan_formats::model::spec::{Ffn as FfnSpec, LayerSpec, MoeSpec};
+use tier_plan_formats::model::spec::{Ffn as FfnSpec, LayerSpec, MoeSpec, RouterInput, TensorId};
 use tier_plan_formats::placement::TierIdx;
 
 /// The parts of one layer.
@@ -35,22 +35,45 @@ pub(super) struct LayerFfn {
     pub(super) router: Option<Router>,
     /// The shared expert or the dense block.
     pub(super) block: Option<FfnBlock>,
+    /// Norm of the routed experts' rows, where they read others than their router.
+    experts_norm: Option<Buffer>,
+    /// What is done to the sum of the routed experts before the shared one is added, and to both,
+    /// where experts are added up apart from the hidden state.
+    experts_end: Option<ExpertsEnd>,
     /// What follows the dense block, or all experts together.
     end: Option<BlockEnd>,
+    /// Factor on the hidden state after the layer.
+    output_scale: f32,
     /// The same on the host, for experts' results that meet there.
     pub(super) host_end: Option<HostEnd>,
 }
 
 /// What is done on the host to the sum of all experts, the shared one included.
 pub(crate) struct HostEnd {
-    /// `[hidden]`.
+    /// Norm of the routed experts' sum, `[hidden]`.
+    pub(crate) experts_norm: Option<Vec<f32>>,
+    /// Factor on the sum of all experts.
+    pub(crate) sum_scale: f32,
+    /// Norm of that, `[hidden]`.
     pub(crate) norm: Option<Vec<f32>>,
     pub(crate) scale: f32,
 }
 
+/// What is done to sums of experts on the device.
+struct ExpertsEnd {
+    /// Norm of the routed experts' sum, `[hidden]`.
+    norm: Option<Buffer>,
+    /// Factor on the sum of all experts.
+    sum_scale: f32,
+}
+
 pub(super) struct Router {
     matrix: Matrix,
+    /// Norm of its rows, where it reads others than the layer's blocks.
+    norm: Option<Buffer>,
     selection_bias: Option<Buffer>,
+    /// Factors on experts' weights.
+    expert_scale: Option<Buffer>,
     pub(super) spec: RouterSpec,
 }
 
@@ -58,6 +81,8 @@ pub(super) struct FfnBlock {
     matrices: FfnMatrices,
     /// Vector that gates a shared expert, `[hidden]`.
     gate: Option<Buffer>,
+    /// Norm of a shared expert's result, `[hidden]`.
+    norm: Option<Buffer>,
 }
 
 pub(super) struct Head {
@@ -85,6 +110,7 @@ impl Layer {
                 Some(FfnBlock {
                     matrices: FfnMatrices::new(loader, ffn)?,
                     gate: None,
+                    norm: None,
                 }),
             ),
             FfnSpec::Dense(_) | FfnSpec::None => (None, None),
@@ -95,6 +121,7 @@ impl Layer {
                     Ok(FfnBlock {
                         matrices,
                         gate: loader.opt_vector(s.gate)?,
+                        norm: loader.opt_vector(s.norm)?,
                     })
                 });
                 let router = here(places.ffn).then(|| Router::new(loader, moe));
@@ -125,19 +152,17 @@ impl Layer {
                     scale: residual.ffn_scale,
                 })
             });
-            let host_norm = residual
-                .ffn_norm
-                .map(|id| loader.weights.vector(id).to_vec());
+            let scale = loader.weights.opt_vector(residual.output_scale);
             Ok(LayerFfn {
                 norm,
                 output: Output::quantized_if(takes_quants),
                 router,
                 block,
+                experts_norm: experts_norm(loader, layer)?,
+                experts_end: ExpertsEnd::new(loader, layer)?,
                 end: end.transpose()?,
-                host_end: layer.sums_experts_apart().then_some(HostEnd {
-                    norm: host_norm,
-                    scale: residual.ffn_scale,
-                }),
+                output_scale: scale.map_or(1.0, |scale| scale[0]),
+                host_end: HostEnd::new(loader, layer),
             })
         });
         Ok(Self {
@@ -147,11 +172,57 @@ impl Layer {
     }
 }
 
+/// Loads the norm of the routed experts' rows, where they read others than their router.
+fn experts_norm(loader: &GpuLoader<'_>, layer: &LayerSpec) -> Result<Option<Buffer>, CudaError> {
+    let norm = layer.moe().and_then(|moe| {
+        let apart = moe.input_norm.is_some() || moe.router_input != RouterInput::Normed;
+        apart.then(|| moe.input_norm.unwrap_or(layer.ffn_norm))
+    });
+    loader.opt_vector(norm)
+}
+
+impl ExpertsEnd {
+    fn new(loader: &GpuLoader<'_>, layer: &LayerSpec) -> Result<Option<Self>, CudaError> {
+        let moe = layer.moe().filter(|_| layer.sums_experts_apart());
+        let end = moe.map(|moe| {
+            Ok(Self {
+                norm: loader.opt_vector(moe.output_norm)?,
+                sum_scale: moe.sum_scale,
+            })
+        });
+        end.transpose()
+    }
+}
+
+impl HostEnd {
+    fn new(loader: &GpuLoader<'_>, layer: &LayerSpec) -> Option<Self> {
+        let moe = layer.moe().filter(|_| layer.sums_experts_apart())?;
+        let vector = |id: Option<TensorId>| id.map(|id| loader.weights.vector(id).to_vec());
+        Some(Self {
+            experts_norm: vector(moe.output_norm),
+            sum_scale: moe.sum_scale,
+            norm: vector(layer.residual.ffn_norm),
+            scale: layer.residual.ffn_scale,
+        })
+    }
+}
+
 impl Router {
     fn new(loader: &GpuLoader<'_>, moe: &MoeSpec) -> Result<Self, CudaError> {
+        let norm = match moe.router_input {
+            RouterInput::Normed => None,
+            RouterInput::Own(id) => {
+                let weights = loader.weights.vector(id);
+                let factor = 1.0 / (weights.len() as f32).sqrt();
+                let weights: Vec<f32> = weights.iter().map(|w| factor * w).collect();
+                Some(Buffer::of_f32(loader.device, &weights)?)
+            }
+        };
         Ok(Self {
             matrix: loader.linear(&moe.router)?,
+            norm,
             selection_bias: loader.opt_vector(moe.selection_bias)?,
+            expert_scale: loader.opt_vector(moe.expert_scale)?,
             spec: RouterSpec::from(moe),
         })
     }
@@ -221,14 +292,80 @@ impl LayerFfn {
         work.norm(&self.norm, rows, residual, output)
     }
 
+    /// Normalizes rows for the router, and for other consumers that take `output` where they read
+    /// the same rows.
+    pub(super) fn norm_for_router(
+        &self,
+        work: &mut Workspace,
+        router: &Router,
+        rows: Range<usize>,
+        residual: Residual,
+        output: Output,
+    ) -> Result<(), CudaError> {
+        match &router.norm {
+            Some(norm) => {
+                let output = Output::quantized_if(router.matrix.takes_quants());
+                work.norm(norm, rows, residual, output)
+            }
+            None => self.norm(work, rows, residual, output),
+        }
+    }
+
+    /// Normalizes rows for the routed experts, where these read others than their router.
+    pub(super) fn norm_for_experts(
+        &self,
+        work: &mut Workspace,
+        rows: Range<usize>,
+        output: Output,
+    ) -> Result<(), CudaError> {
+        let norm = self.experts_norm.as_ref();
+        norm.map_or(Ok(()), |norm| work.norm(norm, rows, Residual::None, output))
+    }
+
+    /// Whether a shared expert reads the rows that the routed ones read.
+    pub(super) fn shares_rows(&self) -> bool {
+        self.experts_norm.is_none()
+    }
+
     /// Does to `n` rows of `buffers.out` what follows the dense block, or all experts together.
     pub(super) fn finish(&self, work: &Workspace, n: usize) -> Result<(), CudaError> {
+        if let Some(end) = self.experts_end.as_ref().filter(|end| end.sum_scale != 1.0) {
+            let out = work.buffers.out.view();
+            work.ops.scale(out, end.sum_scale, n * work.hidden)?;
+        }
         self.end.as_ref().map_or(Ok(()), |end| work.finish(end, n))
     }
 
-    /// Returns whether something follows the dense block, or all experts together.
-    pub(super) fn has_end(&self) -> bool {
-        self.end.is_some()
+    /// Returns whether all experts are added up before they are added to the hidden state.
+    pub(super) fn sums_apart(&self) -> bool {
+        self.experts_end.is_some()
+    }
+
+    /// Returns the norm of the routed experts' sum.
+    pub(super) fn sum_norm(&self) -> Option<&Buffer> {
+        self.experts_end.as_ref()?.norm.as_ref()
+    }
+
+    /// Adds a block's result in `buffers.out`, which is `residual` to rows, where a factor on the
+    /// hidden state follows. Returns what is left to add.
+    pub(super) fn end_layer(
+        &self,
+        work: &Workspace,
+        rows: Range<usize>,
+        residual: Residual,
+    ) -> Result<Residual, CudaError> {
+        if self.output_scale == 1.0 {
+            return Ok(residual);
+        }
+        let (n, state) = (rows.len() * work.hidden, work.state(rows));
+        let ops = &work.ops;
+        match residual {
+            Residual::Pending => {
+                ops.add_and_scale(state, work.buffers.out.view(), self.output_scale, n)?
+            }
+            Residual::None => ops.scale(state, self.output_scale, n)?,
+        }
+        Ok(Residual::None)
     }
 }
 
@@ -250,8 +387,12 @@ impl Router {
             &buffers.quants,
             logits,
         )?;
-        let bias = self.selection_bias.as_ref().map(Buffer::view);
-        ops.route(&self.spec, logits, bias, n, to.experts, to.weights)
+        let logits = RouterLogits {
+            logits,
+            bias: self.selection_bias.as_ref().map(Buffer::view),
+            factors: self.expert_scale.as_ref().map(Buffer::view),
+        };
+        ops.route(&self.spec, logits, n, to.experts, to.weights)
     }
 }
 
@@ -261,17 +402,15 @@ impl FfnBlock {
     pub(super) fn run(&self, work: &mut Workspace, n: usize) -> Result<(), CudaError> {
         let (ops, buffers, hidden) = (&work.ops, &mut work.buffers, work.hidden);
         self.matrices.run(ops, buffers, n)?;
-        match &self.gate {
-            Some(gate) => ops.sigmoid_gate(
-                gate.view(),
-                buffers.answer.view(),
-                n,
-                hidden,
-                hidden,
-                buffers.out.view(),
-            ),
-            None => Ok(()),
+        let out = buffers.out.view();
+        if let Some(gate) = &self.gate {
+            let x = buffers.answer.view();
+            ops.sigmoid_gate(gate.view(), x, n, hidden, hidden, out)?;
         }
+        let norm = self.norm.as_ref().map(Buffer::view);
+        norm.map_or(Ok(()), |norm| {
+            ops.rms_norm(out, Some(norm), n, hidden, work.eps, out)
+        })
     }
 }
 
@@ -351,21 +490,22 @@ pub(crate) struct RouterPart<'a> {
 }
 
 impl<'a> RouterPart<'a> {
-    /// Chooses experts for rows, `[rows, n_used]`, with their weights. Returns the normalized rows,
-    /// which experts take, `[rows, hidden]`.
+    /// Chooses experts for rows, `[rows, n_used]`, with their weights. Returns the normalized rows
+    /// that experts take, `[rows, hidden]`.
     pub(crate) fn route(
         mut self,
         rows: Range<usize>,
         experts: &mut [u16],
         weights: &mut [f32],
     ) -> Result<&'a [f32], CudaError> {
-        let (n_normed, n_choices) = self.choose(rows)?;
+        let (n_normed, n_choices) = self.choose(rows.clone())?;
         let Self {
             layer,
+            ffn,
             router,
             work,
-            ..
         } = self;
+        ffn.norm_for_experts(work, rows, Output::F32)?;
         work.answer.resize(n_normed + 2 * n_choices, 0.0);
         work.buffers.answer.view().read_f32(&mut work.answer)?;
         let (normed, choices) = work.answer.split_at(n_normed);
@@ -403,17 +543,14 @@ impl<'a> RouterPart<'a> {
     /// `buffers.answer`, and of the choices after them.
     fn choose(&mut self, rows: Range<usize>) -> Result<(usize, usize), CudaError> {
         let n = rows.len();
-        self.ffn
-            .norm(self.work, rows, Residual::None, Output::F32)?;
         let (n_normed, n_choices) = (n * self.work.hidden, n * self.router.spec.n_used);
-        let choices = self
-            .work
-            .buffers
-            .answer
-            .view()
-            .floats(n_normed..n_normed + 2 * n_choices);
-        self.router
-            .choose(self.work, n, ChoiceViews::of(choices, n_choices))?;
+        let (none, output) = (Residual::None, Output::F32);
+        self.ffn
+            .norm_for_router(self.work, self.router, rows, none, output)?;
+        let answer = self.work.buffers.answer.view();
+        let choices = answer.floats(n_normed..n_normed + 2 * n_choices);
+        let choices = ChoiceViews::of(choices, n_choices);
+        self.router.choose(self.work, n, choices)?;
         Ok((n_normed, n_choices))
     }
 }
@@ -439,7 +576,10 @@ impl<'a> FfnPart<'a> {
     pub(crate) fn run(self, rows: Range<usize>) -> Result<(), CudaError> {
         let (ffn, work) = self.compute(rows.clone(), FfnInput::Raw)?;
         ffn.finish(work, rows.len())?;
-        work.add_out(rows)
+        match ffn.end_layer(work, rows.clone(), Residual::Pending)? {
+            Residual::Pending => work.add_out(rows),
+            Residual::None => Ok(()),
+        }
     }
 
     /// Adds a shared expert's result to rows.

@@ -188,10 +188,10 @@ KERNEL matvec_transposed(const float* w, int heads, int n_rows, int n_cols, cons
     out[job * n_cols + c] = sum;
 }
 
-/// Computes `x += y`.
-KERNEL add(float* x, const float* y, int n) {
+/// Computes `x = (x + y) * factor` for `n` values.
+KERNEL add(float* x, const float* y, float factor, int n) {
     const i64 i = thread_number();
-    if (i < n) x[i] += y[i];
+    if (i < n) x[i] = factor * (x[i] + y[i]);
 }
 
 /// Adds a bias to each row of `[rows, width]`: the first of `n_bias`, or the one with index

@@ -53,9 +53,10 @@ DEVICE void keep_best_groups(float* scores, int n_expert, int n_group, int n_kep
 }
 
 /// Chooses `n_used` of `n_expert` experts per token, largest score first. `bias`, which may be
-/// null, is added for the choice only. `n_group` of 0 or 1 means no groups. Grid: tokens.
-KERNEL route(const float* logits, const float* bias, int n_expert, int n_used, int gating, int n_group, int n_kept,
-             int normalize, float factor, int* experts, float* weights) {
+/// null, is added for the choice only. Weights are multiplied by `factor`, and by that of their expert
+/// in `factors`, which may be null. `n_group` of 0 or 1 means no groups. Grid: tokens.
+KERNEL route(const float* logits, const float* bias, const float* factors, int n_expert, int n_used, int gating,
+             int n_group, int n_kept, int normalize, float factor, int* experts, float* weights) {
     __shared__ float probs[MAX_EXPERTS];
     __shared__ float scores[MAX_EXPERTS];
     __shared__ float best[MAX_GROUPS];
@@ -144,5 +145,8 @@ KERNEL route(const float* logits, const float* bias, int n_expert, int n_used, i
             for (int k = 0; k < n_used; k++) weights[k] /= total;
         }
         for (int k = 0; k < n_used; k++) weights[k] *= factor;
+        if (factors) {
+            for (int k = 0; k < n_used; k++) weights[k] *= factors[experts[k]];
+        }
     }
 }

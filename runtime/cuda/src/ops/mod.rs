@@ -31,7 +31,7 @@ pub use products::{
 };
 pub use prompt_attention::PROMPT_TOKENS;
 pub use short_conv::ShortConv;
-pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterSpec, Strided};
+pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterLogits, RouterSpec, Strided};
 pub use sparse_attention::ChosenPositions;
 
 use super::CudaError;

@@ -65,6 +65,17 @@ pub struct RouterSpec {
     pub scale: f32,
 }
 
+/// What a router made of tokens, and what it has for each expert.
+#[derive(Clone, Copy)]
+pub struct RouterLogits<'a> {
+    /// `[tokens, n_expert]`.
+    pub logits: View<'a>,
+    /// Added for the choice only, `[n_expert]`.
+    pub bias: Option<View<'a>>,
+    /// Factors on weights, `[n_expert]`.
+    pub factors: Option<View<'a>>,
+}
+
 impl From<&MoeSpec> for RouterSpec {
     fn from(moe: &MoeSpec) -> Self {
         let &MoeSpec {
@@ -264,8 +275,7 @@ impl Ops {
     pub fn route(
         &self,
         r: &RouterSpec,
-        logits: View<'_>,
-        bias: Option<View<'_>>,
+        logits: RouterLogits<'_>,
         tokens: usize,
         experts: View<'_>,
         weights: View<'_>,
@@ -279,8 +289,15 @@ impl Ops {
             "{r:?}"
         );
         assert!(n_group == 0 || r.n_expert.is_multiple_of(n_group), "{r:?}");
+        let RouterLogits {
+            logits,
+            bias,
+            factors,
+        } = logits;
+        let mut by_expert = bias.iter().chain(&factors);
         assert!(
-            logits.words() >= tokens * r.n_expert && bias.is_none_or(|b| b.words() >= r.n_expert),
+            logits.words() >= tokens * r.n_expert
+                && by_expert.all(|values| values.words() >= r.n_expert),
             "logits"
         );
         assert!(
@@ -297,6 +314,7 @@ impl Ops {
         let args = [
             logits.arg(),
             null_or(bias),
+            null_or(factors),
             int(r.n_expert),
             int(r.n_used),
             Arg::Int(gating),
@@ -347,13 +365,20 @@ impl Ops {
 
     /// Computes `x += y` for `n` values.
     pub fn add(&self, x: View<'_>, y: View<'_>, n: usize) -> Result<(), CudaError> {
+        self.add_and_scale(x, y, 1.0, n)
+    }
+
+    /// Computes `x = (x + y) * factor` for `n` values.
+    pub fn add_and_scale(
+        &self,
+        x: View<'_>,
+        y: View<'_>,
+        factor: f32,
+        n: usize,
+    ) -> Result<(), CudaError> {
         assert!(x.words() >= n && y.words() >= n, "{n} values");
-        self.launch(
-            "add",
-            [blocks(n, THREADS), 1, 1],
-            THREADS,
-            &[x.arg(), y.arg(), int(n)],
-        )
+        let args = [x.arg(), y.arg(), Arg::Float(factor), int(n)];
+        self.launch("add", [blocks(n, THREADS), 1, 1], THREADS, &args)
     }
 
     /// Adds a bias of `[n_bias, width]` to each of `rows` rows of `width` values: the first one, or

@@ -34,6 +34,12 @@ pub const MAX_DELTA_HEAD: usize = 256;
 /// What no part of a model on a GPU can read or write.
 const SEVERAL_STREAMS: &str = "several streams of the residual (hyper-connections)";
 
+/// What no layer or embedding on a GPU adds.
+const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
+
+/// What no router on a GPU leaves for its experts.
+const LATENT: &str = "experts in a smaller space";
+
 /// What no router on a GPU does.
 const BY_TOKEN: &str = "experts chosen by tokens";
 
@@ -270,7 +276,7 @@ fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
 /// Returns what of the embedding no kernel of a GPU computes.
 fn embedding(spec: &ModelSpec) -> Option<String> {
     if spec.token_inputs.is_some() {
-        return Some("inputs of tokens for every layer".into());
+        return Some(TOKEN_INPUTS.into());
     }
     if spec.ngrams.is_some() {
         return Some("a table of n-grams".into());
@@ -289,16 +295,14 @@ fn head(spec: &ModelSpec) -> Option<String> {
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
 fn blocks(layer: &LayerSpec) -> Option<String> {
     let residual = &layer.residual;
-    if !residual.ends_plain() {
-        return Some("what follows the feed-forward block".into());
+    if residual.layer_input.is_some() {
+        return Some(TOKEN_INPUTS.into());
     }
     if residual.connections.is_some() {
         return Some(SEVERAL_STREAMS.into());
     }
     match &layer.ffn {
-        Ffn::Moe(moe) if !moe.is_plain() => {
-            Some("norms of, factors on, or a router apart from the experts".into())
-        }
+        Ffn::Moe(moe) if moe.latent.is_some() => Some(LATENT.into()),
         Ffn::Moe(moe) if moe.by_token.is_some() => Some(BY_TOKEN.into()),
         Ffn::Moe(_) | Ffn::Dense(_) | Ffn::None => None,
     }

@@ -3,7 +3,7 @@
 use super::Check;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{AddNorm, Quants, RopeTurns, RouterSpec, Strided};
+use tier_plan_cuda::ops::{AddNorm, Quants, RopeTurns, RouterLogits, RouterSpec, Strided};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{
     Activation, ExpertLinear, GateFunction, GateUp, Gating, Groups, Linear, MoeSpec, RopeKind,
@@ -312,7 +312,11 @@ fn sums(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         Buffer::of_f32(ops.device(), &y)?,
     );
     ops.add(a.view(), b.view(), rows * width)?;
-    Kernels::SCALAR.add(&mut x, &y);
+    ops.add_and_scale(a.view(), b.view(), -0.7, rows * width)?;
+    for _ in 0..2 {
+        Kernels::SCALAR.add(&mut x, &y);
+    }
+    x.iter_mut().for_each(|x| *x *= -0.7);
     let bias = Buffer::of_f32(ops.device(), &biases)?;
     let choices = [2, 0, -1, 3, 1];
     let which = Buffer::of_i32(ops.device(), &choices)?;
@@ -422,21 +426,23 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         logits[1] = logits[0];
         let last = (tokens - 1) * r.n_expert;
         logits[last..].fill(f32::NAN);
-        let bias = random.floats(r.n_expert);
+        let (bias, factors) = (random.floats(r.n_expert), random.floats(r.n_expert));
         for bias in [None, Some(&bias)] {
+            // Factors where there is a bias, too.
+            let factors = bias.map(|_| &factors);
             let on_device = Buffer::of_f32(ops.device(), &logits)?;
             let biases = bias.map(|b| Buffer::of_f32(ops.device(), b)).transpose()?;
             let experts = Buffer::new_f32(ops.device(), tokens * r.n_used)?;
             let weights = Buffer::new_f32(ops.device(), tokens * r.n_used)?;
-            let b = biases.as_ref().map(Buffer::view);
-            ops.route(
-                &r,
-                on_device.view(),
-                b,
-                tokens,
-                experts.view(),
-                weights.view(),
-            )?;
+            let given = factors
+                .map(|f| Buffer::of_f32(ops.device(), f))
+                .transpose()?;
+            let logits_there = RouterLogits {
+                logits: on_device.view(),
+                bias: biases.as_ref().map(Buffer::view),
+                factors: given.as_ref().map(Buffer::view),
+            };
+            ops.route(&r, logits_there, tokens, experts.view(), weights.view())?;
             let (got, got_weights) = (experts.view().to_i32()?, weights.view().to_f32()?);
             for t in 0..tokens {
                 let (mut chosen, mut expected) = (vec![0u16; r.n_used], vec![0.0; r.n_used]);
@@ -448,6 +454,10 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
                     &mut chosen,
                     &mut expected,
                 );
+                if let Some(factors) = factors {
+                    let of = chosen.iter().map(|expert| factors[usize::from(*expert)]);
+                    expected.iter_mut().zip(of).for_each(|(w, f)| *w *= f);
+                }
                 let chosen: Vec<i32> = chosen.into_iter().map(i32::from).collect();
                 let range = t * r.n_used..(t + 1) * r.n_used;
                 outcome.compare_exact(&got[range.clone()], &chosen);

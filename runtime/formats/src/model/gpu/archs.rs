@@ -17,7 +17,6 @@ const BLOCKS: [Part; 3] = [ROUTER, SHARED, DENSE_FFN];
 const ALL_DENSE: [Part; 6] = [EMBEDDING, MIXER, ROUTER, SHARED, DENSE_FFN, HEAD];
 
 const STREAMS: &str = super::SEVERAL_STREAMS;
-const OWN_ROUTER: &str = "norms of, factors on, or a router apart from the experts";
 
 /// Parts that no GPU can run for one reason.
 type Reason = (&'static [Part], &'static str);
@@ -27,13 +26,12 @@ fn reasons(arch: &str) -> &'static [Reason] {
     match arch {
         "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
         "gemma4" => &[
-            (&[EMBEDDING, TABLE], "inputs of tokens for every layer"),
+            (&[EMBEDDING, TABLE], super::TOKEN_INPUTS),
             (&[MIXER], "keys and values that other layers read"),
-            (&BLOCKS, "what follows the feed-forward block"),
+            (&BLOCKS, super::TOKEN_INPUTS),
         ],
-        "grok" => &[(&[ROUTER, SHARED], OWN_ROUTER)],
         "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
-        "nemotron_h_moe" => &[(&[MIXER], "Mamba-2"), (&[ROUTER, SHARED], OWN_ROUTER)],
+        "nemotron_h_moe" => &[(&[MIXER], "Mamba-2"), (&[ROUTER, SHARED], super::LATENT)],
         "qwen4exp" => &[(&ALL_DENSE, STREAMS), (&[TABLE], "a table of n-grams")],
         _ => &[],
     }
