@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 15] = [
+pub static MODULES: [Module; 16] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -125,6 +125,18 @@ pub static MODULES: [Module; 15] = [
             "kda_recur_64",
             "kda_recur_128",
             "kda_recur_256",
+        ],
+    },
+    Module {
+        name: "mamba.cu",
+        text: include_str!("kernels/mamba.cu"),
+        kernels: &[
+            "mamba_convolve",
+            "mamba_recur_32",
+            "mamba_recur_64",
+            "mamba_recur_128",
+            "mamba_recur_256",
+            "mamba_gate",
         ],
     },
     Module {

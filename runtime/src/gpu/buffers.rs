@@ -218,8 +218,15 @@ impl BufferSizes {
                 self.inner = self.inner.max(width).max(ranks[0]).max(ranks[1]);
                 return;
             }
+            Mixer::Mamba(m) => {
+                self.raw = self.raw.max(rows * m.input.n_out);
+                self.q = self.q.max(rows * m.channels());
+                self.v = self.v.max(2 * rows * m.n_head);
+                self.mixed = self.mixed.max(rows * m.out.n_in);
+                self.inner = self.inner.max(m.out.n_in);
+                return;
+            }
             // Refused when the plan is checked.
-            Mixer::Mamba(_) => return,
             Mixer::Compressed(_) | Mixer::None => return,
         };
         self.attend = self.attend.max(wanted);

@@ -4,6 +4,7 @@ use super::buffers::GpuBuffers;
 use super::delta::Delta;
 use super::gqa::Gqa;
 use super::kda::Kda;
+use super::mamba::Mamba;
 use super::matrix::{GpuLoader, Matrix, product};
 use super::mla::Mla;
 use super::short_conv::ShortConv;
@@ -32,6 +33,7 @@ pub(super) enum Mixer {
     Delta(Box<Delta>),
     Kda(Box<Kda>),
     ShortConv(Box<ShortConv>),
+    Mamba(Box<Mamba>),
 }
 
 impl Mixer {
@@ -55,7 +57,7 @@ impl Mixer {
             MixerSpec::ShortConv(c) => {
                 Ok(Self::ShortConv(Box::new(ShortConv::new(loader, c, cache)?)))
             }
-            MixerSpec::Mamba(_) => Err(lacks(loader, "Mamba-2")),
+            MixerSpec::Mamba(m) => Ok(Self::Mamba(Box::new(Mamba::new(loader, m, cache)?))),
             MixerSpec::Compressed(_) => Err(lacks(loader, "compressed attention")),
             MixerSpec::None => Err(lacks(loader, "a layer without a mixer")),
         }
@@ -69,6 +71,7 @@ impl Mixer {
             Self::Delta(d) => d.takes_quants(),
             Self::Kda(k) => k.takes_quants(),
             Self::ShortConv(c) => c.takes_quants(),
+            Self::Mamba(m) => m.takes_quants(),
         }
     }
 
@@ -86,6 +89,7 @@ impl Mixer {
             Self::Delta(d) => d.run(ops, buffers, batch),
             Self::Kda(k) => k.run(ops, buffers, batch),
             Self::ShortConv(c) => c.run(ops, buffers, batch),
+            Self::Mamba(m) => m.run(ops, buffers, batch),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The parts of a model that run on GPUs beside routed experts: attention with its KV cache, delta
-//! nets and short convolutions with their states, routers, shared experts, dense blocks, the head and
-//! the embedding.
+//! nets, Mamba-2, and short convolutions with their states, routers, shared experts, dense blocks, the
+//! head and the embedding.
 //!
 //! The hidden state of a batch stays on a GPU while consecutive parts run there. A router's choices
 //! are copied to the CPU, whose expert store knows where experts are. All buffers are allocated at
@@ -18,6 +18,7 @@ mod full;
 mod gqa;
 mod indexer;
 mod kda;
+mod mamba;
 mod matrix;
 mod mixer;
 mod mla;

@@ -3,7 +3,7 @@
 use super::pages::{PAGE, PageIdx, StateIdx};
 use std::ops::Range;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{DeltaSizes, KdaSizes};
+use tier_plan_cuda::ops::{DeltaSizes, KdaSizes, MambaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Device, View};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::spec::Mixer;
@@ -14,7 +14,7 @@ pub(crate) struct DeviceCache {
     kv_type: KvType,
     /// `[positions, heads, width]`: keys and values, or latents and keys of an indexer.
     rows: Vec<Store>,
-    /// By text, then those of checkpoints: a convolution's inputs, and a delta net's matrices.
+    /// By text, then those of checkpoints: a convolution's inputs, and matrices.
     states: Vec<Store>,
 }
 
@@ -78,6 +78,10 @@ impl DeviceCache {
             }
             Mixer::Kda(k) => {
                 let sizes = KdaSizes::from(k);
+                vec![4 * sizes.conv_state(), 4 * sizes.matrices()]
+            }
+            Mixer::Mamba(m) => {
+                let sizes = MambaSizes::from(m);
                 vec![4 * sizes.conv_state(), 4 * sizes.matrices()]
             }
             Mixer::ShortConv(c) => vec![4 * c.state_values()],

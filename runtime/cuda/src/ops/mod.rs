@@ -10,6 +10,7 @@ mod gated;
 mod heads;
 mod index;
 mod kda;
+mod mamba;
 mod positions;
 mod products;
 mod prompt_attention;
@@ -24,6 +25,7 @@ pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
 pub use index::{IndexQueries, IndexRows, Reached, may_choose, rating_words};
 pub use kda::{Kda, KdaSizes};
+pub use mamba::{MAX_MAMBA_STATE, Mamba, MambaSizes};
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
 pub use products::{
     BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants,

@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, Mixer, MlaSpec, ModelSpec, NormSpan,
-    Selection, TensorId,
+    Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer, MlaSpec, ModelSpec,
+    NormSpan, Selection, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -30,6 +30,9 @@ pub const MAX_GROUPS: usize = 128;
 
 /// Widest head of a delta net on a GPU.
 pub const MAX_DELTA_HEAD: usize = 256;
+
+/// Widest `B` and `C` of a Mamba-2 mixer on a GPU.
+pub const MAX_MAMBA_STATE: usize = 256;
 
 /// What no part of a model on a GPU can read or write.
 const SEVERAL_STREAMS: &str = "several streams of the residual (hyper-connections)";
@@ -207,13 +210,18 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
         return Some("n-grams before the mixer".into());
     }
     match &layer.mixer {
-        Mixer::Mamba(_) => Some("Mamba-2".into()),
         Mixer::Compressed(_) => Some("compressed attention".into()),
         Mixer::None => None,
         Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
         Mixer::ShortConv(c) => [&c.input, &c.out]
             .into_iter()
             .find_map(|l| misplaced(gguf, l)),
+        Mixer::Mamba(m) => {
+            let linears = [&m.input, &m.out]
+                .into_iter()
+                .find_map(|l| misplaced(gguf, l));
+            linears.or_else(|| wide_state(m))
+        }
         Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {
             let linears = a.linears().into_iter().find_map(|l| misplaced(gguf, l));
@@ -244,6 +252,15 @@ fn delta_head(dim: usize) -> Option<String> {
         format!(
             "heads of {dim} values in its state, expected a multiple of 4 up to {MAX_DELTA_HEAD}"
         )
+    })
+}
+
+/// Returns why no kernel of a GPU takes the states of a Mamba-2 mixer, if so.
+fn wide_state(m: &MambaSpec) -> Option<String> {
+    let dim = m.state_dim;
+    let unsupported = !dim.is_multiple_of(4) || dim > MAX_MAMBA_STATE;
+    unsupported.then(|| {
+        format!("states of {dim} values, expected a multiple of 4 up to {MAX_MAMBA_STATE}")
     })
 }
 

@@ -6,6 +6,7 @@ mod chosen;
 mod delta;
 mod gated;
 mod kda;
+mod mamba;
 mod products;
 mod short_conv;
 mod small;
@@ -76,6 +77,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(attention::checks());
     checks.extend(delta::checks());
     checks.extend(kda::checks());
+    checks.extend(mamba::checks());
     checks.extend(short_conv::checks());
     checks.extend(stream::checks());
     checks
