@@ -45,6 +45,16 @@ pub(crate) trait LayerBackend {
     /// Adds the sums of a layer's routed experts, `stage.buffers.out`.
     fn add_experts(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
 
+    /// Takes the sums of latent experts, `stage.buffers.latent`, to the hidden state's width, in
+    /// `stage.buffers.out`. The layer's router is here.
+    fn leave_latent(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError>;
+
+    /// Adds the sums of latent experts of a layer whose router is here.
+    fn add_latent(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
+        self.leave_latent(stage, layer)?;
+        self.add_experts(stage, layer)
+    }
+
     /// Writes the logits of the batch's rows that want them, `[wanted rows, n_vocab]`.
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError>;
 
@@ -63,7 +73,7 @@ pub(crate) struct Stage<'a> {
     pub(crate) cpu: CpuContext<'a>,
     pub(crate) spec: &'a ModelSpec,
     /// Rows of the batch, at most a micro-batch except in [`embed`](LayerBackend::embed),
-    /// [`head`](LayerBackend::head) and [`add_experts`](LayerBackend::add_experts).
+    /// [`head`](LayerBackend::head) and from [`add_experts`](LayerBackend::add_experts) on.
     pub(crate) rows: Range<usize>,
     pub(crate) batch: &'a Batch,
     pub(crate) cache: &'a mut Cache,
@@ -284,6 +294,13 @@ impl Backends {
         on: TextRows<'_>,
     ) -> Result<(), RunError> {
         let (processors, mut stage) = self.stage(spec, 0..on.batch.len(), on);
+        if layer.spec.moe().is_some_and(|moe| moe.latent.is_some()) {
+            let router = processors.gpus.places.layers[layer.index.get()].ffn;
+            if router == place {
+                return processors.on(place).add_latent(&mut stage, layer);
+            }
+            processors.on(router).leave_latent(&mut stage, layer)?;
+        }
         processors.on(place).add_experts(&mut stage, layer)
     }
 

@@ -412,9 +412,6 @@ impl LayerBackend for Cpu {
 
     fn add_experts(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, spec, values) = (stage.cpu, stage.spec, stage.values());
-        if let Some(latent) = layer.spec.moe().and_then(|moe| moe.latent.as_ref()) {
-            self.leave_latent(stage, latent);
-        }
         let out = &mut stage.buffers.out[values.clone()];
         if let Some(moe) = layer.spec.moe()
             && layer.spec.sums_experts_apart()
@@ -431,6 +428,13 @@ impl LayerBackend for Cpu {
         }
         self.write_out(stage, values.len());
         self.end_layer(stage, layer);
+        Ok(())
+    }
+
+    fn leave_latent(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
+        if let Some(latent) = layer.spec.moe().and_then(|moe| moe.latent.as_ref()) {
+            self.widen_latent(stage, latent);
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use super::backend::{Buffers, LayerBackend, Stage};
 use super::residual::{finish_block, finish_logits};
 use super::sequences::WHOLE;
 use crate::error::RunError;
-use crate::gpu::{FfnInput, Gpu};
+use crate::gpu::{FfnInput, Gpu, RoutedRows};
 use crate::layers::index::Layer;
 use crate::layers::mixer::Segment;
 use tier_plan_formats::model::spec::Ffn;
@@ -38,11 +38,16 @@ impl LayerBackend for Gpu {
             &mut buffers.experts[choices.clone()],
             &mut buffers.weights[choices],
         );
-        let normed = self
-            .router(layer.index.get())?
-            .route(stage.rows.clone(), experts, weights)?;
+        let RoutedRows { normed, latent } =
+            self.router(layer.index.get())?
+                .route(stage.rows.clone(), experts, weights)?;
         // Experts and the shared expert may be on the CPU.
         buffers.normed[..normed.len()].copy_from_slice(normed);
+        if !latent.is_empty() {
+            let (acts, width) = (&mut buffers.latent_acts, moe.expert_width());
+            let quantize = width.is_multiple_of(32);
+            acts.fill_shared(cpu.pool, cpu.kernels, n, width, latent, quantize);
+        }
         buffers.acts.fill_shared(
             cpu.pool,
             cpu.kernels,
@@ -89,6 +94,29 @@ impl LayerBackend for Gpu {
             finish_block(cpu, end.norm.as_deref(), eps, end.scale, hidden, out);
         }
         Ok(self.add_sums(index, out)?)
+    }
+
+    fn leave_latent(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
+        let values = stage.values();
+        let Some(moe) = layer.spec.moe() else {
+            return Ok(());
+        };
+        let Buffers { out, latent, .. } = &mut *stage.buffers;
+        let sums = &latent[..stage.rows.len() * moe.expert_width()];
+        let router = self.router(layer.index.get())?;
+        Ok(router.leave_latent(sums, &mut out[values])?)
+    }
+
+    fn add_latent(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
+        let index = layer.index.get();
+        let (Some(moe), None) = (layer.spec.moe(), self.end_of_experts(index)) else {
+            self.leave_latent(stage, layer)?;
+            return self.add_experts(stage, layer);
+        };
+        let n = stage.rows.len();
+        let sums = &stage.buffers.latent[..n * moe.expert_width()];
+        self.router(index)?.add_latent(sums)?;
+        Ok(self.end_layer(index, n)?)
     }
 
     fn head(&mut self, stage: &mut Stage<'_>, logits: &mut [f32]) -> Result<(), RunError> {

@@ -19,7 +19,7 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 30] = [
+const WHOLE: [&str; 32] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
@@ -43,6 +43,8 @@ const WHOLE: [&str; 30] = [
     "mimo2",
     "mistral3",
     "mistral4",
+    "nemotron_h_moe",
+    "nemotron_h_moe-puzzle",
     "phi3",
     "phi3-long",
     "qwen2",

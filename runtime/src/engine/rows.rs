@@ -189,7 +189,7 @@ impl Cpu {
 
     /// Takes the sums of latent experts, `buffers.latent`, back to the hidden state's width, in
     /// `buffers.out`.
-    pub(super) fn leave_latent(&mut self, stage: &mut Stage<'_>, latent: &Latent) {
+    pub(super) fn widen_latent(&mut self, stage: &mut Stage<'_>, latent: &Latent) {
         let (cpu, spec, width) = (stage.cpu, stage.spec, latent.down.n_out);
         let quantize = needs_quants(self.weights.ty(latent.up.weight));
         let norm = self.weights.opt_vector(latent.norm);

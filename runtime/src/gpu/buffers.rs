@@ -2,6 +2,7 @@
 
 use super::Most;
 use super::full::most_texts;
+use super::router::ROW_ALIGNMENT;
 use crate::layers::pages::PAGE;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
@@ -42,6 +43,8 @@ pub(crate) struct BufferSizes {
     hidden: usize,
     n_used: usize,
     n_expert: usize,
+    /// Largest width of latent experts' rows.
+    latent: usize,
     raw: usize,
     q: usize,
     k: usize,
@@ -123,6 +126,9 @@ impl BufferSizes {
                         s.record += 2 * moe.n_used * most_texts(rows);
                         (s.n_expert, s.n_used) =
                             (s.n_expert.max(moe.n_expert), s.n_used.max(moe.n_used));
+                        if moe.latent.is_some() {
+                            s.latent = s.latent.max(moe.expert_width());
+                        }
                     }
                     if let Some(shared) = moe.shared.filter(|_| here(at.shared)) {
                         s.ffn = s.ffn.max(shared.ffn.up.n_out);
@@ -259,11 +265,16 @@ impl BufferSizes {
     }
 
     fn answer(&self) -> usize {
-        self.rows * self.hidden + 2 * self.rows * self.n_used
+        let choices = 2 * self.rows * self.n_used;
+        self.rows * self.hidden + choices + ROW_ALIGNMENT + self.rows * self.latent
+    }
+
+    fn quants_in(&self) -> usize {
+        self.rows * self.hidden.max(self.latent)
     }
 
     fn inner(&self) -> usize {
-        self.rows * self.inner.max(self.ffn)
+        self.rows * self.inner.max(self.ffn).max(self.latent)
     }
 
     /// Returns the bytes of all buffers.
@@ -300,7 +311,7 @@ impl BufferSizes {
             .into_iter()
             .chain(self.turns.iter().copied())
             .map(|values| 4 * values);
-        let quants = Self::quants(rows * hidden)
+        let quants = Self::quants(self.quants_in())
             .into_iter()
             .chain(Self::quants(self.inner()));
         let attend = AttentionBuffers::bytes(self.attend, self.attend_width.min(self.attend));
@@ -318,7 +329,7 @@ pub(super) struct GpuBuffers {
     /// `[rows, hidden]` result of a part, to be added to the hidden state.
     pub(super) out: Buffer,
     /// `[n, hidden]` normalized state of `n` rows, then `[n, n_used]` chosen experts, then their
-    /// weights, so that the CPU reads all of it at once.
+    /// weights and what latent experts read, so that the CPU reads all of it at once.
     pub(super) answer: Buffer,
     pub(super) router_logits: Buffer,
     /// `[rows]` tokens.
@@ -355,7 +366,7 @@ pub(super) struct GpuBuffers {
     pub(super) record: Buffer,
     /// Rotations by rope table, `[rows, pairs]` of cosine and sine.
     pub(super) turns: Vec<Buffer>,
-    /// Quantized form of the normalized state.
+    /// Quantized form of the normalized state, or of what latent experts read.
     pub(super) quants: Quants,
     /// Quantized input of a part's last product.
     pub(super) inner: Quants,
@@ -401,7 +412,7 @@ impl GpuBuffers {
                 .iter()
                 .map(|values| floats(*values))
                 .collect::<Result<_, _>>()?,
-            quants: Quants::new(device, (rows * hidden).next_multiple_of(32))?,
+            quants: Quants::new(device, s.quants_in().next_multiple_of(32))?,
             inner: Quants::new(device, s.inner().next_multiple_of(32))?,
             attend: AttentionBuffers::new(device, s.attend, s.attend_width.min(s.attend))?,
         })

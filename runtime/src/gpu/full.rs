@@ -7,17 +7,19 @@
 
 use super::Gpu;
 use super::buffers::logit_rows;
+use super::latent::Onto;
+use super::router::{ChoiceViews, Router};
 use super::rows::GPU_ROWS;
-use super::stages::{ChoiceViews, FfnBlock, Head, LayerFfn, LayerMixer, Router};
+use super::stages::{FfnBlock, Head, Layer, LayerFfn, LayerMixer};
 use super::workspace::{Output, Residual, Workspace};
 use crate::gpu::matrix::Matrix;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
 use crate::layers::places::{Place, Places};
 use crate::layers::rope::RopeTable;
-use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::{ChosenExperts, PinnedExperts};
 use tier_plan_cuda::ops::{CHUNK, Recorded};
+use tier_plan_cuda::{CudaError, View};
 use tier_plan_formats::model::shape::ModelShape;
 use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 
@@ -113,11 +115,18 @@ pub(crate) struct FullModel<'a> {
 
 /// A layer all of whose parts are on the GPU.
 struct FullLayer<'a> {
-    mixer: &'a LayerMixer,
+    mixer: Option<&'a LayerMixer>,
+    ffn: Option<FullFfn<'a>>,
+}
+
+/// The feed-forward parts of a layer.
+#[derive(Clone, Copy)]
+struct FullFfn<'a> {
     ffn: &'a LayerFfn,
     block: FullBlock<'a>,
 }
 
+#[derive(Clone, Copy)]
 enum FullBlock<'a> {
     Dense(&'a FfnBlock),
     Moe {
@@ -142,8 +151,23 @@ impl Gpu {
     /// # Errors
     /// When a part other than the embedding is elsewhere.
     pub(crate) fn full_model(&mut self) -> Result<FullModel<'_>, CudaError> {
-        let layers = self.layers.iter().map(|layer| {
-            let (mixer, ffn) = (layer.mixer.as_ref()?, layer.ffn.as_ref()?);
+        let is_whole = self.layers.iter().all(|layer| layer.is_whole);
+        match self.head.as_ref().filter(|_| is_whole) {
+            Some(head) => Ok(FullModel {
+                layers: self.layers.iter().map(FullLayer::of).collect(),
+                head,
+                embedding: self.embedding.as_ref(),
+                work: &mut self.work,
+                replay: &mut self.replay,
+            }),
+            None => Err(self.work.missing("the whole model")),
+        }
+    }
+}
+
+impl<'a> FullLayer<'a> {
+    fn of(layer: &'a Layer) -> Self {
+        let ffn = layer.ffn.as_ref().and_then(|ffn| {
             let block = match (&ffn.router, &ffn.block) {
                 (Some(router), shared) => FullBlock::Moe {
                     router,
@@ -151,17 +175,11 @@ impl Gpu {
                 },
                 (None, block) => FullBlock::Dense(block.as_ref()?),
             };
-            Some(FullLayer { mixer, ffn, block })
+            Some(FullFfn { ffn, block })
         });
-        match (layers.collect::<Option<_>>(), &self.head) {
-            (Some(layers), Some(head)) => Ok(FullModel {
-                layers,
-                head,
-                embedding: self.embedding.as_ref(),
-                work: &mut self.work,
-                replay: &mut self.replay,
-            }),
-            _ => Err(self.work.missing("the whole model")),
+        Self {
+            mixer: layer.mixer.as_ref(),
+            ffn,
         }
     }
 }
@@ -227,7 +245,7 @@ impl FullModel<'_> {
         let (per_token, mut first) = (experts.len() / n, 0);
         let decoded = read.and_then(|()| {
             for (index, layer) in self.layers.iter().enumerate() {
-                let FullBlock::Moe { router, .. } = &layer.block else {
+                let Some(FullBlock::Moe { router, .. }) = layer.ffn.map(|ffn| ffn.block) else {
                     continue;
                 };
                 let (used, n_expert) = (router.spec.n_used, router.spec.n_expert);
@@ -261,109 +279,169 @@ impl FullModel<'_> {
         if let Some(table) = self.embedding {
             work.embed(table, 0..n)?;
         }
-        let (mut first, mut moe_index) = (0, 0);
+        let (mut first, mut index) = (0, 0);
         // What a part computes is added to the state by the norm of the next part.
         let mut residual = Residual::None;
-        for FullLayer { mixer, ffn, block } in &self.layers {
-            mixer.run(work, 0..n, segments, residual)?;
-            let (router, shared) = match block {
+        for FullLayer { mixer, ffn } in &self.layers {
+            if let Some(mixer) = mixer {
+                mixer.run(work, 0..n, segments, residual)?;
+                residual = Residual::Pending;
+            }
+            let Some(FullFfn { ffn, block }) = ffn else {
+                continue;
+            };
+            match block {
                 FullBlock::Dense(block) => {
-                    ffn.norm(work, 0..n, Residual::Pending, Output::F32)?;
+                    ffn.norm(work, 0..n, residual, Output::F32)?;
                     block.run(work, n)?;
                     ffn.finish(work, n)?;
                     residual = ffn.end_layer(work, 0..n, Residual::Pending)?;
-                    continue;
                 }
-                FullBlock::Moe { router, shared } => (router, shared),
-            };
-            let takes_quants = experts
-                .as_deref()
-                .is_some_and(|experts| experts.takes_quants(moe_index));
-            let output = Output::quantized_if(takes_quants);
-            ffn.norm_for_router(work, router, 0..n, Residual::Pending, output)?;
-            let n_used = router.spec.n_used;
-            let choices = first..first + 2 * n * n_used;
-            let record = work.buffers.record.view().floats(choices.clone());
-            router.choose(work, n, ChoiceViews::of(record, n * n_used))?;
-            if let Some(shared) = shared {
-                if !ffn.shares_rows() {
-                    ffn.norm(work, 0..n, Residual::None, Output::F32)?;
+                FullBlock::Moe { router, shared } => {
+                    let moe = FullMoe {
+                        ffn,
+                        router,
+                        shared: *shared,
+                        index,
+                        first,
+                    };
+                    residual = moe.run(work, n, residual, experts.as_deref_mut())?;
+                    first += 2 * n * router.spec.n_used;
+                    index += 1;
                 }
-                shared.run(work, n)?;
             }
-            ffn.norm_for_experts(work, 0..n, output)?;
-            let mut left = if shared.is_some() {
-                Residual::Pending
-            } else {
-                Residual::None
-            };
-            if let Some(experts) = experts.as_deref_mut() {
-                let record = work.buffers.record.view().floats(choices.clone());
-                let chosen = Chosen {
-                    layer: moe_index,
-                    choices: ChoiceViews::of(record, n * n_used),
-                    tokens: n,
-                    n_used,
-                };
-                left = add_experts(work, experts, ffn, &chosen, left)?;
-            }
-            residual = ffn.end_layer(work, 0..n, left)?;
-            first = choices.end;
-            moe_index += 1;
         }
         self.head.run(work, 0..n, residual)
     }
 }
 
-/// The experts that a layer's router chose for tokens.
-struct Chosen<'a> {
-    /// Index among layers with routed experts.
-    layer: usize,
-    choices: ChoiceViews<'a>,
-    tokens: usize,
-    n_used: usize,
+/// The router and all experts of a layer.
+struct FullMoe<'a> {
+    ffn: &'a LayerFfn,
+    router: &'a Router,
+    shared: Option<&'a FfnBlock>,
+    /// Index among the layers with routed experts.
+    index: usize,
+    /// First word of the choices in `buffers.record`.
+    first: usize,
 }
 
-/// Computes the chosen experts. Adds their sum to the hidden state or, where something is done to the
-/// sum of all experts, to the shared one's result in `buffers.out`, if that is still to be added.
-/// Returns what is left to add.
-fn add_experts(
-    work: &Workspace,
-    experts: &mut PinnedExperts,
-    ffn: &LayerFfn,
-    chosen: &Chosen<'_>,
-    shared: Residual,
-) -> Result<Residual, CudaError> {
-    let (buffers, n) = (&work.buffers, chosen.tokens);
-    let has_shared = shared == Residual::Pending;
-    let all = ChosenExperts {
-        input: buffers.answer.view(),
-        quants: &buffers.quants,
-        which: chosen.choices.experts,
-        weights: chosen.choices.weights,
-        tokens: n,
-        n_used: chosen.n_used,
-    };
-    if !ffn.sums_apart() {
-        let state = work.state(0..n);
-        experts.sum_chosen(chosen.layer, &all, Some(state), state)?;
-        return Ok(shared);
-    }
-    let (out, hidden) = (buffers.out.view(), work.hidden);
-    match ffn.sum_norm() {
-        None => experts.sum_chosen(chosen.layer, &all, has_shared.then_some(out), out)?,
-        Some(norm) => {
-            let sums = if has_shared { buffers.sums.view() } else { out };
-            experts.sum_chosen(chosen.layer, &all, None, sums)?;
-            let norm = Some(norm.view());
-            work.ops.rms_norm(sums, norm, n, hidden, work.eps, sums)?;
-            if has_shared {
-                work.ops.add(out, sums, n * hidden)?;
+impl FullMoe<'_> {
+    /// Computes `n` rows: launches only. Returns what the next norm adds to the state.
+    fn run(
+        &self,
+        work: &mut Workspace,
+        n: usize,
+        residual: Residual,
+        experts: Option<&mut PinnedExperts>,
+    ) -> Result<Residual, CudaError> {
+        let Self { ffn, router, .. } = *self;
+        let experts_take = experts
+            .as_deref()
+            .is_some_and(|experts| experts.takes_quants(self.index));
+        let latent = router.latent.as_ref();
+        let output = Output::quantized_if(experts_take && latent.is_none());
+        ffn.norm_for_router(work, router, 0..n, residual, output)?;
+        router.choose(work, n, self.choices(work, n))?;
+        let rows = router.latent_values(work, n);
+        if let Some(latent) = latent {
+            latent.enter(work, n, rows.clone())?;
+        }
+        if let Some(shared) = self.shared {
+            if !ffn.shares_rows() {
+                ffn.norm(work, 0..n, Residual::None, Output::F32)?;
             }
+            shared.run(work, n)?;
+        }
+        ffn.norm_for_experts(work, 0..n, output)?;
+        let left = match (experts, latent) {
+            (None, _) => self.shared_result(),
+            (Some(experts), None) => self.add_experts(work, n, experts)?,
+            (Some(experts), Some(latent)) => {
+                if experts_take {
+                    let (x, quants) = (work.buffers.answer.view(), &mut work.buffers.quants);
+                    let x = x.floats(rows.clone());
+                    work.ops.quantize(x, n, latent.width(), quants)?;
+                }
+                // What they read is read before their sums take its place.
+                let at = work.buffers.answer.view().floats(rows.clone());
+                experts.sum_chosen(self.index, &self.chosen(work, n, at), None, at)?;
+                let onto = match self.shared {
+                    Some(_) => Onto::Shared,
+                    None => Onto::Nothing,
+                };
+                latent.leave(work, rows, onto)?;
+                ffn.finish(work, n)?;
+                Residual::Pending
+            }
+        };
+        ffn.end_layer(work, 0..n, left)
+    }
+
+    /// Returns whether the shared expert has left a result that is still to be added to the state.
+    fn shared_result(&self) -> Residual {
+        match self.shared {
+            Some(_) => Residual::Pending,
+            None => Residual::None,
         }
     }
-    ffn.finish(work, n)?;
-    Ok(Residual::Pending)
+
+    /// Computes the chosen experts of `n` rows. Adds their sum to the state or, where something is
+    /// done to the sum of all experts, to the shared one's result. Returns what is left to add.
+    fn add_experts(
+        &self,
+        work: &Workspace,
+        n: usize,
+        experts: &mut PinnedExperts,
+    ) -> Result<Residual, CudaError> {
+        let (buffers, ffn) = (&work.buffers, self.ffn);
+        let chosen = self.chosen(work, n, buffers.answer.view());
+        if !ffn.sums_apart() {
+            let state = work.state(0..n);
+            experts.sum_chosen(self.index, &chosen, Some(state), state)?;
+            return Ok(self.shared_result());
+        }
+        let (out, values) = (buffers.out.view(), n * work.hidden);
+        let has_shared = self.shared.is_some();
+        match ffn.sum_norm() {
+            None => experts.sum_chosen(self.index, &chosen, has_shared.then_some(out), out)?,
+            Some(norm) => {
+                let sums = if has_shared { buffers.sums.view() } else { out };
+                experts.sum_chosen(self.index, &chosen, None, sums)?;
+                let norm = Some(norm.view());
+                work.ops
+                    .rms_norm(sums, norm, n, work.hidden, work.eps, sums)?;
+                if has_shared {
+                    work.ops.add(out, sums, values)?;
+                }
+            }
+        }
+        ffn.finish(work, n)?;
+        Ok(Residual::Pending)
+    }
+
+    /// Returns where the router's choices for `n` rows are.
+    fn choices<'w>(&self, work: &'w Workspace, n: usize) -> ChoiceViews<'w> {
+        let n_choices = n * self.router.spec.n_used;
+        let record = work.buffers.record.view();
+        ChoiceViews::of(
+            record.floats(self.first..self.first + 2 * n_choices),
+            n_choices,
+        )
+    }
+
+    /// Returns the experts that `n` rows chose, which read `input`.
+    fn chosen<'w>(&self, work: &'w Workspace, n: usize, input: View<'w>) -> ChosenExperts<'w> {
+        let choices = self.choices(work, n);
+        ChosenExperts {
+            input,
+            quants: &work.buffers.quants,
+            which: choices.experts,
+            weights: choices.weights,
+            tokens: n,
+            n_used: self.router.spec.n_used,
+        }
+    }
 }
 
 /// Returns the most texts whose tokens go through together where there is room for `rows`.

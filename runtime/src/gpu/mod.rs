@@ -6,7 +6,7 @@
 //! are copied to the CPU, whose expert store knows where experts are. All buffers are allocated at
 //! loading.
 //!
-//! A [`Gpu`] hands out parts: [`MixerPart`](stages::MixerPart), [`RouterPart`](stages::RouterPart)
+//! A [`Gpu`] hands out parts: [`MixerPart`](stages::MixerPart), [`RouterPart`](router::RouterPart)
 //! and so on. Holding one proves that the part is on the GPU, so that running it needs no check.
 
 mod buffers;
@@ -18,11 +18,13 @@ mod full;
 mod gqa;
 mod indexer;
 mod kda;
+mod latent;
 mod mamba;
 mod matrix;
 mod mixer;
 mod mla;
 pub(crate) mod parts;
+mod router;
 pub(crate) mod rows;
 mod short_conv;
 mod stages;
@@ -31,6 +33,7 @@ mod workspace;
 pub use full::fully_on_gpu;
 pub(crate) use full::{Tokens, full_gpu_tier};
 pub use parts::check as check_parts;
+pub(crate) use router::RoutedRows;
 pub(crate) use stages::{FfnInput, HostEnd};
 
 use crate::error::LoadError;
@@ -44,7 +47,8 @@ use buffers::BufferSizes;
 use devices::Devices;
 use full::Replay;
 use matrix::{GpuLoader, Matrix};
-use stages::{EmbeddingPart, FfnPart, Head, HeadPart, Layer, MixerPart, RouterPart};
+use router::RouterPart;
+use stages::{EmbeddingPart, FfnPart, Head, HeadPart, Layer, MixerPart};
 use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::{CudaError, Device};
@@ -300,11 +304,15 @@ impl Gpu {
     /// does what follows the layer.
     pub(super) fn add_sums(&self, layer: usize, sums: &[f32]) -> Result<(), CudaError> {
         self.work.add_to_state(sums)?;
+        self.end_layer(layer, sums.len() / self.work.hidden)
+    }
+
+    /// Does to the first `n` rows of the hidden state what follows a layer.
+    pub(super) fn end_layer(&self, layer: usize, n: usize) -> Result<(), CudaError> {
         let Some(ffn) = &self.layers[layer].ffn else {
             return Ok(());
         };
-        let rows = 0..sums.len() / self.work.hidden;
-        ffn.end_layer(&self.work, rows, Residual::None)?;
+        ffn.end_layer(&self.work, 0..n, Residual::None)?;
         Ok(())
     }
 }

@@ -3,19 +3,21 @@
 use super::buffers::logit_rows;
 use super::matrix::{FfnMatrices, GpuLoader, Matrix, product};
 use super::mixer::{Mixer, MixerBatch};
+use super::router::Router;
 use super::workspace::{BlockEnd, Output, Residual, Workspace};
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use crate::layers::places::{LayerPlaces, Place};
 use crate::layers::rope::{LayerRopes, RopeTable};
 use std::ops::Range;
-use tier_plan_cuda::ops::{RouterLogits, RouterSpec};
-use tier_plan_cuda::{Buffer, CudaError, View};
-use tier_plan_formats::model::spec::{Ffn as FfnSpec, LayerSpec, MoeSpec, RouterInput, TensorId};
+use tier_plan_cuda::{Buffer, CudaError};
+use tier_plan_formats::model::spec::{Ffn as FfnSpec, LayerSpec, RouterInput, TensorId};
 use tier_plan_formats::placement::TierIdx;
 
 /// The parts of one layer.
 pub(super) struct Layer {
+    /// Whether all of its parts but routed experts are here.
+    pub(super) is_whole: bool,
     pub(super) mixer: Option<LayerMixer>,
     pub(super) ffn: Option<LayerFfn>,
 }
@@ -65,16 +67,6 @@ struct ExpertsEnd {
     norm: Option<Buffer>,
     /// Factor on the sum of all experts.
     sum_scale: f32,
-}
-
-pub(super) struct Router {
-    matrix: Matrix,
-    /// Norm of its rows, where it reads others than the layer's blocks.
-    norm: Option<Buffer>,
-    selection_bias: Option<Buffer>,
-    /// Factors on experts' weights.
-    expert_scale: Option<Buffer>,
-    pub(super) spec: RouterSpec,
 }
 
 pub(super) struct FfnBlock {
@@ -128,7 +120,8 @@ impl Layer {
                 (router.transpose()?, shared.transpose()?)
             }
         };
-        let mixer = cache.filter(|_| here(places.mixer)).map(|cache| {
+        let has_mixer = layer.has_mixer() && here(places.mixer);
+        let mixer = cache.filter(|_| has_mixer).map(|cache| {
             let norm = loader.vector(layer.mixer_norm)?;
             Ok(LayerMixer {
                 norm,
@@ -140,10 +133,12 @@ impl Layer {
             })
         });
         let mixer = mixer.transpose()?;
+        let has_shared = layer.moe().is_some_and(|moe| moe.shared.is_some());
+        let has_blocks = here(places.ffn) && (here(places.shared) || !has_shared);
         let has_ffn = router.is_some() || block.is_some();
         let ffn = has_ffn.then(|| {
             let norm = loader.vector(layer.ffn_norm)?;
-            let takes_quants = router.as_ref().is_some_and(|r| r.matrix.takes_quants())
+            let takes_quants = router.as_ref().is_some_and(Router::takes_quants)
                 || block.as_ref().is_some_and(|b| b.matrices.takes_quants());
             let residual = &layer.residual;
             let end = (!residual.ffn_is_plain()).then(|| {
@@ -166,6 +161,7 @@ impl Layer {
             })
         });
         Ok(Self {
+            is_whole: here(places.mixer) && has_blocks,
             mixer,
             ffn: ffn.transpose()?,
         })
@@ -207,27 +203,6 @@ impl HostEnd {
     }
 }
 
-impl Router {
-    fn new(loader: &GpuLoader<'_>, moe: &MoeSpec) -> Result<Self, CudaError> {
-        let norm = match moe.router_input {
-            RouterInput::Normed => None,
-            RouterInput::Own(id) => {
-                let weights = loader.weights.vector(id);
-                let factor = 1.0 / (weights.len() as f32).sqrt();
-                let weights: Vec<f32> = weights.iter().map(|w| factor * w).collect();
-                Some(Buffer::of_f32(loader.device, &weights)?)
-            }
-        };
-        Ok(Self {
-            matrix: loader.linear(&moe.router)?,
-            norm,
-            selection_bias: loader.opt_vector(moe.selection_bias)?,
-            expert_scale: loader.opt_vector(moe.expert_scale)?,
-            spec: RouterSpec::from(moe),
-        })
-    }
-}
-
 impl LayerMixer {
     /// Computes to `buffers.out` what the mixer adds to rows, which are the segments' one after the
     /// other. Launches only, where no checkpoint follows a row: the positions are prepared.
@@ -253,25 +228,6 @@ impl LayerMixer {
         };
         self.mixer.run(&work.ops, &mut work.buffers, batch)?;
         work.finish(&self.end, n)
-    }
-}
-
-/// Where a router's choices go on the device.
-#[derive(Clone, Copy)]
-pub(super) struct ChoiceViews<'a> {
-    /// `[rows, n_used]`.
-    pub(super) experts: View<'a>,
-    /// `[rows, n_used]`.
-    pub(super) weights: View<'a>,
-}
-
-impl<'a> ChoiceViews<'a> {
-    /// Takes the first `2 * n` words of a view, for `n` choices.
-    pub(super) fn of(view: View<'a>, n: usize) -> Self {
-        Self {
-            experts: view.floats(0..n),
-            weights: view.floats(n..2 * n),
-        }
     }
 }
 
@@ -304,7 +260,7 @@ impl LayerFfn {
     ) -> Result<(), CudaError> {
         match &router.norm {
             Some(norm) => {
-                let output = Output::quantized_if(router.matrix.takes_quants());
+                let output = Output::quantized_if(router.takes_quants());
                 work.norm(norm, rows, residual, output)
             }
             None => self.norm(work, rows, residual, output),
@@ -366,33 +322,6 @@ impl LayerFfn {
             Residual::None => ops.scale(state, self.output_scale, n)?,
         }
         Ok(Residual::None)
-    }
-}
-
-impl Router {
-    /// Chooses experts for `n` rows that are normalized in `buffers.answer`.
-    pub(super) fn choose(
-        &self,
-        work: &Workspace,
-        n: usize,
-        to: ChoiceViews<'_>,
-    ) -> Result<(), CudaError> {
-        let (ops, buffers) = (&work.ops, &work.buffers);
-        let logits = buffers.router_logits.view();
-        product(
-            ops,
-            &self.matrix,
-            n,
-            buffers.answer.view(),
-            &buffers.quants,
-            logits,
-        )?;
-        let logits = RouterLogits {
-            logits,
-            bias: self.selection_bias.as_ref().map(Buffer::view),
-            factors: self.expert_scale.as_ref().map(Buffer::view),
-        };
-        ops.route(&self.spec, logits, n, to.experts, to.weights)
     }
 }
 
@@ -478,80 +407,6 @@ impl MixerPart<'_> {
         work.prepare(segments, ropes)?;
         mixer.run(work, rows.clone(), segments, Residual::None)?;
         work.add_out(rows)
-    }
-}
-
-/// A layer's router on a GPU.
-pub(crate) struct RouterPart<'a> {
-    pub(super) layer: usize,
-    pub(super) ffn: &'a LayerFfn,
-    pub(super) router: &'a Router,
-    pub(super) work: &'a mut Workspace,
-}
-
-impl<'a> RouterPart<'a> {
-    /// Chooses experts for rows, `[rows, n_used]`, with their weights. Returns the normalized rows
-    /// that experts take, `[rows, hidden]`.
-    pub(crate) fn route(
-        mut self,
-        rows: Range<usize>,
-        experts: &mut [u16],
-        weights: &mut [f32],
-    ) -> Result<&'a [f32], CudaError> {
-        let (n_normed, n_choices) = self.choose(rows.clone())?;
-        let Self {
-            layer,
-            ffn,
-            router,
-            work,
-        } = self;
-        ffn.norm_for_experts(work, rows, Output::F32)?;
-        work.answer.resize(n_normed + 2 * n_choices, 0.0);
-        work.buffers.answer.view().read_f32(&mut work.answer)?;
-        let (normed, choices) = work.answer.split_at(n_normed);
-        let (indices, chosen_weights) = choices.split_at(n_choices);
-        work.decode_experts(layer, router.spec.n_expert, indices, experts)?;
-        weights.copy_from_slice(chosen_weights);
-        Ok(normed)
-    }
-
-    /// Predicts the experts that the router will choose from the present state of rows,
-    /// `[rows, n_used]`.
-    pub(crate) fn predict(
-        mut self,
-        rows: Range<usize>,
-        experts: &mut Vec<u16>,
-    ) -> Result<(), CudaError> {
-        let (n_normed, n_choices) = self.choose(rows)?;
-        let Self {
-            layer,
-            router,
-            work,
-            ..
-        } = self;
-        work.answer.resize(n_choices, 0.0);
-        work.buffers
-            .answer
-            .view()
-            .floats(n_normed..n_normed + n_choices)
-            .read_f32(&mut work.answer)?;
-        experts.resize(n_choices, 0);
-        work.decode_experts(layer, router.spec.n_expert, &work.answer, experts)
-    }
-
-    /// Normalizes rows and chooses experts. Returns the number of normalized values in
-    /// `buffers.answer`, and of the choices after them.
-    fn choose(&mut self, rows: Range<usize>) -> Result<(usize, usize), CudaError> {
-        let n = rows.len();
-        let (n_normed, n_choices) = (n * self.work.hidden, n * self.router.spec.n_used);
-        let (none, output) = (Residual::None, Output::F32);
-        self.ffn
-            .norm_for_router(self.work, self.router, rows, none, output)?;
-        let answer = self.work.buffers.answer.view();
-        let choices = answer.floats(n_normed..n_normed + 2 * n_choices);
-        let choices = ChoiceViews::of(choices, n_choices);
-        self.router.choose(self.work, n, choices)?;
-        Ok((n_normed, n_choices))
     }
 }
 

@@ -9,8 +9,10 @@ pub(crate) type Place = Option<TierIdx>;
 /// Where the parts of one layer run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct LayerPlaces {
+    /// The mixer, or what there is in a layer without one.
     pub(crate) mixer: Place,
-    /// The router, or the dense block of a layer without routed experts.
+    /// The router, the dense block of a layer without routed experts, or what there is in a layer
+    /// with a mixer only.
     pub(crate) ffn: Place,
     pub(crate) shared: Place,
 }
@@ -27,25 +29,38 @@ impl Places {
     /// Returns where a plan has each part run: where its weights are.
     pub(crate) fn new(plan: &Placement, n_layers: usize) -> Self {
         let place = |tier: TierIdx| plan.tiers.get(tier).filter(|t| t.uses_gpu()).map(|_| tier);
-        let mut places = Self {
-            layers: vec![LayerPlaces::default(); n_layers],
-            ..Self::default()
-        };
+        let mut places = Self::default();
+        let (mut mixers, mut ffns) = (vec![None; n_layers], vec![None; n_layers]);
+        let mut shared = vec![None; n_layers];
         let mut embedding = None;
         for d in &plan.dense {
-            let at = place(d.tier);
-            match (
-                d.kind,
-                d.layer.and_then(|l| places.layers.get_mut(l as usize)),
-            ) {
-                (DenseKind::Attention, Some(layer)) => layer.mixer = at,
-                (DenseKind::Router | DenseKind::DenseFfn, Some(layer)) => layer.ffn = at,
-                (DenseKind::SharedExpert, Some(layer)) => layer.shared = at,
-                (DenseKind::Embedding, _) => embedding = Some(at),
-                (DenseKind::Head, _) => places.head = at,
-                _ => {}
+            let of_layer = match d.kind {
+                DenseKind::Attention => &mut mixers,
+                DenseKind::Router | DenseKind::DenseFfn => &mut ffns,
+                DenseKind::SharedExpert => &mut shared,
+                DenseKind::Embedding => {
+                    embedding = Some(place(d.tier));
+                    continue;
+                }
+                DenseKind::Head => {
+                    places.head = place(d.tier);
+                    continue;
+                }
+                DenseKind::TokenTable => continue,
+            };
+            if let Some(at) = d.layer.and_then(|l| of_layer.get_mut(l as usize)) {
+                *at = Some(place(d.tier));
             }
         }
+        // In a layer that has only one of both, rows stay where that is.
+        let blocks = mixers.into_iter().zip(ffns).zip(shared);
+        places.layers = blocks
+            .map(|((mixer, ffn), shared)| LayerPlaces {
+                mixer: mixer.or(ffn).flatten(),
+                ffn: ffn.or(mixer).flatten(),
+                shared: shared.flatten(),
+            })
+            .collect();
         // The head of a tied model is the embedding.
         places.embedding = embedding.unwrap_or(places.head);
         places

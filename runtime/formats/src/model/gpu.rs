@@ -40,9 +40,6 @@ const SEVERAL_STREAMS: &str = "several streams of the residual (hyper-connection
 /// What no layer or embedding on a GPU adds.
 const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
 
-/// What no router on a GPU leaves for its experts.
-const LATENT: &str = "experts in a smaller space";
-
 /// What no router on a GPU does.
 const BY_TOKEN: &str = "experts chosen by tokens";
 
@@ -182,6 +179,9 @@ fn with_factors(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
                 let shared = moe.shared.as_ref().map(|shared| of_ffn(&shared.ffn));
                 let part = Part::Dense(DenseKind::SharedExpert);
                 add(part, at, shared.unwrap_or_default());
+                let latent = moe.latent.iter();
+                let latent = latent.flat_map(|latent| [latent.down.weight, latent.up.weight]);
+                add(Part::Dense(DenseKind::Router), at, latent.collect());
             }
         }
     }
@@ -319,7 +319,6 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
         return Some(SEVERAL_STREAMS.into());
     }
     match &layer.ffn {
-        Ffn::Moe(moe) if moe.latent.is_some() => Some(LATENT.into()),
         Ffn::Moe(moe) if moe.by_token.is_some() => Some(BY_TOKEN.into()),
         Ffn::Moe(_) | Ffn::Dense(_) | Ffn::None => None,
     }
@@ -340,7 +339,13 @@ fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
                 "{} experts in {groups} groups, expected at most {MAX_EXPERTS} in {MAX_GROUPS}",
                 moe.n_expert
             );
-            too_many.then_some(why).or(misplaced(gguf, &moe.router))
+            let latent = moe
+                .latent
+                .iter()
+                .flat_map(|latent| [&latent.down, &latent.up]);
+            let mut linears = std::iter::once(&moe.router).chain(latent);
+            let linear = linears.find_map(|l| misplaced(gguf, l));
+            too_many.then_some(why).or(linear)
         }
     }
 }

@@ -342,15 +342,14 @@ impl MoeSpec {
             .map_or(self.router.n_in, |latent| latent.down.n_out)
     }
 
-    /// Returns whether the routed experts and the shared one read the rows that the router reads,
-    /// and are added as they are.
+    /// Returns whether the routed experts and the shared one read the rows that the router reads, or
+    /// what a matrix makes of them, and are added as they are.
     pub fn is_plain(&self) -> bool {
         self.router_input == RouterInput::Normed
             && self.input_norm.is_none()
             && self.output_norm.is_none()
             && self.expert_scale.is_none()
             && self.sum_scale == 1.0
-            && self.latent.is_none()
             && self.shared.is_none_or(|shared| shared.norm.is_none())
     }
 }

@@ -31,7 +31,6 @@ fn reasons(arch: &str) -> &'static [Reason] {
             (&BLOCKS, super::TOKEN_INPUTS),
         ],
         "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
-        "nemotron_h_moe" => &[(&[MIXER], "Mamba-2"), (&[ROUTER, SHARED], super::LATENT)],
         "qwen4exp" => &[(&ALL_DENSE, STREAMS), (&[TABLE], "a table of n-grams")],
         _ => &[],
     }
