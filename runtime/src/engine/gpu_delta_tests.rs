@@ -1,4 +1,4 @@
-//! Models with gated delta nets on a GPU, which is emulated on the processor: the kernels are those
+//! Models with gated delta nets or Mamba-2 on a GPU, which is emulated on the processor: the kernels are those
 //! of a real one.
 
 use super::gpu_tests::{ALL, Experts, Watched, data, load, open, plan};
@@ -15,14 +15,13 @@ use tier_plan_formats::model::shape::shape_of;
 use tier_plan_formats::model::spec::Mixer;
 use tier_plan_testing::nmse;
 
-const NAMES: [&str; 2] = ["qwen3next", "qwen35moe"];
+const NAMES: [&str; 3] = ["arch/qwen3next", "arch/qwen35moe", "arch2/nemotron_h_moe"];
 
 /// Tokens that golden logits are of, and these, `[tokens, n_vocab]`.
 fn golden(name: &str) -> (Vec<u32>, Vec<f32>) {
     let said: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(data(&format!("arch/{name}.json"))).unwrap())
-            .unwrap();
-    let logits = std::fs::read(data(&format!("arch/{name}.logits"))).unwrap();
+        serde_json::from_slice(&std::fs::read(data(&format!("{name}.json"))).unwrap()).unwrap();
+    let logits = std::fs::read(data(&format!("{name}.logits"))).unwrap();
     let logits = logits
         .as_chunks::<4>()
         .0
@@ -39,7 +38,7 @@ fn golden(name: &str) -> (Vec<u32>, Vec<f32>) {
 fn logits_are_the_golden_ones_however_tokens_are_cut() {
     for name in NAMES {
         let (tokens, expected) = golden(name);
-        let (gguf, shape) = open(&format!("arch/{name}.gguf"));
+        let (gguf, shape) = open(&format!("{name}.gguf"));
         let of = (tokens.len() as u32, KvType::F32);
         for (experts, pass, batch) in [
             (Experts::Gpu, 1, 8),
@@ -68,7 +67,7 @@ fn logits_are_the_golden_ones_however_tokens_are_cut() {
 #[test]
 fn a_replayed_token_of_a_new_text_remembers_nothing() {
     for name in NAMES {
-        let (gguf, shape) = open(&format!("arch/{name}.gguf"));
+        let (gguf, shape) = open(&format!("{name}.gguf"));
         let of = (24, KvType::F16);
         let device = Arc::new(Watched::new(usize::MAX));
         let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
@@ -164,6 +163,29 @@ fn heads_that_no_kernel_takes_are_refused() {
     for head_dim in [18, 260] {
         let error = with(head_dim).unwrap_err();
         let named = error.contains(&format!("heads of {head_dim} values"))
+            && error.contains("attention of layer");
+        assert!(named, "{error}");
+    }
+}
+
+#[test]
+fn states_that_no_kernel_takes_are_refused() {
+    let (gguf, shape) = open("arch2/nemotron_h_moe.gguf");
+    let all = plan(&shape, (64, KvType::F16), ALL, true, Experts::Memory);
+    let with = |state_dim: usize| {
+        let mut spec = describe(&gguf).unwrap();
+        for layer in &mut spec.layers {
+            if let Mixer::Mamba(m) = &mut layer.mixer {
+                m.state_dim = state_dim;
+            }
+        }
+        parts::check(&shape_of(&gguf, &spec), &all).map_err(|error| error.to_string())
+    };
+    assert_eq!(with(4), Ok(()));
+    assert_eq!(with(256), Ok(()));
+    for state_dim in [18, 260] {
+        let error = with(state_dim).unwrap_err();
+        let named = error.contains(&format!("states of {state_dim} values"))
             && error.contains("attention of layer");
         assert!(named, "{error}");
     }

@@ -244,6 +244,8 @@ fn slots_on_a_gpu_give_the_same_text_and_hits() {
         ("arch/qwen3moe.gguf", 3),
         ("arch/gpt-oss.gguf", 4),
         ("quant/Q4_K_M.gguf", 3),
+        ("arch2/nemotron_h_moe.gguf", 3),
+        ("arch2/llama4.gguf", 2),
     ] {
         let [first, second] = compare(name, TierKind::Nvme, |_| Layer {
             pinned: [0; 3],
@@ -290,6 +292,7 @@ fn two_gpus_and_main_memory_share_experts() {
         "arch/qwen3moe.gguf",
         "arch/qwen2moe.gguf",
         "quant/Q5_0.gguf",
+        "arch2/nemotron_h_moe-puzzle.gguf",
     ] {
         let launches = compare(name, TierKind::Nvme, |_| Layer {
             pinned: [2, 1, 1],

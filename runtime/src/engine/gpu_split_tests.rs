@@ -208,15 +208,16 @@ fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placemen
 #[test]
 fn two_gpus_share_the_layers_of_a_model() {
     for name in [
-        "qwen3moe",
-        "gpt-oss",
-        "llama-dense",
-        "deepseek-v3",
-        "kimi-k2",
+        "arch/qwen3moe",
+        "arch/gpt-oss",
+        "arch/llama-dense",
+        "arch/deepseek-v3",
+        "arch/kimi-k2",
+        "arch2/nemotron_h_moe",
     ] {
         for kv_type in [KvType::F32, KvType::Q8_0] {
             let of = (64, kv_type);
-            let launches = compare(&format!("arch/{name}.gguf"), of, |shape| {
+            let launches = compare(&format!("{name}.gguf"), of, |shape| {
                 let gpu = |layer: u32| {
                     if layer < shape.n_layer / 2 {
                         GPU0
@@ -243,9 +244,15 @@ fn two_gpus_share_the_layers_of_a_model() {
 
 #[test]
 fn a_gpu_has_the_attention_of_some_layers() {
-    for name in ["qwen3moe", "glm4moe", "gpt-oss", "deepseek-v3", "kimi-k2"] {
+    for name in [
+        "arch/qwen3moe",
+        "arch/glm4moe",
+        "arch/gpt-oss",
+        "arch/deepseek-v3",
+        "arch/kimi-k2",
+    ] {
         let of = (64, KvType::F16);
-        let launches = compare(&format!("arch/{name}.gguf"), of, |shape| {
+        let launches = compare(&format!("{name}.gguf"), of, |shape| {
             // The last layer as `-ngl` would have it, its router and experts not.
             let last = shape.n_layer - 1;
             let attention = |kind, layer| kind == DenseKind::Attention && layer == Some(last);
@@ -265,9 +272,14 @@ fn a_gpu_has_the_attention_of_some_layers() {
 #[test]
 fn attention_goes_from_place_to_place() {
     // GPU, processor, other GPU, and routers one further; layers with recurrent state stay.
-    for name in ["qwen2moe", "kimi-k2", "qwen3next"] {
+    for name in [
+        "arch/qwen2moe",
+        "arch/kimi-k2",
+        "arch/qwen3next",
+        "arch2/nemotron_h_moe",
+    ] {
         let of = (64, KvType::F16);
-        compare(&format!("arch/{name}.gguf"), of, |shape| {
+        compare(&format!("{name}.gguf"), of, |shape| {
             let place = |layer: Option<u32>, more: u32| {
                 [GPU0, DRAM, GPU1][(layer.unwrap_or(0) + more) as usize % 3]
             };

@@ -279,6 +279,7 @@ fn experts_stay_where_they_are_when_the_rest_is_on_a_gpu() {
         "arch/qwen2moe.gguf",
         "arch/deepseek-v3.gguf",
         "arch/qwen35moe.gguf",
+        "arch2/nemotron_h_moe.gguf",
     ] {
         for experts in [Experts::Memory, Experts::File] {
             compare(name, of, |shape| plan(shape, of, ALL, true, experts));
@@ -295,6 +296,7 @@ fn parts_of_a_layer_may_be_apart() {
         "arch/glm4moe.gguf",
         "arch/kimi-k2.gguf",
         "arch/qwen3next.gguf",
+        "arch2/nemotron_h_moe.gguf",
     ] {
         // Attention there, routers and blocks of every second layer, the head here.
         let with_attention = |kind, layer| match kind {

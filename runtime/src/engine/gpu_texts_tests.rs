@@ -20,15 +20,16 @@ use tier_plan_testing::{is_nightly, nmse};
 /// Largest error of a token's logits from the processor's, as in the tests of single texts.
 const SMALL_ERROR: f64 = 1e-5;
 
-/// Grouped queries, windows with sinks, latents, delta nets, short convolutions, and norms and factors
-/// on what blocks make.
-const NAMES: [(&str, &str); 6] = [
+/// Grouped queries, windows with sinks, latents, delta nets, short convolutions, norms and factors on
+/// what blocks make, and Mamba-2 with experts in a smaller space.
+const NAMES: [(&str, &str); 7] = [
     ("arch", "qwen3moe"),
     ("arch", "gpt-oss"),
     ("arch", "deepseek-v3"),
     ("arch", "qwen3next"),
     ("arch2", "lfm2moe"),
     ("arch2", "afmoe"),
+    ("arch2", "nemotron_h_moe"),
 ];
 
 fn nearly(found: &[u32], expected: &[u32]) -> bool {
@@ -120,8 +121,13 @@ fn read(engine: &mut Engine, tokens: &[u32]) -> (usize, Vec<u32>) {
 
 #[test]
 fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
-    for (name, checkpoints) in [("qwen3moe", 0), ("deepseek-v3", 0), ("qwen3next", 5)] {
-        let (fixture, kv_type) = (Fixture::new(name), KvType::Q8_0);
+    for (folder, name, checkpoints) in [
+        ("arch", "qwen3moe", 0),
+        ("arch", "deepseek-v3", 0),
+        ("arch", "qwen3next", 5),
+        ("arch2", "nemotron_h_moe", 5),
+    ] {
+        let (fixture, kv_type) = (Fixture::of(folder, name), KvType::Q8_0);
         let folder = tempfile::tempdir().unwrap();
         let open = |part: usize| {
             let plan = plan_for(&fixture, kv_type, (2, checkpoints), part);

@@ -114,12 +114,15 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
             processor_gflops,
         })
     };
-    // Float and quantized experts, fused ones with biases, shared experts beside them.
+    // Float and quantized experts, fused ones with biases, shared experts beside them, experts in a
+    // smaller space and without a gate, and weights on what experts read.
     for name in [
         "arch/qwen3moe",
         "arch/gpt-oss",
         "arch/qwen2moe",
         "quant/Q4_K_M",
+        "arch2/nemotron_h_moe",
+        "arch2/llama4",
     ] {
         let (gguf, shape) = open(&format!("{name}.gguf"));
         let of = (128, KvType::F16);

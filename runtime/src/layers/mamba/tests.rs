@@ -1,12 +1,14 @@
 //! Mamba-2 against its formulas written out in 64-bit floats, and against itself token by token.
 
 use super::*;
+use crate::gpu::mixer_alone;
 use crate::layers::mixer::Segment;
 use crate::layers::weights::WeightStorage;
 use std::sync::Arc;
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::gguf::testing::Writer;
-use tier_plan_formats::model::spec::Linear;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::spec::{Linear, Mixer};
 use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::quant::TensorType;
@@ -26,7 +28,7 @@ struct Case {
     bias: bool,
 }
 
-const CASES: [Case; 3] = [
+const CASES: [Case; 4] = [
     Case {
         n_head: 4,
         dim: 6,
@@ -49,6 +51,14 @@ const CASES: [Case; 3] = [
         n_group: 2,
         state_dim: 5,
         taps: 1,
+        bias: true,
+    },
+    Case {
+        n_head: 6,
+        dim: 20,
+        n_group: 3,
+        state_dim: 36,
+        taps: 3,
         bias: true,
     },
 ];
@@ -288,5 +298,30 @@ fn batches_threads_and_checkpoints_do_not_change_a_bit() {
             let rest = layer.run(&mut later, &x[6 * HIDDEN..], &[5], (1, None));
             assert_eq!(rest, whole[6 * HIDDEN..], "{case:?}");
         }
+    }
+}
+
+#[test]
+fn a_gpu_computes_the_same_layer() {
+    let x = Random(10).noise(11 * HIDDEN);
+    for case in CASES.into_iter().filter(|case| case.state_dim % 4 == 0) {
+        let run = |batches: &[usize]| {
+            let Layer { spec, weights, .. } = Layer::new(case);
+            let (norm, mixer) = (spec.norm, Mixer::Mamba(spec));
+            mixer_alone(
+                &mixer,
+                norm,
+                EPS,
+                weights,
+                KvType::F16,
+                (&x, HIDDEN),
+                batches,
+            )
+        };
+        let found = run(&[5, 2, 4]);
+        let off = nmse(&found, &Layer::new(case).reference(case, &x));
+        assert!(off > 0.0 && off < 1e-11, "{case:?}: {off:e}");
+        // Up to seven tokens are multiplied one by one, and nothing else depends on their number.
+        assert_eq!(run(&[1; 11]), found, "{case:?}");
     }
 }
