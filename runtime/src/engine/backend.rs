@@ -256,6 +256,7 @@ impl Backends {
         let places = processors.gpus.places.layers[layer.index.get()];
         processors.transfer(&stage, place, places.mixer)?;
         if layer.spec.has_mixer() {
+            processors.bring_choices(&stage, layer)?;
             processors.on(places.mixer).mixer(&mut stage, layer)?;
         }
         processors.transfer(&stage, places.mixer, places.ffn)?;

@@ -34,7 +34,7 @@ pub(crate) struct Cpu {
     router: Router,
     /// `[micro-batch, n_used]`: weights of predicted experts, which nothing reads.
     predicted_weights: Vec<f32>,
-    mixer: MixerScratch,
+    pub(super) mixer: MixerScratch,
     /// Also the buffers of the routed experts.
     pub(crate) ffn: FfnScratch,
     token_rows: TokenRows,

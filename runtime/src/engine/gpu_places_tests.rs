@@ -110,7 +110,7 @@ fn a_layers_parts_may_be_apart() {
     let (_file, gguf) = rewritten_tests::open(&gemma4());
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
     compare("gemma4", &gguf, &shape);
-    for name in ["grok", "granitemoe", "llama4", "step35", "bailingmoe3"] {
+    for name in ["grok", "granitemoe", "llama4", "nemotron_h_moe", "glm-dsa"] {
         let (gguf, shape) = open(&format!("arch2/{name}.gguf"));
         compare(name, &gguf, &shape);
     }

@@ -296,6 +296,24 @@ fn attention_goes_from_place_to_place() {
 }
 
 #[test]
+fn what_an_indexer_chose_comes_to_where_it_is_attended_to() {
+    // The second layer attends to what the first one's indexer chose, 12 positions of up to 45.
+    for (first, second) in [(GPU0, DRAM), (DRAM, GPU0), (GPU0, GPU1), (GPU1, GPU1)] {
+        for kv_type in [KvType::F32, KvType::F16] {
+            let of = (64, kv_type);
+            compare("arch2/glm-dsa.gguf", of, |shape| {
+                let dense = |kind, layer| match (kind, layer) {
+                    (DenseKind::Attention, Some(0)) => first,
+                    (DenseKind::Attention, Some(1)) => second,
+                    _ => DRAM,
+                };
+                plan(shape, of, dense, |_| DRAM)
+            });
+        }
+    }
+}
+
+#[test]
 fn each_gpu_has_room_for_its_own() {
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let of = (4096, KvType::F16);

@@ -21,8 +21,9 @@ use tier_plan_testing::{is_nightly, nmse};
 const SMALL_ERROR: f64 = 1e-5;
 
 /// Grouped queries, windows with sinks, latents, delta nets, short convolutions, norms and factors on
-/// what blocks make, and Mamba-2 with experts in a smaller space.
-const NAMES: [(&str, &str); 7] = [
+/// what blocks make, Mamba-2 with experts in a smaller space, indexers whose choice is shared, windows
+/// and indexers of latents, and Kimi delta attention.
+const NAMES: [(&str, &str); 10] = [
     ("arch", "qwen3moe"),
     ("arch", "gpt-oss"),
     ("arch", "deepseek-v3"),
@@ -30,6 +31,9 @@ const NAMES: [(&str, &str); 7] = [
     ("arch2", "lfm2moe"),
     ("arch2", "afmoe"),
     ("arch2", "nemotron_h_moe"),
+    ("arch2", "glm-dsa"),
+    ("arch2", "dots3note"),
+    ("arch2", "kimi-linear"),
 ];
 
 fn nearly(found: &[u32], expected: &[u32]) -> bool {
@@ -126,6 +130,7 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         ("arch", "deepseek-v3", 0),
         ("arch", "qwen3next", 5),
         ("arch2", "nemotron_h_moe", 5),
+        ("arch2", "deepseek32", 0),
     ] {
         let (fixture, kv_type) = (Fixture::of(folder, name), KvType::Q8_0);
         let folder = tempfile::tempdir().unwrap();
@@ -226,7 +231,11 @@ fn tokens_of_several_texts_go_through_a_gpu_without_coming_back() {
 /// another position of the same chunk. With a window, it attends to a chunk more than the one before.
 #[test]
 fn a_recorded_step_serves_for_every_position_in_its_chunks() {
-    for (folder, name) in [("arch", "gpt-oss"), ("arch", "qwen3moe")] {
+    for (folder, name) in [
+        ("arch", "gpt-oss"),
+        ("arch", "qwen3moe"),
+        ("arch2", "glm-dsa"),
+    ] {
         let fixture = Fixture::of(folder, name);
         let (kv_type, len) = (KvType::F32, 420);
         let mut plan = plan(&fixture.shape, (len, kv_type), ALL, true, Experts::Gpu);

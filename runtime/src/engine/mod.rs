@@ -11,6 +11,7 @@ mod apart_tests;
 mod backend;
 mod batch;
 pub mod burst;
+mod choices;
 mod cpu;
 pub mod draft;
 mod experts;
@@ -22,6 +23,8 @@ mod gpu_delta_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod gpu_golden_tests;
+#[cfg(test)]
+mod gpu_index_tests;
 #[cfg(test)]
 mod gpu_places_tests;
 #[cfg(test)]

@@ -10,6 +10,7 @@
 //! and so on. Holding one proves that the part is on the GPU, so that running it needs no check.
 
 mod buffers;
+mod choices;
 mod delta;
 pub mod devices;
 pub(crate) mod factors;

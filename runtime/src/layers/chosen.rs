@@ -13,6 +13,18 @@ pub(super) struct Chosen {
     positions: Vec<u32>,
 }
 
+/// Rows of a batch whose lists are moved between processors, `[rows, most]`.
+#[derive(Clone, Copy)]
+pub(crate) struct ChosenRows<'a> {
+    /// Row of the batch that the first list is of.
+    pub(crate) first_row: usize,
+    /// Positions that each row sees. Where they are no more than a list has, the row attends to all,
+    /// and its list means nothing.
+    pub(crate) seen: &'a [usize],
+    /// Positions of a list.
+    pub(crate) most: usize,
+}
+
 /// Lists of positions, one per token.
 #[derive(Clone, Copy)]
 pub(super) struct Lists<'a> {
@@ -46,6 +58,26 @@ impl Chosen {
             *list = first + i * len..first + (i + 1) * len;
         }
         &mut self.positions[first..]
+    }
+
+    /// Returns the lists of some rows, `[rows, most]`.
+    pub(super) fn to_rows(&self, rows: ChosenRows<'_>) -> Vec<u32> {
+        let mut positions = vec![0; rows.seen.len() * rows.most];
+        let lists = self.lists.iter().skip(rows.first_row);
+        for (list, to) in lists.zip(positions.chunks_exact_mut(rows.most)) {
+            let list = &self.positions[list.clone()];
+            to[..list.len()].copy_from_slice(list);
+        }
+        positions
+    }
+
+    /// Takes the lists of some rows, `[rows, most]`, after those of the rows before them.
+    pub(super) fn take_rows(&mut self, rows: ChosenRows<'_>, positions: &[u32]) {
+        if rows.first_row == 0 {
+            self.clear();
+        }
+        let of_batch = rows.first_row..rows.first_row + rows.seen.len();
+        self.add(of_batch, rows.most).copy_from_slice(positions);
     }
 
     /// Adds the list of a row of the batch.

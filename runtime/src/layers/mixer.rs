@@ -2,7 +2,7 @@
 //! past tokens, its buffers and its computation.
 
 use super::block_index::IndexedCache;
-use super::chosen::Chosen;
+use super::chosen::{Chosen, ChosenRows};
 use super::compressed::{CompressedCache, CompressedScratch, CompressedStores};
 use super::cpu_context::CpuContext;
 use super::delta::DeltaScratch;
@@ -305,6 +305,18 @@ impl MixerScratch {
             Mixer::Compressed(a) => self.compressed.reserve(rows, a),
             Mixer::None => {}
         }
+    }
+}
+
+impl MixerScratch {
+    /// Returns what the last indexer chose for some rows of the batch, `[rows, most]`.
+    pub(crate) fn choices(&self, rows: ChosenRows<'_>) -> Vec<u32> {
+        self.chosen.to_rows(rows)
+    }
+
+    /// Takes what an indexer elsewhere chose for some rows of the batch, `[rows, most]`.
+    pub(crate) fn put_choices(&mut self, rows: ChosenRows<'_>, positions: &[u32]) {
+        self.chosen.take_rows(rows, positions);
     }
 }
 

@@ -414,6 +414,23 @@ impl ModelSpec {
         long.any(|long| context > long.original_context)
     }
 
+    /// Returns the layer whose indexer chooses the positions that a layer without one of its own
+    /// attends to, if it attends to chosen ones.
+    pub fn indexed_before(&self, layer: usize) -> Option<usize> {
+        fn reach(layer: &LayerSpec) -> Option<&Reach> {
+            match &layer.mixer {
+                Mixer::Mla(attention) => Some(&attention.reach),
+                _ => None,
+            }
+        }
+        match reach(self.layers.get(layer)?)? {
+            Reach::Reused(_) => self.layers[..layer]
+                .iter()
+                .rposition(|layer| matches!(reach(layer), Some(Reach::Indexed(_)))),
+            Reach::All | Reach::Window(_) | Reach::Indexed(_) => None,
+        }
+    }
+
     /// Returns the layers with routed experts, ascending, each with its number.
     pub fn moe_layers(&self) -> impl Iterator<Item = (usize, &MoeSpec)> {
         self.layers

@@ -80,7 +80,7 @@ pub(super) fn stored(kv_type: KvType, row: &[f32]) -> Vec<u8> {
 }
 
 /// Returns the values of a stored row.
-fn widened(kv_type: KvType, bytes: &[u8], width: usize) -> Vec<f32> {
+pub(super) fn widened(kv_type: KvType, bytes: &[u8], width: usize) -> Vec<f32> {
     let mut out = vec![0.0; width];
     match kv_type {
         KvType::F32 => {
@@ -661,14 +661,19 @@ fn compare_case(
 }
 
 /// How scores are made of products.
-struct Scores {
-    scale: f64,
-    cap: Option<f64>,
-    sink: Option<f64>,
+pub(super) struct Scores {
+    pub(super) scale: f64,
+    pub(super) cap: Option<f64>,
+    pub(super) sink: Option<f64>,
 }
 
 /// Computes attention of one query in 64-bit floats.
-fn plain_attention(of: &Scores, query: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>]) -> Vec<f64> {
+pub(super) fn plain_attention(
+    of: &Scores,
+    query: &[f32],
+    keys: &[Vec<f32>],
+    values: &[Vec<f32>],
+) -> Vec<f64> {
     let score = |key: &Vec<f32>| -> f64 {
         let products = query
             .iter()

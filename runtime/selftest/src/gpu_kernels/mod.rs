@@ -5,6 +5,7 @@ mod attention;
 mod chosen;
 mod delta;
 mod gated;
+mod index;
 mod kda;
 mod mamba;
 mod products;
@@ -75,6 +76,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(chosen::checks());
     checks.extend(small::checks());
     checks.extend(attention::checks());
+    checks.extend(index::checks());
     checks.extend(delta::checks());
     checks.extend(kda::checks());
     checks.extend(mamba::checks());

@@ -1,3 +1,5 @@
+mod options;
+
 use super::*;
 use crate::gpu::mixer_alone;
 use crate::layers::mixer::Segment;

@@ -1,0 +1,180 @@
+//! Models with lightning indexers on an emulated GPU: texts that come to where tokens begin to choose
+//! what they attend to, and recorded steps on both sides of it.
+
+use super::gpu_tests::{ALL, Experts, Watched, load, plan};
+use crate::engine::{Engine, LogitsMode, Rows, SequenceId};
+use crate::options::LoadOptions;
+use crate::plans::in_memory::all_in_memory;
+use std::sync::Arc;
+use tier_plan_cuda::Device;
+use tier_plan_formats::gguf::testing::Writer;
+use tier_plan_formats::gguf::{Gguf, Value};
+use tier_plan_formats::model::describe;
+use tier_plan_formats::model::kv::KvType;
+use tier_plan_formats::model::shape::{ModelShape, shape_of};
+use tier_plan_testing::{data, nmse};
+
+const CONTEXT: u32 = 300;
+
+/// Largest error of a token's logits from the processor's, as in the tests of single texts.
+const SMALL_ERROR: f64 = 1e-5;
+
+/// Returns a small model whose tokens choose so many positions.
+fn choosing(name: &str, most: u32) -> (tempfile::NamedTempFile, Arc<Gguf>, ModelShape) {
+    let fixture = Gguf::open(&data(&format!("arch2/{name}.gguf"))).unwrap();
+    let mut writer = Writer::from_gguf(&fixture);
+    let key = format!("{name}.attention.indexer.top_k");
+    writer.set(&key, Value::U32(most));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), writer.finish()).unwrap();
+    let gguf = Arc::new(Gguf::open(file.path()).unwrap());
+    let shape = shape_of(&gguf, &describe(&gguf).unwrap());
+    (file, gguf, shape)
+}
+
+fn token(text: u32, at: u32) -> u32 {
+    (at * at * 7 + text * (13 + at)) % 90 + 1
+}
+
+/// An engine on a GPU, one on the processor, and how the former is used.
+struct Pair {
+    engine: Engine,
+    plain: Engine,
+    device: Arc<Watched>,
+}
+
+impl Pair {
+    fn new(gguf: &Arc<Gguf>, shape: &ModelShape, texts: u32) -> Self {
+        let of = (CONTEXT, KvType::F32);
+        let mut on_gpu = plan(shape, of, ALL, true, Experts::Gpu);
+        let mut plain = all_in_memory(shape, of.0, of.1);
+        for plan in [&mut on_gpu, &mut plain] {
+            plan.sequences = texts;
+            plan.fill_sums(shape);
+            let tiers = plan.tiers.iter_mut();
+            tiers.for_each(|tier| tier.budget_bytes = tier.used_bytes());
+        }
+        let device = Arc::new(Watched::new(usize::MAX));
+        let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+        let options = LoadOptions {
+            threads: Some(2),
+            batch: Some(64),
+            ..LoadOptions::default()
+        };
+        let gguf = Arc::clone(gguf);
+        let loaded = Engine::load_on(gguf.clone(), &on_gpu, &options, Some(&give), &mut |_, _| {});
+        Self {
+            engine: loaded.unwrap(),
+            plain: load(&gguf, &plain, 64),
+            device,
+        }
+    }
+
+    /// Adds tokens of texts to both, and compares the last logits of each. Returns the launches and
+    /// recordings.
+    fn step(&mut self, texts: &[(SequenceId, u32, std::ops::Range<u32>)]) -> [usize; 2] {
+        let tokens: Vec<Vec<u32>> = texts
+            .iter()
+            .map(|(_, text, at)| at.clone().map(|at| token(*text, at)).collect())
+            .collect();
+        let rows: Vec<Rows<'_>> = texts
+            .iter()
+            .zip(&tokens)
+            .map(|((sequence, ..), tokens)| Rows {
+                sequence: *sequence,
+                tokens,
+                logits: Some(LogitsMode::Last),
+            })
+            .collect();
+        self.device.take();
+        let got = self.engine.step(&rows).unwrap().to_vec();
+        let [launches, _, _, recordings] = self.device.take();
+        let expected = self.plain.step(&rows).unwrap();
+        let off = nmse(&got, expected);
+        assert!(off < SMALL_ERROR, "{texts:?}: {off:e}");
+        [launches, recordings]
+    }
+
+    fn add(&mut self) -> SequenceId {
+        let added = self.engine.add_sequence().unwrap();
+        assert_eq!(self.plain.add_sequence().unwrap(), added);
+        added
+    }
+}
+
+#[test]
+fn a_text_comes_to_where_it_chooses() {
+    // Chunks of 256 positions end before the first choice, and after it.
+    for (name, most, chooses_from) in [("glm-dsa", 258, 256), ("dots3note", 100, 0)] {
+        let (_file, gguf, shape) = choosing(name, most);
+        let mut pair = Pair::new(&gguf, &shape, 1);
+        let text = pair.add();
+        // A prompt with parts in which none, some, and all tokens choose.
+        let prompt = most.min(250) - 2;
+        pair.step(&[(text, 0, 0..prompt)]);
+        let mut launches = Vec::new();
+        for at in prompt..prompt + 12 {
+            let [launched, recorded] = pair.step(&[(text, 0, at..at + 1)]);
+            if launched > 0 && recorded == 0 {
+                launches.push((at, launched));
+            }
+        }
+        // Launched once in each chunk, then recorded.
+        if chooses_from > prompt {
+            assert_eq!(launches.len(), 2, "{name}: {launches:?}");
+            // Queries, ratings, and choices of two layers.
+            assert!(launches[1].1 > launches[0].1, "{name}: {launches:?}");
+        } else {
+            assert_eq!(launches.len(), 1, "{name}: {launches:?}");
+        }
+        pair.step(&[(text, 0, prompt + 12..290)]);
+        pair.step(&[(text, 0, 290..291)]);
+    }
+}
+
+#[test]
+fn texts_choose_beside_others_that_attend_to_all() {
+    let (_file, gguf, shape) = choosing("deepseek32", 40);
+    let mut pair = Pair::new(&gguf, &shape, 3);
+    let texts = [pair.add(), pair.add(), pair.add()];
+    // Parts of prompts on both sides, with many tokens and with few.
+    pair.step(&[(texts[0], 0, 0..50), (texts[1], 1, 0..7)]);
+    pair.step(&[
+        (texts[0], 0, 50..53),
+        (texts[1], 1, 7..44),
+        (texts[2], 2, 0..3),
+    ]);
+    pair.step(&[
+        (texts[2], 2, 3..39),
+        (texts[0], 0, 53..55),
+        (texts[1], 1, 44..45),
+    ]);
+    for i in 0..5 {
+        let past = [55 + i, 45 + i, 39 + i];
+        let step = [0, 1, 2].map(|t: usize| (texts[t], t as u32, past[t]..past[t] + 1));
+        let [launches, recordings] = pair.step(&step);
+        assert_eq!(recordings, usize::from(i == 1), "step {i}");
+        assert_eq!(launches > 0, i < 2, "step {i}");
+    }
+}
+
+#[test]
+fn attention_to_all_positions_costs_no_choice() {
+    // More than a text can have, so that no token ever chooses.
+    let (_file, gguf, shape) = choosing("deepseek32", 512);
+    let mut pair = Pair::new(&gguf, &shape, 1);
+    let text = pair.add();
+    pair.step(&[(text, 0, 0..20)]);
+    let without = pair.step(&[(text, 0, 20..21)])[0];
+    let (_file, gguf, shape) = choosing("deepseek32", 8);
+    let mut pair = Pair::new(&gguf, &shape, 1);
+    let text = pair.add();
+    pair.step(&[(text, 0, 0..20)]);
+    let with = pair.step(&[(text, 0, 20..21)])[0];
+    // Per layer: queries and weights of heads, ratings, and the choice.
+    let n_layer = shape.n_layer as usize;
+    assert!(
+        (3 * n_layer..=4 * n_layer).contains(&(with - without)),
+        "{with} launches instead of {without}"
+    );
+}
