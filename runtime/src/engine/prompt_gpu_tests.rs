@@ -172,12 +172,11 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
         // As long for the bytes of an expert as for products of half its uses.
         let uses = 64 * u64::from(e.n_used) / u64::from(e.n_expert);
         let spec = describe(&gguf).unwrap();
-        let ffn = spec
-            .moe_layers()
-            .map(|(_, moe)| moe.expert_ffn)
-            .max()
-            .unwrap_or(0);
-        let macs = (3 * spec.hidden * ffn) as u64;
+        let macs = spec.moe_layers().map(|(_, moe)| {
+            let matrices = 2 + usize::from(moe.has_gate());
+            (matrices * moe.expert_width() * moe.expert_ffn) as u64
+        });
+        let macs = macs.max().unwrap_or(0);
         let gflops = (uses / 2 * 2 * macs) as f64 / e.expert_bytes as f64;
         let ((got, _), some) = run(rates(1.0, gflops.max(1e-3)));
         assert!(some > 0 && some < all, "{name}: {some} of {all}");
