@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 16] = [
+pub static MODULES: [Module; 17] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -143,6 +143,18 @@ pub static MODULES: [Module; 16] = [
         name: "short_conv.cu",
         text: include_str!("kernels/short_conv.cu"),
         kernels: &["short_conv", "short_conv_keep"],
+    },
+    Module {
+        name: "streams.cu",
+        text: include_str!("kernels/streams.cu"),
+        kernels: &[
+            "streams_read_gated",
+            "streams_read_bank",
+            "streams_read_mean",
+            "streams_write",
+            "streams_write_bank",
+            "streams_spread",
+        ],
     },
     Module {
         name: "stream.cu",

@@ -278,6 +278,7 @@ impl Backends {
             return Ok(places.ffn);
         }
         processors.transfer(&stage, places.ffn, places.shared)?;
+        processors.bring_stream_weights(&stage, layer)?;
         processors.on(places.shared).shared_expert(
             &mut stage,
             layer,

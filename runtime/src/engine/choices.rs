@@ -1,4 +1,5 @@
-//! Positions that an indexer chose on one processor, and that a layer on another one attends to.
+//! What a part on one processor leaves for parts on another one: positions that an indexer chose, and
+//! weights for writing results back to several streams.
 
 use super::backend::{Processors, Stage};
 use super::sequences::WHOLE;
@@ -45,6 +46,38 @@ impl Processors {
         match to {
             Some(tier) => self.gpus.of(tier).put_choices(rows, &positions)?,
             None => self.cpu.mixer.put_choices(rows, &positions),
+        }
+        Ok(())
+    }
+
+    /// Brings the weights for writing a layer's experts back from its router to its shared expert,
+    /// where the sums of all experts will be written.
+    pub(super) fn bring_stream_weights(
+        &mut self,
+        stage: &Stage<'_>,
+        layer: Layer<'_>,
+    ) -> Result<(), RunError> {
+        let places = self.gpus.places.layers[layer.index.get()];
+        let (from, to) = (places.ffn, places.shared);
+        let (Some(streams), Some(connections)) =
+            (&stage.spec.streams, &layer.spec.residual.connections)
+        else {
+            return Ok(());
+        };
+        if from == to {
+            return Ok(());
+        }
+        let rows = stage.rows.clone();
+        let weights = match from {
+            Some(tier) => self.gpus.of(tier).stream_weights(rows.clone())?,
+            None => self.cpu.streams.back.rows(&rows, streams.n),
+        };
+        match to {
+            Some(tier) => self.gpus.of(tier).put_stream_weights(rows, &weights)?,
+            None => {
+                let back = &mut self.cpu.streams.back;
+                back.put(&connections.ffn, rows.start, streams.n, &weights);
+            }
         }
         Ok(())
     }

@@ -94,6 +94,7 @@ impl Cpu {
     /// width]`.
     pub(crate) fn embed_tokens(&mut self, spec: &ModelSpec, tokens: &[u32]) -> &[f32] {
         self.embed_rows(spec, tokens);
+        self.spread(spec, tokens.len());
         &self.x[..tokens.len() * spec.residual_width()]
     }
 

@@ -66,14 +66,19 @@ impl LayerBackend for Gpu {
         routed_here: bool,
     ) -> Result<(), RunError> {
         let reads_others = layer.spec.moe().is_some_and(|moe| moe.input_norm.is_some());
+        let values = stage.values();
+        let Buffers { normed, shared, .. } = &mut *stage.buffers;
         let input = if routed_here && !reads_others {
             FfnInput::Normalized
+        } else if stage.spec.streams.is_some() {
+            // Only the router's processor reads several streams.
+            FfnInput::Given(&normed[..values.len()])
         } else {
             FfnInput::Raw
         };
-        let (values, part) = (stage.values(), self.ffn(layer.index.get())?);
+        let part = self.ffn(layer.index.get())?;
         if layer.spec.sums_experts_apart() {
-            let shared = &mut stage.buffers.shared[values];
+            let shared = &mut shared[values];
             return Ok(part.take_shared(stage.rows.clone(), input, shared)?);
         }
         Ok(part.run_shared(stage.rows.clone(), input)?)

@@ -19,7 +19,7 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 32] = [
+const WHOLE: [&str; 35] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
@@ -36,6 +36,9 @@ const WHOLE: [&str; 32] = [
     "grok",
     "hunyuan-moe",
     "hy_v3",
+    "hy_v4",
+    "hy_v4-full",
+    "kimi-k3",
     "kimi-linear",
     "laguna",
     "lfm2moe",

@@ -18,7 +18,7 @@ use tier_plan_kernels::{Activations, needs_quants};
 #[derive(Default)]
 pub(crate) struct StreamRows {
     scratch: StreamsScratch,
-    back: WriteBack,
+    pub(super) back: WriteBack,
     /// `[wanted rows, streams * hidden]`: rows on their way to the head.
     ends: Vec<f32>,
 }

@@ -3,6 +3,7 @@
 use super::Most;
 use super::full::most_texts;
 use super::router::ROW_ALIGNMENT;
+use super::streams::{StreamBuffers, StreamSizes};
 use crate::layers::pages::PAGE;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
@@ -39,6 +40,8 @@ const ALLOCATION_UNIT: usize = 256;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct BufferSizes {
     x: usize,
+    /// Of several residual streams.
+    streams: StreamSizes,
     rows: usize,
     hidden: usize,
     n_used: usize,
@@ -94,7 +97,8 @@ impl BufferSizes {
         } = most;
         let hidden = spec.hidden;
         let mut s = Self {
-            x: batch * hidden,
+            x: batch * spec.residual_width(),
+            streams: StreamSizes::new(spec, batch, rows),
             rows,
             hidden,
             n_used: 1,
@@ -274,7 +278,8 @@ impl BufferSizes {
     }
 
     fn inner(&self) -> usize {
-        self.rows * self.inner.max(self.ffn).max(self.latent)
+        let most = self.rows * self.inner.max(self.ffn).max(self.latent);
+        most.max(self.streams.wide())
     }
 
     /// Returns the bytes of all buffers.
@@ -309,6 +314,7 @@ impl BufferSizes {
         ];
         let floats = floats
             .into_iter()
+            .chain(self.streams.all())
             .chain(self.turns.iter().copied())
             .map(|values| 4 * values);
         let quants = Self::quants(self.quants_in())
@@ -324,8 +330,9 @@ impl BufferSizes {
 
 /// The buffers. Buffers without a comment are `[rows, width]` of the layer's values of that name.
 pub(super) struct GpuBuffers {
-    /// `[batch, hidden]` hidden state.
+    /// `[batch, streams, hidden]` hidden state.
     pub(super) x: Buffer,
+    pub(super) streams: StreamBuffers,
     /// `[rows, hidden]` result of a part, to be added to the hidden state.
     pub(super) out: Buffer,
     /// `[n, hidden]` normalized state of `n` rows, then `[n, n_used]` chosen experts, then their
@@ -383,6 +390,7 @@ impl GpuBuffers {
         let (rows, hidden) = (s.rows, s.hidden);
         Ok(Self {
             x: floats(s.x)?,
+            streams: StreamBuffers::new(device, &s.streams)?,
             out: floats(rows * hidden)?,
             answer: floats(s.answer())?,
             router_logits: floats(rows * s.n_expert)?,

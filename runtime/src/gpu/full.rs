@@ -11,7 +11,7 @@ use super::latent::Onto;
 use super::router::{ChoiceViews, Router};
 use super::rows::GPU_ROWS;
 use super::stages::{FfnBlock, Head, Layer, LayerFfn, LayerMixer};
-use super::workspace::{Output, Residual, Workspace};
+use super::workspace::{Output, Purpose, Residual, Workspace};
 use crate::gpu::matrix::Matrix;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
@@ -52,7 +52,7 @@ struct RecordedStep {
 pub(crate) struct Tokens<'a> {
     /// `[n]`.
     pub(crate) ids: &'a [u32],
-    /// Hidden states before the first layer, `[n, hidden]`, if the embedding is elsewhere.
+    /// Hidden states before the first layer, `[n, streams * hidden]`, if the embedding is elsewhere.
     pub(crate) states: Option<&'a [f32]>,
     /// The tokens' places in their texts. No checkpoint follows any of them.
     pub(crate) segments: &'a [Segment<'a>],
@@ -341,7 +341,8 @@ impl FullMoe<'_> {
             .is_some_and(|experts| experts.takes_quants(self.index));
         let latent = router.latent.as_ref();
         let output = Output::quantized_if(experts_take && latent.is_none());
-        ffn.norm_for_router(work, router, 0..n, residual, output)?;
+        let form = (output, Purpose::Block);
+        ffn.norm_for_router(work, router, 0..n, residual, form)?;
         router.choose(work, n, self.choices(work, n))?;
         let rows = router.latent_values(work, n);
         if let Some(latent) = latent {

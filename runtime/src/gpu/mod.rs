@@ -29,6 +29,7 @@ mod router;
 pub(crate) mod rows;
 mod short_conv;
 mod stages;
+mod streams;
 mod workspace;
 
 pub use full::fully_on_gpu;
@@ -52,6 +53,7 @@ use router::RouterPart;
 use stages::{EmbeddingPart, FfnPart, Head, HeadPart, Layer, MixerPart};
 use std::ops::Range;
 use std::sync::Arc;
+use streams::BlockInput;
 use tier_plan_cuda::{CudaError, Device};
 use tier_plan_formats::model::spec::ModelSpec;
 use tier_plan_formats::placement::{PerTier, Placement, TierIdx};
@@ -196,9 +198,10 @@ impl Gpu {
                     Layer::new(&loader, layer, *at, tier, *rope, cache)
                 });
         let vocabulary = |id| loader.rows(id, 0..spec.n_vocab, spec.hidden);
+        let end = spec.streams.map(|streams| streams.end);
         let head = || {
             Ok(Head {
-                norm: loader.vector(spec.output_norm)?,
+                input: BlockInput::of_head(&loader, end.as_ref(), spec.output_norm)?,
                 matrix: vocabulary(spec.output),
                 bias: spec.head.bias.map(|id| weights.vector(id).to_vec()),
             })
@@ -291,19 +294,22 @@ impl Gpu {
         self.layers[layer].ffn.as_ref()?.host_end.as_ref()
     }
 
-    /// Overwrites rows of the hidden state, `[rows, hidden]`.
+    /// Overwrites rows of the hidden state, `[rows, streams * hidden]`.
     pub(super) fn put(&self, rows: Range<usize>, x: &[f32]) -> Result<(), CudaError> {
         self.work.state(rows).write_f32(x)
     }
 
-    /// Copies rows of the hidden state to the host, `[rows, hidden]`.
+    /// Copies rows of the hidden state to the host, `[rows, streams * hidden]`.
     pub(super) fn take(&self, rows: Range<usize>, x: &mut [f32]) -> Result<(), CudaError> {
         self.work.state(rows).read_f32(x)
     }
 
     /// Adds the sums of a layer's experts to the first rows of the hidden state, `[n, hidden]`, and
     /// does what follows the layer.
-    pub(super) fn add_sums(&self, layer: usize, sums: &[f32]) -> Result<(), CudaError> {
+    pub(super) fn add_sums(&mut self, layer: usize, sums: &[f32]) -> Result<(), CudaError> {
+        if let Some(ffn) = &self.layers[layer].ffn {
+            ffn.prepare_sums(&mut self.work);
+        }
         self.work.add_to_state(sums)?;
         self.end_layer(layer, sums.len() / self.work.hidden)
     }

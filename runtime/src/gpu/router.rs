@@ -3,7 +3,7 @@
 use super::latent::Latent;
 use super::matrix::{GpuLoader, Matrix, product};
 use super::stages::LayerFfn;
-use super::workspace::{Output, Residual, Workspace};
+use super::workspace::{Output, Purpose, Residual, Workspace};
 use std::ops::Range;
 use tier_plan_cuda::ops::{RouterLogits, RouterSpec};
 use tier_plan_cuda::{Buffer, CudaError, View};
@@ -129,7 +129,7 @@ impl<'a> RouterPart<'a> {
         weights: &mut [f32],
     ) -> Result<RoutedRows<'a>, CudaError> {
         let n = rows.len();
-        let (n_normed, n_choices) = self.choose(rows.clone())?;
+        let (n_normed, n_choices) = self.choose(rows.clone(), Purpose::Block)?;
         let Self {
             layer,
             ffn,
@@ -162,7 +162,7 @@ impl<'a> RouterPart<'a> {
         rows: Range<usize>,
         experts: &mut Vec<u16>,
     ) -> Result<(), CudaError> {
-        let (n_normed, n_choices) = self.choose(rows)?;
+        let (n_normed, n_choices) = self.choose(rows, Purpose::Prediction)?;
         let Self {
             layer,
             router,
@@ -181,11 +181,15 @@ impl<'a> RouterPart<'a> {
 
     /// Normalizes rows and chooses experts. Returns the number of normalized values in
     /// `buffers.answer`, and of the choices after them.
-    fn choose(&mut self, rows: Range<usize>) -> Result<(usize, usize), CudaError> {
+    fn choose(
+        &mut self,
+        rows: Range<usize>,
+        purpose: Purpose,
+    ) -> Result<(usize, usize), CudaError> {
         let n = rows.len();
-        let (none, output) = (Residual::None, Output::F32);
+        let form = (Output::F32, purpose);
         self.ffn
-            .norm_for_router(self.work, self.router, rows, none, output)?;
+            .norm_for_router(self.work, self.router, rows, Residual::None, form)?;
         let (n_normed, n_choices) = (n * self.work.hidden, n * self.router.spec.n_used);
         let choices = self
             .work

@@ -4,7 +4,8 @@ use super::buffers::logit_rows;
 use super::matrix::{FfnMatrices, GpuLoader, Matrix, product};
 use super::mixer::{Mixer, MixerBatch};
 use super::router::Router;
-use super::workspace::{BlockEnd, Output, Residual, Workspace};
+use super::streams::{BlockInput, WriteBack};
+use super::workspace::{BlockEnd, Output, Purpose, Residual, Workspace};
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use crate::layers::places::{LayerPlaces, Place};
@@ -24,14 +25,16 @@ pub(super) struct Layer {
 
 /// A mixer with its norm.
 pub(super) struct LayerMixer {
-    norm: Buffer,
+    input: BlockInput,
     pub(super) mixer: Mixer,
     end: BlockEnd,
 }
 
 /// The feed-forward parts of a layer: at least one of them is here.
 pub(super) struct LayerFfn {
-    norm: Buffer,
+    input: BlockInput,
+    /// How results are written back.
+    back: WriteBack,
     /// The form of normalized rows that the parts take.
     output: Output,
     pub(super) router: Option<Router>,
@@ -78,7 +81,7 @@ pub(super) struct FfnBlock {
 }
 
 pub(super) struct Head {
-    pub(super) norm: Buffer,
+    pub(super) input: BlockInput,
     pub(super) matrix: Matrix,
     /// What is added to logits on the host, `[n_vocab]`.
     pub(super) bias: Option<Vec<f32>>,
@@ -122,9 +125,9 @@ impl Layer {
         };
         let has_mixer = layer.has_mixer() && here(places.mixer);
         let mixer = cache.filter(|_| has_mixer).map(|cache| {
-            let norm = loader.vector(layer.mixer_norm)?;
+            let connection = layer.residual.connections.map(|c| c.mixer);
             Ok(LayerMixer {
-                norm,
+                input: BlockInput::new(loader, connection.as_ref(), layer.mixer_norm)?,
                 end: BlockEnd {
                     norm: loader.opt_vector(layer.residual.mixer_norm)?,
                     scale: layer.residual.mixer_scale,
@@ -137,7 +140,9 @@ impl Layer {
         let has_blocks = here(places.ffn) && (here(places.shared) || !has_shared);
         let has_ffn = router.is_some() || block.is_some();
         let ffn = has_ffn.then(|| {
-            let norm = loader.vector(layer.ffn_norm)?;
+            let connection = layer.residual.connections.map(|c| c.ffn);
+            // A shared expert away from its router gets rows that are read.
+            let read_here = connection.as_ref().filter(|_| here(places.ffn));
             let takes_quants = router.as_ref().is_some_and(Router::takes_quants)
                 || block.as_ref().is_some_and(|b| b.matrices.takes_quants());
             let residual = &layer.residual;
@@ -149,7 +154,8 @@ impl Layer {
             });
             let scale = loader.weights.opt_vector(residual.output_scale);
             Ok(LayerFfn {
-                norm,
+                input: BlockInput::new(loader, read_here, layer.ffn_norm)?,
+                back: WriteBack::of(connection.as_ref()),
                 output: Output::quantized_if(takes_quants),
                 router,
                 block,
@@ -214,12 +220,9 @@ impl LayerMixer {
         residual: Residual,
     ) -> Result<(), CudaError> {
         let (n, first_row) = (rows.len(), rows.start);
-        work.norm(
-            &self.norm,
-            rows,
-            residual,
-            Output::quantized_if(self.mixer.takes_quants()),
-        )?;
+        let output = Output::quantized_if(self.mixer.takes_quants());
+        self.input
+            .read(work, rows, residual, output, Purpose::Block)?;
         let batch = MixerBatch {
             n,
             first_row,
@@ -240,12 +243,23 @@ impl LayerFfn {
         residual: Residual,
         output: Output,
     ) -> Result<(), CudaError> {
+        self.read(work, rows, residual, output, Purpose::Block)
+    }
+
+    fn read(
+        &self,
+        work: &mut Workspace,
+        rows: Range<usize>,
+        residual: Residual,
+        output: Output,
+        purpose: Purpose,
+    ) -> Result<(), CudaError> {
         let output = if self.output == Output::Quantized {
             Output::Quantized
         } else {
             output
         };
-        work.norm(&self.norm, rows, residual, output)
+        self.input.read(work, rows, residual, output, purpose)
     }
 
     /// Normalizes rows for the router, and for other consumers that take `output` where they read
@@ -256,15 +270,32 @@ impl LayerFfn {
         router: &Router,
         rows: Range<usize>,
         residual: Residual,
-        output: Output,
+        (output, purpose): (Output, Purpose),
     ) -> Result<(), CudaError> {
         match &router.norm {
             Some(norm) => {
                 let output = Output::quantized_if(router.takes_quants());
                 work.norm(norm, rows, residual, output)
             }
-            None => self.norm(work, rows, residual, output),
+            None => self.read(work, rows, residual, output, purpose),
         }
+    }
+
+    /// Takes rows that were normalized elsewhere, `[rows, hidden]`.
+    fn take_normalized(&self, work: &mut Workspace, rows: &[f32]) -> Result<(), CudaError> {
+        let (buffers, n) = (&mut work.buffers, rows.len() / work.hidden);
+        let answer = buffers.answer.view();
+        answer.write_f32(rows)?;
+        if self.output == Output::Quantized {
+            let quants = &mut buffers.quants;
+            work.ops.quantize(answer, n, work.hidden, quants)?;
+        }
+        Ok(())
+    }
+
+    /// Has sums of experts written back as this layer's blocks write.
+    pub(super) fn prepare_sums(&self, work: &mut Workspace) {
+        work.back = self.back;
     }
 
     /// Normalizes rows for the routed experts, where these read others than their router.
@@ -352,12 +383,9 @@ impl Head {
         residual: Residual,
     ) -> Result<(), CudaError> {
         let n = rows.len();
-        work.norm(
-            &self.norm,
-            rows,
-            residual,
-            Output::quantized_if(self.matrix.takes_quants()),
-        )?;
+        let output = Output::quantized_if(self.matrix.takes_quants());
+        self.input
+            .read(work, rows, residual, output, Purpose::Prediction)?;
         let buffers = &work.buffers;
         product(
             &work.ops,
@@ -411,8 +439,10 @@ impl MixerPart<'_> {
 }
 
 /// The state of rows that a feed-forward block takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum FfnInput {
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum FfnInput<'a> {
+    /// They were normalized elsewhere, `[rows, hidden]`.
+    Given(&'a [f32]),
     /// The layer's router has normalized the rows on this GPU.
     Normalized,
     /// The rows are still to be normalized.
@@ -438,7 +468,11 @@ impl<'a> FfnPart<'a> {
     }
 
     /// Adds a shared expert's result to rows.
-    pub(crate) fn run_shared(self, rows: Range<usize>, input: FfnInput) -> Result<(), CudaError> {
+    pub(crate) fn run_shared(
+        self,
+        rows: Range<usize>,
+        input: FfnInput<'_>,
+    ) -> Result<(), CudaError> {
         let (_, work) = self.compute(rows.clone(), input)?;
         work.add_out(rows)
     }
@@ -448,7 +482,7 @@ impl<'a> FfnPart<'a> {
     pub(crate) fn take_shared(
         self,
         rows: Range<usize>,
-        input: FfnInput,
+        input: FfnInput<'_>,
         out: &mut [f32],
     ) -> Result<(), CudaError> {
         let (_, work) = self.compute(rows, input)?;
@@ -458,12 +492,14 @@ impl<'a> FfnPart<'a> {
     fn compute(
         self,
         rows: Range<usize>,
-        input: FfnInput,
+        input: FfnInput<'_>,
     ) -> Result<(&'a LayerFfn, &'a mut Workspace), CudaError> {
         let Self { ffn, block, work } = self;
         let n = rows.len();
-        if input == FfnInput::Raw {
-            ffn.norm(work, rows, Residual::None, Output::F32)?;
+        match input {
+            FfnInput::Normalized => {}
+            FfnInput::Given(normed) => ffn.take_normalized(work, normed)?,
+            FfnInput::Raw => ffn.norm(work, rows, Residual::None, Output::F32)?,
         }
         block.run(work, n)?;
         Ok((ffn, work))

@@ -2,7 +2,8 @@
 
 use super::Most;
 use super::buffers::{BufferSizes, GpuBuffers};
-use super::matrix::Matrix;
+use super::matrix::{Matrix, of_rows};
+use super::streams::WriteBack;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::PAGE;
 use crate::layers::rope::RopeTable;
@@ -17,6 +18,10 @@ pub(super) struct Workspace {
     pub(super) ops: Ops,
     pub(super) buffers: GpuBuffers,
     pub(super) hidden: usize,
+    /// Streams of the hidden state; 1 where it has no more.
+    pub(super) streams: usize,
+    /// How the result of the last block that has read the hidden state is written back.
+    pub(super) back: WriteBack,
     pub(super) eps: f32,
     /// Factor on embeddings.
     embedding_scale: f32,
@@ -36,6 +41,15 @@ pub(super) enum Residual {
     None,
     /// The result of the last part, in `buffers.out`.
     Pending,
+}
+
+/// What rows are read for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A block whose result is written back.
+    Block,
+    /// Anything else.
+    Prediction,
 }
 
 /// The form of normalized rows that the next products take.
@@ -74,6 +88,8 @@ impl Workspace {
             buffers: GpuBuffers::new(device, sizes, cache)?,
             ops: Ops::new(Arc::clone(device)),
             hidden: spec.hidden,
+            streams: spec.streams.map_or(1, |streams| streams.n),
+            back: WriteBack::default(),
             eps: spec.norm_eps,
             embedding_scale: spec.embedding_scale,
             rows: most.rows,
@@ -91,12 +107,9 @@ impl Workspace {
         }
     }
 
-    /// Returns rows of the hidden state, `[rows, hidden]`.
+    /// Returns rows of the hidden state, `[rows, streams * hidden]`.
     pub(super) fn state(&self, rows: Range<usize>) -> View<'_> {
-        self.buffers
-            .x
-            .view()
-            .floats(rows.start * self.hidden..rows.end * self.hidden)
+        of_rows(self.buffers.x.view(), &rows, self.streams * self.hidden)
     }
 
     /// Adds host values to the first rows of the hidden state, `[n, hidden]`.
@@ -104,21 +117,26 @@ impl Workspace {
         for (i, part) in values.chunks(self.rows * self.hidden).enumerate() {
             let first = i * self.rows;
             self.buffers.out.view().write_f32(part)?;
-            let to = self.state(first..first + part.len() / self.hidden);
-            self.ops.add(to, self.buffers.out.view(), part.len())?;
+            self.add_out(first..first + part.len() / self.hidden)?;
         }
         Ok(())
     }
 
     /// Sets rows of the hidden state to the embeddings of the tokens in `buffers.ids`.
     pub(super) fn embed(&self, table: &Matrix, rows: Range<usize>) -> Result<(), CudaError> {
-        let (n, x, ids) = (rows.len(), self.state(rows), self.buffers.ids.view());
+        let (n, hidden, ids) = (rows.len(), self.hidden, self.buffers.ids.view());
+        let spreads = self.streams > 1;
+        let to = if spreads {
+            self.buffers.out.view()
+        } else {
+            self.state(rows.clone())
+        };
         let ops = &self.ops;
-        ops.dequantize_chosen(table.ty, table.view(), self.hidden, ids, n, x)?;
-        match self.embedding_scale {
-            1.0 => Ok(()),
-            scale => ops.scale(x, scale, n * self.hidden),
+        ops.dequantize_chosen(table.ty, table.view(), hidden, ids, n, to)?;
+        if self.embedding_scale != 1.0 {
+            ops.scale(to, self.embedding_scale, n * hidden)?;
         }
+        if spreads { self.spread(rows) } else { Ok(()) }
     }
 
     /// Does to `n` rows of `buffers.out`, a block's result, what follows the block.
@@ -132,12 +150,6 @@ impl Workspace {
             1.0 => Ok(()),
             scale => self.ops.scale(out, scale, n * hidden),
         }
-    }
-
-    /// Adds `buffers.out` to rows of the hidden state.
-    pub(super) fn add_out(&self, rows: Range<usize>) -> Result<(), CudaError> {
-        let n = rows.len() * self.hidden;
-        self.ops.add(self.state(rows), self.buffers.out.view(), n)
     }
 
     /// Copies what depends on positions to the device, unless it is there from the layer before.

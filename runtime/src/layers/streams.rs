@@ -5,6 +5,7 @@
 use super::cpu_context::{CpuContext, add_bias};
 use super::weights::DenseWeights;
 use std::cell::RefCell;
+use std::ops::Range;
 use tier_plan_formats::model::spec::{
     BankConnection, Connection, GatedConnection, Linear, LowRankConnection, ModelSpec, Sinkhorn,
     StreamsEnd,
@@ -43,6 +44,15 @@ pub(crate) struct WriteBack {
     mix: Vec<f32>,
     /// How a bank takes them, where the streams are one.
     bank: Option<BankConnection>,
+}
+
+/// Weights of some rows for writing results back, on their way to another processor.
+#[derive(Default)]
+pub(crate) struct BackRows {
+    /// `[rows, streams]`; empty where a bank needs none.
+    pub(crate) post: Vec<f32>,
+    /// `[rows, streams, streams]`.
+    pub(crate) mix: Option<Vec<f32>>,
 }
 
 /// The streams of a model, and what computes with them.
@@ -327,6 +337,37 @@ impl<'a> Streams<'a> {
 }
 
 impl WriteBack {
+    /// Returns the weights of some rows of a batch.
+    pub(crate) fn rows(&self, rows: &Range<usize>, n: usize) -> BackRows {
+        let part = |values: &[f32], width: usize| {
+            let values = values.get(rows.start * width..rows.end * width);
+            values.unwrap_or_default().to_vec()
+        };
+        BackRows {
+            post: part(&self.post, n),
+            mix: (!self.mix.is_empty()).then(|| part(&self.mix, n * n)),
+        }
+    }
+
+    /// Takes the weights of rows from `first` on that another processor has made for a block.
+    pub(crate) fn put(&mut self, connection: &Connection, first: usize, n: usize, rows: &BackRows) {
+        self.bank = match connection {
+            Connection::Bank(bank) => Some(*bank),
+            Connection::Gated(_) | Connection::LowRank(_) => None,
+        };
+        for (i, post) in rows.post.chunks_exact(n).enumerate() {
+            self.set_post(first + i, post);
+        }
+        match &rows.mix {
+            None => self.mix.clear(),
+            Some(mix) => {
+                for (i, mix) in mix.chunks_exact(n * n).enumerate() {
+                    self.set_mix(first + i, mix);
+                }
+            }
+        }
+    }
+
     fn post_of(&mut self, row: usize, n: usize) -> &mut [f32] {
         at(&mut self.post, row, n)
     }

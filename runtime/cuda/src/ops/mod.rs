@@ -18,6 +18,7 @@ mod short_conv;
 mod small;
 mod sparse_attention;
 mod stream;
+mod streams;
 
 pub use attention::{Attend, AttentionBuffers, CHUNK, MAX_KEY};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
@@ -35,6 +36,9 @@ pub use prompt_attention::PROMPT_TOKENS;
 pub use short_conv::ShortConv;
 pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterLogits, RouterSpec, Strided};
 pub use sparse_attention::ChosenPositions;
+pub use streams::{
+    MAX_MIXED_STREAMS, MAX_STREAMS, StreamGates, StreamRows, StreamWeights, StreamsOut,
+};
 
 use super::CudaError;
 use super::device::{Arg, Device, Grid, Recording, View};

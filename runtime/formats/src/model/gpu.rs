@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer, MlaSpec, ModelSpec,
-    NormSpan, Selection, TensorId,
+    Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer, MlaSpec,
+    ModelSpec, MoeSpec, NormSpan, RouterInput, Selection, StreamsEnd, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -34,8 +34,17 @@ pub const MAX_DELTA_HEAD: usize = 256;
 /// Widest `B` and `C` of a Mamba-2 mixer on a GPU.
 pub const MAX_MAMBA_STATE: usize = 256;
 
+/// Most streams of the residual on a GPU.
+pub const MAX_STREAMS: usize = 64;
+
+/// Most of them that are mixed with each other.
+pub const MAX_MIXED_STREAMS: usize = 8;
+
 /// What no part of a model on a GPU can read or write.
-const SEVERAL_STREAMS: &str = "several streams of the residual (hyper-connections)";
+const LOW_RANK_STREAMS: &str = "streams with a weight per value";
+
+/// What no latent attention on a GPU chooses positions by.
+const BLOCK_INDEXER: &str = "an indexer that rates blocks of positions";
 
 /// What no layer or embedding on a GPU adds.
 const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
@@ -124,18 +133,18 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
     for (index, layer) in spec.layers.iter().enumerate() {
         if layer.has_mixer() {
             let shared = || "keys and values that other layers read".to_string();
-            let why = mixer(gguf, layer).or_else(|| owners.contains(&index).then(shared));
+            let why = mixer(gguf, spec, layer).or_else(|| owners.contains(&index).then(shared));
             add(Part::Dense(DenseKind::Attention), Some(index), why);
         }
         match &layer.ffn {
             Ffn::Moe(moe) => {
-                let router = router(gguf, layer);
+                let router = router(gguf, spec, layer);
                 add(Part::Dense(DenseKind::Router), Some(index), router);
-                let shared = moe.shared.as_ref().and_then(|_| blocks(layer));
+                let shared = moe.shared.as_ref().and_then(|_| blocks(gguf, spec, layer));
                 add(Part::Dense(DenseKind::SharedExpert), Some(index), shared);
             }
             Ffn::Dense(_) => {
-                let block = router(gguf, layer);
+                let block = router(gguf, spec, layer);
                 add(Part::Dense(DenseKind::DenseFfn), Some(index), block);
             }
             Ffn::None => {}
@@ -170,22 +179,33 @@ fn with_factors(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
     let of_ffn = |ffn: &GatedFfn| ffn.linears().map(|l| l.weight).collect::<Vec<_>>();
     for (index, layer) in spec.layers.iter().enumerate() {
         let at = Some(index);
-        let mixer = layer.mixer.tensors().matrices;
+        let mut mixer = layer.mixer.tensors().matrices;
+        let mut blocks = Vec::new();
+        if let Some(connections) = &layer.residual.connections {
+            mixer.extend(connections.mixer.tensors().matrices);
+            blocks.extend(connections.ffn.tensors().matrices);
+        }
         add(Part::Dense(DenseKind::Attention), at, mixer);
         match &layer.ffn {
             Ffn::None => {}
-            Ffn::Dense(ffn) => add(Part::Dense(DenseKind::DenseFfn), at, of_ffn(ffn)),
+            Ffn::Dense(ffn) => {
+                blocks.extend(of_ffn(ffn));
+                add(Part::Dense(DenseKind::DenseFfn), at, blocks);
+            }
             Ffn::Moe(moe) => {
                 let shared = moe.shared.as_ref().map(|shared| of_ffn(&shared.ffn));
                 let part = Part::Dense(DenseKind::SharedExpert);
                 add(part, at, shared.unwrap_or_default());
                 let latent = moe.latent.iter();
-                let latent = latent.flat_map(|latent| [latent.down.weight, latent.up.weight]);
-                add(Part::Dense(DenseKind::Router), at, latent.collect());
+                blocks.extend(latent.flat_map(|latent| [latent.down.weight, latent.up.weight]));
+                add(Part::Dense(DenseKind::Router), at, blocks);
             }
         }
     }
-    add(Part::Dense(DenseKind::Head), None, vec![spec.output]);
+    let mut head = vec![spec.output];
+    let end = spec.streams.map(|streams| streams.end.tensors());
+    head.extend(end.unwrap_or_default().matrices);
+    add(Part::Dense(DenseKind::Head), None, head);
     for (index, moe) in spec.moe_layers() {
         let matrices = moe.expert_linears().map(|l| l.weight).collect();
         add(Part::Experts, Some(index), matrices);
@@ -194,7 +214,7 @@ fn with_factors(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
 }
 
 /// Returns why a layer's mixer can't run on a GPU, if so.
-fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
+fn mixer(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
     let key = |width: usize| {
         let unsupported = !width.is_multiple_of(4) || width > MAX_KEY;
         unsupported.then(|| {
@@ -203,8 +223,9 @@ fn mixer(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
             )
         })
     };
-    if layer.residual.connections.is_some() {
-        return Some(SEVERAL_STREAMS.into());
+    let connection = layer.residual.connections.map(|c| c.mixer);
+    if let Some(why) = connection.and_then(|c| streams(gguf, spec, &c)) {
+        return Some(why);
     }
     if layer.residual.ngram.is_some() {
         return Some("n-grams before the mixer".into());
@@ -286,8 +307,7 @@ fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
     let is_of_blocks = |selection: Selection| selection.block > 1;
     let indexer = a.reach.indexer();
     let rates_blocks = indexer.is_some_and(|indexer| indexer.pool.is_some());
-    (rates_blocks || a.reach.selection().is_some_and(is_of_blocks))
-        .then_some("an indexer that rates blocks of positions")
+    (rates_blocks || a.reach.selection().is_some_and(is_of_blocks)).then_some(BLOCK_INDEXER)
 }
 
 /// Returns what of the embedding no kernel of a GPU computes.
@@ -298,25 +318,56 @@ fn embedding(spec: &ModelSpec) -> Option<String> {
     if spec.ngrams.is_some() {
         return Some("a table of n-grams".into());
     }
-    if spec.streams.is_some() {
-        return Some(SEVERAL_STREAMS.into());
+    many_streams(spec)
+}
+
+/// Returns why no GPU has room for a model's streams, if so.
+fn many_streams(spec: &ModelSpec) -> Option<String> {
+    let n = spec.streams.map_or(1, |streams| streams.n);
+    (n > MAX_STREAMS)
+        .then(|| format!("{n} streams of the residual, expected at most {MAX_STREAMS}"))
+}
+
+/// Returns why no kernel of a GPU reads or writes several streams, if so.
+fn streams(gguf: &Gguf, spec: &ModelSpec, connection: &Connection) -> Option<String> {
+    let n = spec.streams.map_or(1, |streams| streams.n);
+    match connection {
+        Connection::LowRank(_) => Some(LOW_RANK_STREAMS.into()),
+        Connection::Gated(gated) if gated.sinkhorn.is_some() && n > MAX_MIXED_STREAMS => {
+            Some(format!(
+                "{n} streams that are mixed with each other, expected at most {MAX_MIXED_STREAMS}"
+            ))
+        }
+        Connection::Gated(gated) => misplaced(gguf, &gated.gates).or_else(|| many_streams(spec)),
+        Connection::Bank(_) => many_streams(spec),
     }
-    None
 }
 
 /// Returns what of the head no kernel of a GPU computes.
 fn head(spec: &ModelSpec) -> Option<String> {
-    spec.streams.is_some().then(|| SEVERAL_STREAMS.into())
+    let low_rank = |end: StreamsEnd| matches!(end, StreamsEnd::LowRank(_));
+    let is_low_rank = spec.streams.is_some_and(|streams| low_rank(streams.end));
+    let low_rank = is_low_rank.then(|| LOW_RANK_STREAMS.into());
+    low_rank.or_else(|| many_streams(spec))
 }
 
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
-fn blocks(layer: &LayerSpec) -> Option<String> {
+fn blocks(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
     let residual = &layer.residual;
     if residual.layer_input.is_some() {
         return Some(TOKEN_INPUTS.into());
     }
-    if residual.connections.is_some() {
-        return Some(SEVERAL_STREAMS.into());
+    let apart = |moe: &MoeSpec| moe.router_input != RouterInput::Normed || moe.input_norm.is_some();
+    if residual.connections.is_some()
+        && (residual.output_scale.is_some() || layer.moe().is_some_and(apart))
+    {
+        return Some("several streams with norms or factors apart".into());
+    }
+    if let Some(why) = residual
+        .connections
+        .and_then(|c| streams(gguf, spec, &c.ffn))
+    {
+        return Some(why);
     }
     match &layer.ffn {
         Ffn::Moe(moe) if moe.by_token.is_some() => Some(BY_TOKEN.into()),
@@ -325,8 +376,8 @@ fn blocks(layer: &LayerSpec) -> Option<String> {
 }
 
 /// Returns why a layer's router or dense block can't run on a GPU, if so.
-fn router(gguf: &Gguf, layer: &LayerSpec) -> Option<String> {
-    if let Some(why) = blocks(layer) {
+fn router(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
+    if let Some(why) = blocks(gguf, spec, layer) {
         return Some(why);
     }
     match &layer.ffn {

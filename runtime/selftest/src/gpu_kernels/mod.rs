@@ -12,6 +12,7 @@ mod products;
 mod short_conv;
 mod small;
 mod stream;
+mod streams;
 mod texts;
 
 use crate::outcome::Outcome;
@@ -82,6 +83,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(mamba::checks());
     checks.extend(short_conv::checks());
     checks.extend(stream::checks());
+    checks.extend(streams::checks());
     checks
 }
 

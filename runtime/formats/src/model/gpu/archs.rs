@@ -16,20 +16,23 @@ const HEAD: Part = Part::Dense(DenseKind::Head);
 const BLOCKS: [Part; 3] = [ROUTER, SHARED, DENSE_FFN];
 const ALL_DENSE: [Part; 6] = [EMBEDDING, MIXER, ROUTER, SHARED, DENSE_FFN, HEAD];
 
-const STREAMS: &str = super::SEVERAL_STREAMS;
+const STREAMS: &str = super::LOW_RANK_STREAMS;
 
 /// Parts that no GPU can run for one reason.
 type Reason = (&'static [Part], &'static str);
 
-/// Returns the reasons of an architecture.
-fn reasons(arch: &str) -> &'static [Reason] {
-    match arch {
-        "deepseek4" | "glm5-next" | "hy_v4" | "kimi-k3" => &[(&ALL_DENSE, STREAMS)],
-        "gemma4" => &[
+/// Returns the reasons of a shape's architecture.
+fn reasons(shape: &ModelShape) -> &'static [Reason] {
+    let has_table = shape.dense.iter().any(|d| d.kind == DenseKind::TokenTable);
+    match shape.arch.as_str() {
+        "deepseek4" => &[(&[MIXER], "compressed attention")],
+        // Its larger models have neither inputs of tokens nor shared keys and values.
+        "gemma4" if has_table => &[
             (&[EMBEDDING, TABLE], super::TOKEN_INPUTS),
             (&[MIXER], "keys and values that other layers read"),
             (&BLOCKS, super::TOKEN_INPUTS),
         ],
+        "glm5-next" => &[(&[MIXER], super::BLOCK_INDEXER)],
         "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
         "qwen4exp" => &[(&ALL_DENSE, STREAMS), (&[TABLE], "a table of n-grams")],
         _ => &[],
@@ -38,7 +41,7 @@ fn reasons(arch: &str) -> &'static [Reason] {
 
 /// Returns the parts of a model that no GPU can run, as far as its architecture tells.
 pub(crate) fn cpu_only_of(shape: &ModelShape) -> Vec<CpuOnly> {
-    let reasons = reasons(&shape.arch);
+    let reasons = reasons(shape);
     let by_token = |layer: Option<u32>| {
         let of_layer = |e: &ExpertShape| e.by_token && Some(e.layer) == layer;
         shape.experts.iter().any(of_layer)

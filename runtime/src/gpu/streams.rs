@@ -1,0 +1,370 @@
+//! Several residual streams on a GPU: what blocks and the head read of them, and how results are
+//! written back. The arithmetic is that of `layers/streams.rs`.
+
+use super::Gpu;
+use super::matrix::{GpuLoader, Matrix, of_rows, product};
+use super::workspace::{Output, Purpose, Residual, Workspace};
+use crate::layers::streams::BackRows;
+use std::ops::Range;
+use std::sync::Arc;
+use tier_plan_cuda::ops::{StreamGates, StreamRows, StreamWeights, StreamsOut};
+use tier_plan_cuda::{Buffer, CudaError, Device, Ops};
+use tier_plan_formats::model::spec::{
+    BankConnection, Connection as ConnectionSpec, GatedConnection, ModelSpec, StreamsEnd, TensorId,
+};
+
+/// What a block or the head reads: the hidden state under a norm, or a mixture of its streams.
+pub(super) struct BlockInput {
+    connection: Option<Connection>,
+    norm: Buffer,
+}
+
+/// How streams are read.
+enum Connection {
+    Gated(Gated),
+    Bank { spec: BankConnection, score: Buffer },
+    Mean,
+}
+
+/// Weights for whole streams.
+struct Gated {
+    spec: GatedConnection,
+    gates: Matrix,
+    base: Buffer,
+    scale: Buffer,
+}
+
+/// How a block's result is written back.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) enum WriteBack {
+    /// It is added to the hidden state.
+    #[default]
+    Add,
+    /// By the weights in the buffers; streams may be mixed with each other.
+    Weights { mixes: bool },
+    /// To the first stream, which may join a bank.
+    Bank(BankConnection),
+}
+
+impl WriteBack {
+    /// Returns how a block between several streams writes back, if it is one.
+    pub(super) fn of(connection: Option<&ConnectionSpec>) -> Self {
+        match connection {
+            None => WriteBack::Add,
+            Some(ConnectionSpec::Gated(gated)) => WriteBack::Weights {
+                mixes: gated.sinkhorn.is_some(),
+            },
+            Some(ConnectionSpec::LowRank(_)) => WriteBack::Weights { mixes: false },
+            Some(ConnectionSpec::Bank(bank)) => WriteBack::Bank(*bank),
+        }
+    }
+}
+
+impl BlockInput {
+    /// Loads what a block reads.
+    ///
+    /// # Errors
+    /// When the device fails, or no kernel computes it.
+    pub(super) fn new(
+        loader: &GpuLoader<'_>,
+        connection: Option<&ConnectionSpec>,
+        norm: TensorId,
+    ) -> Result<Self, CudaError> {
+        Ok(Self {
+            connection: connection.map(|c| Connection::new(loader, c)).transpose()?,
+            norm: loader.vector(norm)?,
+        })
+    }
+
+    /// Loads what the head reads.
+    ///
+    /// # Errors
+    /// When the device fails, or no kernel computes it.
+    pub(super) fn of_head(
+        loader: &GpuLoader<'_>,
+        end: Option<&StreamsEnd>,
+        norm: TensorId,
+    ) -> Result<Self, CudaError> {
+        let of = |spec: ConnectionSpec| Connection::new(loader, &spec).map(Some);
+        let connection = match end {
+            None => None,
+            Some(StreamsEnd::Mean) => Some(Connection::Mean),
+            Some(StreamsEnd::Gated(gated)) => of(ConnectionSpec::Gated(*gated))?,
+            Some(StreamsEnd::LowRank(low)) => of(ConnectionSpec::LowRank(*low))?,
+            Some(StreamsEnd::Bank(bank)) => of(ConnectionSpec::Bank(*bank))?,
+        };
+        Ok(Self {
+            connection,
+            norm: loader.vector(norm)?,
+        })
+    }
+
+    /// Adds what is pending to rows, and leaves what the block reads of them in `buffers.answer`.
+    pub(super) fn read(
+        &self,
+        work: &mut Workspace,
+        rows: Range<usize>,
+        residual: Residual,
+        output: Output,
+        purpose: Purpose,
+    ) -> Result<(), CudaError> {
+        let Some(connection) = &self.connection else {
+            return work.norm(&self.norm, rows, residual, output);
+        };
+        if residual == Residual::Pending {
+            work.add_out(rows.clone())?;
+        }
+        match connection {
+            Connection::Gated(gated) => gated.read(work, &self.norm, rows, output, purpose),
+            Connection::Bank { spec, score } => {
+                if purpose == Purpose::Block {
+                    work.back = WriteBack::Bank(*spec);
+                }
+                let Reading { ops, of, out, .. } = reading(work, &self.norm, rows, output);
+                ops.read_bank(of, spec, score.view(), out)
+            }
+            Connection::Mean => {
+                let Reading { ops, of, out, .. } = reading(work, &self.norm, rows, output);
+                ops.read_mean(of, out)
+            }
+        }
+    }
+}
+
+impl Connection {
+    fn new(loader: &GpuLoader<'_>, spec: &ConnectionSpec) -> Result<Self, CudaError> {
+        match spec {
+            ConnectionSpec::Gated(gated) => Ok(Self::Gated(Gated {
+                spec: *gated,
+                gates: loader.linear(&gated.gates)?,
+                base: loader.vector(gated.base)?,
+                scale: loader.vector(gated.scale)?,
+            })),
+            ConnectionSpec::Bank(bank) => Ok(Self::Bank {
+                spec: *bank,
+                score: loader.vector(bank.score)?,
+            }),
+            ConnectionSpec::LowRank(_) => Err(CudaError::NotThere {
+                device: loader.device.name().to_string(),
+                part: "streams with a weight per value".into(),
+            }),
+        }
+    }
+}
+
+impl Gated {
+    fn read(
+        &self,
+        work: &mut Workspace,
+        norm: &Buffer,
+        rows: Range<usize>,
+        output: Output,
+        purpose: Purpose,
+    ) -> Result<(), CudaError> {
+        let (n, width) = (rows.len(), work.streams * work.hidden);
+        let (x, eps, ops) = (work.state(rows.clone()), work.eps, work.ops.clone());
+        let StreamBuffers { wide, gates, .. } = &work.buffers.streams;
+        let (wide, gates) = (wide.view(), gates.view());
+        ops.rms_norm(x, None, n, width, eps, wide)?;
+        let inner = &mut work.buffers.inner;
+        if self.gates.takes_quants() {
+            ops.quantize(wide, n, width, inner)?;
+        }
+        product(&ops, &self.gates, n, wide, inner, gates)?;
+        // Those of the head have no weights for writing back.
+        let writes = purpose == Purpose::Block && self.spec.gates.n_out > work.streams;
+        let mixes = self.spec.sinkhorn.is_some();
+        if writes {
+            work.back = WriteBack::Weights { mixes };
+        }
+        let Reading {
+            ops,
+            of,
+            out,
+            buffers,
+        } = reading(work, norm, rows.clone(), output);
+        let by = StreamGates {
+            spec: self.spec,
+            gates: buffers.gates.view(),
+            base: self.base.view(),
+            scale: self.scale.view(),
+            back: writes.then(|| buffers.weights(&rows, of.n, mixes)),
+        };
+        ops.read_gated(of, &by, out)
+    }
+}
+
+/// Buffers of several streams, empty for one.
+pub(super) struct StreamBuffers {
+    /// `[rows, streams * hidden]`: normalized streams.
+    wide: Buffer,
+    /// `[rows, gates]`.
+    gates: Buffer,
+    /// `[batch, streams]`: factors on results.
+    post: Buffer,
+    /// `[batch, streams, streams]`: what streams give to each other.
+    mix: Buffer,
+}
+
+/// Sizes of the buffers of several streams.
+#[derive(Debug, Clone, Default)]
+pub(super) struct StreamSizes {
+    wide: usize,
+    gates: usize,
+    post: usize,
+    mix: usize,
+}
+
+impl StreamSizes {
+    /// Computes the sizes for batches of `batch` rows, of which `rows` are read at once.
+    pub(super) fn new(spec: &ModelSpec, batch: usize, rows: usize) -> Self {
+        let Some(streams) = &spec.streams else {
+            return Self::default();
+        };
+        let n = streams.n;
+        let connections = spec.layers.iter().filter_map(|l| l.residual.connections);
+        let connections = connections.flat_map(|c| [c.mixer, c.ffn]);
+        let gates = connections.filter_map(|connection| match connection {
+            ConnectionSpec::Gated(gated) => Some(gated.gates.n_out),
+            ConnectionSpec::LowRank(_) | ConnectionSpec::Bank(_) => None,
+        });
+        let Some(n_gates) = gates.max() else {
+            return Self::default();
+        };
+        Self {
+            wide: rows * spec.residual_width(),
+            gates: rows * n_gates.max(n),
+            post: batch * n,
+            mix: batch * n * n,
+        }
+    }
+
+    /// Returns the values of normalized streams.
+    pub(super) fn wide(&self) -> usize {
+        self.wide
+    }
+
+    /// Returns the values of all buffers.
+    pub(super) fn all(&self) -> [usize; 4] {
+        [self.wide, self.gates, self.post, self.mix]
+    }
+}
+
+impl StreamBuffers {
+    pub(super) fn new(device: &Arc<dyn Device>, s: &StreamSizes) -> Result<Self, CudaError> {
+        let floats = |values: usize| Buffer::new_f32(device, values);
+        Ok(Self {
+            wide: floats(s.wide)?,
+            gates: floats(s.gates)?,
+            post: floats(s.post)?,
+            mix: floats(s.mix)?,
+        })
+    }
+
+    /// Returns the weights for writing results of some rows of the batch back.
+    fn weights(&self, rows: &Range<usize>, n: usize, mixes: bool) -> StreamWeights<'_> {
+        StreamWeights {
+            post: of_rows(self.post.view(), rows, n),
+            mix: mixes.then(|| of_rows(self.mix.view(), rows, n * n)),
+        }
+    }
+}
+
+/// What reading rows of streams takes.
+struct Reading<'w> {
+    ops: &'w Ops,
+    of: StreamRows<'w>,
+    out: StreamsOut<'w, 'w>,
+    buffers: &'w StreamBuffers,
+}
+
+/// Prepares to read rows of streams to `buffers.answer`.
+fn reading<'w>(
+    work: &'w mut Workspace,
+    norm: &'w Buffer,
+    rows: Range<usize>,
+    output: Output,
+) -> Reading<'w> {
+    let (n, width) = (work.streams, work.streams * work.hidden);
+    let buffers = &mut work.buffers;
+    let quants = (output == Output::Quantized).then_some(&mut buffers.quants);
+    Reading {
+        ops: &work.ops,
+        of: StreamRows {
+            x: of_rows(buffers.x.view(), &rows, width),
+            rows: rows.len(),
+            n,
+            width: work.hidden,
+        },
+        out: StreamsOut {
+            norm: norm.view(),
+            eps: work.eps,
+            out: buffers.answer.view(),
+            quants,
+        },
+        buffers: &buffers.streams,
+    }
+}
+
+impl Workspace {
+    /// Adds `buffers.out`, results of a block that has read rows, to these rows of the hidden state.
+    pub(super) fn add_out(&self, rows: Range<usize>) -> Result<(), CudaError> {
+        let (out, n) = (self.buffers.out.view(), self.streams);
+        let of = StreamRows {
+            x: self.state(rows.clone()),
+            rows: rows.len(),
+            n,
+            width: self.hidden,
+        };
+        match &self.back {
+            WriteBack::Add => self.ops.add(of.x, out, rows.len() * self.hidden),
+            WriteBack::Weights { mixes } => {
+                let weights = self.buffers.streams.weights(&rows, n, *mixes);
+                self.ops.write_streams(of, out, weights)
+            }
+            WriteBack::Bank(bank) => self.ops.write_bank(of, out, bank),
+        }
+    }
+
+    /// Sets all streams of rows to `buffers.out`.
+    pub(super) fn spread(&self, rows: Range<usize>) -> Result<(), CudaError> {
+        let to = StreamRows {
+            x: self.state(rows.clone()),
+            rows: rows.len(),
+            n: self.streams,
+            width: self.hidden,
+        };
+        self.ops.spread(self.buffers.out.view(), to)
+    }
+}
+
+impl Gpu {
+    /// Returns the weights that a layer's router has left for writing results of some rows of the
+    /// batch back.
+    pub(crate) fn stream_weights(&self, rows: Range<usize>) -> Result<BackRows, CudaError> {
+        let (n, buffers) = (self.work.streams, &self.work.buffers.streams);
+        let mut back = BackRows::default();
+        if let WriteBack::Weights { mixes } = self.work.back {
+            let weights = buffers.weights(&rows, n, mixes);
+            back.post = weights.post.to_f32()?;
+            back.mix = weights.mix.map(|mix| mix.to_f32()).transpose()?;
+        }
+        Ok(back)
+    }
+
+    /// Takes weights for writing results of some rows of the batch back from elsewhere.
+    pub(crate) fn put_stream_weights(
+        &self,
+        rows: Range<usize>,
+        back: &BackRows,
+    ) -> Result<(), CudaError> {
+        let (n, buffers) = (self.work.streams, &self.work.buffers.streams);
+        if back.post.is_empty() {
+            return Ok(());
+        }
+        let weights = buffers.weights(&rows, n, back.mix.is_some());
+        weights.post.write_f32(&back.post)?;
+        let mix = weights.mix.zip(back.mix.as_ref());
+        mix.map_or(Ok(()), |(to, mix)| to.write_f32(mix))
+    }
+}
