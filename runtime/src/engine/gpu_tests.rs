@@ -203,12 +203,21 @@ fn text(engine: &mut Engine) -> Vec<f32> {
     all
 }
 
-fn compare(name: &str, (context, kv_type): (u32, KvType), make: impl Fn(&ModelShape) -> Placement) {
+fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placement) {
     let (gguf, shape) = open(name);
-    let plan = make(&shape);
-    let mut engine = load(&gguf, &plan, 13);
+    compare_plans(
+        name,
+        &gguf,
+        [all_in_memory(&shape, of.0, of.1), make(&shape)],
+    );
+}
+
+/// Compares what a model says by a plan without GPUs and by another.
+pub(crate) fn compare_plans(name: &str, gguf: &Arc<Gguf>, plans: [Placement; 2]) {
+    let kv_type = plans[0].kv_type;
+    let mut engine = load(gguf, &plans[1], 13);
     let got = text(&mut engine);
-    let mut plain = load(&gguf, &all_in_memory(&shape, context, kv_type), 13);
+    let mut plain = load(gguf, &plans[0], 13);
     let expected = text(&mut plain);
     let what = format!("{name} {kv_type}");
     // The same bits would mean that the processor computed everything.

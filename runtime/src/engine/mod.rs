@@ -26,6 +26,8 @@ mod gpu_golden_tests;
 #[cfg(test)]
 mod gpu_index_tests;
 #[cfg(test)]
+mod gpu_latent_tests;
+#[cfg(test)]
 mod gpu_places_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]
