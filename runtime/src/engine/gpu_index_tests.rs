@@ -1,7 +1,7 @@
 //! Models with lightning indexers on an emulated GPU: texts that come to where tokens begin to choose
 //! what they attend to, and recorded steps on both sides of it.
 
-use super::gpu_tests::{ALL, Experts, Watched, load, plan};
+use super::gpu_tests::{ALL, Experts, Watched, load, open, plan};
 use crate::engine::{Engine, LogitsMode, Rows, SequenceId};
 use crate::options::LoadOptions;
 use crate::plans::in_memory::all_in_memory;
@@ -11,7 +11,8 @@ use tier_plan_formats::gguf::testing::Writer;
 use tier_plan_formats::gguf::{Gguf, Value};
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::shape::{ModelShape, shape_of};
+use tier_plan_formats::model::shape::{DenseKind, ModelShape, shape_of};
+use tier_plan_formats::placement::Placement;
 use tier_plan_testing::{data, nmse};
 
 const CONTEXT: u32 = 300;
@@ -45,8 +46,18 @@ struct Pair {
 
 impl Pair {
     fn new(gguf: &Arc<Gguf>, shape: &ModelShape, texts: u32) -> Self {
+        let on_gpu = plan(shape, (CONTEXT, KvType::F32), ALL, true, Experts::Gpu);
+        Self::of(gguf, shape, on_gpu, texts, 64)
+    }
+
+    fn of(
+        gguf: &Arc<Gguf>,
+        shape: &ModelShape,
+        mut on_gpu: Placement,
+        texts: u32,
+        batch: usize,
+    ) -> Self {
         let of = (CONTEXT, KvType::F32);
-        let mut on_gpu = plan(shape, of, ALL, true, Experts::Gpu);
         let mut plain = all_in_memory(shape, of.0, of.1);
         for plan in [&mut on_gpu, &mut plain] {
             plan.sequences = texts;
@@ -58,14 +69,14 @@ impl Pair {
         let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
         let options = LoadOptions {
             threads: Some(2),
-            batch: Some(64),
+            batch: Some(batch),
             ..LoadOptions::default()
         };
         let gguf = Arc::clone(gguf);
         let loaded = Engine::load_on(gguf.clone(), &on_gpu, &options, Some(&give), &mut |_, _| {});
         Self {
             engine: loaded.unwrap(),
-            plain: load(&gguf, &plain, 64),
+            plain: load(&gguf, &plain, batch),
             device,
         }
     }
@@ -155,6 +166,21 @@ fn texts_choose_beside_others_that_attend_to_all() {
         let [launches, recordings] = pair.step(&step);
         assert_eq!(recordings, usize::from(i == 1), "step {i}");
         assert_eq!(launches > 0, i < 2, "step {i}");
+    }
+}
+
+/// A layer takes 540 rows in two parts, and the next one attends to what the first part chose too.
+#[test]
+fn a_large_batch_keeps_what_was_chosen_in_all_its_parts() {
+    let (gguf, shape) = open("arch2/glm-dsa.gguf");
+    let of = (CONTEXT, KvType::F32);
+    for second_on_gpu in [true, false] {
+        let on_gpu =
+            |kind, layer| second_on_gpu || (kind, layer) != (DenseKind::Attention, Some(1));
+        let on_gpu = plan(&shape, of, on_gpu, second_on_gpu, Experts::Gpu);
+        let mut pair = Pair::of(&gguf, &shape, on_gpu, 3, 540);
+        let texts = [0, 1, 2].map(|text| (pair.add(), text, 0..180));
+        pair.step(&texts);
     }
 }
 

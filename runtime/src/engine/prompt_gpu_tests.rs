@@ -49,14 +49,15 @@ fn text(engine: &mut Engine) -> (Vec<f32>, Vec<u16>) {
 
 #[test]
 fn attention_of_prompts_in_16_bits_gives_the_same_text() {
-    // Plain heads, windows with sinks, heads whose norms are their own, and a whole model of 16-bit
-    // floats.
+    // Plain heads, windows with sinks, heads whose norms are their own, latents that later tokens
+    // choose among, and a whole model of 16-bit floats.
     for (name, kv_type) in [
         ("arch/qwen3moe", KvType::F16),
         ("arch/gpt-oss", KvType::Q8_0),
         ("arch/glm4moe", KvType::F32),
         ("arch/qwen2moe", KvType::F16),
         ("arch/llama-dense", KvType::F16),
+        ("arch2/glm-dsa", KvType::F16),
         ("quant/BF16", KvType::F16),
     ] {
         let (gguf, shape) = open(&format!("{name}.gguf"));

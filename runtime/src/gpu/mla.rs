@@ -213,8 +213,9 @@ impl Mla {
         let chooses = parts.iter().any(|part| part.chooses);
         self.project(ops, buffers, batch, chooses)?;
         self.place(ops, buffers, batch)?;
-        // What the last indexer chose for these rows of the batch.
-        let lists_at = first_row * selection.map_or(0, |s| if chooses { s.most() } else { 0 });
+        // Where the lists of these rows of the batch begin.
+        let most = selection.filter(|_| chooses).map_or(0, |s| s.most());
+        let lists_at = first_row * most;
         if let Some(indexer) = &self.indexer {
             let lists = from_value(buffers.chosen.view(), lists_at);
             indexer.run(ops, buffers, &self.cache, &parts, lists)?;

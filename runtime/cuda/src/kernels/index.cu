@@ -19,6 +19,9 @@
 #define CHOOSE_WARPS (CHOOSE_THREADS / WARP)
 /// Bins per pass, four per thread.
 #define BINS (4 * CHOOSE_THREADS)
+/// Ratings that a thread reads at once: there may be one block, and only reads that are under way
+/// together use the memory's rate.
+#define AHEAD 16
 
 /// Rotates the values of queries from `rope_first` on, in place; normalizes keys (layer norm),
 /// rotates them alike, and stores them. `turns` may be null. Grid: heads of queries, and one block
@@ -151,6 +154,15 @@ DEVICE u32 rank_of(float rating) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+/// Reads `AHEAD` ratings, `step` apart. Those from `end` on have any rank.
+DEVICE void ranks_of(const float* ratings, int first, int step, int end, u32* ranks) {
+    float read[AHEAD];
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) read[j] = first + j * step < end ? ratings[first + j * step] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) ranks[j] = rank_of(read[j]);
+}
+
 /// Returns the sum of the lanes up to each.
 DEVICE int sum_of_lanes(int v) {
     const int lane = threadIdx.x % WARP;
@@ -213,9 +225,14 @@ KERNEL choose_positions(const float* ratings, int stride, const int* positions, 
         const u32 digits = pass == 2 ? BINS / 2 - 1 : BINS - 1;
         for (int i = thread; i < BINS; i += CHOOSE_THREADS) bins[i] = 0;
         __syncthreads();
-        for (int i = thread; i < seen; i += CHOOSE_THREADS) {
-            const u32 rank = rank_of(ratings[i]);
-            if ((rank & known) == last) atomicAdd(&bins[rank >> shift & digits], 1);
+        for (int i = thread; i < seen; i += AHEAD * CHOOSE_THREADS) {
+            u32 ranks[AHEAD];
+            ranks_of(ratings, i, CHOOSE_THREADS, seen, ranks);
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                const bool counts = i + j * CHOOSE_THREADS < seen && (ranks[j] & known) == last;
+                if (counts) atomicAdd(&bins[ranks[j] >> shift & digits], 1);
+            }
         }
         __syncthreads();
         last |= (u32)find_bin(bins, &rest, room, found) << shift;
@@ -226,25 +243,37 @@ KERNEL choose_positions(const float* ratings, int stride, const int* positions, 
     const int each = (seen + CHOOSE_THREADS - 1) / CHOOSE_THREADS * WARP, first = warp * each;
     const int end = first + each < seen ? first + each : seen;
     int above = 0, equal = 0;
-    for (int i = first + lane; i < end; i += WARP) {
-        const u32 rank = rank_of(ratings[i]);
-        above += rank > last ? 1 : 0;
-        equal += rank == last ? 1 : 0;
+    for (int i = first + lane; i < end; i += AHEAD * WARP) {
+        u32 ranks[AHEAD];
+        ranks_of(ratings, i, WARP, end, ranks);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const bool inside = i + j * WARP < end;
+            above += inside && ranks[j] > last ? 1 : 0;
+            equal += inside && ranks[j] == last ? 1 : 0;
+        }
     }
     above = __shfl_sync(ALL_LANES, sum_of_lanes(above), WARP - 1);
     equal = __shfl_sync(ALL_LANES, sum_of_lanes(equal), WARP - 1);
     above = sum_of_warps_before(above, room);
     equal = sum_of_warps_before(equal, room);
-    for (int i0 = first; i0 < end; i0 += WARP) {
-        const int i = i0 + lane;
-        const u32 rank = i < end ? rank_of(ratings[i]) : 0;
-        const u32 above_here = __ballot_sync(ALL_LANES, i < end && rank > last);
-        const u32 equal_here = __ballot_sync(ALL_LANES, i < end && rank == last);
-        const u32 lower = (1u << lane) - 1;
-        const int before = above + __popc((int)(above_here & lower)), ties = equal + __popc((int)(equal_here & lower));
-        const bool is_above = above_here >> lane & 1, is_tie = (equal_here >> lane & 1) && ties < rest;
-        if (is_above || is_tie) chosen[before + (ties < rest ? ties : rest)] = i;
-        above += __popc((int)above_here);
-        equal += __popc((int)equal_here);
+    const u32 lower = (1u << lane) - 1;
+    for (int i0 = first; i0 < end; i0 += AHEAD * WARP) {
+        u32 ranks[AHEAD];
+        ranks_of(ratings, i0 + lane, WARP, end, ranks);
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            // All lanes of a warp end alike.
+            if (i0 + j * WARP >= end) continue;
+            const int i = i0 + j * WARP + lane;
+            const bool is_above = i < end && ranks[j] > last, is_equal = i < end && ranks[j] == last;
+            const u32 above_here = __ballot_sync(ALL_LANES, is_above);
+            const u32 equal_here = __ballot_sync(ALL_LANES, is_equal);
+            const int before = above + __popc((int)(above_here & lower));
+            const int ties = equal + __popc((int)(equal_here & lower));
+            if (is_above || (is_equal && ties < rest)) chosen[before + (ties < rest ? ties : rest)] = i;
+            above += __popc((int)above_here);
+            equal += __popc((int)equal_here);
+        }
     }
 }
