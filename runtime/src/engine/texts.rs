@@ -82,8 +82,11 @@ impl Engine {
         if !places.any() && self.experts.store.n_gpus() == 0 {
             return None;
         }
-        let layers = places.layers.iter().enumerate();
-        let mixers = layers.filter_map(|(layer, at)| at.mixer.map(|_| layer.to_string()));
+        let layers = places.layers.iter().zip(&self.spec().layers).enumerate();
+        let mixers = layers.filter_map(|(layer, (at, spec))| {
+            let on_gpu = at.mixer.is_some() && spec.has_mixer();
+            on_gpu.then(|| layer.to_string())
+        });
         let mixers: Vec<String> = mixers.collect();
         if mixers.is_empty() {
             return Some("GPU".into());

@@ -254,3 +254,78 @@ fn near(expected: &[f32]) -> impl Iterator<Item = Expected> + '_ {
         .iter()
         .map(move |v| Expected::within(*v, VALUE_TOLERANCE * f64::from(v.abs()).max(size)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::Arc;
+    use tier_plan_cuda::device::View;
+    use tier_plan_cuda::{Device, shim};
+
+    const SIZES: MambaSizes = MambaSizes {
+        n_head: 2,
+        head_dim: 3,
+        n_group: 1,
+        state_dim: 4,
+        conv_taps: 2,
+    };
+
+    /// Runs a layer on two tokens after it was changed. Every buffer is as long as it has to be.
+    fn run(change: impl Fn(&mut Mamba<'_>)) -> bool {
+        let device: Arc<dyn Device> = shim::shared();
+        let (ops, n) = (Ops::new(Arc::clone(&device)), 2);
+        let (channels, inner, n_head) = (SIZES.channels(), SIZES.inner(), SIZES.n_head);
+        let zeros = |n: usize| Buffer::of_f32(&device, &vec![0.0; n]).unwrap();
+        let [projected, conv, conv_bias] =
+            [n * SIZES.projected(), 2 * channels, channels].map(zeros);
+        let [dt_bias, decay, skip] = [n_head; 3].map(zeros);
+        let [norm, out] = [inner, n * inner].map(zeros);
+        let [inputs, matrices] = [channels, inner * SIZES.state_dim].map(zeros);
+        let [convolved, rates] = [n * channels, 2 * n * n_head].map(zeros);
+        let text = Text::new(&ops, 0, n).unwrap();
+        let mut mamba = Mamba {
+            sizes: SIZES,
+            projected: projected.view(),
+            conv: conv.view(),
+            conv_bias: Some(conv_bias.view()),
+            dt_bias: dt_bias.view(),
+            decay: decay.view(),
+            skip: skip.view(),
+            norm: norm.view(),
+            eps: EPS,
+            positions: text.positions(),
+            inputs: inputs.view(),
+            matrices: matrices.view(),
+            convolved: convolved.view(),
+            rates: rates.view(),
+            out: out.view(),
+        };
+        change(&mut mamba);
+        let ran = AssertUnwindSafe(|| ops.mamba(&mamba, None).unwrap());
+        catch_unwind(ran).is_ok()
+    }
+
+    #[test]
+    fn buffers_that_are_too_short_and_sizes_without_a_kernel_are_refused() {
+        assert!(run(|_| {}));
+        let shorten = |view: &mut View<'_>| *view = view.floats(0..view.words() - 1);
+        assert!(!run(|m| shorten(&mut m.projected)));
+        assert!(!run(|m| shorten(&mut m.conv)));
+        assert!(!run(|m| m.conv_bias.iter_mut().for_each(shorten)));
+        assert!(!run(|m| shorten(&mut m.dt_bias)));
+        assert!(!run(|m| shorten(&mut m.decay)));
+        assert!(!run(|m| shorten(&mut m.skip)));
+        assert!(!run(|m| shorten(&mut m.norm)));
+        assert!(!run(|m| shorten(&mut m.inputs)));
+        assert!(!run(|m| shorten(&mut m.matrices)));
+        assert!(!run(|m| shorten(&mut m.convolved)));
+        assert!(!run(|m| shorten(&mut m.rates)));
+        assert!(!run(|m| shorten(&mut m.out)));
+        assert!(!run(|m| m.sizes.state_dim = 3));
+        assert!(!run(|m| m.sizes.state_dim = 260));
+        assert!(!run(|m| m.sizes.n_group = 3));
+        assert!(!run(|m| m.sizes.n_group = 0));
+        assert!(!run(|m| m.sizes.conv_taps = 0));
+    }
+}
