@@ -131,4 +131,25 @@ mod tests {
         chosen.add(0..1, 1);
         assert_eq!(chosen.of(0..1).list(0), [0]);
     }
+
+    #[test]
+    fn rows_come_to_another_processor_in_parts() {
+        // The first row attends to all positions, so its list may be anything.
+        let (first, second) = ([0, 0, 1, 2, 0, 2], [2, 3]);
+        let part = |first_row, seen| ChosenRows {
+            first_row,
+            seen,
+            most: 2,
+        };
+        let (first_rows, second_rows) = (part(0, &[2, 3, 4][..]), part(3, &[5][..]));
+        let mut chosen = Chosen::default();
+        chosen.add_one(5, [7].into_iter());
+        chosen.take_rows(first_rows, &first);
+        chosen.take_rows(second_rows, &second);
+        assert_eq!(chosen.of(1..4).list(2), second);
+        assert_eq!(chosen.to_rows(first_rows), first);
+        assert_eq!(chosen.to_rows(second_rows), second);
+        // Rows without a list have zeros.
+        assert_eq!(chosen.to_rows(part(4, &[6, 7][..])), [0; 4]);
+    }
 }
