@@ -279,7 +279,7 @@ impl BufferSizes {
 
     fn inner(&self) -> usize {
         let most = self.rows * self.inner.max(self.ffn).max(self.latent);
-        most.max(self.streams.wide())
+        most.max(self.streams.quantized())
     }
 
     /// Returns the bytes of all buffers.

@@ -2,12 +2,15 @@
 //! written back. The arithmetic is that of `layers/streams.rs`.
 
 use super::Gpu;
-use super::matrix::{GpuLoader, Matrix, of_rows, product};
+use super::buffers::GpuBuffers;
+use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
 use super::workspace::{Output, Purpose, Residual, Workspace};
 use crate::layers::streams::BackRows;
 use std::ops::Range;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{StreamGates, StreamRows, StreamWeights, StreamsOut};
+use tier_plan_cuda::ops::{
+    GatedValues, Injected, StreamGates, StreamRows, StreamWeights, StreamsOut,
+};
 use tier_plan_cuda::{Buffer, CudaError, Device, Ops};
 use tier_plan_formats::model::spec::{
     BankConnection, Connection as ConnectionSpec, GatedConnection, ModelSpec, StreamsEnd, TensorId,
@@ -16,12 +19,14 @@ use tier_plan_formats::model::spec::{
 /// What a block or the head reads: the hidden state under a norm, or a mixture of its streams.
 pub(super) struct BlockInput {
     connection: Option<Connection>,
-    norm: Buffer,
+    /// None where streams have a norm of their own.
+    norm: Option<Buffer>,
 }
 
 /// How streams are read.
 enum Connection {
     Gated(Gated),
+    LowRank(LowRank),
     Bank { spec: BankConnection, score: Buffer },
     Mean,
 }
@@ -32,6 +37,15 @@ struct Gated {
     gates: Matrix,
     base: Buffer,
     scale: Buffer,
+}
+
+/// Weights for every value, of low rank.
+struct LowRank {
+    /// `[streams, hidden]`.
+    norm: Buffer,
+    down: Matrix,
+    up: Matrix,
+    inject: Option<Matrix>,
 }
 
 /// How a block's result is written back.
@@ -70,9 +84,10 @@ impl BlockInput {
         connection: Option<&ConnectionSpec>,
         norm: TensorId,
     ) -> Result<Self, CudaError> {
+        let has_norm = connection.is_none_or(ConnectionSpec::has_block_norm);
         Ok(Self {
             connection: connection.map(|c| Connection::new(loader, c)).transpose()?,
-            norm: loader.vector(norm)?,
+            norm: loader.opt_vector(has_norm.then_some(norm))?,
         })
     }
 
@@ -93,9 +108,10 @@ impl BlockInput {
             Some(StreamsEnd::LowRank(low)) => of(ConnectionSpec::LowRank(*low))?,
             Some(StreamsEnd::Bank(bank)) => of(ConnectionSpec::Bank(*bank))?,
         };
+        let has_norm = end.is_none_or(StreamsEnd::has_output_norm);
         Ok(Self {
             connection,
-            norm: loader.vector(norm)?,
+            norm: loader.opt_vector(has_norm.then_some(norm))?,
         })
     }
 
@@ -108,23 +124,27 @@ impl BlockInput {
         output: Output,
         purpose: Purpose,
     ) -> Result<(), CudaError> {
-        let Some(connection) = &self.connection else {
-            return work.norm(&self.norm, rows, residual, output);
+        let connection = match (&self.connection, &self.norm) {
+            (None, Some(norm)) => return work.norm(norm, rows, residual, output),
+            (None, None) => return Err(work.missing("the norm of a block")),
+            (Some(connection), _) => connection,
         };
         if residual == Residual::Pending {
             work.add_out(rows.clone())?;
         }
-        match connection {
-            Connection::Gated(gated) => gated.read(work, &self.norm, rows, output, purpose),
-            Connection::Bank { spec, score } => {
+        match (connection, &self.norm) {
+            (Connection::LowRank(low), _) => low.read(work, rows, output, purpose),
+            (_, None) => Err(work.missing("the norm of a block")),
+            (Connection::Gated(gated), Some(norm)) => gated.read(work, norm, rows, output, purpose),
+            (Connection::Bank { spec, score }, Some(norm)) => {
                 if purpose == Purpose::Block {
                     work.back = WriteBack::Bank(*spec);
                 }
-                let Reading { ops, of, out, .. } = reading(work, &self.norm, rows, output);
+                let Reading { ops, of, out, .. } = reading(work, norm, rows, output);
                 ops.read_bank(of, spec, score.view(), out)
             }
-            Connection::Mean => {
-                let Reading { ops, of, out, .. } = reading(work, &self.norm, rows, output);
+            (Connection::Mean, Some(norm)) => {
+                let Reading { ops, of, out, .. } = reading(work, norm, rows, output);
                 ops.read_mean(of, out)
             }
         }
@@ -144,10 +164,15 @@ impl Connection {
                 spec: *bank,
                 score: loader.vector(bank.score)?,
             }),
-            ConnectionSpec::LowRank(_) => Err(CudaError::NotThere {
-                device: loader.device.name().to_string(),
-                part: "streams with a weight per value".into(),
-            }),
+            ConnectionSpec::LowRank(low) => {
+                let inject = low.inject.as_ref();
+                Ok(Self::LowRank(LowRank {
+                    norm: loader.vector(low.norm)?,
+                    down: loader.linear(&low.down)?,
+                    up: loader.linear(&low.up)?,
+                    inject: inject.map(|l| loader.linear(l)).transpose()?,
+                }))
+            }
         }
     }
 }
@@ -194,12 +219,83 @@ impl Gated {
     }
 }
 
+impl LowRank {
+    fn read(
+        &self,
+        work: &mut Workspace,
+        rows: Range<usize>,
+        output: Output,
+        purpose: Purpose,
+    ) -> Result<(), CudaError> {
+        let Workspace {
+            ops,
+            buffers,
+            hidden,
+            streams,
+            eps,
+            back,
+            ..
+        } = work;
+        let GpuBuffers {
+            x,
+            answer,
+            inner,
+            quants,
+            streams: buffers,
+            ..
+        } = buffers;
+        let (n, streams, rank) = (rows.len(), *streams, self.down.n_out);
+        let of = |x| StreamRows {
+            x,
+            rows: n,
+            n: streams,
+            width: *hidden,
+        };
+        let width = streams * *hidden;
+        let (wide, low, gates) = (
+            buffers.wide.view(),
+            buffers.low.view(),
+            buffers.value_gates.view(),
+        );
+        let x = of(of_rows(x.view(), &rows, width));
+        ops.norm_streams(x, self.norm.view(), *eps, wide)?;
+        let mut readers = vec![(&self.down, low)];
+        let writes = self.inject.as_ref().filter(|_| purpose == Purpose::Block);
+        readers.extend(writes.map(|inject| (inject, buffers.gates.view())));
+        if readers.iter().any(|(matrix, _)| matrix.takes_quants()) {
+            ops.quantize(wide, n, width, inner)?;
+        }
+        products(ops, &readers, n, wide, inner)?;
+        ops.squash_streams(low, streams, n * rank)?;
+        if self.up.takes_quants() {
+            ops.quantize(low, n, rank, inner)?;
+        }
+        product(ops, &self.up, n, low, inner, gates)?;
+        if writes.is_some() {
+            *back = WriteBack::Weights { mixes: false };
+        }
+        let values = GatedValues {
+            gates,
+            back: writes.map(|_| Injected {
+                products: buffers.gates.view(),
+                post: of_rows(buffers.post.view(), &rows, streams),
+            }),
+        };
+        let quants = (output == Output::Quantized).then_some(quants);
+        ops.read_low_rank(of(wide), &values, answer.view(), quants)
+    }
+}
+
 /// Buffers of several streams, empty for one.
 pub(super) struct StreamBuffers {
     /// `[rows, streams * hidden]`: normalized streams.
     wide: Buffer,
     /// `[rows, gates]`.
     gates: Buffer,
+    /// `[rows, rank]`.
+    low: Buffer,
+    /// `[rows, streams * hidden]`: gates of all values.
+    value_gates: Buffer,
     /// `[batch, streams]`: factors on results.
     post: Buffer,
     /// `[batch, streams, streams]`: what streams give to each other.
@@ -211,6 +307,8 @@ pub(super) struct StreamBuffers {
 pub(super) struct StreamSizes {
     wide: usize,
     gates: usize,
+    low: usize,
+    value_gates: usize,
     post: usize,
     mix: usize,
 }
@@ -222,31 +320,43 @@ impl StreamSizes {
             return Self::default();
         };
         let n = streams.n;
-        let connections = spec.layers.iter().filter_map(|l| l.residual.connections);
-        let connections = connections.flat_map(|c| [c.mixer, c.ffn]);
-        let gates = connections.filter_map(|connection| match connection {
-            ConnectionSpec::Gated(gated) => Some(gated.gates.n_out),
-            ConnectionSpec::LowRank(_) | ConnectionSpec::Bank(_) => None,
-        });
-        let Some(n_gates) = gates.max() else {
-            return Self::default();
-        };
-        Self {
-            wide: rows * spec.residual_width(),
-            gates: rows * n_gates.max(n),
+        let mut sizes = Self {
             post: batch * n,
             mix: batch * n * n,
+            ..Self::default()
+        };
+        let connections = spec.layers.iter().filter_map(|l| l.residual.connections);
+        for connection in connections.flat_map(|c| [c.mixer, c.ffn]) {
+            let (n_gates, rank) = match connection {
+                ConnectionSpec::Gated(gated) => (gated.gates.n_out, 0),
+                ConnectionSpec::LowRank(low) => (n, low.down.n_out),
+                ConnectionSpec::Bank(_) => continue,
+            };
+            sizes.wide = rows * spec.residual_width();
+            sizes.gates = sizes.gates.max(rows * n_gates.max(n));
+            sizes.low = sizes.low.max(rows * rank);
+            if rank > 0 {
+                sizes.value_gates = sizes.wide;
+            }
         }
+        sizes
     }
 
-    /// Returns the values of normalized streams.
-    pub(super) fn wide(&self) -> usize {
-        self.wide
+    /// Returns the most values that are quantized at once.
+    pub(super) fn quantized(&self) -> usize {
+        self.wide.max(self.low)
     }
 
     /// Returns the values of all buffers.
-    pub(super) fn all(&self) -> [usize; 4] {
-        [self.wide, self.gates, self.post, self.mix]
+    pub(super) fn all(&self) -> [usize; 6] {
+        [
+            self.wide,
+            self.gates,
+            self.low,
+            self.value_gates,
+            self.post,
+            self.mix,
+        ]
     }
 }
 
@@ -256,6 +366,8 @@ impl StreamBuffers {
         Ok(Self {
             wide: floats(s.wide)?,
             gates: floats(s.gates)?,
+            low: floats(s.low)?,
+            value_gates: floats(s.value_gates)?,
             post: floats(s.post)?,
             mix: floats(s.mix)?,
         })

@@ -130,6 +130,45 @@ KERNEL streams_read_mean(const float* x, int n, int width, const float* norm, fl
     read_streams(x + (i64)blockIdx.x * n * width, shares, n, width, norm, eps, out, q, quant_scale, quant_sums);
 }
 
+/// Normalizes each stream by itself, `norm` is `[n, width]`. Grid: rows times streams.
+KERNEL streams_norm(const float* x, const float* norm, int n, int width, float eps, float* out) {
+    __shared__ float room[WARP];
+    const i64 first = (i64)blockIdx.x * width;
+    norm += (i64)(blockIdx.x % n) * width;
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) squares += x[first + i] * x[first + i];
+    const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) out[first + i] = x[first + i] * factor * norm[i];
+}
+
+/// Computes `x = silu(x / n)` for `count` values.
+KERNEL streams_squash(float* x, int n, int count) {
+    const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= count) return;
+    const float v = x[i] / (float)n;
+    x[i] = v / (1.0f + expf(-v));
+}
+
+/// Reads normalized streams by a gate per value, both `[rows, n, width]`: the mean of the streams,
+/// each times the sigmoid of its gate. Factors on the result go to `post`, `[rows, n]`, from what is
+/// injected, unless `post` is null. Grid: rows.
+KERNEL streams_read_low_rank(const float* x, const float* gates, const float* injected, int n, int width, float* out,
+                             i8* q, float* scale, float* sums, float* post) {
+    const i64 row = blockIdx.x, first = row * width;
+    x += row * n * width;
+    gates += row * n * width;
+    const int thread = (int)threadIdx.x;
+    if (post && thread < n) post[row * n + thread] = 2.0f / (1.0f + expf(-injected[row * n + thread] / (float)n));
+    // The lanes of a warp have consecutive values: a run.
+    for (int i = thread; i < width; i += (int)blockDim.x) {
+        float v = 0.0f;
+        for (int j = 0; j < n; j++) v += x[(i64)j * width + i] / (1.0f + expf(-gates[(i64)j * width + i]));
+        v /= (float)n;
+        out[first + i] = v;
+        if (q) quantize_run(v, (first + i) / 32, q, scale, sums);
+    }
+}
+
 /// Writes results, `[rows, width]`, back to streams: each gets `post` times the result, and stays as
 /// it is or, if `mix` is not null, becomes the sum of all by the matrix. Grid: blocks of values;
 /// rows.

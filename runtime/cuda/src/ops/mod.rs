@@ -37,7 +37,8 @@ pub use short_conv::ShortConv;
 pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterLogits, RouterSpec, Strided};
 pub use sparse_attention::ChosenPositions;
 pub use streams::{
-    MAX_MIXED_STREAMS, MAX_STREAMS, StreamGates, StreamRows, StreamWeights, StreamsOut,
+    GatedValues, Injected, MAX_MIXED_STREAMS, MAX_STREAMS, StreamGates, StreamRows, StreamWeights,
+    StreamsOut,
 };
 
 use super::CudaError;

@@ -85,6 +85,24 @@ impl StreamWeights<'_> {
     }
 }
 
+/// Normalized streams, and a gate for each of their values.
+#[derive(Clone, Copy)]
+pub struct GatedValues<'a> {
+    /// `[rows, n, width]`.
+    pub gates: View<'a>,
+    /// `[rows, n]`: what factors on the result are made of, and where these go.
+    pub back: Option<Injected<'a>>,
+}
+
+/// What a connection injects, and the factors that are made of it.
+#[derive(Clone, Copy)]
+pub struct Injected<'a> {
+    /// `[rows, n]`.
+    pub products: View<'a>,
+    /// `[rows, n]`.
+    pub post: View<'a>,
+}
+
 /// The gates of rows, and what makes weights of them.
 #[derive(Clone, Copy)]
 pub struct StreamGates<'a> {
@@ -184,6 +202,76 @@ impl Ops {
         ];
         let grid = [blocks(of.rows, 1), 1, 1];
         self.launch("streams_read_bank", grid, THREADS, &args)
+    }
+
+    /// Normalizes each stream by itself; `norm` is `[n, width]`, and `out` as long as the streams.
+    pub fn norm_streams(
+        &self,
+        of: StreamRows<'_>,
+        norm: View<'_>,
+        eps: f32,
+        out: View<'_>,
+    ) -> Result<(), CudaError> {
+        of.check();
+        let values = of.rows * of.n * of.width;
+        assert!(
+            norm.words() >= of.n * of.width && out.words() >= values,
+            "{} streams of {}",
+            of.n,
+            of.width
+        );
+        let (n, width) = (int(of.n), int(of.width));
+        let args = [of.x.arg(), norm.arg(), n, width, Arg::Float(eps), out.arg()];
+        let grid = [blocks(of.rows * of.n, 1), 1, 1];
+        self.launch("streams_norm", grid, THREADS, &args)
+    }
+
+    /// Computes `x = silu(x / n)` for `count` values.
+    pub fn squash_streams(&self, x: View<'_>, n: usize, count: usize) -> Result<(), CudaError> {
+        assert!(x.words() >= count && n > 0, "{count} values");
+        let grid = [blocks(count, THREADS), 1, 1];
+        self.launch(
+            "streams_squash",
+            grid,
+            THREADS,
+            &[x.arg(), int(n), int(count)],
+        )
+    }
+
+    /// Reads normalized streams by a weight for every value, to `out`, `[rows, width]`, also
+    /// quantized. No norm follows.
+    pub fn read_low_rank(
+        &self,
+        of: StreamRows<'_>,
+        by: &GatedValues<'_>,
+        out: View<'_>,
+        quants: Option<&mut Quants>,
+    ) -> Result<(), CudaError> {
+        of.check();
+        let StreamRows { rows, n, width, .. } = of;
+        let injects =
+            |back: &Injected<'_>| back.products.words().min(back.post.words()) >= rows * n;
+        assert!(
+            by.gates.words() >= rows * n * width
+                && out.words() >= rows * width
+                && by.back.as_ref().is_none_or(injects),
+            "gates of {rows} rows of {n} streams of {width}"
+        );
+        let [q, scale, sums] = Quants::fill_or_null(quants, rows, width);
+        let args = [
+            of.x.arg(),
+            by.gates.arg(),
+            null_or(by.back.map(|back| back.products)),
+            int(n),
+            int(width),
+            out.arg(),
+            q,
+            scale,
+            sums,
+            null_or(by.back.map(|back| back.post)),
+        ];
+        let grid = [blocks(rows, 1), 1, 1];
+        self.launch("streams_read_low_rank", grid, THREADS, &args)
     }
 
     /// Reads the mean of streams.

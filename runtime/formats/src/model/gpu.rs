@@ -13,7 +13,7 @@ pub(crate) use archs::cpu_only_of;
 use super::shape::DenseKind;
 use super::spec::{
     Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer, MlaSpec,
-    ModelSpec, MoeSpec, NormSpan, RouterInput, Selection, StreamsEnd, TensorId,
+    ModelSpec, MoeSpec, NormSpan, RouterInput, Selection, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -39,9 +39,6 @@ pub const MAX_STREAMS: usize = 64;
 
 /// Most of them that are mixed with each other.
 pub const MAX_MIXED_STREAMS: usize = 8;
-
-/// What no part of a model on a GPU can read or write.
-const LOW_RANK_STREAMS: &str = "streams with a weight per value";
 
 /// What no latent attention on a GPU chooses positions by.
 const BLOCK_INDEXER: &str = "an indexer that rates blocks of positions";
@@ -128,7 +125,11 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
     add(Part::Dense(DenseKind::TokenTable), None, of_table);
     // The head of a tied model is the embedding.
     let tied = of_embedding.filter(|_| spec.tied());
-    add(Part::Dense(DenseKind::Head), None, tied.or(head(spec)));
+    add(
+        Part::Dense(DenseKind::Head),
+        None,
+        tied.or(many_streams(spec)),
+    );
     let owners = owners_of_shared_rows(spec);
     for (index, layer) in spec.layers.iter().enumerate() {
         if layer.has_mixer() {
@@ -332,7 +333,11 @@ fn many_streams(spec: &ModelSpec) -> Option<String> {
 fn streams(gguf: &Gguf, spec: &ModelSpec, connection: &Connection) -> Option<String> {
     let n = spec.streams.map_or(1, |streams| streams.n);
     match connection {
-        Connection::LowRank(_) => Some(LOW_RANK_STREAMS.into()),
+        Connection::LowRank(low) => {
+            let mut linears = [&low.down, &low.up].into_iter().chain(&low.inject);
+            let misplaced = linears.find_map(|l| misplaced(gguf, l));
+            misplaced.or_else(|| many_streams(spec))
+        }
         Connection::Gated(gated) if gated.sinkhorn.is_some() && n > MAX_MIXED_STREAMS => {
             Some(format!(
                 "{n} streams that are mixed with each other, expected at most {MAX_MIXED_STREAMS}"
@@ -341,14 +346,6 @@ fn streams(gguf: &Gguf, spec: &ModelSpec, connection: &Connection) -> Option<Str
         Connection::Gated(gated) => misplaced(gguf, &gated.gates).or_else(|| many_streams(spec)),
         Connection::Bank(_) => many_streams(spec),
     }
-}
-
-/// Returns what of the head no kernel of a GPU computes.
-fn head(spec: &ModelSpec) -> Option<String> {
-    let low_rank = |end: StreamsEnd| matches!(end, StreamsEnd::LowRank(_));
-    let is_low_rank = spec.streams.is_some_and(|streams| low_rank(streams.end));
-    let low_rank = is_low_rank.then(|| LOW_RANK_STREAMS.into());
-    low_rank.or_else(|| many_streams(spec))
 }
 
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.

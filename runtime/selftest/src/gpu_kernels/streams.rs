@@ -4,7 +4,9 @@ use super::Check;
 use super::small::same_quants;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{Quants, StreamGates, StreamRows, StreamWeights, StreamsOut};
+use tier_plan_cuda::ops::{
+    GatedValues, Injected, Quants, StreamGates, StreamRows, StreamWeights, StreamsOut,
+};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{BankConnection, GatedConnection, Linear, Sinkhorn};
 use tier_plan_kernels::random::Random;
@@ -33,6 +35,7 @@ pub(super) fn checks() -> Vec<Check> {
     });
     let others = [
         Check::new("streams, a bank", bank),
+        Check::new("streams, a weight per value", low_rank),
         Check::new("streams, their mean, and all from one", mean),
     ];
     gated.into_iter().chain(others).collect()
@@ -281,6 +284,69 @@ fn bank(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
             }
         }
         outcome.compare_exact(&x.view().to_f32()?, &expected);
+    }
+    Ok(outcome)
+}
+
+fn low_rank(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
+    let mut outcome = Outcome::default();
+    for (n, width) in [(4, 96), (3, 40)] {
+        let (streams, device) = (Streams::new(random, n, width), ops.device());
+        let norm = random.floats(n * width);
+        let [gates, injected] = [n * width, n].map(|each| random.floats(ROWS * each));
+        let on_device = |values: &[f32]| Buffer::of_f32(device, values);
+        let (x, weights) = (on_device(&streams.x)?, on_device(&norm)?);
+        let normed = Buffer::new_f32(device, streams.x.len())?;
+        ops.norm_streams(streams.rows(&x), weights.view(), EPS, normed.view())?;
+        let expected: Vec<f64> = (0..ROWS * n)
+            .flat_map(|at| {
+                let values = streams.stream(at / n, at % n);
+                let squares: f64 = values.iter().map(|v| f64::from(*v).powi(2)).sum();
+                let factor = 1.0 / (squares / width as f64 + f64::from(EPS)).sqrt();
+                let weights = &norm[at % n * width..][..width];
+                let values = values.iter().zip(weights);
+                values.map(move |(v, w)| f64::from(*v) * factor * f64::from(*w))
+            })
+            .collect();
+        outcome.compare(&normed.view().to_f32()?, near(&expected));
+        let (by, products) = (on_device(&gates)?, on_device(&injected)?);
+        let (out, post) = (
+            Buffer::new_f32(device, ROWS * width)?,
+            Buffer::new_f32(device, ROWS * n)?,
+        );
+        let quantized = width.is_multiple_of(32);
+        let quants = || Quants::new(device, (ROWS * width).next_multiple_of(32));
+        let (mut fused, mut after) = (quants()?, quants()?);
+        let values = GatedValues {
+            gates: by.view(),
+            back: Some(Injected {
+                products: products.view(),
+                post: post.view(),
+            }),
+        };
+        let fuses = quantized.then_some(&mut fused);
+        ops.read_low_rank(streams.rows(&normed), &values, out.view(), fuses)?;
+        if quantized {
+            ops.quantize(out.view(), ROWS, width, &mut after)?;
+            outcome.merge(same_quants(&fused, &after)?);
+        }
+        let value = |row: usize, i: usize| {
+            let of = |j: usize| (row * n + j) * width + i;
+            let values = (0..n).map(|j| expected[of(j)] * sigmoid(f64::from(gates[of(j)])));
+            values.sum::<f64>() / n as f64
+        };
+        let read: Vec<f64> = (0..ROWS * width)
+            .map(|at| value(at / width, at % width))
+            .collect();
+        outcome.compare(&out.view().to_f32()?, near(&read));
+        let factors = injected
+            .iter()
+            .map(|v| 2.0 * sigmoid(f64::from(*v) / n as f64));
+        outcome.compare(&post.view().to_f32()?, near(&factors.collect::<Vec<_>>()));
+        ops.squash_streams(products.view(), n, ROWS * n)?;
+        let squashed = injected.iter().map(|v| f64::from(*v) / n as f64);
+        let squashed: Vec<f64> = squashed.map(|v| v * sigmoid(v)).collect();
+        outcome.compare(&products.view().to_f32()?, near(&squashed));
     }
     Ok(outcome)
 }

@@ -14,9 +14,6 @@ const DENSE_FFN: Part = Part::Dense(DenseKind::DenseFfn);
 const HEAD: Part = Part::Dense(DenseKind::Head);
 
 const BLOCKS: [Part; 3] = [ROUTER, SHARED, DENSE_FFN];
-const ALL_DENSE: [Part; 6] = [EMBEDDING, MIXER, ROUTER, SHARED, DENSE_FFN, HEAD];
-
-const STREAMS: &str = super::LOW_RANK_STREAMS;
 
 /// Parts that no GPU can run for one reason.
 type Reason = (&'static [Part], &'static str);
@@ -34,7 +31,10 @@ fn reasons(shape: &ModelShape) -> &'static [Reason] {
         ],
         "glm5-next" => &[(&[MIXER], super::BLOCK_INDEXER)],
         "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
-        "qwen4exp" => &[(&ALL_DENSE, STREAMS), (&[TABLE], "a table of n-grams")],
+        "qwen4exp" => &[
+            (&[MIXER], "block-sparse attention"),
+            (&[EMBEDDING, TABLE], "a table of n-grams"),
+        ],
         _ => &[],
     }
 }
