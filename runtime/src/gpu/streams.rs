@@ -320,18 +320,20 @@ impl StreamSizes {
             return Self::default();
         };
         let n = streams.n;
-        let mut sizes = Self {
-            post: batch * n,
-            mix: batch * n * n,
-            ..Self::default()
-        };
+        let mut sizes = Self::default();
         let connections = spec.layers.iter().filter_map(|l| l.residual.connections);
         for connection in connections.flat_map(|c| [c.mixer, c.ffn]) {
             let (n_gates, rank) = match connection {
-                ConnectionSpec::Gated(gated) => (gated.gates.n_out, 0),
+                ConnectionSpec::Gated(gated) => {
+                    if gated.sinkhorn.is_some() {
+                        sizes.mix = batch * n * n;
+                    }
+                    (gated.gates.n_out, 0)
+                }
                 ConnectionSpec::LowRank(low) => (n, low.down.n_out),
                 ConnectionSpec::Bank(_) => continue,
             };
+            sizes.post = batch * n;
             sizes.wide = rows * spec.residual_width();
             sizes.gates = sizes.gates.max(rows * n_gates.max(n));
             sizes.low = sizes.low.max(rows * rank);
