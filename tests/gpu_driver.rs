@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tier_plan_planner::session::tokenizer;
 use tier_plan_runtime::cuda::source::MODULES;
 use tier_plan_runtime::gguf::Gguf;
-use tier_plan_testing::{floats, nmse};
+use tier_plan_testing::{floats, is_nightly, nmse};
 
 /// Text for the bundled model.
 const PROMPT: &str = "And it came to pass in those days, that there went out a decree from Caesar";
@@ -203,12 +203,36 @@ pub(crate) fn tokens(n: u32) -> Vec<u32> {
     (0..n).map(|i| i * 37 % 90 + 1).collect()
 }
 
+/// Copies golden values of a few models to a folder, and returns its path. At night it is that of
+/// all of them; the emulated device of the library's tests computes all every time.
+fn golden_values(place: &Place) -> PathBuf {
+    let all = root().join("tests/data");
+    if is_nightly() {
+        return all;
+    }
+    let few = place.path().join("golden");
+    for model in ["arch/gpt-oss", "arch/qwen3next", "quant/Q4_K_M"] {
+        for kind in ["gguf", "json", "logits"] {
+            let name = format!("{model}.{kind}");
+            fs::create_dir_all(few.join(&name).parent().unwrap()).unwrap();
+            fs::copy(all.join(&name), few.join(&name)).unwrap();
+        }
+    }
+    few
+}
+
 #[test]
 fn selftest_finds_every_kernel_well_and_measures() {
     let place = Place::new();
+    let golden = golden_values(&place);
+    let golden = ["--golden", golden.to_str().unwrap()];
     let (output, report) = place.clean(
         &[("STAND_IN_DEVICES", "2")],
-        &["selftest", "--gpu", "--device", "1", "--json"],
+        &[
+            &["selftest", "--gpu", "--device", "1", "--json"],
+            &golden[..],
+        ]
+        .concat(),
     );
     let found = json(output);
     assert_eq!(
