@@ -58,7 +58,7 @@ fn every_kernel_compiles_for_every_architecture() {
                 let entry = entries.iter().find(|(name, ..)| name == kernel);
                 let (_, registers, spilled) =
                     entry.unwrap_or_else(|| panic!("nothing about {kernel}: {}", compiled.log));
-                let is_large = kernel.starts_with("gated_") || *kernel == "choose_positions";
+                let is_large = kernel.starts_with("gated_") || *kernel == "choose_blocks";
                 let most = if is_large {
                     MOST_OF_LARGE_BLOCKS
                 } else {

@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 17] = [
+pub static MODULES: [Module; 18] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -101,8 +101,13 @@ pub static MODULES: [Module; 17] = [
             "rate_f32",
             "rate_f16",
             "rate_q8",
-            "choose_positions",
+            "choose_blocks",
         ],
+    },
+    Module {
+        name: "block_index.cu",
+        text: include_str!("kernels/block_index.cu"),
+        kernels: &["rate_best_f32", "rate_best_f16", "rate_best_q8"],
     },
     Module {
         name: "delta.cu",
@@ -217,6 +222,7 @@ pub fn headers() -> &'static [(&'static str, String)] {
             ("rows.cuh", include_str!("kernels/rows.cuh").to_string()),
             ("delta.cuh", include_str!("kernels/delta.cuh").to_string()),
             ("place.cuh", include_str!("kernels/place.cuh").to_string()),
+            ("choice.cuh", include_str!("kernels/choice.cuh").to_string()),
             ("attend.cuh", include_str!("kernels/attend.cuh").to_string()),
             ("grids.cuh", grids_header()),
         ]

@@ -19,7 +19,7 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 35] = [
+const WHOLE: [&str; 36] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
@@ -44,6 +44,7 @@ const WHOLE: [&str; 35] = [
     "lfm2moe",
     "llama4",
     "mimo2",
+    "minimax-m3",
     "mistral3",
     "mistral4",
     "nemotron_h_moe",

@@ -8,12 +8,10 @@ use crate::layers::pages::PAGE;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{
-    AttentionBuffers, BatchPositions, CacheSize, Quants, may_choose, rating_words,
-};
+use tier_plan_cuda::ops::{AttentionBuffers, BatchPositions, CacheSize, Choice, Quants};
 use tier_plan_cuda::{Buffer, CudaError, Device};
 use tier_plan_formats::model::spec::{
-    DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate, Projection,
+    BlockIndex, DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate, Projection,
 };
 use tier_plan_formats::placement::TierIdx;
 
@@ -63,6 +61,8 @@ pub(crate) struct BufferSizes {
     latents: usize,
     absorbed: usize,
     index_weights: usize,
+    index_q: usize,
+    index_k: usize,
     ratings: usize,
     chosen: usize,
     logits: usize,
@@ -116,8 +116,13 @@ impl BufferSizes {
         for (layer, at) in spec.layers.iter().zip(&places.layers) {
             if here(at.mixer) {
                 s.mixer(&layer.mixer, context);
-                if let Mixer::Mla(a) = &layer.mixer {
-                    s.choices(a, batch, context);
+                match &layer.mixer {
+                    Mixer::Mla(a) => s.choices(a, batch, context),
+                    Mixer::Gqa(a) => {
+                        let index = a.index.iter();
+                        index.for_each(|index| s.block_choices(index, context));
+                    }
+                    _ => {}
                 }
             }
             match &layer.ffn {
@@ -246,21 +251,38 @@ impl BufferSizes {
     /// Grows to what a layer's tokens choose that don't attend to all positions.
     fn choices(&mut self, a: &MlaSpec, batch: usize, context: usize) {
         let rows = self.rows;
-        let most = a.reach.selection().map(|selection| selection.most());
-        let most = most.filter(|most| may_choose(context, *most));
-        if let Some(most) = most {
-            self.chosen = self.chosen.max(batch.saturating_mul(most));
+        let choice = a.reach.selection().map(Choice::from);
+        let choice = choice.filter(|choice| choice.may_leave_out(context));
+        if let Some(choice) = choice {
+            self.chosen = self.chosen.max(batch.saturating_mul(choice.kept));
         }
         let Some(indexer) = a.reach.indexer() else {
             return;
         };
         self.v = self.v.max(rows * indexer.key_dim);
-        if most.is_some() {
-            let (all, one) = (rating_words(rows, context), rating_words(1, context));
-            self.ratings = self.ratings.max(all.min(one.max(MAX_RATINGS)));
+        if let Some(choice) = choice {
+            self.rate(choice.rating_words(context));
             self.raw = self.raw.max(rows * indexer.q.n_out);
             self.index_weights = self.index_weights.max(rows * indexer.n_head);
         }
+    }
+
+    /// Grows to what a layer's tokens choose for each head of keys and values, if they may.
+    fn block_choices(&mut self, index: &BlockIndex, context: usize) {
+        let (rows, choice) = (self.rows, Choice::from(index));
+        self.index_k = self.index_k.max(rows * index.k.n_out);
+        if choice.may_leave_out(context) {
+            self.index_q = self.index_q.max(rows * index.q.n_out);
+            self.rate(choice.rating_words(context).saturating_mul(index.n_head));
+            let chosen = rows.saturating_mul(index.n_head * choice.kept);
+            self.chosen = self.chosen.max(chosen);
+        }
+    }
+
+    /// Grows to ratings of tokens that have up to `each`.
+    fn rate(&mut self, each: usize) {
+        let all = self.rows.saturating_mul(each);
+        self.ratings = self.ratings.max(all.min(each.max(MAX_RATINGS)));
     }
 
     fn quants(values: usize) -> [usize; 3] {
@@ -307,6 +329,8 @@ impl BufferSizes {
             self.latents,
             self.absorbed,
             self.index_weights,
+            self.index_q,
+            self.index_k,
             self.ratings,
             self.chosen,
             self.logits,
@@ -363,9 +387,14 @@ pub(super) struct GpuBuffers {
     pub(super) absorbed: Buffer,
     /// `[rows, heads of an indexer]` weights of their ratings.
     pub(super) index_weights: Buffer,
-    /// `[tokens, positions]` ratings of an indexer.
+    /// Queries of an index of blocks.
+    pub(super) index_q: Buffer,
+    /// Keys of an index of blocks.
+    pub(super) index_k: Buffer,
+    /// `[tokens, lists, positions or blocks]` ratings of an indexer.
     pub(super) ratings: Buffer,
-    /// `[batch, most]` positions that tokens attend to, as the last indexer chose them.
+    /// `[batch, lists, kept]` positions or blocks that tokens attend to, as the last indexer chose
+    /// them.
     pub(super) chosen: Buffer,
     pub(super) logits: Buffer,
     /// Routers' choices for tokens that stay on the GPU: by layer, the experts of all tokens and then
@@ -411,6 +440,8 @@ impl GpuBuffers {
             latents: floats(s.latents)?,
             absorbed: floats(s.absorbed)?,
             index_weights: floats(s.index_weights)?,
+            index_q: floats(s.index_q)?,
+            index_k: floats(s.index_k)?,
             ratings: floats(s.ratings)?,
             chosen: floats(s.chosen)?,
             logits: floats(s.logits)?,

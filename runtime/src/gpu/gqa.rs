@@ -1,10 +1,13 @@
 //! Grouped-query attention on a GPU. The arithmetic is that of `layers/gqa.rs`.
 
+use super::block_index::BlockIndex;
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, product, products};
+use super::matrix::{GpuLoader, Matrix, from_value, product, products};
 use super::mixer::{Gate, Mixed, MixerBatch, output};
 use crate::layers::device_cache::DeviceCache;
-use tier_plan_cuda::ops::{Attend, HeadNorms, Heads, RopeTurns, Strided};
+use tier_plan_cuda::ops::{
+    Attend, ChosenBlocks, HeadNorms, Heads, Positions, Reached, RopeTurns, Strided,
+};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::{GateFunction, GqaSpec, NormSpan, TensorId};
 
@@ -29,7 +32,8 @@ pub(super) struct Gqa {
     v_norm: Option<Buffer>,
     sinks: Option<Buffer>,
     rope: Option<usize>,
-    /// Keys and values.
+    index: Option<BlockIndex>,
+    /// Keys and values, and the index's keys.
     cache: DeviceCache,
 }
 
@@ -54,8 +58,11 @@ impl Gqa {
                 after_rope: of.after_rope,
             })
         });
+        let index = a.index.as_ref();
+        let index = index.map(|index| BlockIndex::new(loader, index));
         Ok(Self {
             spec: a.clone(),
+            index: index.transpose()?,
             gate: Gate::new(loader, a.gate.as_ref())?,
             q: loader.linear(&a.q)?,
             k: loader.linear(&a.k)?,
@@ -72,7 +79,8 @@ impl Gqa {
     pub(super) fn takes_quants(&self) -> bool {
         let gate = self.gate.as_ref().map(|gate| &gate.matrix);
         let first = [&self.q, &self.k, &self.v].into_iter().chain(gate);
-        first.into_iter().any(Matrix::takes_quants)
+        let index = self.index.iter().flat_map(|index| [&index.q, &index.k]);
+        first.chain(index).any(Matrix::takes_quants)
     }
 
     /// Stores the tokens' keys and values, and computes their attention.
@@ -83,24 +91,74 @@ impl Gqa {
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
         let (a, MixerBatch { n, eps, .. }) = (&self.spec, batch);
-        let (x, q, k, v) = (
-            buffers.answer.view(),
-            buffers.q.view(),
-            buffers.k.view(),
-            buffers.v.view(),
-        );
-        let (heads, width) = (n * a.n_head, a.key_dim);
+        let mut parts = Vec::new();
+        if let Some(index) = &self.index {
+            parts = buffers.positions.all().by_reach(index.choice());
+        }
+        let chooses = parts.iter().any(|part| part.chooses);
+        self.project(ops, buffers, n, chooses)?;
+        let turns = self
+            .rope
+            .zip(a.rope.as_ref())
+            .map(|(table, rope)| RopeTurns {
+                values: buffers.turns[table].view(),
+                kind: rope.kind,
+                half: rope.dims / 2,
+            });
+        self.place(ops, buffers, turns, batch)?;
+        if let Some(index) = &self.index {
+            index.run(ops, buffers, &self.cache, &parts, (turns, eps))?;
+        }
+        // How many values share a gate, if there are gates. Results are quantized after them.
+        let share = match &self.gate {
+            Some(gate) => Some((gate.share(a.o.n_in), gate.function)),
+            None => a.gated().then_some((1, GateFunction::Sigmoid)),
+        };
+        let quantizes =
+            self.o.takes_quants() && share.is_none() && a.value_dim.is_multiple_of(32) && !chooses;
+        if chooses {
+            self.attend_by_choice(ops, buffers, &parts)?;
+        } else {
+            let quants = quantizes.then_some(&mut buffers.inner);
+            let attention = self.attention(buffers.q.view(), buffers.positions.all());
+            ops.attend(&attention, &buffers.attend, buffers.mixed.view(), quants)?;
+        }
+        if let Some((share, function)) = share {
+            let (mixed, gate) = (buffers.mixed.view(), buffers.gate.view());
+            ops.gate(mixed, gate, share, function, n * a.o.n_in)?;
+        }
+        let mixed = if quantizes {
+            Mixed::Quantized
+        } else {
+            Mixed::Floats
+        };
+        output(ops, &self.o, n, buffers, mixed)
+    }
+
+    /// Projects to queries, keys, values, and gates; for an index to keys, and, where a token
+    /// `chooses`, to queries.
+    fn project(
+        &self,
+        ops: &Ops,
+        buffers: &GpuBuffers,
+        n: usize,
+        chooses: bool,
+    ) -> Result<(), CudaError> {
+        let (a, x, q) = (&self.spec, buffers.answer.view(), buffers.q.view());
         let gated = a.gated();
         let first = if gated { buffers.raw.view() } else { q };
-        products(
-            ops,
-            &[(&self.q, first), (&self.k, k), (&self.v, v)],
-            n,
-            x,
-            &buffers.quants,
-        )?;
+        let (k, v) = (buffers.k.view(), buffers.v.view());
+        let mut matrices = vec![(&self.q, first), (&self.k, k), (&self.v, v)];
+        if let Some(index) = &self.index {
+            matrices.push((&index.k, buffers.index_k.view()));
+            if chooses {
+                matrices.push((&index.q, buffers.index_q.view()));
+            }
+        }
+        products(ops, &matrices, n, x, &buffers.quants)?;
         if gated {
             // Each query head is followed by its gate.
+            let (heads, width) = (n * a.n_head, a.key_dim);
             let split = |from: View<'_>, to: &Buffer| {
                 let to = Strided {
                     at: to.view(),
@@ -117,18 +175,25 @@ impl Gqa {
                 )
             };
             split(first, &buffers.q)?;
-            split(first.floats(width..first.words()), &buffers.gate)?;
+            split(from_value(first, width), &buffers.gate)?;
         }
-        if let Some(gate) = &self.gate {
-            product(
-                ops,
-                &gate.matrix,
-                n,
-                x,
-                &buffers.quants,
-                buffers.gate.view(),
-            )?;
-        }
+        let Some(gate) = &self.gate else {
+            return Ok(());
+        };
+        let to = buffers.gate.view();
+        product(ops, &gate.matrix, n, x, &buffers.quants, to)
+    }
+
+    /// Normalizes and rotates heads, and stores keys and values.
+    fn place(
+        &self,
+        ops: &Ops,
+        buffers: &GpuBuffers,
+        turns: Option<RopeTurns<'_>>,
+        batch: MixerBatch<'_>,
+    ) -> Result<(), CudaError> {
+        let (a, MixerBatch { n, eps, .. }) = (&self.spec, batch);
+        let (q, k, width) = (buffers.q.view(), buffers.k.view(), a.key_dim);
         let mut norms = HeadNorms {
             values: self.v_norm.as_ref().map(Buffer::view),
             eps,
@@ -146,41 +211,38 @@ impl Gqa {
                 ops.rms_norm(k, Some(norm.k.view()), n, a.n_head_kv * width, eps, k)?;
             }
         }
-        let (kv_type, positions) = (self.cache.kv_type(), buffers.positions.all());
-        let (keys, values) = (self.cache.rows(0), self.cache.rows(1));
         ops.place_heads(&Heads {
             queries: q,
             new_keys: k,
-            new_values: v,
+            new_values: buffers.v.view(),
             norms,
-            turns: self
-                .rope
-                .zip(a.rope.as_ref())
-                .map(|(table, rope)| RopeTurns {
-                    values: buffers.turns[table].view(),
-                    kind: rope.kind,
-                    half: rope.dims / 2,
-                }),
+            turns,
             n_head: a.n_head,
             n_head_kv: a.n_head_kv,
             key_width: width,
             value_width: a.value_dim,
-            kv_type,
-            positions,
-            keys,
-            values,
+            kv_type: self.cache.kv_type(),
+            positions: buffers.positions.all(),
+            keys: self.cache.rows(0),
+            values: self.cache.rows(1),
         })?;
         if a.temperature.is_some() {
             ops.scale_rows(q, buffers.factors.view(), n, a.n_head * width)?;
         }
-        let attention = Attend {
-            queries: q,
-            keys,
-            values,
-            kv_type,
+        Ok(())
+    }
+
+    /// Returns the attention of tokens to all that they see.
+    fn attention<'a>(&'a self, queries: View<'a>, positions: Positions<'a>) -> Attend<'a> {
+        let a = &self.spec;
+        Attend {
+            queries,
+            keys: self.cache.rows(0),
+            values: self.cache.rows(1),
+            kv_type: self.cache.kv_type(),
             n_head_kv: a.n_head_kv,
             group: a.n_head / a.n_head_kv,
-            key_width: width,
+            key_width: a.key_dim,
             value_row_width: a.value_dim,
             value_width: a.value_dim,
             scale: a.scale,
@@ -189,28 +251,36 @@ impl Gqa {
             window: a.window,
             window_kind: a.window_kind,
             sinks: self.sinks.as_ref().map(Buffer::view),
-        };
-        // How many values share a gate, if there are gates. Results are quantized after them.
-        let share = match &self.gate {
-            Some(gate) => Some((gate.share(a.o.n_in), gate.function)),
-            None => gated.then_some((1, GateFunction::Sigmoid)),
-        };
-        let quantizes = self.o.takes_quants() && share.is_none() && a.value_dim.is_multiple_of(32);
-        ops.attend(
-            &attention,
-            &buffers.attend,
-            buffers.mixed.view(),
-            quantizes.then_some(&mut buffers.inner),
-        )?;
-        if let Some((share, function)) = share {
-            let (mixed, gate) = (buffers.mixed.view(), buffers.gate.view());
-            ops.gate(mixed, gate, share, function, n * a.o.n_in)?;
         }
-        let mixed = if quantizes {
-            Mixed::Quantized
-        } else {
-            Mixed::Floats
-        };
-        output(ops, &self.o, n, buffers, mixed)
+    }
+
+    /// Computes the attention of a batch in which tokens choose, to `buffers.mixed`. `parts` says
+    /// which.
+    fn attend_by_choice(
+        &self,
+        ops: &Ops,
+        buffers: &GpuBuffers,
+        parts: &[Reached],
+    ) -> Result<(), CudaError> {
+        let (a, all) = (&self.spec, buffers.positions.all());
+        for Reached { tokens, chooses } in parts {
+            let queries = from_value(buffers.q.view(), tokens.start * a.n_head * a.key_dim);
+            let attention = self.attention(queries, all.part(tokens.clone()));
+            let out = from_value(buffers.mixed.view(), tokens.start * a.n_head * a.value_dim);
+            match self.index.as_ref().filter(|_| *chooses) {
+                Some(index) => {
+                    let (per_token, choice) = (index.lists(), index.choice());
+                    let first = tokens.start * per_token * choice.kept;
+                    let chosen = ChosenBlocks {
+                        lists: from_value(buffers.chosen.view(), first),
+                        per_token,
+                        choice,
+                    };
+                    ops.attend_chosen(&attention, chosen, &buffers.attend, out)?;
+                }
+                None => ops.attend(&attention, &buffers.attend, out, None)?,
+            }
+        }
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, from_value, product};
 use crate::layers::device_cache::DeviceCache;
-use tier_plan_cuda::ops::{IndexQueries, IndexRows, Reached, RopeTurns};
+use tier_plan_cuda::ops::{Choice, IndexQueries, IndexRows, Reached, RopeTurns};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::IndexerSpec;
 
@@ -56,7 +56,7 @@ impl Indexer {
         product(ops, &self.q, n, low, &buffers.inner, to)
     }
 
-    /// Stores the keys in `buffers.v` of the batch's tokens. Lists in `lists`, `[tokens, most]`, what
+    /// Stores the keys in `buffers.v` of the batch's tokens. Lists in `lists`, `[tokens, kept]`, what
     /// those tokens choose that `parts` names, by the queries in `buffers.raw`.
     pub(super) fn run(
         &self,
@@ -89,7 +89,7 @@ impl Indexer {
             keys,
         })?;
         let weights = buffers.index_weights.view();
-        let most = spec.selection.most();
+        let choice = Choice::from(spec.selection);
         for Reached { tokens, .. } in parts.iter().filter(|part| part.chooses) {
             let first = tokens.start;
             let of_tokens = IndexQueries {
@@ -101,9 +101,9 @@ impl Indexer {
                 positions: positions.part(tokens.clone()),
                 kv_type,
                 keys,
-                most,
+                choice,
             };
-            let lists = from_value(lists, first * most);
+            let lists = from_value(lists, first * choice.kept);
             ops.choose_positions(&of_tokens, buffers.ratings.view(), lists)?;
         }
         Ok(())

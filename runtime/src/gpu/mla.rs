@@ -9,7 +9,7 @@ use crate::layers::rope::LayerRopes;
 use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::ops::{
-    Attend, CacheRows, ChosenPositions, Input, Matrices, MatrixTable, Matvec, Quants, Reached,
+    Attend, CacheRows, Choice, ChosenBlocks, Input, Matrices, MatrixTable, Matvec, Quants, Reached,
     RopeTurns, SharedView, Strided, TransposedMatvec,
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
@@ -205,17 +205,17 @@ impl Mla {
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
         let (a, MixerBatch { n, first_row, .. }) = (&self.spec, batch);
-        let selection = a.reach.selection();
-        let parts = match selection {
-            Some(selection) => buffers.positions.all().by_reach(selection.most()),
+        let choice = a.reach.selection().map(Choice::from);
+        let parts = match choice {
+            Some(choice) => buffers.positions.all().by_reach(choice),
             None => Vec::new(),
         };
         let chooses = parts.iter().any(|part| part.chooses);
         self.project(ops, buffers, batch, chooses)?;
         self.place(ops, buffers, batch)?;
         // Where the lists of these rows of the batch begin.
-        let most = selection.filter(|_| chooses).map_or(0, |s| s.most());
-        let lists_at = first_row * most;
+        let kept = choice.filter(|_| chooses).map_or(0, |choice| choice.kept);
+        let lists_at = first_row * kept;
         if let Some(indexer) = &self.indexer {
             let lists = from_value(buffers.chosen.view(), lists_at);
             indexer.run(ops, buffers, &self.cache, &parts, lists)?;
@@ -444,11 +444,13 @@ impl Mla {
             window_kind: WindowKind::Sliding,
             sinks: self.sinks.as_ref().map(Buffer::view),
         };
-        match (lists_at, a.reach.selection()) {
-            (Some(at), Some(selection)) => {
-                let most = selection.most();
-                let lists = from_value(buffers.chosen.view(), at + own.start * most);
-                let chosen = ChosenPositions { lists, most };
+        match (lists_at, a.reach.selection().map(Choice::from)) {
+            (Some(at), Some(choice)) => {
+                let chosen = ChosenBlocks {
+                    lists: from_value(buffers.chosen.view(), at + own.start * choice.kept),
+                    per_token: 1,
+                    choice,
+                };
                 ops.attend_chosen(&attention, chosen, &buffers.attend, out)
             }
             _ => ops.attend(&attention, &buffers.attend, out, None),

@@ -9,6 +9,7 @@
 //! A [`Gpu`] hands out parts: [`MixerPart`](stages::MixerPart), [`RouterPart`](router::RouterPart)
 //! and so on. Holding one proves that the part is on the GPU, so that running it needs no check.
 
+mod block_index;
 mod buffers;
 mod choices;
 mod delta;

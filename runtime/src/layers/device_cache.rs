@@ -12,7 +12,7 @@ use tier_plan_formats::model::spec::Mixer;
 #[derive(Clone)]
 pub(crate) struct DeviceCache {
     kv_type: KvType,
-    /// `[positions, heads, width]`: keys and values, or latents and keys of an indexer.
+    /// `[positions, heads, width]`: keys and values, or latents; then keys of an indexer.
     rows: Vec<Store>,
     /// By text, then those of checkpoints: a convolution's inputs, and matrices.
     states: Vec<Store>,
@@ -62,7 +62,11 @@ impl DeviceCache {
     ) -> Result<Self, CudaError> {
         let row = |width: usize| kv_type.row_bytes(width as u64) as usize;
         let rows = match mixer {
-            Mixer::Gqa(a) => vec![a.n_head_kv * row(a.key_dim), a.n_head_kv * row(a.value_dim)],
+            Mixer::Gqa(a) => {
+                let kv = [a.key_dim, a.value_dim].map(|width| a.n_head_kv * row(width));
+                let index = a.index.as_ref().map(|index| row(index.key_dim));
+                kv.into_iter().chain(index).collect()
+            }
             Mixer::Mla(a) => {
                 let index = a.reach.indexer().map(|indexer| row(indexer.key_dim));
                 let latents = [row(a.kv_rank + a.shared_dim)];
@@ -103,7 +107,7 @@ impl DeviceCache {
         self.kv_type
     }
 
-    /// Returns the rows of keys (or latents), or of values (or keys of an indexer).
+    /// Returns the rows of keys (or latents), of values, or of the keys of an indexer, which are last.
     pub(crate) fn rows(&self, index: usize) -> View<'_> {
         self.rows[index].buffer.view()
     }

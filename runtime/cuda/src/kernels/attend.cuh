@@ -108,7 +108,8 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n
                 continue;
             }
             const i64 to = (first_query + h) * value_width + c;
-            const float v = share[h] * acc[h] / total[h];
+            // What attends to nothing gathers nothing.
+            const float v = n > 0 ? share[h] * acc[h] / total[h] : 0.0f;
             out[to] = v;
             if (q) quantize_run(v, to / 32, q, quant_scale, quant_sums);
         }

@@ -73,7 +73,8 @@ KERNEL join_chunks(const float* mixed, const float* largest, const float* sums, 
             if (sums[query * chunks + c] == 0.0f) continue;
             acc += expf(largest[query * chunks + c] - most) * mixed[(query * chunks + c) * value_width + i];
         }
-        const float v = acc / sum;
+        // What attends to nothing gathers nothing.
+        const float v = sum == 0.0f ? 0.0f : acc / sum;
         out[query * value_width + i] = v;
         if (q) quantize_run(v, (query * value_width + i) / 32, q, scale, quant_sums);
     }

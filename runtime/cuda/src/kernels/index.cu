@@ -1,5 +1,6 @@
-// Lightning indexers: new keys in the cache, ratings of positions, and the choice of the best.
-// A rating does not depend on other tokens of the batch, so neither does a choice.
+// Lightning indexers: new keys in the cache, ratings of positions or of blocks of them, and the
+// choice of the best. A rating does not depend on other tokens of the batch, so neither does a choice.
+#include "choice.cuh"
 #include "place.cuh"
 
 /// Threads per block that places a row, and that rates.
@@ -204,22 +205,24 @@ DEVICE int find_bin(const int* bins, int* rest, int* room, int* found) {
     return found[0];
 }
 
-/// Chooses the `most` positions with the largest ratings for each token that sees more, of equal
-/// ones the earlier, and lists them in ascending order: `chosen` is `[tokens, most]`. Ratings are
-/// `stride` floats from one token to the next. Grid: tokens.
-KERNEL choose_positions(const float* ratings, int stride, const int* positions, int most, int* chosen) {
+/// Chooses the `kept` blocks with the largest ratings for each token that sees more, of equal ones
+/// the earlier, and lists them in ascending order. A token has several lists if it has several rows
+/// of ratings, `stride` floats each: `chosen` is `[tokens, lists, kept]`. Grid: tokens, lists.
+KERNEL choose_blocks(const float* ratings, int stride, const int* positions, int block, int open, int kept,
+                     int* chosen) {
     __shared__ int bins[BINS];
     __shared__ int room[CHOOSE_WARPS];
     __shared__ int found[2];
     const int token = (int)blockIdx.x, thread = (int)threadIdx.x, lane = thread % WARP, warp = thread / WARP;
-    const int seen = positions[token] + 1;
-    if (seen <= most) return;
-    ratings += (i64)token * stride;
-    chosen += (i64)token * most;
+    const int seen = visible_blocks(positions[token], block, open);
+    if (seen <= kept) return;
+    const i64 list = (i64)token * gridDim.y + blockIdx.y;
+    ratings += list * stride;
+    chosen += list * kept;
     // The rank of the last that is chosen, from its first bits to its last, and its number among
     // those of equal bits.
     u32 last = 0, known = 0;
-    int rest = most;
+    int rest = kept;
     for (int pass = 0; pass < 3; pass++) {
         const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
         const u32 digits = pass == 2 ? BINS / 2 - 1 : BINS - 1;
@@ -239,7 +242,7 @@ KERNEL choose_positions(const float* ratings, int stride, const int* positions, 
         known |= digits << shift;
         __syncthreads();
     }
-    // Each warp has a row of neighboring positions.
+    // Each warp has a row of neighboring blocks.
     const int each = (seen + CHOOSE_THREADS - 1) / CHOOSE_THREADS * WARP, first = warp * each;
     const int end = first + each < seen ? first + each : seen;
     int above = 0, equal = 0;

@@ -65,7 +65,7 @@ pub struct Heads<'a> {
     pub n_head_kv: usize,
     /// Values of a query or key.
     pub key_width: usize,
-    /// Values of a value.
+    /// Values of a value; 0 where only keys are stored.
     pub value_width: usize,
     /// Storage type of the cache.
     pub kv_type: KvType,
@@ -196,6 +196,8 @@ impl Ops {
             KvType::F16 => "place_heads_f16",
             KvType::Q8_0 => "place_heads_q8",
         };
+        let of_keys = h.n_head_kv;
+        let of_values = if h.value_width > 0 { h.n_head_kv } else { 0 };
         let [positions, begins, tables, page_bits] = h.positions.args();
         let args = [
             h.queries.arg(),
@@ -225,7 +227,7 @@ impl Ops {
         ];
         self.launch(
             kernel,
-            [blocks(h.n_head + 2 * h.n_head_kv, 1), few(n), 1],
+            [blocks(h.n_head + of_keys + of_values, 1), few(n), 1],
             128,
             &args,
         )

@@ -1,7 +1,8 @@
 //! Lightning indexers: keys in the cache, ratings of positions, and the positions that tokens
 //! choose.
 
-use super::{CHUNK, MAX_KEY, Positions, RopeTurns, blocks, few, int, null_or};
+use super::choice::Choice;
+use super::{MAX_KEY, Positions, RopeTurns, blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use std::ops::Range;
@@ -16,59 +17,6 @@ const INDEX_THREADS: u32 = 128;
 
 /// Threads per block that chooses; the kernel has the same constant.
 const CHOOSE_THREADS: u32 = 512;
-
-/// Neighboring tokens of a batch that choose what they attend to, or that attend to all positions.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reached {
-    /// Tokens of the batch.
-    pub tokens: Range<usize>,
-    /// Whether they choose. Some of them may see so few positions that they attend to all.
-    pub chooses: bool,
-}
-
-impl Positions<'_> {
-    /// Splits the tokens by whether they may see more than `most` positions, from which those that
-    /// they attend to are chosen.
-    ///
-    /// With one token each of all texts, all are alike, and what they are depends on the chunks of
-    /// the context that they are in. So recorded launches serve for every position in the chunks.
-    pub fn by_reach(self, most: usize) -> Vec<Reached> {
-        let position = |token: usize| self.of(token);
-        if self.runs().all(|run| run.len() == 1) {
-            let chooses = (0..self.tokens()).any(|token| chunk_end(position(token)) > most);
-            let tokens = 0..self.tokens();
-            return vec![Reached { tokens, chooses }];
-        }
-        let mut parts: Vec<Reached> = Vec::new();
-        for run in self.runs() {
-            let n_dense = most.saturating_sub(position(run.start)).min(run.len());
-            let middle = run.start + n_dense;
-            for (tokens, chooses) in [(run.start..middle, false), (middle..run.end, true)] {
-                match parts.last_mut() {
-                    _ if tokens.is_empty() => {}
-                    Some(last) if last.chooses == chooses => last.tokens.end = tokens.end,
-                    _ => parts.push(Reached { tokens, chooses }),
-                }
-            }
-        }
-        parts
-    }
-}
-
-/// Returns the end of the chunk of the context that a position is in.
-fn chunk_end(position: usize) -> usize {
-    (position / CHUNK + 1) * CHUNK
-}
-
-/// Returns whether a token of a text of up to `context` positions may choose `most` of them.
-pub fn may_choose(context: usize, most: usize) -> bool {
-    context.next_multiple_of(CHUNK) > most
-}
-
-/// Returns the words of the ratings of `tokens` tokens that see up to `context` positions.
-pub fn rating_words(tokens: usize, context: usize) -> usize {
-    tokens.saturating_mul(context.next_multiple_of(CHUNK))
-}
 
 /// New keys of an indexer, and the queries that rotate beside them.
 #[derive(Clone, Copy)]
@@ -118,8 +66,8 @@ pub struct IndexQueries<'a> {
     pub kv_type: KvType,
     /// `[positions of the cache, key_dim]`.
     pub keys: View<'a>,
-    /// Positions that a token chooses.
-    pub most: usize,
+    /// What a token chooses.
+    pub choice: Choice,
 }
 
 impl IndexQueries<'_> {
@@ -127,10 +75,10 @@ impl IndexQueries<'_> {
     fn check(&self, chosen: View<'_>) {
         let (tokens, dim) = (self.positions.tokens(), self.key_dim);
         let row = self.kv_type.row_bytes(dim as u64) as usize;
+        self.choice.check();
         assert!(
-            dim.is_multiple_of(4) && self.most > 0,
-            "{} of keys of {dim}",
-            self.most
+            dim.is_multiple_of(4) && self.choice.block == 1,
+            "keys of {dim}"
         );
         assert!(
             self.keys.len() >= self.positions.capacity() * row,
@@ -144,7 +92,10 @@ impl IndexQueries<'_> {
             self.head_weights.words() >= tokens * self.n_head,
             "weights of heads"
         );
-        assert!(chosen.words() >= tokens * self.most, "room for choices");
+        assert!(
+            chosen.words() >= tokens * self.choice.kept,
+            "room for choices"
+        );
     }
 }
 
@@ -210,7 +161,7 @@ impl Ops {
     }
 
     /// Chooses the positions with the best ratings for each token that sees more than so many, of
-    /// equal ratings the earlier: `chosen` is `[tokens, most]`, in ascending order. The lists of
+    /// equal ratings the earlier: `chosen` is `[tokens, kept]`, in ascending order. The lists of
     /// other tokens stay as they are.
     ///
     /// # Panics
@@ -222,32 +173,16 @@ impl Ops {
         chosen: View<'_>,
     ) -> Result<(), CudaError> {
         i.check(chosen);
-        let (n, most) = (i.positions.tokens(), i.most);
+        let (n, kept) = (i.positions.tokens(), i.choice.kept);
         let mut first = 0;
         while first < n {
-            let (mut tokens, mut width) = (0, 0);
-            for token in first..n {
-                let wanted = width.max(chunk_end(i.positions.of(token)));
-                if wanted * (tokens + 1) > ratings.words() {
-                    break;
-                }
-                (tokens, width) = (tokens + 1, wanted);
-            }
-            assert!(tokens > 0, "{} ratings of a token", ratings.words());
-            let part = first..first + tokens;
-            self.rate(i, part.clone(), width, ratings)?;
-            let positions = i.positions.part(part).at();
-            let to = chosen.floats(first * most..(first + tokens) * most);
-            let args = [
-                ratings.arg(),
-                int(width),
-                positions.arg(),
-                int(most),
-                to.arg(),
-            ];
-            let grid = [blocks(tokens, 1), 1, 1];
-            self.launch("choose_positions", grid, CHOOSE_THREADS, &args)?;
-            first += tokens;
+            let words = ratings.words();
+            let (tokens, width) = i.positions.rated_at_once(i.choice, first, 1, words);
+            first = tokens.end;
+            let to = chosen.floats(tokens.start * kept..tokens.end * kept);
+            let positions = i.positions.part(tokens.clone());
+            self.rate(i, tokens, width, ratings)?;
+            choose(self, positions, i.choice, 1, (ratings, width), to)?;
         }
         Ok(())
     }
@@ -283,7 +218,7 @@ impl Ops {
             begins,
             tables,
             page_bits,
-            int(i.most),
+            int(i.choice.kept),
             int(width),
             ratings.arg(),
         ];
@@ -292,41 +227,25 @@ impl Ops {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::{BatchPositions, CacheSize, TextTokens};
-    use super::*;
-    use crate::device::Device;
-    use crate::shim;
-    use std::sync::Arc;
-
-    #[test]
-    fn tokens_are_split_where_they_begin_to_choose() {
-        let device: Arc<dyn Device> = shim::shared();
-        let size = CacheSize {
-            positions: 2048,
-            page: 1024,
-        };
-        let mut batch = BatchPositions::new(&device, 64, size).unwrap();
-        let mut split = |texts: &[(usize, usize)], most: usize| {
-            let texts = texts.iter().map(|&(past, tokens)| TextTokens {
-                past,
-                tokens,
-                pages: &[0],
-            });
-            batch.set(texts).unwrap();
-            let parts = batch.all().by_reach(most).into_iter();
-            parts.map(|p| (p.tokens, p.chooses)).collect::<Vec<_>>()
-        };
-        // The first token with an 11th position chooses among them.
-        assert_eq!(split(&[(7, 5)], 10), [(0..3, false), (3..5, true)]);
-        assert_eq!(split(&[(12, 2), (30, 3)], 10), [(0..5, true)]);
-        let mixed = [(0..2, true), (2..4, false), (4..6, true)];
-        assert_eq!(split(&[(12, 2), (8, 4)], 10), mixed);
-        // Alone, tokens are as others in their chunks.
-        assert_eq!(split(&[(3, 1), (255, 1)], 256), [(0..2, false)]);
-        assert_eq!(split(&[(3, 1), (256, 1)], 256), [(0..2, true)]);
-        assert_eq!(split(&[(3, 1)], 255), [(0..1, true)]);
-        assert!(may_choose(1, 255) && !may_choose(256, 256));
-    }
+/// Lists the blocks with the best of `lists` times `width` ratings per token. The sizes are checked.
+pub(super) fn choose(
+    ops: &Ops,
+    positions: Positions<'_>,
+    choice: Choice,
+    lists: usize,
+    (ratings, width): (View<'_>, usize),
+    chosen: View<'_>,
+) -> Result<(), CudaError> {
+    let [block, open, kept] = choice.args();
+    let args = [
+        ratings.arg(),
+        int(width),
+        positions.at().arg(),
+        block,
+        open,
+        kept,
+        chosen.arg(),
+    ];
+    let grid = [blocks(positions.tokens(), 1), few(lists), 1];
+    ops.launch("choose_blocks", grid, CHOOSE_THREADS, &args)
 }

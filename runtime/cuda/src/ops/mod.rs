@@ -5,6 +5,8 @@
 //! *Quantized* activations are [`Quants`]: 8-bit codes with a scale per 32 values.
 
 mod attention;
+mod block_index;
+mod choice;
 mod delta;
 mod gated;
 mod heads;
@@ -21,10 +23,12 @@ mod stream;
 mod streams;
 
 pub use attention::{Attend, AttentionBuffers, CHUNK, MAX_KEY};
+pub use block_index::BlockQueries;
+pub use choice::{Choice, OpenBlock, Reached};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
-pub use index::{IndexQueries, IndexRows, Reached, may_choose, rating_words};
+pub use index::{IndexQueries, IndexRows};
 pub use kda::{Kda, KdaSizes};
 pub use mamba::{MAX_MAMBA_STATE, Mamba, MambaSizes};
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
@@ -35,7 +39,7 @@ pub use products::{
 pub use prompt_attention::PROMPT_TOKENS;
 pub use short_conv::ShortConv;
 pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterLogits, RouterSpec, Strided};
-pub use sparse_attention::ChosenPositions;
+pub use sparse_attention::ChosenBlocks;
 pub use streams::{
     GatedValues, Injected, MAX_MIXED_STREAMS, MAX_STREAMS, StreamGates, StreamRows, StreamWeights,
     StreamsOut,

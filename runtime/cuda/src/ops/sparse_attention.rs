@@ -1,42 +1,51 @@
-//! Attention to chosen positions of the KV cache.
+//! Attention to chosen blocks of positions of the KV cache.
 
 use super::attention::{Attend, AttentionBuffers, CHUNK, HEADS};
+use super::choice::Choice;
 use super::{blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use std::ops::Range;
 use tier_plan_formats::model::kv::KvType;
 
-/// The positions that tokens attend to.
+/// The blocks of positions that tokens attend to.
 #[derive(Clone, Copy)]
-pub struct ChosenPositions<'a> {
-    /// `[tokens, most]` positions of each token's text. Those of tokens that see no more than `most`
-    /// are not read: they attend to all.
+pub struct ChosenBlocks<'a> {
+    /// `[tokens, per_token, kept]` blocks of each token's text. Those of tokens that see no more than
+    /// `kept` are not read: they attend to all.
     pub lists: View<'a>,
-    /// Positions of a list.
-    pub most: usize,
+    /// Lists of a token: one for all heads, or one per head of keys and values.
+    pub per_token: usize,
+    /// What a token chose.
+    pub choice: Choice,
 }
 
 impl Ops {
-    /// Computes attention of tokens to the positions that were chosen for them, one by one; `out` is
-    /// `[tokens, n_head_kv * group, value_width]`.
+    /// Computes attention of tokens to the blocks that were chosen for them; `out` is `[tokens,
+    /// n_head_kv * group, value_width]`.
     ///
     /// # Panics
     /// When there is a window, or for the reasons of [`attend`](Self::attend).
     pub fn attend_chosen(
         &self,
         a: &Attend<'_>,
-        chosen: ChosenPositions<'_>,
+        chosen: ChosenBlocks<'_>,
         buffers: &AttentionBuffers,
         out: View<'_>,
     ) -> Result<(), CudaError> {
         a.check(out);
-        let (tokens, most) = (a.positions.tokens(), chosen.most);
+        chosen.choice.check();
+        let (tokens, most) = (a.positions.tokens(), chosen.choice.most());
         let plain = a.window.is_none() && a.softcap.is_none();
-        assert!(plain && most > 0, "{most} positions chosen");
+        let lists = chosen.per_token;
         assert!(
-            chosen.lists.words() >= tokens * most,
-            "{tokens} x {most} positions"
+            plain && (lists == 1 || lists == a.n_head_kv),
+            "{lists} lists of a token"
+        );
+        let per_token = lists * chosen.choice.kept;
+        assert!(
+            chosen.lists.words() >= tokens * per_token,
+            "{tokens} x {per_token} blocks"
         );
         let alone = a.positions.runs().all(|run| run.len() == 1);
         // The most at any position of a token's chunk, as in `Attend::chunks`.
@@ -62,7 +71,7 @@ impl Ops {
     fn attend_lists(
         &self,
         a: &Attend<'_>,
-        chosen: ChosenPositions<'_>,
+        chosen: ChosenBlocks<'_>,
         tokens: Range<usize>,
         chunks: usize,
         (buffers, out): (&AttentionBuffers, View<'_>),
@@ -82,6 +91,7 @@ impl Ops {
         let [mixed, largest, sums] =
             [&buffers.mixed, &buffers.largest, &buffers.sums].map(|b| b.view().arg());
         let [positions, begins, tables, page_bits] = a.positions.part(tokens.clone()).args();
+        let [block, open, kept] = chosen.choice.args();
         let args = [
             of_tokens(a.queries, heads * a.key_width),
             a.keys.aligned().arg(),
@@ -96,8 +106,11 @@ impl Ops {
             begins,
             tables,
             page_bits,
-            of_tokens(chosen.lists, chosen.most),
-            int(chosen.most),
+            of_tokens(chosen.lists, chosen.per_token * chosen.choice.kept),
+            int(chosen.per_token),
+            block,
+            open,
+            kept,
             mixed,
             largest,
             sums,

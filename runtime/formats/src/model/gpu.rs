@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer, MlaSpec,
-    ModelSpec, MoeSpec, NormSpan, RouterInput, Selection, TensorId,
+    BlockScore, Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer,
+    MlaSpec, ModelSpec, MoeSpec, NormSpan, RouterInput, Selection, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -39,6 +39,9 @@ pub const MAX_STREAMS: usize = 64;
 
 /// Most of them that are mixed with each other.
 pub const MAX_MIXED_STREAMS: usize = 8;
+
+/// What no attention on a GPU chooses blocks by.
+const MEAN_KEYS: &str = "block-sparse attention by mean keys";
 
 /// What no latent attention on a GPU chooses positions by.
 const BLOCK_INDEXER: &str = "an indexer that rates blocks of positions";
@@ -246,8 +249,14 @@ fn mixer(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
         }
         Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {
-            let linears = a.linears().into_iter().find_map(|l| misplaced(gguf, l));
-            linears.or(key(a.key_dim)).or(key(a.value_dim))
+            let index = a.index.as_ref();
+            let of_index = index.into_iter().flat_map(|index| [&index.q, &index.k]);
+            let mut linears = a.linears().into_iter().chain(of_index);
+            let linears = linears.find_map(|l| misplaced(gguf, l));
+            linears
+                .or(key(a.key_dim))
+                .or(key(a.value_dim))
+                .or(index.and_then(|index| key(index.key_dim)))
         }
         Mixer::Mla(a) => {
             let linears = a.linears().into_iter().find_map(|l| misplaced(gguf, l));
@@ -290,7 +299,10 @@ fn wide_state(m: &MambaSpec) -> Option<String> {
 fn attention(a: &GqaSpec) -> Option<&'static str> {
     let norm = a.qk_norm;
     let options = [
-        (a.index.is_some(), "block-sparse attention"),
+        (
+            a.index.is_some_and(|index| index.score == BlockScore::Mean),
+            MEAN_KEYS,
+        ),
         (a.shared_kv.is_some(), "keys and values of another layer"),
         (
             norm.is_some_and(|norm| norm.after_rope && norm.span == NormSpan::Full),

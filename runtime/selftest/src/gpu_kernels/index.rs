@@ -6,11 +6,11 @@ use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
-    Attend, AttentionBuffers, ChosenPositions, IndexQueries, IndexRows, RopeTurns, rating_words,
+    Attend, AttentionBuffers, Choice, ChosenBlocks, IndexQueries, IndexRows, RopeTurns,
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::spec::{RopeKind, WindowKind};
+use tier_plan_formats::model::spec::{RopeKind, Selection, WindowKind};
 use tier_plan_kernels::random::Random;
 
 pub(super) fn checks() -> Vec<Check> {
@@ -21,7 +21,7 @@ pub(super) fn checks() -> Vec<Check> {
             move |ops, random| place(ops, random, kv_type),
         ));
         checks.push(Check::new(
-            format!("rate, choose_positions, {kv_type}"),
+            format!("rate, choose_blocks, {kv_type}"),
             move |ops, random| choose(ops, random, kv_type),
         ));
         checks.push(Check::new(
@@ -229,6 +229,7 @@ fn choose_case(
         different,
     } = case;
     let (device, scale) = (ops.device(), 0.25);
+    let choice = Choice::from(Selection::of_positions(most));
     let text = Text::new(ops, past, tokens)?;
     let mut rows: Vec<Vec<u8>> = vec![stored(kv_type, &vec![f32::NAN; dim]); text.capacity()];
     for position in 0..past + tokens {
@@ -256,9 +257,10 @@ fn choose_case(
         positions: text.positions(),
         kv_type,
         keys: keys.view(),
-        most,
+        choice,
     };
-    let words = rating_words(tokens, past + tokens);
+    let each = choice.rating_words(past + tokens);
+    let words = tokens * each;
     let ratings = Buffer::new_f32(device, words)?;
     let lists = Buffer::of_i32(device, &vec![-7; tokens * most])?;
     ops.choose_positions(&i, ratings.view(), lists.view())?;
@@ -270,7 +272,7 @@ fn choose_case(
             outcome.compare_exact(list, &vec![-7; most]);
             continue;
         }
-        let rated = &rated[t * (words / tokens)..][..seen];
+        let rated = &rated[t * each..][..seen];
         let expected = (0..seen).map(|position| {
             let key = widened(kv_type, &rows[text.at(position)], dim);
             let of_head = |h: usize| {
@@ -285,7 +287,7 @@ fn choose_case(
         outcome.compare_exact(list, &best(rated, most));
     }
     // A few tokens at a time choose the same.
-    let fewer = Buffer::new_f32(device, rating_words(1, past + tokens))?;
+    let fewer = Buffer::new_f32(device, each)?;
     let again = Buffer::of_i32(device, &vec![-7; tokens * most])?;
     ops.choose_positions(&i, fewer.view(), again.view())?;
     outcome.compare_exact(&again.view().to_i32()?, &got);
@@ -293,7 +295,7 @@ fn choose_case(
 }
 
 /// Returns the positions of the `n` largest ratings, of equal ones the earlier, in ascending order.
-fn best(ratings: &[f32], n: usize) -> Vec<i32> {
+pub(super) fn best(ratings: &[f32], n: usize) -> Vec<i32> {
     let mut order: Vec<usize> = (0..ratings.len()).collect();
     order.sort_by(|a, b| (ratings[*b] + 0.0).total_cmp(&(ratings[*a] + 0.0)));
     let mut best: Vec<i32> = order[..n].iter().map(|at| *at as i32).collect();
@@ -359,9 +361,10 @@ fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
             window_kind: WindowKind::Sliding,
             sinks: sinks.then_some(sink_buffer.view()),
         };
-        let chosen = ChosenPositions {
+        let chosen = ChosenBlocks {
             lists: lists.view(),
-            most,
+            per_token: 1,
+            choice: Choice::from(Selection::of_positions(most)),
         };
         ops.attend_chosen(&attention, chosen, &buffers, out.view())?;
         for (at, got) in out.view().to_f32()?.chunks_exact(value_width).enumerate() {

@@ -2,6 +2,7 @@
 //! on a GPU, in `tier-plan selftest`, and on the GPU emulator, in the tests.
 
 mod attention;
+mod block_index;
 mod chosen;
 mod delta;
 mod gated;
@@ -78,6 +79,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(small::checks());
     checks.extend(attention::checks());
     checks.extend(index::checks());
+    checks.extend(block_index::checks());
     checks.extend(delta::checks());
     checks.extend(kda::checks());
     checks.extend(mamba::checks());

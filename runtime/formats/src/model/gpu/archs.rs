@@ -30,9 +30,8 @@ fn reasons(shape: &ModelShape) -> &'static [Reason] {
             (&BLOCKS, super::TOKEN_INPUTS),
         ],
         "glm5-next" => &[(&[MIXER], super::BLOCK_INDEXER)],
-        "minimax-m3" => &[(&[MIXER], "block-sparse attention")],
         "qwen4exp" => &[
-            (&[MIXER], "block-sparse attention"),
+            (&[MIXER], super::MEAN_KEYS),
             (&[EMBEDDING, TABLE], "a table of n-grams"),
         ],
         _ => &[],
