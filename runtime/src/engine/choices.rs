@@ -1,5 +1,5 @@
-//! What a part on one processor leaves for parts on another one: positions that an indexer chose, and
-//! weights for writing results back to several streams.
+//! What a part on one processor leaves for parts on another one: blocks of positions that an indexer
+//! chose, and weights for writing results back to several streams.
 
 use super::backend::{Processors, Stage};
 use super::sequences::WHOLE;
@@ -27,25 +27,24 @@ impl Processors {
         let Some(selection) = attention.reach.selection().filter(|_| from != to) else {
             return Ok(());
         };
-        let most = selection.most();
         let segments = stage.batch.segments(&stage.rows, WHOLE);
         let seen = segments.flat_map(|s| s.past + 1..s.past + s.rows.len() + 1);
         let seen: Vec<usize> = seen.collect();
-        if seen.iter().all(|seen| *seen <= most) {
+        if seen.iter().all(|seen| *seen <= selection.n_dense()) {
             return Ok(());
         }
         let rows = ChosenRows {
             first_row: stage.rows.start,
             seen: &seen,
-            most,
+            selection,
         };
-        let positions = match from {
+        let blocks = match from {
             Some(tier) => self.gpus.of(tier).choices(rows)?,
             None => self.cpu.mixer.choices(rows),
         };
         match to {
-            Some(tier) => self.gpus.of(tier).put_choices(rows, &positions)?,
-            None => self.cpu.mixer.put_choices(rows, &positions),
+            Some(tier) => self.gpus.of(tier).put_choices(rows, &blocks)?,
+            None => self.cpu.mixer.put_choices(rows, &blocks),
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 36] = [
+const WHOLE: [&str; 37] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
@@ -32,6 +32,7 @@ const WHOLE: [&str; 36] = [
     "exaone-moe",
     "gemma3",
     "glm-dsa",
+    "glm5-next",
     "granitemoe",
     "grok",
     "hunyuan-moe",

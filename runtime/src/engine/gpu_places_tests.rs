@@ -110,6 +110,20 @@ fn a_layers_parts_may_be_apart() {
     let (_file, gguf) = rewritten_tests::open(&gemma4());
     let shape = shape_of(&gguf, &describe(&gguf).unwrap());
     compare("gemma4", &gguf, &shape);
+    // Blocks of few positions, so that the tokens at hand leave some out.
+    for (name, sizes) in [
+        ("minimax-m3", [("top_k", 3), ("block_size", 2)]),
+        ("glm5-next", [("top_k", 6), ("kpool", 4)]),
+    ] {
+        let mut writer = fixture(name);
+        for (key, n) in sizes {
+            let key = format!("{name}.attention.indexer.{key}");
+            writer.set(&key, Value::U32(n));
+        }
+        let (_file, gguf) = rewritten_tests::open(&writer);
+        let shape = shape_of(&gguf, &describe(&gguf).unwrap());
+        compare(name, &gguf, &shape);
+    }
     for name in ["grok", "granitemoe", "llama4", "nemotron_h_moe", "glm-dsa"] {
         let (gguf, shape) = open(&format!("arch2/{name}.gguf"));
         compare(name, &gguf, &shape);

@@ -22,8 +22,8 @@ const SMALL_ERROR: f64 = 1e-5;
 
 /// Grouped queries, windows with sinks, latents, delta nets, short convolutions, norms and factors on
 /// what blocks make, Mamba-2 with experts in a smaller space, indexers whose choice is shared, windows
-/// and indexers of latents, and Kimi delta attention.
-const NAMES: [(&str, &str); 10] = [
+/// and indexers of latents, Kimi delta attention, block-sparse attention, and indexers of blocks.
+const NAMES: [(&str, &str); 12] = [
     ("arch", "qwen3moe"),
     ("arch", "gpt-oss"),
     ("arch", "deepseek-v3"),
@@ -34,6 +34,8 @@ const NAMES: [(&str, &str); 10] = [
     ("arch2", "glm-dsa"),
     ("arch2", "dots3note"),
     ("arch2", "kimi-linear"),
+    ("arch2", "minimax-m3"),
+    ("arch2", "glm5-next"),
 ];
 
 fn nearly(found: &[u32], expected: &[u32]) -> bool {
@@ -131,6 +133,8 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         ("arch", "qwen3next", 5),
         ("arch2", "nemotron_h_moe", 5),
         ("arch2", "deepseek32", 0),
+        ("arch2", "minimax-m3", 0),
+        ("arch2", "glm5-next", 5),
     ] {
         let (fixture, kv_type) = (Fixture::of(folder, name), KvType::Q8_0);
         let folder = tempfile::tempdir().unwrap();

@@ -260,6 +260,9 @@ impl BufferSizes {
             return;
         };
         self.v = self.v.max(rows * indexer.key_dim);
+        if indexer.pool.is_some() {
+            self.index_k = self.index_k.max(rows * indexer.key_dim);
+        }
         if let Some(choice) = choice {
             self.rate(choice.rating_words(context));
             self.raw = self.raw.max(rows * indexer.q.n_out);
@@ -389,7 +392,7 @@ pub(super) struct GpuBuffers {
     pub(super) index_weights: Buffer,
     /// Queries of an index of blocks.
     pub(super) index_q: Buffer,
-    /// Keys of an index of blocks.
+    /// Keys of an index of blocks, or gates on the keys of an indexer.
     pub(super) index_k: Buffer,
     /// `[tokens, lists, positions or blocks]` ratings of an indexer.
     pub(super) ratings: Buffer,

@@ -1,9 +1,11 @@
-//! Lightning indexer on a GPU. The arithmetic is that of `layers/indexer.rs`.
+//! Lightning indexer on a GPU. The arithmetic is that of `layers/indexer.rs`, or where blocks have one
+//! key each, of `layers/pooled_index.rs`.
 
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, from_value, product};
+use super::matrix::{GpuLoader, Matrix, from_value, of_rows, product};
 use crate::layers::device_cache::DeviceCache;
-use tier_plan_cuda::ops::{Choice, IndexQueries, IndexRows, Reached, RopeTurns};
+use crate::layers::mixer::Segment;
+use tier_plan_cuda::ops::{Choice, IndexQueries, IndexRows, PooledRows, Reached, RopeTurns};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::IndexerSpec;
 
@@ -18,7 +20,15 @@ pub(super) struct Indexer {
     k_norm: Buffer,
     k_norm_bias: Buffer,
     pub(super) head_weights: Matrix,
+    pub(super) pool: Option<Pool>,
     rope: Option<usize>,
+}
+
+/// What makes one key of the keys of a block. Those of a block that is not complete are recurrent
+/// state.
+pub(super) struct Pool {
+    pub(super) gate: Matrix,
+    ape: Buffer,
 }
 
 impl Indexer {
@@ -28,7 +38,14 @@ impl Indexer {
         spec: &IndexerSpec,
         rope: Option<usize>,
     ) -> Result<Self, CudaError> {
+        let pool = spec.pool.as_ref().map(|pool| {
+            Ok::<_, CudaError>(Pool {
+                gate: loader.linear(&pool.gate)?,
+                ape: loader.vector(pool.ape)?,
+            })
+        });
         Ok(Self {
+            pool: pool.transpose()?,
             q: loader.linear(&spec.q)?,
             k: loader.linear(&spec.k)?,
             k_norm: loader.vector(spec.k_norm)?,
@@ -63,12 +80,44 @@ impl Indexer {
         ops: &Ops,
         buffers: &GpuBuffers,
         cache: &DeviceCache,
-        parts: &[Reached],
+        (parts, segments): (&[Reached], &[Segment<'_>]),
         lists: View<'_>,
     ) -> Result<(), CudaError> {
         let (spec, positions) = (&self.spec, buffers.positions.all());
-        let (keys, kv_type) = (cache.rows(KEYS), cache.kv_type());
-        let queries = buffers.raw.view();
+        match &self.pool {
+            Some(pool) => self.pool(ops, buffers, cache, pool, segments)?,
+            None => self.place(ops, buffers, cache, parts)?,
+        }
+        let (queries, weights) = (buffers.raw.view(), buffers.index_weights.view());
+        let choice = Choice::from(spec.selection);
+        for Reached { tokens, .. } in parts.iter().filter(|part| part.chooses) {
+            let first = tokens.start;
+            let of_tokens = IndexQueries {
+                queries: from_value(queries, first * spec.q.n_out),
+                n_head: spec.n_head,
+                key_dim: spec.key_dim,
+                head_weights: from_value(weights, first * spec.n_head),
+                scale: spec.scale,
+                positions: positions.part(tokens.clone()),
+                kv_type: cache.kv_type(),
+                keys: cache.rows(KEYS),
+                choice,
+            };
+            let lists = from_value(lists, first * choice.kept);
+            ops.choose_positions(&of_tokens, buffers.ratings.view(), lists)?;
+        }
+        Ok(())
+    }
+
+    /// Stores the keys of positions, and rotates queries where a token chooses.
+    fn place(
+        &self,
+        ops: &Ops,
+        buffers: &GpuBuffers,
+        cache: &DeviceCache,
+        parts: &[Reached],
+    ) -> Result<(), CudaError> {
+        let (spec, queries) = (&self.spec, buffers.raw.view());
         let turns = self.rope.zip(spec.rope.as_ref());
         ops.place_index(&IndexRows {
             queries: parts.iter().any(|part| part.chooses).then_some(queries),
@@ -84,27 +133,43 @@ impl Indexer {
                 half: rope.dims / 2,
             }),
             rope_first: spec.rope_first,
-            positions,
-            kv_type,
-            keys,
-        })?;
-        let weights = buffers.index_weights.view();
-        let choice = Choice::from(spec.selection);
-        for Reached { tokens, .. } in parts.iter().filter(|part| part.chooses) {
-            let first = tokens.start;
-            let of_tokens = IndexQueries {
-                queries: from_value(queries, first * spec.q.n_out),
-                n_head: spec.n_head,
-                key_dim: spec.key_dim,
-                head_weights: from_value(weights, first * spec.n_head),
-                scale: spec.scale,
-                positions: positions.part(tokens.clone()),
-                kv_type,
-                keys,
-                choice,
-            };
-            let lists = from_value(lists, first * choice.kept);
-            ops.choose_positions(&of_tokens, buffers.ratings.view(), lists)?;
+            positions: buffers.positions.all(),
+            kv_type: cache.kv_type(),
+            keys: cache.rows(KEYS),
+        })
+    }
+
+    /// Stores the keys of the blocks that each text's tokens complete, of the keys in `buffers.v` and
+    /// the gates in `buffers.index_k`. Rows that a checkpoint follows end a launch.
+    fn pool(
+        &self,
+        ops: &Ops,
+        buffers: &GpuBuffers,
+        cache: &DeviceCache,
+        pool: &Pool,
+        segments: &[Segment<'_>],
+    ) -> Result<(), CudaError> {
+        let spec = &self.spec;
+        for segment in segments {
+            for (rows, checkpoint) in segment.parts() {
+                ops.pool_index(&PooledRows {
+                    new_keys: of_rows(buffers.v.view(), &rows, spec.key_dim),
+                    gates: of_rows(buffers.index_k.view(), &rows, spec.key_dim),
+                    key_dim: spec.key_dim,
+                    norm: self.k_norm.view(),
+                    norm_bias: self.k_norm_bias.view(),
+                    eps: spec.norm_eps,
+                    ape: pool.ape.view(),
+                    block: spec.selection.block,
+                    positions: buffers.positions.all().part(rows.clone()),
+                    open: cache.state(0, segment.state),
+                    kv_type: cache.kv_type(),
+                    keys: cache.rows(KEYS),
+                })?;
+                if let Some(to) = checkpoint {
+                    cache.copy_state(segment.state, to)?;
+                }
+            }
         }
         Ok(())
     }

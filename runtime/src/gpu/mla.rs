@@ -193,7 +193,9 @@ impl Mla {
         let first = self.q_down.as_ref().map_or(&self.q, |down| &down.matrix);
         let gate = self.gate.as_ref().map(|gate| &gate.matrix);
         let indexer = self.indexer.iter().flat_map(|i| [&i.k, &i.head_weights]);
+        let pool = self.indexer.iter().filter_map(|i| i.pool.as_ref());
         let all = [first, &self.kv_down].into_iter().chain(gate);
+        let all = all.chain(pool.map(|pool| &pool.gate));
         all.chain(indexer).any(Matrix::takes_quants)
     }
 
@@ -218,7 +220,8 @@ impl Mla {
         let lists_at = first_row * kept;
         if let Some(indexer) = &self.indexer {
             let lists = from_value(buffers.chosen.view(), lists_at);
-            indexer.run(ops, buffers, &self.cache, &parts, lists)?;
+            let tokens = (&parts[..], batch.segments);
+            indexer.run(ops, buffers, &self.cache, tokens, lists)?;
         }
         if let ToLatents::Fused { matrix, key_rows } = &self.to_latents {
             let n_rows = a.n_head * a.nope_dim;
@@ -265,6 +268,8 @@ impl Mla {
         matrices.extend(gate.map(|gate| (&gate.matrix, buffers.gate.view())));
         if let Some(indexer) = &self.indexer {
             matrices.push((&indexer.k, buffers.v.view()));
+            let pool = indexer.pool.as_ref();
+            matrices.extend(pool.map(|pool| (&pool.gate, buffers.index_k.view())));
             if chooses {
                 matrices.push((&indexer.head_weights, buffers.index_weights.view()));
             }

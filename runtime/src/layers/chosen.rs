@@ -1,6 +1,7 @@
 //! The positions that indexers choose for the tokens of a batch.
 
 use std::ops::Range;
+use tier_plan_formats::model::spec::Selection;
 
 /// The positions that an indexer chose for the rows of a batch. Layers without an indexer of their
 /// own read what the last one before them chose.
@@ -13,16 +14,28 @@ pub(super) struct Chosen {
     positions: Vec<u32>,
 }
 
-/// Rows of a batch whose lists are moved between processors, `[rows, most]`.
+/// Rows of a batch whose lists are moved between processors, `[rows, kept]` blocks.
 #[derive(Clone, Copy)]
 pub(crate) struct ChosenRows<'a> {
     /// Row of the batch that the first list is of.
     pub(crate) first_row: usize,
-    /// Positions that each row sees. Where they are no more than a list has, the row attends to all,
+    /// Positions that each row sees. Where they have no more blocks than a list, the row chooses all,
     /// and its list means nothing.
     pub(crate) seen: &'a [usize],
-    /// Positions of a list.
-    pub(crate) most: usize,
+    /// What a row chooses.
+    pub(crate) selection: Selection,
+}
+
+impl ChosenRows<'_> {
+    /// Returns the blocks of a list.
+    pub(crate) fn kept(&self) -> usize {
+        self.selection.blocks
+    }
+
+    /// Returns whether each row's list means something, by what the row sees.
+    pub(crate) fn is_listed(&self, seen: usize) -> bool {
+        self.selection.visible(seen) > self.kept()
+    }
 }
 
 /// Lists of positions, one per token.
@@ -60,24 +73,43 @@ impl Chosen {
         &mut self.positions[first..]
     }
 
-    /// Returns the lists of some rows, `[rows, most]`.
+    /// Returns the lists of some rows, `[rows, kept]` blocks.
     pub(super) fn to_rows(&self, rows: ChosenRows<'_>) -> Vec<u32> {
-        let mut positions = vec![0; rows.seen.len() * rows.most];
-        let lists = self.lists.iter().skip(rows.first_row);
-        for (list, to) in lists.zip(positions.chunks_exact_mut(rows.most)) {
-            let list = &self.positions[list.clone()];
-            to[..list.len()].copy_from_slice(list);
+        let (kept, block) = (rows.kept(), rows.selection.block);
+        let mut blocks = vec![0; rows.seen.len() * kept];
+        let lists = self.lists.iter().skip(rows.first_row).zip(rows.seen);
+        for ((list, seen), to) in lists.zip(blocks.chunks_exact_mut(kept)) {
+            if rows.is_listed(*seen) {
+                // The positions of a block are neighbors.
+                let first = self.positions[list.clone()].iter().step_by(block);
+                let list = to.iter_mut().zip(first);
+                list.for_each(|(to, position)| *to = position / block as u32);
+            }
         }
-        positions
+        blocks
     }
 
-    /// Takes the lists of some rows, `[rows, most]`, after those of the rows before them.
-    pub(super) fn take_rows(&mut self, rows: ChosenRows<'_>, positions: &[u32]) {
+    /// Takes the lists of some rows, `[rows, kept]` blocks, after those of the rows before them.
+    pub(super) fn take_rows(&mut self, rows: ChosenRows<'_>, blocks: &[u32]) {
         if rows.first_row == 0 {
             self.clear();
         }
-        let of_batch = rows.first_row..rows.first_row + rows.seen.len();
-        self.add(of_batch, rows.most).copy_from_slice(positions);
+        let Selection { block, tail, .. } = rows.selection;
+        let lists = rows.seen.iter().zip(blocks.chunks_exact(rows.kept()));
+        for (row, (seen, list)) in lists.enumerate() {
+            let (visible, block, seen_by) =
+                (rows.selection.visible(*seen), block as u32, *seen as u32);
+            let of_block = |b: u32| b * block..(b + 1) * block;
+            let complete = visible as u32 * block;
+            let added = complete..if tail { seen_by } else { complete };
+            let row = rows.first_row + row;
+            if rows.is_listed(*seen) {
+                let chosen = list.iter().copied().flat_map(of_block);
+                self.add_one(row, chosen.chain(added));
+            } else {
+                self.add_one(row, 0..added.end);
+            }
+        }
     }
 
     /// Adds the list of a row of the batch.
@@ -139,7 +171,11 @@ mod tests {
         let part = |first_row, seen| ChosenRows {
             first_row,
             seen,
-            most: 2,
+            selection: Selection {
+                blocks: 2,
+                block: 1,
+                tail: false,
+            },
         };
         let (first_rows, second_rows) = (part(0, &[2, 3, 4][..]), part(3, &[5][..]));
         let mut chosen = Chosen::default();
@@ -151,5 +187,43 @@ mod tests {
         assert_eq!(chosen.to_rows(second_rows), second);
         // Rows without a list have zeros.
         assert_eq!(chosen.to_rows(part(4, &[6, 7][..])), [0; 4]);
+    }
+
+    #[test]
+    fn lists_are_moved_as_blocks() {
+        for tail in [true, false] {
+            let rows = ChosenRows {
+                first_row: 0,
+                seen: &[3, 8, 10, 13],
+                selection: Selection {
+                    blocks: 2,
+                    block: 3,
+                    tail,
+                },
+            };
+            // All of two blocks, then two of three and two of four.
+            let lists: [&[u32]; 4] = [
+                &[0, 1, 2],
+                &[0, 1, 2, 3, 4, 5, 6, 7],
+                &[0, 1, 2, 6, 7, 8, 9],
+                &[3, 4, 5, 9, 10, 11, 12],
+            ];
+            let complete = [3, 6, 6, 6].map(|n| if tail { usize::MAX } else { n });
+            let expected = lists
+                .iter()
+                .zip(complete)
+                .map(|(list, n)| &list[..n.min(list.len())]);
+            let mut chosen = Chosen::default();
+            for (row, list) in expected.clone().enumerate() {
+                chosen.add_one(row, list.iter().copied());
+            }
+            let blocks = chosen.to_rows(rows);
+            assert_eq!(blocks, [0, 0, 0, 0, 0, 2, 1, 3]);
+            let mut taken = Chosen::default();
+            taken.take_rows(rows, &blocks);
+            for (row, list) in expected.enumerate() {
+                assert_eq!(taken.of(row..row + 1).list(0), list, "{row}");
+            }
+        }
     }
 }

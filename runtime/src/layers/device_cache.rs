@@ -6,19 +6,42 @@ use std::sync::Arc;
 use tier_plan_cuda::ops::{DeltaSizes, KdaSizes, MambaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Device, View};
 use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::spec::Mixer;
+use tier_plan_formats::model::spec::{IndexerSpec, Mixer};
 
 /// A layer's cache in the memory of a GPU. Copies share the memory.
 #[derive(Clone)]
 pub(crate) struct DeviceCache {
     kv_type: KvType,
-    /// `[positions, heads, width]`: keys and values, or latents; then keys of an indexer.
-    rows: Vec<Store>,
-    /// By text, then those of checkpoints: a convolution's inputs, and matrices.
+    /// `[positions, heads, width]`: keys and values, or latents; then keys of an indexer, of positions
+    /// or of blocks of them.
+    rows: Vec<Rows>,
+    /// By text, then those of checkpoints: a convolution's inputs or a block that is not complete, and
+    /// matrices.
     states: Vec<Store>,
 }
 
-/// Equal parts of a device's memory: positions, or states.
+/// Rows of positions, or of blocks of positions. Those of blocks are in the page where they end, and a
+/// page has as many rows as blocks may end in it.
+#[derive(Clone)]
+struct Rows {
+    store: Store,
+    /// Positions that share a row.
+    every: usize,
+}
+
+impl Rows {
+    /// Returns the number of rows of the first `positions` positions of a page.
+    fn of(&self, positions: usize) -> usize {
+        positions.div_ceil(self.every)
+    }
+
+    /// Returns the first row of a page.
+    fn first(&self, page: PageIdx) -> usize {
+        page as usize * self.of(PAGE)
+    }
+}
+
+/// Equal parts of a device's memory: rows, or states.
 #[derive(Clone)]
 struct Store {
     buffer: Arc<Buffer>,
@@ -61,15 +84,17 @@ impl DeviceCache {
         n_states: usize,
     ) -> Result<Self, CudaError> {
         let row = |width: usize| kv_type.row_bytes(width as u64) as usize;
-        let rows = match mixer {
+        // Bytes of a row, and the positions that share it.
+        let rows: Vec<(usize, usize)> = match mixer {
             Mixer::Gqa(a) => {
-                let kv = [a.key_dim, a.value_dim].map(|width| a.n_head_kv * row(width));
-                let index = a.index.as_ref().map(|index| row(index.key_dim));
+                let kv = [a.key_dim, a.value_dim].map(|width| (a.n_head_kv * row(width), 1));
+                let index = a.index.as_ref().map(|index| (row(index.key_dim), 1));
                 kv.into_iter().chain(index).collect()
             }
             Mixer::Mla(a) => {
-                let index = a.reach.indexer().map(|indexer| row(indexer.key_dim));
-                let latents = [row(a.kv_rank + a.shared_dim)];
+                let of_index = |i: &IndexerSpec| (row(i.key_dim), i.selection.block);
+                let latents = [(row(a.kv_rank + a.shared_dim), 1)];
+                let index = a.reach.indexer().map(of_index);
                 latents.into_iter().chain(index).collect()
             }
             // What no GPU runs is refused when the plan is checked.
@@ -89,16 +114,25 @@ impl DeviceCache {
                 vec![4 * sizes.conv_state(), 4 * sizes.matrices()]
             }
             Mixer::ShortConv(c) => vec![4 * c.state_values()],
+            Mixer::Mla(a) => {
+                let open = a.reach.indexer().map_or(0, IndexerSpec::state_values);
+                Vec::from_iter((open > 0).then_some(4 * open))
+            }
             _ => Vec::new(),
         };
-        let stores = |each: Vec<usize>, parts: usize| -> Result<Vec<Store>, CudaError> {
-            let stores = each.into_iter();
-            stores.map(|each| Store::new(device, parts, each)).collect()
+        let of_rows = |(each, every): (usize, usize)| {
+            let in_pages = positions / PAGE * PAGE.div_ceil(every);
+            let n = in_pages + (positions % PAGE).div_ceil(every);
+            let store = Store::new(device, n, each)?;
+            Ok::<_, CudaError>(Rows { store, every })
         };
+        let states = states.into_iter();
         Ok(Self {
             kv_type,
-            rows: stores(rows, positions)?,
-            states: stores(states, n_states)?,
+            rows: rows.into_iter().map(of_rows).collect::<Result<_, _>>()?,
+            states: states
+                .map(|each| Store::new(device, n_states, each))
+                .collect::<Result<_, _>>()?,
         })
     }
 
@@ -109,10 +143,11 @@ impl DeviceCache {
 
     /// Returns the rows of keys (or latents), of values, or of the keys of an indexer, which are last.
     pub(crate) fn rows(&self, index: usize) -> View<'_> {
-        self.rows[index].buffer.view()
+        self.rows[index].store.buffer.view()
     }
 
-    /// Returns a text's inputs of the convolution (0), or its matrices (1).
+    /// Returns a text's inputs of the convolution, or keys and gates of a block that is not complete
+    /// (0), or its matrices (1).
     pub(crate) fn state(&self, index: usize, state: StateIdx) -> View<'_> {
         let state = state as usize;
         self.states[index].part(state..state + 1)
@@ -125,7 +160,8 @@ impl DeviceCache {
 
     /// Returns the bytes of the cache.
     pub(super) fn bytes(&self) -> u64 {
-        self.rows.iter().chain(&self.states).map(Store::bytes).sum()
+        let rows = self.rows.iter().map(|rows| &rows.store);
+        rows.chain(&self.states).map(Store::bytes).sum()
     }
 
     /// Copies a recurrent state to another.
@@ -141,16 +177,20 @@ impl DeviceCache {
         to: PageIdx,
         len: usize,
     ) -> Result<(), CudaError> {
-        let (from, to) = (from as usize * PAGE, to as usize * PAGE);
         let mut rows = self.rows.iter();
-        rows.try_for_each(|store| store.copy(from, to, len))
+        rows.try_for_each(|rows| {
+            let (from, to) = (rows.first(from), rows.first(to));
+            rows.store.copy(from, to, rows.of(len))
+        })
     }
 
     /// Returns the parts of the memory that a full page is in.
     fn page(&self, page: PageIdx) -> impl Iterator<Item = View<'_>> {
-        let first = page as usize * PAGE;
         let rows = self.rows.iter();
-        rows.map(move |store| store.part(first..first + PAGE))
+        rows.map(move |rows| {
+            let first = rows.first(page);
+            rows.store.part(first..first + rows.of(PAGE))
+        })
     }
 
     /// Returns the parts of the memory that a recurrent state is in.
@@ -162,8 +202,9 @@ impl DeviceCache {
 
     /// Returns the bytes of a full page, and of a recurrent state.
     pub(super) fn saved_bytes(&self) -> (usize, usize) {
-        let each = |stores: &[Store]| stores.iter().map(|store| store.each).sum::<usize>();
-        (PAGE * each(&self.rows), each(&self.states))
+        let of_page = self.rows.iter().map(|rows| rows.of(PAGE) * rows.store.each);
+        let of_state = self.states.iter().map(|store| store.each);
+        (of_page.sum(), of_state.sum())
     }
 
     /// Appends a full page to `out`.

@@ -309,14 +309,14 @@ impl MixerScratch {
 }
 
 impl MixerScratch {
-    /// Returns what the last indexer chose for some rows of the batch, `[rows, most]`.
+    /// Returns what the last indexer chose for some rows of the batch, `[rows, kept]` blocks.
     pub(crate) fn choices(&self, rows: ChosenRows<'_>) -> Vec<u32> {
         self.chosen.to_rows(rows)
     }
 
-    /// Takes what an indexer elsewhere chose for some rows of the batch, `[rows, most]`.
-    pub(crate) fn put_choices(&mut self, rows: ChosenRows<'_>, positions: &[u32]) {
-        self.chosen.take_rows(rows, positions);
+    /// Takes what an indexer elsewhere chose for some rows of the batch, `[rows, kept]` blocks.
+    pub(crate) fn put_choices(&mut self, rows: ChosenRows<'_>, blocks: &[u32]) {
+        self.chosen.take_rows(rows, blocks);
     }
 }
 

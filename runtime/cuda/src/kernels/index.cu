@@ -24,6 +24,24 @@
 /// together use the memory's rate.
 #define AHEAD 16
 
+/// Computes the layer norm of a key to `row`. A thread has the same values throughout.
+DEVICE void norm_key(const float* key, const float* norm, const float* norm_bias, float eps, int key_dim, float* row,
+                     float* room) {
+    float sum = 0.0f;
+    for (int i = (int)threadIdx.x; i < key_dim; i += INDEX_THREADS) {
+        row[i] = key[i];
+        sum += row[i];
+    }
+    const float mean = block_sum(sum, room) / (float)key_dim;
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < key_dim; i += INDEX_THREADS) {
+        row[i] -= mean;
+        squares += row[i] * row[i];
+    }
+    const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)key_dim + eps);
+    for (int i = (int)threadIdx.x; i < key_dim; i += INDEX_THREADS) row[i] = row[i] * factor * norm[i] + norm_bias[i];
+}
+
 /// Rotates the values of queries from `rope_first` on, in place; normalizes keys (layer norm),
 /// rotates them alike, and stores them. `turns` may be null. Grid: heads of queries, and one block
 /// for the key; tokens.
@@ -38,20 +56,7 @@ DEVICE void place_index(float* queries, const float* keys, const float* norm, co
         rotate(queries + ((i64)token * n_head + head) * key_dim + rope_first, turns, token, half, neighbours);
         return;
     }
-    keys += (i64)token * key_dim;
-    float sum = 0.0f;
-    for (int i = (int)threadIdx.x; i < key_dim; i += INDEX_THREADS) {
-        row[i] = keys[i];
-        sum += row[i];
-    }
-    const float mean = block_sum(sum, room) / (float)key_dim;
-    float squares = 0.0f;
-    for (int i = (int)threadIdx.x; i < key_dim; i += INDEX_THREADS) {
-        row[i] -= mean;
-        squares += row[i] * row[i];
-    }
-    const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)key_dim + eps);
-    for (int i = (int)threadIdx.x; i < key_dim; i += INDEX_THREADS) row[i] = row[i] * factor * norm[i] + norm_bias[i];
+    norm_key(keys + (i64)token * key_dim, norm, norm_bias, eps, key_dim, row, room);
     __syncthreads();
     if (turns) {
         rotate(row + rope_first, turns, token, half, neighbours);
@@ -60,25 +65,89 @@ DEVICE void place_index(float* queries, const float* keys, const float* norm, co
     Store::row(row, key_dim, stored_row<Store>(cache, 0, 1, key_dim, positions, begins, tables, page_bits, token));
 }
 
+/// Returns value `i` of the gate of a block's member `p`, which is a token of the batch, or one before.
+DEVICE float pool_gate(const float* open, const float* gates, const float* ape, int key_dim, i64 token, int p, int i) {
+    return token < 0 ? open[(2 * p + 1) * key_dim + i] : gates[token * key_dim + i] + ape[p * key_dim + i];
+}
+
+/// Makes one key of each block that `n` tokens of a text complete, and stores it: with `g` the gates
+/// plus `ape`, `[block, key_dim]`, the sum of softmax(g) times the keys after their layer norm, where
+/// the softmax is over the block's tokens for each value by itself. Keys and gates of a block that is
+/// not complete are in `open`, `[block, 2, key_dim]`. Grid: as many as blocks may be completed.
+template <class Store>
+DEVICE void pool_index(const float* keys, const float* gates, const float* norm, const float* norm_bias, float eps,
+                       const float* ape, int key_dim, int block, int n, const int* positions, const int* begins,
+                       const int* tables, int page_bits, float* open, u8* cache) {
+    __shared__ float row[MAX_KEY];
+    __shared__ float largest[MAX_KEY];
+    __shared__ float pooled[MAX_KEY];
+    __shared__ float total[MAX_KEY];
+    __shared__ float room[WARP];
+    // Until the block's key is stored, a thread has the same values throughout.
+    const int first = positions[0], end = first + n, thread = (int)threadIdx.x;
+    const int at = first / block + (int)blockIdx.x, begin = at * block;
+    if (begin + block <= end) {
+        for (int i = thread; i < key_dim; i += INDEX_THREADS) {
+            float most = minus_infinity();
+            for (int p = 0; p < block; p++) {
+                const i64 token = begin + p - first;
+                const float g = pool_gate(open, gates, ape, key_dim, token, p, i);
+                most = fmaxf(most, g);
+            }
+            largest[i] = most;
+            pooled[i] = total[i] = 0.0f;
+        }
+        for (int p = 0; p < block; p++) {
+            const i64 token = begin + p - first;
+            if (token >= 0) norm_key(keys + token * key_dim, norm, norm_bias, eps, key_dim, row, room);
+            for (int i = thread; i < key_dim; i += INDEX_THREADS) {
+                const float g = pool_gate(open, gates, ape, key_dim, token, p, i);
+                const float weight = expf(g - largest[i]);
+                pooled[i] += weight * (token < 0 ? open[2 * p * key_dim + i] : row[i]);
+                total[i] += weight;
+            }
+        }
+        for (int i = thread; i < key_dim; i += INDEX_THREADS) pooled[i] /= total[i];
+        __syncthreads();
+        const i64 stored = Pages(tables, begins, 0, page_bits).of_block(at, block);
+        Store::row(pooled, key_dim, cache + stored * Store::row_bytes(key_dim));
+    }
+    if (blockIdx.x != 0) return;
+    // What this block read of the open one before is not needed any more.
+    const int begin_open = end / block * block;
+    for (int position = begin_open > first ? begin_open : first; position < end; position++) {
+        const i64 token = position - first;
+        const int p = position - begin_open;
+        norm_key(keys + token * key_dim, norm, norm_bias, eps, key_dim, row, room);
+        for (int i = thread; i < key_dim; i += INDEX_THREADS) {
+            open[2 * p * key_dim + i] = row[i];
+            open[(2 * p + 1) * key_dim + i] = pool_gate(open, gates, ape, key_dim, token, p, i);
+        }
+    }
+}
+
 /// Computes `ratings[token, p] = sum over h of scale * weights[token, h] * max(0, queries[token, h]
-/// . keys[p])` for the positions up to each token's own, `stride` floats from one token to the next.
-/// Tokens that see no more than `most` positions have no ratings. Grid: tiles of positions, perhaps
-/// more than some of the tokens see; tokens.
+/// . keys[p])` for the positions up to each token's own, or for complete blocks of them with one key
+/// each, `stride` floats from one token to the next. Tokens that see no more than `kept` have no
+/// ratings. Grid: tiles of positions or blocks, perhaps more than some of the tokens see; tokens.
 template <class Rows>
 DEVICE void rate(const float* queries, const float* weights, float scale, const u8* keys, int n_head, int key_dim,
-                 const int* positions, const int* begins, const int* tables, int page_bits, int most, int stride,
-                 float* ratings) {
+                 const int* positions, const int* begins, const int* tables, int page_bits, int block, int kept,
+                 int stride, float* ratings) {
     __shared__ float4 key_room[RATED * RATED_STRIDE / 4];
     __shared__ float4 query_room[RATED_HEADS * RATED_STRIDE / 4];
     __shared__ float sums[RATED_HEADS / SIDE][RATED];
+    __shared__ int rows[RATED];
     float* const key = (float*)key_room;
     float* const query = (float*)query_room;
-    const int token = (int)blockIdx.y, start = (int)blockIdx.x * RATED, seen = positions[token] + 1;
-    if (seen <= most || start >= seen) return;
+    const int token = (int)blockIdx.y, start = (int)blockIdx.x * RATED;
+    const int seen = visible_blocks(positions[token], block, OPEN_SKIPPED);
+    if (seen <= kept || start >= seen) return;
     const int n = seen - start < RATED ? seen - start : RATED;
     const int thread = (int)threadIdx.x, own_position = thread % (RATED / SIDE), own_heads = thread / (RATED / SIDE);
     const Pages pages(tables, begins, token, page_bits);
     const i64 key_bytes = Rows::row_bytes(key_dim);
+    if (thread < n) rows[thread] = (int)pages.of_block(start + thread, block);
     queries += (i64)token * n_head * key_dim;
     weights += (i64)token * n_head;
     float own[SIDE];
@@ -94,7 +163,7 @@ DEVICE void rate(const float* queries, const float* weights, float scale, const 
             __syncthreads();
             for (int p = thread / (RATED_COLUMNS / 4); p < RATED; p += INDEX_THREADS / (RATED_COLUMNS / 4)) {
                 const bool inside = p < n && column < key_dim;
-                const float4 v = inside ? Rows::four(keys + pages.at(start + p) * key_bytes, column) : zeros;
+                const float4 v = inside ? Rows::four(keys + rows[p] * key_bytes, column) : zeros;
                 *(float4*)(key + p * RATED_STRIDE + c) = v;
             }
             for (int h = thread / (RATED_COLUMNS / 4); h < RATED_HEADS; h += INDEX_THREADS / (RATED_COLUMNS / 4)) {
@@ -139,9 +208,15 @@ DEVICE void rate(const float* queries, const float* weights, float scale, const 
     }                                                                                                                  \
     KERNEL rate_##NAME(const float* queries, const float* weights, float scale, const u8* keys, int n_head,            \
                        int key_dim, const int* positions, const int* begins, const int* tables, int page_bits,         \
-                       int most, int stride, float* ratings) {                                                         \
-        rate<ROWS>(queries, weights, scale, keys, n_head, key_dim, positions, begins, tables, page_bits, most, stride, \
-                   ratings);                                                                                           \
+                       int block, int kept, int stride, float* ratings) {                                              \
+        rate<ROWS>(queries, weights, scale, keys, n_head, key_dim, positions, begins, tables, page_bits, block, kept,  \
+                   stride, ratings);                                                                                   \
+    }                                                                                                                  \
+    KERNEL pool_index_##NAME(const float* keys, const float* gates, const float* norm, const float* norm_bias,         \
+                             float eps, const float* ape, int key_dim, int block, int n, const int* positions,         \
+                             const int* begins, const int* tables, int page_bits, float* open, u8* cache) {            \
+        pool_index<STORE_ROWS>(keys, gates, norm, norm_bias, eps, ape, key_dim, block, n, positions, begins, tables,   \
+                               page_bits, open, cache);                                                                \
     }
 
 INDEX(f32, StoreF32, RowsF32)

@@ -18,6 +18,13 @@ struct Pages {
         return ((i64)table[position >> bits] << bits) + (position & ((1 << bits) - 1));
     }
 
+    /// Returns where the row of a block of positions is in a cache with one row per block. It is in the
+    /// page where the block ends, and a page has a row for each block that may end in it.
+    DEVICE i64 of_block(int at, int block) const {
+        const int page = ((at + 1) * block - 1) >> bits;
+        return (i64)table[page] * (((1 << bits) + block - 1) / block) + at - (page << bits) / block;
+    }
+
     /// Returns the first position after the page of `position`.
     DEVICE int page_end(int position) const { return ((position >> bits) + 1) << bits; }
 };

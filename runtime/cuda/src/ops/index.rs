@@ -1,7 +1,7 @@
 //! Lightning indexers: keys in the cache, ratings of positions, and the positions that tokens
 //! choose.
 
-use super::choice::Choice;
+use super::choice::{Choice, OpenBlock};
 use super::{MAX_KEY, Positions, RopeTurns, blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
@@ -47,6 +47,35 @@ pub struct IndexRows<'a> {
     pub keys: View<'a>,
 }
 
+/// New keys of an indexer that rates blocks by one key each, of tokens of one text.
+#[derive(Clone, Copy)]
+pub struct PooledRows<'a> {
+    /// `[tokens, key_dim]`.
+    pub new_keys: View<'a>,
+    /// What weighs the values of keys, `[tokens, key_dim]`.
+    pub gates: View<'a>,
+    /// Values of a key.
+    pub key_dim: usize,
+    /// Weights of the layer norm of keys, `[key_dim]`.
+    pub norm: View<'a>,
+    /// Added after that norm, `[key_dim]`.
+    pub norm_bias: View<'a>,
+    /// Epsilon of the norm.
+    pub eps: f32,
+    /// Added to the gates of a block's positions, `[block, key_dim]`.
+    pub ape: View<'a>,
+    /// Positions per block.
+    pub block: usize,
+    /// The tokens.
+    pub positions: Positions<'a>,
+    /// Keys and gates of a block that is not complete, `[block, 2, key_dim]`.
+    pub open: View<'a>,
+    /// Storage type of the cache.
+    pub kv_type: KvType,
+    /// `[blocks of the cache, key_dim]`: a row for each block that may end in a page.
+    pub keys: View<'a>,
+}
+
 /// What tokens choose positions by, whose keys are stored already.
 #[derive(Clone, Copy)]
 pub struct IndexQueries<'a> {
@@ -64,7 +93,7 @@ pub struct IndexQueries<'a> {
     pub positions: Positions<'a>,
     /// Storage type of the cache.
     pub kv_type: KvType,
-    /// `[positions of the cache, key_dim]`.
+    /// `[blocks of the cache, key_dim]`: a row for each block that may end in a page.
     pub keys: View<'a>,
     /// What a token chooses.
     pub choice: Choice,
@@ -77,11 +106,11 @@ impl IndexQueries<'_> {
         let row = self.kv_type.row_bytes(dim as u64) as usize;
         self.choice.check();
         assert!(
-            dim.is_multiple_of(4) && self.choice.block == 1,
+            dim.is_multiple_of(4) && self.choice.open != OpenBlock::Rated,
             "keys of {dim}"
         );
         assert!(
-            self.keys.len() >= self.positions.capacity() * row,
+            self.keys.len() >= self.positions.rows_of_blocks(self.choice.block) * row,
             "cached keys"
         );
         assert!(
@@ -160,8 +189,63 @@ impl Ops {
         self.launch(kernel, grid, INDEX_THREADS, &args)
     }
 
-    /// Chooses the positions with the best ratings for each token that sees more than so many, of
-    /// equal ratings the earlier: `chosen` is `[tokens, kept]`, in ascending order. The lists of
+    /// Stores the keys of the blocks that a text's tokens complete, and remembers those of the open
+    /// one; one launch. A key does not depend on which of its tokens came together.
+    ///
+    /// # Panics
+    /// When a key is wider than [`MAX_KEY`], or not a multiple of 4.
+    pub fn pool_index(&self, p: &PooledRows<'_>) -> Result<(), CudaError> {
+        let (n, dim, block) = (p.positions.tokens(), p.key_dim, p.block);
+        let row = p.kv_type.row_bytes(dim as u64) as usize;
+        assert!(dim.is_multiple_of(4) && dim <= MAX_KEY, "keys of {dim}");
+        assert!(block > 0 && p.positions.runs().count() <= 1, "one text");
+        assert!(
+            p.new_keys.words() >= n * dim && p.gates.words() >= n * dim,
+            "{n} x {dim} keys"
+        );
+        assert!(
+            p.norm.words() >= dim && p.norm_bias.words() >= dim && p.ape.words() >= block * dim,
+            "a norm of {dim}"
+        );
+        assert!(
+            p.open.words() >= 2 * block * dim
+                && p.keys.len() >= p.positions.rows_of_blocks(block) * row,
+            "a cache of {} positions",
+            p.positions.capacity()
+        );
+        if n == 0 {
+            return Ok(());
+        }
+        let kernel = match p.kv_type {
+            KvType::F32 => "pool_index_f32",
+            KvType::F16 => "pool_index_f16",
+            KvType::Q8_0 => "pool_index_q8",
+        };
+        let [positions, begins, tables, page_bits] = p.positions.args();
+        let args = [
+            p.new_keys.arg(),
+            p.gates.arg(),
+            p.norm.arg(),
+            p.norm_bias.arg(),
+            Arg::Float(p.eps),
+            p.ape.arg(),
+            int(dim),
+            int(block),
+            int(n),
+            positions,
+            begins,
+            tables,
+            page_bits,
+            p.open.arg(),
+            p.keys.arg(),
+        ];
+        // Wherever the text is, so that recorded launches serve for other positions.
+        let completed = n.div_ceil(block);
+        self.launch(kernel, [blocks(completed, 1), 1, 1], INDEX_THREADS, &args)
+    }
+
+    /// Chooses the positions or blocks with the best ratings for each token that sees more than so
+    /// many, of equal ratings the earlier: `chosen` is `[tokens, kept]`, in ascending order. The lists of
     /// other tokens stay as they are.
     ///
     /// # Panics
@@ -218,6 +302,7 @@ impl Ops {
             begins,
             tables,
             page_bits,
+            int(i.choice.block),
             int(i.choice.kept),
             int(width),
             ratings.arg(),

@@ -28,7 +28,7 @@ pub use choice::{Choice, OpenBlock, Reached};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
-pub use index::{IndexQueries, IndexRows};
+pub use index::{IndexQueries, IndexRows, PooledRows};
 pub use kda::{Kda, KdaSizes};
 pub use mamba::{MAX_MAMBA_STATE, Mamba, MambaSizes};
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};

@@ -179,6 +179,13 @@ impl<'a> Positions<'a> {
         self.batch.cache.positions
     }
 
+    /// Returns the rows of a cache that has one per block of positions: in each page as many as blocks
+    /// may end in it.
+    pub(super) fn rows_of_blocks(self, block: usize) -> usize {
+        let CacheSize { positions, page } = self.batch.cache;
+        positions / page * page.div_ceil(block) + (positions % page).div_ceil(block)
+    }
+
     /// Returns the tokens by text: consecutive ones of one text each.
     pub(super) fn runs(self) -> impl Iterator<Item = Range<usize>> + 'a {
         let (first, end) = (self.first, self.first + self.tokens);

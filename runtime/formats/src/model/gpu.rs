@@ -13,7 +13,7 @@ pub(crate) use archs::cpu_only_of;
 use super::shape::DenseKind;
 use super::spec::{
     BlockScore, Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer,
-    MlaSpec, ModelSpec, MoeSpec, NormSpan, RouterInput, Selection, TensorId,
+    MlaSpec, ModelSpec, MoeSpec, NormSpan, RouterInput, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -42,9 +42,6 @@ pub const MAX_MIXED_STREAMS: usize = 8;
 
 /// What no attention on a GPU chooses blocks by.
 const MEAN_KEYS: &str = "block-sparse attention by mean keys";
-
-/// What no latent attention on a GPU chooses positions by.
-const BLOCK_INDEXER: &str = "an indexer that rates blocks of positions";
 
 /// What no layer or embedding on a GPU adds.
 const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
@@ -247,7 +244,6 @@ fn mixer(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
                 .find_map(|l| misplaced(gguf, l));
             linears.or_else(|| wide_state(m))
         }
-        Mixer::Mla(a) if latent_attention(a).is_some() => latent_attention(a).map(String::from),
         Mixer::Gqa(a) => {
             let index = a.index.as_ref();
             let of_index = index.into_iter().flat_map(|index| [&index.q, &index.k]);
@@ -313,14 +309,6 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
         .into_iter()
         .find(|(has, _)| *has)
         .map(|(_, what)| what)
-}
-
-/// Returns what of a latent attention no kernel of a GPU computes.
-fn latent_attention(a: &MlaSpec) -> Option<&'static str> {
-    let is_of_blocks = |selection: Selection| selection.block > 1;
-    let indexer = a.reach.indexer();
-    let rates_blocks = indexer.is_some_and(|indexer| indexer.pool.is_some());
-    (rates_blocks || a.reach.selection().is_some_and(is_of_blocks)).then_some(BLOCK_INDEXER)
 }
 
 /// Returns what of the embedding no kernel of a GPU computes.

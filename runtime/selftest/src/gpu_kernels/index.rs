@@ -49,7 +49,7 @@ fn rotated(row: &mut [f64], first: usize, turns: &[f32], kind: RopeKind) {
 }
 
 /// Returns a key after the layer norm, in 64-bit floats.
-fn normed(key: &[f32], norm: &[f32], bias: &[f32], eps: f64) -> Vec<f64> {
+pub(super) fn normed(key: &[f32], norm: &[f32], bias: &[f32], eps: f64) -> Vec<f64> {
     let n = key.len() as f64;
     let mean = key.iter().map(|v| f64::from(*v)).sum::<f64>() / n;
     let off = || key.iter().map(|v| f64::from(*v) - mean);

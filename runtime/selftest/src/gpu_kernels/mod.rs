@@ -9,6 +9,7 @@ mod gated;
 mod index;
 mod kda;
 mod mamba;
+mod pooled_index;
 mod products;
 mod short_conv;
 mod small;
@@ -80,6 +81,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(attention::checks());
     checks.extend(index::checks());
     checks.extend(block_index::checks());
+    checks.extend(pooled_index::checks());
     checks.extend(delta::checks());
     checks.extend(kda::checks());
     checks.extend(mamba::checks());

@@ -31,7 +31,17 @@ pub(super) struct Text {
 impl Text {
     /// Makes `tokens` tokens after `past` others.
     pub(super) fn new(ops: &Ops, past: usize, tokens: usize) -> Result<Self, CudaError> {
-        let positions = (past + tokens).next_multiple_of(PAGE);
+        Self::within(ops, past, tokens, past + tokens)
+    }
+
+    /// Makes `tokens` tokens after `past` others of a text that will have `all`.
+    pub(super) fn within(
+        ops: &Ops,
+        past: usize,
+        tokens: usize,
+        all: usize,
+    ) -> Result<Self, CudaError> {
+        let positions = all.next_multiple_of(PAGE);
         let size = CacheSize {
             positions,
             page: PAGE,
@@ -55,6 +65,11 @@ impl Text {
     /// Returns the positions of the cache.
     pub(super) fn capacity(&self) -> usize {
         self.size.positions
+    }
+
+    /// Returns the positions of a page.
+    pub(super) fn page(&self) -> usize {
+        self.size.page
     }
 
     /// Returns where a position is in the cache.

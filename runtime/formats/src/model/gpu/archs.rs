@@ -29,7 +29,6 @@ fn reasons(shape: &ModelShape) -> &'static [Reason] {
             (&[MIXER], "keys and values that other layers read"),
             (&BLOCKS, super::TOKEN_INPUTS),
         ],
-        "glm5-next" => &[(&[MIXER], super::BLOCK_INDEXER)],
         "qwen4exp" => &[
             (&[MIXER], super::MEAN_KEYS),
             (&[EMBEDDING, TABLE], "a table of n-grams"),

@@ -117,6 +117,11 @@ impl Selection {
         self.blocks.saturating_mul(self.block).saturating_add(tail)
     }
 
+    /// Returns how many blocks a token chooses among that sees so many positions.
+    pub fn visible(&self, seen: usize) -> usize {
+        seen / self.block
+    }
+
     /// Returns how many of a text's first tokens attend to all positions up to their own.
     pub fn n_dense(&self) -> usize {
         if self.tail || self.block == 1 {
@@ -166,6 +171,7 @@ mod tests {
         };
         // The token with the fourth complete block is the first that leaves one out.
         assert_eq!((blocks.most(), blocks.n_dense()), (15, 15));
+        assert_eq!([15, 16].map(|seen| blocks.visible(seen)), [3, 4]);
         blocks.tail = false;
         assert_eq!((blocks.most(), blocks.n_dense()), (12, 0));
         blocks.blocks = usize::MAX;
