@@ -1,5 +1,5 @@
-//! Models with indexers of positions or blocks on an emulated GPU: texts that come to where tokens begin to choose
-//! what they attend to, and recorded steps on both sides of it.
+//! Models with indexers of positions or blocks on an emulated GPU: texts that come to where tokens
+//! begin to choose what they attend to, and recorded steps on both sides of it.
 
 use super::gpu_tests::{ALL, Experts, Watched, load, plan};
 use crate::engine::{Engine, LogitsMode, Rows, SequenceId};

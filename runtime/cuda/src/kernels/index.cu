@@ -1,5 +1,6 @@
 // Lightning indexers: new keys in the cache, ratings of positions or of blocks of them, and the
-// choice of the best. A rating does not depend on other tokens of the batch, so neither does a choice.
+// choice of the best. A rating does not depend on other tokens of the batch, so neither does a
+// choice.
 #include "choice.cuh"
 #include "place.cuh"
 
@@ -65,7 +66,7 @@ DEVICE void place_index(float* queries, const float* keys, const float* norm, co
     Store::row(row, key_dim, stored_row<Store>(cache, 0, 1, key_dim, positions, begins, tables, page_bits, token));
 }
 
-/// Returns value `i` of the gate of a block's member `p`, which is a token of the batch, or one before.
+/// Returns value `i` of the gate of a block's member `p`, which is a token at hand, or one before.
 DEVICE float pool_gate(const float* open, const float* gates, const float* ape, int key_dim, i64 token, int p, int i) {
     return token < 0 ? open[(2 * p + 1) * key_dim + i] : gates[token * key_dim + i] + ape[p * key_dim + i];
 }
