@@ -306,9 +306,10 @@ impl Backends {
         processors.on(place).add_experts(&mut stage, layer)
     }
 
-    /// Returns whether the router of a layer is where the hidden state is.
+    /// Returns whether the router of a layer is where the hidden state is, or needs no hidden state.
     pub(crate) fn can_predict(&self, layer: Layer<'_>, place: Place) -> bool {
-        self.processors.gpus.places.layers[layer.index.get()].ffn == place
+        layer.chooses_by_token()
+            || self.processors.gpus.places.layers[layer.index.get()].ffn == place
     }
 
     /// Writes the experts that the router of `layer` would choose for the hidden state of rows as
@@ -322,7 +323,9 @@ impl Backends {
         experts: &mut Vec<u16>,
     ) -> Result<(), RunError> {
         let (processors, mut stage) = self.stage(spec, rows, on);
-        let place = processors.gpus.places.layers[layer.index.get()].ffn;
+        // The CPU has the tables of experts by token in any case.
+        let router = processors.gpus.places.layers[layer.index.get()].ffn;
+        let place = router.filter(|_| !layer.chooses_by_token());
         processors.on(place).predict(&mut stage, layer, experts)
     }
 

@@ -38,9 +38,10 @@ impl LayerBackend for Gpu {
             &mut buffers.experts[choices.clone()],
             &mut buffers.weights[choices],
         );
+        let tokens = &stage.batch.tokens[stage.rows.clone()];
+        let router = self.router(layer.index.get())?;
         let RoutedRows { normed, latent } =
-            self.router(layer.index.get())?
-                .route(stage.rows.clone(), experts, weights)?;
+            router.route(stage.rows.clone(), tokens, experts, weights)?;
         // Experts and the shared expert may be on the CPU.
         buffers.normed[..normed.len()].copy_from_slice(normed);
         if !latent.is_empty() {

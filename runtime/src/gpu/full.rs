@@ -182,6 +182,12 @@ impl<'a> FullLayer<'a> {
             ffn,
         }
     }
+
+    /// Whether tokens alone choose the layer's experts.
+    fn chooses_by_token(&self) -> bool {
+        let block = self.ffn.map(|ffn| ffn.block);
+        matches!(block, Some(FullBlock::Moe { router, .. }) if router.chooses_by_token())
+    }
 }
 
 impl FullModel<'_> {
@@ -194,15 +200,12 @@ impl FullModel<'_> {
     ) -> Result<(), CudaError> {
         let (segments, n) = (tokens.segments, tokens.ids.len());
         self.work.prepare(segments, ropes)?;
-        match tokens.states {
-            Some(values) => {
-                self.embedding = None;
-                self.work.state(0..n).write_f32(values)?;
-            }
-            None => {
-                let ids: Vec<u8> = tokens.ids.iter().flat_map(|id| id.to_ne_bytes()).collect();
-                self.work.buffers.ids.view().write(&ids)?;
-            }
+        if let Some(values) = tokens.states {
+            self.embedding = None;
+            self.work.state(0..n).write_f32(values)?;
+        }
+        if tokens.states.is_none() || self.layers.iter().any(FullLayer::chooses_by_token) {
+            self.work.put_ids(tokens.ids)?;
         }
         let key = |segment: &Segment<'_>| (segment.past / CHUNK, segment.state);
         let texts: Vec<TextKey> = segments.iter().map(key).collect();

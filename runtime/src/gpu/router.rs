@@ -5,9 +5,9 @@ use super::matrix::{GpuLoader, Matrix, product};
 use super::stages::LayerFfn;
 use super::workspace::{Output, Purpose, Residual, Workspace};
 use std::ops::Range;
-use tier_plan_cuda::ops::{RouterLogits, RouterSpec};
+use tier_plan_cuda::ops::{ChosenByToken, RouterLogits, RouterSpec};
 use tier_plan_cuda::{Buffer, CudaError, View};
-use tier_plan_formats::model::spec::{MoeSpec, RouterInput};
+use tier_plan_formats::model::spec::{MoeSpec, RouterInput, TensorId};
 
 /// A router, and what belongs to its group.
 pub(super) struct Router {
@@ -17,6 +17,8 @@ pub(super) struct Router {
     selection_bias: Option<Buffer>,
     /// Factors on experts' weights.
     expert_scale: Option<Buffer>,
+    /// `[n_vocab, n_used]` experts, where tokens alone choose them.
+    by_token: Option<Buffer>,
     pub(super) spec: RouterSpec,
     /// The space of the experts, if that is another than the hidden state's.
     pub(super) latent: Option<Latent>,
@@ -39,9 +41,15 @@ impl Router {
             norm,
             selection_bias: loader.opt_vector(moe.selection_bias)?,
             expert_scale: loader.opt_vector(moe.expert_scale)?,
+            by_token: moe.by_token.map(|id| table(loader, id)).transpose()?,
             spec: RouterSpec::from(moe),
             latent: latent.map(|l| Latent::new(loader, l)).transpose()?,
         })
+    }
+
+    /// Whether tokens alone choose the experts.
+    pub(super) fn chooses_by_token(&self) -> bool {
+        self.by_token.is_some()
     }
 
     /// Whether any matrix that reads normalized rows takes quantized ones.
@@ -49,7 +57,8 @@ impl Router {
         self.matrix.takes_quants() || self.latent.as_ref().is_some_and(Latent::takes_quants)
     }
 
-    /// Chooses experts for `n` rows that are normalized in `buffers.answer`.
+    /// Chooses experts for `n` rows that are normalized in `buffers.answer`, and whose tokens are in
+    /// `buffers.ids` where these choose.
     pub(super) fn choose(
         &self,
         work: &Workspace,
@@ -70,6 +79,10 @@ impl Router {
             logits,
             bias: self.selection_bias.as_ref().map(Buffer::view),
             factors: self.expert_scale.as_ref().map(Buffer::view),
+            by_token: self.by_token.as_ref().map(|table| ChosenByToken {
+                table: table.view(),
+                ids: buffers.ids.view(),
+            }),
         };
         ops.route(&self.spec, logits, n, to.experts, to.weights)
     }
@@ -80,6 +93,13 @@ impl Router {
         let start = (n * (work.hidden + 2 * self.spec.n_used)).next_multiple_of(ROW_ALIGNMENT);
         start..start + n * self.latent.as_ref().map_or(0, Latent::width)
     }
+}
+
+/// Loads a table of experts by token.
+fn table(loader: &GpuLoader<'_>, id: TensorId) -> Result<Buffer, CudaError> {
+    let experts = loader.weights.vector(id).iter();
+    let experts: Vec<i32> = experts.map(|e| *e as i32).collect();
+    Buffer::of_i32(loader.device, &experts)
 }
 
 /// Values that the address of a matrix's input is a multiple of.
@@ -121,14 +141,19 @@ pub(crate) struct RouterPart<'a> {
 }
 
 impl<'a> RouterPart<'a> {
-    /// Chooses experts for rows, `[rows, n_used]`, with their weights. Returns what the experts take.
+    /// Chooses experts for rows, `[rows, n_used]`, with their weights. `tokens` are those of the rows.
+    /// Returns what the experts take.
     pub(crate) fn route(
         mut self,
         rows: Range<usize>,
+        tokens: &[u32],
         experts: &mut [u16],
         weights: &mut [f32],
     ) -> Result<RoutedRows<'a>, CudaError> {
         let n = rows.len();
+        if self.router.chooses_by_token() {
+            self.work.put_ids(tokens)?;
+        }
         let (n_normed, n_choices) = self.choose(rows.clone(), Purpose::Block)?;
         let Self {
             layer,
@@ -156,7 +181,7 @@ impl<'a> RouterPart<'a> {
     }
 
     /// Predicts the experts that the router will choose from the present state of rows,
-    /// `[rows, n_used]`.
+    /// `[rows, n_used]`. It is not asked where tokens alone choose.
     pub(crate) fn predict(
         mut self,
         rows: Range<usize>,

@@ -409,8 +409,7 @@ impl EmbeddingPart<'_> {
     pub(crate) fn embed(self, tokens: &[u32]) -> Result<(), CudaError> {
         let Self { table, work } = self;
         for (i, part) in tokens.chunks(work.rows).enumerate() {
-            let ids: Vec<u8> = part.iter().flat_map(|t| t.to_ne_bytes()).collect();
-            work.buffers.ids.view().write(&ids)?;
+            work.put_ids(part)?;
             work.embed(table, i * work.rows..i * work.rows + part.len())?;
         }
         Ok(())

@@ -112,6 +112,12 @@ impl Workspace {
         of_rows(self.buffers.x.view(), &rows, self.streams * self.hidden)
     }
 
+    /// Copies the tokens of rows to `buffers.ids`.
+    pub(super) fn put_ids(&self, tokens: &[u32]) -> Result<(), CudaError> {
+        let ids: Vec<u8> = tokens.iter().flat_map(|id| id.to_ne_bytes()).collect();
+        self.buffers.ids.view().write(&ids)
+    }
+
     /// Adds host values to the first rows of the hidden state, `[n, hidden]`.
     pub(super) fn add_to_state(&self, values: &[f32]) -> Result<(), CudaError> {
         for (i, part) in values.chunks(self.rows * self.hidden).enumerate() {

@@ -54,9 +54,12 @@ DEVICE void keep_best_groups(float* scores, int n_expert, int n_group, int n_kep
 
 /// Chooses `n_used` of `n_expert` experts per token, largest score first. `bias`, which may be
 /// null, is added for the choice only. Weights are multiplied by `factor`, and by that of their expert
-/// in `factors`, which may be null. `n_group` of 0 or 1 means no groups. Grid: tokens.
+/// in `factors`, which may be null. `n_group` of 0 or 1 means no groups. If `table`, `[n_ids, n_used]`,
+/// is not null, a token's experts are those of its row there, that of number `ids[token]`. Grid:
+/// tokens.
 KERNEL route(const float* logits, const float* bias, const float* factors, int n_expert, int n_used, int gating,
-             int n_group, int n_kept, int normalize, float factor, int* experts, float* weights) {
+             int n_group, int n_kept, int normalize, float factor, const int* table, const int* ids, int n_ids,
+             int* experts, float* weights) {
     __shared__ float probs[MAX_EXPERTS];
     __shared__ float scores[MAX_EXPERTS];
     __shared__ float best[MAX_GROUPS];
@@ -87,8 +90,20 @@ KERNEL route(const float* logits, const float* bias, const float* factors, int n
         taken[i] = false;
     }
     __syncthreads();
-    if (n_group > 1) keep_best_groups(scores, n_expert, n_group, n_kept, best);
-    for (int k = 0; k < n_used; k++) {
+    if (table) {
+        // Nothing outside of the table and the layer's experts is read, whatever the ids are.
+        const int id = ids[blockIdx.x];
+        table += (i64)((u32)id < (u32)n_ids ? id : 0) * n_used;
+        for (int k = thread; k < n_used; k += THREADS) {
+            const int at = (u32)table[k] < (u32)n_expert ? table[k] : 0;
+            experts[k] = at;
+            weights[k] = probs[at];
+        }
+        __syncthreads();
+    } else if (n_group > 1) {
+        keep_best_groups(scores, n_expert, n_group, n_kept, best);
+    }
+    for (int k = table ? n_used : 0; k < n_used; k++) {
         float score = minus_infinity();
         int at = n_expert;
         for (int i = thread; i < n_expert; i += THREADS) {

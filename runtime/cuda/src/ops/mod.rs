@@ -38,7 +38,9 @@ pub use products::{
 };
 pub use prompt_attention::PROMPT_TOKENS;
 pub use short_conv::ShortConv;
-pub use small::{AddNorm, MAX_EXPERTS, MAX_GROUPS, RouterLogits, RouterSpec, Strided};
+pub use small::{
+    AddNorm, ChosenByToken, MAX_EXPERTS, MAX_GROUPS, RouterLogits, RouterSpec, Strided,
+};
 pub use sparse_attention::ChosenBlocks;
 pub use streams::{
     GatedValues, Injected, MAX_MIXED_STREAMS, MAX_STREAMS, StreamGates, StreamRows, StreamWeights,

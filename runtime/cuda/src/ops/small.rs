@@ -65,6 +65,15 @@ pub struct RouterSpec {
     pub scale: f32,
 }
 
+/// Experts that tokens choose by themselves.
+#[derive(Clone, Copy)]
+pub struct ChosenByToken<'a> {
+    /// `[n_ids, n_used]` 32-bit indices of experts.
+    pub table: View<'a>,
+    /// `[tokens]` rows of the table.
+    pub ids: View<'a>,
+}
+
 /// What a router made of tokens, and what it has for each expert.
 #[derive(Clone, Copy)]
 pub struct RouterLogits<'a> {
@@ -74,6 +83,8 @@ pub struct RouterLogits<'a> {
     pub bias: Option<View<'a>>,
     /// Factors on weights, `[n_expert]`.
     pub factors: Option<View<'a>>,
+    /// The choice, where the logits only give its weights.
+    pub by_token: Option<ChosenByToken<'a>>,
 }
 
 impl From<&MoeSpec> for RouterSpec {
@@ -268,7 +279,7 @@ impl Ops {
     }
 
     /// Chooses experts for each token: `experts` and `weights` are `[tokens, n_used]`, largest
-    /// score first.
+    /// score first, or in the order of the table.
     ///
     /// # Panics
     /// When there are more than [`MAX_EXPERTS`] experts or [`MAX_GROUPS`] groups.
@@ -293,6 +304,7 @@ impl Ops {
             logits,
             bias,
             factors,
+            by_token,
         } = logits;
         let mut by_expert = bias.iter().chain(&factors);
         assert!(
@@ -303,6 +315,12 @@ impl Ops {
         assert!(
             experts.words() >= tokens * r.n_used && weights.words() >= tokens * r.n_used,
             "room for choices"
+        );
+        // Rows of the table that are there.
+        let n_ids = by_token.map_or(0, |by| by.table.words() / r.n_used.max(1));
+        assert!(
+            by_token.is_none_or(|by| n_ids > 0 && by.ids.words() >= tokens),
+            "{tokens} choices by token among {n_ids}"
         );
         let gating = match r.gating {
             Gating::Softmax => 0,
@@ -322,6 +340,9 @@ impl Ops {
             int(n_kept),
             Arg::Int(i32::from(r.normalize)),
             Arg::Float(r.scale),
+            null_or(by_token.map(|by| by.table)),
+            null_or(by_token.map(|by| by.ids)),
+            int(n_ids),
             experts.arg(),
             weights.arg(),
         ];

@@ -46,9 +46,6 @@ const MEAN_KEYS: &str = "block-sparse attention by mean keys";
 /// What no layer or embedding on a GPU adds.
 const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
 
-/// What no router on a GPU does.
-const BY_TOKEN: &str = "experts chosen by tokens";
-
 /// A part of a model that is placed by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
@@ -360,16 +357,8 @@ fn blocks(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
     {
         return Some("several streams with norms or factors apart".into());
     }
-    if let Some(why) = residual
-        .connections
-        .and_then(|c| streams(gguf, spec, &c.ffn))
-    {
-        return Some(why);
-    }
-    match &layer.ffn {
-        Ffn::Moe(moe) if moe.by_token.is_some() => Some(BY_TOKEN.into()),
-        Ffn::Moe(_) | Ffn::Dense(_) | Ffn::None => None,
-    }
+    let connections = residual.connections;
+    connections.and_then(|c| streams(gguf, spec, &c.ffn))
 }
 
 /// Returns why a layer's router or dense block can't run on a GPU, if so.

@@ -3,6 +3,7 @@
 
 mod attention;
 mod block_index;
+mod by_token;
 mod chosen;
 mod delta;
 mod gated;
@@ -78,6 +79,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(gated::checks());
     checks.extend(chosen::checks());
     checks.extend(small::checks());
+    checks.extend(by_token::checks());
     checks.extend(attention::checks());
     checks.extend(index::checks());
     checks.extend(block_index::checks());

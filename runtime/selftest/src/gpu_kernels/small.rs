@@ -441,6 +441,7 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
                 logits: on_device.view(),
                 bias: biases.as_ref().map(Buffer::view),
                 factors: given.as_ref().map(Buffer::view),
+                by_token: None,
             };
             ops.route(&r, logits_there, tokens, experts.view(), weights.view())?;
             let (got, got_weights) = (experts.view().to_i32()?, weights.view().to_f32()?);
@@ -469,7 +470,7 @@ fn route(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
 }
 
 /// Makes the description of a layer for the CPU's router.
-fn spec(r: &RouterSpec) -> MoeSpec {
+pub(super) fn spec(r: &RouterSpec) -> MoeSpec {
     let one = ExpertLinear {
         weight: 0,
         bias: None,

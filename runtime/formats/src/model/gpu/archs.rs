@@ -3,7 +3,7 @@
 //! What only some published models of an architecture have counts for all of them.
 
 use super::{CpuOnly, CpuReason, Part};
-use crate::model::shape::{DenseKind, ExpertShape, ModelShape};
+use crate::model::shape::{DenseKind, ModelShape};
 
 const EMBEDDING: Part = Part::Dense(DenseKind::Embedding);
 const TABLE: Part = Part::Dense(DenseKind::TokenTable);
@@ -40,23 +40,16 @@ fn reasons(shape: &ModelShape) -> &'static [Reason] {
 /// Returns the parts of a model that no GPU can run, as far as its architecture tells.
 pub(crate) fn cpu_only_of(shape: &ModelShape) -> Vec<CpuOnly> {
     let reasons = reasons(shape);
-    let by_token = |layer: Option<u32>| {
-        let of_layer = |e: &ExpertShape| e.by_token && Some(e.layer) == layer;
-        shape.experts.iter().any(of_layer)
-    };
     let is_tied = !shape.dense.iter().any(|d| d.kind == DenseKind::Embedding);
     let of_part = |part: Part, layer: Option<u32>| {
         // The head of a tied model is the embedding.
         let is_part = |of: &Part| *of == part || (is_tied && part == HEAD && *of == EMBEDDING);
         let found = reasons.iter().find(|(parts, _)| parts.iter().any(is_part));
-        let chosen = matches!(part, ROUTER | SHARED) && by_token(layer);
-        let why = found.map(|(_, why)| *why);
-        why.or(chosen.then_some(super::BY_TOKEN))
-            .map(|why| CpuOnly {
-                part,
-                layer,
-                why: CpuReason::Kernel(why.into()),
-            })
+        found.map(|(_, why)| CpuOnly {
+            part,
+            layer,
+            why: CpuReason::Kernel((*why).into()),
+        })
     };
     let dense = shape.dense.iter();
     let dense = dense.filter_map(|d| of_part(Part::Dense(d.kind), d.layer));
