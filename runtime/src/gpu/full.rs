@@ -7,10 +7,11 @@
 
 use super::Gpu;
 use super::buffers::logit_rows;
+use super::ffn::{FfnBlock, LayerFfn};
 use super::latent::Onto;
 use super::router::{ChoiceViews, Router};
 use super::rows::GPU_ROWS;
-use super::stages::{FfnBlock, Head, Layer, LayerFfn, LayerMixer};
+use super::stages::{Head, Layer, LayerMixer};
 use super::workspace::{Output, Purpose, Residual, Workspace};
 use crate::gpu::matrix::Matrix;
 use crate::layers::mixer::Segment;

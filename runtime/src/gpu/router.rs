@@ -1,8 +1,8 @@
 //! Routers on a GPU, and the matrices to the space of latent experts and back.
 
+use super::ffn::LayerFfn;
 use super::latent::Latent;
 use super::matrix::{GpuLoader, Matrix, product};
-use super::stages::LayerFfn;
 use super::workspace::{Output, Purpose, Residual, Workspace};
 use std::ops::Range;
 use tier_plan_cuda::ops::{ChosenByToken, RouterLogits, RouterSpec};
