@@ -27,6 +27,10 @@ impl Processors {
         let Some(selection) = attention.reach.selection().filter(|_| from != to) else {
             return Ok(());
         };
+        if to.is_none() && stage.rows.start == 0 {
+            // Those of an earlier batch or layer, even where no row of this part has any.
+            self.cpu.mixer.forget_choices();
+        }
         let segments = stage.batch.segments(&stage.rows, WHOLE);
         let seen = segments.flat_map(|s| s.past + 1..s.past + s.rows.len() + 1);
         let seen: Vec<usize> = seen.collect();

@@ -7,7 +7,7 @@ use crate::error::RunError;
 use crate::gpu::{FfnInput, Gpu, RoutedRows};
 use crate::layers::index::Layer;
 use crate::layers::mixer::Segment;
-use tier_plan_formats::model::spec::Ffn;
+use tier_plan_formats::model::spec::{Ffn, RouterInput};
 
 impl LayerBackend for Gpu {
     fn embed(&mut self, _: &mut Stage<'_>, tokens: &[u32]) -> Result<(), RunError> {
@@ -66,7 +66,11 @@ impl LayerBackend for Gpu {
         layer: Layer<'_>,
         routed_here: bool,
     ) -> Result<(), RunError> {
-        let reads_others = layer.spec.moe().is_some_and(|moe| moe.input_norm.is_some());
+        // A router of other rows has left these, and not the shared expert's.
+        let reads_others = layer
+            .spec
+            .moe()
+            .is_some_and(|moe| moe.input_norm.is_some() || moe.router_input != RouterInput::Normed);
         let values = stage.values();
         let Buffers { normed, shared, .. } = &mut *stage.buffers;
         let input = if routed_here && !reads_others {

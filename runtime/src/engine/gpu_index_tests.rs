@@ -247,6 +247,24 @@ fn a_large_batch_keeps_what_was_chosen_in_all_its_parts() {
 }
 
 #[test]
+fn lists_that_come_to_the_processor_take_the_place_of_those_before() {
+    // The first part of a batch, of 512 rows, has no lists.
+    let (_file, gguf, shape) = choosing("glm-dsa", &[top_k(170)]);
+    let reads = (DenseKind::Attention, Some(1));
+    let on_gpu = |kind, layer| (kind, layer) != reads;
+    let of = (CONTEXT, KvType::F32);
+    let on_gpu = plan(&shape, of, on_gpu, false, Experts::Gpu);
+    let mut pair = Pair::of(&gguf, &shape, on_gpu, 8, 700);
+    let counts = [0, 1].map(|_| {
+        let lens = [170, 170, 170, 180].into_iter().zip(0..);
+        let texts: Vec<_> = lens.map(|(n, text)| (pair.add(), text, 0..n)).collect();
+        pair.step(&texts);
+        pair.engine.backends.processors.cpu.mixer.n_chosen()
+    });
+    assert!(counts[0] > 0 && counts[0] == counts[1], "{counts:?}");
+}
+
+#[test]
 fn attention_to_all_positions_costs_no_choice() {
     for (name, far, near) in [
         ("deepseek32", 512, 8),

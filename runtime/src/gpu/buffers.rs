@@ -3,7 +3,7 @@
 use super::Most;
 use super::full::most_texts;
 use super::router::ROW_ALIGNMENT;
-use super::streams::{StreamBuffers, StreamSizes};
+use super::stream_buffers::{StreamBuffers, StreamSizes};
 use crate::layers::pages::PAGE;
 use crate::layers::places::Places;
 use crate::layers::rope::tables;
@@ -98,7 +98,7 @@ impl BufferSizes {
         let hidden = spec.hidden;
         let mut s = Self {
             x: batch * spec.residual_width(),
-            streams: StreamSizes::new(spec, batch, rows),
+            streams: StreamSizes::new(spec, places, tier, most),
             rows,
             hidden,
             n_used: 1,

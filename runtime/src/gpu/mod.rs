@@ -31,6 +31,7 @@ mod router;
 pub(crate) mod rows;
 mod short_conv;
 mod stages;
+mod stream_buffers;
 mod streams;
 mod workspace;
 

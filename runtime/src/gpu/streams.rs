@@ -1,19 +1,15 @@
 //! Several residual streams on a GPU: what blocks and the head read of them, and how results are
 //! written back. The arithmetic is that of `layers/streams.rs`.
 
-use super::Gpu;
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
+use super::stream_buffers::StreamBuffers;
 use super::workspace::{Output, Purpose, Residual, Workspace};
-use crate::layers::streams::BackRows;
 use std::ops::Range;
-use std::sync::Arc;
-use tier_plan_cuda::ops::{
-    GatedValues, Injected, StreamGates, StreamRows, StreamWeights, StreamsOut,
-};
-use tier_plan_cuda::{Buffer, CudaError, Device, Ops};
+use tier_plan_cuda::ops::{GatedValues, Injected, StreamGates, StreamRows, StreamsOut};
+use tier_plan_cuda::{Buffer, CudaError, Ops};
 use tier_plan_formats::model::spec::{
-    BankConnection, Connection as ConnectionSpec, GatedConnection, ModelSpec, StreamsEnd, TensorId,
+    BankConnection, Connection as ConnectionSpec, GatedConnection, StreamsEnd, TensorId,
 };
 
 /// What a block or the head reads: the hidden state under a norm, or a mixture of its streams.
@@ -100,13 +96,10 @@ impl BlockInput {
         end: Option<&StreamsEnd>,
         norm: TensorId,
     ) -> Result<Self, CudaError> {
-        let of = |spec: ConnectionSpec| Connection::new(loader, &spec).map(Some);
-        let connection = match end {
+        let connection = match end.map(StreamsEnd::connection) {
             None => None,
-            Some(StreamsEnd::Mean) => Some(Connection::Mean),
-            Some(StreamsEnd::Gated(gated)) => of(ConnectionSpec::Gated(*gated))?,
-            Some(StreamsEnd::LowRank(low)) => of(ConnectionSpec::LowRank(*low))?,
-            Some(StreamsEnd::Bank(bank)) => of(ConnectionSpec::Bank(*bank))?,
+            Some(None) => Some(Connection::Mean),
+            Some(Some(spec)) => Some(Connection::new(loader, &spec)?),
         };
         let has_norm = end.is_none_or(StreamsEnd::has_output_norm);
         Ok(Self {
@@ -286,104 +279,6 @@ impl LowRank {
     }
 }
 
-/// Buffers of several streams, empty for one.
-pub(super) struct StreamBuffers {
-    /// `[rows, streams * hidden]`: normalized streams.
-    wide: Buffer,
-    /// `[rows, gates]`.
-    gates: Buffer,
-    /// `[rows, rank]`.
-    low: Buffer,
-    /// `[rows, streams * hidden]`: gates of all values.
-    value_gates: Buffer,
-    /// `[batch, streams]`: factors on results.
-    post: Buffer,
-    /// `[batch, streams, streams]`: what streams give to each other.
-    mix: Buffer,
-}
-
-/// Sizes of the buffers of several streams.
-#[derive(Debug, Clone, Default)]
-pub(super) struct StreamSizes {
-    wide: usize,
-    gates: usize,
-    low: usize,
-    value_gates: usize,
-    post: usize,
-    mix: usize,
-}
-
-impl StreamSizes {
-    /// Computes the sizes for batches of `batch` rows, of which `rows` are read at once.
-    pub(super) fn new(spec: &ModelSpec, batch: usize, rows: usize) -> Self {
-        let Some(streams) = &spec.streams else {
-            return Self::default();
-        };
-        let n = streams.n;
-        let mut sizes = Self::default();
-        let connections = spec.layers.iter().filter_map(|l| l.residual.connections);
-        for connection in connections.flat_map(|c| [c.mixer, c.ffn]) {
-            let (n_gates, rank) = match connection {
-                ConnectionSpec::Gated(gated) => {
-                    if gated.sinkhorn.is_some() {
-                        sizes.mix = batch * n * n;
-                    }
-                    (gated.gates.n_out, 0)
-                }
-                ConnectionSpec::LowRank(low) => (n, low.down.n_out),
-                ConnectionSpec::Bank(_) => continue,
-            };
-            sizes.post = batch * n;
-            sizes.wide = rows * spec.residual_width();
-            sizes.gates = sizes.gates.max(rows * n_gates.max(n));
-            sizes.low = sizes.low.max(rows * rank);
-            if rank > 0 {
-                sizes.value_gates = sizes.wide;
-            }
-        }
-        sizes
-    }
-
-    /// Returns the most values that are quantized at once.
-    pub(super) fn quantized(&self) -> usize {
-        self.wide.max(self.low)
-    }
-
-    /// Returns the values of all buffers.
-    pub(super) fn all(&self) -> [usize; 6] {
-        [
-            self.wide,
-            self.gates,
-            self.low,
-            self.value_gates,
-            self.post,
-            self.mix,
-        ]
-    }
-}
-
-impl StreamBuffers {
-    pub(super) fn new(device: &Arc<dyn Device>, s: &StreamSizes) -> Result<Self, CudaError> {
-        let floats = |values: usize| Buffer::new_f32(device, values);
-        Ok(Self {
-            wide: floats(s.wide)?,
-            gates: floats(s.gates)?,
-            low: floats(s.low)?,
-            value_gates: floats(s.value_gates)?,
-            post: floats(s.post)?,
-            mix: floats(s.mix)?,
-        })
-    }
-
-    /// Returns the weights for writing results of some rows of the batch back.
-    fn weights(&self, rows: &Range<usize>, n: usize, mixes: bool) -> StreamWeights<'_> {
-        StreamWeights {
-            post: of_rows(self.post.view(), rows, n),
-            mix: mixes.then(|| of_rows(self.mix.view(), rows, n * n)),
-        }
-    }
-}
-
 /// What reading rows of streams takes.
 struct Reading<'w> {
     ops: &'w Ops,
@@ -449,36 +344,5 @@ impl Workspace {
             width: self.hidden,
         };
         self.ops.spread(self.buffers.out.view(), to)
-    }
-}
-
-impl Gpu {
-    /// Returns the weights that a layer's router has left for writing results of some rows of the
-    /// batch back.
-    pub(crate) fn stream_weights(&self, rows: Range<usize>) -> Result<BackRows, CudaError> {
-        let (n, buffers) = (self.work.streams, &self.work.buffers.streams);
-        let mut back = BackRows::default();
-        if let WriteBack::Weights { mixes } = self.work.back {
-            let weights = buffers.weights(&rows, n, mixes);
-            back.post = weights.post.to_f32()?;
-            back.mix = weights.mix.map(|mix| mix.to_f32()).transpose()?;
-        }
-        Ok(back)
-    }
-
-    /// Takes weights for writing results of some rows of the batch back from elsewhere.
-    pub(crate) fn put_stream_weights(
-        &self,
-        rows: Range<usize>,
-        back: &BackRows,
-    ) -> Result<(), CudaError> {
-        let (n, buffers) = (self.work.streams, &self.work.buffers.streams);
-        if back.post.is_empty() {
-            return Ok(());
-        }
-        let weights = buffers.weights(&rows, n, back.mix.is_some());
-        weights.post.write_f32(&back.post)?;
-        let mix = weights.mix.zip(back.mix.as_ref());
-        mix.map_or(Ok(()), |(to, mix)| to.write_f32(mix))
     }
 }

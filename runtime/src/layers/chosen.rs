@@ -73,6 +73,12 @@ impl Chosen {
         &mut self.positions[first..]
     }
 
+    /// Returns the positions in all lists.
+    #[cfg(test)]
+    pub(super) fn n_positions(&self) -> usize {
+        self.positions.len()
+    }
+
     /// Returns the lists of some rows, `[rows, kept]` blocks.
     pub(super) fn to_rows(&self, rows: ChosenRows<'_>) -> Vec<u32> {
         let (kept, block) = (rows.kept(), rows.selection.block);
@@ -91,9 +97,6 @@ impl Chosen {
 
     /// Takes the lists of some rows, `[rows, kept]` blocks, after those of the rows before them.
     pub(super) fn take_rows(&mut self, rows: ChosenRows<'_>, blocks: &[u32]) {
-        if rows.first_row == 0 {
-            self.clear();
-        }
         let Selection { block, tail, .. } = rows.selection;
         let lists = rows.seen.iter().zip(blocks.chunks_exact(rows.kept()));
         for (row, (seen, list)) in lists.enumerate() {
@@ -180,6 +183,7 @@ mod tests {
         let (first_rows, second_rows) = (part(0, &[2, 3, 4][..]), part(3, &[5][..]));
         let mut chosen = Chosen::default();
         chosen.add_one(5, [7].into_iter());
+        chosen.clear();
         chosen.take_rows(first_rows, &first);
         chosen.take_rows(second_rows, &second);
         assert_eq!(chosen.of(1..4).list(2), second);

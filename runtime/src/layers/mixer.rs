@@ -314,6 +314,17 @@ impl MixerScratch {
         self.chosen.to_rows(rows)
     }
 
+    /// Drops what indexers chose.
+    pub(crate) fn forget_choices(&mut self) {
+        self.chosen.clear();
+    }
+
+    /// Returns the positions in all lists.
+    #[cfg(test)]
+    pub(crate) fn n_chosen(&self) -> usize {
+        self.chosen.n_positions()
+    }
+
     /// Takes what an indexer elsewhere chose for some rows of the batch, `[rows, kept]` blocks.
     pub(crate) fn put_choices(&mut self, rows: ChosenRows<'_>, blocks: &[u32]) {
         self.chosen.take_rows(rows, blocks);

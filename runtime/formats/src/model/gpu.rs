@@ -357,6 +357,10 @@ fn blocks(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
     {
         return Some("several streams with norms or factors apart".into());
     }
+    let narrow = |moe: &MoeSpec| moe.latent.is_some() && moe.output_norm.is_some();
+    if layer.moe().is_some_and(narrow) {
+        return Some("a norm of the sum of experts in a smaller space".into());
+    }
     let connections = residual.connections;
     connections.and_then(|c| streams(gguf, spec, &c.ffn))
 }

@@ -169,6 +169,16 @@ impl StreamsEnd {
         }
     }
 
+    /// Returns the connection that reads the streams, unless their mean does.
+    pub fn connection(&self) -> Option<Connection> {
+        match self {
+            StreamsEnd::Mean => None,
+            StreamsEnd::Gated(gated) => Some(Connection::Gated(*gated)),
+            StreamsEnd::LowRank(low) => Some(Connection::LowRank(*low)),
+            StreamsEnd::Bank(bank) => Some(Connection::Bank(*bank)),
+        }
+    }
+
     /// Returns whether the output norm follows.
     pub fn has_output_norm(&self) -> bool {
         !matches!(self, StreamsEnd::LowRank(_))
