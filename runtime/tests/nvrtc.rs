@@ -58,7 +58,8 @@ fn every_kernel_compiles_for_every_architecture() {
                 let entry = entries.iter().find(|(name, ..)| name == kernel);
                 let (_, registers, spilled) =
                     entry.unwrap_or_else(|| panic!("nothing about {kernel}: {}", compiled.log));
-                let is_large = kernel.starts_with("gated_") || *kernel == "choose_blocks";
+                let large = ["gated_", "pool_blocks_", "choose_blocks"];
+                let is_large = large.iter().any(|name| kernel.starts_with(name));
                 let most = if is_large {
                     MOST_OF_LARGE_BLOCKS
                 } else {

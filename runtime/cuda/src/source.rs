@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 18] = [
+pub static MODULES: [Module; 19] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -111,6 +111,22 @@ pub static MODULES: [Module; 18] = [
         name: "block_index.cu",
         text: include_str!("kernels/block_index.cu"),
         kernels: &["rate_best_f32", "rate_best_f16", "rate_best_q8"],
+    },
+    Module {
+        name: "compressed.cu",
+        text: include_str!("kernels/compressed.cu"),
+        kernels: &[
+            "place_compressed",
+            "pool_blocks_f32",
+            "pool_blocks_f16",
+            "pool_blocks_q8",
+            "attend_compressed_f32",
+            "attend_compressed_f16",
+            "attend_compressed_q8",
+            "keep_compressed",
+            "turn_back",
+            "ungroup",
+        ],
     },
     Module {
         name: "delta.cu",

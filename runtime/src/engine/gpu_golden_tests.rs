@@ -19,13 +19,14 @@ use tier_plan_testing::{Golden, models};
 const LONG: &str = "llama4-long";
 
 /// Models that run on a GPU as a whole.
-const WHOLE: [&str; 37] = [
+const WHOLE: [&str; 38] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
     "bailingmoe3-vl",
     "deepseek",
     "deepseek32",
+    "deepseek4",
     "dots1",
     "dots3note",
     "ernie4_5-moe",

@@ -124,7 +124,14 @@ fn a_layers_parts_may_be_apart() {
         let shape = shape_of(&gguf, &describe(&gguf).unwrap());
         compare(name, &gguf, &shape);
     }
-    for name in ["grok", "granitemoe", "llama4", "nemotron_h_moe", "glm-dsa"] {
+    for name in [
+        "grok",
+        "granitemoe",
+        "llama4",
+        "nemotron_h_moe",
+        "glm-dsa",
+        "deepseek4",
+    ] {
         let (gguf, shape) = open(&format!("arch2/{name}.gguf"));
         compare(name, &gguf, &shape);
     }

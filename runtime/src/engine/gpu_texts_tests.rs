@@ -22,8 +22,9 @@ const SMALL_ERROR: f64 = 1e-5;
 
 /// Grouped queries, windows with sinks, latents, delta nets, short convolutions, norms and factors on
 /// what blocks make, Mamba-2 with experts in a smaller space, indexers whose choice is shared, windows
-/// and indexers of latents, Kimi delta attention, block-sparse attention, and indexers of blocks.
-const NAMES: [(&str, &str); 12] = [
+/// and indexers of latents, Kimi delta attention, block-sparse attention, indexers of blocks, and
+/// compressed attention.
+const NAMES: [(&str, &str); 13] = [
     ("arch", "qwen3moe"),
     ("arch", "gpt-oss"),
     ("arch", "deepseek-v3"),
@@ -36,6 +37,7 @@ const NAMES: [(&str, &str); 12] = [
     ("arch2", "kimi-linear"),
     ("arch2", "minimax-m3"),
     ("arch2", "glm5-next"),
+    ("arch2", "deepseek4"),
 ];
 
 fn nearly(found: &[u32], expected: &[u32]) -> bool {
@@ -135,6 +137,7 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         ("arch2", "deepseek32", 0),
         ("arch2", "minimax-m3", 0),
         ("arch2", "glm5-next", 5),
+        ("arch2", "deepseek4", 5),
     ] {
         let (fixture, kv_type) = (Fixture::of(folder, name), KvType::Q8_0);
         let folder = tempfile::tempdir().unwrap();
@@ -239,6 +242,7 @@ fn a_recorded_step_serves_for_every_position_in_its_chunks() {
         ("arch", "gpt-oss"),
         ("arch", "qwen3moe"),
         ("arch2", "glm-dsa"),
+        ("arch2", "deepseek4"),
     ] {
         let fixture = Fixture::of(folder, name);
         let (kv_type, len) = (KvType::F32, 300);

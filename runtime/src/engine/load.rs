@@ -79,6 +79,7 @@ impl Engine {
             KeptByLayers {
                 caches: &sequences.cache.layers,
                 ropes: &sequences.cache.rotations.of_layer,
+                tables: &sequences.cache.rotations.tables,
             },
         )?;
         let mut pool = match &options.shards {

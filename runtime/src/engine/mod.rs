@@ -19,6 +19,8 @@ mod fully_on_gpu;
 pub mod generate;
 mod gpu_backend;
 #[cfg(test)]
+mod gpu_compressed_tests;
+#[cfg(test)]
 mod gpu_delta_tests;
 #[cfg(test)]
 #[allow(unsafe_code)]

@@ -1,5 +1,7 @@
 //! The buffers of forward passes on a GPU, all allocated when a model is loaded.
 
+mod compressed;
+
 use super::Most;
 use super::full::most_texts;
 use super::router::ROW_ALIGNMENT;
@@ -241,8 +243,9 @@ impl BufferSizes {
                 self.inner = self.inner.max(m.out.n_in);
                 return;
             }
-            // Refused when the plan is checked.
-            Mixer::Compressed(_) | Mixer::None => return,
+            Mixer::Compressed(a) => self.compressed(a, context),
+            // It has no parts.
+            Mixer::None => return,
         };
         self.attend = self.attend.max(wanted);
         self.attend_width = self.attend_width.min(width);

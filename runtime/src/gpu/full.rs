@@ -27,7 +27,7 @@ use tier_plan_formats::placement::{Placement, PlanTier, TierIdx};
 /// Most texts whose tokens go through a GPU together without coming back. Each token reads its own
 /// experts, where other steps read once what several have chosen. How many texts that is worth is not
 /// measured: no GPU was available.
-const MAX_TEXTS: usize = 16;
+pub(super) const MAX_TEXTS: usize = 16;
 
 /// Recorded launches of a step.
 #[derive(Default)]

@@ -1,6 +1,7 @@
 //! Matrices and vectors of a model on a GPU, and matrix products.
 
 use super::buffers::GpuBuffers;
+use crate::layers::rope::RopeTable;
 use crate::layers::weights::DenseWeights;
 use std::ops::Range;
 use std::sync::Arc;
@@ -49,6 +50,8 @@ impl Matrix {
 pub(super) struct GpuLoader<'a> {
     pub(super) device: &'a Arc<dyn Device>,
     pub(super) weights: &'a DenseWeights,
+    /// Rope tables of the model.
+    pub(super) ropes: &'a [RopeTable],
 }
 
 impl GpuLoader<'_> {

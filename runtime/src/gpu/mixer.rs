@@ -1,6 +1,7 @@
 //! The mixers of layers on a GPU, one file each.
 
 use super::buffers::GpuBuffers;
+use super::compressed::Compressed;
 use super::delta::Delta;
 use super::gqa::Gqa;
 use super::kda::Kda;
@@ -34,6 +35,7 @@ pub(super) enum Mixer {
     Kda(Box<Kda>),
     ShortConv(Box<ShortConv>),
     Mamba(Box<Mamba>),
+    Compressed(Box<Compressed>),
 }
 
 impl Mixer {
@@ -58,7 +60,12 @@ impl Mixer {
                 Ok(Self::ShortConv(Box::new(ShortConv::new(loader, c, cache)?)))
             }
             MixerSpec::Mamba(m) => Ok(Self::Mamba(Box::new(Mamba::new(loader, m, cache)?))),
-            MixerSpec::Compressed(_) => Err(lacks(loader, "compressed attention")),
+            MixerSpec::Compressed(a) => match ropes.mixer {
+                Some(rope) => Ok(Self::Compressed(Box::new(Compressed::new(
+                    loader, a, rope, cache,
+                )?))),
+                None => Err(lacks(loader, "compressed attention without a rotation")),
+            },
             MixerSpec::None => Err(lacks(loader, "a layer without a mixer")),
         }
     }
@@ -72,6 +79,7 @@ impl Mixer {
             Self::Kda(k) => k.takes_quants(),
             Self::ShortConv(c) => c.takes_quants(),
             Self::Mamba(m) => m.takes_quants(),
+            Self::Compressed(a) => a.takes_quants(),
         }
     }
 
@@ -90,6 +98,7 @@ impl Mixer {
             Self::Kda(k) => k.run(ops, buffers, batch),
             Self::ShortConv(c) => c.run(ops, buffers, batch),
             Self::Mamba(m) => m.run(ops, buffers, batch),
+            Self::Compressed(a) => a.run(ops, buffers, batch),
         }
     }
 }

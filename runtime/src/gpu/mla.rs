@@ -18,9 +18,9 @@ use tier_plan_kernels::needs_quants;
 use tier_plan_kernels::quant::TensorType;
 
 /// One matrix per head.
-struct HeadMatrices {
-    table: MatrixTable<'static>,
-    ty: TensorType,
+pub(super) struct HeadMatrices {
+    pub(super) table: MatrixTable<'static>,
+    pub(super) ty: TensorType,
     n_out: usize,
     n_in: usize,
 }
@@ -28,7 +28,7 @@ struct HeadMatrices {
 impl HeadMatrices {
     /// Takes `n_out` rows per head from a matrix in which heads are `stride` rows apart, beginning
     /// with row `first` of each head.
-    fn new(
+    pub(super) fn new(
         loader: &GpuLoader<'_>,
         whole: &Matrix,
         first: usize,
@@ -53,9 +53,14 @@ impl HeadMatrices {
         })
     }
 
+    /// Returns whether products take quantized activations.
+    pub(super) fn takes_quants(&self) -> bool {
+        needs_quants(self.ty)
+    }
+
     /// Computes `out[token, head] = matrix[head] · x[token, head]`. `heads` has the head of each
     /// job.
-    fn product(
+    pub(super) fn product(
         &self,
         ops: &Ops,
         heads: &Buffer,
@@ -64,7 +69,7 @@ impl HeadMatrices {
         inner: &mut Quants,
         out: View<'_>,
     ) -> Result<(), CudaError> {
-        let quantize = needs_quants(self.ty);
+        let quantize = self.takes_quants();
         if quantize {
             ops.quantize(x, jobs, self.n_in, inner)?;
         }

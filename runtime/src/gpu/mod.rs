@@ -12,6 +12,7 @@
 mod block_index;
 mod buffers;
 mod choices;
+mod compressed;
 mod delta;
 pub mod devices;
 pub(crate) mod factors;
@@ -44,7 +45,7 @@ pub(crate) use router::RoutedRows;
 use crate::error::LoadError;
 use crate::layers::mixer::LayerCache;
 use crate::layers::places::{Place, Places};
-use crate::layers::rope::LayerRopes;
+use crate::layers::rope::{LayerRopes, RopeTable};
 use crate::layers::weights::DenseWeights;
 use crate::options::LoadOptions;
 use crate::options::batches;
@@ -88,6 +89,8 @@ pub(super) struct KeptByLayers<'a> {
     pub(super) caches: &'a [LayerCache],
     /// Rope tables of each layer, `[layers]`.
     pub(super) ropes: &'a [LayerRopes],
+    /// The tables themselves.
+    pub(super) tables: &'a [RopeTable],
 }
 
 /// The most that passes and the KV cache have room for.
@@ -188,7 +191,11 @@ impl Gpu {
             most,
             sizes,
         } = gpu;
-        let loader = GpuLoader { device, weights };
+        let loader = GpuLoader {
+            device,
+            weights,
+            ropes: kept.tables,
+        };
         let here = |place: Place| place == Some(tier);
         let layers = spec.layers.iter().zip(&places.layers);
         let layers =
@@ -405,6 +412,7 @@ pub(super) fn mixer_alone(
     let kept = KeptByLayers {
         caches: &[LayerCache::OnGpu(cache)],
         ropes: &rotations.of_layer,
+        tables: &rotations.tables,
     };
     let gpu = GpuSpec {
         spec: &spec,

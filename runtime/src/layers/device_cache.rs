@@ -5,18 +5,18 @@ use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::ops::{DeltaSizes, KdaSizes, MambaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Device, View};
-use tier_plan_formats::model::kv::KvType;
-use tier_plan_formats::model::spec::{IndexerSpec, Mixer};
+use tier_plan_formats::model::kv::{KvRows, KvType};
+use tier_plan_formats::model::spec::{Compressor, IndexerSpec, Mixer};
 
 /// A layer's cache in the memory of a GPU. Copies share the memory.
 #[derive(Clone)]
 pub(crate) struct DeviceCache {
     kv_type: KvType,
-    /// `[positions, heads, width]`: keys and values, or latents; then keys of an indexer, of positions
-    /// or of blocks of them.
+    /// `[positions, heads, width]`: keys and values, or latents, or vectors of blocks of positions; then
+    /// keys of an indexer, of positions or of blocks of them.
     rows: Vec<Rows>,
-    /// By text, then those of checkpoints: a convolution's inputs or a block that is not complete, and
-    /// matrices.
+    /// By text, then those of checkpoints: a convolution's inputs or what is kept of blocks that are not
+    /// complete, and matrices.
     states: Vec<Store>,
 }
 
@@ -27,9 +27,39 @@ struct Rows {
     store: Store,
     /// Positions that share a row.
     every: usize,
+    /// Rows as plans count them. Smaller pages, as in unit tests, have more rows of blocks.
+    counted: u64,
 }
 
 impl Rows {
+    /// Allocates rows of `each` bytes for so many positions, `every` of which share one.
+    fn new(
+        device: &Arc<dyn Device>,
+        positions: usize,
+        (each, every): (usize, usize),
+    ) -> Result<Self, CudaError> {
+        let in_pages = positions / PAGE * PAGE.div_ceil(every);
+        let n = in_pages + (positions % PAGE).div_ceil(every);
+        let counted = KvRows {
+            width: 0,
+            per_token: 1,
+            every: every as u64,
+            queries: 0,
+            window: None,
+            chosen: None,
+        };
+        Ok(Self {
+            store: Store::new(device, n, each)?,
+            every,
+            counted: counted.held(positions as u64),
+        })
+    }
+
+    /// Returns the bytes of all rows, as plans count them.
+    fn bytes(&self) -> u64 {
+        self.counted * self.store.each as u64
+    }
+
     /// Returns the number of rows of the first `positions` positions of a page.
     fn of(&self, positions: usize) -> usize {
         positions.div_ceil(self.every)
@@ -97,6 +127,10 @@ impl DeviceCache {
                 let index = a.reach.indexer().map(of_index);
                 latents.into_iter().chain(index).collect()
             }
+            Mixer::Compressed(a) => {
+                let of_blocks = |c: &Compressor| (row(c.width()), c.ratio);
+                a.compressors().map(of_blocks).collect()
+            }
             // What no GPU runs is refused when the plan is checked.
             _ => Vec::new(),
         };
@@ -118,18 +152,16 @@ impl DeviceCache {
                 let open = a.reach.indexer().map_or(0, IndexerSpec::state_values);
                 Vec::from_iter((open > 0).then_some(4 * open))
             }
+            Mixer::Compressed(a) => vec![4 * a.state_values()],
             _ => Vec::new(),
         };
-        let of_rows = |(each, every): (usize, usize)| {
-            let in_pages = positions / PAGE * PAGE.div_ceil(every);
-            let n = in_pages + (positions % PAGE).div_ceil(every);
-            let store = Store::new(device, n, each)?;
-            Ok::<_, CudaError>(Rows { store, every })
-        };
+        let rows = rows.into_iter();
         let states = states.into_iter();
         Ok(Self {
             kv_type,
-            rows: rows.into_iter().map(of_rows).collect::<Result<_, _>>()?,
+            rows: rows
+                .map(|each| Rows::new(device, positions, each))
+                .collect::<Result<_, _>>()?,
             states: states
                 .map(|each| Store::new(device, n_states, each))
                 .collect::<Result<_, _>>()?,
@@ -141,13 +173,14 @@ impl DeviceCache {
         self.kv_type
     }
 
-    /// Returns the rows of keys (or latents), of values, or of the keys of an indexer, which are last.
+    /// Returns the rows of keys (or latents, or vectors of blocks), of values, or of the keys of an
+    /// indexer, which are last.
     pub(crate) fn rows(&self, index: usize) -> View<'_> {
         self.rows[index].store.buffer.view()
     }
 
-    /// Returns a text's inputs of the convolution, or keys and gates of a block that is not complete
-    /// (0), or its matrices (1).
+    /// Returns a text's inputs of the convolution, or what is kept of blocks that are not complete (0),
+    /// or its matrices (1). A compressed attention has all of its state in the first.
     pub(crate) fn state(&self, index: usize, state: StateIdx) -> View<'_> {
         let state = state as usize;
         self.states[index].part(state..state + 1)
@@ -160,8 +193,8 @@ impl DeviceCache {
 
     /// Returns the bytes of the cache.
     pub(super) fn bytes(&self) -> u64 {
-        let rows = self.rows.iter().map(|rows| &rows.store);
-        rows.chain(&self.states).map(Store::bytes).sum()
+        let rows: u64 = self.rows.iter().map(Rows::bytes).sum();
+        rows + self.states.iter().map(Store::bytes).sum::<u64>()
     }
 
     /// Copies a recurrent state to another.

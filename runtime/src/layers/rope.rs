@@ -57,6 +57,16 @@ impl RopeTable {
             .collect()
     }
 
+    /// Returns the radians per position, `[dims / 2]`.
+    pub(crate) fn frequencies(&self) -> &[f32] {
+        &self.frequencies
+    }
+
+    /// Returns the factor on what rotates.
+    pub(crate) fn magnitude(&self) -> f32 {
+        self.spec.magnitude
+    }
+
     /// Rotates every head of the prepared position of this number; `row` is `[heads, head_dim]`.
     pub fn apply(&self, row: &mut [f32], head_dim: usize, index: usize) {
         let half = self.spec.dims / 2;

@@ -14,21 +14,40 @@
 /// Lanes per position while scores are computed.
 #define SHARE 8
 
-/// Computes the share of the block's chunk, `n` rows that `where` finds: `mixed` is `[tokens, heads,
+/// Shared memory of a block.
+struct AttendRoom {
+    float query[HEADS][MAX_KEY];
+    float scores[HEADS][CHUNK];
+    // If there is only one chunk: its weight beside the sink, and the sum of both.
+    float share[HEADS];
+    float total[HEADS];
+};
+
+/// Chosen rows of a cache.
+struct Chosen {
+    /// Those of the chunk's positions.
+    const int* rows;
+
+    DEVICE const u8* address(const u8* cache, int p, int n_head_kv, int kv_head, i64 row_bytes) const {
+        return cache + ((i64)rows[p] * n_head_kv + kv_head) * row_bytes;
+    }
+    DEVICE int run_end(int p, int) const { return p + 1; }
+};
+
+/// Computes the share of the block's chunk, `n` rows whose addresses `where` finds: `mixed` is `[tokens, heads,
 /// chunks, value_width]`, `largest` and `sums` `[tokens, heads, chunks]`.
 ///
 /// If there is only one chunk, `out` may be given, and gets what `join_chunks` would compute with
 /// its arguments. Grid: chunks, perhaps more than some of the tokens have; heads of keys and values
 /// times blocks of heads; tokens.
 template <class Rows, class Where>
-DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n_head_kv, int group, int key_width,
-                   int value_row_width, int value_width, float scale, float cap, Where where, int n, float* mixed,
-                   float* largest, float* sums, const float* sinks, float* out, i8* q, float* quant_scale, float* quant_sums) {
-    __shared__ float query[HEADS][MAX_KEY];
-    __shared__ float scores[HEADS][CHUNK];
-    // If there is only one chunk: its weight beside the sink, and the sum of both.
-    __shared__ float share[HEADS];
-    __shared__ float total[HEADS];
+DEVICE void attend(AttendRoom& room, const float* queries, const u8* keys, const u8* values, int n_head_kv, int group,
+                   int key_width, int value_row_width, int value_width, float scale, float cap, Where where, int n,
+                   float* mixed, float* largest, float* sums, const float* sinks, float* out, i8* q, float* quant_scale,
+                   float* quant_sums) {
+    float(*const query)[MAX_KEY] = room.query;
+    float(*const scores)[CHUNK] = room.scores;
+    float *const share = room.share, *const total = room.total;
     const int head_blocks = (group + HEADS - 1) / HEADS;
     const int kv_head = (int)blockIdx.y / head_blocks, first_head = (int)blockIdx.y % head_blocks * HEADS;
     const int heads = group - first_head < HEADS ? group - first_head : HEADS;
@@ -48,7 +67,7 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n
         float dots[HEADS];
         for (int h = 0; h < HEADS; h++) dots[h] = 0.0f;
         if (p < n) {
-            const u8* key = keys + (where.row(p) * n_head_kv + kv_head) * key_bytes;
+            const u8* key = where.address(keys, p, n_head_kv, kv_head, key_bytes);
             for (int i = thread % SHARE * 4; i < key_width; i += SHARE * 4) {
                 const float4 k = Rows::four(key, i);
                 for (int h = 0; h < HEADS; h++) {
@@ -93,7 +112,7 @@ DEVICE void attend(const float* queries, const u8* keys, const u8* values, int n
         for (int h = 0; h < HEADS; h++) acc[h] = 0.0f;
         for (int p = 0; p < n;) {
             const int run_end = where.run_end(p, n);
-            const u8* value = values + (where.row(p) * n_head_kv + kv_head) * value_bytes;
+            const u8* value = where.address(values, p, n_head_kv, kv_head, value_bytes);
             for (; p < run_end; p++, value += n_head_kv * value_bytes) {
                 const float v = Rows::at(value, c);
                 for (int h = 0; h < HEADS; h++) {

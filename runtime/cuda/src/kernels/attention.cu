@@ -9,8 +9,10 @@ struct Consecutive {
     Pages pages;
     int start;
 
-    /// Returns the row of number `p` in the cache.
-    DEVICE i64 row(int p) const { return pages.at(start + p); }
+    /// Returns where the row of number `p` is.
+    DEVICE const u8* address(const u8* cache, int p, int n_head_kv, int kv_head, i64 row_bytes) const {
+        return cache + (pages.at(start + p) * n_head_kv + kv_head) * row_bytes;
+    }
 
     /// Returns the first of `n` numbers whose row does not follow those from `p` on.
     DEVICE int run_end(int p, int n) const {
@@ -33,8 +35,9 @@ DEVICE void attend_all(const float* queries, const u8* keys, const u8* values, i
     const int start = begin_seen > chunk_start ? begin_seen : chunk_start;
     const int end = end_seen < chunk_start + CHUNK ? end_seen : chunk_start + CHUNK;
     const Consecutive where = {Pages(tables, begins, token, page_bits), start};
-    attend<Rows>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale, cap, where,
-                 end > start ? end - start : 0, mixed, largest, sums, sinks, out, q, quant_scale, quant_sums);
+    __shared__ AttendRoom room;
+    attend<Rows>(room, queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale, cap,
+                 where, end > start ? end - start : 0, mixed, largest, sums, sinks, out, q, quant_scale, quant_sums);
 }
 
 #define ATTEND(NAME, ROWS)                                                                                              \

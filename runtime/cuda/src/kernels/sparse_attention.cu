@@ -3,15 +3,6 @@
 #include "attend.cuh"
 #include "choice.cuh"
 
-/// Chosen positions of a text.
-struct Chosen {
-    /// Rows of the chunk's positions in the cache.
-    const int* rows;
-
-    DEVICE i64 row(int p) const { return rows[p]; }
-    DEVICE int run_end(int p, int) const { return p + 1; }
-};
-
 /// Attends to the chosen blocks of each token, `[tokens, lists, kept]`: all heads to those of one
 /// list, or those of a head of keys and values to its own. A token that sees no more than `kept`
 /// blocks attends to all of them, and has no list.
@@ -22,6 +13,7 @@ DEVICE void attend_chosen(const float* queries, const u8* keys, const u8* values
                           int open, int kept, float* mixed, float* largest, float* sums, const float* sinks,
                           float* out) {
     __shared__ int rows[CHUNK];
+    __shared__ AttendRoom room;
     const int token = (int)blockIdx.z, start = (int)blockIdx.x * CHUNK;
     const int list = lists == 1 ? 0 : (int)blockIdx.y / ((group + HEADS - 1) / HEADS);
     chosen += ((i64)token * lists + list) * kept;
@@ -47,8 +39,8 @@ DEVICE void attend_chosen(const float* queries, const u8* keys, const u8* values
         rows[p] = (int)pages.at(position < seen ? position : seen - 1);
     }
     const Chosen where = {rows};
-    attend<Rows>(queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale, 0.0f, where,
-                 n, mixed, largest, sums, sinks, out, nullptr, nullptr, nullptr);
+    attend<Rows>(room, queries, keys, values, n_head_kv, group, key_width, value_row_width, value_width, scale, 0.0f,
+                 where, n, mixed, largest, sums, sinks, out, nullptr, nullptr, nullptr);
 }
 
 #define ATTEND_CHOSEN(NAME, ROWS)                                                                                      \

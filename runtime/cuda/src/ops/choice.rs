@@ -3,7 +3,7 @@
 use super::{CHUNK, Positions, int};
 use crate::device::Arg;
 use std::ops::Range;
-use tier_plan_formats::model::spec::{BlockIndex, BlockScore, Selection};
+use tier_plan_formats::model::spec::{BlockIndex, BlockScore, CompressedIndex, Selection};
 
 /// What is attended to of a text's last positions, which are not a complete block. The kernels have
 /// the same numbers.
@@ -38,12 +38,27 @@ impl Choice {
         self.kept.saturating_mul(self.block).saturating_add(added)
     }
 
+    /// Returns how many of a text's first tokens see no more blocks than they choose, and so have no
+    /// list.
+    pub fn n_unlisted(self) -> usize {
+        let rest = match self.open {
+            OpenBlock::Skipped | OpenBlock::Added => self.block - 1,
+            OpenBlock::Rated => 0,
+        };
+        self.kept.saturating_mul(self.block).saturating_add(rest)
+    }
+
     /// Returns how many of a text's first tokens attend to all positions up to their own.
     pub fn n_dense(self) -> usize {
         match self.open {
             OpenBlock::Skipped if self.block > 1 => 0,
-            _ => self.most(),
+            _ => self.n_unlisted(),
         }
+    }
+
+    /// Returns whether a token of a text of up to `context` positions may have a list.
+    pub fn may_list(self, context: usize) -> bool {
+        context.next_multiple_of(CHUNK) > self.n_unlisted()
     }
 
     /// Returns whether a token of a text of up to `context` positions may not attend to all of them.
@@ -106,6 +121,17 @@ impl From<&BlockIndex> for Choice {
     }
 }
 
+/// Blocks stand for their vectors here, so that positions of an open one have none.
+impl From<&CompressedIndex> for Choice {
+    fn from(index: &CompressedIndex) -> Self {
+        Self {
+            kept: index.kept,
+            block: index.compressor.ratio,
+            open: OpenBlock::Skipped,
+        }
+    }
+}
+
 /// Neighboring tokens of a batch that choose what they attend to, or that attend to all positions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reached {
@@ -122,7 +148,7 @@ impl Positions<'_> {
     /// the context that they are in. So recorded launches serve for every position in the chunks.
     pub fn by_reach(self, choice: Choice) -> Vec<Reached> {
         let position = |token: usize| self.of(token);
-        if self.runs().all(|run| run.len() == 1) {
+        if self.are_alone() {
             let chooses = (0..self.tokens()).any(|t| choice.may_leave_out(position(t) + 1));
             let tokens = 0..self.tokens();
             return vec![Reached { tokens, chooses }];
@@ -141,6 +167,22 @@ impl Positions<'_> {
             }
         }
         parts
+    }
+
+    /// Returns whether one of the tokens may see more blocks than it chooses, and so needs a list. As
+    /// with [`by_reach`](Self::by_reach), the answer for one token each of all texts serves for every
+    /// position in their chunks of the context.
+    pub fn may_list(self, choice: Choice) -> bool {
+        if self.are_alone() {
+            return (0..self.tokens()).any(|token| choice.may_list(self.of(token) + 1));
+        }
+        let mut runs = self.runs();
+        runs.any(|run| self.of(run.end - 1) + 1 > choice.n_unlisted())
+    }
+
+    /// Returns whether there is no more than one token of each text.
+    fn are_alone(self) -> bool {
+        self.runs().all(|run| run.len() == 1)
     }
 
     /// Returns the first tokens from `first` on whose ratings in `lists` lists fit `words` words at
@@ -212,6 +254,42 @@ mod tests {
             open: OpenBlock::Skipped,
         };
         assert_eq!(split(&[(0, 5)], skipping), [(0..5, true)]);
+    }
+
+    #[test]
+    fn tokens_need_lists_where_they_see_more_than_they_choose() {
+        let device: Arc<dyn Device> = shim::shared();
+        let size = CacheSize {
+            positions: 2048,
+            page: 1024,
+        };
+        let mut batch = BatchPositions::new(&device, 64, size).unwrap();
+        let mut may_list = |texts: &[(usize, usize)], kept: usize, open: OpenBlock| {
+            let texts = texts.iter().map(|&(past, tokens)| TextTokens {
+                past,
+                tokens,
+                pages: &[0],
+            });
+            batch.set(texts).unwrap();
+            let block = 4;
+            batch.all().may_list(Choice { kept, block, open })
+        };
+        // Three complete blocks end at 12 positions, and a fourth at 16.
+        for (seen, expected) in [
+            (12, [false; 3]),
+            (13, [false, false, true]),
+            (15, [false, false, true]),
+            (16, [true; 3]),
+        ] {
+            let open = [OpenBlock::Skipped, OpenBlock::Added, OpenBlock::Rated];
+            for texts in [[(seen - 3, 3), (0, 2)], [(0, 2), (seen - 3, 3)]] {
+                assert_eq!(open.map(|open| may_list(&texts, 3, open)), expected);
+            }
+        }
+        // Alone, tokens are as others in their chunks.
+        assert!(may_list(&[(3, 1), (0, 1)], 63, OpenBlock::Skipped));
+        assert!(!may_list(&[(255, 1)], 64, OpenBlock::Skipped));
+        assert!(may_list(&[(256, 1)], 64, OpenBlock::Skipped));
     }
 
     #[test]

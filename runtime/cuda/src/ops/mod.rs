@@ -7,12 +7,14 @@
 mod attention;
 mod block_index;
 mod choice;
+mod compressed;
 mod delta;
 mod gated;
 mod heads;
 mod index;
 mod kda;
 mod mamba;
+mod open_blocks;
 mod positions;
 mod products;
 mod prompt_attention;
@@ -25,12 +27,16 @@ mod streams;
 pub use attention::{Attend, AttentionBuffers, CHUNK, MAX_KEY};
 pub use block_index::BlockQueries;
 pub use choice::{Choice, OpenBlock, Reached};
+pub use compressed::{
+    AttendCompressed, CompressedRows, FarRows, IndexHeads, TurnBack, compressed_chunks,
+};
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
 pub use index::{IndexQueries, IndexRows, PooledRows};
 pub use kda::{Kda, KdaSizes};
 pub use mamba::{MAX_MAMBA_STATE, Mamba, MambaSizes};
+pub use open_blocks::{BlockSizes, Frequencies, KeepCompressed, OpenRows, PoolBlocks};
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
 pub use products::{
     BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants,

@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    BlockScore, Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer,
-    MlaSpec, ModelSpec, MoeSpec, NormSpan, RouterInput, TensorId,
+    BlockScore, CompressedSpec, Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear,
+    MambaSpec, Mixer, MlaSpec, ModelSpec, MoeSpec, NormSpan, RouterInput, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -229,7 +229,12 @@ fn mixer(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
         return Some("n-grams before the mixer".into());
     }
     match &layer.mixer {
-        Mixer::Compressed(_) => Some("compressed attention".into()),
+        Mixer::Compressed(a) => {
+            let index = a.far.and_then(|far| far.index);
+            misplaced_groups(gguf, a)
+                .or(key(a.key_dim))
+                .or(index.and_then(|index| key(index.key_dim)))
+        }
         Mixer::None => None,
         Mixer::Gqa(a) if attention(a).is_some() => attention(a).map(String::from),
         Mixer::ShortConv(c) => [&c.input, &c.out]
@@ -404,6 +409,24 @@ fn misplaced(gguf: &Gguf, linear: &Linear) -> Option<String> {
         )
     };
     (!offset.is_multiple_of(16)).then(why)
+}
+
+/// Returns where a matrix of a compressed attention begins that is not aligned, or one of a group of
+/// its heads.
+fn misplaced_groups(gguf: &Gguf, a: &CompressedSpec) -> Option<String> {
+    let index = a.far.and_then(|far| far.index);
+    let of_index = index.as_ref().into_iter().flat_map(|i| [&i.q, &i.weights]);
+    let of_pools = a.compressors().flat_map(|c| [&c.kv, &c.gate]);
+    let own = [&a.q_down.down, &a.q, &a.kv, &a.o_down, &a.o];
+    let rank = a.o_down.n_out / a.n_group;
+    let groups: Vec<Linear> = (0..a.n_group)
+        .map(|group| Linear {
+            first_row: a.o_down.first_row + group * rank,
+            ..a.o_down
+        })
+        .collect();
+    let all = own.into_iter().chain(of_pools).chain(of_index);
+    all.chain(&groups).find_map(|l| misplaced(gguf, l))
 }
 
 /// Returns the distance of heads' matrices that are not aligned within their tensor.

@@ -33,7 +33,7 @@ pub(super) fn checks() -> Vec<Check> {
 }
 
 /// Rotates a row from a value on; `turns` is `[half]` of cosine and sine.
-fn rotated(row: &mut [f64], first: usize, turns: &[f32], kind: RopeKind) {
+pub(super) fn rotated(row: &mut [f64], first: usize, turns: &[f32], kind: RopeKind) {
     let half = turns.len() / 2;
     for (i, turn) in turns.chunks_exact(2).enumerate() {
         let (a, b) = match kind {

@@ -22,7 +22,6 @@ type Reason = (&'static [Part], &'static str);
 fn reasons(shape: &ModelShape) -> &'static [Reason] {
     let has_table = shape.dense.iter().any(|d| d.kind == DenseKind::TokenTable);
     match shape.arch.as_str() {
-        "deepseek4" => &[(&[MIXER], "compressed attention")],
         // Its larger models have neither inputs of tokens nor shared keys and values.
         "gemma4" if has_table => &[
             (&[EMBEDDING, TABLE], super::TOKEN_INPUTS),
