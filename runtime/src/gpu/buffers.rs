@@ -200,6 +200,21 @@ impl BufferSizes {
                 }
                 (attend(part, a.n_head, a.kv_rank), a.kv_rank)
             }
+            Mixer::Delta(_) | Mixer::ShortConv(_) | Mixer::Kda(_) | Mixer::Mamba(_) => {
+                return self.recurrent(mixer);
+            }
+            Mixer::Compressed(a) => self.compressed(a, context),
+            // It has no parts.
+            Mixer::None => return,
+        };
+        self.attend = self.attend.max(wanted);
+        self.attend_width = self.attend_width.min(width);
+    }
+
+    /// Grows to what a mixer without attention takes.
+    fn recurrent(&mut self, mixer: &Mixer) {
+        let rows = self.rows;
+        match mixer {
             Mixer::Delta(d) => {
                 match d.input {
                     DeltaInput::Split { qkv, gate } => {
@@ -213,13 +228,11 @@ impl BufferSizes {
                 self.v = self.v.max(2 * rows * d.n_value_head);
                 self.mixed = self.mixed.max(rows * d.out.n_in);
                 self.inner = self.inner.max(d.out.n_in);
-                return;
             }
             Mixer::ShortConv(c) => {
                 self.raw = self.raw.max(rows * c.input.n_out);
                 self.mixed = self.mixed.max(rows * c.out.n_in);
                 self.inner = self.inner.max(c.out.n_in);
-                return;
             }
             Mixer::Kda(k) => {
                 let width = k.width();
@@ -233,7 +246,6 @@ impl BufferSizes {
                 self.low = self.low.max(rows * (ranks[0] + ranks[1]));
                 self.mixed = self.mixed.max(rows * width);
                 self.inner = self.inner.max(width).max(ranks[0]).max(ranks[1]);
-                return;
             }
             Mixer::Mamba(m) => {
                 self.raw = self.raw.max(rows * m.input.n_out);
@@ -241,14 +253,9 @@ impl BufferSizes {
                 self.v = self.v.max(2 * rows * m.n_head);
                 self.mixed = self.mixed.max(rows * m.out.n_in);
                 self.inner = self.inner.max(m.out.n_in);
-                return;
             }
-            Mixer::Compressed(a) => self.compressed(a, context),
-            // It has no parts.
-            Mixer::None => return,
-        };
-        self.attend = self.attend.max(wanted);
-        self.attend_width = self.attend_width.min(width);
+            Mixer::Gqa(_) | Mixer::Mla(_) | Mixer::Compressed(_) | Mixer::None => {}
+        }
     }
 
     /// Grows to what a layer's tokens choose that don't attend to all positions.

@@ -102,7 +102,8 @@ DEVICE void attend(AttendRoom& room, const float* queries, const u8* keys, const
             const float sink = sinks ? sinks[kv_head * group + first_head + h] : minus_infinity();
             const float top = fmaxf(sink, most);
             share[h] = expf(most - top);
-            total[h] = share[h] * sum;
+            // Rounded, as `join_chunks` has it: not fused with the sink.
+            total[h] = __fmul_rn(share[h], sum);
             if (sinks) total[h] += expf(sink - top);
         }
     }
