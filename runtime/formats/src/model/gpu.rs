@@ -34,6 +34,9 @@ pub const MAX_DELTA_HEAD: usize = 256;
 /// Widest `B` and `C` of a Mamba-2 mixer on a GPU.
 pub const MAX_MAMBA_STATE: usize = 256;
 
+/// Most groups of heads of a compressed attention on a GPU.
+const MAX_HEAD_GROUPS: usize = 1024;
+
 /// Most streams of the residual on a GPU.
 pub const MAX_STREAMS: usize = 64;
 
@@ -231,7 +234,11 @@ fn mixer(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
     match &layer.mixer {
         Mixer::Compressed(a) => {
             let index = a.far.and_then(|far| far.index);
-            misplaced_groups(gguf, a)
+            let groups = a.n_group;
+            let many = || format!("{groups} groups of heads, expected at most {MAX_HEAD_GROUPS}");
+            let many_groups = (groups > MAX_HEAD_GROUPS).then(many);
+            many_groups
+                .or_else(|| misplaced_groups(gguf, a))
                 .or(key(a.key_dim))
                 .or(index.and_then(|index| key(index.key_dim)))
         }

@@ -345,6 +345,14 @@ fn attend(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
             tokens: 3,
             ..plain
         },
+        // A list of several chunks.
+        Case {
+            most: Some(300),
+            ratio: Some(2),
+            past: 700,
+            tokens: 2,
+            ..plain
+        },
         Case {
             most: None,
             ratio: Some(20),
