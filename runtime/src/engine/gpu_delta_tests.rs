@@ -1,7 +1,7 @@
 //! Models with gated delta nets or Mamba-2 on a GPU, which is emulated on the processor: the kernels are those
 //! of a real one.
 
-use super::gpu_tests::{ALL, Experts, Watched, data, load, open, plan};
+use super::gpu_tests::{ALL, Experts, Watched, load, open, plan};
 use crate::engine::{Engine, LogitsMode};
 use crate::error::RunError;
 use crate::gpu::parts;
@@ -13,31 +13,15 @@ use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::shape_of;
 use tier_plan_formats::model::spec::Mixer;
-use tier_plan_testing::nmse;
+use tier_plan_testing::{Golden, nmse};
 
 const NAMES: [&str; 3] = ["arch/qwen3next", "arch/qwen35moe", "arch2/nemotron_h_moe"];
-
-/// Tokens that golden logits are of, and these, `[tokens, n_vocab]`.
-fn golden(name: &str) -> (Vec<u32>, Vec<f32>) {
-    let said: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(data(&format!("{name}.json"))).unwrap()).unwrap();
-    let logits = std::fs::read(data(&format!("{name}.logits"))).unwrap();
-    let logits = logits
-        .as_chunks::<4>()
-        .0
-        .iter()
-        .map(|bytes| f32::from_le_bytes(*bytes))
-        .collect();
-    (
-        serde_json::from_value(said["tokens"].clone()).unwrap(),
-        logits,
-    )
-}
 
 #[test]
 fn logits_are_the_golden_ones_however_tokens_are_cut() {
     for name in NAMES {
-        let (tokens, expected) = golden(name);
+        let golden = Golden::read(name);
+        let tokens = &golden.tokens;
         let (gguf, shape) = open(&format!("{name}.gguf"));
         let of = (tokens.len() as u32, KvType::F32);
         for (experts, pass, batch) in [
@@ -55,7 +39,7 @@ fn logits_are_the_golden_ones_however_tokens_are_cut() {
             }
             // From 16 tokens on attention is in 16-bit floats.
             let bound = if pass.min(batch) < 16 { 1e-9 } else { 1e-5 };
-            let off = nmse(&logits, &expected);
+            let off = golden.nmse(&logits);
             assert!(
                 off > 0.0 && off < bound,
                 "{name}, {experts:?}, {pass} tokens, batches of {batch}: {off:e}"

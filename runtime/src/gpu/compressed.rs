@@ -7,7 +7,7 @@
 use super::buffers::GpuBuffers;
 use super::full::MAX_TEXTS;
 use super::matrix::{GpuLoader, Matrix, of_rows, products};
-use super::mixer::{Mixed, MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, after_states, output};
 use super::mla::HeadMatrices;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
@@ -161,14 +161,10 @@ impl Compressed {
         }
         for segment in segments {
             self.attend(ops, buffers, segment, chooses, n)?;
-            for (rows, checkpoint) in segment.parts() {
-                if !rows.is_empty() {
-                    self.keep(ops, buffers, &rows, (segment.state, n))?;
-                }
-                if let Some(to) = checkpoint {
-                    self.cache.copy_state(segment.state, to)?;
-                }
-            }
+            let segment = std::slice::from_ref(segment);
+            after_states(segment, &self.cache, |rows, state| {
+                self.keep(ops, buffers, &rows, (state, n))
+            })?;
         }
         self.output(ops, buffers, n)
     }

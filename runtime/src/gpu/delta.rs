@@ -2,7 +2,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
-use super::mixer::{Mixed, MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, after_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{self, DeltaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -72,9 +72,7 @@ impl Delta {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let MixerBatch {
-            n, eps, segments, ..
-        } = batch;
+        let MixerBatch { n, eps, .. } = batch;
         let (x, strengths) = (buffers.answer.view(), buffers.k.view());
         let mut first = vec![
             (&self.projection, buffers.raw.view()),
@@ -86,48 +84,37 @@ impl Delta {
         if let Some(alpha) = &self.alpha {
             product(ops, alpha, n, x, &buffers.quants, decays)?;
         }
-        let only = matches!(segments, [only] if only.checkpoints.is_empty());
-        let quantizes = only && self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
-        for segment in segments {
-            for (rows, checkpoint) in segment.parts() {
-                if !rows.is_empty() {
-                    let quants = quantizes.then_some(&mut buffers.inner);
-                    let delta = ops::Delta {
-                        sizes: self.sizes,
-                        projected: of_rows(buffers.raw.view(), &rows, self.projection.n_out),
-                        gates: match &self.gate {
-                            Some(gate) => of_rows(buffers.gate.view(), &rows, gate.n_out),
-                            None => buffers.gate.view(),
-                        },
-                        raw_strengths: of_rows(strengths, &rows, self.beta.n_out),
-                        raw_decays: match &self.alpha {
-                            Some(alpha) => of_rows(decays, &rows, alpha.n_out),
-                            None => decays,
-                        },
-                        conv: self.conv.view(),
-                        dt_bias: self.dt_bias.view(),
-                        decay: self.decay.view(),
-                        norm: self.norm.view(),
-                        eps,
-                        positions: buffers.positions.all().part(rows.clone()),
-                        inputs: self.states.state(0, segment.state),
-                        matrices: self.states.state(1, segment.state),
-                        heads: buffers.q.view(),
-                        rates: buffers.v.view(),
-                        out: of_rows(buffers.mixed.view(), &rows, self.out.n_in),
-                    };
-                    ops.delta(&delta, quants)?;
-                }
-                if let Some(to) = checkpoint {
-                    self.states.copy_state(segment.state, to)?;
-                }
-            }
-        }
-        let mixed = if quantizes {
-            Mixed::Quantized
-        } else {
-            Mixed::Floats
-        };
-        output(ops, &self.out, n, buffers, mixed)
+        let quantizes = batch.is_one_part()
+            && self.out.takes_quants()
+            && self.sizes.head_dim.is_multiple_of(32);
+        after_states(batch.segments, &self.states, |rows, state| {
+            let quants = quantizes.then_some(&mut buffers.inner);
+            let delta = ops::Delta {
+                sizes: self.sizes,
+                projected: of_rows(buffers.raw.view(), &rows, self.projection.n_out),
+                gates: match &self.gate {
+                    Some(gate) => of_rows(buffers.gate.view(), &rows, gate.n_out),
+                    None => buffers.gate.view(),
+                },
+                raw_strengths: of_rows(strengths, &rows, self.beta.n_out),
+                raw_decays: match &self.alpha {
+                    Some(alpha) => of_rows(decays, &rows, alpha.n_out),
+                    None => decays,
+                },
+                conv: self.conv.view(),
+                dt_bias: self.dt_bias.view(),
+                decay: self.decay.view(),
+                norm: self.norm.view(),
+                eps,
+                positions: buffers.positions.all().part(rows.clone()),
+                inputs: self.states.state(0, state),
+                matrices: self.states.state(1, state),
+                heads: buffers.q.view(),
+                rates: buffers.v.view(),
+                out: of_rows(buffers.mixed.view(), &rows, self.out.n_in),
+            };
+            ops.delta(&delta, quants)
+        })?;
+        output(ops, &self.out, n, buffers, Mixed::quantized_if(quantizes))
     }
 }

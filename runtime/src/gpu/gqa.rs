@@ -127,12 +127,7 @@ impl Gqa {
             let (mixed, gate) = (buffers.mixed.view(), buffers.gate.view());
             ops.gate(mixed, gate, share, function, n * a.o.n_in)?;
         }
-        let mixed = if quantizes {
-            Mixed::Quantized
-        } else {
-            Mixed::Floats
-        };
-        output(ops, &self.o, n, buffers, mixed)
+        output(ops, &self.o, n, buffers, Mixed::quantized_if(quantizes))
     }
 
     /// Projects to queries, keys, values, and gates; for an index to keys, and, where a token

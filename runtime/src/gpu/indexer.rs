@@ -3,6 +3,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, from_value, of_rows, product};
+use super::mixer::after_states;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use tier_plan_cuda::ops::{Choice, IndexQueries, IndexRows, PooledRows, Reached, RopeTurns};
@@ -150,27 +151,21 @@ impl Indexer {
         segments: &[Segment<'_>],
     ) -> Result<(), CudaError> {
         let spec = &self.spec;
-        for segment in segments {
-            for (rows, checkpoint) in segment.parts() {
-                ops.pool_index(&PooledRows {
-                    new_keys: of_rows(buffers.v.view(), &rows, spec.key_dim),
-                    gates: of_rows(buffers.index_k.view(), &rows, spec.key_dim),
-                    key_dim: spec.key_dim,
-                    norm: self.k_norm.view(),
-                    norm_bias: self.k_norm_bias.view(),
-                    eps: spec.norm_eps,
-                    ape: pool.ape.view(),
-                    block: spec.selection.block,
-                    positions: buffers.positions.all().part(rows.clone()),
-                    open: cache.state(0, segment.state),
-                    kv_type: cache.kv_type(),
-                    keys: cache.rows(KEYS),
-                })?;
-                if let Some(to) = checkpoint {
-                    cache.copy_state(segment.state, to)?;
-                }
-            }
-        }
-        Ok(())
+        after_states(segments, cache, |rows, state| {
+            ops.pool_index(&PooledRows {
+                new_keys: of_rows(buffers.v.view(), &rows, spec.key_dim),
+                gates: of_rows(buffers.index_k.view(), &rows, spec.key_dim),
+                key_dim: spec.key_dim,
+                norm: self.k_norm.view(),
+                norm_bias: self.k_norm_bias.view(),
+                eps: spec.norm_eps,
+                ape: pool.ape.view(),
+                block: spec.selection.block,
+                positions: buffers.positions.all().part(rows.clone()),
+                open: cache.state(0, state),
+                kv_type: cache.kv_type(),
+                keys: cache.rows(KEYS),
+            })
+        })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
-use super::mixer::{Mixed, MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, after_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{self, KdaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
@@ -101,50 +101,37 @@ impl Kda {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let MixerBatch {
-            n, eps, segments, ..
-        } = batch;
+        let MixerBatch { n, eps, .. } = batch;
         self.project(ops, buffers, n)?;
-        let only = matches!(segments, [only] if only.checkpoints.is_empty());
-        let quantizes = only && self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
+        let quantizes = batch.is_one_part()
+            && self.out.takes_quants()
+            && self.sizes.head_dim.is_multiple_of(32);
         let (width, n_head) = (self.sizes.width(), self.sizes.n_head);
-        for segment in segments {
-            for (rows, checkpoint) in segment.parts() {
-                if !rows.is_empty() {
-                    let quants = quantizes.then_some(&mut buffers.inner);
-                    let views = self.views(&buffers.raw, &buffers.k, &buffers.gate, n);
-                    let of_width = |view| of_rows(view, &rows, width);
-                    let kda = ops::Kda {
-                        sizes: self.sizes,
-                        projected: views.projected.map(of_width),
-                        decays: of_width(views.decays),
-                        raw_strengths: of_rows(views.strengths, &rows, n_head),
-                        gates: of_width(views.gates),
-                        conv: self.conv.view(),
-                        decay_bias: self.decay_bias.view(),
-                        steepness: self.steepness.view(),
-                        norm: self.norm.view(),
-                        eps,
-                        positions: buffers.positions.all().part(rows.clone()),
-                        inputs: self.states.state(0, segment.state),
-                        matrices: self.states.state(1, segment.state),
-                        heads: buffers.q.view(),
-                        rates: buffers.v.view(),
-                        out: of_width(buffers.mixed.view()),
-                    };
-                    ops.kda(&kda, quants)?;
-                }
-                if let Some(to) = checkpoint {
-                    self.states.copy_state(segment.state, to)?;
-                }
-            }
-        }
-        let mixed = if quantizes {
-            Mixed::Quantized
-        } else {
-            Mixed::Floats
-        };
-        output(ops, &self.out, n, buffers, mixed)
+        after_states(batch.segments, &self.states, |rows, state| {
+            let quants = quantizes.then_some(&mut buffers.inner);
+            let views = self.views(&buffers.raw, &buffers.k, &buffers.gate, n);
+            let of_width = |view| of_rows(view, &rows, width);
+            let kda = ops::Kda {
+                sizes: self.sizes,
+                projected: views.projected.map(of_width),
+                decays: of_width(views.decays),
+                raw_strengths: of_rows(views.strengths, &rows, n_head),
+                gates: of_width(views.gates),
+                conv: self.conv.view(),
+                decay_bias: self.decay_bias.view(),
+                steepness: self.steepness.view(),
+                norm: self.norm.view(),
+                eps,
+                positions: buffers.positions.all().part(rows.clone()),
+                inputs: self.states.state(0, state),
+                matrices: self.states.state(1, state),
+                heads: buffers.q.view(),
+                rates: buffers.v.view(),
+                out: of_width(buffers.mixed.view()),
+            };
+            ops.kda(&kda, quants)
+        })?;
+        output(ops, &self.out, n, buffers, Mixed::quantized_if(quantizes))
     }
 
     /// Returns the places of the projections of `n` tokens.

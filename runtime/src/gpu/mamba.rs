@@ -2,7 +2,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, product};
-use super::mixer::{Mixed, MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, after_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{self, MambaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -55,47 +55,32 @@ impl Mamba {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let MixerBatch {
-            n, eps, segments, ..
-        } = batch;
+        let MixerBatch { n, eps, .. } = batch;
         let (x, projected) = (buffers.answer.view(), buffers.raw.view());
         product(ops, &self.input, n, x, &buffers.quants, projected)?;
-        let only = matches!(segments, [only] if only.checkpoints.is_empty());
         let in_runs = self.sizes.group_width().is_multiple_of(32);
-        let quantizes = only && self.out.takes_quants() && in_runs;
-        for segment in segments {
-            for (rows, checkpoint) in segment.parts() {
-                if !rows.is_empty() {
-                    let quants = quantizes.then_some(&mut buffers.inner);
-                    let mamba = ops::Mamba {
-                        sizes: self.sizes,
-                        projected: of_rows(projected, &rows, self.sizes.projected()),
-                        conv: self.conv.view(),
-                        conv_bias: self.conv_bias.as_ref().map(Buffer::view),
-                        dt_bias: self.dt_bias.view(),
-                        decay: self.decay.view(),
-                        skip: self.skip.view(),
-                        norm: self.norm.view(),
-                        eps,
-                        positions: buffers.positions.all().part(rows.clone()),
-                        inputs: self.states.state(0, segment.state),
-                        matrices: self.states.state(1, segment.state),
-                        convolved: buffers.q.view(),
-                        rates: buffers.v.view(),
-                        out: of_rows(buffers.mixed.view(), &rows, self.out.n_in),
-                    };
-                    ops.mamba(&mamba, quants)?;
-                }
-                if let Some(to) = checkpoint {
-                    self.states.copy_state(segment.state, to)?;
-                }
-            }
-        }
-        let mixed = if quantizes {
-            Mixed::Quantized
-        } else {
-            Mixed::Floats
-        };
-        output(ops, &self.out, n, buffers, mixed)
+        let quantizes = batch.is_one_part() && self.out.takes_quants() && in_runs;
+        after_states(batch.segments, &self.states, |rows, state| {
+            let quants = quantizes.then_some(&mut buffers.inner);
+            let mamba = ops::Mamba {
+                sizes: self.sizes,
+                projected: of_rows(projected, &rows, self.sizes.projected()),
+                conv: self.conv.view(),
+                conv_bias: self.conv_bias.as_ref().map(Buffer::view),
+                dt_bias: self.dt_bias.view(),
+                decay: self.decay.view(),
+                skip: self.skip.view(),
+                norm: self.norm.view(),
+                eps,
+                positions: buffers.positions.all().part(rows.clone()),
+                inputs: self.states.state(0, state),
+                matrices: self.states.state(1, state),
+                convolved: buffers.q.view(),
+                rates: buffers.v.view(),
+                out: of_rows(buffers.mixed.view(), &rows, self.out.n_in),
+            };
+            ops.mamba(&mamba, quants)
+        })?;
+        output(ops, &self.out, n, buffers, Mixed::quantized_if(quantizes))
     }
 }

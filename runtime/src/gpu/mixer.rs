@@ -11,7 +11,9 @@ use super::mla::Mla;
 use super::short_conv::ShortConv;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
+use crate::layers::pages::StateIdx;
 use crate::layers::rope::LayerRopes;
+use std::ops::Range;
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{GateFunction, Mixer as MixerSpec, OutputGate};
 
@@ -25,6 +27,34 @@ pub(super) struct MixerBatch<'a> {
     pub(super) first_row: usize,
     pub(super) eps: f32,
     pub(super) segments: &'a [Segment<'a>],
+}
+
+impl MixerBatch<'_> {
+    /// Returns whether all rows are taken after their state at once, so that a launch may quantize
+    /// the result of the batch.
+    pub(super) fn is_one_part(&self) -> bool {
+        matches!(self.segments, [only] if only.checkpoints.is_empty())
+    }
+}
+
+/// Has `step` take the rows of each text after its state, and copies the state to checkpoints. Rows
+/// that a checkpoint follows end a step.
+pub(super) fn after_states(
+    segments: &[Segment<'_>],
+    states: &DeviceCache,
+    mut step: impl FnMut(Range<usize>, StateIdx) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    for segment in segments {
+        for (rows, checkpoint) in segment.parts() {
+            if !rows.is_empty() {
+                step(rows, segment.state)?;
+            }
+            if let Some(to) = checkpoint {
+                states.copy_state(segment.state, to)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A layer's attention with its KV cache, or what it has in place of that with its state.
@@ -145,6 +175,17 @@ pub(super) enum Mixed {
     Floats,
     /// Those, and their quantized form in `buffers.inner`.
     Quantized,
+}
+
+impl Mixed {
+    /// Selects the quantized form if the rows have it already.
+    pub(super) fn quantized_if(is_quantized: bool) -> Self {
+        if is_quantized {
+            Mixed::Quantized
+        } else {
+            Mixed::Floats
+        }
+    }
 }
 
 /// Computes `buffers.out = o(buffers.mixed)`, the last product of a mixer.

@@ -2,7 +2,7 @@
 
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, product};
-use super::mixer::{Mixed, MixerBatch, output};
+use super::mixer::{Mixed, MixerBatch, after_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops;
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -46,25 +46,20 @@ impl ShortConv {
         buffers: &mut GpuBuffers,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let MixerBatch { n, segments, .. } = batch;
+        let n = batch.n;
         let (x, projected) = (buffers.answer.view(), buffers.raw.view());
         product(ops, &self.input, n, x, &buffers.quants, projected)?;
-        for segment in segments {
-            for (rows, checkpoint) in segment.parts() {
-                ops.short_conv(&ops::ShortConv {
-                    channels: self.channels,
-                    taps: self.taps,
-                    projected: of_rows(projected, &rows, 3 * self.channels),
-                    weight: self.conv.view(),
-                    positions: buffers.positions.all().part(rows.clone()),
-                    inputs: self.states.state(0, segment.state),
-                    out: of_rows(buffers.mixed.view(), &rows, self.channels),
-                })?;
-                if let Some(to) = checkpoint {
-                    self.states.copy_state(segment.state, to)?;
-                }
-            }
-        }
+        after_states(batch.segments, &self.states, |rows, state| {
+            ops.short_conv(&ops::ShortConv {
+                channels: self.channels,
+                taps: self.taps,
+                projected: of_rows(projected, &rows, 3 * self.channels),
+                weight: self.conv.view(),
+                positions: buffers.positions.all().part(rows.clone()),
+                inputs: self.states.state(0, state),
+                out: of_rows(buffers.mixed.view(), &rows, self.channels),
+            })
+        })?;
         output(ops, &self.out, n, buffers, Mixed::Floats)
     }
 }

@@ -45,6 +45,11 @@ DEVICE float minus_infinity() {
     return __int_as_float((int)0xff800000);
 }
 
+/// Returns `ln(1 + e^x)`.
+DEVICE float softplus(float x) {
+    return x > 20.0f ? x : log1pf(expf(x));
+}
+
 DEVICE float warp_sum(float v) {
     for (int step = WARP / 2; step > 0; step /= 2) v += __shfl_xor_sync(ALL_LANES, v, step);
     return v;

@@ -71,11 +71,6 @@ DEVICE void delta_convolve_head(const DeltaInputs& in, int taps, const float* we
     }
 }
 
-/// Returns `ln(1 + e^x)`.
-DEVICE float softplus(float x) {
-    return x > 20.0f ? x : log1pf(expf(x));
-}
-
 /// Keeps the inputs that the next tokens' convolution needs after `n` tokens; a thread per channel,
 /// over the whole grid.
 DEVICE void delta_keep_inputs(const DeltaInputs& in, int n, int keep, bool fresh, float* inputs) {

@@ -48,7 +48,7 @@ KERNEL mamba_convolve(const float* projected, int inner, int channels, int n_hea
     } else if (head < n_head) {
         // Steps follow the channels.
         const float x = rows[(i64)token * width + at] + dt_bias[head];
-        const float step = x > 20.0f ? x : log1pf(expf(x));
+        const float step = softplus(x);
         float* rate = rates + 2 * ((i64)token * n_head + head);
         rate[0] = expf(step * decay[head]);
         rate[1] = step;

@@ -143,13 +143,13 @@ KERNEL activate(float* gate, const float* up, int activation, float a, float b, 
 }
 
 /// Multiplies values by their gates, one gate per `share` values in turn: by `1 / (1 + exp(-gate))`,
-/// or, with `softplus`, by `log(1 + exp(gate))`.
-KERNEL gate(float* x, const float* gate, int share, int softplus, i64 n) {
+/// or, with `by_softplus`, by `log(1 + exp(gate))`.
+KERNEL gate(float* x, const float* gate, int share, int by_softplus, i64 n) {
     const i64 i = thread_number();
     if (i >= n) return;
     const float g = gate[i / share];
-    if (softplus) {
-        x[i] *= g > 20.0f ? g : log1pf(expf(g));
+    if (by_softplus) {
+        x[i] *= softplus(g);
     } else {
         x[i] = x[i] / (1.0f + expf(-g));
     }

@@ -79,7 +79,7 @@ KERNEL route(const float* logits, const float* bias, const float* factors, int n
         float p = l;
         if (gating == SOFTMAX) p = expf(l - most);
         if (gating == SIGMOID) p = 1.0f / (1.0f + expf(-l));
-        if (gating == SQRT_SOFTPLUS) p = sqrtf(l > 20.0f ? l : log1pf(expf(l)));
+        if (gating == SQRT_SOFTPLUS) p = sqrtf(softplus(l));
         probs[i] = p;
         sum += p;
     }

@@ -2,8 +2,9 @@
 //! head of keys and values by itself.
 
 use super::Check;
-use super::attention::{Scores, plain_attention, stored, widened};
+use super::attention::{Scores, plain_attention};
 use super::index::best;
+use super::kv_rows::{stored, widened};
 use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;

@@ -1,8 +1,8 @@
 //! Attention to a window and to vectors of blocks: rows of tokens, choices, and attention.
 
 use super::Check;
-use super::attention::{stored, widened};
 use super::index::rotated;
+use super::kv_rows::{stored, widened};
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{

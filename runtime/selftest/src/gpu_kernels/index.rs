@@ -1,7 +1,8 @@
 //! Lightning indexers: keys in the cache, ratings, choices, and attention to what was chosen.
 
 use super::Check;
-use super::attention::{Scores, plain_attention, stored, widened};
+use super::attention::{Scores, plain_attention};
+use super::kv_rows::{stored, widened};
 use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;

@@ -10,6 +10,7 @@ mod delta;
 mod gated;
 mod index;
 mod kda;
+mod kv_rows;
 mod mamba;
 mod open_blocks;
 mod pooled_index;
@@ -82,6 +83,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(chosen::checks());
     checks.extend(small::checks());
     checks.extend(by_token::checks());
+    checks.extend(kv_rows::checks());
     checks.extend(attention::checks());
     checks.extend(index::checks());
     checks.extend(block_index::checks());

@@ -1,9 +1,9 @@
 //! Blocks of tokens with one vector each: the vectors of complete blocks, and the state of open ones.
 
 use super::Check;
-use super::attention::widened;
 use super::compressed::{EPS, Pages, normed, within};
 use super::index::rotated;
+use super::kv_rows::widened;
 use crate::outcome::Outcome;
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{BlockSizes, Frequencies, KeepCompressed, OpenRows, PoolBlocks};

@@ -1,8 +1,8 @@
 //! Indexers that rate blocks by one key each: keys that are pooled, and ratings of blocks.
 
 use super::Check;
-use super::attention::{stored, widened};
 use super::index::{best, normed};
+use super::kv_rows::{stored, widened};
 use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;

@@ -1,7 +1,7 @@
 //! Texts whose pages lie anywhere in the KV cache, and checks that neither other tokens nor other
 //! texts change a result.
 
-use super::attention::stored;
+use super::kv_rows::stored;
 use crate::outcome::Outcome;
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
