@@ -9,8 +9,6 @@
 #define HEADS 8
 /// Threads per block.
 #define THREADS 128
-/// Widest key: a latent of 512 and a rotated part of 64 are 576.
-#define MAX_KEY 640
 /// Lanes per position while scores are computed.
 #define SHARE 8
 

@@ -2,9 +2,6 @@
 #pragma once
 #include "rows.cuh"
 
-/// Widest key or value.
-#define MAX_KEY 640
-
 /// Rotates the pairs of a token's row with all threads of a block; `turns` is `[tokens, half]` of
 /// cosine and sine. The values of a pair are adjacent, or `half` values apart.
 DEVICE void rotate(float* row, const float* turns, int token, int half, int neighbours) {

@@ -4,6 +4,9 @@
 #pragma once
 #include "base.cuh"
 
+/// Widest key: a latent of 512 and a rotated part of 64 are 576.
+#define MAX_KEY 640
+
 /// The pages of a text, each of `1 << bits` positions, in the order of the text.
 struct Pages {
     const int* table;

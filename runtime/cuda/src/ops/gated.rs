@@ -1,7 +1,7 @@
 //! Fused kernels of feed-forward blocks for few rows: gate, up and activation in one launch, and
 //! down with the weighted sum over a token's experts in another.
 
-use super::products::row_bytes;
+use super::operands::row_bytes;
 use super::{Input, MATVEC_ROWS, Matrices, MatrixTable, Quants, blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops, source};

@@ -15,6 +15,7 @@ mod index;
 mod kda;
 mod mamba;
 mod open_blocks;
+mod operands;
 mod positions;
 mod products;
 mod prompt_attention;
@@ -37,11 +38,12 @@ pub use index::{IndexQueries, IndexRows, PooledRows};
 pub use kda::{Kda, KdaSizes};
 pub use mamba::{MAX_MAMBA_STATE, Mamba, MambaSizes};
 pub use open_blocks::{BlockSizes, Frequencies, KeepCompressed, OpenRows, PoolBlocks};
-pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
-pub use products::{
-    BatchMatrices, FusedMatvec, Input, MAX_FUSED, Matrices, MatrixTable, Matvec, Quants,
-    SharedView, TokenGroup, TokenGroups, TransposedMatvec,
+pub use operands::{
+    BatchMatrices, FusedMatvec, Input, Matrices, MatrixTable, Matvec, Quants, SharedView,
+    TokenGroup, TokenGroups, TransposedMatvec,
 };
+pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
+pub use products::MAX_FUSED;
 pub use prompt_attention::PROMPT_TOKENS;
 pub use short_conv::ShortConv;
 pub use small::{
