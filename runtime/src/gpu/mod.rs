@@ -1,6 +1,5 @@
-//! The parts of a model that run on GPUs beside routed experts: attention with its KV cache, delta
-//! nets, Mamba-2, and short convolutions with their states, routers, shared experts, dense blocks, the
-//! head and the embedding.
+//! The parts of a model that run on GPUs beside routed experts: mixers with their KV caches and
+//! states, routers, shared experts, dense blocks, the head, and the embedding.
 //!
 //! The hidden state of a batch stays on a GPU while consecutive parts run there. A router's choices
 //! are copied to the CPU, whose expert store knows where experts are. All buffers are allocated at
