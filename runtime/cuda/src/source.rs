@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 19] = [
+pub static MODULES: [Module; 20] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -110,7 +110,14 @@ pub static MODULES: [Module; 19] = [
     Module {
         name: "block_index.cu",
         text: include_str!("kernels/block_index.cu"),
-        kernels: &["rate_best_f32", "rate_best_f16", "rate_best_q8"],
+        kernels: &[
+            "rate_best_f32",
+            "rate_best_f16",
+            "rate_best_q8",
+            "mean_keys_f32",
+            "mean_keys_f16",
+            "mean_keys_q8",
+        ],
     },
     Module {
         name: "compressed.cu",
@@ -167,6 +174,11 @@ pub static MODULES: [Module; 19] = [
         name: "short_conv.cu",
         text: include_str!("kernels/short_conv.cu"),
         kernels: &["short_conv", "short_conv_keep"],
+    },
+    Module {
+        name: "ngram.cu",
+        text: include_str!("kernels/ngram.cu"),
+        kernels: &["ngram_gate", "ngram_convolve", "ngram_keep"],
     },
     Module {
         name: "streams.cu",

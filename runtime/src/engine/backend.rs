@@ -231,6 +231,7 @@ impl Backends {
     pub(crate) fn embed(&mut self, spec: &ModelSpec, on: TextRows<'_>) -> Result<Place, RunError> {
         let batch = on.batch;
         let (processors, mut stage) = self.stage(spec, 0..batch.len(), on);
+        processors.cpu.name_ngrams(spec, batch);
         let place = processors.gpus.places.embedding;
         processors.on(place).embed(&mut stage, &batch.tokens)?;
         Ok(place)
@@ -257,6 +258,7 @@ impl Backends {
         processors.transfer(&stage, place, places.mixer)?;
         if layer.spec.has_mixer() {
             processors.bring_choices(&stage, layer)?;
+            processors.bring_ngrams(&stage, layer)?;
             processors.on(places.mixer).mixer(&mut stage, layer)?;
         }
         processors.transfer(&stage, places.mixer, places.ffn)?;

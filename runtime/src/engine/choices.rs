@@ -1,5 +1,5 @@
 //! What a part on one processor leaves for parts on another one: blocks of positions that an indexer
-//! chose, and weights for writing results back to several streams.
+//! chose, rows of the n-gram table, and weights for writing results back to several streams.
 
 use super::backend::{Processors, Stage};
 use super::sequences::WHOLE;
@@ -49,6 +49,24 @@ impl Processors {
         match to {
             Some(tier) => self.gpus.of(tier).put_choices(rows, &blocks)?,
             None => self.cpu.mixer.put_choices(rows, &blocks),
+        }
+        Ok(())
+    }
+
+    /// Brings what is in the n-gram table for a stage's rows to the GPU of a layer that adds it.
+    pub(super) fn bring_ngrams(
+        &mut self,
+        stage: &Stage<'_>,
+        layer: Layer<'_>,
+    ) -> Result<(), RunError> {
+        let adds = layer.spec.residual.ngram.is_some();
+        let to = self.gpus.places.layers[layer.index.get()].mixer;
+        let Some(to) = to.filter(|_| adds) else {
+            return Ok(());
+        };
+        let rows = stage.rows.clone();
+        if let Some(values) = self.cpu.ngram_rows(stage.cpu, stage.spec, rows) {
+            self.gpus.of(to).put_ngrams(values)?;
         }
         Ok(())
     }

@@ -253,7 +253,6 @@ impl Cpu {
 
 impl LayerBackend for Cpu {
     fn embed(&mut self, stage: &mut Stage<'_>, tokens: &[u32]) -> Result<(), RunError> {
-        self.name_ngrams(stage);
         self.read_inputs_ahead(stage.spec, tokens);
         self.embed_rows(stage.spec, tokens);
         self.spread(stage.spec, tokens.len());

@@ -43,6 +43,14 @@ impl Engine {
         } = self;
         let (spec, n) = (model.spec(), batch.len());
         let processors = &mut backends.processors;
+        let cpu = CpuContext {
+            pool: &backends.pool,
+            kernels: backends.kernels,
+        };
+        processors.cpu.name_ngrams(spec, batch);
+        if let Some(values) = processors.cpu.ngram_rows(cpu, spec, 0..n) {
+            processors.gpus.of(tier).put_ngrams(values)?;
+        }
         let embeds = processors.gpus.places.embedding == Some(tier);
         let first = output.logits.len();
         output.logits.resize(first + n * spec.n_vocab, 0.0);
@@ -73,10 +81,6 @@ impl Engine {
             tokens,
             &mut sequences.cache.rotations.tables,
         )?;
-        let cpu = CpuContext {
-            pool: &backends.pool,
-            kernels: backends.kernels,
-        };
         let bias = processors.gpus.of(tier).head_bias();
         finish_logits(
             cpu,

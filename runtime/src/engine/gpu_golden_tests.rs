@@ -18,8 +18,8 @@ use tier_plan_testing::{Golden, models};
 /// A model with thousands of tokens, for chunks of attention.
 const LONG: &str = "llama4-long";
 
-/// Models that run on a GPU as a whole.
-const WHOLE: [&str; 38] = [
+/// Models that run on a GPU as a whole, beside tables of n-grams.
+const WHOLE: [&str; 39] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
@@ -56,6 +56,7 @@ const WHOLE: [&str; 38] = [
     "qwen2",
     "qwen35",
     "qwen3vlmoe",
+    "qwen4exp",
     "smollm3",
     "step35",
 ];
@@ -79,7 +80,9 @@ impl Left {
     }
 
     fn plan(&self, shape: &ModelShape, context: u32) -> Placement {
-        let on_gpu = |kind: DenseKind, layer| !self.has(Part::Dense(kind).name(), layer);
+        let on_gpu = |kind: DenseKind, layer| {
+            kind != DenseKind::TokenTable && !self.has(Part::Dense(kind).name(), layer)
+        };
         let experts = if self.has("experts", None) {
             Experts::Memory
         } else {
@@ -97,10 +100,7 @@ impl Left {
         else {
             panic!("{refusal}");
         };
-        let of_layer = !matches!(
-            group,
-            "embedding" | "token_table" | "head" | "experts" | "kv_cache"
-        );
+        let of_layer = !matches!(group, "embedding" | "head" | "experts" | "kv_cache");
         let layer = of_layer.then_some(layer as u32);
         assert!(self.groups.insert((group, layer)), "refused again: {why}");
         self.reasons.insert((group, why));

@@ -2,9 +2,10 @@
 //! hyper-connections; and the space of latent experts.
 
 use super::backend::Stage;
+use super::batch::Batch;
 use super::cpu::Cpu;
 use super::residual::norm_in_place;
-use crate::layers::cpu_context::{add_bias, norm_rows};
+use crate::layers::cpu_context::{CpuContext, add_bias, norm_rows};
 use crate::layers::index::Layer;
 use crate::layers::mixer::Segment;
 use crate::layers::ngram::NgramInput;
@@ -129,16 +130,28 @@ impl Cpu {
 
     /// Names the rows of the n-gram table that a batch reads, and has those that are mapped read
     /// ahead.
-    pub(super) fn name_ngrams(&mut self, stage: &Stage<'_>) {
-        let Some(table) = &stage.spec.ngrams else {
+    pub(super) fn name_ngrams(&mut self, spec: &ModelSpec, batch: &Batch) {
+        let Some(table) = &spec.ngrams else {
             return;
         };
         self.ngrams.clear();
-        for span in &stage.batch.spans {
-            let tokens = &stage.batch.tokens[span.rows.clone()];
+        for span in &batch.spans {
+            let tokens = &batch.tokens[span.rows.clone()];
             self.ngrams.name(table, span.before(), tokens);
         }
         self.weights.read_ahead(table.table, self.ngrams.named());
+    }
+
+    /// Returns what is in the n-gram table for some rows of the batch, `[rows, hidden]`, if the model has
+    /// one.
+    pub(super) fn ngram_rows(
+        &mut self,
+        cpu: CpuContext<'_>,
+        spec: &ModelSpec,
+        rows: Range<usize>,
+    ) -> Option<&[f32]> {
+        let table = spec.ngrams.as_ref()?;
+        Some(self.ngrams.find(cpu, &self.weights, table, rows))
     }
 
     /// Has the tokens' rows of the table of inputs for every layer read ahead, where it is mapped.

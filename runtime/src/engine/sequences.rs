@@ -156,7 +156,7 @@ impl Sequences {
         let (kinds, windows) = kinds(spec, room, places);
         let placed = spec.layers.iter().zip(&places.layers).zip(&kinds);
         let on_gpu = |device: &Arc<dyn Device>, layer: &LayerSpec| {
-            DeviceCache::new(device, &layer.mixer, plan.kv_type, positions, n_states)
+            DeviceCache::new(device, layer, plan.kv_type, positions, n_states)
                 .map(LayerCache::OnGpu)
                 .map_err(|source| LoadError::Gpu {
                     plan: plan.name.clone(),

@@ -67,6 +67,7 @@ pub(crate) struct BufferSizes {
     index_k: usize,
     ratings: usize,
     chosen: usize,
+    ngrams: usize,
     logits: usize,
     /// Words of the tokens' positions and pages.
     positions: usize,
@@ -117,6 +118,9 @@ impl BufferSizes {
         let here = |place| place == Some(tier);
         for (layer, at) in spec.layers.iter().zip(&places.layers) {
             if here(at.mixer) {
+                if layer.residual.ngram.is_some() {
+                    s.ngrams = rows * hidden;
+                }
                 s.mixer(&layer.mixer, context);
                 match &layer.mixer {
                     Mixer::Mla(a) => s.choices(a, batch, context),
@@ -286,8 +290,9 @@ impl BufferSizes {
         self.index_k = self.index_k.max(rows * index.k.n_out);
         if choice.may_leave_out(context) {
             self.index_q = self.index_q.max(rows * index.q.n_out);
-            self.rate(choice.rating_words(context).saturating_mul(index.n_head));
-            let chosen = rows.saturating_mul(index.n_head * choice.kept);
+            let lists = index.lists();
+            self.rate(choice.rating_words(context).saturating_mul(lists));
+            let chosen = rows.saturating_mul(lists * choice.kept);
             self.chosen = self.chosen.max(chosen);
         }
     }
@@ -346,6 +351,7 @@ impl BufferSizes {
             self.index_k,
             self.ratings,
             self.chosen,
+            self.ngrams,
             self.logits,
             self.record,
         ];
@@ -409,6 +415,8 @@ pub(super) struct GpuBuffers {
     /// `[batch, lists, kept]` positions or blocks that tokens attend to, as the last indexer chose
     /// them.
     pub(super) chosen: Buffer,
+    /// `[rows, hidden]` what tokens' n-grams are in their table.
+    pub(super) ngrams: Buffer,
     pub(super) logits: Buffer,
     /// Routers' choices for tokens that stay on the GPU: by layer, the experts of all tokens and then
     /// their weights.
@@ -457,6 +465,7 @@ impl GpuBuffers {
             index_k: floats(s.index_k)?,
             ratings: floats(s.ratings)?,
             chosen: floats(s.chosen)?,
+            ngrams: floats(s.ngrams)?,
             logits: floats(s.logits)?,
             record: floats(s.record)?,
             turns: s

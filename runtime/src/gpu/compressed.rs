@@ -14,9 +14,9 @@ use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
 use std::ops::Range;
 use tier_plan_cuda::ops::{
-    AttendCompressed, BatchMatrices, BlockSizes, Choice, CompressedRows, FarRows, Frequencies,
-    IndexHeads, IndexQueries, Input, KeepCompressed, OpenRows, PoolBlocks, RopeTurns, TokenGroup,
-    TokenGroups, TurnBack,
+    AttendCompressed, BatchMatrices, BlockKeys, BlockSizes, Choice, CompressedRows, FarRows,
+    Frequencies, IndexHeads, IndexQueries, Input, KeepCompressed, OpenRows, PoolBlocks, RopeTurns,
+    TokenGroup, TokenGroups, TurnBack,
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops};
 use tier_plan_formats::model::spec::{CompressedIndex, CompressedSpec, Compressor};
@@ -305,11 +305,12 @@ impl Compressed {
             queries: buffers.v.view(),
             n_head: spec.n_head,
             key_dim: spec.key_dim,
-            head_weights: buffers.index_weights.view(),
+            head_weights: Some(buffers.index_weights.view()),
             scale: 1.0 / ((spec.n_head * spec.key_dim) as f32).sqrt(),
             positions: buffers.positions.all(),
             kv_type: self.cache.kv_type(),
             keys: self.cache.rows(1),
+            key_rows: BlockKeys::OfBlocks,
             choice: *choice,
         };
         ops.choose_positions(&queries, buffers.ratings.view(), buffers.chosen.view())

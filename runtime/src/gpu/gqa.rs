@@ -59,7 +59,7 @@ impl Gqa {
             })
         });
         let index = a.index.as_ref();
-        let index = index.map(|index| BlockIndex::new(loader, index));
+        let index = index.map(|index| BlockIndex::new(loader, index, a.rope.as_ref().zip(rope)));
         Ok(Self {
             spec: a.clone(),
             index: index.transpose()?,

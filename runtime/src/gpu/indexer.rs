@@ -6,7 +6,9 @@ use super::matrix::{GpuLoader, Matrix, from_value, of_rows, product};
 use super::mixer::after_states;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
-use tier_plan_cuda::ops::{Choice, IndexQueries, IndexRows, PooledRows, Reached, RopeTurns};
+use tier_plan_cuda::ops::{
+    BlockKeys, Choice, IndexQueries, IndexRows, PooledRows, Reached, RopeTurns,
+};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::IndexerSpec;
 
@@ -97,11 +99,12 @@ impl Indexer {
                 queries: from_value(queries, first * spec.q.n_out),
                 n_head: spec.n_head,
                 key_dim: spec.key_dim,
-                head_weights: from_value(weights, first * spec.n_head),
+                head_weights: Some(from_value(weights, first * spec.n_head)),
                 scale: spec.scale,
                 positions: positions.part(tokens.clone()),
                 kv_type: cache.kv_type(),
                 keys: cache.rows(KEYS),
+                key_rows: BlockKeys::OfBlocks,
                 choice,
             };
             let lists = from_value(lists, first * choice.kept);

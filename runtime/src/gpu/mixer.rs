@@ -37,12 +37,31 @@ impl MixerBatch<'_> {
     }
 }
 
-/// Has `step` take the rows of each text after its state, and copies the state to checkpoints. Rows
+/// Has `step` take the rows of each text after the mixer's state, and copies that to checkpoints. Rows
 /// that a checkpoint follows end a step.
 pub(super) fn after_states(
     segments: &[Segment<'_>],
     states: &DeviceCache,
+    step: impl FnMut(Range<usize>, StateIdx) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    step_by_step(segments, step, |from, to| states.copy_mixer_state(from, to))
+}
+
+/// Has `step` take the rows of each text after the state of an n-gram block, and copies that to
+/// checkpoints.
+pub(super) fn after_ngram_states(
+    segments: &[Segment<'_>],
+    states: &DeviceCache,
+    step: impl FnMut(Range<usize>, StateIdx) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    step_by_step(segments, step, |from, to| states.copy_ngram_state(from, to))
+}
+
+/// Has `step` take the rows of each text up to a checkpoint, and `copy` a state to it then.
+fn step_by_step(
+    segments: &[Segment<'_>],
     mut step: impl FnMut(Range<usize>, StateIdx) -> Result<(), CudaError>,
+    copy: impl Fn(StateIdx, StateIdx) -> Result<(), CudaError>,
 ) -> Result<(), CudaError> {
     for segment in segments {
         for (rows, checkpoint) in segment.parts() {
@@ -50,7 +69,7 @@ pub(super) fn after_states(
                 step(rows, segment.state)?;
             }
             if let Some(to) = checkpoint {
-                states.copy_state(segment.state, to)?;
+                copy(segment.state, to)?;
             }
         }
     }

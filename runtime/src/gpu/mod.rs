@@ -26,6 +26,7 @@ mod mamba;
 mod matrix;
 mod mixer;
 mod mla;
+mod ngram;
 pub(crate) mod parts;
 mod router;
 pub(crate) mod rows;
@@ -407,7 +408,7 @@ pub(super) fn mixer_alone(
     let mut rotations = super::layers::rope::Rotations::new(&spec, &weights, context);
     // The state of the text is not the first one.
     let (state, pages) = (1, mixed_pages(context));
-    let cache = DeviceCache::new(&device, mixer, kv_type, context, 2).unwrap();
+    let cache = DeviceCache::new(&device, &spec.layers[0], kv_type, context, 2).unwrap();
     let kept = KeptByLayers {
         caches: &[LayerCache::OnGpu(cache)],
         ropes: &rotations.of_layer,

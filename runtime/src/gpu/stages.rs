@@ -4,6 +4,7 @@ use super::buffers::logit_rows;
 use super::ffn::LayerFfn;
 use super::matrix::{GpuLoader, Matrix, product};
 use super::mixer::{Mixer, MixerBatch};
+use super::ngram::Ngram;
 use super::streams::BlockInput;
 use super::workspace::{BlockEnd, Output, Purpose, Residual, Workspace};
 use crate::layers::device_cache::DeviceCache;
@@ -23,8 +24,9 @@ pub(super) struct Layer {
     pub(super) ffn: Option<LayerFfn>,
 }
 
-/// A mixer with its norm.
+/// A mixer with its norm, and what is before it.
 pub(super) struct LayerMixer {
+    ngram: Option<Ngram>,
     input: BlockInput,
     pub(super) mixer: Mixer,
     end: BlockEnd,
@@ -52,7 +54,10 @@ impl Layer {
         let has_mixer = layer.has_mixer() && here(places.mixer);
         let mixer = cache.filter(|_| has_mixer).map(|cache| {
             let connection = layer.residual.connections.map(|c| c.mixer);
+            let ngram = layer.residual.ngram.as_ref();
+            let ngram = ngram.map(|block| Ngram::new(loader, block, cache.clone()));
             Ok(LayerMixer {
+                ngram: ngram.transpose()?,
                 input: BlockInput::new(loader, connection.as_ref(), layer.mixer_norm)?,
                 end: BlockEnd {
                     norm: loader.opt_vector(layer.residual.mixer_norm)?,
@@ -80,9 +85,14 @@ impl LayerMixer {
         work: &mut Workspace,
         rows: Range<usize>,
         segments: &[Segment<'_>],
-        residual: Residual,
+        mut residual: Residual,
     ) -> Result<(), CudaError> {
         let (n, first_row) = (rows.len(), rows.start);
+        if let Some(ngram) = &self.ngram {
+            work.complete(rows.clone(), residual)?;
+            residual = Residual::None;
+            ngram.add(work, rows.clone(), segments)?;
+        }
         let output = Output::quantized_if(self.mixer.takes_quants());
         self.input
             .read(work, rows, residual, output, Purpose::Block)?;

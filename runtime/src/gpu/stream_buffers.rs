@@ -14,13 +14,13 @@ use tier_plan_formats::placement::TierIdx;
 
 /// Buffers of several streams, empty for one.
 pub(super) struct StreamBuffers {
-    /// `[rows, streams * hidden]`: normalized streams.
+    /// `[rows, streams * hidden]`: normalized streams, or keys of n-grams.
     pub(super) wide: Buffer,
     /// `[rows, gates]`.
     pub(super) gates: Buffer,
     /// `[rows, rank]`.
     pub(super) low: Buffer,
-    /// `[rows, streams * hidden]`: gates of all values.
+    /// `[rows, streams * hidden]`: gates of all values, or gated values of n-grams.
     pub(super) value_gates: Buffer,
     /// `[batch, streams]`: factors on results.
     pub(super) post: Buffer,
@@ -48,6 +48,10 @@ impl StreamSizes {
         };
         let here = |place: Place| place == Some(tier);
         for (layer, at) in spec.layers.iter().zip(&places.layers) {
+            if here(at.mixer) && layer.residual.ngram.is_some() {
+                sizes.wide = most.rows * spec.residual_width();
+                sizes.value_gates = sizes.wide;
+            }
             let Some(connections) = &layer.residual.connections else {
                 continue;
             };

@@ -122,9 +122,7 @@ impl BlockInput {
             (None, None) => return Err(work.missing("the norm of a block")),
             (Some(connection), _) => connection,
         };
-        if residual == Residual::Pending {
-            work.add_out(rows.clone())?;
-        }
+        work.complete(rows.clone(), residual)?;
         match (connection, &self.norm) {
             (Connection::LowRank(low), _) => low.read(work, rows, output, purpose),
             (_, None) => Err(work.missing("the norm of a block")),
@@ -332,6 +330,14 @@ impl Workspace {
                 self.ops.write_streams(of, out, weights)
             }
             WriteBack::Bank(bank) => self.ops.write_bank(of, out, bank),
+        }
+    }
+
+    /// Adds to rows of the hidden state what is still to be added.
+    pub(super) fn complete(&self, rows: Range<usize>, residual: Residual) -> Result<(), CudaError> {
+        match residual {
+            Residual::Pending => self.add_out(rows),
+            Residual::None => Ok(()),
         }
     }
 

@@ -158,14 +158,6 @@ impl Index<'_> {
             .for_each(|(v, w)| *v *= factor * w);
     }
 
-    /// Returns how many choices a token makes: one per KV head, or one.
-    fn sets(&self) -> usize {
-        match self.spec.score {
-            BlockScore::Mean => 1,
-            BlockScore::Best { .. } => self.spec.n_head,
-        }
-    }
-
     /// Returns the blocks that a token at a position may choose.
     fn visible(&self, position: usize) -> usize {
         match self.spec.score {
@@ -176,7 +168,7 @@ impl Index<'_> {
 
     /// Chooses the blocks of every token of a text's rows, whose keys are stored.
     pub(super) fn choose(&self, segment: &Segment<'_>, cache: &RowStore, s: &mut IndexScratch) {
-        let (sets, n) = (self.sets(), segment.rows.len());
+        let (sets, n) = (self.spec.lists(), segment.rows.len());
         if s.chosen.len() < n * sets {
             s.chosen.resize_with(n * sets, Vec::new);
         }
@@ -270,7 +262,7 @@ impl Index<'_> {
         chunks: usize,
         s: &mut IndexScratch,
     ) {
-        let (sets, kept) = (self.sets(), self.spec.kept);
+        let (sets, kept) = (self.spec.lists(), self.spec.kept);
         let scores = &s.scores[..];
         LOCAL.with_borrow_mut(|local| {
             for (i, token) in tokens.enumerate() {
@@ -296,7 +288,7 @@ impl Index<'_> {
         chosen: &[Vec<u32>],
         runs: &mut Vec<Run<'a>>,
     ) {
-        let (sets, block) = (self.sets(), self.spec.block);
+        let (sets, block) = (self.spec.lists(), self.spec.block);
         let end = segment.past + token + 1;
         let set = if sets == 1 { 0 } else { kv_head };
         let blocks = chosen[token * sets + set].iter().map(|b| *b as usize);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tier_plan_cuda::ops::{DeltaSizes, KdaSizes, MambaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Device, View};
 use tier_plan_formats::model::kv::{KvRows, KvType};
-use tier_plan_formats::model::spec::{Compressor, IndexerSpec, Mixer};
+use tier_plan_formats::model::spec::{Compressor, IndexerSpec, LayerSpec, Mixer};
 
 /// A layer's cache in the memory of a GPU. Copies share the memory.
 #[derive(Clone)]
@@ -18,6 +18,8 @@ pub(crate) struct DeviceCache {
     /// By text, then those of checkpoints: a convolution's inputs or what is kept of blocks that are not
     /// complete, and matrices.
     states: Vec<Store>,
+    /// Likewise inputs of the convolution of an n-gram block before the mixer.
+    ngram: Option<Store>,
 }
 
 /// Rows of positions, or of blocks of positions. Those of blocks are in the page where they end, and a
@@ -104,16 +106,17 @@ impl Store {
 }
 
 impl DeviceCache {
-    /// Allocates the cache of a mixer that a GPU can run, for texts with `positions` positions and
-    /// `n_states` recurrent states in all.
+    /// Allocates the cache of a layer whose mixer a GPU can run, for texts with `positions` positions
+    /// and `n_states` recurrent states in all.
     pub(crate) fn new(
         device: &Arc<dyn Device>,
-        mixer: &Mixer,
+        layer: &LayerSpec,
         kv_type: KvType,
         positions: usize,
         n_states: usize,
     ) -> Result<Self, CudaError> {
         let row = |width: usize| kv_type.row_bytes(width as u64) as usize;
+        let mixer = &layer.mixer;
         // Bytes of a row, and the positions that share it.
         let rows: Vec<(usize, usize)> = match mixer {
             Mixer::Gqa(a) => {
@@ -157,7 +160,10 @@ impl DeviceCache {
         };
         let rows = rows.into_iter();
         let states = states.into_iter();
+        let ngram = Some(4 * layer.ngram_state_values()).filter(|bytes| *bytes > 0);
+        let ngram = ngram.map(|each| Store::new(device, n_states, each));
         Ok(Self {
+            ngram: ngram.transpose()?,
             kv_type,
             rows: rows
                 .map(|each| Rows::new(device, positions, each))
@@ -186,21 +192,45 @@ impl DeviceCache {
         self.states[index].part(state..state + 1)
     }
 
+    /// Returns the inputs of the convolution of an n-gram block, which the layer must have.
+    pub(crate) fn ngram_state(&self, state: StateIdx) -> Option<View<'_>> {
+        let state = state as usize;
+        let store = self.ngram.as_ref()?;
+        Some(store.part(state..state + 1))
+    }
+
+    /// Returns all that is kept of texts as recurrent states.
+    fn state_stores(&self) -> impl Iterator<Item = &Store> {
+        self.states.iter().chain(&self.ngram)
+    }
+
     /// Returns whether there are recurrent states.
     pub(super) fn is_recurrent(&self) -> bool {
-        !self.states.is_empty()
+        self.state_stores().next().is_some()
     }
 
     /// Returns the bytes of the cache.
     pub(super) fn bytes(&self) -> u64 {
         let rows: u64 = self.rows.iter().map(Rows::bytes).sum();
-        rows + self.states.iter().map(Store::bytes).sum::<u64>()
+        rows + self.state_stores().map(Store::bytes).sum::<u64>()
     }
 
     /// Copies a recurrent state to another.
-    pub(crate) fn copy_state(&self, from: StateIdx, to: StateIdx) -> Result<(), CudaError> {
+    pub(super) fn copy_state(&self, from: StateIdx, to: StateIdx) -> Result<(), CudaError> {
+        self.copy_mixer_state(from, to)?;
+        self.copy_ngram_state(from, to)
+    }
+
+    /// Copies what the mixer keeps in a recurrent state to another.
+    pub(crate) fn copy_mixer_state(&self, from: StateIdx, to: StateIdx) -> Result<(), CudaError> {
         let mut states = self.states.iter();
         states.try_for_each(|store| store.copy(from as usize, to as usize, 1))
+    }
+
+    /// Copies what an n-gram block keeps in a recurrent state to another.
+    pub(crate) fn copy_ngram_state(&self, from: StateIdx, to: StateIdx) -> Result<(), CudaError> {
+        let mut ngram = self.ngram.iter();
+        ngram.try_for_each(|store| store.copy(from as usize, to as usize, 1))
     }
 
     /// Copies the first `len` positions of a page to another.
@@ -229,14 +259,14 @@ impl DeviceCache {
     /// Returns the parts of the memory that a recurrent state is in.
     fn whole_state(&self, state: StateIdx) -> impl Iterator<Item = View<'_>> {
         let state = state as usize;
-        let states = self.states.iter();
+        let states = self.state_stores();
         states.map(move |store| store.part(state..state + 1))
     }
 
     /// Returns the bytes of a full page, and of a recurrent state.
     pub(super) fn saved_bytes(&self) -> (usize, usize) {
         let of_page = self.rows.iter().map(|rows| rows.of(PAGE) * rows.store.each);
-        let of_state = self.states.iter().map(|store| store.each);
+        let of_state = self.state_stores().map(|store| store.each);
         (of_page.sum(), of_state.sum())
     }
 

@@ -2,10 +2,11 @@
 //!
 //! The rows of the table are known as soon as the tokens are, so they can be read ahead exactly.
 
-use super::cpu_context::add_bias;
+use super::cpu_context::{CpuContext, add_bias};
 use super::mixer::Segment;
 use super::recurrent::{RecurrentState, copy_ngram_state};
 use super::streams::Streams;
+use super::weights::DenseWeights;
 use std::ops::Range;
 use tier_plan_formats::model::spec::{NgramBlock, NgramTable};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
@@ -74,7 +75,8 @@ impl Ngrams {
         states: &mut [RecurrentState],
         x: &mut [f32],
     ) {
-        self.read(on, input);
+        self.find(on.cpu, on.weights, input.table, input.rows.clone());
+        self.multiply(on, input.block, input.rows.len());
         self.gate(on, input.block, x);
         for segment in input.segments {
             for (rows, checkpoint) in segment.parts() {
@@ -88,14 +90,18 @@ impl Ngrams {
         }
     }
 
-    /// Reads the rows, and multiplies them to keys and values.
-    fn read(&mut self, on: Streams<'_>, input: &NgramInput<'_>) {
-        let Streams { cpu, weights, .. } = on;
-        let (table, block, n) = (input.table, input.block, input.rows.len());
-        let hidden = on.hidden;
+    /// Reads the rows of the table that some rows of the batch name. Returns them, `[rows, hidden]`.
+    pub(crate) fn find(
+        &mut self,
+        cpu: CpuContext<'_>,
+        weights: &DenseWeights,
+        table: &NgramTable,
+        rows: Range<usize>,
+    ) -> &[f32] {
+        let (n, hidden) = (rows.len(), table.n_heads() * table.width);
         self.found.resize(n * hidden, 0.0);
         let stored = weights.matrix(table.table, table.n_rows, table.width);
-        let named = &self.rows[input.rows.start * table.n_heads()..];
+        let named = &self.rows[rows.start * table.n_heads()..];
         let found = &mut self.found[..n * hidden];
         cpu.pool.for_each_slice(found, hidden, |t, row| {
             let named = &named[t * table.n_heads()..][..table.n_heads()];
@@ -105,6 +111,13 @@ impl Ngrams {
                 }
             }
         });
+        found
+    }
+
+    /// Multiplies `n` rows of the table to keys and values.
+    fn multiply(&mut self, on: Streams<'_>, block: &NgramBlock, n: usize) {
+        let Streams { cpu, weights, .. } = on;
+        let (hidden, found) = (on.hidden, &self.found[..n * on.hidden]);
         let quantize = [&block.key, &block.value]
             .iter()
             .any(|linear| needs_quants(weights.ty(linear.weight)));

@@ -1,5 +1,5 @@
-// Ratings of blocks of positions by their best key, for each head of keys and values by itself. A
-// rating does not depend on other tokens of the batch.
+// The indexes of block-sparse attention: ratings of blocks of positions by their best key, for each head of
+// keys and values by itself, and keys of whole blocks. Neither depends on other tokens of the batch.
 #include "choice.cuh"
 #include "place.cuh"
 
@@ -73,14 +73,47 @@ DEVICE void rate_best(const float* queries, const u8* keys, int n_head, int key_
     ratings[(i64)thread * stride] = rating;
 }
 
-#define RATE_BEST(NAME, ROWS)                                                                                       \
-    KERNEL NAME(const float* queries, const u8* keys, int n_head, int key_dim, const int* positions,                \
-                const int* begins, const int* tables, int page_bits, int block, int kept, int local, int stride,    \
-                float* ratings) {                                                                                   \
-        rate_best<ROWS>(queries, keys, n_head, key_dim, positions, begins, tables, page_bits, block, kept, local,   \
-                        stride, ratings);                                                                           \
+/// Makes the key of each block that ends with a token: the mean of its positions' rows as they are stored,
+/// normalized, and rotated as at its first position. It takes the place of the last of these rows. Grid:
+/// tokens.
+template <class Store, class Rows>
+DEVICE void mean_keys(u8* keys, int key_dim, int block, const float* norm, float eps, const float* frequencies,
+                      float magnitude, int half, int neighbours, const int* positions, const int* begins,
+                      const int* tables, int page_bits) {
+    __shared__ float row[MAX_KEY];
+    __shared__ float room[WARP];
+    const int token = (int)blockIdx.x, last = positions[token], first = last + 1 - block;
+    if ((last + 1) % block != 0) return;
+    const Pages pages(tables, begins, token, page_bits);
+    const i64 key_bytes = Rows::row_bytes(key_dim);
+    for (int i = (int)threadIdx.x; i < key_dim; i += THREADS) {
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int p = first; p <= last; p++) sum += Rows::at(keys + pages.at(p) * key_bytes, i);
+        row[i] = sum / (float)block;
+    }
+    // The barriers of the norm's sum are after all reads of the cache.
+    norm_row(row, key_dim, norm, eps, room);
+    __syncthreads();
+    rotate_at(row, frequencies, magnitude, first, half, neighbours);
+    __syncthreads();
+    Store::row(row, key_dim, keys + pages.at(last) * key_bytes);
+}
+
+#define BLOCK_INDEX(NAME, STORE_ROWS, ROWS)                                                                            \
+    KERNEL rate_best_##NAME(const float* queries, const u8* keys, int n_head, int key_dim, const int* positions,       \
+                            const int* begins, const int* tables, int page_bits, int block, int kept, int local,       \
+                            int stride, float* ratings) {                                                              \
+        rate_best<ROWS>(queries, keys, n_head, key_dim, positions, begins, tables, page_bits, block, kept, local,      \
+                        stride, ratings);                                                                              \
+    }                                                                                                                  \
+    KERNEL mean_keys_##NAME(u8* keys, int key_dim, int block, const float* norm, float eps, const float* frequencies,  \
+                            float magnitude, int half, int neighbours, const int* positions, const int* begins,        \
+                            const int* tables, int page_bits) {                                                        \
+        mean_keys<STORE_ROWS, ROWS>(keys, key_dim, block, norm, eps, frequencies, magnitude, half, neighbours,         \
+                                    positions, begins, tables, page_bits);                                             \
     }
 
-RATE_BEST(rate_best_f32, RowsF32)
-RATE_BEST(rate_best_f16, RowsF16)
-RATE_BEST(rate_best_q8, RowsQ8)
+BLOCK_INDEX(f32, StoreF32, RowsF32)
+BLOCK_INDEX(f16, StoreF16, RowsF16)
+BLOCK_INDEX(q8, StoreQ8, RowsQ8)

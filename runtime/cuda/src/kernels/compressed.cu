@@ -88,14 +88,7 @@ DEVICE void pool_blocks(const float* values, const float* gates, const float* ap
     const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)dim + eps);
     for (int c = (int)threadIdx.x; c < dim; c += (int)blockDim.x) row[c] *= factor * norm[c];
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
-        float* a = row + rope_first + (neighbours ? 2 * i : i);
-        float* b = neighbours ? a + 1 : a + half;
-        const float angle = (float)first * frequencies[i], from_a = *a, from_b = *b;
-        const float cosine = magnitude * cosf(angle), sine = magnitude * sinf(angle);
-        *a = from_a * cosine - from_b * sine;
-        *b = from_a * sine + from_b * cosine;
-    }
+    rotate_at(row + rope_first, frequencies, magnitude, first, half, neighbours);
     __syncthreads();
     const i64 at = Pages(tables, begins, 0, page_bits).of_block(block, ratio);
     Store::row(row, dim, cache + at * Store::row_bytes(dim));

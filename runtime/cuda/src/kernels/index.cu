@@ -129,12 +129,13 @@ DEVICE void pool_index(const float* keys, const float* gates, const float* norm,
 
 /// Computes `ratings[token, p] = sum over h of scale * weights[token, h] * max(0, queries[token, h]
 /// . keys[p])` for the positions up to each token's own, or for complete blocks of them with one key
-/// each, `stride` floats from one token to the next. Tokens that see no more than `kept` have no
+/// each, `stride` floats from one token to the next. The key of a block is in a row of its own, or `in_last`
+/// in the row of its last position. Without `weights`, all are 1. Tokens that see no more than `kept` have no
 /// ratings. Grid: tiles of positions or blocks, perhaps more than some of the tokens see; tokens.
 template <class Rows>
 DEVICE void rate(const float* queries, const float* weights, float scale, const u8* keys, int n_head, int key_dim,
-                 const int* positions, const int* begins, const int* tables, int page_bits, int block, int kept,
-                 int stride, float* ratings) {
+                 const int* positions, const int* begins, const int* tables, int page_bits, int block, int in_last,
+                 int kept, int stride, float* ratings) {
     __shared__ float4 key_room[RATED * RATED_STRIDE / 4];
     __shared__ float4 query_room[RATED_HEADS * RATED_STRIDE / 4];
     __shared__ float sums[RATED_HEADS / SIDE][RATED];
@@ -148,9 +149,12 @@ DEVICE void rate(const float* queries, const float* weights, float scale, const 
     const int thread = (int)threadIdx.x, own_position = thread % (RATED / SIDE), own_heads = thread / (RATED / SIDE);
     const Pages pages(tables, begins, token, page_bits);
     const i64 key_bytes = Rows::row_bytes(key_dim);
-    if (thread < n) rows[thread] = (int)pages.of_block(start + thread, block);
+    if (thread < n) {
+        const int at = start + thread;
+        rows[thread] = (int)(in_last ? pages.at((at + 1) * block - 1) : pages.of_block(at, block));
+    }
     queries += (i64)token * n_head * key_dim;
-    weights += (i64)token * n_head;
+    if (weights) weights += (i64)token * n_head;
     float own[SIDE];
     for (int p = 0; p < SIDE; p++) own[p] = 0.0f;
     for (int head0 = 0; head0 < n_head; head0 += RATED_HEADS) {
@@ -188,7 +192,7 @@ DEVICE void rate(const float* queries, const float* weights, float scale, const 
         for (int h = 0; h < SIDE; h++) {
             const int head = head0 + own_heads * SIDE + h;
             if (head >= n_head) continue;
-            const float weight = scale * weights[head];
+            const float weight = weights ? scale * weights[head] : scale;
             for (int p = 0; p < SIDE; p++) own[p] += weight * fmaxf(dots[h][p], 0.0f);
         }
     }
@@ -209,9 +213,9 @@ DEVICE void rate(const float* queries, const float* weights, float scale, const 
     }                                                                                                                  \
     KERNEL rate_##NAME(const float* queries, const float* weights, float scale, const u8* keys, int n_head,            \
                        int key_dim, const int* positions, const int* begins, const int* tables, int page_bits,         \
-                       int block, int kept, int stride, float* ratings) {                                              \
-        rate<ROWS>(queries, weights, scale, keys, n_head, key_dim, positions, begins, tables, page_bits, block, kept,  \
-                   stride, ratings);                                                                                   \
+                       int block, int in_last, int kept, int stride, float* ratings) {                                 \
+        rate<ROWS>(queries, weights, scale, keys, n_head, key_dim, positions, begins, tables, page_bits, block,        \
+                   in_last, kept, stride, ratings);                                                                    \
     }                                                                                                                  \
     KERNEL pool_index_##NAME(const float* keys, const float* gates, const float* norm, const float* norm_bias,         \
                              float eps, const float* ape, int key_dim, int block, int n, const int* positions,         \

@@ -62,14 +62,6 @@ DEVICE void store(const float* x, int width, const int* positions, const int* be
     Store::row(from, width, stored_row<Store>(cache, head, heads, width, positions, begins, tables, page_bits, token));
 }
 
-/// Normalizes a row in place.
-DEVICE void norm_row(float* row, int width, const float* norm, float eps, float* room) {
-    float squares = 0.0f;
-    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) squares += row[i] * row[i];
-    const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
-    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) row[i] = row[i] * factor * norm[i];
-}
-
 /// Normalizes heads, rotates those of queries and keys, the queries in place, and stores keys and
 /// values at the tokens' positions. Norms and `turns` may be null; those of queries and keys are
 /// `norms_last` after the rotation. Grid: heads of queries, of keys and of values; tokens.

@@ -1,6 +1,14 @@
-// What is done to new rows before they are in the KV cache: rotation, and storing in each type.
+// What is done to new rows before they are in the KV cache: norms, rotation, and storing in each type.
 #pragma once
 #include "rows.cuh"
+
+/// Normalizes a row in place.
+DEVICE void norm_row(float* row, int width, const float* norm, float eps, float* room) {
+    float squares = 0.0f;
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) squares += row[i] * row[i];
+    const float factor = 1.0f / sqrtf(block_sum(squares, room) / (float)width + eps);
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) row[i] = row[i] * factor * norm[i];
+}
 
 /// Rotates the pairs of a token's row with all threads of a block; `turns` is `[tokens, half]` of
 /// cosine and sine. The values of a pair are adjacent, or `half` values apart.
@@ -10,6 +18,19 @@ DEVICE void rotate(float* row, const float* turns, int token, int half, int neig
         float* a = row + (neighbours ? 2 * i : i);
         float* b = neighbours ? a + 1 : a + half;
         const float cosine = turn[2 * i], sine = turn[2 * i + 1], from_a = *a, from_b = *b;
+        *a = from_a * cosine - from_b * sine;
+        *b = from_a * sine + from_b * cosine;
+    }
+}
+
+/// Rotates the pairs of a row as at a position, with all threads of a block. `frequencies` are radians per
+/// position.
+DEVICE void rotate_at(float* row, const float* frequencies, float magnitude, int position, int half, int neighbours) {
+    for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
+        float* a = row + (neighbours ? 2 * i : i);
+        float* b = neighbours ? a + 1 : a + half;
+        const float angle = (float)position * frequencies[i], from_a = *a, from_b = *b;
+        const float cosine = magnitude * cosf(angle), sine = magnitude * sinf(angle);
         *a = from_a * cosine - from_b * sine;
         *b = from_a * sine + from_b * cosine;
     }

@@ -76,6 +76,15 @@ pub struct PooledRows<'a> {
     pub keys: View<'a>,
 }
 
+/// Where the key of a block of positions is in the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockKeys {
+    /// In a row of its own, `[blocks of the cache, key_dim]`: a row for each block that may end in a page.
+    OfBlocks,
+    /// In the row of the block's last position, `[positions of the cache, key_dim]`.
+    InLast,
+}
+
 /// What tokens choose positions by, whose keys are stored already.
 #[derive(Clone, Copy)]
 pub struct IndexQueries<'a> {
@@ -85,16 +94,18 @@ pub struct IndexQueries<'a> {
     pub n_head: usize,
     /// Values of a query or key.
     pub key_dim: usize,
-    /// `[tokens, n_head]`.
-    pub head_weights: View<'a>,
+    /// `[tokens, n_head]`; `None` where all are 1.
+    pub head_weights: Option<View<'a>>,
     /// Factor on the ratings.
     pub scale: f32,
     /// The tokens.
     pub positions: Positions<'a>,
     /// Storage type of the cache.
     pub kv_type: KvType,
-    /// `[blocks of the cache, key_dim]`: a row for each block that may end in a page.
+    /// Rows of `key_dim` values.
     pub keys: View<'a>,
+    /// Which rows these are.
+    pub key_rows: BlockKeys,
     /// What a token chooses.
     pub choice: Choice,
 }
@@ -109,16 +120,18 @@ impl IndexQueries<'_> {
             dim.is_multiple_of(4) && self.choice.open != OpenBlock::Rated,
             "keys of {dim}"
         );
-        assert!(
-            self.keys.len() >= self.positions.rows_of_blocks(self.choice.block) * row,
-            "cached keys"
-        );
+        let rows = match self.key_rows {
+            BlockKeys::OfBlocks => self.positions.rows_of_blocks(self.choice.block),
+            BlockKeys::InLast => self.positions.capacity(),
+        };
+        assert!(self.keys.len() >= rows * row, "cached keys");
         assert!(
             self.queries.words() >= tokens * self.n_head * dim,
             "queries"
         );
+        let weights = self.head_weights;
         assert!(
-            self.head_weights.words() >= tokens * self.n_head,
+            weights.is_none_or(|weights| weights.words() >= tokens * self.n_head),
             "weights of heads"
         );
         assert!(
@@ -281,9 +294,8 @@ impl Ops {
     ) -> Result<(), CudaError> {
         let values = i.n_head * i.key_dim;
         let queries = i.queries.floats(tokens.start * values..tokens.end * values);
-        let weights = i
-            .head_weights
-            .floats(tokens.start * i.n_head..tokens.end * i.n_head);
+        let of_heads = tokens.start * i.n_head..tokens.end * i.n_head;
+        let weights = i.head_weights.map(|weights| weights.floats(of_heads));
         let kernel = match i.kv_type {
             KvType::F32 => "rate_f32",
             KvType::F16 => "rate_f16",
@@ -293,7 +305,7 @@ impl Ops {
         let [positions, begins, tables, page_bits] = i.positions.part(tokens).args();
         let args = [
             queries.aligned().arg(),
-            weights.arg(),
+            null_or(weights),
             Arg::Float(i.scale),
             i.keys.aligned().arg(),
             int(i.n_head),
@@ -303,6 +315,7 @@ impl Ops {
             tables,
             page_bits,
             int(i.choice.block),
+            Arg::Int(i32::from(i.key_rows == BlockKeys::InLast)),
             int(i.choice.kept),
             int(width),
             ratings.arg(),

@@ -14,6 +14,7 @@ mod heads;
 mod index;
 mod kda;
 mod mamba;
+mod ngram;
 mod open_blocks;
 mod operands;
 mod positions;
@@ -26,7 +27,7 @@ mod stream;
 mod streams;
 
 pub use attention::{Attend, AttentionBuffers, CHUNK, MAX_KEY};
-pub use block_index::BlockQueries;
+pub use block_index::{BlockQueries, MeanKeys};
 pub use choice::{Choice, OpenBlock, Reached};
 pub use compressed::{
     AttendCompressed, CompressedRows, FarRows, IndexHeads, TurnBack, compressed_chunks,
@@ -34,9 +35,10 @@ pub use compressed::{
 pub use delta::{Delta, DeltaSizes, MAX_DELTA_HEAD};
 pub use gated::{ChosenSum, GateUpMatrices, Gated};
 pub use heads::{CacheRows, HeadNorms, Heads, RopeTurns};
-pub use index::{IndexQueries, IndexRows, PooledRows};
+pub use index::{BlockKeys, IndexQueries, IndexRows, PooledRows};
 pub use kda::{Kda, KdaSizes};
 pub use mamba::{MAX_MAMBA_STATE, Mamba, MambaSizes};
+pub use ngram::{NgramConv, NgramGate};
 pub use open_blocks::{BlockSizes, Frequencies, KeepCompressed, OpenRows, PoolBlocks};
 pub use operands::{
     BatchMatrices, FusedMatvec, Input, Matrices, MatrixTable, Matvec, Quants, SharedView,

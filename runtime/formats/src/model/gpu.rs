@@ -12,8 +12,8 @@ pub(crate) use archs::cpu_only_of;
 
 use super::shape::DenseKind;
 use super::spec::{
-    BlockScore, CompressedSpec, Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear,
-    MambaSpec, Mixer, MlaSpec, ModelSpec, MoeSpec, NormSpan, RouterInput, TensorId,
+    CompressedSpec, Connection, Ffn, GatedFfn, GqaSpec, KvUp, LayerSpec, Linear, MambaSpec, Mixer,
+    MlaSpec, ModelSpec, MoeSpec, NormSpan, RouterInput, TensorId,
 };
 use crate::gguf::Gguf;
 use std::collections::BTreeSet;
@@ -43,11 +43,11 @@ pub const MAX_STREAMS: usize = 64;
 /// Most of them that are mixed with each other.
 pub const MAX_MIXED_STREAMS: usize = 8;
 
-/// What no attention on a GPU chooses blocks by.
-const MEAN_KEYS: &str = "block-sparse attention by mean keys";
-
 /// What no layer or embedding on a GPU adds.
 const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
+
+/// What is too large for a GPU's memory, while a token reads a few rows of it.
+const NGRAM_TABLE: &str = "a table of n-grams";
 
 /// A part of a model that is placed by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -120,8 +120,8 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
         None,
         of_embedding.clone().filter(|_| !spec.tied()),
     );
-    let has_table = spec.token_inputs.is_some() || spec.ngrams.is_some();
-    let of_table = of_embedding.clone().filter(|_| has_table);
+    let of_table = spec.ngrams.as_ref().map(|_| NGRAM_TABLE.to_string());
+    let of_table = of_table.or(spec.token_inputs.map(|_| TOKEN_INPUTS.into()));
     add(Part::Dense(DenseKind::TokenTable), None, of_table);
     // The head of a tied model is the embedding.
     let tied = of_embedding.filter(|_| spec.tied());
@@ -228,8 +228,12 @@ fn mixer(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
     if let Some(why) = connection.and_then(|c| streams(gguf, spec, &c)) {
         return Some(why);
     }
-    if layer.residual.ngram.is_some() {
-        return Some("n-grams before the mixer".into());
+    let ngram = layer.residual.ngram.as_ref();
+    let mut of_ngram = ngram
+        .into_iter()
+        .flat_map(|block| [&block.key, &block.value]);
+    if let Some(why) = of_ngram.find_map(|l| misplaced(gguf, l)) {
+        return Some(why);
     }
     match &layer.mixer {
         Mixer::Compressed(a) => {
@@ -304,10 +308,6 @@ fn wide_state(m: &MambaSpec) -> Option<String> {
 fn attention(a: &GqaSpec) -> Option<&'static str> {
     let norm = a.qk_norm;
     let options = [
-        (
-            a.index.is_some_and(|index| index.score == BlockScore::Mean),
-            MEAN_KEYS,
-        ),
         (a.shared_kv.is_some(), "keys and values of another layer"),
         (
             norm.is_some_and(|norm| norm.after_rope && norm.span == NormSpan::Full),
@@ -324,9 +324,6 @@ fn attention(a: &GqaSpec) -> Option<&'static str> {
 fn embedding(spec: &ModelSpec) -> Option<String> {
     if spec.token_inputs.is_some() {
         return Some(TOKEN_INPUTS.into());
-    }
-    if spec.ngrams.is_some() {
-        return Some("a table of n-grams".into());
     }
     many_streams(spec)
 }

@@ -6,8 +6,9 @@ use super::kv_rows::{stored, widened};
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
-    AttendCompressed, AttentionBuffers, BatchPositions, CacheSize, Choice, CompressedRows, FarRows,
-    IndexHeads, IndexQueries, OpenBlock, RopeTurns, TextTokens, TurnBack, compressed_chunks,
+    AttendCompressed, AttentionBuffers, BatchPositions, BlockKeys, CacheSize, Choice,
+    CompressedRows, FarRows, IndexHeads, IndexQueries, OpenBlock, RopeTurns, TextTokens, TurnBack,
+    compressed_chunks,
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
@@ -270,11 +271,12 @@ fn choose(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
             queries: queries.view(),
             n_head,
             key_dim: dim,
-            head_weights: head_weights.view(),
+            head_weights: Some(head_weights.view()),
             scale: 0.5,
             positions: text.batch.all(),
             kv_type,
             keys: cache.view(),
+            key_rows: BlockKeys::OfBlocks,
             choice,
         };
         ops.choose_positions(&of_tokens, ratings.view(), lists.view())?;

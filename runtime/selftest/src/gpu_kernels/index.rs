@@ -7,7 +7,7 @@ use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
-    Attend, AttentionBuffers, Choice, ChosenBlocks, IndexQueries, IndexRows, RopeTurns,
+    Attend, AttentionBuffers, BlockKeys, Choice, ChosenBlocks, IndexQueries, IndexRows, RopeTurns,
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
@@ -253,11 +253,12 @@ fn choose_case(
         queries: on_device.view(),
         n_head,
         key_dim: dim,
-        head_weights: head_weights.view(),
+        head_weights: Some(head_weights.view()),
         scale,
         positions: text.positions(),
         kv_type,
         keys: keys.view(),
+        key_rows: BlockKeys::OfBlocks,
         choice,
     };
     let each = choice.rating_words(past + tokens);

@@ -6,7 +6,7 @@ use super::kv_rows::{stored, widened};
 use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{Choice, IndexQueries, OpenBlock, PooledRows};
+use tier_plan_cuda::ops::{BlockKeys, Choice, IndexQueries, OpenBlock, PooledRows};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::random::Random;
@@ -140,11 +140,12 @@ fn choose(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cu
             queries: on_device.view(),
             n_head,
             key_dim: dim,
-            head_weights: head_weights.view(),
+            head_weights: Some(head_weights.view()),
             scale,
             positions: text.positions(),
             kv_type,
             keys: keys.view(),
+            key_rows: BlockKeys::OfBlocks,
             choice,
         };
         ops.choose_positions(&of_tokens, ratings.view(), lists.view())?;

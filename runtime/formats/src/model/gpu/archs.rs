@@ -28,10 +28,7 @@ fn reasons(shape: &ModelShape) -> &'static [Reason] {
             (&[MIXER], "keys and values that other layers read"),
             (&BLOCKS, super::TOKEN_INPUTS),
         ],
-        "qwen4exp" => &[
-            (&[MIXER], super::MEAN_KEYS),
-            (&[EMBEDDING, TABLE], "a table of n-grams"),
-        ],
+        "qwen4exp" => &[(&[TABLE], super::NGRAM_TABLE)],
         _ => &[],
     }
 }

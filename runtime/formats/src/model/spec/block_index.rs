@@ -51,6 +51,14 @@ impl BlockIndex {
         tensors
     }
 
+    /// Returns how many choices a token makes: one for all heads, or one per KV head.
+    pub fn lists(&self) -> usize {
+        match self.score {
+            BlockScore::Mean => 1,
+            BlockScore::Best { .. } => self.n_head,
+        }
+    }
+
     /// Returns the keys and values that a token attends to at most, per KV head.
     pub fn most_rows(&self) -> usize {
         let tail = match self.score {
