@@ -80,9 +80,7 @@ impl Left {
     }
 
     fn plan(&self, shape: &ModelShape, context: u32) -> Placement {
-        let on_gpu = |kind: DenseKind, layer| {
-            kind != DenseKind::TokenTable && !self.has(Part::Dense(kind).name(), layer)
-        };
+        let on_gpu = |kind: DenseKind, layer| !self.has(Part::Dense(kind).name(), layer);
         let experts = if self.has("experts", None) {
             Experts::Memory
         } else {

@@ -156,6 +156,8 @@ fn a_text_comes_to_where_it_chooses() {
         ("minimax-m3", 5, 0),
         ("glm5-next", 256, 256),
         ("glm5-next", 40, 0),
+        ("qwen4exp", 256, 256),
+        ("qwen4exp", 40, 0),
     ] {
         let (_file, gguf, shape) = choosing(name, &[top_k(most)]);
         let most = reach(&gguf).0 as u32;
@@ -191,6 +193,7 @@ fn texts_choose_beside_others_that_attend_to_all() {
     for (name, sizes) in [
         ("deepseek32", &[top_k(40)][..]),
         ("minimax-m3", &[top_k(5)]),
+        ("qwen4exp", &[top_k(40)]),
         ("glm5-next", &[top_k(40)]),
         ("glm5-next", &[top_k(40), skip_tail]),
         // Blocks that end in other pages than they begin in.
@@ -270,6 +273,7 @@ fn attention_to_all_positions_costs_no_choice() {
         ("deepseek32", 512, 8),
         ("minimax-m3", 64, 2),
         ("glm5-next", 512, 8),
+        ("qwen4exp", 512, 8),
     ] {
         // More than a text can have, so that no token ever chooses.
         let (_file, gguf, shape) = choosing(name, &[top_k(far)]);

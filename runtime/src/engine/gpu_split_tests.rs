@@ -117,9 +117,11 @@ fn plan(
         plan.tiers = [gpu].into_iter().chain(plan.tiers).collect();
     }
     (plan.staging_tier, plan.kv_tier) = (DRAM, DRAM);
-    plan.dense
-        .iter_mut()
-        .for_each(|d| d.tier = dense(d.kind, d.layer));
+    let dense_groups = plan.dense.iter_mut();
+    dense_groups.for_each(|d| match d.kind {
+        DenseKind::TokenTable => d.tier = DRAM,
+        kind => d.tier = dense(kind, d.layer),
+    });
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
         (layer.slot_tier, layer.pinned) = (DRAM, Vec::new());
         let tier = experts(layer.layer);
@@ -214,6 +216,7 @@ fn two_gpus_share_the_layers_of_a_model() {
         "arch/deepseek-v3",
         "arch/kimi-k2",
         "arch2/nemotron_h_moe",
+        "arch2/qwen4exp",
     ] {
         let kv_types = [KvType::F32, KvType::Q8_0];
         for kv_type in &kv_types[..if is_nightly() { 2 } else { 1 }] {

@@ -126,7 +126,7 @@ pub(crate) enum Experts {
     File,
 }
 
-/// A plan with the dense groups that `on_gpu` names on a GPU.
+/// A plan with the dense groups that `on_gpu` names on a GPU. Tables of tokens stay in main memory.
 pub(crate) fn plan(
     shape: &ModelShape,
     (context, kv_type): (u32, KvType),
@@ -139,9 +139,10 @@ pub(crate) fn plan(
     (vram.tier.name, vram.tier.kind) = ("vram".into(), TierKind::Vram);
     plan.tiers = [vram].into_iter().chain(plan.tiers).collect();
     (plan.staging_tier, plan.kv_tier) = (TierIdx::new(1), TierIdx::new(usize::from(!kv_on_gpu)));
-    plan.dense
-        .iter_mut()
-        .for_each(|d| d.tier = TierIdx::new(usize::from(!on_gpu(d.kind, d.layer))));
+    for d in &mut plan.dense {
+        let on_gpu = d.kind != DenseKind::TokenTable && on_gpu(d.kind, d.layer);
+        d.tier = TierIdx::new(usize::from(!on_gpu));
+    }
     for (layer, of) in plan.layers.iter_mut().zip(&shape.experts) {
         layer.slot_tier = TierIdx::new(1);
         match experts {

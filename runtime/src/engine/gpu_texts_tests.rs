@@ -22,9 +22,9 @@ const SMALL_ERROR: f64 = 1e-5;
 
 /// Grouped queries, windows with sinks, latents, delta nets, short convolutions, norms and factors on
 /// what blocks make, Mamba-2 with experts in a smaller space, indexers whose choice is shared, windows
-/// and indexers of latents, Kimi delta attention, block-sparse attention, indexers of blocks, and
-/// compressed attention.
-const NAMES: [(&str, &str); 13] = [
+/// and indexers of latents, Kimi delta attention, block-sparse attention, indexers of blocks, compressed
+/// attention, and n-grams beside blocks with mean keys.
+const NAMES: [(&str, &str); 14] = [
     ("arch", "qwen3moe"),
     ("arch", "gpt-oss"),
     ("arch", "deepseek-v3"),
@@ -38,6 +38,7 @@ const NAMES: [(&str, &str); 13] = [
     ("arch2", "minimax-m3"),
     ("arch2", "glm5-next"),
     ("arch2", "deepseek4"),
+    ("arch2", "qwen4exp"),
 ];
 
 fn nearly(found: &[u32], expected: &[u32]) -> bool {
@@ -140,6 +141,7 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         ("arch2", "minimax-m3", 0),
         ("arch2", "glm5-next", 5),
         ("arch2", "deepseek4", 5),
+        ("arch2", "qwen4exp", 5),
     ] {
         let (fixture, kv_type) = (Fixture::of(folder, name), KvType::Q8_0);
         let folder = tempfile::tempdir().unwrap();
@@ -245,6 +247,7 @@ fn a_recorded_step_serves_for_every_position_in_its_chunks() {
         ("arch", "qwen3moe"),
         ("arch2", "glm-dsa"),
         ("arch2", "deepseek4"),
+        ("arch2", "qwen4exp"),
     ] {
         let fixture = Fixture::of(folder, name);
         let (kv_type, len) = (KvType::F32, 300);

@@ -12,6 +12,8 @@ mod index;
 mod kda;
 mod kv_rows;
 mod mamba;
+mod mean_keys;
+mod ngram;
 mod open_blocks;
 mod pooled_index;
 mod products;
@@ -87,6 +89,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(attention::checks());
     checks.extend(index::checks());
     checks.extend(block_index::checks());
+    checks.extend(mean_keys::checks());
     checks.extend(pooled_index::checks());
     checks.extend(compressed::checks());
     checks.extend(open_blocks::checks());
@@ -96,6 +99,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(short_conv::checks());
     checks.extend(stream::checks());
     checks.extend(streams::checks());
+    checks.extend(ngram::checks());
     checks
 }
 
