@@ -46,8 +46,8 @@ pub const MAX_MIXED_STREAMS: usize = 8;
 /// What no layer or embedding on a GPU adds.
 const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
 
-/// What is too large for a GPU's memory, while a token reads a few rows of it.
-const NGRAM_TABLE: &str = "a table of n-grams";
+/// What would fill a GPU's memory with rows that are hardly read.
+const NGRAM_TABLE: &str = "a table of n-grams, of which a token reads a few rows";
 
 /// A part of a model that is placed by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
