@@ -252,6 +252,7 @@ pub fn headers() -> &'static [(&'static str, String)] {
             ("halves.cuh", include_str!("kernels/halves.cuh").to_string()),
             ("rows.cuh", include_str!("kernels/rows.cuh").to_string()),
             ("delta.cuh", include_str!("kernels/delta.cuh").to_string()),
+            ("runs.cuh", include_str!("kernels/runs.cuh").to_string()),
             ("place.cuh", include_str!("kernels/place.cuh").to_string()),
             ("choice.cuh", include_str!("kernels/choice.cuh").to_string()),
             ("attend.cuh", include_str!("kernels/attend.cuh").to_string()),

@@ -238,6 +238,44 @@ fn tokens_of_several_texts_go_through_a_gpu_without_coming_back() {
     }
 }
 
+#[test]
+fn texts_pass_through_recurrent_states_together() {
+    for (folder, name) in [
+        ("arch", "qwen3next"),
+        ("arch2", "lfm2moe"),
+        ("arch2", "nemotron_h_moe"),
+        ("arch2", "kimi-linear"),
+        ("arch2", "qwen4exp"),
+    ] {
+        let (fixture, kv_type) = (Fixture::of(folder, name), KvType::F16);
+        let plan = plan_for(&fixture, kv_type, (3, 0), 0);
+        // The launches of a step that decodes a token of so many texts.
+        let launches = |n: usize| {
+            let device = Arc::new(Watched::new(usize::MAX));
+            let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+            let (gguf, options) = (Arc::clone(&fixture.gguf), LoadOptions::default());
+            let loaded = Engine::load_on(gguf, &plan, &options, Some(&give), &mut |_, _| {});
+            let mut engine = loaded.unwrap();
+            let texts: Vec<_> = (0..n)
+                .map(|t| (engine.add_sequence().unwrap(), text(t)))
+                .collect();
+            let mut step = |at: std::ops::Range<usize>| {
+                let rows = texts.iter().map(|(sequence, tokens)| Rows {
+                    sequence: *sequence,
+                    tokens: &tokens[at.clone()],
+                    logits: Some(LogitsMode::Last),
+                });
+                device.take();
+                engine.step(&rows.collect::<Vec<_>>()).unwrap();
+                device.take()[0]
+            };
+            step(0..5);
+            step(5..6)
+        };
+        assert_eq!(launches(1), launches(3), "{name}");
+    }
+}
+
 /// Two texts decode beyond the first chunk of 256 positions; one ends, and another takes its place at
 /// another position of the same chunk. With a window, it attends to a chunk more than the one before.
 #[test]

@@ -351,7 +351,10 @@ fn tensors_of_another_shape_are_refused() {
 fn gpus_refuse_by_name_what_they_do_not_compute() {
     for (name, what) in [
         ("gemma4", "inputs of tokens for every layer"),
-        ("qwen4exp", "a table of n-grams"),
+        (
+            "qwen4exp",
+            "a table of n-grams, of which a token reads a few rows",
+        ),
     ] {
         let gguf = Arc::new(Gguf::open(&data(&format!("arch2/{name}.gguf"))).unwrap());
         let spec = describe(&gguf).unwrap();

@@ -1,8 +1,8 @@
 //! The gated delta net on a GPU. The arithmetic is that of `layers/delta.rs`.
 
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
-use super::mixer::{Mixed, MixerBatch, after_states, output};
+use super::matrix::{GpuLoader, Matrix, product, products};
+use super::mixer::{Mixed, MixerBatch, after_all_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{self, DeltaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -65,7 +65,7 @@ impl Delta {
             .any(Matrix::takes_quants)
     }
 
-    /// Computes the rows of each text after its state. Rows that a checkpoint follows end a launch.
+    /// Computes the rows of all texts after their states. Rows that a checkpoint follows end a launch.
     pub(super) fn run(
         &self,
         ops: &Ops,
@@ -84,37 +84,30 @@ impl Delta {
         if let Some(alpha) = &self.alpha {
             product(ops, alpha, n, x, &buffers.quants, decays)?;
         }
-        let quantizes = batch.is_one_part()
-            && self.out.takes_quants()
-            && self.sizes.head_dim.is_multiple_of(32);
-        after_states(batch.segments, &self.states, |rows, state| {
-            let quants = quantizes.then_some(&mut buffers.inner);
-            let delta = ops::Delta {
-                sizes: self.sizes,
-                projected: of_rows(buffers.raw.view(), &rows, self.projection.n_out),
-                gates: match &self.gate {
-                    Some(gate) => of_rows(buffers.gate.view(), &rows, gate.n_out),
-                    None => buffers.gate.view(),
-                },
-                raw_strengths: of_rows(strengths, &rows, self.beta.n_out),
-                raw_decays: match &self.alpha {
-                    Some(alpha) => of_rows(decays, &rows, alpha.n_out),
-                    None => decays,
-                },
-                conv: self.conv.view(),
-                dt_bias: self.dt_bias.view(),
-                decay: self.decay.view(),
-                norm: self.norm.view(),
-                eps,
-                positions: buffers.positions.all().part(rows.clone()),
-                inputs: self.states.state(0, state),
-                matrices: self.states.state(1, state),
-                heads: buffers.q.view(),
-                rates: buffers.v.view(),
-                out: of_rows(buffers.mixed.view(), &rows, self.out.n_in),
-            };
-            ops.delta(&delta, quants)
+        let quantizes = self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
+        let delta = ops::Delta {
+            tokens: n,
+            sizes: self.sizes,
+            projected: buffers.raw.view(),
+            gates: buffers.gate.view(),
+            raw_strengths: strengths,
+            raw_decays: decays,
+            conv: self.conv.view(),
+            dt_bias: self.dt_bias.view(),
+            decay: self.decay.view(),
+            norm: self.norm.view(),
+            eps,
+            inputs: self.states.states(0),
+            matrices: self.states.states(1),
+            heads: buffers.q.view(),
+            rates: buffers.v.view(),
+            out: buffers.mixed.view(),
+        };
+        let (positions, segments) = (&buffers.positions, batch.segments);
+        after_all_states(positions, segments, &self.states, |runs| {
+            ops.delta(&delta, runs)
         })?;
+        ops.gate_delta(&delta, quantizes.then_some(&mut buffers.inner))?;
         output(ops, &self.out, n, buffers, Mixed::quantized_if(quantizes))
     }
 }

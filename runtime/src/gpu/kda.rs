@@ -1,8 +1,8 @@
 //! Kimi delta attention on a GPU. The arithmetic is that of `layers/kda.rs`.
 
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, of_rows, product, products};
-use super::mixer::{Mixed, MixerBatch, after_states, output};
+use super::matrix::{GpuLoader, Matrix, product, products};
+use super::mixer::{Mixed, MixerBatch, after_all_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{self, KdaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
@@ -94,7 +94,7 @@ impl Kda {
         first.any(Matrix::takes_quants)
     }
 
-    /// Computes the rows of each text after its state. Rows that a checkpoint follows end a launch.
+    /// Computes the rows of all texts after their states. Rows that a checkpoint follows end a launch.
     pub(super) fn run(
         &self,
         ops: &Ops,
@@ -103,34 +103,31 @@ impl Kda {
     ) -> Result<(), CudaError> {
         let MixerBatch { n, eps, .. } = batch;
         self.project(ops, buffers, n)?;
-        let quantizes = batch.is_one_part()
-            && self.out.takes_quants()
-            && self.sizes.head_dim.is_multiple_of(32);
-        let (width, n_head) = (self.sizes.width(), self.sizes.n_head);
-        after_states(batch.segments, &self.states, |rows, state| {
-            let quants = quantizes.then_some(&mut buffers.inner);
-            let views = self.views(&buffers.raw, &buffers.k, &buffers.gate, n);
-            let of_width = |view| of_rows(view, &rows, width);
-            let kda = ops::Kda {
-                sizes: self.sizes,
-                projected: views.projected.map(of_width),
-                decays: of_width(views.decays),
-                raw_strengths: of_rows(views.strengths, &rows, n_head),
-                gates: of_width(views.gates),
-                conv: self.conv.view(),
-                decay_bias: self.decay_bias.view(),
-                steepness: self.steepness.view(),
-                norm: self.norm.view(),
-                eps,
-                positions: buffers.positions.all().part(rows.clone()),
-                inputs: self.states.state(0, state),
-                matrices: self.states.state(1, state),
-                heads: buffers.q.view(),
-                rates: buffers.v.view(),
-                out: of_width(buffers.mixed.view()),
-            };
-            ops.kda(&kda, quants)
+        let quantizes = self.out.takes_quants() && self.sizes.head_dim.is_multiple_of(32);
+        let views = self.views(&buffers.raw, &buffers.k, &buffers.gate, n);
+        let kda = ops::Kda {
+            tokens: n,
+            sizes: self.sizes,
+            projected: views.projected,
+            decays: views.decays,
+            raw_strengths: views.strengths,
+            gates: views.gates,
+            conv: self.conv.view(),
+            decay_bias: self.decay_bias.view(),
+            steepness: self.steepness.view(),
+            norm: self.norm.view(),
+            eps,
+            inputs: self.states.states(0),
+            matrices: self.states.states(1),
+            heads: buffers.q.view(),
+            rates: buffers.v.view(),
+            out: buffers.mixed.view(),
+        };
+        let (positions, segments) = (&buffers.positions, batch.segments);
+        after_all_states(positions, segments, &self.states, |runs| {
+            ops.kda(&kda, runs)
         })?;
+        ops.gate_kda(&kda, quantizes.then_some(&mut buffers.inner))?;
         output(ops, &self.out, n, buffers, Mixed::quantized_if(quantizes))
     }
 

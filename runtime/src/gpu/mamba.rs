@@ -1,8 +1,8 @@
 //! Mamba-2 on a GPU. The arithmetic is that of `layers/mamba.rs`.
 
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, of_rows, product};
-use super::mixer::{Mixed, MixerBatch, after_states, output};
+use super::matrix::{GpuLoader, Matrix, product};
+use super::mixer::{Mixed, MixerBatch, after_all_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{self, MambaSizes};
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -48,7 +48,7 @@ impl Mamba {
         self.input.takes_quants()
     }
 
-    /// Computes the rows of each text after its state. Rows that a checkpoint follows end a launch.
+    /// Computes the rows of all texts after their states. Rows that a checkpoint follows end a launch.
     pub(super) fn run(
         &self,
         ops: &Ops,
@@ -59,28 +59,29 @@ impl Mamba {
         let (x, projected) = (buffers.answer.view(), buffers.raw.view());
         product(ops, &self.input, n, x, &buffers.quants, projected)?;
         let in_runs = self.sizes.group_width().is_multiple_of(32);
-        let quantizes = batch.is_one_part() && self.out.takes_quants() && in_runs;
-        after_states(batch.segments, &self.states, |rows, state| {
-            let quants = quantizes.then_some(&mut buffers.inner);
-            let mamba = ops::Mamba {
-                sizes: self.sizes,
-                projected: of_rows(projected, &rows, self.sizes.projected()),
-                conv: self.conv.view(),
-                conv_bias: self.conv_bias.as_ref().map(Buffer::view),
-                dt_bias: self.dt_bias.view(),
-                decay: self.decay.view(),
-                skip: self.skip.view(),
-                norm: self.norm.view(),
-                eps,
-                positions: buffers.positions.all().part(rows.clone()),
-                inputs: self.states.state(0, state),
-                matrices: self.states.state(1, state),
-                convolved: buffers.q.view(),
-                rates: buffers.v.view(),
-                out: of_rows(buffers.mixed.view(), &rows, self.out.n_in),
-            };
-            ops.mamba(&mamba, quants)
+        let quantizes = self.out.takes_quants() && in_runs;
+        let mamba = ops::Mamba {
+            tokens: n,
+            sizes: self.sizes,
+            projected,
+            conv: self.conv.view(),
+            conv_bias: self.conv_bias.as_ref().map(Buffer::view),
+            dt_bias: self.dt_bias.view(),
+            decay: self.decay.view(),
+            skip: self.skip.view(),
+            norm: self.norm.view(),
+            eps,
+            inputs: self.states.states(0),
+            matrices: self.states.states(1),
+            convolved: buffers.q.view(),
+            rates: buffers.v.view(),
+            out: buffers.mixed.view(),
+        };
+        let (positions, segments) = (&buffers.positions, batch.segments);
+        after_all_states(positions, segments, &self.states, |runs| {
+            ops.mamba(&mamba, runs)
         })?;
+        ops.gate_mamba(&mamba, quantizes.then_some(&mut buffers.inner))?;
         output(ops, &self.out, n, buffers, Mixed::quantized_if(quantizes))
     }
 }

@@ -14,6 +14,7 @@ use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
 use crate::layers::rope::LayerRopes;
 use std::ops::Range;
+use tier_plan_cuda::ops::{BatchPositions, TextRuns};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{GateFunction, Mixer as MixerSpec, OutputGate};
 
@@ -29,12 +30,35 @@ pub(super) struct MixerBatch<'a> {
     pub(super) segments: &'a [Segment<'a>],
 }
 
-impl MixerBatch<'_> {
-    /// Returns whether all rows are taken after their state at once, so that a launch may quantize
-    /// the result of the batch.
-    pub(super) fn is_one_part(&self) -> bool {
-        matches!(self.segments, [only] if only.checkpoints.is_empty())
+/// Has `step` take the rows of all texts after the mixer's states, and copies those to checkpoints.
+/// Rows that a checkpoint follows end a step.
+pub(super) fn after_all_states(
+    positions: &BatchPositions,
+    segments: &[Segment<'_>],
+    states: &DeviceCache,
+    step: impl FnMut(TextRuns<'_>) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    in_rounds(positions, segments, step, |from, to| {
+        states.copy_mixer_state(from, to)
+    })
+}
+
+/// Has `step` take the rows of all texts up to a checkpoint of each, and `copy` their states to those.
+pub(super) fn in_rounds(
+    positions: &BatchPositions,
+    segments: &[Segment<'_>],
+    mut step: impl FnMut(TextRuns<'_>) -> Result<(), CudaError>,
+    copy: impl Fn(StateIdx, StateIdx) -> Result<(), CudaError>,
+) -> Result<(), CudaError> {
+    for (round, runs) in positions.rounds().enumerate() {
+        step(runs)?;
+        for segment in segments {
+            if let Some((_, to)) = segment.checkpoints.get(round) {
+                copy(segment.state, *to)?;
+            }
+        }
     }
+    Ok(())
 }
 
 /// Has `step` take the rows of each text after the mixer's state, and copies that to checkpoints. Rows
@@ -42,26 +66,7 @@ impl MixerBatch<'_> {
 pub(super) fn after_states(
     segments: &[Segment<'_>],
     states: &DeviceCache,
-    step: impl FnMut(Range<usize>, StateIdx) -> Result<(), CudaError>,
-) -> Result<(), CudaError> {
-    step_by_step(segments, step, |from, to| states.copy_mixer_state(from, to))
-}
-
-/// Has `step` take the rows of each text after the state of an n-gram block, and copies that to
-/// checkpoints.
-pub(super) fn after_ngram_states(
-    segments: &[Segment<'_>],
-    states: &DeviceCache,
-    step: impl FnMut(Range<usize>, StateIdx) -> Result<(), CudaError>,
-) -> Result<(), CudaError> {
-    step_by_step(segments, step, |from, to| states.copy_ngram_state(from, to))
-}
-
-/// Has `step` take the rows of each text up to a checkpoint, and `copy` a state to it then.
-fn step_by_step(
-    segments: &[Segment<'_>],
     mut step: impl FnMut(Range<usize>, StateIdx) -> Result<(), CudaError>,
-    copy: impl Fn(StateIdx, StateIdx) -> Result<(), CudaError>,
 ) -> Result<(), CudaError> {
     for segment in segments {
         for (rows, checkpoint) in segment.parts() {
@@ -69,7 +74,7 @@ fn step_by_step(
                 step(rows, segment.state)?;
             }
             if let Some(to) = checkpoint {
-                copy(segment.state, to)?;
+                states.copy_mixer_state(segment.state, to)?;
             }
         }
     }

@@ -4,7 +4,7 @@
 use super::Gpu;
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, of_rows, products};
-use super::mixer::after_ngram_states;
+use super::mixer::in_rounds;
 use super::workspace::Workspace;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
@@ -89,22 +89,27 @@ impl Ngram {
             eps: *eps,
             gated,
         })?;
-        after_ngram_states(segments, &self.states, |rows, state| {
-            let Some(kept) = self.states.ngram_state(state) else {
-                return Ok(());
-            };
-            ops.convolve_ngrams(&NgramConv {
-                channels,
-                taps: self.spec.taps,
-                dilation: self.spec.dilation,
-                inputs: of_rows(keys, &rows, channels),
-                gated: of_rows(gated, &rows, channels),
-                weight: self.conv.view(),
-                positions: positions.all().part(rows.clone()),
-                kept,
-                x: of_rows(x, &rows, channels),
-            })
-        })
+        let Some(kept) = self.states.ngram_states() else {
+            return Ok(());
+        };
+        let conv = NgramConv {
+            tokens: n,
+            channels,
+            taps: self.spec.taps,
+            dilation: self.spec.dilation,
+            inputs: keys,
+            gated,
+            weight: self.conv.view(),
+            kept,
+            x,
+        };
+        let copy = |from, to| self.states.copy_ngram_state(from, to);
+        in_rounds(
+            positions,
+            segments,
+            |runs| ops.convolve_ngrams(&conv, runs),
+            copy,
+        )
     }
 }
 

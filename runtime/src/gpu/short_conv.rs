@@ -1,8 +1,8 @@
 //! The gated short convolution on a GPU. The arithmetic is that of `layers/short_conv.rs`.
 
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, of_rows, product};
-use super::mixer::{Mixed, MixerBatch, after_states, output};
+use super::matrix::{GpuLoader, Matrix, product};
+use super::mixer::{Mixed, MixerBatch, after_all_states, output};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops;
 use tier_plan_cuda::{Buffer, CudaError, Ops};
@@ -39,7 +39,7 @@ impl ShortConv {
         self.input.takes_quants()
     }
 
-    /// Computes the rows of each text after its state. Rows that a checkpoint follows end a launch.
+    /// Computes the rows of all texts after their states. Rows that a checkpoint follows end a launch.
     pub(super) fn run(
         &self,
         ops: &Ops,
@@ -49,16 +49,18 @@ impl ShortConv {
         let n = batch.n;
         let (x, projected) = (buffers.answer.view(), buffers.raw.view());
         product(ops, &self.input, n, x, &buffers.quants, projected)?;
-        after_states(batch.segments, &self.states, |rows, state| {
-            ops.short_conv(&ops::ShortConv {
-                channels: self.channels,
-                taps: self.taps,
-                projected: of_rows(projected, &rows, 3 * self.channels),
-                weight: self.conv.view(),
-                positions: buffers.positions.all().part(rows.clone()),
-                inputs: self.states.state(0, state),
-                out: of_rows(buffers.mixed.view(), &rows, self.channels),
-            })
+        let conv = ops::ShortConv {
+            tokens: n,
+            channels: self.channels,
+            taps: self.taps,
+            projected,
+            weight: self.conv.view(),
+            inputs: self.states.states(0),
+            out: buffers.mixed.view(),
+        };
+        let (positions, segments) = (&buffers.positions, batch.segments);
+        after_all_states(positions, segments, &self.states, |runs| {
+            ops.short_conv(&conv, runs)
         })?;
         output(ops, &self.out, n, buffers, Mixed::Floats)
     }

@@ -168,6 +168,8 @@ impl Workspace {
             past: segment.past,
             tokens: segment.rows.len(),
             pages: segment.pages,
+            state: segment.state,
+            checkpoints: &segment.checkpoints,
         });
         let is_new = self.buffers.positions.set(texts)?;
         if self.is_prepared && !is_new {

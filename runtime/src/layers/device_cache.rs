@@ -3,7 +3,7 @@
 use super::pages::{PAGE, PageIdx, StateIdx};
 use std::ops::Range;
 use std::sync::Arc;
-use tier_plan_cuda::ops::{DeltaSizes, KdaSizes, MambaSizes};
+use tier_plan_cuda::ops::{DeltaSizes, KdaSizes, MambaSizes, States};
 use tier_plan_cuda::{Buffer, CudaError, Device, View};
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::spec::{Compressor, IndexerSpec, LayerSpec, Mixer};
@@ -103,6 +103,14 @@ impl Store {
     fn bytes(&self) -> u64 {
         self.buffer.view().len() as u64
     }
+
+    /// Returns the parts as states of 32-bit floats.
+    fn states(&self) -> States<'_> {
+        States {
+            all: self.buffer.view(),
+            each: self.each / 4,
+        }
+    }
 }
 
 impl DeviceCache {
@@ -192,11 +200,14 @@ impl DeviceCache {
         self.states[index].part(state..state + 1)
     }
 
-    /// Returns the inputs of the convolution of an n-gram block, which the layer must have.
-    pub(crate) fn ngram_state(&self, state: StateIdx) -> Option<View<'_>> {
-        let state = state as usize;
-        let store = self.ngram.as_ref()?;
-        Some(store.part(state..state + 1))
+    /// Returns those parts of all texts.
+    pub(crate) fn states(&self, index: usize) -> States<'_> {
+        self.states[index].states()
+    }
+
+    /// Returns all texts' inputs of the convolution of an n-gram block, if the layer has one.
+    pub(crate) fn ngram_states(&self) -> Option<States<'_>> {
+        self.ngram.as_ref().map(Store::states)
     }
 
     /// Returns all that is kept of texts as recurrent states.

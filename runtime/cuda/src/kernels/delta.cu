@@ -5,17 +5,23 @@
 /// head to `rates`, `[tokens, n_value, 2]`.
 ///
 /// `beta` and `alpha` are `[tokens, n_value]`; with `rates_by_key_head` rows are twice as long and
-/// grouped by key head. Grid: heads, tokens.
+/// grouped by key head. Inputs of past tokens are `each` values apart by state. Grid: heads, tokens.
 KERNEL delta_convolve(const float* queries, const float* keys, const float* values, int width, int key_step,
                       int value_step, int n_key, int n_value, int dim, int taps, const float* weight,
-                      const float* inputs, const int* past, const float* beta, const float* alpha,
+                      const float* inputs, int each, TEXT_RUNS, const float* beta, const float* alpha,
                       int rates_by_key_head, const float* bias, const float* decay, float eps, float* heads,
                       float* rates) {
-    const DeltaInputs in = {queries, keys, values, width, key_step, value_step, n_key, n_value / n_key, dim};
-    delta_convolve_head(in, taps, weight, inputs, *past == 0, eps, heads);
+    TAKE_TEXT_RUNS;
+    const i64 token = blockIdx.y;
+    const int at_run = run_of(runs, (int)token);
+    if (at_run < 0) return;
+    const TextRun run(runs, at_run);
+    const DeltaInputs all = {queries, keys, values, width, key_step, value_step, n_key, n_value / n_key, dim};
+    const DeltaInputs in = all.from(run.begin);
+    delta_convolve_head(in, (int)token - run.begin, taps, weight, inputs + (i64)run.state * each, run.fresh, eps,
+                        heads + (i64)run.begin * in.heads() * dim);
     const int value = (int)blockIdx.x - 2 * n_key;
     if (value >= 0 && threadIdx.x == 0) {
-        const i64 token = blockIdx.y;
         const i64 at = rates_by_key_head ? 2 * (token * n_value) + value + value / in.group * in.group
                                          : token * n_value + value;
         float* rate = rates + 2 * (token * n_value + value);
@@ -25,16 +31,21 @@ KERNEL delta_convolve(const float* queries, const float* keys, const float* valu
 }
 
 /// Runs `delta_recur` after `delta_convolve`, and keeps the convolution's inputs, which no block
-/// reads any more. Grid: columns by `DELTA_COLUMNS`, value heads.
+/// reads any more. States are `each` and `each_inputs` values apart. Grid: columns by
+/// `DELTA_COLUMNS`, value heads, runs.
 #define DELTA_RECUR(ROWS)                                                                                              \
-    KERNEL delta_recur_##ROWS(const float* heads, const float* rates, int n, int n_key, int n_value, int dim,          \
-                              int in_turn, const int* past, float* matrices, float* out, const float* queries,         \
+    KERNEL delta_recur_##ROWS(const float* heads, const float* rates, int n_key, int n_value, int dim, int in_turn,    \
+                              TEXT_RUNS, float* matrices, int each, float* out, const float* queries,                  \
                               const float* keys, const float* values, int width, int key_step, int value_step,         \
-                              int keep, float* inputs) {                                                               \
-        const bool fresh = *past == 0;                                                                                 \
-        const DeltaInputs in = {queries, keys, values, width, key_step, value_step, n_key, n_value / n_key, dim};      \
-        delta_recur<ROWS, false>(heads, rates, nullptr, n, n_key, n_value, dim, in_turn, fresh, matrices, out);        \
-        delta_keep_inputs(in, n, keep, fresh, inputs);                                                                 \
+                              int keep, float* inputs, int each_inputs) {                                              \
+        TAKE_TEXT_RUNS;                                                                                                \
+        const TextRun run(runs, (int)blockIdx.z);                                                                      \
+        const i64 begin = run.begin;                                                                                   \
+        const DeltaInputs all = {queries, keys, values, width, key_step, value_step, n_key, n_value / n_key, dim};     \
+        delta_recur<ROWS, false>(heads + begin * all.heads() * dim, rates + begin * 2 * n_value, nullptr, run.n,       \
+                                 n_key, n_value, dim, in_turn, run.fresh, matrices + (i64)run.state * each,            \
+                                 out + begin * n_value * dim);                                                         \
+        delta_keep_inputs(all.from(run.begin), run.n, keep, run.fresh, inputs + (i64)run.state * each_inputs);         \
     }
 
 DELTA_RECUR(32)

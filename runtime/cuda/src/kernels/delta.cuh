@@ -5,7 +5,7 @@
 // gives the same bits as its tokens one by one. At position 0 the state is taken for zero, whatever
 // its memory holds.
 #pragma once
-#include "base.cuh"
+#include "runs.cuh"
 
 /// Lanes per column of a matrix.
 #define DELTA_SHARE 8
@@ -33,17 +33,23 @@ struct DeltaInputs {
     }
 
     DEVICE int heads() const { return (2 + group) * n_key; }
+
+    /// Returns the inputs from a token on.
+    DEVICE DeltaInputs from(int token) const {
+        const i64 skipped = (i64)token * width;
+        return {queries + skipped, keys + skipped, values + skipped, width, key_step, value_step, n_key, group, dim};
+    }
 };
 
-/// Convolves the head `blockIdx.x` of the token `blockIdx.y` over its inputs and those of the last
-/// tokens, and normalizes queries and keys to length 1, queries also divided by the root of the
-/// width: `out` is `[tokens, heads, dim]`.
+/// Convolves the head `blockIdx.x` of a token over its inputs and those of the last tokens, and
+/// normalizes queries and keys to length 1, queries also divided by the root of the width: `out` is
+/// `[tokens, heads, dim]`. All tokens are those of a run.
 ///
 /// `past_inputs` is `[taps - 1, channels]`, the newest last, and `weight` `[channels, taps]`.
-DEVICE void delta_convolve_head(const DeltaInputs& in, int taps, const float* weight, const float* past_inputs,
-                                bool fresh, float eps, float* out) {
+DEVICE void delta_convolve_head(const DeltaInputs& in, int token, int taps, const float* weight,
+                                const float* past_inputs, bool fresh, float eps, float* out) {
     __shared__ float room[WARP];
-    const int head = (int)blockIdx.x, token = (int)blockIdx.y, n_heads = in.heads(), dim = in.dim, keep = taps - 1;
+    const int head = (int)blockIdx.x, n_heads = in.heads(), dim = in.dim, keep = taps - 1;
     const float* row = in.head(head);
     out += ((i64)token * n_heads + head) * dim;
     float squares = 0.0f;
@@ -72,7 +78,7 @@ DEVICE void delta_convolve_head(const DeltaInputs& in, int taps, const float* we
 }
 
 /// Keeps the inputs that the next tokens' convolution needs after `n` tokens; a thread per channel,
-/// over the whole grid.
+/// over all blocks of a run.
 DEVICE void delta_keep_inputs(const DeltaInputs& in, int n, int keep, bool fresh, float* inputs) {
     const int channels = in.heads() * in.dim, threads = (int)(gridDim.x * gridDim.y * blockDim.x);
     const int first = (int)((blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x);

@@ -7,7 +7,7 @@
 //
 // A row of projections has the gates of all heads, the channels, and a step per head. Channels are
 // the inputs of all heads, then `B` and then `C` of each group of heads.
-#include "base.cuh"
+#include "runs.cuh"
 
 /// Lanes per row of a matrix.
 #define MAMBA_SHARE 8
@@ -31,18 +31,24 @@ DEVICE float mamba_seen(const float* rows, int width, int channels, int keep, co
 /// n_head, 2]`.
 ///
 /// `inputs` is `[taps - 1, channels]`, the newest last, `weight` `[channels, taps]`, and `bias`,
-/// which may be null, `[channels]`. Grid: channels and heads by threads, tokens.
+/// which may be null, `[channels]`; inputs are `each` values apart by state. Grid: channels and heads by
+/// threads, tokens.
 KERNEL mamba_convolve(const float* projected, int inner, int channels, int n_head, int taps, const float* weight,
-                      const float* bias, const float* inputs, const int* past, const float* dt_bias,
+                      const float* bias, const float* inputs, int each, TEXT_RUNS, const float* dt_bias,
                       const float* decay, float* convolved, float* rates) {
+    TAKE_TEXT_RUNS;
     const int at = (int)(blockIdx.x * blockDim.x + threadIdx.x), token = (int)blockIdx.y;
-    const int width = inner + channels + n_head, head = at - channels;
+    const int width = inner + channels + n_head, head = at - channels, at_run = run_of(runs, token);
+    if (at_run < 0) return;
     const float* rows = projected + inner;
     if (at < channels) {
-        const bool fresh = *past == 0;
+        const TextRun run(runs, at_run);
+        const float* of_run = rows + (i64)run.begin * width;
+        const float* kept = inputs + (i64)run.state * each;
         float sum = bias ? bias[at] : 0.0f;
         for (int tap = 0; tap < taps; tap++) {
-            sum += weight[at * taps + tap] * mamba_seen(rows, width, channels, taps - 1, inputs, fresh, token + tap, at);
+            const int seen = token - run.begin + tap;
+            sum += weight[at * taps + tap] * mamba_seen(of_run, width, channels, taps - 1, kept, run.fresh, seen, at);
         }
         convolved[(i64)token * channels + at] = silu(sum);
     } else if (head < n_head) {
@@ -55,8 +61,8 @@ KERNEL mamba_convolve(const float* projected, int inner, int channels, int n_hea
     }
 }
 
-/// Keeps the inputs that the next tokens' convolution needs; a thread per channel, over the whole
-/// grid.
+/// Keeps the inputs that the next tokens' convolution needs; a thread per channel, over all blocks of a
+/// run.
 DEVICE void mamba_keep_inputs(const float* rows, int width, int channels, int n, int keep, bool fresh, float* inputs) {
     const int threads = (int)(gridDim.x * gridDim.y * blockDim.x);
     const int first = (int)((blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + threadIdx.x);
@@ -139,15 +145,20 @@ DEVICE void mamba_recur(const float* convolved, const float* rates, int n, int n
 }
 
 /// Runs `mamba_recur` after `mamba_convolve`, and keeps the convolution's inputs, which no block
-/// reads any more. Grid: rows of a head by `MAMBA_ROWS`, heads.
+/// reads any more. States are `each` and `each_inputs` values apart. Grid: rows of a head by
+/// `MAMBA_ROWS`, heads, runs.
 #define MAMBA_RECUR(WIDTH)                                                                                             \
-    KERNEL mamba_recur_##WIDTH(const float* convolved, const float* rates, int n, int n_head, int dim, int n_group,    \
-                               int state_dim, const float* skip, const int* past, float* matrices, float* out,         \
-                               const float* projected, int keep, float* inputs) {                                      \
-        const bool fresh = *past == 0;                                                                                 \
-        const int inner = n_head * dim, channels = inner + 2 * n_group * state_dim;                                    \
-        mamba_recur<WIDTH>(convolved, rates, n, n_head, dim, n_group, state_dim, skip, fresh, matrices, out);          \
-        mamba_keep_inputs(projected + inner, inner + channels + n_head, channels, n, keep, fresh, inputs);             \
+    KERNEL mamba_recur_##WIDTH(const float* convolved, const float* rates, int n_head, int dim, int n_group,           \
+                               int state_dim, const float* skip, TEXT_RUNS, float* matrices, int each, float* out,     \
+                               const float* projected, int keep, float* inputs, int each_inputs) {                     \
+        TAKE_TEXT_RUNS;                                                                                                \
+        const TextRun run(runs, (int)blockIdx.z);                                                                      \
+        const int inner = n_head * dim, channels = inner + 2 * n_group * state_dim, width = inner + channels + n_head; \
+        const i64 begin = run.begin;                                                                                   \
+        mamba_recur<WIDTH>(convolved + begin * channels, rates + begin * 2 * n_head, run.n, n_head, dim, n_group,      \
+                           state_dim, skip, run.fresh, matrices + (i64)run.state * each, out + begin * inner);         \
+        mamba_keep_inputs(projected + begin * width + inner, width, channels, run.n, keep, run.fresh,                  \
+                          inputs + (i64)run.state * each_inputs);                                                      \
     }
 
 MAMBA_RECUR(32)

@@ -3,7 +3,7 @@
 //
 // A channel's sum runs over its taps in order, so a batch gives the same bits as its tokens one by one. At
 // position 0 the inputs before are taken for zero, whatever their memory holds.
-#include "base.cuh"
+#include "runs.cuh"
 
 /// Smallest magnitude under the root of a gate.
 #define MIN_SCORE 1e-6f
@@ -52,29 +52,36 @@ DEVICE float ngram_seen(const float* inputs, int channels, int keep, const float
 
 /// Adds gated values and their convolution to `x`, all `[tokens, channels]`. `weight` is `[channels, taps]`,
 /// oldest tap first, taps are `dilation` tokens apart, and `kept` is `[(taps - 1) * dilation, channels]`, the
-/// newest last. Grid: channels by threads, tokens.
+/// newest last, for each state. Grid: channels by threads, tokens.
 KERNEL ngram_convolve(const float* inputs, const float* gated, int channels, int taps, int dilation,
-                      const float* weight, const float* kept, const int* past, float* x) {
+                      const float* weight, const float* kept, TEXT_RUNS, float* x) {
+    TAKE_TEXT_RUNS;
     const int channel = (int)(blockIdx.x * blockDim.x + threadIdx.x), token = (int)blockIdx.y;
-    if (channel >= channels) return;
-    const bool fresh = *past == 0;
-    const int keep = (taps - 1) * dilation;
+    const int at_run = run_of(runs, token);
+    if (channel >= channels || at_run < 0) return;
+    const TextRun run(runs, at_run);
+    const int keep = (taps - 1) * dilation, first = token - run.begin;
+    const float* rows = inputs + (i64)run.begin * channels;
+    kept += (i64)run.state * keep * channels;
     const i64 at = (i64)token * channels + channel;
     float sum = 0.0f;
     for (int tap = 0; tap < taps; tap++) {
-        const float seen = ngram_seen(inputs, channels, keep, kept, fresh, token + tap * dilation, channel);
+        const float seen = ngram_seen(rows, channels, keep, kept, run.fresh, first + tap * dilation, channel);
         sum += weight[(i64)channel * taps + tap] * seen;
     }
     x[at] += gated[at] + sum / (1.0f + expf(-sum));
 }
 
-/// Keeps the inputs that the tokens after these `n` need. Grid: channels by threads.
-KERNEL ngram_keep(const float* inputs, int channels, int n, int keep, const int* past, float* kept) {
+/// Keeps the inputs that the tokens after these need. Grid: channels by threads, runs.
+KERNEL ngram_keep(const float* inputs, int channels, int keep, TEXT_RUNS, float* kept) {
+    TAKE_TEXT_RUNS;
     const int channel = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (channel >= channels) return;
-    const bool fresh = *past == 0;
+    const TextRun run(runs, (int)blockIdx.y);
+    const float* rows = inputs + (i64)run.begin * channels;
+    kept += (i64)run.state * keep * channels;
     for (int i = 0; i < keep; i++) {
         // What it sees is not overwritten yet.
-        kept[(i64)i * channels + channel] = ngram_seen(inputs, channels, keep, kept, fresh, n + i, channel);
+        kept[(i64)i * channels + channel] = ngram_seen(rows, channels, keep, kept, run.fresh, run.n + i, channel);
     }
 }

@@ -231,6 +231,8 @@ mod tests {
                 past,
                 tokens,
                 pages: &[0],
+                state: 0,
+                checkpoints: &[],
             });
             batch.set(texts).unwrap();
             let parts = batch.all().by_reach(choice).into_iter();
@@ -269,6 +271,8 @@ mod tests {
                 past,
                 tokens,
                 pages: &[0],
+                state: 0,
+                checkpoints: &[],
             });
             batch.set(texts).unwrap();
             let block = 4;

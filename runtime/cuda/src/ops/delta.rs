@@ -1,6 +1,6 @@
 //! The gated delta net between its matrix products.
 
-use super::{Positions, Quants, blocks, few, int};
+use super::{Quants, States, TextRuns, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaGate, DeltaInput, DeltaRates, DeltaSpec, KeySharing};
@@ -121,9 +121,11 @@ pub(super) struct ResultHeads<'a> {
     pub(super) eps: f32,
 }
 
-/// A layer's tokens after its first matrix products, and its state.
+/// A layer's tokens after its first matrix products, and its states.
 #[derive(Clone, Copy)]
 pub struct Delta<'a> {
+    /// Tokens of all texts.
+    pub tokens: usize,
     /// Sizes of the layer.
     pub sizes: DeltaSizes,
     /// `[tokens, channels]`, with the gates of all value heads if grouped by key head.
@@ -145,12 +147,10 @@ pub struct Delta<'a> {
     pub norm: View<'a>,
     /// Epsilon of all norms.
     pub eps: f32,
-    /// The tokens, of one text. At position 0 the state is taken for zero.
-    pub positions: Positions<'a>,
-    /// `[conv_taps - 1, channels]`: the convolution's inputs of the last tokens, the newest last.
-    pub inputs: View<'a>,
-    /// `[n_value_head, head_dim, head_dim]`: the state, column by column.
-    pub matrices: View<'a>,
+    /// `[conv_taps - 1, channels]` by state: the convolution's inputs of the last tokens, the newest last.
+    pub inputs: States<'a>,
+    /// `[n_value_head, head_dim, head_dim]` by state: the matrices, column by column.
+    pub matrices: States<'a>,
     /// `[tokens, heads, head_dim]`: workspace for queries, keys and values.
     pub heads: View<'a>,
     /// `[tokens, n_value_head, 2]`: workspace for decays and strengths.
@@ -203,7 +203,7 @@ impl<'a> Delta<'a> {
 
     /// Panics if a size is not supported, or a buffer is too short.
     fn check(&self) {
-        let (s, n) = (self.sizes, self.positions.tokens());
+        let (s, n) = (self.sizes, self.tokens);
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         let (channels, values) = (s.heads() * dim, n_value * dim);
         assert!(
@@ -228,7 +228,6 @@ impl<'a> Delta<'a> {
             self.raw_strengths.words().min(self.raw_decays.words())
         };
         assert!(rates >= n * n_value, "{n} inputs: {s:?}");
-        assert!(self.positions.runs().count() <= 1, "several texts");
         assert!(
             s.by_key_head || self.gates.words() >= n * values,
             "{n} gates: {s:?}"
@@ -242,10 +241,6 @@ impl<'a> Delta<'a> {
             "{s:?}"
         );
         assert!(
-            self.inputs.words() >= s.conv_state() && self.matrices.words() >= s.matrices(),
-            "the state: {s:?}"
-        );
-        assert!(
             self.heads.words() >= n * channels && self.rates.words() >= 2 * n * n_value,
             "{n} tokens: {s:?}"
         );
@@ -254,21 +249,23 @@ impl<'a> Delta<'a> {
 }
 
 impl Ops {
-    /// Advances a layer's state by tokens: `out = norm(delta(conv(projected))) * act(gates)`, also
-    /// quantized in `quants`. The result does not depend on how tokens are split into calls, to the
-    /// bit.
-    ///
-    /// # Panics
-    /// When it is quantized and the width of heads is not a multiple of 32.
-    pub fn delta(&self, d: &Delta<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let (s, n) = (d.sizes, d.positions.tokens());
+    /// Advances texts' states by runs of tokens: `out = delta(conv(projected))`. At position 0 a state is
+    /// taken for zero. The result does not depend on how tokens are split into calls, nor on other
+    /// texts, to the bit.
+    pub fn delta(&self, d: &Delta<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
+        let (s, n) = (d.sizes, d.tokens);
         d.check();
-        if n == 0 {
+        assert_eq!(runs.tokens(), n, "tokens of the batch");
+        d.inputs.check(s.conv_state(), runs);
+        d.matrices.check(s.matrices(), runs);
+        if runs.count() == 0 {
             return Ok(());
         }
+        let [of_runs, of_tokens, first, count, positions] = runs.args();
+        let [inputs, each_inputs] = d.inputs.args();
+        let [matrices, each] = d.matrices.args();
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         let heads = d.projected_heads();
-        let past = d.positions.at().arg();
         // Decays follow the strengths of a key head, or are apart.
         let alpha = if s.rates_by_key_head {
             d.raw_strengths
@@ -288,8 +285,13 @@ impl Ops {
             int(dim),
             int(taps),
             d.conv.arg(),
-            d.inputs.arg(),
-            past,
+            inputs,
+            each_inputs,
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
             d.raw_strengths.arg(),
             alpha.arg(),
             Arg::Int(i32::from(s.rates_by_key_head)),
@@ -304,13 +306,17 @@ impl Ops {
         let args = [
             d.heads.aligned().arg(),
             d.rates.arg(),
-            int(n),
             int(n_key),
             int(n_value),
             int(dim),
             Arg::Int(i32::from(s.sharing == KeySharing::Cyclic)),
-            past,
-            d.matrices.aligned().arg(),
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
+            matrices,
+            each,
             d.out.arg(),
             heads.queries.arg(),
             heads.keys.arg(),
@@ -319,7 +325,8 @@ impl Ops {
             int(heads.key_step),
             int(heads.value_step),
             int(taps - 1),
-            d.inputs.arg(),
+            inputs,
+            each_inputs,
         ];
         let kernels = [
             "delta_recur_32",
@@ -327,17 +334,22 @@ impl Ops {
             "delta_recur_128",
             "delta_recur_256",
         ];
-        self.launch(
-            of_width(kernels, dim),
-            columns(dim, n_value),
-            THREADS,
-            &args,
-        )?;
+        let grid = columns(dim, n_value, runs);
+        self.launch(of_width(kernels, dim), grid, THREADS, &args)
+    }
+
+    /// Makes the result of what [`delta`](Self::delta) left: `out = norm(out) * act(gates)`, also
+    /// quantized in `quants`.
+    ///
+    /// # Panics
+    /// When it is quantized and the width of heads is not a multiple of 32.
+    pub fn gate_delta(&self, d: &Delta<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
+        d.check();
         let result = ResultHeads {
             values: d.out,
-            tokens: n,
-            heads: n_value,
-            dim,
+            tokens: d.tokens,
+            heads: d.sizes.n_value_head,
+            dim: d.sizes.head_dim,
             norm: d.norm,
             eps: d.eps,
         };
@@ -388,7 +400,11 @@ pub(super) fn of_width(kernels: [&'static str; 4], dim: usize) -> &'static str {
     }
 }
 
-/// Returns the blocks of the recurrence: columns of matrices, and heads.
-pub(super) fn columns(dim: usize, heads: usize) -> [u32; 3] {
-    [blocks(dim.div_ceil(COLUMNS), 1), few(heads), 1]
+/// Returns the blocks of the recurrence: columns of matrices, heads, and runs.
+pub(super) fn columns(dim: usize, heads: usize, runs: TextRuns<'_>) -> [u32; 3] {
+    [
+        blocks(dim.div_ceil(COLUMNS), 1),
+        few(heads),
+        few(runs.count()),
+    ]
 }

@@ -1,7 +1,7 @@
 //! Kimi delta attention between its matrix products.
 
 use super::delta::{ProjectedHeads, ResultGates, ResultHeads, THREADS, columns, of_width};
-use super::{MAX_DELTA_HEAD, Positions, Quants, blocks, few, int};
+use super::{MAX_DELTA_HEAD, Quants, States, TextRuns, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::{DecayGate, DeltaGate, KdaSpec};
@@ -58,6 +58,8 @@ impl KdaSizes {
 pub struct Kda<'a> {
     /// Sizes of the layer.
     pub sizes: KdaSizes,
+    /// Tokens of all texts.
+    pub tokens: usize,
     /// Queries, keys, and values, `[tokens, n_head * head_dim]` each.
     pub projected: [View<'a>; 3],
     /// Inputs of the decays, `[tokens, n_head * head_dim]`; the decays afterwards.
@@ -76,13 +78,11 @@ pub struct Kda<'a> {
     pub norm: View<'a>,
     /// Epsilon of the norm.
     pub eps: f32,
-    /// The tokens, of one text. At position 0 the state is taken for zero.
-    pub positions: Positions<'a>,
-    /// `[conv_taps - 1, 3 * n_head * head_dim]`: the convolution's inputs of the last tokens, the
-    /// newest last.
-    pub inputs: View<'a>,
-    /// `[n_head, head_dim, head_dim]`: the state, column by column.
-    pub matrices: View<'a>,
+    /// `[conv_taps - 1, 3 * n_head * head_dim]` by state: the convolution's inputs of the last tokens,
+    /// the newest last.
+    pub inputs: States<'a>,
+    /// `[n_head, head_dim, head_dim]` by state: the matrices, column by column.
+    pub matrices: States<'a>,
     /// `[tokens, 3 * n_head, head_dim]`: workspace for queries, keys, and values.
     pub heads: View<'a>,
     /// `[tokens, n_head, 2]`: workspace for strengths.
@@ -108,14 +108,13 @@ impl<'a> Kda<'a> {
 
     /// Panics if a size is not supported, or a buffer is too short.
     fn check(&self) {
-        let (s, n) = (self.sizes, self.positions.tokens());
+        let (s, n) = (self.sizes, self.tokens);
         let (heads, dim, width) = (s.n_head, s.head_dim, s.width());
         assert!(heads > 0 && s.conv_taps > 0, "{s:?}");
         assert!(
             dim > 0 && dim.is_multiple_of(4) && dim <= MAX_DELTA_HEAD,
             "{s:?}"
         );
-        assert!(self.positions.runs().count() <= 1, "several texts");
         let rows = [self.decays, self.gates, self.out];
         let rows = self.projected.iter().chain(&rows);
         assert!(
@@ -134,29 +133,27 @@ impl<'a> Kda<'a> {
                 && self.norm.words() >= dim,
             "{s:?}"
         );
-        assert!(
-            self.inputs.words() >= s.conv_state() && self.matrices.words() >= s.matrices(),
-            "the state: {s:?}"
-        );
     }
 }
 
 impl Ops {
-    /// Advances a layer's state by tokens: `out = norm(delta(conv(projected))) * sigmoid(gates)`,
-    /// also quantized in `quants`. The result does not depend on how tokens are split into calls,
-    /// to the bit.
-    ///
-    /// # Panics
-    /// When it is quantized and the width of heads is not a multiple of 32.
-    pub fn kda(&self, k: &Kda<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let (s, n) = (k.sizes, k.positions.tokens());
+    /// Advances texts' states by runs of tokens: `out = delta(conv(projected))`. At position 0 a state is
+    /// taken for zero. The result does not depend on how tokens are split into calls, nor on other
+    /// texts, to the bit.
+    pub fn kda(&self, k: &Kda<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
+        let (s, n) = (k.sizes, k.tokens);
         k.check();
-        if n == 0 {
+        assert_eq!(runs.tokens(), n, "tokens of the batch");
+        k.inputs.check(s.conv_state(), runs);
+        k.matrices.check(s.matrices(), runs);
+        if runs.count() == 0 {
             return Ok(());
         }
+        let [of_runs, of_tokens, first, count, positions] = runs.args();
+        let [inputs, each_inputs] = k.inputs.args();
+        let [matrices, each] = k.matrices.args();
         let (n_head, dim) = (s.n_head, s.head_dim);
         let heads = k.projected_heads();
-        let past = k.positions.at().arg();
         let sign = if s.steepness_negated { -1.0 } else { 1.0 };
         let bound = match s.decay_gate {
             DecayGate::Softplus => 0.0,
@@ -170,8 +167,13 @@ impl Ops {
             int(dim),
             int(s.conv_taps),
             k.conv.arg(),
-            k.inputs.arg(),
-            past,
+            inputs,
+            each_inputs,
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
             k.raw_strengths.arg(),
             k.decay_bias.arg(),
             k.steepness.arg(),
@@ -188,17 +190,22 @@ impl Ops {
             k.heads.aligned().arg(),
             k.rates.arg(),
             k.decays.aligned().arg(),
-            int(n),
             int(n_head),
             int(dim),
-            past,
-            k.matrices.aligned().arg(),
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
+            matrices,
+            each,
             k.out.arg(),
             heads.queries.arg(),
             heads.keys.arg(),
             heads.values.arg(),
             int(s.conv_taps - 1),
-            k.inputs.arg(),
+            inputs,
+            each_inputs,
         ];
         let kernels = [
             "kda_recur_32",
@@ -207,11 +214,21 @@ impl Ops {
             "kda_recur_256",
         ];
         let recur = of_width(kernels, dim);
-        self.launch(recur, columns(dim, n_head), THREADS, &args)?;
+        self.launch(recur, columns(dim, n_head, runs), THREADS, &args)
+    }
+
+    /// Makes the result of what [`kda`](Self::kda) left: `out = norm(out) * sigmoid(gates)`, also
+    /// quantized in `quants`.
+    ///
+    /// # Panics
+    /// When it is quantized and the width of heads is not a multiple of 32.
+    pub fn gate_kda(&self, k: &Kda<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
+        k.check();
+        let (s, dim) = (k.sizes, k.sizes.head_dim);
         let result = ResultHeads {
             values: k.out,
-            tokens: n,
-            heads: n_head,
+            tokens: k.tokens,
+            heads: s.n_head,
             dim,
             norm: k.norm,
             eps: k.eps,

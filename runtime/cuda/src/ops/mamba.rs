@@ -1,6 +1,6 @@
 //! Mamba-2 between its matrix products.
 
-use super::{Positions, Quants, THREADS, blocks, few, int, null_or};
+use super::{Quants, States, THREADS, TextRuns, blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use tier_plan_formats::model::spec::MambaSpec;
@@ -86,6 +86,8 @@ impl MambaSizes {
 pub struct Mamba<'a> {
     /// Sizes of the layer.
     pub sizes: MambaSizes,
+    /// Tokens of all texts.
+    pub tokens: usize,
     /// `[tokens, inner + channels + n_head]`: gates, channels, and steps.
     pub projected: View<'a>,
     /// `[channels, conv_taps]`, oldest tap first.
@@ -102,12 +104,10 @@ pub struct Mamba<'a> {
     pub norm: View<'a>,
     /// Epsilon of the norm.
     pub eps: f32,
-    /// The tokens, of one text. At position 0 the state is taken for zero.
-    pub positions: Positions<'a>,
-    /// `[conv_taps - 1, channels]`: the convolution's inputs of the last tokens, the newest last.
-    pub inputs: View<'a>,
-    /// `[n_head, head_dim, state_dim]`: the state.
-    pub matrices: View<'a>,
+    /// `[conv_taps - 1, channels]` by state: the convolution's inputs of the last tokens, the newest last.
+    pub inputs: States<'a>,
+    /// `[n_head, head_dim, state_dim]` by state.
+    pub matrices: States<'a>,
     /// `[tokens, channels]`: workspace for what is convolved.
     pub convolved: View<'a>,
     /// `[tokens, n_head, 2]`: workspace for decays and steps.
@@ -119,7 +119,7 @@ pub struct Mamba<'a> {
 impl Mamba<'_> {
     /// Panics if a size is not supported, or a buffer is too short.
     fn check(&self) {
-        let (s, n) = (self.sizes, self.positions.tokens());
+        let (s, n) = (self.sizes, self.tokens);
         let (n_head, channels, inner) = (s.n_head, s.channels(), s.inner());
         assert!(
             s.head_dim > 0 && s.conv_taps > 0 && s.n_group > 0 && n_head > 0,
@@ -130,7 +130,6 @@ impl Mamba<'_> {
             s.state_dim > 0 && s.state_dim.is_multiple_of(4) && s.state_dim <= MAX_MAMBA_STATE,
             "{s:?}"
         );
-        assert!(self.positions.runs().count() <= 1, "several texts");
         assert!(
             self.projected.words() >= n * s.projected(),
             "{n} inputs: {s:?}"
@@ -147,10 +146,6 @@ impl Mamba<'_> {
         );
         assert!(self.norm.words() >= inner, "the norm: {s:?}");
         assert!(
-            self.inputs.words() >= s.conv_state() && self.matrices.words() >= s.matrices(),
-            "the state: {s:?}"
-        );
-        assert!(
             self.convolved.words() >= n * channels && self.rates.words() >= 2 * n * n_head,
             "{n} tokens: {s:?}"
         );
@@ -159,19 +154,22 @@ impl Mamba<'_> {
 }
 
 impl Ops {
-    /// Advances a layer's state by tokens: `out = norm(mamba(conv(channels)) * silu(gates))`, also
-    /// quantized in `quants`. The result does not depend on how tokens are split into calls, to the
-    /// bit.
-    ///
-    /// # Panics
-    /// When it is quantized and the width of a group is not a multiple of 32.
-    pub fn mamba(&self, m: &Mamba<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
-        let (s, n) = (m.sizes, m.positions.tokens());
+    /// Advances texts' states by runs of tokens: `out = mamba(conv(channels))`. At position 0 a state is
+    /// taken for zero. The result does not depend on how tokens are split into calls, nor on other
+    /// texts, to the bit.
+    pub fn mamba(&self, m: &Mamba<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
+        let (s, n) = (m.sizes, m.tokens);
         m.check();
-        if n == 0 {
+        assert_eq!(runs.tokens(), n, "tokens of the batch");
+        m.inputs.check(s.conv_state(), runs);
+        m.matrices.check(s.matrices(), runs);
+        if runs.count() == 0 {
             return Ok(());
         }
-        let (past, channels) = (m.positions.at().arg(), s.channels());
+        let [of_runs, of_tokens, first, count, positions] = runs.args();
+        let [inputs, each_inputs] = m.inputs.args();
+        let [matrices, each] = m.matrices.args();
+        let channels = s.channels();
         let args = [
             m.projected.arg(),
             int(s.inner()),
@@ -180,8 +178,13 @@ impl Ops {
             int(s.conv_taps),
             m.conv.arg(),
             null_or(m.conv_bias),
-            m.inputs.arg(),
-            past,
+            inputs,
+            each_inputs,
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
             m.dt_bias.arg(),
             m.decay.arg(),
             m.convolved.arg(),
@@ -196,18 +199,23 @@ impl Ops {
         let args = [
             m.convolved.arg(),
             m.rates.arg(),
-            int(n),
             int(s.n_head),
             int(s.head_dim),
             int(s.n_group),
             int(s.state_dim),
             m.skip.arg(),
-            past,
-            m.matrices.aligned().arg(),
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
+            matrices,
+            each,
             m.out.arg(),
             m.projected.arg(),
             int(s.conv_taps - 1),
-            m.inputs.arg(),
+            inputs,
+            each_inputs,
         ];
         let recur = match s.state_dim {
             0..=32 => "mamba_recur_32",
@@ -215,9 +223,22 @@ impl Ops {
             65..=128 => "mamba_recur_128",
             _ => "mamba_recur_256",
         };
-        let grid = [blocks(s.head_dim.div_ceil(ROWS), 1), few(s.n_head), 1];
-        self.launch(recur, grid, RECUR_THREADS, &args)?;
-        let width = s.group_width();
+        let grid = [
+            blocks(s.head_dim.div_ceil(ROWS), 1),
+            few(s.n_head),
+            few(runs.count()),
+        ];
+        self.launch(recur, grid, RECUR_THREADS, &args)
+    }
+
+    /// Makes the result of what [`mamba`](Self::mamba) left: `out = norm(out * silu(gates))`, also
+    /// quantized in `quants`.
+    ///
+    /// # Panics
+    /// When it is quantized and the width of a group is not a multiple of 32.
+    pub fn gate_mamba(&self, m: &Mamba<'_>, quants: Option<&mut Quants>) -> Result<(), CudaError> {
+        m.check();
+        let (s, n, width) = (m.sizes, m.tokens, m.sizes.group_width());
         assert!(
             quants.is_none() || width.is_multiple_of(32),
             "groups of {width} in 8 bits"

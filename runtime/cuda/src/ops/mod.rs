@@ -20,6 +20,7 @@ mod operands;
 mod positions;
 mod products;
 mod prompt_attention;
+mod runs;
 mod short_conv;
 mod small;
 mod sparse_attention;
@@ -47,6 +48,7 @@ pub use operands::{
 pub use positions::{BatchPositions, CacheSize, Positions, TextTokens};
 pub use products::MAX_FUSED;
 pub use prompt_attention::PROMPT_TOKENS;
+pub use runs::{States, TextRuns};
 pub use short_conv::ShortConv;
 pub use small::{
     AddNorm, ChosenByToken, MAX_EXPERTS, MAX_GROUPS, RouterLogits, RouterSpec, Strided,

@@ -1,6 +1,6 @@
 //! What the n-grams that end with tokens add to several residual streams, after the products of their rows.
 
-use super::{Positions, THREADS, blocks, few, int};
+use super::{States, THREADS, TextRuns, blocks, few, int};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 
@@ -31,9 +31,11 @@ pub struct NgramGate<'a> {
     pub gated: View<'a>,
 }
 
-/// Gated values of a text's tokens, and what the text keeps of those before.
+/// Gated values of tokens, and what their texts keep of those before.
 #[derive(Clone, Copy)]
 pub struct NgramConv<'a> {
+    /// Tokens of all texts.
+    pub tokens: usize,
     /// Values of all streams.
     pub channels: usize,
     /// Taps of the convolution, the current token's included.
@@ -46,10 +48,8 @@ pub struct NgramConv<'a> {
     pub gated: View<'a>,
     /// `[channels, taps]`, oldest tap first.
     pub weight: View<'a>,
-    /// The tokens, of one text. At position 0 the state is taken for zero.
-    pub positions: Positions<'a>,
-    /// `[(taps - 1) * dilation, channels]`: inputs of the last tokens, the newest last.
-    pub kept: View<'a>,
+    /// `[(taps - 1) * dilation, channels]` by state: inputs of the last tokens, the newest last.
+    pub kept: States<'a>,
     /// `[tokens, channels]`: the streams.
     pub x: View<'a>,
 }
@@ -87,12 +87,13 @@ impl Ops {
         self.launch("ngram_gate", [blocks(rows, 1), 1, 1], THREADS, &args)
     }
 
-    /// Adds gated values and their convolution to the streams, and advances the state. The result does not
-    /// depend on how tokens are split into calls, to the bit.
-    pub fn convolve_ngrams(&self, c: &NgramConv<'_>) -> Result<(), CudaError> {
-        let (n, channels) = (c.positions.tokens(), c.channels);
+    /// Adds gated values of runs of tokens and their convolution to the streams, and advances their texts'
+    /// states. At position 0 a state is taken for zero. The result does not depend on how tokens are split
+    /// into calls, nor on other texts, to the bit.
+    pub fn convolve_ngrams(&self, c: &NgramConv<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
+        let (n, channels) = (c.tokens, c.channels);
         let keep = c.taps.saturating_sub(1) * c.dilation;
-        assert!(c.taps > 0 && c.positions.runs().count() <= 1, "one text");
+        assert_eq!(runs.tokens(), n, "tokens of the batch");
         assert!(
             [c.inputs, c.gated, c.x]
                 .iter()
@@ -100,14 +101,16 @@ impl Ops {
             "{n} tokens of {channels} channels"
         );
         assert!(
-            c.weight.words() >= channels * c.taps && c.kept.words() >= keep * channels,
+            c.taps > 0 && c.weight.words() >= channels * c.taps,
             "{} taps of {channels} channels",
             c.taps
         );
-        if n == 0 {
+        c.kept.check(keep * channels, runs);
+        if runs.count() == 0 {
             return Ok(());
         }
-        let (inputs, past, kept) = (c.inputs.arg(), c.positions.at().arg(), c.kept.arg());
+        let [of_runs, of_tokens, first, count, positions] = runs.args();
+        let (inputs, kept) = (c.inputs.arg(), c.kept.all.arg());
         let args = [
             inputs,
             c.gated.arg(),
@@ -116,12 +119,27 @@ impl Ops {
             int(c.dilation),
             c.weight.arg(),
             kept,
-            past,
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
             c.x.arg(),
         ];
         let over_channels = blocks(channels, THREADS);
         self.launch("ngram_convolve", [over_channels, few(n), 1], THREADS, &args)?;
-        let args = [inputs, int(channels), int(n), int(keep), past, kept];
-        self.launch("ngram_keep", [over_channels, 1, 1], THREADS, &args)
+        let args = [
+            inputs,
+            int(channels),
+            int(keep),
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
+            kept,
+        ];
+        let grid = [over_channels, few(runs.count()), 1];
+        self.launch("ngram_keep", grid, THREADS, &args)
     }
 }

@@ -6,6 +6,7 @@
 //! launches serve for other tokens.
 
 use super::int;
+use super::runs::{TextRuns, rounds};
 use crate::CudaError;
 use crate::device::{Arg, Buffer, Device, View};
 use std::ops::Range;
@@ -20,6 +21,11 @@ pub struct TextTokens<'a> {
     pub tokens: usize,
     /// The pages of the text, for these tokens too.
     pub pages: &'a [u32],
+    /// Which of a layer's recurrent states is the text's, in layers that have some.
+    pub state: u32,
+    /// Tokens of the batch that checkpoints follow, ascending: the number of the next token, and the
+    /// state that the text's goes to.
+    pub checkpoints: &'a [(usize, u32)],
 }
 
 /// Size of a KV cache.
@@ -33,8 +39,9 @@ pub struct CacheSize {
 
 /// The tokens of a batch, on the host and on the device.
 pub struct BatchPositions {
-    /// 32-bit integers: the position of each token, where the pages of its text begin in the table,
-    /// and the table, with the pages of all texts one after the other.
+    /// 32-bit integers: the position of each token, where the pages of its text begin in the table, and its
+    /// run; three for each run; and the table, with the pages of all texts one after the other. Where the
+    /// parts begin does not depend on positions, so that recorded launches serve for others.
     on_device: Buffer,
     /// What is on the device.
     words: Vec<i32>,
@@ -42,6 +49,10 @@ pub struct BatchPositions {
     next: Vec<i32>,
     /// The tokens of each text.
     runs: Vec<Range<usize>>,
+    /// Runs that are taken after their states together, one round after the other.
+    rounds: Vec<Range<usize>>,
+    /// The largest number of a text's state.
+    last_state: u32,
     n_tokens: usize,
     cache: CacheSize,
 }
@@ -51,7 +62,8 @@ impl BatchPositions {
     /// `context` positions.
     pub fn words(tokens: usize, texts: usize, context: usize, page: usize) -> usize {
         let pages = tokens.min(texts).saturating_mul(context.div_ceil(page));
-        tokens.saturating_mul(2).saturating_add(pages)
+        // Every token may be a run.
+        tokens.saturating_mul(6).saturating_add(pages)
     }
 
     /// Allocates room for so many [`words`](Self::words); no batch is there yet.
@@ -69,6 +81,8 @@ impl BatchPositions {
             words: Vec::new(),
             next: Vec::new(),
             runs: Vec::new(),
+            rounds: Vec::new(),
+            last_state: 0,
             n_tokens: 0,
             cache,
         })
@@ -94,6 +108,19 @@ impl BatchPositions {
         for text in texts.clone() {
             words.extend(std::iter::repeat_n(begin as i32, text.tokens));
             begin += (text.past + text.tokens).div_ceil(page);
+        }
+        let of_tokens = words.len();
+        words.resize(of_tokens + self.n_tokens, 0);
+        self.rounds.clear();
+        self.last_state = texts.clone().map(|text| text.state).max().unwrap_or(0);
+        let mut n_runs = 0;
+        for round in rounds(texts.clone()) {
+            for (number, (tokens, state)) in (n_runs..).zip(&round) {
+                words[of_tokens..][tokens.clone()].fill(number as i32);
+                words.extend([tokens.start as i32, tokens.len() as i32, *state as i32]);
+            }
+            self.rounds.push(n_runs..n_runs + round.len());
+            n_runs += round.len();
         }
         self.runs.clear();
         let mut first = 0;
@@ -125,6 +152,24 @@ impl BatchPositions {
     /// Forgets the batch, so that the next one is copied in any case.
     pub fn forget(&mut self) {
         self.words.clear();
+    }
+
+    fn n_runs(&self) -> usize {
+        self.rounds.last().map_or(0, |round| round.end)
+    }
+
+    /// Returns the runs of tokens between checkpoints, in rounds: each has at most one of every text, and
+    /// may have none.
+    pub fn rounds(&self) -> impl Iterator<Item = TextRuns<'_>> {
+        let (n, n_runs, view) = (self.n_tokens, self.n_runs(), self.on_device.view());
+        self.rounds.iter().map(move |round| TextRuns {
+            positions: view.floats(0..n),
+            of_tokens: view.floats(2 * n..3 * n),
+            table: view.floats(3 * (n + round.start)..3 * (n + n_runs)),
+            first: round.start,
+            count: round.len(),
+            last_state: self.last_state,
+        })
     }
 
     /// Returns the positions of all tokens of the batch.
@@ -209,7 +254,7 @@ impl<'a> Positions<'a> {
     pub(super) fn args(self) -> [Arg; 4] {
         let (view, n) = (self.batch.on_device.view(), self.batch.n_tokens);
         let begins = view.floats(n + self.first..n + self.first + self.tokens);
-        let tables = view.floats(2 * n..self.batch.words.len());
+        let tables = view.floats(3 * (n + self.batch.n_runs())..self.batch.words.len());
         [
             self.at().arg(),
             begins.arg(),
@@ -234,6 +279,8 @@ mod tests {
             past,
             tokens,
             pages,
+            state: 5,
+            checkpoints: &[],
         }
     }
 
@@ -244,8 +291,10 @@ mod tests {
         let texts = [text(7, 2, &[1, 0, 9]), text(0, 1, &[2])];
         assert!(batch.set(texts.into_iter()).unwrap());
         assert!(!batch.set(texts.into_iter()).unwrap());
-        let words = batch.on_device.view().floats(0..9).to_i32().unwrap();
-        assert_eq!(words, [7, 8, 0, 0, 0, 2, 1, 0, 2]);
+        let words = batch.on_device.view().floats(0..18).to_i32().unwrap();
+        assert_eq!(words[..9], [7, 8, 0, 0, 0, 2, 0, 0, 1]);
+        let (runs, pages) = ([0, 2, 5, 2, 1, 5], [1, 0, 2]);
+        assert_eq!((&words[9..15], &words[15..]), (&runs[..], &pages[..]));
         let all = batch.all();
         assert_eq!(all.runs().collect::<Vec<_>>(), [0..2, 2..3]);
         let part = all.part(1..3);

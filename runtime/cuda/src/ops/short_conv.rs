@@ -1,12 +1,14 @@
 //! The gated short convolution between its matrix products.
 
-use super::{Positions, THREADS, blocks, few, int};
+use super::{States, THREADS, TextRuns, blocks, few, int};
 use crate::device::View;
 use crate::{CudaError, Ops};
 
-/// A layer's tokens after its first matrix product, and its state.
+/// A layer's tokens after its first matrix product, and its states.
 #[derive(Clone, Copy)]
 pub struct ShortConv<'a> {
+    /// Tokens of all texts.
+    pub tokens: usize,
     /// Channels.
     pub channels: usize,
     /// Tokens that the convolution spans, the current one included.
@@ -15,40 +17,45 @@ pub struct ShortConv<'a> {
     pub projected: View<'a>,
     /// `[channels, taps]`, oldest tap first.
     pub weight: View<'a>,
-    /// The tokens, of one text. At position 0 the state is taken for zero.
-    pub positions: Positions<'a>,
-    /// `[taps - 1, channels]`: the convolution's inputs of the last tokens, the newest last.
-    pub inputs: View<'a>,
+    /// `[taps - 1, channels]` by state: the convolution's inputs of the last tokens, the newest last.
+    pub inputs: States<'a>,
     /// `[tokens, channels]`.
     pub out: View<'a>,
 }
 
 impl Ops {
-    /// Convolves tokens, and advances the state. The result does not depend on how tokens are split
-    /// into calls, to the bit.
-    pub fn short_conv(&self, c: &ShortConv<'_>) -> Result<(), CudaError> {
-        let (n, channels, keep) = (c.positions.tokens(), c.channels, c.taps.saturating_sub(1));
-        assert!(c.taps > 0 && c.positions.runs().count() <= 1, "one text");
+    /// Convolves runs of tokens, and advances their texts' states. At position 0 a state is taken for
+    /// zero. The result does not depend on how tokens are split into calls, nor on other texts, to the
+    /// bit.
+    pub fn short_conv(&self, c: &ShortConv<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
+        let (n, channels, keep) = (c.tokens, c.channels, c.taps.saturating_sub(1));
+        assert_eq!(runs.tokens(), n, "tokens of the batch");
         assert!(
             c.projected.words() >= 3 * n * channels && c.out.words() >= n * channels,
             "{n} tokens of {channels} channels"
         );
         assert!(
-            c.weight.words() >= channels * c.taps && c.inputs.words() >= keep * channels,
+            c.taps > 0 && c.weight.words() >= channels * c.taps,
             "{} taps of {channels} channels",
             c.taps
         );
-        if n == 0 {
+        c.inputs.check(keep * channels, runs);
+        if runs.count() == 0 {
             return Ok(());
         }
-        let (projected, past) = (c.projected.arg(), c.positions.at().arg());
+        let [of_runs, of_tokens, first, count, positions] = runs.args();
+        let (projected, inputs) = (c.projected.arg(), c.inputs.all.arg());
         let args = [
             projected,
             int(channels),
             int(c.taps),
             c.weight.arg(),
-            c.inputs.arg(),
-            past,
+            inputs,
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
             c.out.arg(),
         ];
         let over_channels = blocks(channels, THREADS);
@@ -56,11 +63,15 @@ impl Ops {
         let args = [
             projected,
             int(channels),
-            int(n),
             int(keep),
-            past,
-            c.inputs.arg(),
+            of_runs,
+            of_tokens,
+            first,
+            count,
+            positions,
+            inputs,
         ];
-        self.launch("short_conv_keep", [over_channels, 1, 1], THREADS, &args)
+        let grid = [over_channels, few(runs.count()), 1];
+        self.launch("short_conv_keep", grid, THREADS, &args)
     }
 }

@@ -61,6 +61,8 @@ impl Pages {
 
     pub(super) fn set(&mut self, past: usize, tokens: usize) -> Result<(), CudaError> {
         let text = TextTokens {
+            state: 0,
+            checkpoints: &[],
             past,
             tokens,
             pages: &self.pages,

@@ -2,10 +2,10 @@
 
 use super::Check;
 use super::small::same_quants;
-use super::texts::Text;
+use super::texts::{Text, of_first};
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{Delta, DeltaSizes, Quants};
+use tier_plan_cuda::ops::{Delta, DeltaSizes, Quants, States};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::{DeltaGate, KeySharing};
 use tier_plan_kernels::random::Random;
@@ -251,8 +251,14 @@ impl Layer {
         }
     }
 
-    /// Computes the layer on a device in batches. Also compares the fused quantization.
-    fn on_device(&self, ops: &Ops, batches: &[usize]) -> Result<(Results, Outcome), CudaError> {
+    /// Computes the layer on a device in batches, for some texts that are alike. Also compares the fused
+    /// quantization, and the texts.
+    fn on_device(
+        &self,
+        ops: &Ops,
+        batches: &[usize],
+        texts: usize,
+    ) -> Result<(Results, Outcome), CudaError> {
         let s = self.sizes;
         let (n_value, dim) = (s.n_value_head, s.head_dim);
         let (values, channels) = (n_value * dim, (2 * s.n_key_head + n_value) * dim);
@@ -260,8 +266,8 @@ impl Layer {
         let buffer = |values: usize| Buffer::new_f32(ops.device(), values);
         // The first token must ignore the state's memory.
         let (inputs, matrices) = (
-            given(&vec![f32::NAN; s.conv_state()])?,
-            given(&vec![f32::NAN; s.matrices()])?,
+            given(&vec![f32::NAN; texts * s.conv_state()])?,
+            given(&vec![f32::NAN; texts * s.matrices()])?,
         );
         let (conv, dt_bias, decay) = (given(&self.conv)?, given(&self.bias)?, given(&self.decay)?);
         let norm = given(&self.norm)?;
@@ -274,11 +280,13 @@ impl Layer {
         };
         let (mut past, mut outcome) = (0, Outcome::default());
         for &n in batches {
-            let projected = given(&self.projected(past, n))?;
+            let alike = |values: &[f32]| given(&values.repeat(texts));
+            let projected = alike(&self.projected(past, n))?;
             let [strengths, decays] = self.raw_rates(past, n);
-            let (strengths, decays) = (given(&strengths)?, given(&decays)?);
-            let gates = given(&self.gates[past * values..][..n * values])?;
-            let text = Text::new(ops, past, n)?;
+            let (strengths, decays) = (alike(&strengths)?, alike(&decays)?);
+            let gates = alike(&self.gates[past * values..][..n * values])?;
+            let text = Text::alike(ops, past, n, texts as u32)?;
+            let n = texts * n;
             let (heads, rates, out) = (
                 buffer(n * channels)?,
                 buffer(2 * n * n_value)?,
@@ -288,6 +296,7 @@ impl Layer {
             let mut quants = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
             let mut after = Quants::new(ops.device(), (n * values).next_multiple_of(32))?;
             let delta = Delta {
+                tokens: n,
                 sizes: s,
                 projected: projected.view(),
                 gates: gates.view(),
@@ -298,25 +307,35 @@ impl Layer {
                 decay: decay.view(),
                 norm: norm.view(),
                 eps: EPS,
-                positions: text.positions(),
-                inputs: inputs.view(),
-                matrices: matrices.view(),
+                inputs: States {
+                    all: inputs.view(),
+                    each: s.conv_state(),
+                },
+                matrices: States {
+                    all: matrices.view(),
+                    each: s.matrices(),
+                },
                 heads: heads.view(),
                 rates: rates.view(),
                 out: out.view(),
             };
-            ops.delta(&delta, quantizes.then_some(&mut quants))?;
+            ops.delta(&delta, text.runs())?;
+            ops.gate_delta(&delta, quantizes.then_some(&mut quants))?;
             if quantizes {
                 ops.quantize(out.view(), n, values, &mut after)?;
                 outcome.merge(same_quants(&quants, &after)?);
             }
-            results.heads.extend(heads.view().to_f32()?);
-            results.rates.extend(rates.view().to_f32()?);
-            results.out.extend(out.view().to_f32()?);
-            past += n;
+            for (of_all, buffer) in [
+                (&mut results.heads, &heads),
+                (&mut results.rates, &rates),
+                (&mut results.out, &out),
+            ] {
+                of_all.extend(of_first(&mut outcome, buffer, texts)?);
+            }
+            past += n / texts;
         }
-        results.inputs = inputs.view().to_f32()?;
-        results.matrices = matrices.view().to_f32()?;
+        results.inputs = of_first(&mut outcome, &inputs, texts)?;
+        results.matrices = of_first(&mut outcome, &matrices, texts)?;
         Ok((results, outcome))
     }
 
@@ -416,15 +435,15 @@ pub(super) fn sigmoid_mul(gates: &[f32], x: &[f32], out: &mut [f32]) {
 fn delta(ops: &Ops, random: &mut Random, sizes: DeltaSizes) -> Result<Outcome, CudaError> {
     let layer = Layer::new(random, sizes);
     let expected = layer.plain();
-    let (results, mut outcome) = layer.on_device(ops, &[TOKENS])?;
+    let (results, mut outcome) = layer.on_device(ops, &[TOKENS], 1)?;
     outcome.compare(&results.heads, near(&expected.heads));
     outcome.compare(&results.rates, near(&expected.rates));
     outcome.compare(&results.out, near(&expected.out));
     outcome.compare(&results.matrices, near(&expected.matrices));
     outcome.compare_exact(&results.inputs, &expected.inputs);
-    // How tokens are split into batches changes no bit.
-    for batches in [&[1; TOKENS][..], &[2, 17, 1, 1]] {
-        let (apart, quantized) = layer.on_device(ops, batches)?;
+    // How tokens are split into batches changes no bit, and neither do other texts.
+    for (batches, texts) in [(&[1; TOKENS][..], 3), (&[2, 17, 1, 1], 1)] {
+        let (apart, quantized) = layer.on_device(ops, batches, texts)?;
         outcome.merge(quantized);
         let pairs = [
             (&apart.heads, &results.heads),

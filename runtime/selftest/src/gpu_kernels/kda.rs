@@ -3,10 +3,10 @@
 use super::Check;
 use super::delta::{Convolution, TOKENS, near, sigmoid_mul, softplus};
 use super::small::same_quants;
-use super::texts::Text;
+use super::texts::{Text, of_first};
 use crate::outcome::Outcome;
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{Kda, KdaSizes, Quants};
+use tier_plan_cuda::ops::{Kda, KdaSizes, Quants, States};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::spec::DecayGate;
 use tier_plan_kernels::random::Random;
@@ -187,32 +187,41 @@ impl Layer {
         }
     }
 
-    /// Computes the layer on a device in batches. Also compares the fused quantization.
-    fn on_device(&self, ops: &Ops, batches: &[usize]) -> Result<(Results, Outcome), CudaError> {
+    /// Computes the layer on a device in batches, for some texts that are alike. Also compares the fused
+    /// quantization, and the texts.
+    fn on_device(
+        &self,
+        ops: &Ops,
+        batches: &[usize],
+        texts: usize,
+    ) -> Result<(Results, Outcome), CudaError> {
         let s = self.sizes;
         let width = s.width();
         let given = |values: &[f32]| Buffer::of_f32(ops.device(), values);
         let buffer = |values: usize| Buffer::new_f32(ops.device(), values);
         // The first token must ignore the state's memory.
         let unset = |n: usize| given(&vec![f32::NAN; n]);
-        let (inputs, matrices) = (unset(s.conv_state())?, unset(s.matrices())?);
+        let (inputs, matrices) = (unset(texts * s.conv_state())?, unset(texts * s.matrices())?);
         let (conv, bias) = (given(&self.conv)?, given(&self.bias)?);
         let (steepness, norm) = (given(&self.steepness)?, given(&self.norm)?);
         let (mut results, mut outcome) = (Results::default(), Outcome::default());
         let mut past = 0;
         for &n in batches {
-            let rows = |all: &[f32]| given(&all[past * width..][..n * width]);
+            let alike = |values: &[f32]| given(&values.repeat(texts));
+            let rows = |all: &[f32]| alike(&all[past * width..][..n * width]);
             let [queries, keys, values] = self.projected.each_ref().map(|all| rows(all));
             let (queries, keys, values) = (queries?, keys?, values?);
             let (decays, gates) = (rows(&self.decays)?, rows(&self.gates)?);
-            let strengths = given(&self.strengths[past * s.n_head..][..n * s.n_head])?;
-            let text = Text::new(ops, past, n)?;
+            let strengths = alike(&self.strengths[past * s.n_head..][..n * s.n_head])?;
+            let text = Text::alike(ops, past, n, texts as u32)?;
+            let n = texts * n;
             let (heads, rates) = (buffer(3 * n * width)?, buffer(2 * n * s.n_head)?);
             let out = buffer(n * width)?;
             let quantizes = s.head_dim.is_multiple_of(32);
             let quants = || Quants::new(ops.device(), (n * width).next_multiple_of(32));
             let (mut fused, mut after) = (quants()?, quants()?);
             let kda = Kda {
+                tokens: n,
                 sizes: s,
                 projected: [queries.view(), keys.view(), values.view()],
                 decays: decays.view(),
@@ -223,25 +232,35 @@ impl Layer {
                 steepness: steepness.view(),
                 norm: norm.view(),
                 eps: EPS,
-                positions: text.positions(),
-                inputs: inputs.view(),
-                matrices: matrices.view(),
+                inputs: States {
+                    all: inputs.view(),
+                    each: s.conv_state(),
+                },
+                matrices: States {
+                    all: matrices.view(),
+                    each: s.matrices(),
+                },
                 heads: heads.view(),
                 rates: rates.view(),
                 out: out.view(),
             };
-            ops.kda(&kda, quantizes.then_some(&mut fused))?;
+            ops.kda(&kda, text.runs())?;
+            ops.gate_kda(&kda, quantizes.then_some(&mut fused))?;
             if quantizes {
                 ops.quantize(out.view(), n, width, &mut after)?;
                 outcome.merge(same_quants(&fused, &after)?);
             }
-            results.heads.extend(heads.view().to_f32()?);
-            results.decays.extend(decays.view().to_f32()?);
-            results.out.extend(out.view().to_f32()?);
-            past += n;
+            for (of_all, buffer) in [
+                (&mut results.heads, &heads),
+                (&mut results.decays, &decays),
+                (&mut results.out, &out),
+            ] {
+                of_all.extend(of_first(&mut outcome, buffer, texts)?);
+            }
+            past += n / texts;
         }
-        results.inputs = inputs.view().to_f32()?;
-        results.matrices = matrices.view().to_f32()?;
+        results.inputs = of_first(&mut outcome, &inputs, texts)?;
+        results.matrices = of_first(&mut outcome, &matrices, texts)?;
         Ok((results, outcome))
     }
 }
@@ -249,14 +268,14 @@ impl Layer {
 fn kda(ops: &Ops, random: &mut Random, sizes: KdaSizes) -> Result<Outcome, CudaError> {
     let layer = Layer::new(random, sizes);
     let expected = layer.plain();
-    let (results, mut outcome) = layer.on_device(ops, &[TOKENS])?;
+    let (results, mut outcome) = layer.on_device(ops, &[TOKENS], 1)?;
     for (found, expected) in results.all().into_iter().zip(expected.all()) {
         outcome.compare(found, near(expected));
     }
     outcome.compare_exact(&results.inputs, &expected.inputs);
-    // How tokens are split into batches changes no bit.
-    for batches in [&[1; TOKENS][..], &[2, 17, 1, 1]] {
-        let (apart, quantized) = layer.on_device(ops, batches)?;
+    // How tokens are split into batches changes no bit, and neither do other texts.
+    for (batches, texts) in [(&[1; TOKENS][..], 3), (&[2, 17, 1, 1], 1)] {
+        let (apart, quantized) = layer.on_device(ops, batches, texts)?;
         outcome.merge(quantized);
         for (apart, whole) in apart.all().into_iter().zip(results.all()) {
             outcome.compare_exact(apart, whole);

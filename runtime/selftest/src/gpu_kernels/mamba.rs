@@ -2,10 +2,10 @@
 
 use super::Check;
 use super::small::same_quants;
-use super::texts::Text;
+use super::texts::{Text, of_first};
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{Mamba, MambaSizes, Quants};
+use tier_plan_cuda::ops::{Mamba, MambaSizes, Quants, States};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_kernels::Kernels;
 use tier_plan_kernels::random::Random;
@@ -164,14 +164,20 @@ impl Layer {
         }
     }
 
-    /// Computes the layer on a device in batches. Also compares the fused quantization.
-    fn on_device(&self, ops: &Ops, batches: &[usize]) -> Result<(Results, Outcome), CudaError> {
+    /// Computes the layer on a device in batches, for some texts that are alike. Also compares the fused
+    /// quantization, and the texts.
+    fn on_device(
+        &self,
+        ops: &Ops,
+        batches: &[usize],
+        texts: usize,
+    ) -> Result<(Results, Outcome), CudaError> {
         let s = self.sizes;
         let given = |values: &[f32]| Buffer::of_f32(ops.device(), values);
         let buffer = |values: usize| Buffer::new_f32(ops.device(), values);
         // The first token must ignore the state's memory.
-        let inputs = given(&vec![f32::NAN; s.conv_state()])?;
-        let matrices = given(&vec![f32::NAN; s.matrices()])?;
+        let inputs = given(&vec![f32::NAN; texts * s.conv_state()])?;
+        let matrices = given(&vec![f32::NAN; texts * s.matrices()])?;
         let (conv, norm) = (given(&self.conv)?, given(&self.norm)?);
         let conv_bias = self.conv_bias.as_deref().map(given).transpose()?;
         let (dt_bias, decay) = (given(&self.dt_bias)?, given(&self.decay)?);
@@ -180,8 +186,9 @@ impl Layer {
         let mut past = 0;
         for &n in batches {
             let rows = past * s.projected()..(past + n) * s.projected();
-            let projected = given(&self.projected[rows])?;
-            let text = Text::new(ops, past, n)?;
+            let projected = given(&self.projected[rows].repeat(texts))?;
+            let text = Text::alike(ops, past, n, texts as u32)?;
+            let n = texts * n;
             let (convolved, rates) = (buffer(n * s.channels())?, buffer(2 * n * s.n_head)?);
             let out = buffer(n * s.inner())?;
             let quantizes = s.group_width().is_multiple_of(32);
@@ -189,6 +196,7 @@ impl Layer {
             let mut quants = Quants::new(ops.device(), room)?;
             let mut after = Quants::new(ops.device(), room)?;
             let mamba = Mamba {
+                tokens: n,
                 sizes: s,
                 projected: projected.view(),
                 conv: conv.view(),
@@ -198,40 +206,50 @@ impl Layer {
                 skip: skip.view(),
                 norm: norm.view(),
                 eps: EPS,
-                positions: text.positions(),
-                inputs: inputs.view(),
-                matrices: matrices.view(),
+                inputs: States {
+                    all: inputs.view(),
+                    each: s.conv_state(),
+                },
+                matrices: States {
+                    all: matrices.view(),
+                    each: s.matrices(),
+                },
                 convolved: convolved.view(),
                 rates: rates.view(),
                 out: out.view(),
             };
-            ops.mamba(&mamba, quantizes.then_some(&mut quants))?;
+            ops.mamba(&mamba, text.runs())?;
+            ops.gate_mamba(&mamba, quantizes.then_some(&mut quants))?;
             if quantizes {
                 ops.quantize(out.view(), n, s.inner(), &mut after)?;
                 outcome.merge(same_quants(&quants, &after)?);
             }
-            results.convolved.extend(convolved.view().to_f32()?);
-            results.rates.extend(rates.view().to_f32()?);
-            results.out.extend(out.view().to_f32()?);
-            past += n;
+            for (of_all, buffer) in [
+                (&mut results.convolved, &convolved),
+                (&mut results.rates, &rates),
+                (&mut results.out, &out),
+            ] {
+                of_all.extend(of_first(&mut outcome, buffer, texts)?);
+            }
+            past += n / texts;
         }
-        results.inputs = inputs.view().to_f32()?;
-        results.matrices = matrices.view().to_f32()?;
+        results.inputs = of_first(&mut outcome, &inputs, texts)?;
+        results.matrices = of_first(&mut outcome, &matrices, texts)?;
         Ok((results, outcome))
     }
 }
 
 fn mamba(ops: &Ops, layer: &Layer) -> Result<Outcome, CudaError> {
     let expected = layer.plain();
-    let (results, mut outcome) = layer.on_device(ops, &[TOKENS])?;
+    let (results, mut outcome) = layer.on_device(ops, &[TOKENS], 1)?;
     outcome.compare(&results.convolved, near(&expected.convolved));
     outcome.compare(&results.rates, near(&expected.rates));
     outcome.compare(&results.out, near(&expected.out));
     outcome.compare(&results.matrices, near(&expected.matrices));
     outcome.compare_exact(&results.inputs, &expected.inputs);
-    // How tokens are split into batches changes no bit.
-    for batches in [&[1; TOKENS][..], &[2, 17, 1, 1]] {
-        let (apart, quantized) = layer.on_device(ops, batches)?;
+    // How tokens are split into batches changes no bit, and neither do other texts.
+    for (batches, texts) in [(&[1; TOKENS][..], 3), (&[2, 17, 1, 1], 1)] {
+        let (apart, quantized) = layer.on_device(ops, batches, texts)?;
         outcome.merge(quantized);
         let pairs = [
             (&apart.convolved, &results.convolved),
@@ -285,6 +303,7 @@ mod tests {
         let [convolved, rates] = [n * channels, 2 * n * n_head].map(zeros);
         let text = Text::new(&ops, 0, n).unwrap();
         let mut mamba = Mamba {
+            tokens: n,
             sizes: SIZES,
             projected: projected.view(),
             conv: conv.view(),
@@ -294,15 +313,23 @@ mod tests {
             skip: skip.view(),
             norm: norm.view(),
             eps: EPS,
-            positions: text.positions(),
-            inputs: inputs.view(),
-            matrices: matrices.view(),
+            inputs: States {
+                all: inputs.view(),
+                each: SIZES.conv_state(),
+            },
+            matrices: States {
+                all: matrices.view(),
+                each: SIZES.matrices(),
+            },
             convolved: convolved.view(),
             rates: rates.view(),
             out: out.view(),
         };
         change(&mut mamba);
-        let ran = AssertUnwindSafe(|| ops.mamba(&mamba, None).unwrap());
+        let ran = AssertUnwindSafe(|| {
+            ops.mamba(&mamba, text.runs()).unwrap();
+            ops.gate_mamba(&mamba, None).unwrap();
+        });
         catch_unwind(ran).is_ok()
     }
 
@@ -317,11 +344,14 @@ mod tests {
         assert!(!run(|m| shorten(&mut m.decay)));
         assert!(!run(|m| shorten(&mut m.skip)));
         assert!(!run(|m| shorten(&mut m.norm)));
-        assert!(!run(|m| shorten(&mut m.inputs)));
-        assert!(!run(|m| shorten(&mut m.matrices)));
+        assert!(!run(|m| shorten(&mut m.inputs.all)));
+        assert!(!run(|m| shorten(&mut m.matrices.all)));
         assert!(!run(|m| shorten(&mut m.convolved)));
         assert!(!run(|m| shorten(&mut m.rates)));
         assert!(!run(|m| shorten(&mut m.out)));
+        assert!(!run(|m| m.inputs.each += 1));
+        assert!(!run(|m| m.matrices.each -= 1));
+        assert!(!run(|m| m.tokens = 1));
         assert!(!run(|m| m.sizes.state_dim = 3));
         assert!(!run(|m| m.sizes.state_dim = 260));
         assert!(!run(|m| m.sizes.n_group = 3));

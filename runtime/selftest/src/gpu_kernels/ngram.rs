@@ -2,10 +2,10 @@
 
 use super::Check;
 use super::compressed::{EPS, doubles, normed, within};
-use super::texts::Text;
+use super::texts::{Text, of_first};
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{NgramConv, NgramGate};
+use tier_plan_cuda::ops::{NgramConv, NgramGate, States};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_kernels::random::Random;
 
@@ -82,11 +82,18 @@ fn convolve(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         let n = 15;
         let [inputs, gated, x] = [0; 3].map(|_| random.floats(n * channels));
         let weight = random.floats(channels * taps);
-        let run = |batches: &[usize]| {
-            let text = [&inputs[..], &gated, &x];
-            run(ops, (channels, taps, dilation), text, &weight, batches)
+        let mut run = |batches: &[usize], texts: usize| {
+            let rows = [&inputs[..], &gated, &x];
+            run(
+                (ops, &mut outcome),
+                (channels, taps, dilation),
+                rows,
+                &weight,
+                (batches, texts),
+            )
         };
-        let whole = run(&[n])?;
+        let whole = run(&[n], 1)?;
+        let parts = [run(&[1; 15], 3)?, run(&[2, 7, 1, 5], 2)?];
         let expected = (0..n * channels).map(|at| {
             let (t, channel) = (at / channels, at % channels);
             let taps = (0..taps).map(|tap| (tap, (taps - 1 - tap) * dilation));
@@ -103,44 +110,50 @@ fn convolve(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
             }
         });
         outcome.compare(&whole, expected);
-        for batches in [&[1; 15][..], &[2, 7, 1, 5]] {
+        for parts in parts {
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-            outcome.compare_exact(&bits(&run(batches)?), &bits(&whole));
+            outcome.compare_exact(&bits(&parts), &bits(&whole));
         }
     }
     Ok(outcome)
 }
 
-/// Takes a text's inputs, gated values, and streams through the convolution in batches. Its state holds no
-/// number before.
+/// Takes the inputs, gated values, and streams of texts that are alike through the convolution in batches,
+/// and compares the texts. Their states hold no number before.
 fn run(
-    ops: &Ops,
+    (ops, outcome): (&Ops, &mut Outcome),
     (channels, taps, dilation): Sizes,
-    text: [&[f32]; 3],
+    rows_of: [&[f32]; 3],
     weight: &[f32],
-    batches: &[usize],
+    (batches, texts): (&[usize], usize),
 ) -> Result<Vec<f32>, CudaError> {
     let device = ops.device();
     let weight = Buffer::of_f32(device, weight)?;
-    let kept = Buffer::of_f32(device, &vec![f32::NAN; (taps - 1) * dilation * channels])?;
+    let each = (taps - 1) * dilation * channels;
+    let kept = Buffer::of_f32(device, &vec![f32::NAN; texts * each])?;
     let (mut past, mut results) = (0, Vec::new());
     for &n in batches {
         let rows = past * channels..(past + n) * channels;
-        let [inputs, gated, x] = text.map(|all| Buffer::of_f32(device, &all[rows.clone()]));
+        let alike = |all: &[f32]| Buffer::of_f32(device, &all[rows.clone()].repeat(texts));
+        let [inputs, gated, x] = rows_of.map(alike);
         let (inputs, gated, x) = (inputs?, gated?, x?);
-        let tokens = Text::new(ops, past, n)?;
-        ops.convolve_ngrams(&NgramConv {
+        let text = Text::alike(ops, past, n, texts as u32)?;
+        let conv = NgramConv {
+            tokens: texts * n,
             channels,
             taps,
             dilation,
             inputs: inputs.view(),
             gated: gated.view(),
             weight: weight.view(),
-            positions: tokens.positions(),
-            kept: kept.view(),
+            kept: States {
+                all: kept.view(),
+                each,
+            },
             x: x.view(),
-        })?;
-        results.extend(x.view().to_f32()?);
+        };
+        ops.convolve_ngrams(&conv, text.runs())?;
+        results.extend(of_first(outcome, &x, texts)?);
         past += n;
     }
     Ok(results)

@@ -1,10 +1,10 @@
 //! The gated short convolution.
 
 use super::Check;
-use super::texts::Text;
+use super::texts::{Text, of_first};
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::ShortConv;
+use tier_plan_cuda::ops::{ShortConv, States};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_kernels::random::Random;
 
@@ -18,7 +18,17 @@ fn compare(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
         let n = 9;
         let projected = random.floats(n * 3 * channels);
         let weight = random.floats(channels * taps);
-        let whole = run(ops, (channels, taps), &projected, &weight, &[n])?;
+        let mut run = |batches: &[usize], texts: usize| {
+            run(
+                (ops, &mut outcome),
+                (channels, taps),
+                &projected,
+                &weight,
+                (batches, texts),
+            )
+        };
+        let whole = run(&[n], 1)?;
+        let parts = [run(&[1; 9], 3)?, run(&[2, 4, 3], 2)?];
         let input = |t: usize, i: usize| {
             let row = &projected[3 * t * channels..];
             row[i] * row[2 * channels + i]
@@ -32,8 +42,7 @@ fn compare(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
             Expected::within(projected[(3 * t + 1) * channels + i] * sum, 1e-5)
         });
         outcome.compare(&whole, expected);
-        for batches in [&[1; 9][..], &[2, 4, 3]] {
-            let parts = run(ops, (channels, taps), &projected, &weight, batches)?;
+        for parts in parts {
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
             outcome.compare_exact(&bits(&parts), &bits(&whole));
         }
@@ -41,35 +50,38 @@ fn compare(ops: &Ops, random: &mut Random) -> Result<Outcome, CudaError> {
     Ok(outcome)
 }
 
-/// Takes a text through the convolution in batches. Its state holds no number before.
+/// Takes texts that are alike through the convolution in batches, and compares them. Their states hold no
+/// number before.
 fn run(
-    ops: &Ops,
+    (ops, outcome): (&Ops, &mut Outcome),
     (channels, taps): (usize, usize),
     projected: &[f32],
     weight: &[f32],
-    batches: &[usize],
+    (batches, texts): (&[usize], usize),
 ) -> Result<Vec<f32>, CudaError> {
     let device = ops.device();
     let weight = Buffer::of_f32(device, weight)?;
-    let inputs = Buffer::of_f32(device, &vec![f32::NAN; (taps - 1) * channels])?;
+    let inputs = Buffer::of_f32(device, &vec![f32::NAN; texts * (taps - 1) * channels])?;
     let (mut past, mut results) = (0, Vec::new());
     for &n in batches {
         let rows = &projected[past * 3 * channels..(past + n) * 3 * channels];
-        let rows = Buffer::of_f32(device, rows)?;
-        let (text, out) = (
-            Text::new(ops, past, n)?,
-            Buffer::new_f32(device, n * channels)?,
-        );
-        ops.short_conv(&ShortConv {
+        let rows = Buffer::of_f32(device, &rows.repeat(texts))?;
+        let text = Text::alike(ops, past, n, texts as u32)?;
+        let out = Buffer::new_f32(device, texts * n * channels)?;
+        let conv = ShortConv {
+            tokens: texts * n,
             channels,
             taps,
             projected: rows.view(),
             weight: weight.view(),
-            positions: text.positions(),
-            inputs: inputs.view(),
+            inputs: States {
+                all: inputs.view(),
+                each: (taps - 1) * channels,
+            },
             out: out.view(),
-        })?;
-        results.extend(out.view().to_f32()?);
+        };
+        ops.short_conv(&conv, text.runs())?;
+        results.extend(of_first(outcome, &out, texts)?);
         past += n;
     }
     Ok(results)

@@ -5,7 +5,7 @@ use super::kv_rows::stored;
 use crate::outcome::Outcome;
 use tier_plan_cuda::device::Buffer;
 use tier_plan_cuda::ops::{
-    Attend, AttentionBuffers, BatchPositions, CacheSize, Positions, TextTokens,
+    Attend, AttentionBuffers, BatchPositions, CacheSize, Positions, TextRuns, TextTokens,
 };
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
@@ -53,9 +53,46 @@ impl Text {
             past,
             tokens,
             pages: &pages,
+            state: 0,
+            checkpoints: &[],
         };
         batch.set(std::iter::once(text))?;
         Ok(Self { batch, size })
+    }
+
+    /// Makes as many tokens of several texts, each with the recurrent state of its number. Their pages are
+    /// not those of any cache.
+    pub(super) fn alike(
+        ops: &Ops,
+        past: usize,
+        tokens: usize,
+        texts: u32,
+    ) -> Result<Self, CudaError> {
+        let positions = (past + tokens).next_multiple_of(PAGE);
+        let size = CacheSize {
+            positions,
+            page: PAGE,
+        };
+        let n = texts as usize;
+        let words = BatchPositions::words(n * tokens, n, positions, PAGE);
+        let mut batch = BatchPositions::new(ops.device(), words, size)?;
+        let pages: Vec<u32> = (0..(positions / PAGE) as u32).collect();
+        batch.set((0..texts).map(|state| TextTokens {
+            past,
+            tokens,
+            pages: &pages,
+            state,
+            checkpoints: &[],
+        }))?;
+        Ok(Self { batch, size })
+    }
+
+    /// Returns the tokens as runs after recurrent states.
+    pub(super) fn runs(&self) -> TextRuns<'_> {
+        let mut rounds = self.batch.rounds();
+        rounds
+            .next()
+            .unwrap_or_else(|| unreachable!("a batch has texts"))
     }
 
     pub(super) fn positions(&self) -> Positions<'_> {
@@ -76,6 +113,21 @@ impl Text {
     pub(super) fn at(&self, position: usize) -> usize {
         self.size.positions - PAGE - position / PAGE * PAGE + position % PAGE
     }
+}
+
+/// Returns what is of the first of some texts that are alike, and compares the others with that, to the bit.
+pub(super) fn of_first(
+    outcome: &mut Outcome,
+    all: &Buffer,
+    texts: usize,
+) -> Result<Vec<f32>, CudaError> {
+    let all = all.view().to_f32()?;
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    let (first, others) = all.split_at(all.len() / texts);
+    for other in others.chunks_exact(first.len().max(1)) {
+        outcome.compare_exact(&bits(other), &bits(first));
+    }
+    Ok(first.to_vec())
 }
 
 /// Compares a prompt with parts of it: other tokens change no bit of a token's result.
@@ -127,6 +179,8 @@ pub(super) fn several_texts(
     let shared = SharedCache::new(ops, random, kv_type, size.positions, n)?;
     let rows = texts.iter().zip(&pages);
     let rows = rows.map(|(&(past, tokens), pages)| TextTokens {
+        state: 0,
+        checkpoints: &[],
         past,
         tokens,
         pages,
