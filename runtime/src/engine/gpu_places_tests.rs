@@ -133,6 +133,19 @@ fn a_layers_parts_may_be_apart() {
         let shape = shape_of(&gguf, &describe(&gguf).unwrap());
         compare(name, &gguf, &shape);
     }
+    // The convolution of n-grams may see the token at hand only.
+    let mut writer = fixture("qwen4exp");
+    writer.set("qwen4exp.ple.conv_kernel", Value::U32(1));
+    let mut tensors = writer.tensors.iter_mut();
+    let conv = tensors.find(|t| t.name.ends_with("ple_conv1d.weight"));
+    let conv = conv.unwrap();
+    let taps = conv.dims[0] as usize;
+    let last = conv.data.chunks_exact(4).skip(taps - 1).step_by(taps);
+    conv.data = last.flatten().copied().collect();
+    conv.dims[0] = 1;
+    let (_file, gguf) = rewritten_tests::open(&writer);
+    let shape = shape_of(&gguf, &describe(&gguf).unwrap());
+    compare("qwen4exp, one tap", &gguf, &shape);
     for name in [
         "grok",
         "granitemoe",

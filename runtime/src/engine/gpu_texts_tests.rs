@@ -367,10 +367,26 @@ fn there_may_be_more_texts_than_planned_as_long_as_there_are_pages() {
 }
 
 #[test]
-fn launches_are_recorded_anew_for_a_text_with_another_state() {
-    let fixture = Fixture::new("qwen3next");
+fn a_recorded_step_serves_for_texts_with_other_states_where_launches_are_not_told_them() {
+    for (folder, name, serves) in [
+        ("arch", "qwen3next", true),
+        ("arch2", "nemotron_h_moe", true),
+        ("arch2", "qwen4exp", true),
+        ("arch2", "glm5-next", false),
+        ("arch2", "deepseek4", false),
+    ] {
+        texts_by_turns(folder, name, serves);
+    }
+}
+
+fn texts_by_turns(folder: &str, name: &str, serves: bool) {
+    let fixture = Fixture::of(folder, name);
     let plan = plan_for(&fixture, KvType::F16, (2, 0), 0);
-    let mut engine = load(&fixture.gguf, &plan, 512);
+    let device = Arc::new(Watched::new(usize::MAX));
+    let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+    let (gguf, options) = (Arc::clone(&fixture.gguf), LoadOptions::default());
+    let loaded = Engine::load_on(gguf, &plan, &options, Some(&give), &mut |_, _| {});
+    let mut engine = loaded.unwrap();
     let texts = [0, 1].map(|number| (engine.add_sequence().unwrap(), text(number)));
     let alone = [0, 1].map(|number| fixture.alone(&text(number), KvType::F16));
     let n_vocab = engine.spec().n_vocab;
@@ -384,8 +400,14 @@ fn launches_are_recorded_anew_for_a_text_with_another_state() {
                     logits: Some(LogitsMode::Last),
                 };
                 let found = rows(engine.step(&[step]).unwrap(), n_vocab);
-                assert!(nearly(&found[0], &alone[which][token]), "{which} {token}");
+                assert!(
+                    nearly(&found[0], &alone[which][token]),
+                    "{name}, {which} {token}"
+                );
             }
         }
     }
+    let recordings = device.take()[3];
+    // Of the first text once, or of each turn.
+    assert_eq!(recordings, if serves { 1 } else { 24 }, "{name}");
 }

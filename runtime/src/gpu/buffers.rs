@@ -284,7 +284,7 @@ impl BufferSizes {
         }
     }
 
-    /// Grows to what a layer's tokens choose for each head of keys and values, if they may.
+    /// Grows to the blocks that a layer's tokens choose, if they may.
     fn block_choices(&mut self, index: &BlockIndex, context: usize) {
         let (rows, choice) = (self.rows, Choice::from(index));
         self.index_k = self.index_k.max(rows * index.k.n_out);
@@ -376,7 +376,7 @@ pub(super) struct GpuBuffers {
     /// `[batch, streams, hidden]` hidden state.
     pub(super) x: Buffer,
     pub(super) streams: StreamBuffers,
-    /// `[rows, hidden]` result of a part, to be added to the hidden state.
+    /// `[rows, hidden]` result of a part, to be added to the hidden state, or values of n-grams.
     pub(super) out: Buffer,
     /// `[n, hidden]` normalized state of `n` rows, then `[n, n_used]` chosen experts, then their
     /// weights and what latent experts read, so that the CPU reads all of it at once.

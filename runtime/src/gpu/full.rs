@@ -40,8 +40,9 @@ pub(super) struct Replay {
     recorded: Option<RecordedStep>,
 }
 
-/// What launches for a text depend on: the chunk of the context, and the recurrent state.
-type TextKey = (usize, StateIdx);
+/// What launches for a text depend on: the chunk of the context, and the recurrent state where launches are
+/// told it.
+type TextKey = (usize, Option<StateIdx>);
 
 /// Launches that serve for every position in the same chunks of the context.
 struct RecordedStep {
@@ -189,6 +190,10 @@ impl<'a> FullLayer<'a> {
         let block = self.ffn.map(|ffn| ffn.block);
         matches!(block, Some(FullBlock::Moe { router, .. }) if router.chooses_by_token())
     }
+
+    fn launches_by_state(&self) -> bool {
+        self.mixer.is_some_and(|m| m.mixer.launches_by_state())
+    }
 }
 
 impl FullModel<'_> {
@@ -208,7 +213,14 @@ impl FullModel<'_> {
         if tokens.states.is_none() || self.layers.iter().any(FullLayer::chooses_by_token) {
             self.work.put_ids(tokens.ids)?;
         }
-        let key = |segment: &Segment<'_>| (segment.past / CHUNK, segment.state);
+        // With more runs than texts, pages of texts would begin elsewhere on the device.
+        let mut one_run = segments.iter();
+        assert!(
+            one_run.all(|s| s.rows.len() == 1 && s.checkpoints.is_empty()),
+            "one token of each text, and no checkpoint"
+        );
+        let by_state = self.layers.iter().any(FullLayer::launches_by_state);
+        let key = |s: &Segment<'_>| (s.past / CHUNK, by_state.then_some(s.state));
         let texts: Vec<TextKey> = segments.iter().map(key).collect();
         match &self.replay.recorded {
             Some(recorded) if recorded.texts == texts => recorded.launches.replay()?,

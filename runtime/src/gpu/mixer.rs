@@ -50,6 +50,11 @@ pub(super) fn in_rounds(
     mut step: impl FnMut(TextRuns<'_>) -> Result<(), CudaError>,
     copy: impl Fn(StateIdx, StateIdx) -> Result<(), CudaError>,
 ) -> Result<(), CudaError> {
+    let n_rounds = positions.rounds().count();
+    assert!(
+        segments.iter().all(|s| s.checkpoints.len() < n_rounds),
+        "checkpoints of another batch"
+    );
     for (round, runs) in positions.rounds().enumerate() {
         step(runs)?;
         for segment in segments {
@@ -153,6 +158,19 @@ impl Mixer {
             Self::ShortConv(c) => c.run(ops, buffers, batch),
             Self::Mamba(m) => m.run(ops, buffers, batch),
             Self::Compressed(a) => a.run(ops, buffers, batch),
+        }
+    }
+}
+
+impl Mixer {
+    /// Whether launches are told a text's state. Others find it in a table on the device.
+    pub(super) fn launches_by_state(&self) -> bool {
+        match self {
+            Self::Compressed(_) => true,
+            Self::Mla(a) => a.pools_keys(),
+            Self::Gqa(_) | Self::Delta(_) | Self::Kda(_) | Self::ShortConv(_) | Self::Mamba(_) => {
+                false
+            }
         }
     }
 }

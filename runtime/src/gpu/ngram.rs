@@ -53,6 +53,9 @@ impl Ngram {
         segments: &[Segment<'_>],
     ) -> Result<(), CudaError> {
         let (n, hidden, streams) = (rows.len(), work.hidden, work.streams);
+        let Some(kept) = self.states.ngram_states() else {
+            return Err(work.missing("what n-grams keep of texts"));
+        };
         let Workspace {
             ops, buffers, eps, ..
         } = work;
@@ -89,9 +92,6 @@ impl Ngram {
             eps: *eps,
             gated,
         })?;
-        let Some(kept) = self.states.ngram_states() else {
-            return Ok(());
-        };
         let conv = NgramConv {
             tokens: n,
             channels,

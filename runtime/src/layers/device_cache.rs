@@ -168,8 +168,9 @@ impl DeviceCache {
         };
         let rows = rows.into_iter();
         let states = states.into_iter();
-        let ngram = Some(4 * layer.ngram_state_values()).filter(|bytes| *bytes > 0);
-        let ngram = ngram.map(|each| Store::new(device, n_states, each));
+        // A block of one tap keeps nothing.
+        let ngram = layer.residual.ngram.as_ref();
+        let ngram = ngram.map(|_| Store::new(device, n_states, 4 * layer.ngram_state_values()));
         Ok(Self {
             ngram: ngram.transpose()?,
             kv_type,

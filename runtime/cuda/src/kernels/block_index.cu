@@ -1,5 +1,6 @@
 // The indexes of block-sparse attention: ratings of blocks of positions by their best key, for each head of
-// keys and values by itself, and keys of whole blocks. Neither depends on other tokens of the batch.
+// keys and values by itself, and keys of whole blocks. Neither depends on which tokens of a text came together,
+// or on other texts.
 #include "choice.cuh"
 #include "place.cuh"
 

@@ -174,7 +174,7 @@ impl Ops {
         };
         let [positions, begins, tables, page_bits] = m.positions.args();
         let args = [
-            m.keys.arg(),
+            m.keys.aligned().arg(),
             int(dim),
             int(m.block),
             m.norm.arg(),

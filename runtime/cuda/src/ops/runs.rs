@@ -7,7 +7,7 @@ use std::ops::Range;
 
 /// Runs of tokens that are taken after their states at once: at most one of each text.
 ///
-/// Kernels read all about them from the device, so that recorded launches serve for other texts.
+/// Kernels read all about them from the device, so that recorded launches serve for as many other texts.
 #[derive(Clone, Copy)]
 pub struct TextRuns<'a> {
     /// Positions of the batch's tokens in their texts.
