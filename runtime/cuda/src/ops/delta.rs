@@ -255,15 +255,11 @@ impl Ops {
     pub fn delta(&self, d: &Delta<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
         let (s, n) = (d.sizes, d.tokens);
         d.check();
-        assert_eq!(runs.tokens(), n, "tokens of the batch");
-        d.inputs.check(s.conv_state(), runs);
-        d.matrices.check(s.matrices(), runs);
+        let states = [(d.inputs, s.conv_state()), (d.matrices, s.matrices())];
+        let (of_runs, [inputs, matrices]) = runs.after(n, states);
         if runs.count() == 0 {
             return Ok(());
         }
-        let [of_runs, of_tokens, first, count, positions] = runs.args();
-        let [inputs, each_inputs] = d.inputs.args();
-        let [matrices, each] = d.matrices.args();
         let (n_key, n_value, dim, taps) = (s.n_key_head, s.n_value_head, s.head_dim, s.conv_taps);
         let heads = d.projected_heads();
         // Decays follow the strengths of a key head, or are apart.
@@ -274,60 +270,59 @@ impl Ops {
             d.raw_decays
         };
         let args = [
-            heads.queries.arg(),
-            heads.keys.arg(),
-            heads.values.arg(),
-            int(heads.width),
-            int(heads.key_step),
-            int(heads.value_step),
-            int(n_key),
-            int(n_value),
-            int(dim),
-            int(taps),
-            d.conv.arg(),
-            inputs,
-            each_inputs,
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            d.raw_strengths.arg(),
-            alpha.arg(),
-            Arg::Int(i32::from(s.rates_by_key_head)),
-            d.dt_bias.arg(),
-            d.decay.arg(),
-            Arg::Float(d.eps),
-            d.heads.arg(),
-            d.rates.arg(),
-        ];
+            &[
+                heads.queries.arg(),
+                heads.keys.arg(),
+                heads.values.arg(),
+                int(heads.width),
+                int(heads.key_step),
+                int(heads.value_step),
+                int(n_key),
+                int(n_value),
+                int(dim),
+                int(taps),
+                d.conv.arg(),
+            ][..],
+            &inputs[..],
+            &of_runs,
+            &[
+                d.raw_strengths.arg(),
+                alpha.arg(),
+                Arg::Int(i32::from(s.rates_by_key_head)),
+                d.dt_bias.arg(),
+                d.decay.arg(),
+                Arg::Float(d.eps),
+                d.heads.arg(),
+                d.rates.arg(),
+            ][..],
+        ]
+        .concat();
         let grid = [blocks(s.heads(), 1), few(n), 1];
         self.launch("delta_convolve", grid, THREADS, &args)?;
         let args = [
-            d.heads.aligned().arg(),
-            d.rates.arg(),
-            int(n_key),
-            int(n_value),
-            int(dim),
-            Arg::Int(i32::from(s.sharing == KeySharing::Cyclic)),
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            matrices,
-            each,
-            d.out.arg(),
-            heads.queries.arg(),
-            heads.keys.arg(),
-            heads.values.arg(),
-            int(heads.width),
-            int(heads.key_step),
-            int(heads.value_step),
-            int(taps - 1),
-            inputs,
-            each_inputs,
-        ];
+            &[
+                d.heads.aligned().arg(),
+                d.rates.arg(),
+                int(n_key),
+                int(n_value),
+                int(dim),
+                Arg::Int(i32::from(s.sharing == KeySharing::Cyclic)),
+            ][..],
+            &of_runs[..],
+            &matrices,
+            &[
+                d.out.arg(),
+                heads.queries.arg(),
+                heads.keys.arg(),
+                heads.values.arg(),
+                int(heads.width),
+                int(heads.key_step),
+                int(heads.value_step),
+                int(taps - 1),
+            ][..],
+            &inputs,
+        ]
+        .concat();
         let kernels = [
             "delta_recur_32",
             "delta_recur_64",
@@ -370,6 +365,9 @@ impl Ops {
             quants.is_none() || dim.is_multiple_of(32),
             "heads of {dim} in 8 bits"
         );
+        if tokens == 0 {
+            return Ok(());
+        }
         let [q, scale, sums] = Quants::fill_or_null(quants, tokens, heads * dim);
         let args = [
             of.values.arg(),

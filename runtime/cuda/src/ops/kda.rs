@@ -143,15 +143,11 @@ impl Ops {
     pub fn kda(&self, k: &Kda<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
         let (s, n) = (k.sizes, k.tokens);
         k.check();
-        assert_eq!(runs.tokens(), n, "tokens of the batch");
-        k.inputs.check(s.conv_state(), runs);
-        k.matrices.check(s.matrices(), runs);
+        let states = [(k.inputs, s.conv_state()), (k.matrices, s.matrices())];
+        let (of_runs, [inputs, matrices]) = runs.after(n, states);
         if runs.count() == 0 {
             return Ok(());
         }
-        let [of_runs, of_tokens, first, count, positions] = runs.args();
-        let [inputs, each_inputs] = k.inputs.args();
-        let [matrices, each] = k.matrices.args();
         let (n_head, dim) = (s.n_head, s.head_dim);
         let heads = k.projected_heads();
         let sign = if s.steepness_negated { -1.0 } else { 1.0 };
@@ -160,53 +156,52 @@ impl Ops {
             DecayGate::Bounded { bound } => bound,
         };
         let args = [
-            heads.queries.arg(),
-            heads.keys.arg(),
-            heads.values.arg(),
-            int(n_head),
-            int(dim),
-            int(s.conv_taps),
-            k.conv.arg(),
-            inputs,
-            each_inputs,
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            k.raw_strengths.arg(),
-            k.decay_bias.arg(),
-            k.steepness.arg(),
-            Arg::Float(sign),
-            Arg::Float(bound),
-            Arg::Float(s.length_eps),
-            k.heads.arg(),
-            k.rates.arg(),
-            k.decays.arg(),
-        ];
+            &[
+                heads.queries.arg(),
+                heads.keys.arg(),
+                heads.values.arg(),
+                int(n_head),
+                int(dim),
+                int(s.conv_taps),
+                k.conv.arg(),
+            ][..],
+            &inputs[..],
+            &of_runs,
+            &[
+                k.raw_strengths.arg(),
+                k.decay_bias.arg(),
+                k.steepness.arg(),
+                Arg::Float(sign),
+                Arg::Float(bound),
+                Arg::Float(s.length_eps),
+                k.heads.arg(),
+                k.rates.arg(),
+                k.decays.arg(),
+            ][..],
+        ]
+        .concat();
         let grid = [blocks(3 * n_head, 1), few(n), 1];
         self.launch("kda_convolve", grid, THREADS, &args)?;
         let args = [
-            k.heads.aligned().arg(),
-            k.rates.arg(),
-            k.decays.aligned().arg(),
-            int(n_head),
-            int(dim),
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            matrices,
-            each,
-            k.out.arg(),
-            heads.queries.arg(),
-            heads.keys.arg(),
-            heads.values.arg(),
-            int(s.conv_taps - 1),
-            inputs,
-            each_inputs,
-        ];
+            &[
+                k.heads.aligned().arg(),
+                k.rates.arg(),
+                k.decays.aligned().arg(),
+                int(n_head),
+                int(dim),
+            ][..],
+            &of_runs[..],
+            &matrices,
+            &[
+                k.out.arg(),
+                heads.queries.arg(),
+                heads.keys.arg(),
+                heads.values.arg(),
+                int(s.conv_taps - 1),
+            ][..],
+            &inputs,
+        ]
+        .concat();
         let kernels = [
             "kda_recur_32",
             "kda_recur_64",

@@ -160,36 +160,32 @@ impl Ops {
     pub fn mamba(&self, m: &Mamba<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
         let (s, n) = (m.sizes, m.tokens);
         m.check();
-        assert_eq!(runs.tokens(), n, "tokens of the batch");
-        m.inputs.check(s.conv_state(), runs);
-        m.matrices.check(s.matrices(), runs);
+        let states = [(m.inputs, s.conv_state()), (m.matrices, s.matrices())];
+        let (of_runs, [inputs, matrices]) = runs.after(n, states);
         if runs.count() == 0 {
             return Ok(());
         }
-        let [of_runs, of_tokens, first, count, positions] = runs.args();
-        let [inputs, each_inputs] = m.inputs.args();
-        let [matrices, each] = m.matrices.args();
         let channels = s.channels();
         let args = [
-            m.projected.arg(),
-            int(s.inner()),
-            int(channels),
-            int(s.n_head),
-            int(s.conv_taps),
-            m.conv.arg(),
-            null_or(m.conv_bias),
-            inputs,
-            each_inputs,
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            m.dt_bias.arg(),
-            m.decay.arg(),
-            m.convolved.arg(),
-            m.rates.arg(),
-        ];
+            &[
+                m.projected.arg(),
+                int(s.inner()),
+                int(channels),
+                int(s.n_head),
+                int(s.conv_taps),
+                m.conv.arg(),
+                null_or(m.conv_bias),
+            ][..],
+            &inputs[..],
+            &of_runs,
+            &[
+                m.dt_bias.arg(),
+                m.decay.arg(),
+                m.convolved.arg(),
+                m.rates.arg(),
+            ][..],
+        ]
+        .concat();
         self.launch(
             "mamba_convolve",
             [blocks(channels + s.n_head, THREADS), few(n), 1],
@@ -197,26 +193,21 @@ impl Ops {
             &args,
         )?;
         let args = [
-            m.convolved.arg(),
-            m.rates.arg(),
-            int(s.n_head),
-            int(s.head_dim),
-            int(s.n_group),
-            int(s.state_dim),
-            m.skip.arg(),
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            matrices,
-            each,
-            m.out.arg(),
-            m.projected.arg(),
-            int(s.conv_taps - 1),
-            inputs,
-            each_inputs,
-        ];
+            &[
+                m.convolved.arg(),
+                m.rates.arg(),
+                int(s.n_head),
+                int(s.head_dim),
+                int(s.n_group),
+                int(s.state_dim),
+                m.skip.arg(),
+            ][..],
+            &of_runs[..],
+            &matrices,
+            &[m.out.arg(), m.projected.arg(), int(s.conv_taps - 1)][..],
+            &inputs,
+        ]
+        .concat();
         let recur = match s.state_dim {
             0..=32 => "mamba_recur_32",
             33..=64 => "mamba_recur_64",
@@ -243,6 +234,9 @@ impl Ops {
             quants.is_none() || width.is_multiple_of(32),
             "groups of {width} in 8 bits"
         );
+        if n == 0 {
+            return Ok(());
+        }
         let [q, scale, sums] = Quants::fill_or_null(quants, n, s.inner());
         let args = [
             m.out.arg(),

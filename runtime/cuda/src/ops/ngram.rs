@@ -93,7 +93,6 @@ impl Ops {
     pub fn convolve_ngrams(&self, c: &NgramConv<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
         let (n, channels) = (c.tokens, c.channels);
         let keep = c.taps.saturating_sub(1) * c.dilation;
-        assert_eq!(runs.tokens(), n, "tokens of the batch");
         assert!(
             [c.inputs, c.gated, c.x]
                 .iter()
@@ -105,40 +104,28 @@ impl Ops {
             "{} taps of {channels} channels",
             c.taps
         );
-        c.kept.check(keep * channels, runs);
+        let (of_runs, [[kept, _]]) = runs.after(n, [(c.kept, keep * channels)]);
         if runs.count() == 0 {
             return Ok(());
         }
-        let [of_runs, of_tokens, first, count, positions] = runs.args();
-        let (inputs, kept) = (c.inputs.arg(), c.kept.all.arg());
+        let inputs = c.inputs.arg();
         let args = [
-            inputs,
-            c.gated.arg(),
-            int(channels),
-            int(c.taps),
-            int(c.dilation),
-            c.weight.arg(),
-            kept,
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            c.x.arg(),
-        ];
+            &[
+                inputs,
+                c.gated.arg(),
+                int(channels),
+                int(c.taps),
+                int(c.dilation),
+                c.weight.arg(),
+                kept,
+            ][..],
+            &of_runs,
+            &[c.x.arg()],
+        ]
+        .concat();
         let over_channels = blocks(channels, THREADS);
         self.launch("ngram_convolve", [over_channels, few(n), 1], THREADS, &args)?;
-        let args = [
-            inputs,
-            int(channels),
-            int(keep),
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            kept,
-        ];
+        let args = [&[inputs, int(channels), int(keep)][..], &of_runs, &[kept]].concat();
         let grid = [over_channels, few(runs.count()), 1];
         self.launch("ngram_keep", grid, THREADS, &args)
     }

@@ -29,20 +29,34 @@ impl TextRuns<'_> {
         self.count
     }
 
-    /// Returns the number of the batch's tokens, also of those that are in other rounds.
-    pub(super) fn tokens(self) -> usize {
-        self.positions.words()
-    }
-
-    /// Returns the arguments of kernels: `TEXT_RUNS` in `runs.cuh`.
-    pub(super) fn args(self) -> [Arg; 5] {
-        [
+    /// Returns the arguments of kernels, `TEXT_RUNS` in `runs.cuh`, and those of the states that the runs
+    /// are taken after: where they are, and the values of one.
+    ///
+    /// # Panics
+    /// When these are not runs of a batch of so many tokens, or the states are of another size, or too few.
+    pub(super) fn after<const N: usize>(
+        self,
+        tokens: usize,
+        states: [(States<'_>, usize); N],
+    ) -> ([Arg; 5], [[Arg; 2]; N]) {
+        assert_eq!(self.positions.words(), tokens, "tokens of the batch");
+        let args = [
             self.table.arg(),
             self.of_tokens.arg(),
             int(self.first),
             int(self.count),
             self.positions.arg(),
-        ]
+        ];
+        let n = self.last_state as usize + 1;
+        let states = states.map(|(states, values)| {
+            assert!(
+                states.each == values && states.all.words() >= n * values,
+                "{n} states of {} values, expected {values}",
+                states.each
+            );
+            [states.all.aligned().arg(), int(states.each)]
+        });
+        (args, states)
     }
 }
 
@@ -53,23 +67,6 @@ pub struct States<'a> {
     pub all: View<'a>,
     /// Values of a state.
     pub each: usize,
-}
-
-impl States<'_> {
-    /// Panics unless states have so many values, and those of runs are among them.
-    pub(super) fn check(self, values: usize, runs: TextRuns<'_>) {
-        let n = runs.last_state as usize + 1;
-        assert!(
-            self.each == values && self.all.words() >= n * values,
-            "{n} states of {} values, expected {values}",
-            self.each
-        );
-    }
-
-    /// Returns the arguments of kernels: the states, and the values of one.
-    pub(super) fn args(self) -> [Arg; 2] {
-        [self.all.aligned().arg(), int(self.each)]
-    }
 }
 
 /// A run: tokens of the batch, and the state of their text.

@@ -29,7 +29,6 @@ impl Ops {
     /// bit.
     pub fn short_conv(&self, c: &ShortConv<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
         let (n, channels, keep) = (c.tokens, c.channels, c.taps.saturating_sub(1));
-        assert_eq!(runs.tokens(), n, "tokens of the batch");
         assert!(
             c.projected.words() >= 3 * n * channels && c.out.words() >= n * channels,
             "{n} tokens of {channels} channels"
@@ -39,38 +38,31 @@ impl Ops {
             "{} taps of {channels} channels",
             c.taps
         );
-        c.inputs.check(keep * channels, runs);
+        let (of_runs, [[inputs, _]]) = runs.after(n, [(c.inputs, keep * channels)]);
         if runs.count() == 0 {
             return Ok(());
         }
-        let [of_runs, of_tokens, first, count, positions] = runs.args();
-        let (projected, inputs) = (c.projected.arg(), c.inputs.all.arg());
+        let projected = c.projected.arg();
         let args = [
-            projected,
-            int(channels),
-            int(c.taps),
-            c.weight.arg(),
-            inputs,
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            c.out.arg(),
-        ];
+            &[
+                projected,
+                int(channels),
+                int(c.taps),
+                c.weight.arg(),
+                inputs,
+            ][..],
+            &of_runs,
+            &[c.out.arg()],
+        ]
+        .concat();
         let over_channels = blocks(channels, THREADS);
         self.launch("short_conv", [over_channels, few(n), 1], THREADS, &args)?;
         let args = [
-            projected,
-            int(channels),
-            int(keep),
-            of_runs,
-            of_tokens,
-            first,
-            count,
-            positions,
-            inputs,
-        ];
+            &[projected, int(channels), int(keep)][..],
+            &of_runs,
+            &[inputs],
+        ]
+        .concat();
         let grid = [over_channels, few(runs.count()), 1];
         self.launch("short_conv_keep", grid, THREADS, &args)
     }
