@@ -2,8 +2,8 @@
 //! key each, of `layers/pooled_index.rs`.
 
 use super::buffers::GpuBuffers;
-use super::matrix::{GpuLoader, Matrix, from_value, of_rows, product};
-use super::mixer::after_states;
+use super::matrix::{GpuLoader, Matrix, from_value, product};
+use super::mixer::after_all_states;
 use crate::layers::device_cache::DeviceCache;
 use crate::layers::mixer::Segment;
 use tier_plan_cuda::ops::{
@@ -154,21 +154,22 @@ impl Indexer {
         segments: &[Segment<'_>],
     ) -> Result<(), CudaError> {
         let spec = &self.spec;
-        after_states(segments, cache, |rows, state| {
-            ops.pool_index(&PooledRows {
-                new_keys: of_rows(buffers.v.view(), &rows, spec.key_dim),
-                gates: of_rows(buffers.index_k.view(), &rows, spec.key_dim),
-                key_dim: spec.key_dim,
-                norm: self.k_norm.view(),
-                norm_bias: self.k_norm_bias.view(),
-                eps: spec.norm_eps,
-                ape: pool.ape.view(),
-                block: spec.selection.block,
-                positions: buffers.positions.all().part(rows.clone()),
-                open: cache.state(0, state),
-                kv_type: cache.kv_type(),
-                keys: cache.rows(KEYS),
-            })
+        let rows = PooledRows {
+            new_keys: buffers.v.view(),
+            gates: buffers.index_k.view(),
+            key_dim: spec.key_dim,
+            norm: self.k_norm.view(),
+            norm_bias: self.k_norm_bias.view(),
+            eps: spec.norm_eps,
+            ape: pool.ape.view(),
+            block: spec.selection.block,
+            positions: buffers.positions.all(),
+            open: cache.states(0),
+            kv_type: cache.kv_type(),
+            keys: cache.rows(KEYS),
+        };
+        after_all_states(&buffers.positions, segments, cache, |runs| {
+            ops.pool_index(&rows, runs)
         })
     }
 }

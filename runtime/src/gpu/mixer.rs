@@ -165,13 +165,7 @@ impl Mixer {
 impl Mixer {
     /// Whether launches are told a text's state. Others find it in a table on the device.
     pub(super) fn launches_by_state(&self) -> bool {
-        match self {
-            Self::Compressed(_) => true,
-            Self::Mla(a) => a.pools_keys(),
-            Self::Gqa(_) | Self::Delta(_) | Self::Kda(_) | Self::ShortConv(_) | Self::Mamba(_) => {
-                false
-            }
-        }
+        matches!(self, Self::Compressed(_))
     }
 }
 

@@ -194,11 +194,6 @@ impl Mla {
         })
     }
 
-    /// Whether its indexer makes one key of those of a block.
-    pub(super) fn pools_keys(&self) -> bool {
-        self.indexer.as_ref().is_some_and(|i| i.pool.is_some())
-    }
-
     pub(super) fn takes_quants(&self) -> bool {
         let first = self.q_down.as_ref().map_or(&self.q, |down| &down.matrix);
         let gate = self.gate.as_ref().map(|gate| &gate.matrix);

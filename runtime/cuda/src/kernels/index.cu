@@ -3,6 +3,7 @@
 // choice.
 #include "choice.cuh"
 #include "place.cuh"
+#include "runs.cuh"
 
 /// Threads per block that places a row, and that rates.
 #define INDEX_THREADS 128
@@ -71,13 +72,14 @@ DEVICE float pool_gate(const float* open, const float* gates, const float* ape, 
     return token < 0 ? open[(2 * p + 1) * key_dim + i] : gates[token * key_dim + i] + ape[p * key_dim + i];
 }
 
-/// Makes one key of each block that `n` tokens of a text complete, and stores it: with `g` the gates
+/// Makes one key of each block that the tokens of a run complete, and stores it: with `g` the gates
 /// plus `ape`, `[block, key_dim]`, the sum of softmax(g) times the keys after their layer norm, where
 /// the softmax is over the block's tokens for each value by itself. Keys and gates of a block that is
-/// not complete are in `open`, `[block, 2, key_dim]`. Grid: as many as blocks may be completed.
+/// not complete are in `open`, `[block, 2, key_dim]` for each state. Grid: as many as blocks may be
+/// completed, runs.
 template <class Store>
 DEVICE void pool_index(const float* keys, const float* gates, const float* norm, const float* norm_bias, float eps,
-                       const float* ape, int key_dim, int block, int n, const int* positions, const int* begins,
+                       const float* ape, int key_dim, int block, const TextRuns& runs, const int* begins,
                        const int* tables, int page_bits, float* open, u8* cache) {
     __shared__ float row[MAX_KEY];
     __shared__ float largest[MAX_KEY];
@@ -85,7 +87,11 @@ DEVICE void pool_index(const float* keys, const float* gates, const float* norm,
     __shared__ float total[MAX_KEY];
     __shared__ float room[WARP];
     // Until the block's key is stored, a thread has the same values throughout.
-    const int first = positions[0], end = first + n, thread = (int)threadIdx.x;
+    const TextRun run(runs, (int)blockIdx.y);
+    const int first = runs.positions[run.begin], end = first + run.n, thread = (int)threadIdx.x;
+    keys += (i64)run.begin * key_dim;
+    gates += (i64)run.begin * key_dim;
+    open += (i64)run.state * 2 * block * key_dim;
     const int at = first / block + (int)blockIdx.x, begin = at * block;
     if (begin + block <= end) {
         for (int i = thread; i < key_dim; i += INDEX_THREADS) {
@@ -110,7 +116,7 @@ DEVICE void pool_index(const float* keys, const float* gates, const float* norm,
         }
         for (int i = thread; i < key_dim; i += INDEX_THREADS) pooled[i] /= total[i];
         __syncthreads();
-        const i64 stored = Pages(tables, begins, 0, page_bits).of_block(at, block);
+        const i64 stored = Pages(tables, begins, run.begin, page_bits).of_block(at, block);
         Store::row(pooled, key_dim, cache + stored * Store::row_bytes(key_dim));
     }
     if (blockIdx.x != 0) return;
@@ -218,9 +224,10 @@ DEVICE void rate(const float* queries, const float* weights, float scale, const 
                    in_last, kept, stride, ratings);                                                                    \
     }                                                                                                                  \
     KERNEL pool_index_##NAME(const float* keys, const float* gates, const float* norm, const float* norm_bias,         \
-                             float eps, const float* ape, int key_dim, int block, int n, const int* positions,         \
-                             const int* begins, const int* tables, int page_bits, float* open, u8* cache) {            \
-        pool_index<STORE_ROWS>(keys, gates, norm, norm_bias, eps, ape, key_dim, block, n, positions, begins, tables,   \
+                             float eps, const float* ape, int key_dim, int block, TEXT_RUNS, const int* begins,        \
+                             const int* tables, int page_bits, float* open, u8* cache) {                               \
+        TAKE_TEXT_RUNS;                                                                                                \
+        pool_index<STORE_ROWS>(keys, gates, norm, norm_bias, eps, ape, key_dim, block, runs, begins, tables,           \
                                page_bits, open, cache);                                                                \
     }
 

@@ -2,7 +2,7 @@
 //! choose.
 
 use super::choice::{Choice, OpenBlock};
-use super::{MAX_KEY, Positions, RopeTurns, blocks, few, int, null_or};
+use super::{MAX_KEY, Positions, RopeTurns, States, TextRuns, blocks, few, int, null_or};
 use crate::device::{Arg, View};
 use crate::{CudaError, Ops};
 use std::ops::Range;
@@ -47,7 +47,7 @@ pub struct IndexRows<'a> {
     pub keys: View<'a>,
 }
 
-/// New keys of an indexer that rates blocks by one key each, of tokens of one text.
+/// New keys of an indexer that rates blocks by one key each.
 #[derive(Clone, Copy)]
 pub struct PooledRows<'a> {
     /// `[tokens, key_dim]`.
@@ -66,10 +66,10 @@ pub struct PooledRows<'a> {
     pub ape: View<'a>,
     /// Positions per block.
     pub block: usize,
-    /// The tokens.
+    /// The tokens of all texts.
     pub positions: Positions<'a>,
-    /// Keys and gates of a block that is not complete, `[block, 2, key_dim]`.
-    pub open: View<'a>,
+    /// Keys and gates of a block that is not complete, `[block, 2, key_dim]` by state.
+    pub open: States<'a>,
     /// Storage type of the cache.
     pub kv_type: KvType,
     /// `[blocks of the cache, key_dim]`: a row for each block that may end in a page.
@@ -202,16 +202,16 @@ impl Ops {
         self.launch(kernel, grid, INDEX_THREADS, &args)
     }
 
-    /// Stores the keys of the blocks that a text's tokens complete, and remembers those of the open
-    /// one; one launch. A key does not depend on which of its tokens came together.
+    /// Stores the keys of the blocks that runs of tokens complete, and remembers those of the open ones;
+    /// one launch. A key does not depend on which of its tokens came together.
     ///
     /// # Panics
     /// When a key is wider than [`MAX_KEY`], or not a multiple of 4.
-    pub fn pool_index(&self, p: &PooledRows<'_>) -> Result<(), CudaError> {
+    pub fn pool_index(&self, p: &PooledRows<'_>, runs: TextRuns<'_>) -> Result<(), CudaError> {
         let (n, dim, block) = (p.positions.tokens(), p.key_dim, p.block);
         let row = p.kv_type.row_bytes(dim as u64) as usize;
         assert!(dim.is_multiple_of(4) && dim <= MAX_KEY, "keys of {dim}");
-        assert!(block > 0 && p.positions.runs().count() <= 1, "one text");
+        assert!(block > 0, "empty blocks");
         assert!(
             p.new_keys.words() >= n * dim && p.gates.words() >= n * dim,
             "{n} x {dim} keys"
@@ -221,12 +221,12 @@ impl Ops {
             "a norm of {dim}"
         );
         assert!(
-            p.open.words() >= 2 * block * dim
-                && p.keys.len() >= p.positions.rows_of_blocks(block) * row,
+            p.keys.len() >= p.positions.rows_of_blocks(block) * row,
             "a cache of {} positions",
             p.positions.capacity()
         );
-        if n == 0 {
+        let (of_runs, [[open, _]]) = runs.after(n, [(p.open, 2 * block * dim)]);
+        if runs.count() == 0 {
             return Ok(());
         }
         let kernel = match p.kv_type {
@@ -234,27 +234,26 @@ impl Ops {
             KvType::F16 => "pool_index_f16",
             KvType::Q8_0 => "pool_index_q8",
         };
-        let [positions, begins, tables, page_bits] = p.positions.args();
+        let [_, begins, tables, page_bits] = p.positions.args();
         let args = [
-            p.new_keys.arg(),
-            p.gates.arg(),
-            p.norm.arg(),
-            p.norm_bias.arg(),
-            Arg::Float(p.eps),
-            p.ape.arg(),
-            int(dim),
-            int(block),
-            int(n),
-            positions,
-            begins,
-            tables,
-            page_bits,
-            p.open.arg(),
-            p.keys.arg(),
-        ];
-        // Wherever the text is, so that recorded launches serve for other positions.
-        let completed = n.div_ceil(block);
-        self.launch(kernel, [blocks(completed, 1), 1, 1], INDEX_THREADS, &args)
+            &[
+                p.new_keys.arg(),
+                p.gates.arg(),
+                p.norm.arg(),
+                p.norm_bias.arg(),
+                Arg::Float(p.eps),
+                p.ape.arg(),
+                int(dim),
+                int(block),
+            ][..],
+            &of_runs,
+            &[begins, tables, page_bits, open, p.keys.arg()],
+        ]
+        .concat();
+        // Wherever the texts are, so that recorded launches serve for other positions.
+        let completed = runs.longest().div_ceil(block);
+        let grid = [blocks(completed, 1), few(runs.count()), 1];
+        self.launch(kernel, grid, INDEX_THREADS, &args)
     }
 
     /// Chooses the positions or blocks with the best ratings for each token that sees more than so

@@ -51,6 +51,8 @@ pub struct BatchPositions {
     runs: Vec<Range<usize>>,
     /// Runs that are taken after their states together, one round after the other.
     rounds: Vec<Range<usize>>,
+    /// The tokens of the longest run of each round.
+    longest: Vec<usize>,
     /// The largest number of a text's state.
     last_state: u32,
     n_tokens: usize,
@@ -82,6 +84,7 @@ impl BatchPositions {
             next: Vec::new(),
             runs: Vec::new(),
             rounds: Vec::new(),
+            longest: Vec::new(),
             last_state: 0,
             n_tokens: 0,
             cache,
@@ -112,6 +115,7 @@ impl BatchPositions {
         let of_tokens = words.len();
         words.resize(of_tokens + self.n_tokens, 0);
         self.rounds.clear();
+        self.longest.clear();
         self.last_state = texts.clone().map(|text| text.state).max().unwrap_or(0);
         let mut n_runs = 0;
         for round in rounds(texts.clone()) {
@@ -119,6 +123,8 @@ impl BatchPositions {
                 words[of_tokens..][tokens.clone()].fill(number as i32);
                 words.extend([tokens.start as i32, tokens.len() as i32, *state as i32]);
             }
+            let longest = round.iter().map(|(tokens, _)| tokens.len()).max();
+            self.longest.push(longest.unwrap_or(0));
             self.rounds.push(n_runs..n_runs + round.len());
             n_runs += round.len();
         }
@@ -162,7 +168,9 @@ impl BatchPositions {
     /// may have none.
     pub fn rounds(&self) -> impl Iterator<Item = TextRuns<'_>> {
         let (n, n_runs, view) = (self.n_tokens, self.n_runs(), self.on_device.view());
-        self.rounds.iter().map(move |round| TextRuns {
+        let rounds = self.rounds.iter().zip(&self.longest);
+        rounds.map(move |(round, longest)| TextRuns {
+            longest: *longest,
             positions: view.floats(0..n),
             of_tokens: view.floats(2 * n..3 * n),
             table: view.floats(3 * (n + round.start)..3 * (n + n_runs)),

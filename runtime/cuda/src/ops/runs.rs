@@ -19,6 +19,8 @@ pub struct TextRuns<'a> {
     /// The first of these runs, counted over all rounds.
     pub(super) first: usize,
     pub(super) count: usize,
+    /// Tokens of the longest of them.
+    pub(super) longest: usize,
     /// The largest number of a text's state.
     pub(super) last_state: u32,
 }
@@ -27,6 +29,11 @@ impl TextRuns<'_> {
     /// Returns how many there are.
     pub fn count(self) -> usize {
         self.count
+    }
+
+    /// Returns the tokens of the longest of them.
+    pub(super) fn longest(self) -> usize {
+        self.longest
     }
 
     /// Returns the arguments of kernels, `TEXT_RUNS` in `runs.cuh`, and those of the states that the runs

@@ -6,7 +6,7 @@ use super::kv_rows::{stored, widened};
 use super::texts::Text;
 use crate::outcome::{Expected, Outcome};
 use tier_plan_cuda::device::Buffer;
-use tier_plan_cuda::ops::{BlockKeys, Choice, IndexQueries, OpenBlock, PooledRows};
+use tier_plan_cuda::ops::{BlockKeys, Choice, IndexQueries, OpenBlock, PooledRows, States};
 use tier_plan_cuda::{CudaError, Ops};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_kernels::random::Random;
@@ -67,7 +67,7 @@ fn pool(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cuda
             let values = first * dim..end * dim;
             let new_keys = Buffer::of_f32(device, &keys[values.clone()])?;
             let new_gates = Buffer::of_f32(device, &gates[values])?;
-            ops.pool_index(&PooledRows {
+            let rows = PooledRows {
                 new_keys: new_keys.view(),
                 gates: new_gates.view(),
                 key_dim: dim,
@@ -77,10 +77,14 @@ fn pool(ops: &Ops, random: &mut Random, kv_type: KvType) -> Result<Outcome, Cuda
                 ape: added.view(),
                 block,
                 positions: text.positions(),
-                open: open.view(),
+                open: States {
+                    all: open.view(),
+                    each: 2 * block * dim,
+                },
                 kv_type,
                 keys: cache.view(),
-            })?;
+            };
+            ops.pool_index(&rows, text.runs())?;
             first = end;
         }
         // Stored values are near the formula's, and nothing else is written.
