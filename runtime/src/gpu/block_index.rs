@@ -1,11 +1,12 @@
 //! The index of block-sparse attention on a GPU. The arithmetic is that of `layers/block_index.rs`.
 
+use super::block_rope::BlockRope;
 use super::buffers::GpuBuffers;
 use super::matrix::{GpuLoader, Matrix, from_value};
 use crate::layers::device_cache::DeviceCache;
 use tier_plan_cuda::ops::{
-    BlockKeys, BlockQueries, CacheRows, Choice, Frequencies, HeadNorms, Heads, IndexQueries,
-    MeanKeys, Positions, Reached, RopeTurns,
+    BlockKeys, BlockQueries, CacheRows, Choice, HeadNorms, Heads, IndexQueries, MeanKeys,
+    Positions, Reached, RopeTurns,
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops, View};
 use tier_plan_formats::model::spec::{BlockIndex as Spec, BlockScore, RopeSpec};
@@ -22,26 +23,6 @@ pub(super) struct BlockIndex {
     k_norm: Buffer,
     /// The rotation of keys of whole blocks, if any rotate.
     rope: Option<BlockRope>,
-}
-
-/// Rotation at first positions of blocks.
-struct BlockRope {
-    spec: RopeSpec,
-    /// Radians per position, `[dims / 2]`.
-    frequencies: Buffer,
-    magnitude: f32,
-}
-
-impl BlockRope {
-    fn frequencies(&self) -> Frequencies<'_> {
-        Frequencies {
-            values: self.frequencies.view(),
-            magnitude: self.magnitude,
-            kind: self.spec.kind,
-            first: 0,
-            half: self.spec.dims / 2,
-        }
-    }
 }
 
 /// Queries and keys of a batch, and their rotation and norms.
@@ -64,14 +45,7 @@ impl BlockIndex {
         rope: Option<(&RopeSpec, usize)>,
     ) -> Result<Self, CudaError> {
         let rope = rope.filter(|_| spec.score == BlockScore::Mean);
-        let rope = rope.map(|(spec, table)| {
-            let table = &loader.ropes[table];
-            Ok::<_, CudaError>(BlockRope {
-                spec: spec.clone(),
-                frequencies: Buffer::of_f32(loader.device, table.frequencies())?,
-                magnitude: table.magnitude(),
-            })
-        });
+        let rope = rope.map(|(spec, table)| BlockRope::new(loader, spec, table));
         Ok(Self {
             q: loader.linear(&spec.q)?,
             k: loader.linear(&spec.k)?,
@@ -160,7 +134,7 @@ impl BlockIndex {
             block: spec.block,
             norm: self.k_norm.view(),
             eps: rows.eps,
-            frequencies: self.rope.as_ref().map(BlockRope::frequencies),
+            frequencies: self.rope.as_ref().map(|rope| rope.from(0)),
             positions: rows.positions,
             kv_type,
         })

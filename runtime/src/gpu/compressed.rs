@@ -4,6 +4,7 @@
 //! Blocks that a batch completes are stored first, then all tokens attend, and the state is written
 //! last: kernels find what is before the batch in the state, and the batch's own rows beside it.
 
+use super::block_rope::BlockRope;
 use super::buffers::GpuBuffers;
 use super::full::MAX_TEXTS;
 use super::matrix::{GpuLoader, Matrix, of_rows, products};
@@ -15,8 +16,8 @@ use crate::layers::pages::StateIdx;
 use std::ops::Range;
 use tier_plan_cuda::ops::{
     AttendCompressed, BatchMatrices, BlockKeys, BlockSizes, Choice, CompressedRows, FarRows,
-    Frequencies, IndexHeads, IndexQueries, Input, KeepCompressed, OpenRows, PoolBlocks, RopeTurns,
-    TokenGroup, TokenGroups, TurnBack,
+    IndexHeads, IndexQueries, Input, KeepCompressed, OpenRows, PoolBlocks, RopeTurns, TokenGroup,
+    TokenGroups, TurnBack,
 };
 use tier_plan_cuda::{Buffer, CudaError, Ops};
 use tier_plan_formats::model::spec::{CompressedIndex, CompressedSpec, Compressor};
@@ -54,9 +55,7 @@ struct Index {
 struct Rope {
     /// Index of its table.
     table: usize,
-    /// Radians per position, `[dims / 2]`.
-    frequencies: Buffer,
-    magnitude: f32,
+    of_blocks: BlockRope,
 }
 
 /// The projections of groups of heads to the output.
@@ -95,7 +94,7 @@ impl Compressed {
         rope: usize,
         cache: DeviceCache,
     ) -> Result<Self, CudaError> {
-        let (table, device) = (&loader.ropes[rope], loader.device);
+        let device = loader.device;
         let index = a.far.and_then(|far| far.index).map(|spec| {
             Ok::<_, CudaError>(Index {
                 q: loader.linear(&spec.q)?,
@@ -127,8 +126,7 @@ impl Compressed {
             o: loader.linear(&a.o)?,
             rope: Rope {
                 table: rope,
-                frequencies: Buffer::of_f32(device, table.frequencies())?,
-                magnitude: table.magnitude(),
+                of_blocks: BlockRope::new(loader, &a.rope, rope)?,
             },
             cache,
             spec: a.clone(),
@@ -275,19 +273,13 @@ impl Compressed {
         segment: &Segment<'_>,
         batch: MixerBatch<'_>,
     ) -> Result<(), CudaError> {
-        let (rope, rows) = (&self.spec.rope, &segment.rows);
+        let (rotated, rows) = (self.spec.rope.dims, &segment.rows);
         for (i, pool) in self.pools.iter().enumerate() {
             ops.pool_blocks(&PoolBlocks {
                 rows: self.open_rows(buffers, i, rows, (segment.state, batch.n)),
                 norm: pool.norm.view(),
                 eps: batch.eps,
-                frequencies: Frequencies {
-                    values: self.rope.frequencies.view(),
-                    magnitude: self.rope.magnitude,
-                    kind: rope.kind,
-                    first: pool.sizes.dim - rope.dims,
-                    half: rope.dims / 2,
-                },
+                frequencies: self.rope.of_blocks.from(pool.sizes.dim - rotated),
                 positions: buffers.positions.all().part(rows.clone()),
                 kv_type: self.cache.kv_type(),
                 cache: self.cache.rows(i),

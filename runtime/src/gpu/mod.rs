@@ -9,6 +9,7 @@
 //! and so on. Holding one proves that the part is on the GPU, so that running it needs no check.
 
 mod block_index;
+mod block_rope;
 mod buffers;
 mod choices;
 mod compressed;
