@@ -83,9 +83,14 @@ impl Case {
 
     /// The same with more options of `solve`.
     fn with(model: PathBuf, vram: &[&str], dram: &str, context: &str, more: &[&str]) -> Self {
+        Self::on(model, &machine(vram, dram), context, more)
+    }
+
+    /// The same on any machine.
+    fn on(model: PathBuf, machine_file: &str, context: &str, more: &[&str]) -> Self {
         let place = Place::new();
-        let solve = |vram: &[&str], dram: &str, plan: &str| {
-            fs::write(place.path().join("machine.toml"), machine(vram, dram)).unwrap();
+        let solve = |text: &str, plan: &str| {
+            fs::write(place.path().join("machine.toml"), text).unwrap();
             let list = [
                 "solve",
                 model.to_str().unwrap(),
@@ -101,8 +106,8 @@ impl Case {
                 &[&list[..], &["--json"], more].concat(),
             ))
         };
-        solve(&[], "64MiB", "processor.toml");
-        let solved = solve(vram, dram, "plan.toml");
+        solve(&machine(&[], "64MiB"), "processor.toml");
+        let solved = solve(machine_file, "plan.toml");
         Self {
             place,
             model,
@@ -566,6 +571,53 @@ fn slots_on_a_gpu_are_filled_while_it_computes() {
     ] {
         let (output, _) = case.place.clean(&[("STAND_IN_FAULT", fault)], &list);
         check_refusal(&output, &[what]);
+    }
+}
+
+/// A machine whose GPU and processor read main memory faster together than the processor alone, with
+/// a drive or without.
+fn linked(vram: &str, has_drive: bool) -> String {
+    let text = machine(&[vram], "64MiB");
+    let drive = text.find("[[tier]]\nname = \"nvme\"").unwrap();
+    let text = if has_drive { &text } else { &text[..drive] };
+    let link = "link = { to_gbps = 0.5, to_pageable_gbps = 0.3, from_gbps = 0.5, from_pageable_gbps = 0.3, \
+                contended_gbps = 0.45, dram_contended_gbps = 0.45 }\n";
+    text.replacen("device = 0\n", &("device = 0\n".to_string() + link), 1)
+}
+
+#[test]
+fn experts_of_main_memory_are_computed_on_a_gpu_beside_the_processor() {
+    // In memory of the program, and in the mapped file.
+    for has_drive in [true, false] {
+        let model = root().join("tests/data/arch/qwen3moe.gguf");
+        let case = Case::on(model, &linked("300KiB", has_drive), "96", &[]);
+        let plan = fs::read_to_string(case.place.path().join("plan.toml")).unwrap();
+        let streams = "streaming = { tier = \"gpu0\", from = \"dram\", experts = 1, ";
+        assert!(plan.contains(streams), "{plan}");
+        assert!(case.bytes(0, "staging") > 0, "{}", case.solved);
+        let (first, _) = case.on_gpu(&[], &tokens(20), 20);
+        case.agrees(&tokens(20), &first, SMALL_ERROR);
+        for order in ["late", "copies-first", "computing-first"] {
+            let (answer, report) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(20), 20);
+            assert!(report.calls("cuMemHostRegister_v2") > 0, "{report:?}");
+            // Three layers of twenty tokens, and a wait for the order of copies and one for their end.
+            assert!(
+                report.calls("cuStreamWaitEvent") > 60,
+                "{order}: {report:?}"
+            );
+            assert!(answer == first, "{order}");
+        }
+        // Where the driver locks no memory, the processor computes them.
+        let refused = [("STAND_IN_FAULT", "cuMemHostRegister_v2:1:801")];
+        let (answer, report) = case.on_gpu(&refused, &tokens(20), 20);
+        assert!(report.calls("cuStreamWaitEvent") < 20, "{report:?}");
+        case.agrees(&tokens(20), &answer, SMALL_ERROR);
+        let list = case.arguments(&tokens(20), 20);
+        let list: Vec<&str> = list.iter().map(String::as_str).collect();
+        let (output, _) = case
+            .place
+            .clean(&[("STAND_IN_FAULT", "cuEventRecord:9:719")], &list);
+        check_refusal(&output, &["copying beside what it computes"]);
     }
 }
 

@@ -2,8 +2,8 @@
 //! known before the layer that uses them runs.
 
 use crate::cost::{ExpertStage, FixedTimes, group_read_s, outcomes, stage_mean_s};
-use crate::profile::Evidence;
 use crate::profile::prefetch::Prefetch;
+use crate::profile::{Evidence, LayerEvidence};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use tier_plan_runtime::formats::placement::{Placement, TierIdx};
@@ -106,7 +106,11 @@ fn experts(plan: &Placement, shape: &ModelShape, evidence: &Evidence, part: ByTo
         let found = outcomes(layer, evidence, &rates, plan.staging_tier);
         let to = layer.brought_to(plan.staging_tier);
         let stage_s = |prefetch| {
-            let stage = ExpertStage::new(&rates, evidence.shape.expert_bytes, prefetch);
+            let evidence = LayerEvidence {
+                prefetch,
+                ..evidence.clone()
+            };
+            let stage = ExpertStage::of_plan(plan, shape, &rates, &evidence);
             stage_mean_s(&stage, &found, to)
         };
         seconds += stage_s(evidence.prefetch);

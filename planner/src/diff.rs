@@ -6,7 +6,7 @@
 use anyhow::{Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::placement::{
-    LayerPlacement, Pins, Placement, PlanTier, SlotPolicy, TierIdx,
+    LayerPlacement, Pins, Placement, PlanTier, SlotPolicy, Streaming, TierIdx,
 };
 use tier_plan_runtime::model::shape::DenseKind;
 
@@ -277,6 +277,17 @@ fn caches(plan: &Placement) -> String {
     }
 }
 
+/// Says how many experts a plan has streamed for a token, and where to.
+fn streamed(plan: &Placement) -> String {
+    let streamed = |s: &Streaming| {
+        let (from, to) = (name(plan, s.from), name(plan, s.tier));
+        format!("up to {} from {from} to {to}", s.experts)
+    };
+    plan.streaming
+        .as_ref()
+        .map_or_else(|| "none".into(), streamed)
+}
+
 fn settings(a: &Placement, b: &Placement) -> Vec<SettingChange> {
     let values = |plan: &Placement| {
         [
@@ -294,6 +305,7 @@ fn settings(a: &Placement, b: &Placement) -> Vec<SettingChange> {
                     name(plan, plan.staging_tier)
                 ),
             ),
+            ("streamed experts", streamed(plan)),
             (
                 "profile",
                 plan.profile

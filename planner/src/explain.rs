@@ -139,29 +139,31 @@ pub fn explain(
     let rates = FixedTimes::of(plan, shape).tiers;
     let layers = plan.layers.iter().zip(&evidence.layers);
     Ok(Explanation {
-        layers: layers.map(|(l, e)| layer(plan, l, e, &rates)).collect(),
+        layers: layers
+            .map(|(l, e)| layer(plan, shape, l, e, &rates))
+            .collect(),
         tiers: tiers.collect(),
     })
 }
 
 fn layer(
     plan: &Placement,
+    shape: &ModelShape,
     layer: &LayerPlacement,
     evidence: &LayerEvidence,
     tiers: &PerTier<Tier>,
 ) -> LayerReason {
-    let stage = ExpertStage::new(tiers, evidence.shape.expert_bytes, evidence.prefetch);
+    let stage = ExpertStage::of_plan(plan, shape, tiers, evidence);
     let found = outcomes(layer, evidence, tiers, plan.staging_tier);
     let to = layer.brought_to(plan.staging_tier);
-    let path_s = |path: usize, experts: &[u16]| stage.path_s(path, f64::from(experts[path]), to);
-    let paths: Vec<f64> = (0..=tiers.len())
-        .map(|path| {
-            found
-                .iter()
-                .map(|(experts, share)| share * path_s(path, experts))
-                .sum()
-        })
-        .collect();
+    let mut paths = vec![0.0; tiers.len() + 1];
+    for (experts, share) in &found {
+        let uses = stage.paths(experts, to);
+        paths
+            .iter_mut()
+            .zip(uses)
+            .for_each(|(seconds, used)| *seconds += share * used.seconds);
+    }
     let longest = (0..paths.len())
         .max_by(|&a, &b| paths[a].total_cmp(&paths[b]))
         .unwrap_or(0);

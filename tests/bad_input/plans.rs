@@ -21,8 +21,8 @@ fn plans_that_do_not_fit() {
     };
     run(
         "newer.toml",
-        &swap(&plan, "version = 3", "version = 11"),
-        &["newer.toml", "version 11", "up to version 10", "update"],
+        &swap(&plan, "version = 3", "version = 12"),
+        &["newer.toml", "version 12", "up to version 11", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run(

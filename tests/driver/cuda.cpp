@@ -337,10 +337,28 @@ int cuMemFreeHost(void* at) {
     return SUCCESS;
 }
 
-int cuMemHostRegister_v2(void* at, size_t len, unsigned) {
+// Whether memory is mapped for writing, too.
+static bool is_writable(u64 at) {
+    FILE* maps = fopen("/proc/self/maps", "r");
+    char line[512];
+    bool found = false;
+    while (maps && fgets(line, sizeof line, maps)) {
+        u64 first, end;
+        char read, write;
+        if (sscanf(line, "%llx-%llx %c%c", &first, &end, &read, &write) == 4 && first <= at && at < end) {
+            found = write == 'w';
+        }
+    }
+    if (maps) fclose(maps);
+    return found;
+}
+
+int cuMemHostRegister_v2(void* at, size_t len, unsigned flags) {
     CALL(CONTEXT);
     NOT_IN_CAPTURE();
+    const unsigned read_only = 8;
     if (!len) return INVALID_VALUE;
+    if (!(flags & read_only) && !is_writable((u64)at)) return INVALID_VALUE;
     if (pinned_of(at) || pinned_of((char*)at + len - 1)) return ALREADY_REGISTERED;
     state.pinned[(u64)at] = new Pinned{current->device, (char*)at, len};
     return SUCCESS;

@@ -256,8 +256,8 @@ fn print_gpu(gpu: &GpuRate) {
     );
     let both = &gpu.contended;
     println!(
-        "  to it {:.1} GB/s while main memory gives {:.1} GB/s to products",
-        both.to_device_gbps, both.beside
+        "  to it {:.1} GB/s while main memory gives {:.1} GB/s to products, which have {:.1} without that",
+        both.to_device_gbps, both.beside, both.alone
     );
 }
 
@@ -329,6 +329,7 @@ fn as_json(args: &ProbeArgs, found: &Findings, machine: &Machine) -> Value {
             "from_pageable_gbps": g.rates.from_device.pageable_gbps,
             "contended_gbps": g.contended.to_device_gbps,
             "dram_contended_gbps": g.contended.beside,
+            "dram_alone_gbps": g.contended.alone,
             "watts": g.power.watts,
         })).collect::<Vec<_>>(),
         "gpus_missing": found.gpus.missing,

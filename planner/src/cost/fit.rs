@@ -167,6 +167,14 @@ impl Fit {
                 );
             }
         }
+        // What the CPU has beside transfers stays the same part of its rate.
+        let memory = fitted.tiers.iter().zip(&self.factors);
+        let mut memory = memory.filter(|(tier, _)| tier.kind == TierKind::Dram);
+        if let Some((_, factor)) = memory.next() {
+            for link in fitted.extras.links.values_mut() {
+                link.dram_contended_gbps = rounded(link.dram_contended_gbps / factor);
+            }
+        }
         fitted.extras.calibration = Some(Calibration {
             when: when.to_string(),
             records: u32::try_from(self.rows.len()).unwrap_or(u32::MAX),

@@ -1,6 +1,6 @@
 use super::*;
 use std::path::Path;
-use tier_plan_runtime::formats::machine;
+use tier_plan_runtime::formats::machine::{self, Link};
 use tier_plan_runtime::formats::record::{LayerRecord, TierRecord};
 
 fn machine(layer_us: f64) -> Machine {
@@ -190,7 +190,16 @@ fn what_the_text_read_is_no_error_of_a_rate() {
 
 #[test]
 fn the_machine_file_says_what_it_was_fitted_to() {
-    let before = machine(25.0);
+    let mut before = machine(25.0);
+    let link = Link {
+        to_gbps: 25.0,
+        to_pageable_gbps: 9.0,
+        from_gbps: 25.0,
+        from_pageable_gbps: 9.0,
+        contended_gbps: 21.0,
+        dram_contended_gbps: 15.0,
+    };
+    before.extras.links.insert("vram".into(), link);
     let truth = Truth {
         layer_s: 120e-6,
         token_s: 50e-6,
@@ -198,6 +207,9 @@ fn the_machine_file_says_what_it_was_fitted_to() {
     };
     let fit = Fit::new(&before, &records(&before, truth)).unwrap();
     let fitted = fit.machine(&before, "2026-11-22T17:00:00Z");
+    // Of 20 GB/s the CPU kept 15 beside transfers, and of 16 it keeps 12.
+    let kept = fitted.extras.links["vram"].dram_contended_gbps / fitted.tiers[1].read_gbps;
+    assert!((kept - 0.75).abs() < 1e-3, "{kept}");
     let rates: Vec<f64> = fitted.tiers.iter().map(|t| t.read_gbps).collect();
     assert!(
         rates[0] == 500.0 && (rates[1] - 16.0).abs() < 0.4 && (rates[2] - 2.5).abs() < 0.1,

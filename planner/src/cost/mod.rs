@@ -22,6 +22,9 @@
 //!   it lies in a slot or is brought into one; else it is brought into staging and computes there.
 //!   So a miss is charged twice, on two paths: its transfer, and its computation from the slot or
 //!   the buffer.
+//! - Where the plan streams experts ([`Streaming`]) and a token brings none from the last tier, its
+//!   experts of main memory and of that GPU are divided anew ([`StreamTimes::divide`]): the paths of
+//!   both tiers take what the division says.
 //! - Unless the last tier is a block device, a pooled expert that gets no slot computes in place:
 //!   it is charged on that tier's path as a pinned one is, and nothing is staged.
 //!
@@ -63,9 +66,11 @@ use std::sync::OnceLock;
 use tier_plan_runtime::experts::cache::{Access, SlotCache};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    DensePlacement, LayerPlacement, PerTier, Pins, Placement, Prediction, SlotPolicy, TierIdx,
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, Prediction, SlotPolicy, StreamTimes,
+    Streaming, TierIdx,
 };
 use tier_plan_runtime::gpu::fully_on_gpu;
+use tier_plan_runtime::model::gpu::Part;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Tokens of a prompt that are processed together.
@@ -161,9 +166,48 @@ pub struct ExpertStage {
     compute: Vec<PathTime>,
     /// Time of experts that are transferred there.
     transfers: PerTier<PathTime>,
+    streamed: Option<StreamedStage>,
+}
+
+/// How a stage streams experts of main memory to a GPU.
+#[derive(Debug, Clone, Copy)]
+struct StreamedStage {
+    tier: TierIdx,
+    from: TierIdx,
+    times: StreamTimes,
+}
+
+/// What one token does on one path of an expert stage.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PathUse {
+    /// Experts that take the path.
+    pub experts: u32,
+    /// Seconds of the path, before any overlap.
+    pub seconds: f64,
 }
 
 impl ExpertStage {
+    /// Makes the stage of a layer under a plan, which may stream experts. `tiers` are the plan's, as
+    /// experts compute on them.
+    pub fn of_plan(
+        plan: &Placement,
+        shape: &ModelShape,
+        tiers: &PerTier<Tier>,
+        evidence: &LayerEvidence,
+    ) -> Self {
+        let bytes = evidence.shape.expert_bytes;
+        let mut stage = Self::new(tiers, bytes, evidence.prefetch);
+        let on_cpu = (Part::Experts, Some(evidence.shape.layer));
+        let runs = !shape.cpu_only.iter().any(|o| (o.part, o.layer) == on_cpu);
+        let streamed = |s: &Streaming| StreamedStage {
+            tier: s.tier,
+            from: s.from,
+            times: StreamTimes::new(s, &tiers[s.tier], &tiers[s.from], bytes),
+        };
+        stage.streamed = plan.streaming.as_ref().filter(|_| runs).map(streamed);
+        stage
+    }
+
     /// Makes the stage of a layer whose experts have `expert_bytes` bytes.
     pub fn new(tiers: &PerTier<Tier>, expert_bytes: u64, prefetch: Prefetch) -> Self {
         let expert_s = |tier: &Tier| read_s(tier, expert_bytes as f64);
@@ -189,6 +233,7 @@ impl ExpertStage {
         ExpertStage {
             compute: tiers.iter().map(compute).collect(),
             transfers: tiers.iter().map(transfer).collect(),
+            streamed: None,
         }
     }
 
@@ -214,8 +259,37 @@ impl ExpertStage {
             .fold(0.0, f64::max)
     }
 
+    /// Returns what `[tiers + 1]` experts of one token do on the paths, some of which may be streamed
+    /// from one to another.
+    pub fn paths(&self, experts: &[u16], to: TierIdx) -> Vec<PathUse> {
+        let plain = |(path, &n): (usize, &u16)| PathUse {
+            experts: n.into(),
+            seconds: self.path_s(path, n.into(), to),
+        };
+        let mut paths: Vec<PathUse> = experts.iter().enumerate().map(plain).collect();
+        let brought = experts.last().copied().unwrap_or(0);
+        if let Some(s) = self.streamed.filter(|_| brought == 0) {
+            let [on_gpu, in_memory] = [s.tier, s.from].map(|tier| paths[tier.get()].experts);
+            let division = s.times.divide(in_memory, in_memory, on_gpu);
+            let n = division.streamed;
+            paths[s.tier.get()] = PathUse {
+                experts: on_gpu + n,
+                seconds: division.gpu_s,
+            };
+            paths[s.from.get()] = PathUse {
+                experts: in_memory - n,
+                seconds: division.cpu_s,
+            };
+        }
+        paths
+    }
+
     /// Returns the seconds of the stage for `[tiers + 1]` experts of one token on the paths.
     pub fn token_s(&self, experts: &[u16], to: TierIdx) -> f64 {
+        if self.streamed.is_some() {
+            let paths = self.paths(experts, to);
+            return paths.iter().map(|path| path.seconds).fold(0.0, f64::max);
+        }
         let seconds = |(&n, time): (&u16, &PathTime)| {
             if n > 0 {
                 time.fixed_s + f64::from(n) * time.per_expert_s
@@ -628,17 +702,18 @@ pub fn predict(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Pre
     let (mut accesses, mut missed) = (0.0, 0.0);
     let mut replays = Replays::default();
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
-        let stage = ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.prefetch);
+        let stage = ExpertStage::of_plan(plan, shape, &tiers, evidence);
         let outcomes = replays.outcomes(layer, evidence, &tiers, plan.staging_tier);
         let to = layer.brought_to(plan.staging_tier);
         critical += stage_mean_s(&stage, &outcomes, to);
         accesses += f64::from(evidence.shape.n_used);
         for (experts, share) in outcomes.iter() {
             missed += share * experts[n - 1..].iter().copied().map(f64::from).sum::<f64>();
-            for (path, &count) in experts.iter().enumerate() {
+            for (path, used) in stage.paths(experts, to).into_iter().enumerate() {
                 let tier = TierIdx::new(path.min(n - 1));
-                expert_s[tier] += share * stage.path_s(path, f64::from(count), to);
-                read_bytes[tier] += share * f64::from(count) * evidence.shape.expert_bytes as f64;
+                let bytes = f64::from(used.experts) * evidence.shape.expert_bytes as f64;
+                expert_s[tier] += share * used.seconds;
+                read_bytes[tier] += share * bytes;
             }
         }
     }

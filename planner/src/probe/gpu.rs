@@ -385,8 +385,8 @@ impl GpuRate {
         }
     }
 
-    /// Describes the link for the machine file.
-    pub fn link(&self) -> Link {
+    /// Describes the link for the machine file, where main memory has `dram_gbps` without transfers.
+    pub fn link(&self, dram_gbps: f64) -> Link {
         let (to, from) = (self.rates.to_device, self.rates.from_device);
         Link {
             to_gbps: rounded(to.pinned_gbps),
@@ -394,7 +394,7 @@ impl GpuRate {
             from_gbps: rounded(from.pinned_gbps),
             from_pageable_gbps: rounded(from.pageable_gbps),
             contended_gbps: rounded(self.contended.to_device_gbps),
-            dram_contended_gbps: rounded(self.contended.beside),
+            dram_contended_gbps: rounded(dram_gbps * self.contended.kept()),
         }
     }
 }

@@ -101,7 +101,7 @@ impl Findings {
             } else {
                 "vram".to_string()
             };
-            links.insert(name.clone(), gpu.link());
+            links.insert(name.clone(), gpu.link(compute));
             if let Some(experts) = &gpu.experts {
                 prompt_gflops.insert(name.clone(), rounded(experts.batch_gflops).max(1e-5));
             }

@@ -163,6 +163,7 @@ fn gpu(device: u32, gbps: f64) -> gpu::GpuRate {
         contended: Contended {
             to_device_gbps: 21.0,
             beside: 15.0,
+            alone: 18.75,
         },
         products: vec![(TensorType::Q4_K, gbps)],
         compute_gbps: gbps,
@@ -223,7 +224,12 @@ fn gpus_are_tiers_with_their_links_and_power() {
         (machine.tiers[1].latency_us, machine.tiers[0].latency_us),
         (20.0, 40.0)
     );
-    assert_eq!(machine.extras.links["vram0"].contended_gbps, 21.0);
+    // The CPU keeps four fifths of its rate, which is 20.5 with all formats of the model.
+    let link = machine.extras.links["vram0"];
+    assert_eq!(
+        (link.contended_gbps, link.dram_contended_gbps),
+        (21.0, 16.4)
+    );
     // A tenth of what a token takes there beyond the 12 µs of its own.
     let wanted = Accelerator {
         link_gbps: Some(9.0),

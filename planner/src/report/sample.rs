@@ -249,6 +249,7 @@ fn placement(
         checkpoints: 0,
         window_chunk: None,
         reads: HomeReads::default(),
+        streaming: None,
         kv_tier: TierIdx::FIRST,
         kv_type: KvType::F16,
         staging_tier: TierIdx::new(fast - 1),

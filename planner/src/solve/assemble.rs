@@ -97,6 +97,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         staging_tier: capacity.staging_tier,
         staging_experts: capacity.staging_experts,
         reads: reads(instance),
+        streaming: None,
         tiers: empty_tiers(instance.capacity),
         dense,
         layers: draft.layers.clone(),

@@ -11,8 +11,9 @@
 //! 4. `optimize` runs that loop, and `branch` branches where the gap stays open. `assemble` makes
 //!    plans of choices, `optimum` compares plans with the [`baselines`], and `kv_tier` does so for
 //!    each tier that the KV cache may be on.
-//! 5. [`verify`] checks every plan with code that shares no arithmetic with the search.
-//! 6. [`policy`] chooses how slots are refilled, and [`report`] explains the outcome.
+//! 5. `streaming` has a GPU compute some of a token's experts in main memory, where that pays.
+//! 6. [`verify`] checks every plan with code that shares no arithmetic with the search.
+//! 7. [`policy`] chooses how slots are refilled, and [`report`] explains the outcome.
 
 mod assemble;
 pub mod baselines;
@@ -30,6 +31,7 @@ pub mod problem;
 pub mod report;
 mod shadow_prices;
 mod solution;
+mod streaming;
 mod translate;
 pub mod verify;
 
@@ -49,6 +51,9 @@ use problem::instance::Instance;
 use problem::objective::ObjectiveFunction;
 use report::summary::summarize;
 use std::time::{Duration, Instant};
+
+/// Part of the time limit that a search for a plan with streamed experts has, beside the first one.
+const PART_OF_SECOND: f64 = 0.5;
 
 /// How to make a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -155,29 +160,40 @@ pub fn solve_with_pool(
 
     constraints.check_gpus(problem.shape, problem.machine)?;
 
-    // One instance per tier that can hold the KV cache.
-    let capacities = Capacity::per_kv_tier(problem, constraints)?;
-    let instances: Vec<Instance<'_>> = capacities
-        .iter()
-        .map(|capacity| Instance {
-            problem,
-            evidence,
-            capacity,
-            objective: &objective,
-            constraints,
-            backend: *backend,
-            pool,
-            depth: options.depth,
-            bounds_all: options.depth.bounds_all(),
-        })
-        .collect();
-
-    // The choice: a baseline's, or the optimum over all instances.
+    // The choice: a baseline's, or the optimum.
     let baseline = Baseline::of_strategy(options.strategy);
-    let best = match baseline {
-        Some(baseline) => kv_tier::best_baseline(&instances, baseline)?,
-        None => kv_tier::optimum(&instances, start, deadline(start, options.time_limit_s)?)?,
+    let choose = |problem: &Problem<'_>, deadline: Instant| {
+        // One instance per tier that can hold the KV cache.
+        let capacities = Capacity::per_kv_tier(problem, constraints)?;
+        let instances: Vec<Instance<'_>> = capacities
+            .iter()
+            .map(|capacity| Instance {
+                problem,
+                evidence,
+                capacity,
+                objective: &objective,
+                constraints,
+                backend: *backend,
+                pool,
+                depth: options.depth,
+                bounds_all: options.depth.bounds_all(),
+            })
+            .collect();
+        match baseline {
+            Some(baseline) => kv_tier::best_baseline(&instances, baseline),
+            None => kv_tier::optimum(&instances, start, deadline),
+        }
     };
+    let limit_s = options.time_limit_s;
+    let mut best = choose(problem, deadline(start, limit_s)?)?;
+    let is_plain = objective.kind == Objective::Latency && objective.target_tok_s.is_none();
+    if baseline.is_none() && is_plain {
+        // A second search begins with what the first has found.
+        let again = |problem: &Problem<'_>| {
+            choose(problem, deadline(Instant::now(), limit_s * PART_OF_SECOND)?)
+        };
+        streaming::improve(&mut best, problem, evidence, &again)?;
+    }
     // Sentences about it.
     let summary = if baseline.is_none() && objective.is_latency() {
         summarize(&best.plan, &best.baselines, &best.prices, problem)

@@ -665,6 +665,8 @@ mod gpus;
 
 mod goals;
 
+mod streaming;
+
 mod warm;
 
 /// Both solvers of the integer program find choices of the same cost.

@@ -237,6 +237,22 @@ impl Tally<'_> {
             .unwrap_or(0);
         let bytes = u128::from(self.plan.staging_experts) * u128::from(largest);
         self.add_line("staging", self.plan.staging_tier, STAGING, bytes);
+        let Some(streaming) = &self.plan.streaming else {
+            return;
+        };
+        let n = self.n_tiers();
+        let tier = |tier: TierIdx| self.plan.tiers.get(tier).map(|t| (t.tier.kind, &t.tier));
+        let to_gpu = matches!(tier(streaming.tier), Some((TierKind::Vram, t)) if !t.emulated);
+        let from_memory = matches!(tier(streaming.from), Some((TierKind::Dram, t)) if !t.emulated);
+        if !to_gpu || !from_memory || streaming.experts == 0 {
+            let (from, to) = (streaming.from, streaming.tier);
+            self.wrong.push(format!(
+                "experts are streamed from tier {from} to tier {to} of {n}, but only from main memory to a GPU they can be"
+            ));
+            return;
+        }
+        let bytes = u128::from(streaming.experts) * u128::from(largest);
+        self.add_line("streamed experts", streaming.tier, STAGING, bytes);
     }
 
     /// Counts the KV caches; one on a GPU must be with its layer's attention.
@@ -422,11 +438,10 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
             continue;
         }
         let seconds = match &evidence.judged {
-            Judged::Recorded(_) => stepped_s(plan, layer, evidence),
+            Judged::Recorded(_) => stepped_s(plan, shape, layer, evidence),
             Judged::Uniform => {
                 let tiers: PerTier<_> = plan.tiers.iter().map(|t| t.tier.clone()).collect();
-                let stage =
-                    ExpertStage::new(&tiers, evidence.shape.expert_bytes, evidence.prefetch);
+                let stage = ExpertStage::of_plan(plan, shape, &tiers, evidence);
                 let found = cost::outcomes(layer, evidence, &tiers, plan.staging_tier);
                 cost::stage_mean_s(&stage, &found, layer.brought_to(plan.staging_tier))
             }
@@ -516,7 +531,12 @@ struct TokenExperts {
 }
 
 /// Returns the mean seconds of a layer's expert stage, by stepping its slot cache.
-fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence) -> f64 {
+fn stepped_s(
+    plan: &Placement,
+    shape: &ModelShape,
+    layer: &LayerPlacement,
+    evidence: &LayerEvidence,
+) -> f64 {
     let Judged::Recorded(trace) = &evidence.judged else {
         return 0.0;
     };
@@ -530,6 +550,8 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
     }
     let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots, layer.policy);
     let (mut accesses, mut sum, mut tokens) = (Vec::new(), 0.0, 0u64);
+    let refused = |only: &CpuOnly| (only.part, only.layer) == (Part::Experts, Some(layer.layer));
+    let runs_on_gpus = !shape.cpu_only.iter().any(refused);
     let prefetched_s = prefetched_s(plan, evidence);
     for event in trace.events() {
         let pooled = |chosen: &[u16]| -> Vec<u32> {
@@ -564,7 +586,11 @@ fn stepped_s(plan: &Placement, layer: &LayerPlacement, evidence: &LayerEvidence)
             experts.on_tier[tier] += 1;
             experts.missed += u64::from(is_missed);
         }
-        sum += longest_path_s(plan, layer, evidence, &experts, prefetched_s);
+        let mut seconds = longest_path_s(plan, layer, evidence, &experts, prefetched_s);
+        if experts.missed == 0 && runs_on_gpus {
+            seconds = seconds.min(streamed_s(plan, evidence, &experts));
+        }
+        sum += seconds;
         tokens += 1;
     }
     sum / tokens.max(1) as f64
@@ -627,4 +653,38 @@ fn longest_path_s(
         longest = longest.max(launch_s + read_s(tier, n));
     }
     longest
+}
+
+/// Returns the seconds of a token's experts where at least one is streamed, in the best way;
+/// infinity where none can be.
+fn streamed_s(plan: &Placement, evidence: &LayerEvidence, experts: &TokenExperts) -> f64 {
+    let Some(streaming) = &plan.streaming else {
+        return f64::INFINITY;
+    };
+    let bytes = evidence.shape.expert_bytes as f64;
+    let seconds = |n: u64, gbps: f64| n as f64 * bytes / (gbps * 1e9);
+    let [in_memory, own] = [streaming.from, streaming.tier].map(|tier| experts.on_tier[tier]);
+    let gpu = &plan.tiers[streaming.tier].tier;
+    let memory_gbps = plan.tiers[streaming.from].tier.read_gbps;
+    let mut others = 0.0_f64;
+    for (tier, &n) in experts.on_tier.enumerate() {
+        let rates = &plan.tiers[tier].tier;
+        if n > 0 && tier != streaming.from && tier != streaming.tier {
+            let is_vram = rates.kind == TierKind::Vram;
+            let launch_s = if is_vram {
+                1e-6 * rates.latency_us
+            } else {
+                0.0
+            };
+            others = others.max(launch_s + seconds(n, rates.read_gbps));
+        }
+    }
+    let mut least = f64::INFINITY;
+    for n in 1..=in_memory.min(streaming.experts.into()) {
+        let arrived_s = seconds(n, streaming.link_gbps).max(seconds(own, gpu.read_gbps));
+        let on_gpu = 1e-6 * gpu.latency_us + arrived_s + seconds(n, gpu.read_gbps);
+        let on_cpu = seconds(in_memory - n, memory_gbps * streaming.cpu_share);
+        least = least.min(others.max(on_gpu).max(on_cpu));
+    }
+    least
 }

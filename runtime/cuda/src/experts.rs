@@ -1,8 +1,9 @@
-//! Routed experts in a device's memory, pinned or in slots. All that a token chose of a layer is
-//! computed in one sequence of launches, which the CPU does not wait for.
+//! Routed experts in a device's memory, pinned, in slots, or in buffers that all layers share. All
+//! that a token chose of a layer is computed in one sequence of launches, which the CPU does not wait
+//! for.
 //!
-//! The matrices of a layer form one table: the experts by index, then the slots. Filling a slot
-//! changes memory, never the table. What computes comes after the fills before it, and a fill that is
+//! The matrices of a layer form one table: the experts by index, then the slots, then the shared
+//! buffers. Filling a slot or a buffer changes memory, never the table. What computes comes after the fills before it, and a fill that is
 //! ordered after what computes may follow as soon as the expert that the slot held was enqueued.
 
 mod layer;
@@ -12,7 +13,7 @@ use super::device::{Buffer, Device, View};
 use super::ops::{ChosenSum, Input, Quants, TokenGroup, TokenGroups};
 use super::transfers::{TransferId, TransferOrder};
 use super::{CudaError, Ops};
-use layer::{Activations, Inner, Layer, Part, Uses};
+use layer::{Activations, ExpertLayout, Fillable, Inner, Layer, Part, SharedBuffers, Spot, Uses};
 use slots::SlotTransfers;
 use std::sync::Arc;
 use tier_plan_formats::model::spec::Activation;
@@ -49,6 +50,11 @@ impl ExpertKind {
         needs_quants(self.up) || self.gate.is_some_and(needs_quants)
     }
 
+    /// Returns the bytes that an expert takes in a device's memory, padding included.
+    pub fn device_bytes(&self) -> usize {
+        ExpertLayout::new(self).stride
+    }
+
     /// Returns the format of gate and up, where they have one.
     pub(super) fn one_format(&self) -> Option<TensorType> {
         self.gate
@@ -78,6 +84,8 @@ pub enum Place {
     Pinned(usize),
     /// In a slot, by its index.
     Slot(usize),
+    /// For the moment in a [shared buffer](PinnedExperts::share_buffers), by its index.
+    Shared(usize),
 }
 
 /// Experts for rows of activations.
@@ -111,6 +119,7 @@ pub struct ChosenExperts<'a> {
 pub struct PinnedExperts {
     ops: Ops,
     layers: Vec<Option<Layer>>,
+    shared: Option<SharedBuffers>,
     buffers: ExpertBuffers,
     /// Rows of the buffers.
     rows: usize,
@@ -126,13 +135,15 @@ pub struct PinnedExperts {
     transfers: Option<SlotTransfers>,
 }
 
-/// Returns a layer, and the place in its tables of a slot.
-fn slot_of(layers: &[Option<Layer>], layer: usize, slot: usize) -> (&Layer, usize) {
+/// Returns a layer, and one of its places that are filled.
+fn spot_of(layers: &[Option<Layer>], layer: usize, place: Place) -> (&Layer, Spot<'_>) {
     let Some(l) = layers.get(layer).and_then(Option::as_ref) else {
         panic!("layer {layer} on a device")
     };
-    assert!(slot < l.n_slots, "slot {slot} of {}", l.n_slots);
-    (l, l.kind.n_expert + slot)
+    let Some(spot) = l.spot(place) else {
+        panic!("{place:?} of layer {layer} can't be filled")
+    };
+    (l, spot)
 }
 
 /// Buffers of requests and their results.
@@ -198,6 +209,7 @@ impl PinnedExperts {
         Ok(Self {
             ops: Ops::new(device),
             layers,
+            shared: None,
             buffers,
             rows: 0,
             given: 0,
@@ -206,6 +218,16 @@ impl PinnedExperts {
             bytes: 0,
             transfers: None,
         })
+    }
+
+    /// Allocates `n` buffers that experts of all layers use by turns, each of `len` bytes: the most
+    /// [bytes](ExpertKind::device_bytes) that an expert of them needs. Only layers that are added
+    /// later have these.
+    pub fn share_buffers(&mut self, n: usize, len: usize) -> Result<(), CudaError> {
+        let shared = SharedBuffers::new(self.ops.device(), n, len)?;
+        self.bytes += shared.bytes() as u64;
+        self.shared = Some(shared);
+        Ok(())
     }
 
     /// Copies the pinned experts of a layer to the device, as pairs of index and bytes, and
@@ -221,7 +243,16 @@ impl PinnedExperts {
         n_slots: usize,
         with_biases: bool,
     ) -> Result<(), CudaError> {
-        let added = Layer::new(self.ops.device(), kind, pinned, n_slots, with_biases)?;
+        let added = Layer::new(
+            self.ops.device(),
+            kind,
+            pinned,
+            Fillable {
+                n_slots,
+                shared: self.shared.as_ref(),
+            },
+            with_biases,
+        )?;
         self.bytes += ((pinned.len() + n_slots) * added.layout.stride) as u64;
         self.layers[layer] = Some(added);
         Ok(())
@@ -258,12 +289,14 @@ impl PinnedExperts {
         self.layers.get(layer).and_then(Option::as_ref)
     }
 
-    /// Has slots filled beside what the device computes, where that is supported and there are slots.
+    /// Has slots and shared buffers filled beside what the device computes, where that is supported and
+    /// there are any.
     ///
     /// # Errors
     /// When the device refuses a stream.
     pub fn open_transfers(&mut self) -> Result<(), CudaError> {
-        let with_slots = self.layers.iter().flatten().filter(|l| l.n_slots > 0);
+        let is_filled = |l: &&Layer| l.n_slots > 0 || l.n_shared() > 0;
+        let with_slots = self.layers.iter().flatten().filter(is_filled);
         let Some(stride) = with_slots.map(|l| l.layout.stride).max() else {
             return Ok(());
         };
@@ -301,19 +334,19 @@ impl PinnedExperts {
         let Self {
             layers, transfers, ..
         } = self;
-        let (l, entry) = slot_of(layers, layer, slot);
+        let (l, spot) = spot_of(layers, layer, Place::Slot(slot));
         match transfers {
             Some(transfers) => {
-                l.put_biases(entry, expert)?;
-                transfers.send_copy(l, slot, expert, order)
+                l.put_biases(spot.entry, expert)?;
+                transfers.send_copy(l, spot, expert, order)
             }
             // The device works in order, so this comes after what was asked of the previous expert.
-            None => l.put(&l.slots, slot, entry, expert),
+            None => l.put(spot, expert),
         }
     }
 
-    /// Copies an expert into a slot from [locked](Self::lock) memory, which is read until the
-    /// transfer is done.
+    /// Copies an expert into a slot or a shared buffer from [locked](Self::lock) memory, which is read
+    /// until the transfer is done.
     ///
     /// # Errors
     /// As [`fill`](Self::fill).
@@ -326,20 +359,20 @@ impl PinnedExperts {
     pub unsafe fn fill_in_place(
         &mut self,
         layer: usize,
-        slot: usize,
+        place: Place,
         expert: &ExpertBytes<'_>,
         order: TransferOrder,
     ) -> Result<TransferId, CudaError> {
         let Self {
             layers, transfers, ..
         } = self;
-        let (l, entry) = slot_of(layers, layer, slot);
+        let (l, spot) = spot_of(layers, layer, place);
         let Some(transfers) = transfers else {
             panic!("a device that copies in place")
         };
         // Nothing may fail once the bytes are on their way.
-        l.put_biases(entry, expert)?;
-        let copies: Vec<(View<'_>, &[u8])> = l.copies(slot, expert).collect();
+        l.put_biases(spot.entry, expert)?;
+        let copies: Vec<(View<'_>, &[u8])> = l.copies(spot, expert).collect();
         // SAFETY: the caller's promise.
         unsafe { transfers.stream.send(&copies, order) }
     }
@@ -394,14 +427,13 @@ impl PinnedExperts {
             panic!("layer {layer} on a device")
         };
         let ExpertKind {
-            n_expert,
             hidden,
             weigh_input,
             ..
         } = l.kind;
-        let entry = |place: &Place| match *place {
-            Place::Pinned(expert) if l.pinned.get(expert) == Some(&true) => expert,
-            Place::Slot(slot) if slot < l.n_slots => n_expert + slot,
+        let entry = |place: &Place| match (*place, l.spot(*place)) {
+            (Place::Pinned(expert), _) if l.pinned.get(expert) == Some(&true) => expert,
+            (_, Some(spot)) => spot.entry,
             _ => panic!("{place:?} of layer {layer} is not on the device"),
         };
         let entries: Vec<usize> = experts.places.iter().map(entry).collect();

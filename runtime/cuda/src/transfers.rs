@@ -18,6 +18,9 @@ const MAX_IN_FLIGHT: u64 = 16;
 /// The memory is locked for all GPUs, as several may copy from it.
 const LOCK_FOR_ALL: u32 = 1;
 
+/// The GPU only reads the memory, which may be of a mapped file.
+const LOCK_TO_READ: u32 = 8;
+
 /// A number that a transfer has, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TransferId(pub(super) u64);
@@ -124,16 +127,23 @@ impl Transfers for GpuTransfers {
             return false;
         }
         let start = start.cast_mut().cast::<c_void>();
-        // SAFETY: the caller's promise; the driver changes nothing in the memory.
-        match unsafe { sys::cuMemHostRegister_v2(start, len, LOCK_FOR_ALL) }.result() {
-            Ok(()) => {
-                self.locked.push(start);
-                true
+        // A mapped file can only be read.
+        for flags in [LOCK_FOR_ALL, LOCK_FOR_ALL | LOCK_TO_READ] {
+            // SAFETY: the caller's promise; the driver changes nothing in the memory.
+            match unsafe { sys::cuMemHostRegister_v2(start, len, flags) }.result() {
+                Ok(()) => {
+                    self.locked.push(start);
+                    return true;
+                }
+                // Another GPU's transfers have it.
+                Err(DriverError(CUresult::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED)) => {
+                    return true;
+                }
+                Err(DriverError(CUresult::CUDA_ERROR_NOT_SUPPORTED)) => return false,
+                Err(_) => {}
             }
-            // Another GPU's transfers have it.
-            Err(DriverError(CUresult::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED)) => true,
-            Err(_) => false,
         }
+        false
     }
 
     unsafe fn send(

@@ -18,7 +18,7 @@ use std::fmt;
 use std::path::Path;
 
 /// The unit of transfer rates in messages.
-const GBPS: &str = "10^9 bytes per second";
+pub(super) const GBPS: &str = "10^9 bytes per second";
 
 /// What kind of memory a tier is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -1,6 +1,7 @@
 //! `placement.toml`: where every tensor lives, and what that is predicted to give.
 
 mod check;
+mod streaming;
 mod tally;
 mod validate;
 mod violation;
@@ -12,6 +13,7 @@ mod tests;
 
 pub use crate::copies::ExpertCopy;
 pub use crate::tier_idx::{PerTier, TierIdx};
+pub use streaming::{Division, StreamTimes, Streaming};
 pub use tally::TierBytes;
 pub use validate::validate;
 pub use violation::Violation;
@@ -331,6 +333,8 @@ pub struct Placement {
     pub tiers: PerTier<PlanTier>,
     /// How experts are read from the last tier.
     pub reads: HomeReads,
+    /// Which experts of main memory a GPU computes for a token, if any.
+    pub streaming: Option<Streaming>,
     /// Every dense group of the model once; a plan that was read has them by kind, then by layer.
     pub dense: Vec<DensePlacement>,
     /// Every layer with routed experts once, ascending. What is not pinned is pooled and lives on

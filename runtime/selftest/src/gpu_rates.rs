@@ -153,6 +153,19 @@ pub struct Contended {
     pub to_device_gbps: f64,
     /// The CPU's rate meanwhile, in the unit of the callback.
     pub beside: f64,
+    /// The CPU's rate just before, in the same unit.
+    pub alone: f64,
+}
+
+impl Contended {
+    /// Returns the part of its rate that the CPU keeps during transfers.
+    pub fn kept(&self) -> f64 {
+        if self.alone > 0.0 {
+            (self.beside / self.alone).min(1.0)
+        } else {
+            1.0
+        }
+    }
 }
 
 /// Measured speed of routed experts.
@@ -274,13 +287,21 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Measures the link while the CPU repeats `beside`, which returns its own rate.
+/// Measures the link while the CPU repeats `beside`, which returns its own rate, and that rate without
+/// transfers.
 pub fn contended(
     subject: &mut Subject,
     beside: &mut dyn FnMut() -> f64,
 ) -> Result<Contended, CudaError> {
     let bytes = subject.pinned.len();
     let memory = Buffer::new(&subject.device, bytes)?;
+    let passes = subject.effort.passes.max(1);
+    let mut middle_of_passes = || {
+        let mut rates: Vec<f64> = (0..passes).map(|_| beside()).collect();
+        rates.sort_by(f64::total_cmp);
+        rates[rates.len() / 2]
+    };
+    let alone = middle_of_passes();
     let (pinned, enough) = (&mut subject.pinned, AtomicBool::new(false));
     let measured = std::thread::scope(|scope| {
         let sending = std::thread::Builder::new().spawn_scoped(scope, || {
@@ -295,22 +316,20 @@ pub fn contended(
             ))
         })?;
         let until = SetOnDrop(&enough);
-        let rates: Vec<f64> = (0..subject.effort.passes.max(1))
-            .map(|_| beside())
-            .collect();
+        let rate = middle_of_passes();
         drop(until);
-        std::io::Result::Ok((sending.join(), rates))
+        std::io::Result::Ok((sending.join(), rate))
     });
-    let (sent, mut rates) = measured.map_err(|error| CudaError::Call {
+    let (sent, beside) = measured.map_err(|error| CudaError::Call {
         device: subject.device.name().to_string(),
         what: "starting a thread that sends".to_string(),
         why: error.to_string(),
     })?;
-    rates.sort_by(f64::total_cmp);
     let to_device_gbps = sent.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     Ok(Contended {
         to_device_gbps,
-        beside: rates[rates.len() / 2],
+        beside,
+        alone,
     })
 }
 

@@ -18,19 +18,19 @@ use tier_plan_formats::model::{describe, shape::shape_of};
 use tier_plan_formats::placement::{PerTier, Pins, Placement, SlotPolicy, TierIdx};
 use tier_plan_testing::nmse;
 
-const VRAM0: TierIdx = TierIdx::new(0);
-const VRAM1: TierIdx = TierIdx::new(1);
-const DRAM: TierIdx = TierIdx::new(2);
+pub(super) const VRAM0: TierIdx = TierIdx::new(0);
+pub(super) const VRAM1: TierIdx = TierIdx::new(1);
+pub(super) const DRAM: TierIdx = TierIdx::new(2);
 
 /// What a plan does with a layer: experts pinned by tier, and slots.
-struct Layer {
-    pinned: [u32; 3],
-    slots: u32,
-    slot_tier: TierIdx,
-    policy: SlotPolicy,
+pub(super) struct Layer {
+    pub(super) pinned: [u32; 3],
+    pub(super) slots: u32,
+    pub(super) slot_tier: TierIdx,
+    pub(super) policy: SlotPolicy,
 }
 
-fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
+pub(super) fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../tests/data")
         .join(name);
@@ -41,7 +41,11 @@ fn open(name: &str) -> (Arc<Gguf>, ModelShape) {
 
 /// Two GPUs, main memory with all that is dense, and pooled experts on `home`. Pinned are the last
 /// experts, of which a few are on each tier, so that a layer's pooled experts begin with 0.
-fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> Placement {
+pub(super) fn plan(
+    shape: &ModelShape,
+    home: TierKind,
+    layer_of: impl Fn(usize) -> Layer,
+) -> Placement {
     let mut plan = all_in_memory(shape, 96, KvType::F32);
     let all = plan.tiers[TierIdx::FIRST].clone();
     let mut tiers = PerTier::from_fn(4, |_| all.clone());
@@ -79,7 +83,7 @@ fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -
 }
 
 /// The same with GPUs that are emulated in main memory.
-fn without_gpus(plan: &Placement) -> Placement {
+pub(super) fn without_gpus(plan: &Placement) -> Placement {
     let mut plan = plan.clone();
     plan.tiers
         .iter_mut()
@@ -89,10 +93,10 @@ fn without_gpus(plan: &Placement) -> Placement {
 }
 
 /// A device that counts its launches, and fails when told to.
-struct Watched {
+pub(super) struct Watched {
     of: Arc<shim::Shim>,
     launches: AtomicUsize,
-    fails: AtomicBool,
+    pub(super) fails: AtomicBool,
 }
 
 impl Watched {
@@ -158,9 +162,9 @@ impl Device for Watched {
     }
 }
 
-type Devices = [Arc<Watched>; 2];
+pub(super) type Devices = [Arc<Watched>; 2];
 
-fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> (Engine, Devices) {
+pub(super) fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> (Engine, Devices) {
     let devices = [Watched::new(), Watched::new()];
     let options = LoadOptions {
         threads: Some(2),
@@ -182,7 +186,7 @@ fn load(gguf: &Arc<Gguf>, plan: &Placement, batch: usize) -> (Engine, Devices) {
 }
 
 /// Logits of a prompt in several batches, and of tokens after it.
-fn text(engine: &mut Engine) -> Vec<f32> {
+pub(super) fn text(engine: &mut Engine) -> Vec<f32> {
     let n_vocab = engine.spec().n_vocab as u32;
     let tokens: Vec<u32> = (0..40).map(|i| (i * 37 + 5) % n_vocab).collect();
     let mut all = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
@@ -197,7 +201,7 @@ fn text(engine: &mut Engine) -> Vec<f32> {
 }
 
 /// Pinned hits, slot hits, misses and missed bytes by layer, and bytes of the prompt.
-fn counts(engine: &Engine) -> (Vec<[u64; 4]>, u64) {
+pub(super) fn counts(engine: &Engine) -> (Vec<[u64; 4]>, u64) {
     let c = engine.counters();
     (
         c.layers

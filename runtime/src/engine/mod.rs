@@ -38,6 +38,8 @@ mod gpu_slot_tests;
 #[allow(unsafe_code)]
 mod gpu_split_tests;
 #[cfg(test)]
+mod gpu_streamed_tests;
+#[cfg(test)]
 #[allow(unsafe_code)]
 mod gpu_tests;
 #[cfg(test)]
@@ -430,6 +432,11 @@ impl Engine {
     /// once per batch.
     pub fn experts_streamed(&self) -> u64 {
         self.experts.streams.n_streamed()
+    }
+
+    /// Returns how many experts of main memory were streamed to a GPU for decoded tokens.
+    pub fn experts_streamed_for_tokens(&self) -> u64 {
+        self.experts.store.n_streamed_for_tokens()
     }
 
     /// Returns what was counted since the engine was loaded or

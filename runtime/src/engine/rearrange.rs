@@ -176,7 +176,8 @@ impl Engine {
                 what,
             });
         }
-        if has_experts_on_gpu(&self.plan) || has_experts_on_gpu(plan) {
+        let streams = self.plan.streaming.or(plan.streaming).is_some();
+        if streams || has_experts_on_gpu(&self.plan) || has_experts_on_gpu(plan) {
             return Err(RearrangeError::Gpu);
         }
         if !self.experts.store.has_files() {

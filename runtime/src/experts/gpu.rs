@@ -20,8 +20,8 @@ use tier_plan_formats::placement::TierIdx;
 
 /// A GPU's experts, and the requests of the current step.
 pub(super) struct GpuExperts {
-    tier: TierIdx,
-    filler: SlotFiller,
+    pub(super) tier: TierIdx,
+    pub(super) filler: SlotFiller,
     /// Positions in the step of the requested experts, in the order of the requests.
     requested: Vec<usize>,
     /// Whether the GPU has the activations of the step's token.
@@ -53,7 +53,7 @@ impl ExpertStore {
     pub(crate) fn set_gpus(&mut self, gpus: Vec<(TierIdx, PinnedExperts)>) {
         let with_tier = |(tier, experts)| GpuExperts {
             tier,
-            filler: SlotFiller::new(experts, &self.staging),
+            filler: SlotFiller::new(experts, &self.staging, &self.streamed_memory(tier)),
             requested: Vec::new(),
             has_token: false,
         };
@@ -63,6 +63,11 @@ impl ExpertStore {
     /// Returns the number of GPUs that have experts.
     pub(crate) fn n_gpus(&self) -> usize {
         self.gpus.len()
+    }
+
+    /// Returns the index of a tier's GPU among those with experts.
+    pub(super) fn gpu_of(&self, tier: TierIdx) -> Option<usize> {
+        self.gpus.iter().position(|g| g.tier == tier)
     }
 
     /// Returns the experts on a tier's GPU.
@@ -91,7 +96,7 @@ impl ExpertStore {
             }
             _ => return None,
         };
-        let gpu = self.gpus.iter().position(|g| g.tier == tier)?;
+        let gpu = self.gpu_of(tier)?;
         Some(GpuSlot { gpu, tier, place })
     }
 
@@ -118,15 +123,28 @@ impl ExpertStore {
             if places.is_empty() {
                 continue;
             }
-            let x = (!self.gpus[gpu].has_token).then_some(x);
             let weights: Vec<f32> = positions.iter().map(|at| weights[*at]).collect();
             let experts = RequestedExperts {
                 places: &places,
                 weights: &weights,
             };
-            self.request(step, gpu, x, experts, &positions)?;
-            self.gpus[gpu].has_token = true;
+            self.request_for_token(step, gpu, x, experts, &positions)?;
         }
+        Ok(())
+    }
+
+    /// Requests results for a token, whose row a GPU gets once.
+    pub(super) fn request_for_token(
+        &mut self,
+        step: &mut Step,
+        gpu: usize,
+        x: &[f32],
+        experts: RequestedExperts<'_>,
+        positions: &[usize],
+    ) -> Result<(), CudaError> {
+        let x = (!self.gpus[gpu].has_token).then_some(x);
+        self.request(step, gpu, x, experts, positions)?;
+        self.gpus[gpu].has_token = true;
         Ok(())
     }
 
@@ -184,14 +202,15 @@ impl ExpertStore {
         hidden: usize,
         out: &mut Vec<f32>,
     ) -> Result<Vec<usize>, CudaError> {
-        let gpu = &mut self.gpus[gpu];
-        let positions = std::mem::take(&mut gpu.requested);
+        let experts = &mut self.gpus[gpu];
+        let positions = std::mem::take(&mut experts.requested);
         out.resize(positions.len() * hidden, 0.0);
         if positions.is_empty() {
             return Ok(positions);
         }
-        let fetched = gpu.filler.experts().fetch(out);
+        let fetched = experts.filler.experts().fetch(out);
         fetched.inspect_err(|_| self.give_up(step))?;
+        self.streams_have_ended(gpu);
         Ok(positions)
     }
 
@@ -205,6 +224,7 @@ impl ExpertStore {
 
     /// Drops the requests and results of the previous step.
     pub(super) fn forget_requests(&mut self) {
+        self.end_streams();
         for gpu in &mut self.gpus {
             gpu.filler.experts().forget();
             gpu.requested.clear();
@@ -223,7 +243,7 @@ impl ExpertStore {
         order: TransferOrder,
     ) {
         let in_layer = &self.layers[layer];
-        let Some(at) = self.gpus.iter().position(|g| g.tier == in_layer.slot_tier) else {
+        let Some(at) = self.gpu_of(in_layer.slot_tier) else {
             unreachable!("a layer's slots are on a GPU that the store has")
         };
         // Taken out of the store, whose other parts the view borrows.

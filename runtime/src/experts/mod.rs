@@ -6,7 +6,7 @@
 //! - `prefetch` and `warmup` read experts before a router selects them; `claim` gives a step what was
 //!   read for it.
 //! - `rearrange` moves pins and slots to where another plan wants them, between steps.
-//! - `gpu` computes experts and fills slots on GPUs.
+//! - `gpu` computes experts and fills slots on GPUs; `streamed` has them compute experts of main memory.
 //! - [`pack`] and [`checksums`] make and use the files beside a model that speed up and verify
 //!   reads.
 //!
@@ -32,6 +32,7 @@ mod rearrange_tests;
 mod resident;
 mod step;
 pub(crate) mod store;
+pub(crate) mod streamed;
 #[cfg(test)]
 mod tests;
 pub(crate) mod view;

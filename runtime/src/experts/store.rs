@@ -40,6 +40,7 @@ use super::layer::{ExpertBacking, LayerExperts, Layout};
 use super::prefetch::{Prefetcher, StepRead};
 use super::rearrange::Rearranger;
 use super::step::{DeferredMove, ExpertState, HeldExpert, LoadTarget, SlotRefill};
+use super::streamed::TokenStream;
 use super::view::ExpertView;
 use super::warmup::Warmup;
 use crate::cancel::Cancel;
@@ -88,6 +89,7 @@ pub(crate) struct ExpertStore {
     pub(super) in_transit: VecDeque<(usize, InTransit)>,
     /// Why an expert could not be copied to its slot on a GPU.
     pub(super) gpu_error: Option<CudaError>,
+    pub(super) token_stream: TokenStream,
 }
 
 impl ExpertStore {
@@ -122,6 +124,7 @@ impl ExpertStore {
             gpus: Vec::new(),
             in_transit: VecDeque::new(),
             gpu_error: None,
+            token_stream: TokenStream::default(),
         }
     }
 

@@ -27,13 +27,14 @@ pub(crate) fn check(
             plan: plan.name.clone(),
             source,
         })? as u64;
-        let (weights, cache) = (t.bytes.dense + t.bytes.pinned + t.bytes.slots, t.bytes.kv);
+        let of_experts = t.bytes.pinned + t.bytes.slots + t.bytes.staging;
+        let (weights, cache) = (t.bytes.dense + of_experts, t.bytes.kv);
         let dense = if places.uses(tier) {
             BufferSizes::new(spec, &places, tier, Most::of(plan, options)).bytes()
         } else {
             0
         };
-        let experts = if t.bytes.pinned + t.bytes.slots > 0 {
+        let experts = if of_experts > 0 {
             gpu_row_bytes(spec)
         } else {
             0

@@ -83,6 +83,7 @@ impl Loader<'_> {
         mut layers: Vec<LayerExperts>,
     ) -> Result<ExpertStore, LoadError> {
         let (plan, slow) = (self.plan, self.slow_tier());
+        let stream = self.open_stream(&layers)?;
         let moe_layers = model_layers(self.model.spec()).filter_map(|layer| layer.moe);
         for ((placed, layer), moe) in plan.layers.iter().zip(&mut layers).zip(moe_layers) {
             self.pin_on_gpus(moe, placed, layer)?;
@@ -115,6 +116,9 @@ impl Loader<'_> {
             prefetches,
         );
         self.verify(&mut store)?;
+        if let Some(stream) = stream {
+            store.stream_tokens(stream);
+        }
         store.set_gpus(self.ready_gpus()?);
         Ok(store)
     }

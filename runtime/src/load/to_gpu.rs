@@ -1,18 +1,21 @@
-//! Loading routed experts to GPUs: those that a plan pins there, and memory for slots.
+//! Loading routed experts to GPUs: those that a plan pins there, memory for slots, and buffers for
+//! experts that are streamed.
 
 use crate::error::LoadError;
 use crate::experts::layer::LayerExperts;
+use crate::experts::streamed::StreamPlan;
 use crate::experts::view::ExpertView;
 use crate::gpu::devices::Devices;
+use crate::gpu::factors;
 use crate::gpu::rows::gpu_rows;
-use crate::layers::index::MoeLayer;
+use crate::layers::index::{MoeLayer, layers as model_layers};
 use crate::load::Loader;
 use crate::load::storage::Storage;
 use crate::tiers::arena::Arena;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
 use tier_plan_cuda::experts::PinnedExperts;
-use tier_plan_formats::placement::{LayerPlacement, PerTier, Placement, TierIdx};
+use tier_plan_formats::placement::{LayerPlacement, PerTier, Placement, Streaming, TierIdx};
 
 /// Returns the GPUs of a plan by tier, with no experts yet.
 ///
@@ -63,7 +66,8 @@ impl Loader<'_> {
         } else {
             0
         };
-        if pinned.is_empty() && slots == 0 {
+        let streams = self.streams_layer(moe) && self.streaming_tier() == Some(tier);
+        if pinned.is_empty() && slots == 0 && !streams {
             return Ok(());
         }
         let bytes = layer.expert_bytes();
@@ -96,6 +100,49 @@ impl Loader<'_> {
         self.memory.resident_bytes[tier] += (bytes * (pinned.len() + slots)) as u64;
         self.progress.done += (bytes * pinned.len()) as u64;
         Ok(())
+    }
+
+    /// Returns the tier of the GPU that experts of main memory are streamed to.
+    fn streaming_tier(&self) -> Option<TierIdx> {
+        self.plan.streaming.map(|streaming| streaming.tier)
+    }
+
+    /// Whether the experts of a layer can be streamed to a GPU.
+    fn streams_layer(&self, moe: MoeLayer<'_>) -> bool {
+        self.plan.streaming.is_some() && !factors::of_experts(self.model.spec(), moe.spec)
+    }
+
+    /// Makes the buffers that experts are streamed to. Returns how they are, if the plan says.
+    pub(super) fn open_stream(
+        &mut self,
+        layers: &[LayerExperts],
+    ) -> Result<Option<StreamPlan>, LoadError> {
+        let Some(streaming) = self.plan.streaming else {
+            return Ok(None);
+        };
+        let Streaming { tier, from, .. } = streaming;
+        let moe_layers = model_layers(self.model.spec()).filter_map(|layer| layer.moe);
+        let (mut len, mut times) = (0, Vec::with_capacity(layers.len()));
+        for (layer, moe) in layers.iter().zip(moe_layers) {
+            let bytes = layer.expert_bytes();
+            let can = self.streams_layer(moe);
+            if can {
+                let any = vec![0; bytes];
+                len = len.max(layer.packed(&any).kind(moe.spec).device_bytes());
+            }
+            times.push(self.plan.stream_times(bytes as u64).filter(|_| can));
+        }
+        let failed = self.gpu_failed();
+        if let Some(gpu) = &mut self.gpu_experts[tier] {
+            gpu.share_buffers(streaming.experts as usize, len)
+                .map_err(failed)?;
+        }
+        self.memory.resident_bytes[tier] += self.plan.tiers[tier].bytes.staging;
+        Ok(Some(StreamPlan {
+            tier,
+            from,
+            layers: times,
+        }))
     }
 
     /// Returns the GPUs that have experts, with buffers for the rows that they will take.

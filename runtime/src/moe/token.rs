@@ -43,8 +43,11 @@ impl TokenRun<'_> {
         let (on_gpu, mut ready): (Vec<usize>, Vec<usize>) =
             ready.partition(|at| self.run.store.gpu_slot(&self.step, *at).is_some());
         // The CPU computes the others meanwhile.
+        let streamed = self.run.store.choose_streamed(&self.step, &ready);
+        ready.retain(|at| !streamed.contains(at));
         self.send_to_gpus(&on_gpu)?;
-        let mut left = n - on_gpu.len();
+        self.stream(&streamed)?;
+        let mut left = n - on_gpu.len() - streamed.len();
         loop {
             if !ready.is_empty() {
                 self.on_cpu(&ready);
@@ -89,6 +92,17 @@ impl TokenRun<'_> {
             .iter()
             .for_each(|at| self.run.store.release(&mut self.step, *at));
         Ok(())
+    }
+
+    /// Streams the experts at these positions of the step to a GPU, which computes them after its own.
+    fn stream(&mut self, positions: &[usize]) -> Result<(), RunError> {
+        if let Some(tier) = self.run.store.streams_to() {
+            positions.iter().for_each(|_| self.run.count(tier));
+        }
+        let MoeRun {
+            store, x, routing, ..
+        } = &mut self.run;
+        Ok(store.stream_to_gpu(&mut self.step, positions, x.values(), routing.weights)?)
     }
 
     /// Waits for what GPUs compute.

@@ -59,6 +59,7 @@ pub fn in_memory_with(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -> P
         staging_tier: TierIdx::FIRST,
         staging_experts: 0,
         reads: HomeReads::default(),
+        streaming: None,
         tiers: PerTier::from([PlanTier::new(dram, 0)]),
         dense: shape
             .dense

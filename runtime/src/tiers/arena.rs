@@ -5,6 +5,7 @@
 
 use super::nodes::Pages;
 use super::numa::NumaError;
+use super::transit::HostMemory;
 use memmap2::MmapMut;
 use std::any::Any;
 use std::ops::{Deref, DerefMut, Range};
@@ -251,6 +252,15 @@ impl ArenaSlice {
     /// Returns what keeps the arena's memory mapped.
     pub(super) fn keep_alive(&self) -> Arc<dyn Any + Send + Sync> {
         Arc::clone(&self.mapping) as _
+    }
+
+    /// Returns the whole range as memory that is kept mapped.
+    pub(crate) fn memory(&self) -> HostMemory {
+        HostMemory {
+            range: self.address()..self.address() + self.capacity,
+            mapping: Arc::as_ptr(&self.mapping) as usize,
+            keep: self.keep_alive(),
+        }
     }
 
     /// Cuts the whole range into its first `len` bytes, at most all of them, and the rest.

@@ -1,4 +1,5 @@
-//! Staging buffers that a GPU reads by itself, to fill its slots.
+//! Host memory that a GPU reads by itself: staging buffers, to fill its slots, and experts that are
+//! streamed to it.
 
 use super::arena::ArenaSlice;
 use super::source::ALIGN;
@@ -7,43 +8,54 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
-use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
+use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts, Place};
 use tier_plan_cuda::transfers::{TransferId, TransferOrder};
 
 /// Most buffers that are locked one by one.
 const MAX_LOCKED_BUFFERS: usize = 4096;
 
-/// A GPU's experts, whose slots are filled from staging buffers where they lie, if the driver allows
+/// What keeps memory mapped.
+pub(crate) type Keep = Arc<dyn Any + Send + Sync>;
+
+/// A GPU's experts, with the host memory that they are filled from where it lies, if the driver allows
 /// that.
 ///
 /// The experts are dropped first, which ends all transfers and unlocks the memory.
 pub(crate) struct SlotFiller {
     experts: PinnedExperts,
-    staging: Option<LockedMemory>,
+    /// By first address: memory that was locked when the model was loaded. Pieces are apart.
+    locked: BTreeMap<usize, LockedMemory>,
+    /// Whether staging is among that.
+    reads_staging: bool,
     /// By address: buffers that staging got from slots in main memory in exchange for its own.
     exchanged: BTreeMap<usize, LockedMemory>,
     /// Whether the driver has refused to lock one more.
     is_full: bool,
 }
 
+/// A part of a mapping.
+#[derive(Clone)]
+pub(crate) struct HostMemory {
+    pub(crate) range: Range<usize>,
+    /// What tells the mapping from others: pieces of one mapping may be locked together.
+    pub(crate) mapping: usize,
+    pub(crate) keep: Keep,
+}
+
 /// Memory that the driver has locked, which stays mapped meanwhile.
 struct LockedMemory {
     range: Range<usize>,
     #[allow(dead_code, reason = "held for its memory")]
-    kept: Arc<dyn Any + Send + Sync>,
+    keep: Keep,
 }
 
 impl LockedMemory {
     /// Locks memory, if the driver does that.
-    fn new(
-        experts: &mut PinnedExperts,
-        range: Range<usize>,
-        kept: Arc<dyn Any + Send + Sync>,
-    ) -> Option<Self> {
-        // SAFETY: `kept` keeps the memory mapped. It is in the filler that has the experts, which are
+    fn new(experts: &mut PinnedExperts, range: Range<usize>, keep: Keep) -> Option<Self> {
+        // SAFETY: `keep` keeps the memory mapped. It is in the filler that has the experts, which are
         // dropped first.
         let is_locked = unsafe { experts.lock(range.start as *const u8, range.len()) };
-        is_locked.then_some(Self { range, kept })
+        is_locked.then_some(Self { range, keep })
     }
 }
 
@@ -63,15 +75,38 @@ pub(crate) struct InTransit {
 }
 
 impl SlotFiller {
-    /// Lets a GPU read these staging buffers, which follow each other in one arena.
-    pub(crate) fn new(mut experts: PinnedExperts, staging: &[ArenaSlice]) -> Self {
-        let memory = memory_of(staging);
-        Self {
-            staging: memory.and_then(|(range, kept)| LockedMemory::new(&mut experts, range, kept)),
+    /// Lets a GPU read these staging buffers, which follow each other in one arena, and the memory of
+    /// experts that are streamed to it.
+    pub(crate) fn new(
+        mut experts: PinnedExperts,
+        staging: &[ArenaSlice],
+        streamed: &[HostMemory],
+    ) -> Self {
+        let staging = memory_of(staging);
+        let first = staging.as_ref().map(|staging| staging.range.start);
+        let mut locked = BTreeMap::new();
+        for HostMemory { range, keep, .. } in in_whole_pages(staging.iter().chain(streamed)) {
+            let start = range.start;
+            let piece = LockedMemory::new(&mut experts, range, keep);
+            // Where one piece is refused, so are others, each after a long while.
+            let Some(piece) = piece else { break };
+            locked.insert(start, piece);
+        }
+        let mut filler = Self {
+            experts,
+            locked,
+            reads_staging: false,
             exchanged: BTreeMap::new(),
             is_full: false,
-            experts,
-        }
+        };
+        filler.reads_staging = first.is_some_and(|at| filler.has_locked(&(at..at + 1)));
+        filler
+    }
+
+    /// Returns whether all of this memory was locked when the model was loaded.
+    pub(crate) fn has_locked(&self, range: &Range<usize>) -> bool {
+        let before = self.locked.range(..=range.start).next_back();
+        before.is_some_and(|(_, piece)| range.end <= piece.range.end)
     }
 
     /// Returns the experts, which stay in here: they are dropped before the memory that they read.
@@ -93,11 +128,11 @@ impl SlotFiller {
     /// Returns whether the GPU can read a buffer where it lies. One that is new to it is locked now,
     /// once for all times that it is read.
     pub(crate) fn can_read(&mut self, buffer: &ArenaSlice) -> bool {
-        let Some(staging) = &self.staging else {
+        if !self.reads_staging {
             return false;
-        };
+        }
         let range = buffer.address()..buffer.address() + buffer.capacity();
-        if staging.range.start <= range.start && range.end <= staging.range.end {
+        if self.has_locked(&range) {
             return true;
         }
         if let Some(locked) = self.exchanged.get(&range.start) {
@@ -142,10 +177,37 @@ impl SlotFiller {
         };
         // SAFETY: the buffer is locked, as was checked. It stays as it is until the transfer has ended: it
         // is given back only then.
-        match unsafe { self.experts.fill_in_place(layer, slot, &bytes, order) } {
+        let place = Place::Slot(slot);
+        match unsafe { self.experts.fill_in_place(layer, place, &bytes, order) } {
             Ok(transfer) => Ok(InTransit { transfer, buffer }),
             Err(error) => Err((buffer, error)),
         }
+    }
+
+    /// Has the GPU copy an expert to a shared buffer, after what it computes now, from memory that
+    /// [was locked](Self::has_locked). What is written there before the transfer has ended may reach
+    /// the GPU or not.
+    ///
+    /// # Errors
+    /// When the GPU fails. What the buffer holds is undefined then, and the expert is not read.
+    ///
+    /// # Panics
+    /// When the expert is not in locked memory, or there is no such buffer.
+    pub(crate) fn stream(
+        &mut self,
+        layer: usize,
+        buffer: usize,
+        expert: &ExpertBytes<'_>,
+    ) -> Result<TransferId, CudaError> {
+        for bytes in expert.gate.into_iter().chain([expert.up, expert.down]) {
+            let range = bytes.as_ptr_range();
+            let is_locked = self.has_locked(&(range.start as usize..range.end as usize));
+            assert!(is_locked, "a streamed expert's memory is locked");
+        }
+        let (place, order) = (Place::Shared(buffer), TransferOrder::AfterCompute);
+        // SAFETY: the bytes are locked, as was checked, so they stay. The GPU alone looks at what it
+        // reads of them, whatever that is.
+        unsafe { self.experts.fill_in_place(layer, place, expert, order) }
     }
 
     /// Returns whether the GPU has read a buffer. One that has failed reads no more.
@@ -160,8 +222,8 @@ impl SlotFiller {
     }
 }
 
-/// Returns the memory of buffers that follow each other in one arena, and what keeps it mapped.
-fn memory_of(buffers: &[ArenaSlice]) -> Option<(Range<usize>, Arc<dyn Any + Send + Sync>)> {
+/// Returns the memory of buffers that follow each other in one arena.
+fn memory_of(buffers: &[ArenaSlice]) -> Option<HostMemory> {
     let start = buffers.iter().map(ArenaSlice::address).min()?;
     let end = |buffer: &ArenaSlice| buffer.address() + buffer.capacity();
     let end = buffers.iter().map(end).max()?;
@@ -170,5 +232,57 @@ fn memory_of(buffers: &[ArenaSlice]) -> Option<(Range<usize>, Arc<dyn Any + Send
     let in_one = buffers.iter().all(|buffer| buffer.is_of_same_arena(first));
     // What lies between them would be locked, too.
     let is_dense = end - start <= held + buffers.len() * ALIGN;
-    (in_one && is_dense).then(|| (start..end, first.keep_alive()))
+    (in_one && is_dense).then(|| HostMemory {
+        range: start..end,
+        ..first.memory()
+    })
+}
+
+/// Returns the whole pages that pieces of memory lie in, as few pieces that are apart.
+fn in_whole_pages<'a>(memory: impl Iterator<Item = &'a HostMemory>) -> Vec<HostMemory> {
+    let mut pieces: Vec<HostMemory> = memory
+        .map(|piece| HostMemory {
+            range: piece.range.start / ALIGN * ALIGN..piece.range.end.next_multiple_of(ALIGN),
+            ..piece.clone()
+        })
+        .collect();
+    pieces.sort_by_key(|piece| piece.range.start);
+    let mut apart: Vec<HostMemory> = Vec::new();
+    for piece in pieces {
+        match apart.last_mut() {
+            Some(last) if last.mapping == piece.mapping && piece.range.start <= last.range.end => {
+                last.range.end = last.range.end.max(piece.range.end);
+            }
+            _ => apart.push(piece),
+        }
+    }
+    apart
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_that_share_pages_are_one() {
+        let piece = |mapping, range| HostMemory {
+            range,
+            mapping,
+            keep: Arc::new(()),
+        };
+        let memory = [
+            piece(1, 3 * ALIGN + 5..4 * ALIGN + 1),
+            piece(1, 5 * ALIGN - 1..5 * ALIGN),
+            piece(1, ALIGN..ALIGN + 1),
+            piece(2, 5 * ALIGN..6 * ALIGN),
+            piece(1, 3 * ALIGN..3 * ALIGN + 9),
+        ];
+        let found: Vec<_> = in_whole_pages(memory.iter())
+            .into_iter()
+            .map(|piece| (piece.mapping, piece.range))
+            .collect();
+        let pages =
+            |mapping, pages: Range<usize>| (mapping, pages.start * ALIGN..pages.end * ALIGN);
+        assert_eq!(found, [pages(1, 1..2), pages(1, 3..5), pages(2, 5..6)]);
+    }
 }

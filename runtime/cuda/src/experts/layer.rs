@@ -1,6 +1,6 @@
 //! The experts of one layer in a device's memory, and their matrix products.
 
-use super::{ExpertBytes, ExpertKind};
+use super::{ExpertBytes, ExpertKind, Place};
 use crate::device::{Buffer, Device, View};
 use crate::ops::{
     BatchMatrices, GateUpMatrices, Gated, Input, Matrices, MatrixTable, Matvec, Quants, SharedView,
@@ -75,12 +75,49 @@ pub(super) struct Layer {
     gate: Option<MatrixTable<'static>>,
     up: MatrixTable<'static>,
     pub(super) down: MatrixTable<'static>,
-    /// `[n_expert + slots, width]` of gate, up and down; zeros for experts that are elsewhere.
+    /// `[n_expert + slots + shared buffers, width]` of gate, up and down; zeros for experts that are
+    /// elsewhere.
     biases: Option<[Buffer; 3]>,
     /// Whether each expert is pinned here, `[n_expert]`.
     pub(super) pinned: Vec<bool>,
     pub(super) slots: Arc<Buffer>,
     pub(super) n_slots: usize,
+    shared: Option<SharedBuffers>,
+}
+
+/// Buffers for experts of any layer.
+#[derive(Clone)]
+pub(super) struct SharedBuffers {
+    memory: Arc<Buffer>,
+    n: usize,
+    /// Bytes of each.
+    len: usize,
+}
+
+impl SharedBuffers {
+    pub(super) fn new(device: &Arc<dyn Device>, n: usize, len: usize) -> Result<Self, CudaError> {
+        let memory = Arc::new(Buffer::new(device, n.saturating_mul(len))?);
+        Ok(Self { memory, n, len })
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.n * self.len
+    }
+}
+
+/// What of a layer is filled again and again.
+pub(super) struct Fillable<'a> {
+    pub(super) n_slots: usize,
+    pub(super) shared: Option<&'a SharedBuffers>,
+}
+
+/// A place that is filled again and again.
+#[derive(Clone, Copy)]
+pub(super) struct Spot<'a> {
+    /// Memory of one expert.
+    memory: View<'a>,
+    /// Entry in the layer's tables.
+    pub(super) entry: usize,
 }
 
 impl Layer {
@@ -89,7 +126,7 @@ impl Layer {
         device: &Arc<dyn Device>,
         kind: ExpertKind,
         pinned: &[(usize, ExpertBytes<'_>)],
-        n_slots: usize,
+        Fillable { n_slots, shared }: Fillable<'_>,
         with_biases: bool,
     ) -> Result<Self, CudaError> {
         let layout = ExpertLayout::new(&kind);
@@ -100,20 +137,29 @@ impl Layer {
             )?))
         };
         let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
-        let (n, has_gate) = (kind.n_expert + n_slots, kind.gate.is_some());
+        let n_shared = shared.map_or(0, |shared| shared.n);
+        let (n, has_gate) = (kind.n_expert + n_slots + n_shared, kind.gate.is_some());
         let mut is_pinned = vec![false; kind.n_expert];
         let mut tables: [Vec<Option<SharedView>>; 3] = std::array::from_fn(|_| vec![None; n]);
         for (part, table) in Part::ALL.into_iter().zip(&mut tables) {
-            let shared = |buffer: &Arc<Buffer>, i| SharedView {
+            let view = |buffer: &Arc<Buffer>, i| SharedView {
                 buffer: Arc::clone(buffer),
                 range: layout.range(i, part),
             };
             for (i, (expert, _)) in pinned.iter().enumerate() {
-                table[*expert] = Some(shared(&pins, i));
+                table[*expert] = Some(view(&pins, i));
                 is_pinned[*expert] = true;
             }
             for slot in 0..n_slots {
-                table[kind.n_expert + slot] = Some(shared(&slots, slot));
+                table[kind.n_expert + slot] = Some(view(&slots, slot));
+            }
+            for (i, shared) in shared.iter().flat_map(|s| (0..s.n).map(move |i| (i, s))) {
+                let range = layout.range(0, part);
+                assert!(layout.stride <= shared.len, "bytes of a shared buffer");
+                table[kind.n_expert + n_slots + i] = Some(SharedView {
+                    buffer: Arc::clone(&shared.memory),
+                    range: i * shared.len + range.start..i * shared.len + range.end,
+                });
             }
         }
         let [gate, up, down] = tables;
@@ -135,11 +181,42 @@ impl Layer {
             pinned: is_pinned,
             slots,
             n_slots,
+            shared: shared.cloned(),
         };
         for (i, (expert, bytes)) in pinned.iter().enumerate() {
-            layer.put(&pins, i, *expert, bytes)?;
+            let spot = Spot {
+                memory: layer.part_of(&pins, i * layout.stride),
+                entry: *expert,
+            };
+            layer.put(spot, bytes)?;
         }
         Ok(layer)
+    }
+
+    /// Returns the number of shared buffers.
+    pub(super) fn n_shared(&self) -> usize {
+        self.shared.as_ref().map_or(0, |shared| shared.n)
+    }
+
+    /// Returns the memory of one expert.
+    fn part_of<'a>(&self, buffer: &'a Buffer, first: usize) -> View<'a> {
+        buffer.view().part(first..first + self.layout.stride)
+    }
+
+    /// Returns a place that is filled again and again, if the layer has it.
+    pub(super) fn spot(&self, place: Place) -> Option<Spot<'_>> {
+        let (slots, stride) = (self.kind.n_expert, self.layout.stride);
+        match (place, &self.shared) {
+            (Place::Slot(slot), _) if slot < self.n_slots => Some(Spot {
+                memory: self.part_of(&self.slots, slot * stride),
+                entry: slots + slot,
+            }),
+            (Place::Shared(i), Some(shared)) if i < shared.n => Some(Spot {
+                memory: self.part_of(&shared.memory, i * shared.len),
+                entry: slots + self.n_slots + i,
+            }),
+            _ => None,
+        }
     }
 
     /// Returns the biases of a matrix for all table entries.
@@ -149,30 +226,23 @@ impl Layer {
             .map(|biases| biases[part as usize].view())
     }
 
-    /// Copies an expert to place `i` of a buffer, and its biases to table entry `entry`.
-    pub(super) fn put(
-        &self,
-        memory: &Buffer,
-        i: usize,
-        entry: usize,
-        expert: &ExpertBytes<'_>,
-    ) -> Result<(), CudaError> {
+    /// Copies an expert to a place, and its biases to the place's entry in the tables.
+    pub(super) fn put(&self, spot: Spot<'_>, expert: &ExpertBytes<'_>) -> Result<(), CudaError> {
         for (part, bytes) in self.parts_of(expert) {
-            let range = self.layout.range(i, part);
+            let range = self.layout.range(0, part);
             assert_eq!(range.len(), bytes.len(), "bytes of {part:?} of an expert");
-            memory.view().part(range).write(bytes)?;
+            spot.memory.part(range).write(bytes)?;
         }
-        self.put_biases(entry, expert)
+        self.put_biases(spot.entry, expert)
     }
 
-    /// Returns where the matrices of an expert go in a slot, and their bytes.
+    /// Returns where the matrices of an expert go in a place, and their bytes.
     pub(super) fn copies<'a>(
         &'a self,
-        slot: usize,
+        spot: Spot<'a>,
         expert: &ExpertBytes<'a>,
     ) -> impl Iterator<Item = (View<'a>, &'a [u8])> {
-        let to =
-            move |(part, bytes)| (self.slots.view().part(self.layout.range(slot, part)), bytes);
+        let to = move |(part, bytes)| (spot.memory.part(self.layout.range(0, part)), bytes);
         self.parts_of(expert).map(to)
     }
 

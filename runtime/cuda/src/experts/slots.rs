@@ -1,7 +1,7 @@
 //! Filling slots beside what the device computes.
 
 use super::ExpertBytes;
-use super::layer::Layer;
+use super::layer::{Layer, Spot};
 use crate::CudaError;
 use crate::device::View;
 use crate::transfers::{TransferId, TransferOrder, Transfers};
@@ -50,11 +50,11 @@ impl SlotTransfers {
     pub(super) fn send_copy(
         &mut self,
         layer: &Layer,
-        slot: usize,
+        spot: Spot<'_>,
         expert: &ExpertBytes<'_>,
         order: TransferOrder,
     ) -> Result<(), CudaError> {
-        let copies: Vec<(View<'_>, &[u8])> = layer.copies(slot, expert).collect();
+        let copies: Vec<(View<'_>, &[u8])> = layer.copies(spot, expert).collect();
         if self.bounce.len() < BOUNCE_BUFFERS {
             self.next = self.bounce.len();
             let bytes = vec![0u8; self.len.next_multiple_of(PAGE) + PAGE];

@@ -4,12 +4,12 @@
 
 use super::{
     HomeReads, LayerPlacement, MAX_HALF_LIFE, MAX_RECENT_WEIGHT, Pins, Placement, PlanTier,
-    SlotPolicy, TierIdx, Violation,
+    SlotPolicy, Streaming, TierIdx, Violation,
 };
-use crate::machine::{Medium, check_tiers};
+use crate::machine::{GBPS, Medium, TierKind, check_tiers};
 use crate::model::shape::DenseKind;
 use crate::ranges::{Allowance, MAX_EXPERT, MAX_LAYER};
-use crate::text::{check_amount, check_bytes};
+use crate::text::{check_amount, check_bytes, check_rate};
 use std::collections::{HashMap, HashSet};
 
 /// Most experts that the staging buffers may hold.
@@ -35,6 +35,7 @@ pub(super) fn check(plan: &Placement) -> Result<(), Violation> {
         return Err(Violation::WindowChunk);
     }
     check_reads(plan)?;
+    check_streaming(plan)?;
     check_dense(plan)?;
     check_cache(plan)?;
     check_layers(plan)?;
@@ -49,6 +50,44 @@ fn check_reads(plan: &Placement) -> Result<(), Violation> {
         return Err(Violation::ReadsWithoutDrive);
     }
     Ok(crate::copies::check(copies)?)
+}
+
+/// Checks where experts are streamed from, and to, and how fast.
+pub(super) fn check_streaming(plan: &Placement) -> Result<(), Violation> {
+    let Some(Streaming {
+        tier,
+        from,
+        experts,
+        link_gbps,
+        cpu_share,
+    }) = plan.streaming
+    else {
+        return Ok(());
+    };
+    check_tier(plan, tier, "streaming.tier")?;
+    check_tier(plan, from, "streaming.from")?;
+    let [to, source] = [tier, from].map(|tier| &plan.tiers[tier].tier);
+    if !to.is_gpu() {
+        return Err(Violation::StreamsToNoGpu {
+            tier: to.name.clone(),
+        });
+    }
+    if source.kind != TierKind::Dram || source.emulated {
+        return Err(Violation::StreamsFromElsewhere {
+            from: source.name.clone(),
+        });
+    }
+    if experts == 0 || experts > MAX_EXPERT + 1 {
+        return Err(Violation::StreamedExperts {
+            found: experts,
+            max: MAX_EXPERT + 1,
+        });
+    }
+    check_rate("streaming.link_gbps", link_gbps, GBPS)?;
+    if !(cpu_share > 0.0 && cpu_share <= 1.0) {
+        return Err(Violation::CpuShare { found: cpu_share });
+    }
+    Ok(())
 }
 
 /// Checks the sums of one tier against its budget.

@@ -15,7 +15,7 @@ pub struct TierBytes {
     pub slots: u64,
     /// KV cache of the planned context, and recurrent state, of the layers that have theirs here.
     pub kv: u64,
-    /// Buffers for experts in flight.
+    /// Buffers for experts in flight: to main memory, and of a GPU that experts are streamed to.
     pub staging: u64,
     /// Backing copies of pooled experts. Only the last tier has any.
     pub home: u64,
@@ -128,6 +128,10 @@ impl Placement {
             .unwrap_or(0);
         let staging = u64::from(self.staging_experts).saturating_mul(largest);
         add(&mut tally, self.staging_tier, |t| &mut t.staging, staging);
+        if let Some(streaming) = &self.streaming {
+            let buffers = u64::from(streaming.experts).saturating_mul(largest);
+            add(&mut tally, streaming.tier, |t| &mut t.staging, buffers);
+        }
         tally
     }
 

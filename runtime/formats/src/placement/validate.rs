@@ -1,5 +1,6 @@
 //! What a plan must satisfy beside the model that it is for, before anything of it is loaded.
 
+use super::check::check_streaming;
 use super::{LayerPlacement, Placement, PlanTier, TierBytes, Violation};
 use crate::machine::Medium;
 use crate::model::shape::{ExpertShape, ModelShape};
@@ -31,6 +32,7 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
         let (found, expected) = (plan.layers.len(), shape.experts.len());
         violations.push(Violation::LayerCount { found, expected });
     }
+    violations.extend(check_streaming(plan).err());
     sums(plan, shape, &mut violations);
     staging(plan, shape, &mut violations);
     violations
@@ -71,7 +73,10 @@ fn tiers(plan: &Placement, violations: &mut Vec<Violation>) {
                 budget: tier.budget_bytes,
             });
         }
-        if tier.uses_gpu() && (last || tier.bytes.staging > 0) {
+        let streamed_to = plan.streaming.is_some_and(|s| s.tier == index);
+        let stages = tier.bytes.staging > 0 && !streamed_to
+            || plan.staging_experts > 0 && plan.staging_tier == index;
+        if tier.uses_gpu() && (last || stages) {
             violations.push(Violation::PoolOnGpu { tier: name() });
         }
         if tier.tier.medium() == Medium::Drive && !last && used > 0 {
@@ -176,8 +181,8 @@ fn routed_experts(
     }
 }
 
-/// Checks the sums that the plan stores against its [`tally`](Placement::tally). Staging may be
-/// given more bytes than it needs.
+/// Checks the sums that the plan stores against its [`tally`](Placement::tally). Staging in main
+/// memory may be given more bytes than it needs.
 fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
     for (
         PlanTier {
@@ -193,13 +198,20 @@ fn sums(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
             pinned,
             slots,
             kv,
-            staging: _,
+            staging,
             home,
         } = actual;
+        // Of a GPU, these are the buffers that experts are streamed to.
+        let stored_staging = if tier.is_gpu() {
+            stored.staging
+        } else {
+            staging
+        };
         for (line, found, expected) in [
             ("dense groups", stored.dense, dense),
             ("pinned experts", stored.pinned, pinned),
             ("slots", stored.slots, slots),
+            ("streamed experts", stored_staging, staging),
             ("pooled experts", stored.home, home),
         ] {
             if found != expected {

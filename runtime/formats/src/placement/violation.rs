@@ -63,6 +63,20 @@ pub enum Violation {
     ReadsWithoutDrive,
     #[error(transparent)]
     Copies(#[from] crate::copies::Violation),
+    #[error(
+        "streaming.tier is '{tier}', which is not a GPU's memory; name one, or leave streaming out"
+    )]
+    StreamsToNoGpu { tier: String },
+    #[error(
+        "streaming.from is '{from}', but experts are streamed from main memory, a tier of kind \"dram\" that is not emulated"
+    )]
+    StreamsFromElsewhere { from: String },
+    #[error(
+        "streaming.experts is {found}, but must be between 1 and {max}; leave streaming out where none is streamed"
+    )]
+    StreamedExperts { found: u32, max: u32 },
+    #[error("streaming.cpu_share is {found}, but is a part of a rate, above 0 and at most 1")]
+    CpuShare { found: f64 },
     #[error("staging holds {found} experts, but {max} is the most")]
     StagingTooLarge { found: u32, max: u32 },
     #[error("the {kind} group has no layer")]

@@ -1,9 +1,9 @@
-//! The text of versions 1 to 10 of a plan, read through wire structs for safety; [`super::write`]
+//! The text of versions 1 to 11 of a plan, read through wire structs for safety; [`super::write`]
 //! writes it.
 
 use super::{
     DensePlacement, ExpertCopy, Goal, HomeReads, LayerPlacement, PerTier, Pins, Placement,
-    PlanTier, Prediction, SlotPolicy, SolverReport, TierBytes, TierIdx,
+    PlanTier, Prediction, SlotPolicy, SolverReport, Streaming, TierBytes, TierIdx,
 };
 use crate::copies::WireCopy;
 use crate::kind::toml_words;
@@ -66,11 +66,17 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             "io and copies are keys of version 9; write `version = 9`, or leave them out".into(),
         );
     }
+    if wire.streaming.is_some() && wire.version < 11 {
+        return Err(
+            "streaming is a key of version 11; write `version = 11`, or leave it out".into(),
+        );
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
     let solver = decode_solver(wire.solver, wire.version)?;
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
+    let streaming = wire.streaming.map(|s| s.named(&names)).transpose()?;
     let mut layers = Vec::new();
     for layer in wire.layer {
         decode_layer(layer, wire.version, &names, &mut allowance, &mut layers)?;
@@ -94,6 +100,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             io: wire.io.map(Into::into),
             copies: wire.copies.into_iter().map(ExpertCopy::from).collect(),
         },
+        streaming,
         dense,
         layers,
         solver,
@@ -336,6 +343,7 @@ struct Wire {
     io: Option<WireIo>,
     #[serde(default)]
     copies: Vec<WireCopy>,
+    streaming: Option<WireStreaming>,
     layer_overhead_us: f64,
     token_overhead_us: f64,
     made_from: WireMadeFrom,
@@ -353,6 +361,28 @@ struct Wire {
 struct WireStaging {
     tier: String,
     experts: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireStreaming {
+    tier: String,
+    from: String,
+    experts: u32,
+    link_gbps: f64,
+    cpu_share: f64,
+}
+
+impl WireStreaming {
+    fn named(self, names: &Names) -> Result<Streaming, String> {
+        Ok(Streaming {
+            tier: names.find(&self.tier, "streaming.tier")?,
+            from: names.find(&self.from, "streaming.from")?,
+            experts: self.experts,
+            link_gbps: self.link_gbps,
+            cpu_share: self.cpu_share,
+        })
+    }
 }
 
 #[derive(Deserialize)]

@@ -46,6 +46,19 @@ pub(super) fn encode(plan: &Placement) -> String {
     if !plan.reads.copies.is_empty() {
         out.field("copies", copies::encode(&plan.reads.copies));
     }
+    if let Some(s) = &plan.streaming {
+        let (tier, from) = (quote(name(s.tier)), quote(name(s.from)));
+        let rates = [("link_gbps", s.link_gbps), ("cpu_share", s.cpu_share)];
+        let rates = rates.map(|(key, rate)| format!("{key} = {}", float(rate)));
+        out.field(
+            "streaming",
+            format!(
+                "{{ tier = {tier}, from = {from}, experts = {}, {} }}",
+                s.experts,
+                rates.join(", ")
+            ),
+        );
+    }
     out.field("layer_overhead_us", float(plan.layer_overhead_us));
     out.field("token_overhead_us", float(plan.token_overhead_us));
 
@@ -260,6 +273,7 @@ fn version(plan: &Placement) -> u64 {
         .chain(has_table.then_some(8))
         .chain((plan.reads != HomeReads::default()).then_some(9))
         .chain((!plan.predicted.few_gflops.is_empty()).then_some(10))
+        .chain(plan.streaming.map(|_| 11))
         .fold(2, u64::max)
 }
 

@@ -52,11 +52,12 @@ fn a_device_is_measured_from_end_to_end() {
     let mut passes = 0;
     let mut beside = || {
         passes += 1;
-        42.0
+        if passes == 1 { 84.0 } else { 42.0 }
     };
     let both = contended(&mut subject, &mut beside).unwrap();
     assert!(both.to_device_gbps > 0.0 && both.beside == 42.0, "{both:?}");
-    assert_eq!(passes, 1);
+    assert_eq!((both.alone, both.kept()), (84.0, 0.5));
+    assert_eq!(passes, 2);
 }
 
 #[test]

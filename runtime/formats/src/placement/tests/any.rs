@@ -269,6 +269,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                         staging_tier: memory[staging.index(memory.len())],
                         staging_experts,
                         reads,
+                        streaming: None,
                         tiers: tiers.into_iter().zip(lines).enumerate().map(line).collect(),
                         dense,
                         layers,
@@ -304,6 +305,19 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                     if has.is_empty() {
                         has.push(plan.kv_tier);
                     }
+                    let find = |wanted: &dyn Fn(&Tier) -> bool| {
+                        let mut tiers = plan.tiers.enumerate();
+                        tiers.find(|(_, t)| wanted(&t.tier)).map(|(at, _)| at)
+                    };
+                    let gpu = find(&|t| t.is_gpu());
+                    let memory = find(&|t| t.kind == TierKind::Dram && !t.emulated);
+                    plan.streaming = gpu.zip(memory).map(|(tier, from)| Streaming {
+                        tier,
+                        from,
+                        experts: context % 7 + 1,
+                        link_gbps: 0.5 + f64::from(context),
+                        cpu_share: 1.0 / f64::from(1 + context % 5),
+                    });
                     plan.tiers
                         .indices()
                         .zip(&mut plan.tiers)

@@ -12,8 +12,8 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "version = 1",
-            "version = 11",
-            "placement plan version 11, but this program reads up to version 10; update tier-plan",
+            "version = 12",
+            "placement plan version 12, but this program reads up to version 11; update tier-plan",
         ),
         (
             "context = 1024",

@@ -58,6 +58,7 @@ fn versions_mean_what_they_meant() {
         staging_tier: dram,
         staging_experts: 4,
         reads: HomeReads::default(),
+        streaming: None,
         tiers: PerTier::from([
             lines(
                 tier("vram", TierKind::Vram, 3 << 20, 8.0, 5.0),
@@ -430,4 +431,79 @@ fn version_10_says_how_fast_few_rows_are() {
         let error = load(&V10.replacen(from, to, 1)).unwrap_err().to_string();
         assert!(error.contains(why), "{why}: {error}");
     }
+}
+
+#[test]
+fn version_11_says_which_experts_are_streamed() {
+    let plan = load(V11).unwrap();
+    let streaming = Streaming {
+        tier: TierIdx::new(0),
+        from: TierIdx::new(1),
+        experts: 2,
+        link_gbps: 8.5,
+        cpu_share: 0.875,
+    };
+    assert_eq!(plan.streaming, Some(streaming));
+    assert_eq!(
+        plan.encode(),
+        V11,
+        "a plan with a key of version 11 says so"
+    );
+    let without = Placement {
+        streaming: None,
+        ..plan
+    };
+    assert!(without.encode().contains("\nversion = 10\n"));
+    for (from, to, why) in [
+        (
+            "version = 11",
+            "version = 10",
+            "streaming is a key of version 11; write `version = 11`, or leave it out",
+        ),
+        (
+            "{ tier = \"vram\", from",
+            "{ tier = \"dram\", from",
+            "streaming.tier is 'dram', which is not a GPU's memory",
+        ),
+        (
+            "from = \"dram\"",
+            "from = \"slow\"",
+            "streaming.from is 'slow', but experts are streamed from main memory",
+        ),
+        (
+            "from = \"dram\"",
+            "from = \"ram\"",
+            "streaming.from names the tier \"ram\", but the plan's tiers are vram, dram, slow",
+        ),
+        (
+            "experts = 2, link",
+            "experts = 0, link",
+            "streaming.experts is 0, but must be between 1 and",
+        ),
+        (
+            "link_gbps = 8.5",
+            "link_gbps = 0.0",
+            "streaming.link_gbps is 0, but must be a positive finite number of 10^9 bytes per second",
+        ),
+        (
+            "cpu_share = 0.875",
+            "cpu_share = nan",
+            "streaming.cpu_share is NaN, but is a part of a rate",
+        ),
+        (
+            "cpu_share = 0.875",
+            "cpu_share = 1.5",
+            "streaming.cpu_share is 1.5, but",
+        ),
+        ("cpu_share = 0.875", "speed = 1", "unknown field `speed`"),
+    ] {
+        assert!(V11.contains(from), "{from}");
+        let error = load(&V11.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(why), "{why}: {error}");
+    }
+    // Neither a GPU nor main memory is emulated.
+    let (before, after) = V11.split_at(V11.find("[[tier]]").unwrap());
+    let emulated = after.replacen("emulated = false", "emulated = true", 1);
+    let error = load(&(before.to_string() + &emulated)).unwrap_err();
+    assert!(error.contains("not a GPU's memory"), "{error}");
 }
