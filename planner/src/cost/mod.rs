@@ -166,7 +166,7 @@ pub struct ExpertStage {
     compute: Vec<PathTime>,
     /// Time of experts that are transferred there.
     transfers: PerTier<PathTime>,
-    streamed: Option<StreamedStage>,
+    streamed: Option<Box<StreamedStage>>,
 }
 
 /// How a stage streams experts of main memory to a GPU.
@@ -199,10 +199,12 @@ impl ExpertStage {
         let mut stage = Self::new(tiers, bytes, evidence.prefetch);
         let on_cpu = (Part::Experts, Some(evidence.shape.layer));
         let runs = !shape.cpu_only.iter().any(|o| (o.part, o.layer) == on_cpu);
-        let streamed = |s: &Streaming| StreamedStage {
-            tier: s.tier,
-            from: s.from,
-            times: StreamTimes::new(s, &tiers[s.tier], &tiers[s.from], bytes),
+        let streamed = |s: &Streaming| {
+            Box::new(StreamedStage {
+                tier: s.tier,
+                from: s.from,
+                times: StreamTimes::new(s, &tiers[s.tier], &tiers[s.from], bytes),
+            })
         };
         stage.streamed = plan.streaming.as_ref().filter(|_| runs).map(streamed);
         stage
@@ -268,7 +270,7 @@ impl ExpertStage {
         };
         let mut paths: Vec<PathUse> = experts.iter().enumerate().map(plain).collect();
         let brought = experts.last().copied().unwrap_or(0);
-        if let Some(s) = self.streamed.filter(|_| brought == 0) {
+        if let Some(s) = self.streamed.as_ref().filter(|_| brought == 0) {
             let [on_gpu, in_memory] = [s.tier, s.from].map(|tier| paths[tier.get()].experts);
             let division = s.times.divide(in_memory, in_memory, on_gpu);
             let n = division.streamed;

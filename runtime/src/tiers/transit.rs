@@ -175,9 +175,9 @@ impl SlotFiller {
             down: part(&ranges.down),
             biases,
         };
+        let place = Place::Slot(slot);
         // SAFETY: the buffer is locked, as was checked. It stays as it is until the transfer has ended: it
         // is given back only then.
-        let place = Place::Slot(slot);
         match unsafe { self.experts.fill_in_place(layer, place, &bytes, order) } {
             Ok(transfer) => Ok(InTransit { transfer, buffer }),
             Err(error) => Err((buffer, error)),
