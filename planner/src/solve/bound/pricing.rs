@@ -82,7 +82,7 @@ fn for_each_item<T: Send>(
 /// The search of a layer's columns at some prices, by what is known of its routing.
 enum Search<'a> {
     Recorded(Box<LayerSearch<'a>>),
-    Uniform(LocalDescent<'a, UniformStage<'a>>),
+    Uniform(Box<LocalDescent<'a, UniformStage<'a>>>),
 }
 
 impl Search<'_> {
@@ -166,7 +166,7 @@ impl<'a> Pricer<'a> {
                     let stage = self.enumerator.stage(layer);
                     let timed = UniformStage::new(capacity, layer.shape, stage);
                     let descent = LocalDescent::new(timed, capacity, layer.shape, price);
-                    Search::Uniform(descent.forbidding(forbidden).knowing(priced))
+                    Search::Uniform(Box::new(descent.forbidding(forbidden).knowing(priced)))
                 }
             };
             let result = run(&mut search);
