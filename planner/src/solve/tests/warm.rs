@@ -114,7 +114,7 @@ fn many_layers_come_near_a_bound_over_all_columns() -> Result<()> {
         // A full search takes all the time there is for a bound over all columns.
         let options = Options {
             depth,
-            time_limit_s: 8.0,
+            time_limit_s: if is_nightly() { 20.0 } else { 4.0 },
             ..Options::default()
         };
         solve_with_evidence(&problem, &evidence, &options)
