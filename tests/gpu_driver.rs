@@ -319,6 +319,18 @@ fn a_model_that_is_all_on_a_gpu_is_recorded_and_replayed() {
 }
 
 #[test]
+fn inputs_of_tokens_reach_a_gpu_before_each_token() {
+    let model = root().join("tests/data/arch2/gemma4.gguf");
+    let case = Case::new(model, &["64MiB"], "64MiB", "96");
+    let (first, report) = case.on_gpu(&[], &tokens(30), 12);
+    // Scores are not scaled, so that the 16 bits of a prompt's attention show more. It was 6e-6.
+    case.agrees(&tokens(30), &first, 4.0 * SMALL_ERROR);
+    assert!(report.calls("cuGraphLaunch") > 8, "{report:?}");
+    let (late, _) = case.on_gpu(&[("STAND_IN_ORDER", "late")], &tokens(30), 12);
+    assert!(late == first);
+}
+
+#[test]
 fn a_quantized_model_on_a_gpu_computes_what_the_processor_does() {
     for vram in ["64MiB", "450KiB"] {
         let case = Case::new(

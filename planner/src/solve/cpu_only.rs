@@ -2,22 +2,29 @@
 
 use super::Problem;
 use std::collections::{BTreeMap, BTreeSet};
+use tier_plan_runtime::formats::placement::Placement;
 use tier_plan_runtime::formats::ranges;
-use tier_plan_runtime::model::gpu::{CpuReason, Part};
+use tier_plan_runtime::model::gpu::{CpuOnly, CpuReason, Part};
 use tier_plan_runtime::model::shape::DenseKind;
 
-/// Returns a sentence per reason why parts stay on the CPU of a machine with a real GPU.
-pub(super) fn notes(problem: &Problem<'_>) -> Vec<String> {
+/// Returns a sentence per reason why parts of a plan stay on the CPU of a machine with a real GPU.
+pub(super) fn notes(problem: &Problem<'_>, plan: &Placement) -> Vec<String> {
     if !problem.machine.tiers.iter().any(|tier| tier.is_gpu()) {
         return Vec::new();
     }
     // By reason and layers: the parts.
     let mut by_layers: BTreeMap<(String, Part), BTreeSet<u32>> = BTreeMap::new();
     let mut of_model: BTreeMap<String, BTreeSet<Part>> = BTreeMap::new();
-    for only in &problem.shape.cpu_only {
+    let on_gpu = |only: &CpuOnly| {
+        let dense = plan.dense.iter();
+        let mut dense = dense.filter(|d| plan.tiers.get(d.tier).is_some_and(|t| t.tier.is_gpu()));
+        dense.any(|d| (Part::Dense(d.kind), d.layer) == (only.part, only.layer))
+    };
+    // Where a GPU has parts that it can run only together, it has all of them.
+    for only in problem.shape.cpu_only.iter().filter(|only| !on_gpu(only)) {
         let why = match &only.why {
-            CpuReason::Kernel(why) => why.clone(),
             CpuReason::Factor(_) => "factors beside its matrices".to_string(),
+            why @ (CpuReason::Kernel(_) | CpuReason::Together(_)) => why.to_string(),
         };
         match only.layer {
             Some(layer) => {

@@ -202,7 +202,7 @@ pub fn solve_with_pool(
     };
     let mut notes = evidence.notes.clone();
     notes.extend(efficiency_note(problem));
-    notes.extend(cpu_only::notes(problem));
+    notes.extend(cpu_only::notes(problem, &best.plan));
     notes.extend(best.notes);
     if objective.target_tok_s.is_some() || objective.kind != Objective::Latency {
         notes.push(format!("objective: {}", objective.describe()));

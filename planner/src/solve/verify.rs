@@ -45,6 +45,7 @@ pub fn verify(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Vec<
         wrong,
     };
     tally.add_dense(shape);
+    tally.check_together(shape);
     if tally.has_all_layers(shape) {
         for (layer, experts) in plan.layers.iter().zip(&shape.experts) {
             tally.check_gpus(shape, layer);
@@ -100,10 +101,31 @@ impl Tally<'_> {
         layer: Option<u32>,
         tier: TierIdx,
     ) -> bool {
-        let only = |only: &CpuOnly| (only.part, only.layer) == (part, layer);
+        let only = |only: &CpuOnly| (only.part, only.layer) == (part, layer) && !only.is_together();
         let tier = &self.plan.tiers[tier].tier;
         let is_gpu = tier.kind == TierKind::Vram && !tier.emulated;
         is_gpu && shape.cpu_only.iter().any(only)
+    }
+
+    /// Checks that one GPU has all parts that run only together, or none has any.
+    fn check_together(&mut self, shape: &ModelShape) {
+        let together: Vec<&CpuOnly> = shape.cpu_only.iter().filter(|o| o.is_together()).collect();
+        let is = |only: &&CpuOnly, d: &DensePlacement| {
+            (only.part, only.layer) == (Part::Dense(d.kind), d.layer)
+        };
+        let placed = self.plan.dense.iter();
+        let placed = placed.filter(|d| together.iter().any(|only| is(only, d)));
+        let tiers: Vec<TierIdx> = placed.map(|d| d.tier).collect();
+        let gpu = tiers.iter().find(|t| {
+            let tier = self.plan.tiers.get(**t);
+            tier.is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated)
+        });
+        if gpu.is_some_and(|gpu| tiers.iter().any(|tier| tier != gpu)) {
+            self.wrong.push(
+                "a GPU has some parts that it can run only together with others elsewhere"
+                    .to_string(),
+            );
+        }
     }
 
     /// Checks that no experts of a layer are on a GPU that can't run them.

@@ -33,7 +33,7 @@ macro_rules! format_kernels {
 }
 
 /// All modules with kernels.
-pub static MODULES: [Module; 20] = [
+pub static MODULES: [Module; 21] = [
     Module {
         name: "ops.cu",
         text: include_str!("kernels/ops.cu"),
@@ -179,6 +179,11 @@ pub static MODULES: [Module; 20] = [
         name: "ngram.cu",
         text: include_str!("kernels/ngram.cu"),
         kernels: &["ngram_gate", "ngram_convolve", "ngram_keep"],
+    },
+    Module {
+        name: "inputs.cu",
+        text: include_str!("kernels/inputs.cu"),
+        kernels: &["token_inputs"],
     },
     Module {
         name: "streams.cu",

@@ -234,6 +234,18 @@ impl Backends {
         processors.cpu.name_ngrams(spec, batch);
         let place = processors.gpus.places.embedding;
         processors.on(place).embed(&mut stage, &batch.tokens)?;
+        let rows = stage.buffers.micro_batch;
+        if let Some(tier) = place {
+            processors.cpu.read_inputs_ahead(spec, &batch.tokens);
+            for (i, tokens) in batch.tokens.chunks(rows).enumerate() {
+                let Some(values) = processors.cpu.input_rows(spec, tokens) else {
+                    break;
+                };
+                let gpu = processors.gpus.of(tier);
+                gpu.put_input_rows(values)?;
+                gpu.fill_inputs(i * rows..i * rows + tokens.len())?;
+            }
+        }
         Ok(place)
     }
 

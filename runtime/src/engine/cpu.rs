@@ -14,9 +14,7 @@ use crate::layers::router::Router;
 use crate::layers::weights::DenseWeights;
 use crate::moe::ffn::{FfnScratch, dense_ffn, shared_expert};
 use std::ops::Range;
-use tier_plan_formats::model::spec::{
-    Ffn, LayerSpec, Mixer, ModelSpec, MoeSpec, RouterInput, TensorId,
-};
+use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec, RouterInput, TensorId};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
 use tier_plan_kernels::{ActView, needs_quants};
@@ -37,7 +35,7 @@ pub(crate) struct Cpu {
     pub(super) mixer: MixerScratch,
     /// Also the buffers of the routed experts.
     pub(crate) ffn: FfnScratch,
-    token_rows: TokenRows,
+    pub(super) token_rows: TokenRows,
     pub(super) streams: StreamRows,
     pub(super) latent: LatentRows,
     pub(super) ngrams: Ngrams,
@@ -265,10 +263,7 @@ impl LayerBackend for Cpu {
     fn mixer(&mut self, stage: &mut Stage<'_>, layer: Layer<'_>) -> Result<(), RunError> {
         let (cpu, values, index) = (stage.cpu, stage.values(), layer.index.get());
         // A layer without keys and values of its own reads those of another, by its pages.
-        let owner = match &layer.spec.mixer {
-            Mixer::Gqa(attention) => attention.shared_kv.unwrap_or(index),
-            _ => index,
-        };
+        let owner = layer.spec.kv_owner().unwrap_or(index);
         let segments = stage.batch.segments(&stage.rows, stage.cache.kinds[owner]);
         let segments: Vec<Segment<'_>> = segments.collect();
         let residual = &layer.spec.residual;

@@ -51,6 +51,10 @@ impl Engine {
         if let Some(values) = processors.cpu.ngram_rows(cpu, spec, 0..n) {
             processors.gpus.of(tier).put_ngrams(values)?;
         }
+        processors.cpu.read_inputs_ahead(spec, &batch.tokens);
+        if let Some(values) = processors.cpu.input_rows(spec, &batch.tokens) {
+            processors.gpus.of(tier).put_input_rows(values)?;
+        }
         let embeds = processors.gpus.places.embedding == Some(tier);
         let first = output.logits.len();
         output.logits.resize(first + n * spec.n_vocab, 0.0);

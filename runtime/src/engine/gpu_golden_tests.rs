@@ -18,8 +18,8 @@ use tier_plan_testing::{Golden, is_nightly, models, nmse};
 /// A model with thousands of tokens, for chunks of attention.
 const LONG: &str = "llama4-long";
 
-/// Models that run on a GPU as a whole, beside tables of n-grams.
-const WHOLE: [&str; 39] = [
+/// Models that run on a GPU as a whole, beside tables of n-grams and of inputs.
+const WHOLE: [&str; 40] = [
     "afmoe",
     "bailingmoe2",
     "bailingmoe3",
@@ -32,6 +32,7 @@ const WHOLE: [&str; 39] = [
     "ernie4_5-moe",
     "exaone-moe",
     "gemma3",
+    "gemma4",
     "glm-dsa",
     "glm5-next",
     "granitemoe",

@@ -11,6 +11,7 @@ use tier_plan_cuda::device::{Arg, Grid, Recording};
 use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::TierKind;
+use tier_plan_formats::model::gpu::{CpuOnly, Part};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::{describe, shape::shape_of};
@@ -409,6 +410,36 @@ impl Device for Watched {
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
         Arc::clone(&self.shim).end_recording()
     }
+}
+
+#[test]
+fn parts_that_share_something_are_on_one_gpu_or_on_none() {
+    let (name, of) = ("arch2/gemma4.gguf", (64, KvType::F16));
+    // Experts in main memory come between a layer's parts and its inputs of tokens.
+    for experts in [Experts::Memory, Experts::File] {
+        compare(name, of, |shape| plan(shape, of, ALL, true, experts));
+    }
+    let (gguf, shape) = open(name);
+    let together: Vec<_> = shape.cpu_only.iter().filter(|o| o.is_together()).collect();
+    assert!(together.len() > 3, "{together:?}");
+    for away in &together {
+        let Part::Dense(kind) = away.part else {
+            panic!("{away:?}")
+        };
+        let but_one = |of, layer| (of, layer) != (kind, away.layer);
+        let with_cache = kind != DenseKind::Attention;
+        let split = plan(&shape, of, but_one, with_cache, Experts::Gpu);
+        let error = refused(&gguf, &split, usize::MAX).to_string();
+        assert!(error.contains("unless one GPU has all of them"), "{error}");
+    }
+    // All that is apart from these may be there alone.
+    let others = |kind, layer| {
+        let is = |only: &&CpuOnly| (only.part, only.layer) == (Part::Dense(kind), layer);
+        !shape.cpu_only.iter().any(|only| is(&only))
+    };
+    compare(name, of, |shape| {
+        plan(shape, of, others, false, Experts::Gpu)
+    });
 }
 
 #[test]

@@ -41,6 +41,9 @@ const NAMES: [(&str, &str); 14] = [
     ("arch2", "qwen4exp"),
 ];
 
+/// Inputs of tokens, and keys and values that layers share: all on a GPU, or nothing.
+const TOGETHER: (&str, &str) = ("arch2", "gemma4");
+
 fn nearly(found: &[u32], expected: &[u32]) -> bool {
     let floats = |bits: &[u32]| bits.iter().map(|x| f32::from_bits(*x)).collect::<Vec<_>>();
     nmse(&floats(found), &floats(expected)) < SMALL_ERROR
@@ -142,8 +145,15 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         ("arch2", "glm5-next", 5),
         ("arch2", "deepseek4", 5),
         ("arch2", "qwen4exp", 5),
+        (TOGETHER.0, TOGETHER.1, 0),
     ] {
-        let (fixture, kv_type) = (Fixture::of(folder, name), KvType::Q8_0);
+        // Scores that are not scaled show where 8 bits are rounded to the other side.
+        let kv_type = if name == TOGETHER.1 {
+            KvType::F16
+        } else {
+            KvType::Q8_0
+        };
+        let fixture = Fixture::of(folder, name);
         let folder = tempfile::tempdir().unwrap();
         let open = |part: usize| {
             let plan = plan_for(&fixture, kv_type, (2, checkpoints), part);
@@ -160,13 +170,15 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         assert!(n >= 24 && nearly(&found, &alone[30]), "{name}: {n}");
         // Another program has the same bits; one that has other parts on the GPU begins anew.
         assert_eq!(read(&mut open(0), &other), (24, found), "{name}");
-        assert_eq!(read(&mut open(3), &other).0, 0, "{name}");
+        if name != TOGETHER.1 {
+            assert_eq!(read(&mut open(3), &other).0, 0, "{name}");
+        }
     }
 }
 
 #[test]
 fn tokens_of_several_texts_go_through_a_gpu_without_coming_back() {
-    for (folder, name) in NAMES {
+    for (folder, name) in NAMES.into_iter().chain([TOGETHER]) {
         let (fixture, kv_type) = (Fixture::of(folder, name), KvType::F16);
         let plan = plan_for(&fixture, kv_type, (3, 0), 0);
         let device = Arc::new(Watched::new(usize::MAX));
@@ -374,6 +386,7 @@ fn a_recorded_step_serves_for_texts_with_other_states_where_launches_are_not_tol
         ("arch2", "nemotron_h_moe", true),
         ("arch2", "qwen4exp", true),
         ("arch2", "glm5-next", true),
+        (TOGETHER.0, TOGETHER.1, true),
         ("arch2", "deepseek4", false),
     ] {
         texts_by_turns(folder, name, serves);

@@ -132,6 +132,22 @@ impl TokenRows {
         }
     }
 
+    /// Returns the tokens' rows of the table, `[tokens, layers * dim]`.
+    pub(super) fn of_table(
+        &mut self,
+        weights: &DenseWeights,
+        spec: &ModelSpec,
+        own: &TokenInputs,
+        tokens: &[u32],
+    ) -> &[f32] {
+        let width = own.proj.n_out;
+        let rows = &mut self.values[..tokens.len() * width];
+        for (token, row) in tokens.iter().zip(rows.chunks_exact_mut(width)) {
+            table_row(weights, spec, own, *token, row);
+        }
+        rows
+    }
+
     /// Adds what tokens contribute to a layer to their rows of the batch.
     pub(super) fn add(
         &mut self,
@@ -187,17 +203,13 @@ fn combine(
     values: &mut [f32],
 ) {
     let width = own.proj.n_out;
-    let table = weights.matrix(own.table, spec.n_vocab, width);
     let norm = weights.vector(own.norm);
     let (of_x, of_table) = (1.0 / (spec.hidden as f32).sqrt(), (own.dim as f32).sqrt());
     let rows = projected
         .chunks_exact_mut(width)
         .zip(values.chunks_exact_mut(width));
     for (token, (projected, values)) in tokens.iter().zip(rows) {
-        values.fill(0.0);
-        if let Some(bytes) = table.row(*token as usize) {
-            dequantize_row(table.ty(), bytes, values);
-        }
+        table_row(weights, spec, own, *token, values);
         let parts = projected
             .chunks_exact_mut(own.dim)
             .zip(values.chunks_exact_mut(own.dim));
@@ -208,6 +220,21 @@ fn combine(
                 *to = (*x + of_table * *to) * std::f32::consts::FRAC_1_SQRT_2;
             }
         }
+    }
+}
+
+/// Dequantizes a token's row of the table, `[layers * dim]`.
+fn table_row(
+    weights: &DenseWeights,
+    spec: &ModelSpec,
+    own: &TokenInputs,
+    token: u32,
+    row: &mut [f32],
+) {
+    let table = weights.matrix(own.table, spec.n_vocab, own.proj.n_out);
+    row.fill(0.0);
+    if let Some(bytes) = table.row(token as usize) {
+        dequantize_row(table.ty(), bytes, row);
     }
 }
 

@@ -162,6 +162,13 @@ impl Cpu {
         }
     }
 
+    /// Returns the tokens' rows of the table of inputs for every layer, `[tokens, layers * dim]`, if the
+    /// model has one. There are at most as many tokens as a stage takes at once.
+    pub(super) fn input_rows(&mut self, spec: &ModelSpec, tokens: &[u32]) -> Option<&[f32]> {
+        let own = spec.token_inputs.as_ref()?;
+        Some(self.token_rows.of_table(&self.weights, spec, own, tokens))
+    }
+
     /// Adds what a layer's n-gram block makes of the stage's rows.
     pub(super) fn add_ngrams(
         &mut self,

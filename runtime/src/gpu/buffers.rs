@@ -68,6 +68,10 @@ pub(crate) struct BufferSizes {
     ratings: usize,
     chosen: usize,
     ngrams: usize,
+    /// Tokens' inputs for every layer.
+    inputs: usize,
+    /// What those of some rows are made of.
+    input_rows: usize,
     logits: usize,
     /// Words of the tokens' positions and pages.
     positions: usize,
@@ -151,6 +155,11 @@ impl BufferSizes {
                 }
                 Ffn::Dense(_) | Ffn::None => {}
             }
+        }
+        if let Some(own) = spec.token_inputs.filter(|_| here(places.head)) {
+            let width = own.proj.n_out;
+            (s.inputs, s.input_rows) = (batch * width, rows * width);
+            s.ffn = s.ffn.max(own.dim);
         }
         if here(places.head) {
             s.logits = logit_rows(spec.n_vocab, rows) * spec.n_vocab;
@@ -352,6 +361,9 @@ impl BufferSizes {
             self.ratings,
             self.chosen,
             self.ngrams,
+            self.inputs,
+            self.input_rows,
+            self.input_rows,
             self.logits,
             self.record,
         ];
@@ -417,6 +429,12 @@ pub(super) struct GpuBuffers {
     pub(super) chosen: Buffer,
     /// `[rows, hidden]` what tokens' n-grams are in their table.
     pub(super) ngrams: Buffer,
+    /// `[layers, batch, dim]` what tokens have as inputs for every layer.
+    pub(super) inputs: Buffer,
+    /// `[rows, layers, dim]` what tokens' inputs are in their table.
+    pub(super) input_rows: Buffer,
+    /// `[rows, layers, dim]` products of embeddings with the projection of inputs.
+    pub(super) input_products: Buffer,
     pub(super) logits: Buffer,
     /// Routers' choices for tokens that stay on the GPU: by layer, the experts of all tokens and then
     /// their weights.
@@ -466,6 +484,9 @@ impl GpuBuffers {
             ratings: floats(s.ratings)?,
             chosen: floats(s.chosen)?,
             ngrams: floats(s.ngrams)?,
+            inputs: floats(s.inputs)?,
+            input_rows: floats(s.input_rows)?,
+            input_products: floats(s.input_rows)?,
             logits: floats(s.logits)?,
             record: floats(s.record)?,
             turns: s

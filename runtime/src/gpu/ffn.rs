@@ -1,6 +1,7 @@
 //! The feed-forward parts of a layer on a GPU: the dense block or the shared expert, and what is done
 //! around routed experts.
 
+use super::inputs::EndInput;
 use super::matrix::{FfnMatrices, GpuLoader};
 use super::router::Router;
 use super::streams::{BlockInput, WriteBack};
@@ -28,6 +29,8 @@ pub(super) struct LayerFfn {
     experts_end: Option<ExpertsEnd>,
     /// What follows the dense block, or all experts together.
     end: Option<BlockEnd>,
+    /// What the tokens' own inputs add after all blocks.
+    input_of_tokens: Option<EndInput>,
     /// Factor on the hidden state after the layer.
     output_scale: f32,
     /// What is done to experts' results that meet on the host.
@@ -100,7 +103,7 @@ impl LayerFfn {
     /// Loads the feed-forward parts of a layer that are placed on `tier`, if there are any.
     pub(super) fn new(
         loader: &GpuLoader<'_>,
-        layer: &LayerSpec,
+        (index, layer): (usize, &LayerSpec),
         places: LayerPlaces,
         tier: TierIdx,
     ) -> Result<Option<Self>, CudaError> {
@@ -143,6 +146,11 @@ impl LayerFfn {
             experts_norm: experts_norm(loader, layer)?,
             experts_end: ExpertsEnd::new(loader, layer)?,
             end: end.transpose()?,
+            input_of_tokens: residual
+                .layer_input
+                .as_ref()
+                .map(|input| EndInput::new(loader, input, index))
+                .transpose()?,
             output_scale: scale.map_or(1.0, |scale| scale[0]),
             host_end: HostEnd::new(loader, layer),
         }))
@@ -246,14 +254,19 @@ impl LayerFfn {
         self.experts_end.as_ref()?.norm.as_ref()
     }
 
-    /// Adds a block's result in `buffers.out`, which is `residual` to rows, where a factor on the
-    /// hidden state follows. Returns what is left to add.
+    /// Adds a block's result in `buffers.out`, which is `residual` to rows, where tokens' inputs or a
+    /// factor on the hidden state follow, and does these. Returns what is left to add.
     pub(super) fn end_layer(
         &self,
-        work: &Workspace,
+        work: &mut Workspace,
         rows: Range<usize>,
-        residual: Residual,
+        mut residual: Residual,
     ) -> Result<Residual, CudaError> {
+        if let Some(input) = &self.input_of_tokens {
+            work.complete(rows.clone(), residual)?;
+            input.run(work, rows.clone())?;
+            residual = Residual::Pending;
+        }
         if self.output_scale == 1.0 {
             return Ok(residual);
         }

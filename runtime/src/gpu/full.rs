@@ -13,6 +13,7 @@ use super::router::{ChoiceViews, Router};
 use super::rows::GPU_ROWS;
 use super::stages::{Head, Layer, LayerMixer};
 use super::workspace::{Output, Purpose, Residual, Workspace};
+use crate::gpu::inputs::InputProjection;
 use crate::gpu::matrix::Matrix;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;
@@ -111,6 +112,7 @@ pub(crate) struct FullModel<'a> {
     layers: Vec<FullLayer<'a>>,
     head: &'a Head,
     embedding: Option<&'a Matrix>,
+    inputs: Option<&'a InputProjection>,
     work: &'a mut Workspace,
     replay: &'a mut Replay,
 }
@@ -159,6 +161,7 @@ impl Gpu {
                 layers: self.layers.iter().map(FullLayer::of).collect(),
                 head,
                 embedding: self.embedding.as_ref(),
+                inputs: self.inputs.as_ref(),
                 work: &mut self.work,
                 replay: &mut self.replay,
             }),
@@ -294,6 +297,9 @@ impl FullModel<'_> {
         let (work, n) = (&mut *self.work, segments.len());
         if let Some(table) = self.embedding {
             work.embed(table, 0..n)?;
+        }
+        if let Some(inputs) = self.inputs {
+            inputs.fill(work, 0..n)?;
         }
         let (mut first, mut index) = (0, 0);
         // What a part computes is added to the state by the norm of the next part.

@@ -24,8 +24,8 @@ pub(super) struct Gqa {
     spec: GqaSpec,
     gate: Option<Gate>,
     q: Matrix,
-    k: Matrix,
-    v: Matrix,
+    /// Matrices of keys and values, unless the layer reads those of another.
+    kv: Option<[Matrix; 2]>,
     o: Matrix,
     qk_norm: Option<QkNorms>,
     /// Ones, if values are normalized.
@@ -65,8 +65,10 @@ impl Gqa {
             index: index.transpose()?,
             gate: Gate::new(loader, a.gate.as_ref())?,
             q: loader.linear(&a.q)?,
-            k: loader.linear(&a.k)?,
-            v: loader.linear(&a.v)?,
+            kv: match a.shared_kv {
+                Some(_) => None,
+                None => Some([loader.linear(&a.k)?, loader.linear(&a.v)?]),
+            },
             o: loader.linear(&a.o)?,
             qk_norm: qk_norm.transpose()?,
             v_norm: a.value_norm.then(|| ones(a.value_dim)).transpose()?,
@@ -78,7 +80,8 @@ impl Gqa {
 
     pub(super) fn takes_quants(&self) -> bool {
         let gate = self.gate.as_ref().map(|gate| &gate.matrix);
-        let first = [&self.q, &self.k, &self.v].into_iter().chain(gate);
+        let first = std::iter::once(&self.q).chain(self.kv.iter().flatten());
+        let first = first.chain(gate);
         let index = self.index.iter().flat_map(|index| [&index.q, &index.k]);
         first.chain(index).any(Matrix::takes_quants)
     }
@@ -143,7 +146,10 @@ impl Gqa {
         let gated = a.gated();
         let first = if gated { buffers.raw.view() } else { q };
         let (k, v) = (buffers.k.view(), buffers.v.view());
-        let mut matrices = vec![(&self.q, first), (&self.k, k), (&self.v, v)];
+        let mut matrices = vec![(&self.q, first)];
+        if let Some([of_keys, of_values]) = &self.kv {
+            matrices.extend([(of_keys, k), (of_values, v)]);
+        }
         if let Some(index) = &self.index {
             matrices.push((&index.k, buffers.index_k.view()));
             if chooses {
@@ -203,7 +209,9 @@ impl Gqa {
             }
             Some(norm) => {
                 ops.rms_norm(q, Some(norm.q.view()), n, a.n_head * width, eps, q)?;
-                ops.rms_norm(k, Some(norm.k.view()), n, a.n_head_kv * width, eps, k)?;
+                if self.kv.is_some() {
+                    ops.rms_norm(k, Some(norm.k.view()), n, a.n_head_kv * width, eps, k)?;
+                }
             }
         }
         ops.place_heads(&Heads {
@@ -213,7 +221,8 @@ impl Gqa {
             norms,
             turns,
             n_head: a.n_head,
-            n_head_kv: a.n_head_kv,
+            // What another layer has stored is there.
+            n_head_kv: self.kv.as_ref().map_or(0, |_| a.n_head_kv),
             key_width: width,
             value_width: a.value_dim,
             kv_type: self.cache.kv_type(),

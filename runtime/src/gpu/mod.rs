@@ -21,6 +21,7 @@ pub(crate) mod fits;
 mod full;
 mod gqa;
 mod indexer;
+mod inputs;
 mod kda;
 mod latent;
 mod mamba;
@@ -54,6 +55,7 @@ use buffers::BufferSizes;
 use devices::Devices;
 use ffn::FfnPart;
 use full::Replay;
+use inputs::InputProjection;
 use matrix::{GpuLoader, Matrix};
 use router::RouterPart;
 use stages::{EmbeddingPart, Head, HeadPart, Layer, MixerPart};
@@ -79,6 +81,8 @@ pub(super) struct Gpu {
     layers: Vec<Layer>,
     head: Option<Head>,
     embedding: Option<Matrix>,
+    /// What makes tokens' inputs for every layer.
+    inputs: Option<InputProjection>,
     work: Workspace,
     replay: Replay,
 }
@@ -198,17 +202,15 @@ impl Gpu {
             ropes: kept.tables,
         };
         let here = |place: Place| place == Some(tier);
-        let layers = spec.layers.iter().zip(&places.layers);
-        let layers =
-            layers
-                .zip(kept.ropes.iter().zip(kept.caches))
-                .map(|((layer, at), (rope, cache))| {
-                    let cache = match cache {
-                        LayerCache::OnGpu(cache) => Some(cache),
-                        _ => None,
-                    };
-                    Layer::new(&loader, layer, *at, tier, *rope, cache)
-                });
+        let layers = spec.layers.iter().zip(&places.layers).zip(kept.ropes);
+        let layers = layers.enumerate().map(|(index, ((layer, at), rope))| {
+            // A layer without keys and values of its own reads those of another.
+            let cache = match kept.caches.get(layer.kv_owner().unwrap_or(index)) {
+                Some(LayerCache::OnGpu(cache)) => Some(cache),
+                _ => None,
+            };
+            Layer::new(&loader, (index, layer), *at, tier, *rope, cache)
+        });
         let vocabulary = |id| loader.rows(id, 0..spec.n_vocab, spec.hidden);
         let end = spec.streams.map(|streams| streams.end);
         let head = || {
@@ -222,6 +224,12 @@ impl Gpu {
             layers: layers.collect::<Result<_, _>>()?,
             head: here(places.head).then(head).transpose()?,
             embedding: here(places.embedding).then(|| vocabulary(spec.embedding)),
+            inputs: spec
+                .token_inputs
+                .as_ref()
+                .filter(|_| here(places.head))
+                .map(|own| InputProjection::new(&loader, own))
+                .transpose()?,
             work: Workspace::new(device, spec, sizes, most)?,
             replay: Replay::default(),
         })
@@ -327,11 +335,16 @@ impl Gpu {
     }
 
     /// Does to the first `n` rows of the hidden state what follows a layer.
-    pub(super) fn end_layer(&self, layer: usize, n: usize) -> Result<(), CudaError> {
-        let Some(ffn) = &self.layers[layer].ffn else {
+    pub(super) fn end_layer(&mut self, layer: usize, n: usize) -> Result<(), CudaError> {
+        let Self { layers, work, .. } = self;
+        let Some(ffn) = &layers[layer].ffn else {
             return Ok(());
         };
-        ffn.end_layer(&self.work, 0..n, Residual::None)?;
+        for first in (0..n).step_by(work.rows) {
+            let rows = first..n.min(first + work.rows);
+            let left = ffn.end_layer(work, rows.clone(), Residual::None)?;
+            work.complete(rows, left)?;
+        }
         Ok(())
     }
 }

@@ -19,7 +19,14 @@ const KV_CACHE: &str = "kv_cache";
 /// Names the part, the tier, and the reason.
 pub fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
     let found = |only: &CpuOnly| Some((gpu_of(plan, only)?, only.clone()));
-    if let Some((tier, only)) = shape.cpu_only.iter().find_map(found) {
+    let (together, never): (Vec<&CpuOnly>, Vec<&CpuOnly>) =
+        shape.cpu_only.iter().partition(|only| only.is_together());
+    if let Some((tier, only)) = never.into_iter().find_map(found) {
+        return Err(rejected(shape, plan, tier, only));
+    }
+    if let Some((tier, only)) = together.iter().copied().find_map(found)
+        && together.iter().any(|only| gpu_of(plan, only) != Some(tier))
+    {
         return Err(rejected(shape, plan, tier, only));
     }
     let cache = plan.tiers.get(plan.kv_tier).filter(|t| t.tier.is_gpu());
@@ -64,7 +71,7 @@ fn rejected(shape: &ModelShape, plan: &Placement, tier: TierIdx, only: CpuOnly) 
     let (plan, tier) = (plan.name.clone(), plan.tiers[tier].tier.name.clone());
     match only.why {
         CpuReason::Factor(tensor) => LoadError::FactorOnGpu { plan, tier, tensor },
-        CpuReason::Kernel(why) => {
+        why @ (CpuReason::Kernel(_) | CpuReason::Together(_)) => {
             // The head follows the last layer; the embedding precedes the first.
             let of_model = match only.part {
                 Part::Dense(DenseKind::Head) => shape.n_layer,
@@ -75,7 +82,7 @@ fn rejected(shape: &ModelShape, plan: &Placement, tier: TierIdx, only: CpuOnly) 
                 tier,
                 group: only.part.name(),
                 layer: only.layer.unwrap_or(of_model) as usize,
-                why,
+                why: why.to_string(),
             }
         }
     }

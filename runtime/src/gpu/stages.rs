@@ -44,7 +44,7 @@ impl Layer {
     /// and `cache` is what its mixer keeps, if that is on a GPU.
     pub(super) fn new(
         loader: &GpuLoader<'_>,
-        layer: &LayerSpec,
+        (index, layer): (usize, &LayerSpec),
         places: LayerPlaces,
         tier: TierIdx,
         ropes: LayerRopes,
@@ -72,7 +72,7 @@ impl Layer {
         Ok(Self {
             is_whole: here(places.mixer) && has_blocks,
             mixer,
-            ffn: LayerFfn::new(loader, layer, places, tier)?,
+            ffn: LayerFfn::new(loader, (index, layer), places, tier)?,
         })
     }
 }

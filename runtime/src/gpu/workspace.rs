@@ -27,6 +27,8 @@ pub(super) struct Workspace {
     embedding_scale: f32,
     /// Most rows that a part takes at once.
     pub(super) rows: usize,
+    /// Most tokens of a batch.
+    pub(super) batch: usize,
     temperature: Option<Temperature>,
     /// Whether what depends on positions is on the device.
     is_prepared: bool,
@@ -93,6 +95,7 @@ impl Workspace {
             eps: spec.norm_eps,
             embedding_scale: spec.embedding_scale,
             rows: most.rows,
+            batch: most.batch,
             temperature: temperature(spec),
             is_prepared: false,
             answer: Vec::new(),

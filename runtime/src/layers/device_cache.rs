@@ -127,6 +127,8 @@ impl DeviceCache {
         let mixer = &layer.mixer;
         // Bytes of a row, and the positions that share it.
         let rows: Vec<(usize, usize)> = match mixer {
+            // It reads those of another layer.
+            Mixer::Gqa(a) if a.shared_kv.is_some() => Vec::new(),
             Mixer::Gqa(a) => {
                 let kv = [a.key_dim, a.value_dim].map(|width| (a.n_head_kv * row(width), 1));
                 let index = a.index.as_ref().map(|index| (row(index.key_dim), 1));

@@ -340,10 +340,7 @@ pub(crate) struct CacheReads {
 impl CacheReads {
     /// Makes those of a layer, which may read the rows that another one holds.
     pub(crate) fn new(spec: &ModelSpec, layer: &LayerSpec, kv_type: KvType) -> Self {
-        let owner = match &layer.mixer {
-            Mixer::Gqa(attention) => attention.shared_kv.and_then(|owner| spec.layers.get(owner)),
-            _ => None,
-        };
+        let owner = layer.kv_owner().and_then(|owner| spec.layers.get(owner));
         let rows = mixer_rows(&owner.unwrap_or(layer).mixer)
             .into_iter()
             .map(|rows| (rows, kv_type.row_bytes(rows.width)))

@@ -523,6 +523,8 @@ pub(in crate::solve) mod tests {
             staging_experts: 0,
             staging_bytes: 0,
             cpu_only: Default::default(),
+            together: Default::default(),
+            together_on: None,
             in_place: false,
         }
     }

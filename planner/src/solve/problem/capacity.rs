@@ -61,6 +61,10 @@ pub struct Capacity {
     pub staging_bytes: u64,
     /// Parts that no GPU can run, by layer; none on a machine without a real GPU.
     pub cpu_only: BTreeSet<(Part, Option<u32>)>,
+    /// Parts that a GPU can run only together.
+    pub together: BTreeSet<(Part, Option<u32>)>,
+    /// The GPU that has all of these; without one, no GPU has any.
+    pub together_on: Option<TierIdx>,
     /// Whether experts on the last tier compute in place, so that nothing is staged.
     pub in_place: bool,
 }
@@ -130,9 +134,13 @@ impl Capacity {
     }
 
     /// Whether a part of a layer, or of the model, runs on a tier: it does unless that is a real GPU
-    /// which can't.
+    /// which can't, or it is one of several that are together elsewhere.
     pub fn runs(&self, part: (Part, Option<u32>), tier: TierIdx) -> bool {
-        !self.tiers[tier].is_gpu() || !self.cpu_only.contains(&part)
+        let is_gpu = self.tiers[tier].is_gpu();
+        if self.together.contains(&part) && (is_gpu || self.together_on.is_some()) {
+            return self.together_on == Some(tier) && !self.cpu_only.contains(&part);
+        }
+        !is_gpu || !self.cpu_only.contains(&part)
     }
 
     /// Whether a layer's routed experts run on a tier.
@@ -219,7 +227,8 @@ impl Capacity {
         Ok(Self::per_kv_tier(problem, &Constraints::default())?.swap_remove(0))
     }
 
-    /// Sets aside what every plan needs, once per tier that can have the KV cache.
+    /// Sets aside what every plan needs, once per tier that can have the KV cache. Where parts of the
+    /// model are on a GPU only together, that is repeated for each GPU that may have them.
     ///
     /// The tier that is most likely the best comes first.
     ///
@@ -227,8 +236,33 @@ impl Capacity {
     /// Fails if the machine file makes no sense for planning, or the budgets cannot hold the dense
     /// groups, the cache, the staging buffers and a backing copy of every expert.
     pub fn per_kv_tier(problem: &Problem<'_>, constraints: &Constraints) -> Result<Vec<Self>> {
-        let mut common = Self::without_cache(problem)?;
-        common.add_caches(problem, constraints)?;
+        let common = Self::without_cache(problem)?;
+        let mut all = common.clone().with_caches(problem, constraints);
+        if common.together.is_empty() {
+            return all;
+        }
+        for gpu in common.tiers.indices().filter(|t| common.tiers[*t].is_gpu()) {
+            let together = Capacity {
+                together_on: Some(gpu),
+                ..common.clone()
+            };
+            match (&mut all, together.with_caches(problem, constraints)) {
+                (Ok(all), Ok(more)) => all.extend(more),
+                (Err(_), Ok(more)) => all = Ok(more),
+                (_, Err(_)) => {}
+            }
+        }
+        all
+    }
+
+    /// Sets the KV cache aside, once per tier that can have it.
+    fn with_caches(
+        mut self,
+        problem: &Problem<'_>,
+        constraints: &Constraints,
+    ) -> Result<Vec<Self>> {
+        self.add_caches(problem, constraints)?;
+        let common = self;
         let mut capacities = Vec::new();
         let mut first_error = None;
         for tier in common.cache_tiers(problem, constraints)? {
@@ -295,7 +329,9 @@ impl Capacity {
             staging_experts,
             staging_bytes: u64::from(staging_experts).saturating_mul(largest),
             in_place,
-            cpu_only: cpu_only(shape, &tiers),
+            cpu_only: cpu_only(shape, &tiers, false),
+            together: cpu_only(shape, &tiers, true),
+            together_on: None,
             tiers,
         };
         capacity.set_staging_aside(problem)?;
@@ -456,10 +492,16 @@ impl Capacity {
     }
 }
 
-/// Returns the parts that can't be on any of the tiers that are real GPUs.
-fn cpu_only(shape: &ModelShape, tiers: &PerTier<Tier>) -> BTreeSet<(Part, Option<u32>)> {
+/// Returns the parts that can't be on any of the tiers that are real GPUs, or, if `together`, only
+/// together.
+fn cpu_only(
+    shape: &ModelShape,
+    tiers: &PerTier<Tier>,
+    together: bool,
+) -> BTreeSet<(Part, Option<u32>)> {
     let has_gpu = tiers.iter().any(Tier::is_gpu);
     let parts = shape.cpu_only.iter().filter(|_| has_gpu);
+    let parts = parts.filter(|only| only.is_together() == together);
     parts.map(|only| (only.part, only.layer)).collect()
 }
 

@@ -116,7 +116,7 @@ impl Constraints {
     /// # Errors
     /// Names the part, the GPU, and the reason.
     pub fn check_gpus(&self, shape: &ModelShape, machine: &Machine) -> Result<()> {
-        for only in &shape.cpu_only {
+        for only in shape.cpu_only.iter().filter(|only| !only.is_together()) {
             let fixed: BTreeSet<TierIdx> = match only.part {
                 Part::Dense(kind) => {
                     let fixed = self.dense_fixed.get(&(kind, only.layer));

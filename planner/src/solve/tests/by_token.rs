@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::catalogue;
+use std::collections::BTreeSet;
 use std::path::Path;
+use tier_plan_runtime::formats::placement::DensePlacement;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::gpu::check_parts;
 use tier_plan_runtime::model::gpu::{CpuOnly, CpuReason, Part};
@@ -137,6 +139,48 @@ fn with_gpu() -> (Machine, [u64; 3]) {
     let mut machine = machine(three_tiers());
     machine.tiers.iter_mut().for_each(|t| t.emulated = false);
     (machine, [1 << 36, 1 << 36, 1 << 40])
+}
+
+#[test]
+fn parts_that_run_together_only_are_all_on_a_gpu_or_none_is() -> Result<()> {
+    let (machine, budgets) = with_gpu();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch2/gemma4.gguf");
+    let gguf = Gguf::open(&path)?;
+    let shape = shape_of(&gguf, &describe(&gguf)?);
+    let is_together = |d: &DensePlacement| {
+        let mut together = shape.cpu_only.iter().filter(|only| only.is_together());
+        together.any(|only| (only.part, only.layer) == (Part::Dense(d.kind), d.layer))
+    };
+    let bytes: u64 = shape.dense.iter().map(|d| d.bytes).sum();
+    for (vram, on_gpu) in [(budgets[0], true), (bytes / 3, false)] {
+        let mut budgets = budgets;
+        budgets[0] = vram;
+        let problem = Problem {
+            context: 64,
+            ..problem(&shape, &machine, &budgets)
+        };
+        let solved = solve(&problem, &options())?;
+        for plan in solved.baselines.iter().chain([&solved.plan]) {
+            check_parts(&shape, plan).unwrap_or_else(|e| panic!("{}: {e}", plan.name));
+        }
+        let together = solved.plan.dense.iter().filter(|d| is_together(d));
+        let tiers: BTreeSet<usize> = together.map(|d| d.tier.get()).collect();
+        assert_eq!(tiers.contains(&0), on_gpu, "{vram}: {tiers:?}");
+        assert!(!on_gpu || tiers.len() == 1, "{vram}: {tiers:?}");
+        // What no GPU needs of it stays outside.
+        let table = solved
+            .plan
+            .dense
+            .iter()
+            .find(|d| d.kind == DenseKind::TokenTable);
+        assert!(table.is_some_and(|d| d.tier.get() > 0));
+        let says_why = solved
+            .notes
+            .iter()
+            .any(|n| n.contains("unless one GPU has all"));
+        assert_eq!(says_why, !on_gpu, "{:?}", solved.notes);
+    }
+    Ok(())
 }
 
 #[test]

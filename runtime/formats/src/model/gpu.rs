@@ -43,8 +43,14 @@ pub const MAX_STREAMS: usize = 64;
 /// Most of them that are mixed with each other.
 pub const MAX_MIXED_STREAMS: usize = 8;
 
-/// What no layer or embedding on a GPU adds.
+/// What a GPU has of all layers or of none.
 const TOKEN_INPUTS: &str = "inputs of tokens for every layer";
+
+/// Keys and values that a GPU has for all layers that read them, or for none.
+const SHARED_KV: &str = "keys and values that several layers read";
+
+/// What stays where it is read row by row.
+const INPUT_TABLE: &str = "a table of inputs, of which a token reads a row";
 
 /// What would fill a GPU's memory with rows that are hardly read.
 const NGRAM_TABLE: &str = "a table of n-grams, of which a token reads a few rows";
@@ -77,6 +83,9 @@ impl Part {
 /// Why no GPU can run a part.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CpuReason {
+    /// All parts of the model with such a reason share something. One GPU can run them together, but
+    /// none of them alone.
+    Together(String),
     /// It needs what no kernel computes.
     Kernel(String),
     /// This tensor has a factor beside it.
@@ -87,6 +96,7 @@ impl fmt::Display for CpuReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             CpuReason::Kernel(what) => f.write_str(what),
+            CpuReason::Together(what) => write!(f, "{what}, unless one GPU has all of them"),
             CpuReason::Factor(tensor) => write!(f, "a factor beside tensor '{tensor}'"),
         }
     }
@@ -103,6 +113,13 @@ pub struct CpuOnly {
     pub why: CpuReason,
 }
 
+impl CpuOnly {
+    /// Whether one GPU can run the part together with all others of which this is true.
+    pub fn is_together(&self) -> bool {
+        matches!(self.why, CpuReason::Together(_))
+    }
+}
+
 /// Returns the parts of a model that no GPU can run, those with factors first. A part may be there
 /// for both reasons.
 pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
@@ -114,27 +131,23 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
             why: CpuReason::Kernel(why),
         }));
     };
-    let of_embedding = embedding(spec);
+    let apart = spec.token_inputs.filter(|_| !spec.tied());
+    let of_embedding = apart.map(|_| TOKEN_INPUTS.into());
     add(
         Part::Dense(DenseKind::Embedding),
         None,
-        of_embedding.clone().filter(|_| !spec.tied()),
+        of_embedding.or(many_streams(spec)).filter(|_| !spec.tied()),
     );
     let of_table = spec.ngrams.as_ref().map(|_| NGRAM_TABLE.to_string());
-    let of_table = of_table.or(spec.token_inputs.map(|_| TOKEN_INPUTS.into()));
+    let of_table = of_table.or(spec.token_inputs.map(|_| INPUT_TABLE.into()));
     add(Part::Dense(DenseKind::TokenTable), None, of_table);
-    // The head of a tied model is the embedding.
-    let tied = of_embedding.filter(|_| spec.tied());
-    add(
-        Part::Dense(DenseKind::Head),
-        None,
-        tied.or(many_streams(spec)),
-    );
-    let owners = owners_of_shared_rows(spec);
+    // The embedding of a tied model is its head, which makes the inputs.
+    let of_head = apart.map(|_| TOKEN_INPUTS.into());
+    let of_head = of_head.or(many_streams(spec));
+    add(Part::Dense(DenseKind::Head), None, of_head);
     for (index, layer) in spec.layers.iter().enumerate() {
         if layer.has_mixer() {
-            let shared = || "keys and values that other layers read".to_string();
-            let why = mixer(gguf, spec, layer).or_else(|| owners.contains(&index).then(shared));
+            let why = mixer(gguf, spec, layer);
             add(Part::Dense(DenseKind::Attention), Some(index), why);
         }
         match &layer.ffn {
@@ -151,16 +164,49 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
             Ffn::None => {}
         }
     }
+    found.extend(together(spec));
+    found
+}
+
+/// Returns the parts that one GPU can run together only.
+fn together(spec: &ModelSpec) -> Vec<CpuOnly> {
+    let mut found = Vec::new();
+    let mut add = |part: DenseKind, layer: Option<usize>, why: &str| {
+        found.push(CpuOnly {
+            part: Part::Dense(part),
+            layer: layer.map(|layer| layer as u32),
+            why: CpuReason::Together(why.into()),
+        });
+    };
+    if spec.token_inputs.is_some() {
+        add(DenseKind::Head, None, TOKEN_INPUTS);
+    }
+    let owners = owners_of_shared_rows(spec);
+    for (index, layer) in spec.layers.iter().enumerate() {
+        let at = Some(index);
+        if layer.kv_owner().is_some() || owners.contains(&index) {
+            add(DenseKind::Attention, at, SHARED_KV);
+        }
+        let has_input = layer.residual.layer_input.is_some();
+        match &layer.ffn {
+            _ if !has_input => {}
+            Ffn::Moe(moe) => {
+                add(DenseKind::Router, at, TOKEN_INPUTS);
+                if moe.shared.is_some() {
+                    add(DenseKind::SharedExpert, at, TOKEN_INPUTS);
+                }
+            }
+            Ffn::Dense(_) => add(DenseKind::DenseFfn, at, TOKEN_INPUTS),
+            Ffn::None => {}
+        }
+    }
     found
 }
 
 /// Returns the layers whose keys and values others read.
 fn owners_of_shared_rows(spec: &ModelSpec) -> BTreeSet<usize> {
-    let owner = |layer: &LayerSpec| match &layer.mixer {
-        Mixer::Gqa(attention) => attention.shared_kv,
-        _ => None,
-    };
-    spec.layers.iter().filter_map(owner).collect()
+    let owners = spec.layers.iter().filter_map(LayerSpec::kv_owner);
+    owners.collect()
 }
 
 /// Returns the parts with a matrix that has a factor beside it.
@@ -186,6 +232,8 @@ fn with_factors(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
             mixer.extend(connections.mixer.tensors().matrices);
             blocks.extend(connections.ffn.tensors().matrices);
         }
+        let input = layer.residual.layer_input.iter();
+        blocks.extend(input.flat_map(|input| [input.gate.weight, input.proj.weight]));
         add(Part::Dense(DenseKind::Attention), at, mixer);
         match &layer.ffn {
             Ffn::None => {}
@@ -206,6 +254,7 @@ fn with_factors(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
     let mut head = vec![spec.output];
     let end = spec.streams.map(|streams| streams.end.tensors());
     head.extend(end.unwrap_or_default().matrices);
+    head.extend(spec.token_inputs.iter().map(|own| own.proj.weight));
     add(Part::Dense(DenseKind::Head), None, head);
     for (index, moe) in spec.moe_layers() {
         let matrices = moe.expert_linears().map(|l| l.weight).collect();
@@ -307,25 +356,8 @@ fn wide_state(m: &MambaSpec) -> Option<String> {
 /// Returns what of an attention no kernel of a GPU computes.
 fn attention(a: &GqaSpec) -> Option<&'static str> {
     let norm = a.qk_norm;
-    let options = [
-        (a.shared_kv.is_some(), "keys and values of another layer"),
-        (
-            norm.is_some_and(|norm| norm.after_rope && norm.span == NormSpan::Full),
-            "a norm of all heads after rotation",
-        ),
-    ];
-    options
-        .into_iter()
-        .find(|(has, _)| *has)
-        .map(|(_, what)| what)
-}
-
-/// Returns what of the embedding no kernel of a GPU computes.
-fn embedding(spec: &ModelSpec) -> Option<String> {
-    if spec.token_inputs.is_some() {
-        return Some(TOKEN_INPUTS.into());
-    }
-    many_streams(spec)
+    let full = norm.is_some_and(|norm| norm.after_rope && norm.span == NormSpan::Full);
+    full.then_some("a norm of all heads after rotation")
 }
 
 /// Returns why no GPU has room for a model's streams, if so.
@@ -357,8 +389,14 @@ fn streams(gguf: &Gguf, spec: &ModelSpec, connection: &Connection) -> Option<Str
 /// Returns what of a layer's feed-forward blocks no kernel of a GPU computes.
 fn blocks(gguf: &Gguf, spec: &ModelSpec, layer: &LayerSpec) -> Option<String> {
     let residual = &layer.residual;
-    if residual.layer_input.is_some() {
-        return Some(TOKEN_INPUTS.into());
+    if let Some(input) = &residual.layer_input {
+        let mut linears = [&input.gate, &input.proj].into_iter();
+        let why = linears.find_map(|l| misplaced(gguf, l));
+        let many = spec.streams.is_some();
+        let many = || many.then(|| "several streams with inputs of tokens".to_string());
+        if let Some(why) = why.or_else(many) {
+            return Some(why);
+        }
     }
     let apart = |moe: &MoeSpec| moe.router_input != RouterInput::Normed || moe.input_norm.is_some();
     if residual.connections.is_some()

@@ -355,6 +355,14 @@ impl MoeSpec {
 }
 
 impl LayerSpec {
+    /// Returns the layer whose keys and values this one reads, if they are not its own.
+    pub fn kv_owner(&self) -> Option<usize> {
+        match &self.mixer {
+            Mixer::Gqa(attention) => attention.shared_kv,
+            _ => None,
+        }
+    }
+
     /// Returns the routed experts, if the layer has any.
     pub fn moe(&self) -> Option<&MoeSpec> {
         match &self.ffn {

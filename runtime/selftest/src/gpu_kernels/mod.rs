@@ -9,6 +9,7 @@ mod compressed;
 mod delta;
 mod gated;
 mod index;
+mod inputs;
 mod kda;
 mod kv_rows;
 mod mamba;
@@ -100,6 +101,7 @@ pub fn all() -> Vec<Check> {
     checks.extend(stream::checks());
     checks.extend(streams::checks());
     checks.extend(ngram::checks());
+    checks.extend(inputs::checks());
     checks
 }
 

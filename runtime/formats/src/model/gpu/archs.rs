@@ -16,7 +16,10 @@ const HEAD: Part = Part::Dense(DenseKind::Head);
 const BLOCKS: [Part; 3] = [ROUTER, SHARED, DENSE_FFN];
 
 /// Parts that no GPU can run for one reason.
-type Reason = (&'static [Part], &'static str);
+type Reason = (&'static [Part], Why);
+
+/// A reason, and whether one GPU can run all such parts together.
+type Why = (&'static str, bool);
 
 /// Returns the reasons of a shape's architecture.
 fn reasons(shape: &ModelShape) -> &'static [Reason] {
@@ -24,11 +27,12 @@ fn reasons(shape: &ModelShape) -> &'static [Reason] {
     match shape.arch.as_str() {
         // Its larger models have neither inputs of tokens nor shared keys and values.
         "gemma4" if has_table => &[
-            (&[EMBEDDING, TABLE], super::TOKEN_INPUTS),
-            (&[MIXER], "keys and values that other layers read"),
-            (&BLOCKS, super::TOKEN_INPUTS),
+            (&[TABLE], (super::INPUT_TABLE, false)),
+            (&[EMBEDDING], (super::TOKEN_INPUTS, true)),
+            (&[MIXER], (super::SHARED_KV, true)),
+            (&BLOCKS, (super::TOKEN_INPUTS, true)),
         ],
-        "qwen4exp" => &[(&[TABLE], super::NGRAM_TABLE)],
+        "qwen4exp" => &[(&[TABLE], (super::NGRAM_TABLE, false))],
         _ => &[],
     }
 }
@@ -41,10 +45,14 @@ pub(crate) fn cpu_only_of(shape: &ModelShape) -> Vec<CpuOnly> {
         // The head of a tied model is the embedding.
         let is_part = |of: &Part| *of == part || (is_tied && part == HEAD && *of == EMBEDDING);
         let found = reasons.iter().find(|(parts, _)| parts.iter().any(is_part));
-        found.map(|(_, why)| CpuOnly {
+        found.map(|(_, (why, together))| CpuOnly {
             part,
             layer,
-            why: CpuReason::Kernel((*why).into()),
+            why: if *together {
+                CpuReason::Together((*why).into())
+            } else {
+                CpuReason::Kernel((*why).into())
+            },
         })
     };
     let dense = shape.dense.iter();
