@@ -78,6 +78,12 @@ impl Session {
             watch.inspect(|watch| watch(done, total));
         })?;
         bar.finish_and_clear();
+        if engine.lacks_locked_memory() {
+            eprintln!(
+                "warning: the GPU's driver locks no memory of experts, so the CPU computes those that the plan has \
+                 streamed; decoding takes longer than predicted"
+            );
+        }
         Ok(Self {
             gguf,
             engine,

@@ -68,6 +68,10 @@ pub fn command_line(
                 .to_string(),
         );
     }
+    if plan.streaming.is_some() {
+        let note = "llama.cpp has nothing like the plan's streamed experts, which a GPU computes beside the CPU";
+        offload.notes.push(note.to_string());
+    }
     if plan.layers.iter().any(|l| l.slots > 0) {
         let note =
             "llama.cpp has nothing like the plan's slots, which keep experts that were used last";
@@ -391,7 +395,10 @@ fn same_placement(
 ) -> Option<Placement> {
     let dram = plan.tiers.position(|t| t.tier.kind == TierKind::Dram)?;
     let mut left = plan.tiers[dram].budget_bytes;
-    let mut same = plan.clone();
+    let mut same = Placement {
+        streaming: None,
+        ..plan.clone()
+    };
     // The KV cache is with its layer's attention; on emulated tiers it is where the plan has it.
     if same.tiers[same.kv_tier].tier.is_gpu() {
         same.kv_tier = dram;

@@ -1,5 +1,6 @@
 use super::{counts, llama_cpp};
 use crate::catalogue;
+use crate::cost::predict;
 use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
 use crate::profile::synthetic::{self, Routing};
@@ -7,7 +8,7 @@ use crate::solve::options::Strategy;
 use crate::solve::{Options, Problem, solve_with_evidence};
 use std::path::Path;
 use tier_plan_runtime::KvType;
-use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::placement::{Placement, Streaming, TierIdx};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 fn solved(vram: u64, dram: u64, kv_type: KvType) -> (ModelShape, Evidence, Placement) {
@@ -194,6 +195,30 @@ fn all_on_the_gpu_overrides_nothing() {
     (several.context, several.sequences) = (256, 4);
     let several = llama_cpp::command_line(&several, &shape, &evidence).unwrap();
     assert_eq!(several.args[..4], ["-c", "1024", "-np", "4"]);
+    // What it has a GPU compute beside the CPU, llama.cpp does not.
+    let mut streamed = plan.clone();
+    streamed.streaming = Some(Streaming {
+        tier: TierIdx::FIRST,
+        from: TierIdx::new(1),
+        experts: 2,
+        link_gbps: 20.0,
+        cpu_share: 1.0,
+    });
+    streamed.fill_sums(&shape);
+    streamed.tiers[TierIdx::FIRST].budget_bytes += 64 << 20;
+    streamed.predicted = predict(&streamed, &shape, &evidence);
+    let seconds = streamed.predicted.token_s();
+    (streamed.solver.objective_s, streamed.solver.bound_s) = (seconds, None);
+    let same = llama_cpp::command_line(&streamed, &shape, &evidence).unwrap();
+    assert_eq!(
+        (same.args, same.predicted),
+        (found.args.clone(), found.predicted.clone())
+    );
+    assert!(
+        same.notes
+            .iter()
+            .any(|note| note.contains("streamed experts"))
+    );
     // The plan may still compute a few experts beside the GPU.
     let lost = llama_cpp::loss(&plan, &found.predicted.unwrap());
     assert!((-1e-9..0.1).contains(&lost), "{lost}");

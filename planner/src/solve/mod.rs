@@ -52,8 +52,8 @@ use problem::objective::ObjectiveFunction;
 use report::summary::summarize;
 use std::time::{Duration, Instant};
 
-/// Part of the time limit that a search for a plan with streamed experts has, beside the first one.
-const PART_OF_SECOND: f64 = 0.5;
+/// Part of the time limit after which a search for plans with streamed experts begins, where they may pay.
+const PART_OF_FIRST: f64 = 0.6;
 
 /// How to make a plan.
 #[derive(Debug, Clone, PartialEq)]
@@ -184,15 +184,16 @@ pub fn solve_with_pool(
             None => kv_tier::optimum(&instances, start, deadline),
         }
     };
-    let limit_s = options.time_limit_s;
-    let mut best = choose(problem, deadline(start, limit_s)?)?;
     let is_plain = objective.kind == Objective::Latency && objective.target_tok_s.is_none();
-    if baseline.is_none() && is_plain {
-        // A second search begins with what the first has found.
-        let again = |problem: &Problem<'_>| {
-            choose(problem, deadline(Instant::now(), limit_s * PART_OF_SECOND)?)
-        };
-        streaming::improve(&mut best, problem, evidence, &again)?;
+    let may_stream = baseline.is_none() && is_plain && streaming::may_pay(problem);
+    let part = if may_stream { PART_OF_FIRST } else { 1.0 };
+    let mut best = choose(problem, deadline(start, options.time_limit_s * part)?)?;
+    if may_stream {
+        // The searches for plans with room for buffers begin with what the first has found.
+        let end = deadline(start, options.time_limit_s)?;
+        streaming::improve(&mut best, problem, evidence, &|smaller| {
+            choose(smaller, end)
+        })?;
     }
     // Sentences about it.
     let summary = if baseline.is_none() && objective.is_latency() {

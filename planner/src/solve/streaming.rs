@@ -1,10 +1,9 @@
 //! Whether experts of main memory are streamed to a GPU for tokens, and how many.
 //!
-//! The search prices columns without it. Its plan is then compared with one that leaves room for the
-//! buffers, where a token's experts are divided between CPU and GPU. The rates are those that both had
-//! when they were measured together. Dividing shortens no path by more than a known part
-//! ([`StreamTimes::least_part`]), and so a bound holds for divided plans, too, when it is multiplied by
-//! that part.
+//! The search prices columns without it. Its plan is then compared with plans that have room for the
+//! buffers and divide a token's experts between CPU and GPU. Divided paths have the rates that both had
+//! when they were measured together. Dividing shortens no time by more than a known part
+//! ([`StreamTimes::least_part`]), so the search's bound times that part holds for all plans.
 
 use super::kv_tier::Best;
 use super::problem::Problem;
@@ -21,8 +20,31 @@ use tier_plan_runtime::model::shape::ModelShape;
 /// Least part of a token's time that streaming must save.
 const MIN_GAIN: f64 = 0.03;
 
+/// Numbers of buffers for which a search makes room.
+const MAX_SEARCHES: usize = 2;
+
+/// Part of a token's time that one buffer more must save.
+const MIN_GAIN_OF_MORE: f64 = 1e-3;
+
 /// Makes the best plan of a problem.
 pub(super) type Choose<'a> = &'a dyn Fn(&Problem<'_>) -> Result<Best>;
+
+/// Whether a machine may have experts streamed: the rates of a GPU's link and of the CPU were measured
+/// together, and are higher than that of the CPU alone.
+pub(super) fn may_pay(problem: &Problem<'_>) -> bool {
+    let machine = problem.machine;
+    let Some(memory) = machine.tiers.iter().find(|t| is_memory(t)) else {
+        return false;
+    };
+    let mut gpus = machine.tiers.iter().filter(|t| t.is_gpu());
+    gpus.any(|gpu| {
+        let link = machine.extras.links.get(&gpu.name);
+        link.is_some_and(|link| {
+            let lost_gbps = memory.read_gbps - link.dram_contended_gbps;
+            link.contended_gbps > lost_gbps * machine.extras.efficiency
+        })
+    })
+}
 
 /// Has the plan stream experts if that saves more than [`MIN_GAIN`] of a token's time. `choose` makes a
 /// plan with a smaller budget of a GPU, where the plan has no room for the buffers.
@@ -35,41 +57,105 @@ pub(super) fn improve(
     evidence: &Evidence,
     choose: Choose<'_>,
 ) -> Result<()> {
+    let shape = problem.shape;
     let before = token_s(&best.plan.predicted);
     let saved = |plan: &Placement| 1.0 - token_s(&plan.predicted) / before;
-    let by_gain = |a: &Placement, b: &Placement| saved(a).total_cmp(&saved(b));
-    // Whether there is room for the buffers or not.
-    let drafts = candidates(&best.plan, problem)
+    let drafts: Vec<Draft> = candidates(&best.plan, problem)
         .into_iter()
-        .map(|streaming| streamed(&best.plan, &streaming, problem.shape, evidence));
-    let Some(draft) = drafts.max_by(by_gain).filter(|draft| saved(draft) > 0.0) else {
+        .map(|streaming| Draft::new(best, streaming, shape, evidence))
+        .filter(|draft| saved(&draft.plan) > 0.0)
+        .collect();
+    if drafts.is_empty() {
         return Ok(());
-    };
-    let found = if saved(&draft) > MIN_GAIN {
-        with_room(best, draft, problem, evidence, choose)
-    } else {
-        None
-    };
-    let Some(mut found) = found.filter(|found| saved(&found.plan) > MIN_GAIN) else {
+    }
+    let (mut found, mut crowded): (Vec<Draft>, Vec<Draft>) =
+        drafts.into_iter().partition(Draft::fits);
+    // What room costs is estimated first, and then searched for.
+    crowded.retain(|draft| draft.estimate_s < before * (1.0 - MIN_GAIN));
+    crowded.sort_by(|a, b| a.estimate_s.total_cmp(&b.estimate_s));
+    let room = crowded.iter().take(MAX_SEARCHES);
+    found.extend(room.filter_map(|draft| draft.with_room(problem, evidence, choose)));
+    // Buffers that bring nothing are left out.
+    found.sort_by_key(|draft| draft.plan.streaming.map_or(0, |s| s.experts));
+    let least = found.into_iter().reduce(|least, other| {
+        let gain = saved(&other.plan) - saved(&least.plan);
+        if gain > MIN_GAIN_OF_MORE {
+            other
+        } else {
+            least
+        }
+    });
+    let Some(Draft {
+        mut plan, prices, ..
+    }) = least.filter(|d| saved(&d.plan) > MIN_GAIN)
+    else {
         best.notes.push(format!(
-            "streaming experts of main memory to a GPU would not save {:.0} % of a token's time, so none are",
+            "no experts are streamed to a GPU: with room for the buffers, that would not save {:.0} % of a token's time",
             MIN_GAIN * 100.0
         ));
         return Ok(());
     };
-    let wrong = verify::verify(&found.plan, problem.shape, evidence);
+    report(&mut plan, &best.plan, shape);
+    let wrong = verify::verify(&plan, shape, evidence);
     ensure!(
         wrong.is_empty(),
         "the plan '{}' did not pass its own check after experts were streamed, which is a mistake in this program: {}",
         best.plan.name,
         wrong.join("; ")
     );
-    found
-        .notes
-        .extend(sentence(&found.plan, saved(&found.plan)));
-    found.baselines = std::mem::take(&mut best.baselines);
-    *best = found;
+    // What was said of the search is about plans that stream nothing.
+    best.notes = sentence(&plan, saved(&plan)).into_iter().collect();
+    (best.plan, best.prices) = (plan, prices);
     Ok(())
+}
+
+/// A plan with experts streamed, which may lack room for the buffers.
+struct Draft {
+    plan: Placement,
+    prices: Vec<f64>,
+    /// Predicted seconds per token, and what room for the buffers is worth.
+    estimate_s: f64,
+}
+
+impl Draft {
+    fn new(best: &Best, streaming: Streaming, shape: &ModelShape, evidence: &Evidence) -> Self {
+        let plan = streamed(&best.plan, streaming, shape, evidence);
+        let price = best
+            .prices
+            .get(streaming.tier.get())
+            .copied()
+            .unwrap_or(0.0);
+        let bytes = plan.tiers[streaming.tier].bytes.staging;
+        Self {
+            estimate_s: token_s(&plan.predicted) + price * bytes as f64,
+            prices: best.prices.clone(),
+            plan,
+        }
+    }
+
+    /// Whether there is room for the buffers.
+    fn fits(&self) -> bool {
+        let mut tiers = self.plan.tiers.iter();
+        tiers.all(|t| t.used_bytes() <= t.budget_bytes)
+    }
+
+    /// Returns the best plan with room for as many buffers, if there is one.
+    fn with_room(
+        &self,
+        problem: &Problem<'_>,
+        evidence: &Evidence,
+        choose: Choose<'_>,
+    ) -> Option<Self> {
+        let streaming = self.plan.streaming?;
+        let at = streaming.tier;
+        let mut smaller = problem.clone();
+        let left = &mut smaller.budgets[at.get()];
+        *left = left.saturating_sub(self.plan.tiers[at].bytes.staging);
+        let mut other = choose(&smaller).ok()?;
+        other.plan.tiers[at].budget_bytes = self.plan.tiers[at].budget_bytes;
+        let made = Self::new(&other, streaming, problem.shape, evidence);
+        made.fits().then_some(made)
+    }
 }
 
 /// Returns a sentence on what a plan streams.
@@ -91,10 +177,14 @@ fn sentence(plan: &Placement, saved: f64) -> Option<String> {
     ))
 }
 
+/// Whether experts can be streamed from a tier.
+fn is_memory(tier: &Tier) -> bool {
+    tier.kind == TierKind::Dram && !tier.emulated
+}
+
 /// Returns the ways of streaming that may pay: to each GPU whose link was measured beside the CPU, up to
 /// as many experts as a token would have streamed if all were in main memory.
 fn candidates(plan: &Placement, problem: &Problem<'_>) -> Vec<Streaming> {
-    let is_memory = |t: &Tier| t.kind == TierKind::Dram && !t.emulated;
     let tiers = plan.tiers.enumerate();
     let memory: Vec<TierIdx> = tiers
         .filter(|(_, t)| is_memory(&t.tier))
@@ -150,56 +240,32 @@ fn times<'a>(
     })
 }
 
-/// Returns the best plan with the streaming of a draft and room for its buffers, which the draft itself
-/// may lack; `None` where there is no such plan.
-fn with_room(
-    best: &Best,
-    draft: Placement,
-    problem: &Problem<'_>,
-    evidence: &Evidence,
-    choose: Choose<'_>,
-) -> Option<Best> {
-    let streaming = draft.streaming?;
-    let (at, budget) = (streaming.tier, draft.tiers[streaming.tier].budget_bytes);
-    let fits = |plan: &Placement| plan.tiers[at].used_bytes() <= budget;
-    if fits(&draft) {
-        return Some(Best {
-            plan: draft,
-            baselines: Vec::new(),
-            prices: best.prices.clone(),
-            notes: best.notes.clone(),
-        });
-    }
-    let mut smaller = problem.clone();
-    let left = &mut smaller.budgets[at.get()];
-    *left = left.saturating_sub(draft.tiers[at].bytes.staging);
-    let mut other = choose(&smaller).ok()?;
-    other.plan.tiers[at].budget_bytes = budget;
-    other.plan = streamed(&other.plan, &streaming, problem.shape, evidence);
-    fits(&other.plan).then_some(other)
-}
-
-/// Returns the plan with experts streamed, predicted anew.
+/// Returns the plan with experts streamed, predicted anew. Its solver report is left to fill in.
 fn streamed(
     plan: &Placement,
-    streaming: &Streaming,
+    streaming: Streaming,
     shape: &ModelShape,
     evidence: &Evidence,
 ) -> Placement {
     let mut plan = plan.clone();
-    plan.streaming = Some(*streaming);
+    plan.streaming = Some(streaming);
     plan.fill_sums(shape);
     plan.predicted = predict(&plan, shape, evidence);
-    let part = times(&plan, streaming, shape)
-        .map(|(times, _)| times.least_part())
-        .fold(1.0, f64::min);
+    plan
+}
+
+/// Reports what is proven of a plan that streams experts. `searched` is the best plan without that, under
+/// the same budgets.
+fn report(plan: &mut Placement, searched: &Placement, shape: &ModelShape) {
+    let parts = plan.streaming.iter();
+    let parts = parts.flat_map(|s| times(plan, s, shape).map(|(times, _)| times.least_part()));
+    let part = parts.fold(1.0, f64::min);
     let solver = &mut plan.solver;
     solver.objective_s = token_s(&plan.predicted);
-    solver.bound_s = solver.bound_s.map(|bound| bound * part);
+    solver.bound_s = searched.solver.bound_s.map(|bound| bound * part);
     let gap = |bound: f64| ((solver.objective_s - bound) / solver.objective_s).max(0.0);
     solver.gap = solver.bound_s.map(gap);
     if solver.status == "optimal" && solver.gap.is_none_or(|gap| gap > MAX_ROUNDING_GAP) {
         solver.status = "feasible".into();
     }
-    plan
 }

@@ -447,13 +447,15 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
     total += caches_s(plan, shape);
     // Layers of which the same is known, placed alike, take as long.
     let mut known: Vec<(&LayerPlacement, &LayerEvidence, f64)> = Vec::new();
+    let streams = |layer: u32| plan.streaming.is_some() && runs_on_gpus(shape, layer);
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
         let is_same = |(placed, of, _): &&(&LayerPlacement, &LayerEvidence, f64)| {
             let placed = LayerPlacement {
                 layer: layer.layer,
                 ..(*placed).clone()
             };
-            evidence.is_like(of) && placed == *layer
+            let streamed_alike = streams(evidence.shape.layer) == streams(of.shape.layer);
+            evidence.is_like(of) && placed == *layer && streamed_alike
         };
         if let Some((.., seconds)) = known.iter().find(is_same) {
             total += seconds;
@@ -552,6 +554,12 @@ struct TokenExperts {
     missed: u64,
 }
 
+/// Whether GPUs can run the experts of a layer.
+fn runs_on_gpus(shape: &ModelShape, layer: u32) -> bool {
+    let refused = |only: &CpuOnly| (only.part, only.layer) == (Part::Experts, Some(layer));
+    !shape.cpu_only.iter().any(refused)
+}
+
 /// Returns the mean seconds of a layer's expert stage, by stepping its slot cache.
 fn stepped_s(
     plan: &Placement,
@@ -572,8 +580,7 @@ fn stepped_s(
     }
     let mut cache = SlotCache::new(evidence.shape.n_expert, layer.slots, layer.policy);
     let (mut accesses, mut sum, mut tokens) = (Vec::new(), 0.0, 0u64);
-    let refused = |only: &CpuOnly| (only.part, only.layer) == (Part::Experts, Some(layer.layer));
-    let runs_on_gpus = !shape.cpu_only.iter().any(refused);
+    let runs_on_gpus = runs_on_gpus(shape, layer.layer);
     let prefetched_s = prefetched_s(plan, evidence);
     for event in trace.events() {
         let pooled = |chosen: &[u16]| -> Vec<u32> {

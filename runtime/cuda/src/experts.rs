@@ -1,9 +1,8 @@
-//! Routed experts in a device's memory, pinned, in slots, or in buffers that all layers share. All
-//! that a token chose of a layer is computed in one sequence of launches, which the CPU does not wait
-//! for.
+//! Routed experts in a device's memory, pinned, in slots, or in buffers that all layers share. What a
+//! token chose of them in a layer is computed in one sequence of launches, which the CPU does not wait for.
 //!
-//! The matrices of a layer form one table: the experts by index, then the slots, then the shared
-//! buffers. Filling a slot or a buffer changes memory, never the table. What computes comes after the fills before it, and a fill that is
+//! The matrices of a layer form one table: the experts by index if any is pinned, then the slots, then the
+//! shared buffers. Filling a slot or a buffer changes memory, never the table. What computes comes after the fills before it, and a fill that is
 //! ordered after what computes may follow as soon as the expert that the slot held was enqueued.
 
 mod layer;
@@ -306,8 +305,8 @@ impl PinnedExperts {
         Ok(())
     }
 
-    /// Locks host memory that slots are [filled from](Self::fill_in_place), until this value is
-    /// dropped. Returns whether they can be.
+    /// Locks host memory that slots or shared buffers are [filled from](Self::fill_in_place), until this
+    /// value is dropped. Returns whether they can be.
     ///
     /// # Safety
     /// The memory is mapped, and stays so until this value is dropped.
@@ -345,8 +344,8 @@ impl PinnedExperts {
         }
     }
 
-    /// Copies an expert into a slot or a shared buffer from [locked](Self::lock) memory, which is read
-    /// until the transfer is done.
+    /// Copies an expert into a slot from [locked](Self::lock) memory, which is read until the
+    /// transfer is done.
     ///
     /// # Errors
     /// As [`fill`](Self::fill).
@@ -359,14 +358,14 @@ impl PinnedExperts {
     pub unsafe fn fill_in_place(
         &mut self,
         layer: usize,
-        place: Place,
+        slot: usize,
         expert: &ExpertBytes<'_>,
         order: TransferOrder,
     ) -> Result<TransferId, CudaError> {
         let Self {
             layers, transfers, ..
         } = self;
-        let (l, spot) = spot_of(layers, layer, place);
+        let (l, spot) = spot_of(layers, layer, Place::Slot(slot));
         let Some(transfers) = transfers else {
             panic!("a device that copies in place")
         };
@@ -375,6 +374,44 @@ impl PinnedExperts {
         let copies: Vec<(View<'_>, &[u8])> = l.copies(spot, expert).collect();
         // SAFETY: the caller's promise.
         unsafe { transfers.stream.send(&copies, order) }
+    }
+
+    /// Copies experts into the first shared buffers from [locked](Self::lock) memory, as one transfer
+    /// that waits for nothing. What was asked of experts in these buffers has been
+    /// [fetched](Self::fetch).
+    ///
+    /// # Errors
+    /// As [`fill`](Self::fill).
+    ///
+    /// # Safety
+    /// As [`fill_in_place`](Self::fill_in_place).
+    ///
+    /// # Panics
+    /// When there are fewer buffers, a size is not that of the layer, or no memory was locked.
+    pub unsafe fn fill_shared(
+        &mut self,
+        layer: usize,
+        experts: &[ExpertBytes<'_>],
+    ) -> Result<TransferId, CudaError> {
+        let Self {
+            layers, transfers, ..
+        } = self;
+        let Some(transfers) = transfers else {
+            panic!("a device that copies in place")
+        };
+        let mut copies: Vec<(View<'_>, &[u8])> = Vec::with_capacity(3 * experts.len());
+        for (i, expert) in experts.iter().enumerate() {
+            let (l, spot) = spot_of(layers, layer, Place::Shared(i));
+            l.put_biases(spot.entry, expert)?;
+            copies.extend(l.copies(spot, expert));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { transfers.stream.send(&copies, TransferOrder::AtOnce) }
+    }
+
+    /// Waits until everything is done that was asked of the device.
+    pub fn wait(&self) -> Result<(), CudaError> {
+        self.ops.device().wait()
     }
 
     /// Returns whether a transfer is done.

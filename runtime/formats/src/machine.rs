@@ -287,7 +287,8 @@ pub struct Link {
     pub from_pageable_gbps: f64,
     /// As `to_gbps`, while the CPU's kernels read main memory.
     pub contended_gbps: f64,
-    /// Read rate of the CPU's kernels during such transfers.
+    /// Rate of main memory, times the part of their rate that the CPU's kernels keep during such
+    /// transfers.
     pub dram_contended_gbps: f64,
 }
 

@@ -434,6 +434,12 @@ impl Engine {
         self.experts.streams.n_streamed()
     }
 
+    /// Whether the plan has experts streamed to a GPU for decoded tokens, and the driver has locked no
+    /// memory for that. The CPU computes these experts then.
+    pub fn lacks_locked_memory(&self) -> bool {
+        self.plan.streaming.is_some() && !self.experts.store.can_stream_any()
+    }
+
     /// Returns how many experts of main memory were streamed to a GPU for decoded tokens.
     pub fn experts_streamed_for_tokens(&self) -> u64 {
         self.experts.store.n_streamed_for_tokens()

@@ -60,9 +60,16 @@ impl ExpertStore {
         self.gpus = gpus.into_iter().map(with_tier).collect();
     }
 
-    /// Returns the number of GPUs that have experts.
+    /// Returns the number of GPUs that have experts, or buffers for some.
     pub(crate) fn n_gpus(&self) -> usize {
         self.gpus.len()
+    }
+
+    /// Whether a GPU has experts, pinned or in slots.
+    pub(crate) fn has_experts_on_gpus(&self) -> bool {
+        let on_gpu = |backing: &ExpertBacking| matches!(backing, ExpertBacking::Gpu(_));
+        let mut layers = self.layers.iter();
+        !self.gpus.is_empty() && layers.any(|l| l.slots_on_gpu || l.backings.iter().any(on_gpu))
     }
 
     /// Returns the index of a tier's GPU among those with experts.

@@ -597,6 +597,7 @@ impl ExpertStore {
 
 impl Drop for ExpertStore {
     fn drop(&mut self) {
+        self.end_streams();
         // A GPU that goes unlocks memory that others may still read.
         while !self.in_transit.is_empty() {
             self.wait_for_transfer();

@@ -1,13 +1,15 @@
 //! Experts of main memory that a GPU computes for a token, beside those that the CPU computes.
 //!
 //! The GPU reads them where they lie, in memory that was locked when the model was loaded, into
-//! buffers that all layers share. A layer's transfers come after what the GPU computed of the layer
-//! before, and what it computes with them comes after the transfers.
+//! buffers that all layers share. A layer's transfer goes on beside the GPU's own experts, and what it
+//! computes with the buffers comes after it. When the next layer's begins, these results have been
+//! fetched.
 
 use super::gpu::GpuExperts;
 use super::layer::{ExpertBacking, LayerExperts};
 use super::step::Step;
 use super::store::ExpertStore;
+use super::view::ExpertView;
 use crate::tiers::transit::{HostMemory, Keep};
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
@@ -152,19 +154,22 @@ impl ExpertStore {
         // Taken out of the store, whose other parts the views borrow.
         let mut gpus = std::mem::take(&mut self.gpus);
         let filler = &mut gpus[gpu].filler;
-        let sent = positions.iter().enumerate().try_for_each(|(i, at)| {
-            let (view, _) = self.view(step, *at);
-            let biases = view.biases();
-            // Pins and mapped experts are never written, and slots are by reads of a later step. That
-            // begins once the results have been fetched, or else waits for the transfers.
-            let last = filler.stream(step.layer, i, &view.bytes(biases.as_ref()))?;
-            self.token_stream.last = Some(last);
-            Ok(())
-        });
+        let views: Vec<_> = positions.iter().map(|at| self.view(step, *at).0).collect();
+        let biases: Vec<_> = views.iter().map(ExpertView::biases).collect();
+        let experts = views.iter().zip(&biases);
+        let experts: Vec<_> = experts
+            .map(|(v, biases)| v.bytes(biases.as_ref()))
+            .collect();
+        // Pins and mapped experts are never written, and slots are by reads of a later step. That begins
+        // once the results have been fetched, or else waits for the transfer.
+        let sent = filler.stream(step.layer, &experts);
         self.gpus = gpus;
-        if let Err(error) = sent {
-            self.give_up(step);
-            return Err(error);
+        match sent {
+            Ok(transfer) => self.token_stream.last = Some(transfer),
+            Err(error) => {
+                self.give_up(step);
+                return Err(error);
+            }
         }
         self.token_stream.n_streamed += positions.len() as u64;
         let places: Vec<Place> = (0..positions.len()).map(Place::Shared).collect();
@@ -189,14 +194,21 @@ impl ExpertStore {
         }
     }
 
-    /// Waits for the transfers of a step that was given up.
+    /// Waits for the transfer of a step that was given up, and for what was to be computed with it.
     pub(super) fn end_streams(&mut self) {
         let Some(last) = self.token_stream.last.take() else {
             return;
         };
         if let Some(gpu) = self.streams_to().and_then(|tier| self.gpu_of(tier)) {
-            // One that fails reads no more.
-            let _ = self.gpus[gpu].filler.experts().wait_filled(last);
+            let experts = self.gpus[gpu].filler.experts();
+            // A GPU that fails reads no more.
+            let _ = experts.wait_filled(last).and_then(|()| experts.wait());
         }
+    }
+
+    /// Returns whether any expert can be streamed, where the plan says so.
+    pub(crate) fn can_stream_any(&self) -> bool {
+        let gpu = self.streams_to().and_then(|tier| self.gpu_of(tier));
+        gpu.is_some_and(|gpu| self.gpus[gpu].filler.streams())
     }
 }

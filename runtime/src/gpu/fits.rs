@@ -7,8 +7,35 @@ use crate::gpu::devices::Devices;
 use crate::gpu::rows::gpu_row_bytes;
 use crate::layers::places::Places;
 use crate::options::LoadOptions;
-use tier_plan_formats::model::spec::ModelSpec;
-use tier_plan_formats::placement::Placement;
+use tier_plan_formats::model::spec::{ModelSpec, MoeSpec};
+use tier_plan_formats::placement::{LayerPlacement, Placement, TierIdx};
+
+/// Returns the bytes of the tables of experts' biases on a GPU.
+fn bias_bytes(spec: &ModelSpec, plan: &Placement, tier: TierIdx) -> u64 {
+    let shared = plan.streaming.filter(|s| s.tier == tier);
+    let shared = shared.map_or(0, |s| u64::from(s.experts));
+    let of_layer = |((_, moe), placed): ((usize, &MoeSpec), &LayerPlacement)| {
+        let has_biases = moe.expert_linears().any(|l| l.bias.is_some());
+        let mut pins = placed.pinned.iter();
+        let is_pinned = pins.any(|pins| pins.tier == tier && !pins.experts.is_empty());
+        let pinned = if is_pinned { moe.n_expert as u64 } else { 0 };
+        let has_slots = placed.slot_tier == tier;
+        let slots = if has_slots {
+            u64::from(placed.slots)
+        } else {
+            0
+        };
+        let width = (2 * moe.expert_ffn + moe.expert_width()) as u64;
+        let entries = if has_biases {
+            pinned + slots + shared
+        } else {
+            0
+        };
+        entries.saturating_mul(4 * width)
+    };
+    let layers = spec.moe_layers().zip(&plan.layers);
+    layers.map(of_layer).fold(0, u64::saturating_add)
+}
 
 /// Compares the bytes that a plan needs on each GPU with the bytes that are free.
 ///
@@ -39,6 +66,7 @@ pub(crate) fn check(
         } else {
             0
         };
+        let experts = experts.saturating_add(bias_bytes(spec, plan, tier));
         let (work, reserve) = (dense + experts, GPU_RESERVE_BYTES);
         let needed = [weights, cache, work, reserve]
             .into_iter()

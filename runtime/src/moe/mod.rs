@@ -2,8 +2,8 @@
 //!
 //! A layer's experts are in up to three places. The CPU computes those in main memory, and those
 //! that are read from a drive once they arrive. A GPU computes those that lie in its memory. For
-//! prompts, a GPU also takes experts of main memory that are streamed to it. All three work at the
-//! same time; sums have a fixed order, so that no plan changes a result.
+//! prompts, and for single tokens where a plan says so, a GPU also takes experts of main memory that are
+//! streamed to it. All work at the same time; sums have a fixed order, so that no plan changes a result.
 
 mod batch;
 mod cpu;
@@ -37,7 +37,7 @@ pub(crate) struct MoeRun<'a> {
     pub(crate) scratch: &'a mut FfnScratch,
     /// Rows on their way to GPUs that have experts, and back.
     pub(crate) gpu_rows: &'a mut GpuRows,
-    /// GPUs that experts of main memory are streamed to.
+    /// GPUs that experts of main memory are streamed to for prompts.
     pub(crate) streams: &'a mut Streams,
     /// `[tokens, hidden]`: weighted sums of the experts.
     pub(crate) out: &'a mut [f32],
@@ -72,7 +72,7 @@ impl MoeRun<'_> {
     /// # Errors
     /// As [`token`](Self::token).
     pub(crate) fn batch(mut self) -> Result<Step, RunError> {
-        if self.store.n_gpus() == 0 && !self.streams.any() {
+        if !self.store.has_experts_on_gpus() && !self.streams.any() {
             cpu::run(&mut self)
         } else {
             batch::run(&mut self)

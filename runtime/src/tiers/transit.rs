@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
-use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts, Place};
+use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
 use tier_plan_cuda::transfers::{TransferId, TransferOrder};
 
 /// Most buffers that are locked one by one.
@@ -23,10 +23,9 @@ pub(crate) type Keep = Arc<dyn Any + Send + Sync>;
 /// The experts are dropped first, which ends all transfers and unlocks the memory.
 pub(crate) struct SlotFiller {
     experts: PinnedExperts,
-    /// By first address: memory that was locked when the model was loaded. Pieces are apart.
-    locked: BTreeMap<usize, LockedMemory>,
-    /// Whether staging is among that.
-    reads_staging: bool,
+    staging: Option<LockedMemory>,
+    /// By first address: memory of experts that are streamed. Pieces are apart.
+    streamed: BTreeMap<usize, LockedMemory>,
     /// By address: buffers that staging got from slots in main memory in exchange for its own.
     exchanged: BTreeMap<usize, LockedMemory>,
     /// Whether the driver has refused to lock one more.
@@ -83,30 +82,45 @@ impl SlotFiller {
         streamed: &[HostMemory],
     ) -> Self {
         let staging = memory_of(staging);
-        let first = staging.as_ref().map(|staging| staging.range.start);
-        let mut locked = BTreeMap::new();
-        for HostMemory { range, keep, .. } in in_whole_pages(staging.iter().chain(streamed)) {
-            let start = range.start;
-            let piece = LockedMemory::new(&mut experts, range, keep);
-            // Where one piece is refused, so are others, each after a long while.
-            let Some(piece) = piece else { break };
-            locked.insert(start, piece);
+        let mut pieces = in_whole_pages(streamed);
+        if let Some(staging) = &staging {
+            // It may be of the same arena, and another GPU may have it. The driver locks no page twice.
+            pieces = pieces
+                .into_iter()
+                .flat_map(|p| p.without(staging))
+                .collect();
         }
-        let mut filler = Self {
+        let lock = |memory: HostMemory, experts: &mut PinnedExperts| {
+            LockedMemory::new(experts, memory.range, memory.keep)
+        };
+        let staging = staging.and_then(|staging| lock(staging, &mut experts));
+        let mut streamed = BTreeMap::new();
+        for piece in pieces {
+            let start = piece.range.start;
+            // Where one piece is refused, so are others, each after a long while.
+            let Some(piece) = lock(piece, &mut experts) else {
+                break;
+            };
+            streamed.insert(start, piece);
+        }
+        Self {
             experts,
-            locked,
-            reads_staging: false,
+            staging,
+            streamed,
             exchanged: BTreeMap::new(),
             is_full: false,
-        };
-        filler.reads_staging = first.is_some_and(|at| filler.has_locked(&(at..at + 1)));
-        filler
+        }
     }
 
-    /// Returns whether all of this memory was locked when the model was loaded.
+    /// Returns whether experts in all of this memory can be [streamed](Self::stream).
     pub(crate) fn has_locked(&self, range: &Range<usize>) -> bool {
-        let before = self.locked.range(..=range.start).next_back();
+        let before = self.streamed.range(..=range.start).next_back();
         before.is_some_and(|(_, piece)| range.end <= piece.range.end)
+    }
+
+    /// Returns whether any expert can be streamed.
+    pub(crate) fn streams(&self) -> bool {
+        !self.streamed.is_empty()
     }
 
     /// Returns the experts, which stay in here: they are dropped before the memory that they read.
@@ -128,11 +142,12 @@ impl SlotFiller {
     /// Returns whether the GPU can read a buffer where it lies. One that is new to it is locked now,
     /// once for all times that it is read.
     pub(crate) fn can_read(&mut self, buffer: &ArenaSlice) -> bool {
-        if !self.reads_staging {
+        let Some(staging) = &self.staging else {
             return false;
-        }
+        };
         let range = buffer.address()..buffer.address() + buffer.capacity();
-        if self.has_locked(&range) {
+        let in_staging = staging.range.start <= range.start && range.end <= staging.range.end;
+        if in_staging || self.has_locked(&range) {
             return true;
         }
         if let Some(locked) = self.exchanged.get(&range.start) {
@@ -175,39 +190,38 @@ impl SlotFiller {
             down: part(&ranges.down),
             biases,
         };
-        let place = Place::Slot(slot);
         // SAFETY: the buffer is locked, as was checked. It stays as it is until the transfer has ended: it
         // is given back only then.
-        match unsafe { self.experts.fill_in_place(layer, place, &bytes, order) } {
+        match unsafe { self.experts.fill_in_place(layer, slot, &bytes, order) } {
             Ok(transfer) => Ok(InTransit { transfer, buffer }),
             Err(error) => Err((buffer, error)),
         }
     }
 
-    /// Has the GPU copy an expert to a shared buffer, after what it computes now, from memory that
+    /// Has the GPU copy experts to its shared buffers, beside what it computes now, from memory that
     /// [was locked](Self::has_locked). What is written there before the transfer has ended may reach
     /// the GPU or not.
     ///
     /// # Errors
-    /// When the GPU fails. What the buffer holds is undefined then, and the expert is not read.
+    /// When the GPU fails. What the buffers hold is undefined then, and no expert is read.
     ///
     /// # Panics
-    /// When the expert is not in locked memory, or there is no such buffer.
+    /// When an expert is not in locked memory, or there are fewer buffers.
     pub(crate) fn stream(
         &mut self,
         layer: usize,
-        buffer: usize,
-        expert: &ExpertBytes<'_>,
+        experts: &[ExpertBytes<'_>],
     ) -> Result<TransferId, CudaError> {
-        for bytes in expert.gate.into_iter().chain([expert.up, expert.down]) {
-            let range = bytes.as_ptr_range();
-            let is_locked = self.has_locked(&(range.start as usize..range.end as usize));
-            assert!(is_locked, "a streamed expert's memory is locked");
-        }
-        let (place, order) = (Place::Shared(buffer), TransferOrder::AfterCompute);
+        let parts =
+            |e: &ExpertBytes<'_>| [e.gate, Some(e.up), Some(e.down)].map(|p| p.map(range_of));
+        let mut ranges = experts.iter().flat_map(parts).flatten();
+        assert!(
+            ranges.all(|range| self.has_locked(&range)),
+            "a streamed expert's memory is locked"
+        );
         // SAFETY: the bytes are locked, as was checked, so they stay. The GPU alone looks at what it
         // reads of them, whatever that is.
-        unsafe { self.experts.fill_in_place(layer, place, expert, order) }
+        unsafe { self.experts.fill_shared(layer, experts) }
     }
 
     /// Returns whether the GPU has read a buffer. One that has failed reads no more.
@@ -219,6 +233,30 @@ impl SlotFiller {
     pub(crate) fn take_back(&mut self, transit: InTransit) -> (ArenaSlice, Result<(), CudaError>) {
         let waited = self.experts.wait_filled(transit.transfer);
         (transit.buffer, waited)
+    }
+}
+
+/// Returns where bytes are.
+fn range_of(bytes: &[u8]) -> Range<usize> {
+    let range = bytes.as_ptr_range();
+    range.start as usize..range.end as usize
+}
+
+impl HostMemory {
+    /// Returns what is left of whole pages without those that other memory touches.
+    fn without(self, other: &HostMemory) -> impl Iterator<Item = HostMemory> + use<> {
+        let (start, end) = (
+            other.range.start / ALIGN * ALIGN,
+            other.range.end.next_multiple_of(ALIGN),
+        );
+        let range = &self.range;
+        let before = range.start..range.end.min(start);
+        let after = range.start.max(end)..range.end;
+        let parts = [before, after].into_iter().filter(|part| !part.is_empty());
+        parts.map(move |range| HostMemory {
+            range,
+            ..self.clone()
+        })
     }
 }
 
@@ -239,8 +277,9 @@ fn memory_of(buffers: &[ArenaSlice]) -> Option<HostMemory> {
 }
 
 /// Returns the whole pages that pieces of memory lie in, as few pieces that are apart.
-fn in_whole_pages<'a>(memory: impl Iterator<Item = &'a HostMemory>) -> Vec<HostMemory> {
+fn in_whole_pages(memory: &[HostMemory]) -> Vec<HostMemory> {
     let mut pieces: Vec<HostMemory> = memory
+        .iter()
         .map(|piece| HostMemory {
             range: piece.range.start / ALIGN * ALIGN..piece.range.end.next_multiple_of(ALIGN),
             ..piece.clone()
@@ -277,12 +316,23 @@ mod tests {
             piece(2, 5 * ALIGN..6 * ALIGN),
             piece(1, 3 * ALIGN..3 * ALIGN + 9),
         ];
-        let found: Vec<_> = in_whole_pages(memory.iter())
-            .into_iter()
-            .map(|piece| (piece.mapping, piece.range))
+        let pieces = in_whole_pages(&memory);
+        let found: Vec<_> = pieces
+            .iter()
+            .map(|p| (p.mapping, p.range.clone()))
             .collect();
         let pages =
             |mapping, pages: Range<usize>| (mapping, pages.start * ALIGN..pages.end * ALIGN);
         assert_eq!(found, [pages(1, 1..2), pages(1, 3..5), pages(2, 5..6)]);
+        // Staging in the middle of a piece, that ends within a page.
+        let staging = piece(1, 3 * ALIGN + 9..4 * ALIGN + 7);
+        let left = |piece: &HostMemory| -> Vec<(usize, usize)> {
+            let parts = piece.clone().without(&staging).map(|p| p.range);
+            parts.map(|p| (p.start / ALIGN, p.end / ALIGN)).collect()
+        };
+        assert_eq!(left(&pieces[0]), [(1, 2)]);
+        assert_eq!(left(&pieces[1]), []);
+        let wide = piece(1, ALIGN..9 * ALIGN);
+        assert_eq!(left(&wide), [(1, 3), (5, 9)]);
     }
 }

@@ -75,13 +75,14 @@ pub(super) struct Layer {
     gate: Option<MatrixTable<'static>>,
     up: MatrixTable<'static>,
     pub(super) down: MatrixTable<'static>,
-    /// `[n_expert + slots + shared buffers, width]` of gate, up and down; zeros for experts that are
-    /// elsewhere.
+    /// `[entries, width]` of gate, up and down; zeros for experts that are elsewhere.
     biases: Option<[Buffer; 3]>,
     /// Whether each expert is pinned here, `[n_expert]`.
     pub(super) pinned: Vec<bool>,
     pub(super) slots: Arc<Buffer>,
     pub(super) n_slots: usize,
+    /// Entry of the first slot in the tables: experts by index come before, if any is pinned.
+    first_slot: usize,
     shared: Option<SharedBuffers>,
 }
 
@@ -138,7 +139,8 @@ impl Layer {
         };
         let (pins, slots) = (buffer(pinned.len())?, buffer(n_slots)?);
         let n_shared = shared.map_or(0, |shared| shared.n);
-        let (n, has_gate) = (kind.n_expert + n_slots + n_shared, kind.gate.is_some());
+        let first_slot = if pinned.is_empty() { 0 } else { kind.n_expert };
+        let (n, has_gate) = (first_slot + n_slots + n_shared, kind.gate.is_some());
         let mut is_pinned = vec![false; kind.n_expert];
         let mut tables: [Vec<Option<SharedView>>; 3] = std::array::from_fn(|_| vec![None; n]);
         for (part, table) in Part::ALL.into_iter().zip(&mut tables) {
@@ -151,12 +153,12 @@ impl Layer {
                 is_pinned[*expert] = true;
             }
             for slot in 0..n_slots {
-                table[kind.n_expert + slot] = Some(view(&slots, slot));
+                table[first_slot + slot] = Some(view(&slots, slot));
             }
             for (i, shared) in shared.iter().flat_map(|s| (0..s.n).map(move |i| (i, s))) {
                 let range = layout.range(0, part);
                 assert!(layout.stride <= shared.len, "bytes of a shared buffer");
-                table[kind.n_expert + n_slots + i] = Some(SharedView {
+                table[first_slot + n_slots + i] = Some(SharedView {
                     buffer: Arc::clone(&shared.memory),
                     range: i * shared.len + range.start..i * shared.len + range.end,
                 });
@@ -181,6 +183,7 @@ impl Layer {
             pinned: is_pinned,
             slots,
             n_slots,
+            first_slot,
             shared: shared.cloned(),
         };
         for (i, (expert, bytes)) in pinned.iter().enumerate() {
@@ -205,7 +208,7 @@ impl Layer {
 
     /// Returns a place that is filled again and again, if the layer has it.
     pub(super) fn spot(&self, place: Place) -> Option<Spot<'_>> {
-        let (slots, stride) = (self.kind.n_expert, self.layout.stride);
+        let (slots, stride) = (self.first_slot, self.layout.stride);
         match (place, &self.shared) {
             (Place::Slot(slot), _) if slot < self.n_slots => Some(Spot {
                 memory: self.part_of(&self.slots, slot * stride),
