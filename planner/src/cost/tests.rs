@@ -1,4 +1,5 @@
 use super::*;
+use crate::profile::prefetch::Prefetch;
 use tier_plan_runtime::formats::machine::Accelerator;
 
 #[test]

@@ -56,6 +56,11 @@ pub fn replan(shape: &ModelShape, question: &Question) -> Result<Replanned> {
         constraints: Constraints::keeping(plan),
         ..Options::default()
     };
+    ensure!(
+        plan.streaming.is_none(),
+        "the plan streams experts to a GPU, and where these are is settled until the model is loaded anew; run \
+         `tier-plan solve` with what texts chose"
+    );
     let solved = solve::solve_with_evidence(&problem, &evidence, &options)
         .context("making a plan of what texts chose")?;
 
