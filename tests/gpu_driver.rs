@@ -607,6 +607,12 @@ fn experts_of_main_memory_are_computed_on_a_gpu_beside_the_processor() {
         let streams = "streaming = { tier = \"gpu0\", from = \"dram\", experts = 1, ";
         assert!(plan.contains(streams), "{plan}");
         assert!(case.bytes(0, "staging") > 0, "{}", case.solved);
+        let model = case.model.to_str().unwrap();
+        let limit = ["--time-limit", "0.5"];
+        let explain = ["explain", "plan.toml", "--model", model, limit[0], limit[1]];
+        let said = stdout(&succeeded(common::run_in(case.place.path(), &explain)));
+        let words = "Up to 1 of a layer's experts are streamed from dram to gpu0 for a token";
+        assert!(said.contains(words), "{said}");
         let (first, _) = case.on_gpu(&[], &tokens(20), 20);
         case.agrees(&tokens(20), &first, SMALL_ERROR);
         for order in ["late", "copies-first", "computing-first"] {

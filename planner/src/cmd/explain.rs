@@ -126,6 +126,14 @@ fn print_text(plan: &Placement, shape: &ModelShape, why: &Explanation, by_token:
         "",
         predicted.expert_critical_s * 1e3
     );
+    if let Some(s) = &plan.streaming {
+        println!(
+            "Up to {} of a layer's experts are streamed from {} to {} for a token, where they compute.",
+            s.experts,
+            printable(&plan.tiers[s.from].tier.name),
+            printable(&plan.tiers[s.tier].tier.name)
+        );
+    }
     println!(
         "The bottleneck is {}: {:.0} % of the time of a token.",
         bound.by,
@@ -376,6 +384,13 @@ fn as_json(plan: &Placement, why: &Explanation) -> Value {
         "bound_by": bound.by,
         "bound_by_share": bound.share,
         "overhead_s": plan.predicted.overhead_s,
+        "streaming": plan.streaming.map(|s| json!({
+            "tier": name(s.tier),
+            "from": name(s.from),
+            "experts": s.experts,
+            "link_gbps": s.link_gbps,
+            "cpu_share": s.cpu_share,
+        })),
         "tiers": why.tiers.enumerate().map(|(at, t)| json!({
             "name": t.name,
             "tok_s_per_gib": t.tok_s_per_gib,

@@ -168,7 +168,7 @@ fn sentence(plan: &Placement, saved: f64) -> Option<String> {
     };
     Some(format!(
         "{experts} of a layer are streamed from '{}' to '{}' for a token, which saves {:.1} % of its predicted time; \
-         measured together, the link has {:.3} GB/s, and the CPU keeps {:.1} % of its rate",
+         measured together, the link has {:.1} GB/s, and the CPU keeps {:.0} % of its rate",
         name(streaming.from),
         name(streaming.tier),
         saved * 100.0,
