@@ -124,7 +124,7 @@ pub fn explain(
         sequences: plan.sequences,
         kv_type: plan.kv_type,
     };
-    let prices = shadow_prices(&problem, evidence, plan.kv_tier, time_limit_s)?;
+    let prices = shadow_prices(&problem, evidence, plan, time_limit_s)?;
     let total = crate::cost::token_s(&plan.predicted).max(f64::MIN_POSITIVE);
     let tiers = plan.tiers.iter().zip(&prices).map(|(tier, price)| {
         let seconds_per_gib = price * f64::from(1u32 << 30);

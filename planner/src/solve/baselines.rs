@@ -8,7 +8,8 @@ use super::problem::capacity::Capacity;
 use super::problem::draft::Draft;
 use crate::profile::{Evidence, LayerEvidence};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
-use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
+use tier_plan_runtime::model::gpu::Part;
+use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
 
 /// A rule of thumb.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,12 +75,18 @@ pub fn draft(
 ) -> Option<Draft> {
     let mut left = capacity.left_bytes.clone();
     let mut dense = vec![TierIdx::FIRST; shape.dense.len()];
-    for kind in DENSE_ORDER {
+    // What a GPU has only together comes before what else would fit there.
+    let is_first = |group: &DenseShape| {
+        let part = (Part::Dense(group.kind), group.layer);
+        capacity.together_on.is_some() && capacity.together.contains(&part)
+    };
+    let passes = [true, false].map(|first| DENSE_ORDER.map(|kind| (first, kind)));
+    for (first, kind) in passes.into_iter().flatten() {
         for (at, group) in shape
             .dense
             .iter()
             .enumerate()
-            .filter(|(_, g)| g.kind == kind)
+            .filter(|(_, g)| g.kind == kind && is_first(g) == first)
         {
             let fits = |left: &[u64], tier: TierIdx| {
                 capacity

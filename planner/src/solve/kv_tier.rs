@@ -1,4 +1,4 @@
-//! Search over the tier of the KV cache.
+//! Search over the tier of the KV cache, and over the GPU of parts that are on one only together.
 //!
 //! Attention on a real GPU has its layer's KV cache there, which attention's columns say. All other
 //! caches lie on one tier. Each tier that has room for them gives an instance of its own.
@@ -262,7 +262,7 @@ fn search(
     }
     let mut attempts = attempts.into_iter();
     let Some(mut first) = attempts.next() else {
-        let none = || anyhow::anyhow!("no tier has room for the key and value cache");
+        let none = || anyhow::anyhow!("no tier has room for what is not divided");
         return Err(first_error.unwrap_or_else(none));
     };
     let others = attempts

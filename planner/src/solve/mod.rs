@@ -163,7 +163,7 @@ pub fn solve_with_pool(
     // The choice: a baseline's, or the optimum.
     let baseline = Baseline::of_strategy(options.strategy);
     let choose = |problem: &Problem<'_>, deadline: Instant| {
-        // One instance per tier that can hold the KV cache.
+        // One instance per tier that can hold the KV cache, and per GPU that can have what is together.
         let capacities = Capacity::per_kv_tier(problem, constraints)?;
         let instances: Vec<Instance<'_>> = capacities
             .iter()

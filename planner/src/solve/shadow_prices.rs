@@ -13,7 +13,9 @@ use super::{Problem, deadline};
 use crate::profile::Evidence;
 use anyhow::Result;
 use std::time::Instant;
-use tier_plan_runtime::formats::placement::TierIdx;
+use tier_plan_runtime::formats::placement::{DensePlacement, Placement, TierIdx};
+use tier_plan_runtime::model::gpu::Part;
+use tier_plan_runtime::model::shape::ModelShape;
 
 /// Returns `[tiers]` seconds per byte of a decoded token, with the KV cache on `kv_tier`.
 ///
@@ -22,15 +24,19 @@ use tier_plan_runtime::formats::placement::TierIdx;
 pub fn shadow_prices(
     problem: &Problem<'_>,
     evidence: &Evidence,
-    kv_tier: TierIdx,
+    plan: &Placement,
     time_limit_s: f64,
 ) -> Result<Vec<f64>> {
     let constraints = Constraints::default();
     let mut capacities = Capacity::per_kv_tier(problem, &constraints)?;
-    let at = capacities
+    // A plan may name a GPU as the tier of the KV cache, where none of it is set aside.
+    let on = together_on(plan, problem.shape);
+    let is = |capacity: &&Capacity| capacity.together_on == on;
+    let with_cache = capacities
         .iter()
-        .position(|capacity| capacity.kv_tier == kv_tier)
-        .unwrap_or(0);
+        .position(|c| is(&c) && c.kv_tier == plan.kv_tier);
+    let at = with_cache.or(capacities.iter().position(|c| is(&c)));
+    let at = at.unwrap_or(0);
     let capacity = &capacities.swap_remove(at);
     let objective = &ObjectiveFunction::new(Objective::Latency, None, None, problem)?;
     let backend = Backend::default();
@@ -60,4 +66,15 @@ pub fn shadow_prices(
     Ok(generate(&instance, &enumerator, dense, &[], deadline)?
         .dual
         .price)
+}
+
+/// Returns the GPU that has the parts which run on one only together, if any.
+fn together_on(plan: &Placement, shape: &ModelShape) -> Option<TierIdx> {
+    let is_together = |d: &DensePlacement| {
+        let mut together = shape.cpu_only.iter().filter(|only| only.is_together());
+        together.any(|only| (only.part, only.layer) == (Part::Dense(d.kind), d.layer))
+    };
+    let on_gpu = |d: &&DensePlacement| plan.tiers.get(d.tier).is_some_and(|t| t.tier.is_gpu());
+    let mut dense = plan.dense.iter().filter(on_gpu);
+    dense.find(|d| is_together(d)).map(|d| d.tier)
 }

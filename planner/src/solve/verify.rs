@@ -115,16 +115,21 @@ impl Tally<'_> {
         };
         let placed = self.plan.dense.iter();
         let placed = placed.filter(|d| together.iter().any(|only| is(only, d)));
-        let tiers: Vec<TierIdx> = placed.map(|d| d.tier).collect();
+        let placed: Vec<&DensePlacement> = placed.collect();
+        let tiers: Vec<TierIdx> = placed.iter().map(|d| d.tier).collect();
         let gpu = tiers.iter().find(|t| {
             let tier = self.plan.tiers.get(**t);
             tier.is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated)
         });
-        if gpu.is_some_and(|gpu| tiers.iter().any(|tier| tier != gpu)) {
-            self.wrong.push(
-                "a GPU has some parts that it can run only together with others elsewhere"
-                    .to_string(),
+        let apart = gpu.and_then(|gpu| placed.iter().find(|d| d.tier != *gpu));
+        if let (Some(gpu), Some(away)) = (gpu, apart) {
+            let (name, gpu) = (
+                group_name(away.kind, away.layer),
+                &self.plan.tiers[*gpu].tier.name,
             );
+            self.wrong.push(format!(
+                "{name} is not on the GPU '{gpu}', which has parts that it can run only together with it"
+            ));
         }
     }
 

@@ -233,7 +233,7 @@ fn table_row(
 ) {
     let table = weights.matrix(own.table, spec.n_vocab, own.proj.n_out);
     row.fill(0.0);
-    if let Some(bytes) = table.row(token as usize) {
+    if let Some(bytes) = table.row_in(token as usize, &mut Vec::new()) {
         dequantize_row(table.ty(), bytes, row);
     }
 }

@@ -8,12 +8,12 @@
 use super::Gpu;
 use super::buffers::logit_rows;
 use super::ffn::{FfnBlock, LayerFfn};
+use super::inputs::InputProjection;
 use super::latent::Onto;
 use super::router::{ChoiceViews, Router};
 use super::rows::GPU_ROWS;
 use super::stages::{Head, Layer, LayerMixer};
 use super::workspace::{Output, Purpose, Residual, Workspace};
-use crate::gpu::inputs::InputProjection;
 use crate::gpu::matrix::Matrix;
 use crate::layers::mixer::Segment;
 use crate::layers::pages::StateIdx;

@@ -24,9 +24,14 @@ pub fn check(shape: &ModelShape, plan: &Placement) -> Result<(), LoadError> {
     if let Some((tier, only)) = never.into_iter().find_map(found) {
         return Err(rejected(shape, plan, tier, only));
     }
-    if let Some((tier, only)) = together.iter().copied().find_map(found)
-        && together.iter().any(|only| gpu_of(plan, only) != Some(tier))
+    if let Some((tier, mut only)) = together.iter().copied().find_map(found)
+        && let Some(away) = together.iter().find(|o| gpu_of(plan, o) != Some(tier))
     {
+        let of = away
+            .layer
+            .map_or(String::new(), |layer| format!(" of layer {layer}"));
+        let why = format!("{}, and {}{of} is elsewhere", only.why, away.part.name());
+        only.why = CpuReason::Kernel(why);
         return Err(rejected(shape, plan, tier, only));
     }
     let cache = plan.tiers.get(plan.kv_tier).filter(|t| t.tier.is_gpu());

@@ -2,7 +2,8 @@
 //!
 //! Every plan needs staging buffers and the KV cache. Layers whose attention may be on a real GPU
 //! have their cache where their attention is, so columns count it; the rest of the cache is set
-//! aside here. Each tier that can hold that rest gives a [`Capacity`] of its own.
+//! aside here. Each tier that can hold that rest gives a [`Capacity`] of its own, and so does each GPU
+//! that may have parts which run on one only together.
 
 mod check;
 
@@ -237,11 +238,19 @@ impl Capacity {
     /// groups, the cache, the staging buffers and a backing copy of every expert.
     pub fn per_kv_tier(problem: &Problem<'_>, constraints: &Constraints) -> Result<Vec<Self>> {
         let common = Self::without_cache(problem)?;
-        let mut all = common.clone().with_caches(problem, constraints);
+        let allows = |gpu| constraints.allows_together(problem.shape, problem.machine, gpu);
         if common.together.is_empty() {
-            return all;
+            return common.with_caches(problem, constraints);
         }
-        for gpu in common.tiers.indices().filter(|t| common.tiers[*t].is_gpu()) {
+        let mut all = if allows(None) {
+            common.clone().with_caches(problem, constraints)
+        } else {
+            Ok(Vec::new())
+        };
+        let gpus = common.tiers.indices();
+        let gpus = gpus.filter(|t| common.tiers[*t].is_gpu() && allows(Some(*t)));
+        let mut first_error = None;
+        for gpu in gpus {
             let together = Capacity {
                 together_on: Some(gpu),
                 ..common.clone()
@@ -249,10 +258,15 @@ impl Capacity {
             match (&mut all, together.with_caches(problem, constraints)) {
                 (Ok(all), Ok(more)) => all.extend(more),
                 (Err(_), Ok(more)) => all = Ok(more),
-                (_, Err(_)) => {}
+                (_, Err(error)) => {
+                    first_error.get_or_insert(error);
+                }
             }
         }
-        all
+        match (all, first_error) {
+            (Ok(all), Some(error)) if all.is_empty() => Err(error),
+            (all, _) => all,
+        }
     }
 
     /// Sets the KV cache aside, once per tier that can have it.

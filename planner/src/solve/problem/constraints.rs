@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::machine::{Machine, TierKind};
 use tier_plan_runtime::formats::placement::{DensePlacement, Placement, TierIdx};
 use tier_plan_runtime::formats::ranges;
-use tier_plan_runtime::model::gpu::Part;
+use tier_plan_runtime::model::gpu::{CpuOnly, Part};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Kinds of dense groups by the name that plans give them.
@@ -141,7 +141,69 @@ impl Constraints {
                 );
             }
         }
-        Ok(())
+        self.check_together(shape, machine)
+    }
+
+    /// Refuses what puts some parts on a GPU that it can run only together with others.
+    fn check_together(&self, shape: &ModelShape, machine: &Machine) -> Result<()> {
+        let together: Vec<&CpuOnly> = shape.cpu_only.iter().filter(|o| o.is_together()).collect();
+        let tiers: Vec<TierIdx> = (0..machine.tiers.len()).map(TierIdx::new).collect();
+        let is_gpu = |tier: &TierIdx| machine.tiers[tier.get()].is_gpu();
+        let (gpus, others): (Vec<TierIdx>, Vec<TierIdx>) = tiers.into_iter().partition(is_gpu);
+        let off_gpus = |only: &&&CpuOnly| !others.iter().any(|t| self.allows_part(only, *t, false));
+        let Some(must) = together.iter().find(off_gpus) else {
+            return Ok(());
+        };
+        let away = |gpu: &TierIdx| together.iter().find(|o| !self.allows_part(o, *gpu, true));
+        let mut away = gpus.iter().map(away);
+        let Some(Some(other)) = away
+            .next()
+            .filter(|first| first.is_some() && away.all(|a| a.is_some()))
+        else {
+            return Ok(());
+        };
+        let name = |only: &CpuOnly| {
+            let of = only
+                .layer
+                .map_or(String::new(), |layer| format!(" of layer {layer}"));
+            only.part.name().to_string() + &of
+        };
+        bail!(
+            "--fix and --forbid have {} on a GPU and {} elsewhere, but the first has {}; constrain them alike",
+            name(must),
+            name(other),
+            must.why
+        )
+    }
+
+    /// Whether a part may be on a tier, which is a GPU or not.
+    fn allows_part(&self, only: &CpuOnly, tier: TierIdx, is_gpu: bool) -> bool {
+        match only.part {
+            Part::Dense(DenseKind::Attention) if is_gpu => self.allows_attention(only.layer, tier),
+            Part::Dense(kind) => self.allows(kind, only.layer, tier),
+            Part::Experts => true,
+        }
+    }
+
+    /// Whether the parts that a GPU can run only together may all be on this one, or, without one, on none.
+    pub fn allows_together(
+        &self,
+        shape: &ModelShape,
+        machine: &Machine,
+        gpu: Option<TierIdx>,
+    ) -> bool {
+        let mut together = shape.cpu_only.iter().filter(|only| only.is_together());
+        match gpu {
+            Some(gpu) => together.all(|only| self.allows_part(only, gpu, true)),
+            None => together.all(|only| {
+                let mut others = machine
+                    .tiers
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, t)| !t.is_gpu());
+                others.any(|(at, _)| self.allows_part(only, TierIdx::new(at), false))
+            }),
+        }
     }
 
     /// Whether any expert is constrained.

@@ -8,6 +8,7 @@ use tier_plan_runtime::formats::placement::DensePlacement;
 use tier_plan_runtime::gguf::Gguf;
 use tier_plan_runtime::gpu::check_parts;
 use tier_plan_runtime::model::gpu::{CpuOnly, CpuReason, Part};
+use tier_plan_runtime::model::kv::CacheRoom;
 use tier_plan_runtime::model::{describe, shape::shape_of};
 
 const DRAM: usize = 0;
@@ -152,7 +153,19 @@ fn parts_that_run_together_only_are_all_on_a_gpu_or_none_is() -> Result<()> {
         together.any(|only| (only.part, only.layer) == (Part::Dense(d.kind), d.layer))
     };
     let bytes: u64 = shape.dense.iter().map(|d| d.bytes).sum();
-    for (vram, on_gpu) in [(budgets[0], true), (bytes / 3, false)] {
+    let groups = shape.dense.iter().enumerate();
+    let of_together = groups.filter(|(_, d)| {
+        let mut together = shape.cpu_only.iter().filter(|only| only.is_together());
+        together.any(|only| (only.part, only.layer) == (Part::Dense(d.kind), d.layer))
+    });
+    let caches: u64 = shape
+        .caches
+        .iter()
+        .map(|c| c.bytes(KvType::F16, CacheRoom::of_one(64)))
+        .sum();
+    let least = of_together.map(|(_, d)| d.bytes).sum::<u64>() + caches;
+    let cases = [(budgets[0], true), (least + 4096, true), (bytes / 3, false)];
+    for (vram, on_gpu) in cases {
         let mut budgets = budgets;
         budgets[0] = vram;
         let problem = Problem {
@@ -162,6 +175,19 @@ fn parts_that_run_together_only_are_all_on_a_gpu_or_none_is() -> Result<()> {
         let solved = solve(&problem, &options())?;
         for plan in solved.baselines.iter().chain([&solved.plan]) {
             check_parts(&shape, plan).unwrap_or_else(|e| panic!("{}: {e}", plan.name));
+            let together = plan.dense.iter().filter(|d| is_together(d));
+            let n = together.filter(|d| d.tier.get() == 0).count();
+            assert_eq!(n > 0, on_gpu, "{} with {vram}", plan.name);
+        }
+        // Of what a tier has to spare, more is worth nothing.
+        let evidence = Evidence::new(&shape, None)?;
+        let why = crate::explain::explain(&solved.plan, &shape, &evidence, 1.0)?;
+        for (tier, placed) in why.tiers.iter().zip(&solved.plan.tiers) {
+            let half = placed.budget_bytes / 2;
+            assert!(
+                tier.spare_bytes < half || tier.seconds_per_gib == 0.0,
+                "{tier:?}"
+            );
         }
         let together = solved.plan.dense.iter().filter(|d| is_together(d));
         let tiers: BTreeSet<usize> = together.map(|d| d.tier.get()).collect();
@@ -180,6 +206,44 @@ fn parts_that_run_together_only_are_all_on_a_gpu_or_none_is() -> Result<()> {
             .any(|n| n.contains("unless one GPU has all"));
         assert_eq!(says_why, !on_gpu, "{:?}", solved.notes);
     }
+    Ok(())
+}
+
+#[test]
+fn flags_that_part_what_is_together_are_refused_by_name() -> Result<()> {
+    use crate::solve::problem::constraints::Constraints;
+    let (machine, budgets) = with_gpu();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/arch2/gemma4.gguf");
+    let gguf = Gguf::open(&path)?;
+    let shape = shape_of(&gguf, &describe(&gguf)?);
+    let problem = Problem {
+        context: 64,
+        ..problem(&shape, &machine, &budgets)
+    };
+    let [gpu, memory] = [0, 1].map(|tier| machine.tiers[tier].name.as_str());
+    let solved = |fix: &[String], forbid: &[String]| {
+        let constraints = Constraints::parse(fix, forbid, &shape, &machine)?;
+        let options = Options {
+            constraints,
+            ..options()
+        };
+        solve(&problem, &options)
+    };
+    let flag = |tier: &str, what: &str| format!("{tier}:{what}");
+    let refused = solved(&[flag(gpu, "head"), flag(memory, "router:0")], &[]);
+    let error = refused.err().map(|e| format!("{e:#}")).unwrap_or_default();
+    assert!(
+        error.contains("have head on a GPU") && error.contains("router of layer 0 elsewhere"),
+        "{error}"
+    );
+    // One of them decides for all.
+    let is_on = |solution: &Solution, tier: usize| {
+        let mut dense = solution.plan.dense.iter();
+        dense.any(|d| d.kind == DenseKind::Head && d.tier.get() == tier)
+    };
+    assert!(is_on(&solved(&[flag(gpu, "head")], &[])?, 0));
+    assert!(is_on(&solved(&[flag(memory, "router:0")], &[])?, 1));
+    assert!(is_on(&solved(&[], &[flag(gpu, "router:0")])?, 1));
     Ok(())
 }
 

@@ -1,5 +1,5 @@
-//! The parts of a model that no GPU can run: loading refuses plans that place them on one, and
-//! solving makes none.
+//! The parts of a model that no GPU can run, or only all of them together: loading refuses plans that
+//! place them on one, or some of them, and solving makes none.
 //!
 //! What decides is which options the kernels of [`tier_plan_cuda`] have. This module knows of them
 //! what a plan needs, so that sizes of a model say it without a GPU.
@@ -80,7 +80,7 @@ impl Part {
     }
 }
 
-/// Why no GPU can run a part.
+/// Why no GPU can run a part, or only with others.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CpuReason {
     /// All parts of the model with such a reason share something. One GPU can run them together, but
@@ -102,7 +102,7 @@ impl fmt::Display for CpuReason {
     }
 }
 
-/// A part that no GPU can run.
+/// A part that no GPU can run, or only with others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuOnly {
     /// The part.
@@ -164,7 +164,20 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
             Ffn::None => {}
         }
     }
-    found.extend(together(spec));
+    let mut together = together(spec);
+    let is_never = |only: &CpuOnly| {
+        let mut never = found.iter();
+        never.any(|other| (other.part, other.layer) == (only.part, only.layer))
+    };
+    // Where one of them can never be there, none can.
+    if together.iter().any(is_never) {
+        for only in &mut together {
+            if let CpuReason::Together(why) = &only.why {
+                only.why = CpuReason::Kernel(why.clone());
+            }
+        }
+    }
+    found.extend(together);
     found
 }
 

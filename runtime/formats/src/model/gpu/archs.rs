@@ -93,8 +93,10 @@ mod tests {
                 let said = cpu_only_of(&shape);
                 for only in &shape.cpu_only {
                     let place = (only.part, only.layer);
-                    let is_said = said.iter().any(|said| (said.part, said.layer) == place);
-                    assert!(is_said, "{}: {only:?}", path.display());
+                    let said = said.iter().find(|said| (said.part, said.layer) == place);
+                    let together = said.map(CpuOnly::is_together);
+                    let expected = Some(only.is_together());
+                    assert_eq!(together, expected, "{}: {only:?}", path.display());
                 }
                 let parts = found.entry(shape.arch.clone()).or_default();
                 parts
