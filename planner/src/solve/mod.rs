@@ -191,9 +191,8 @@ pub fn solve_with_pool(
     if may_stream {
         // The searches for plans with room for buffers begin with what the first has found.
         let end = deadline(start, options.time_limit_s)?;
-        streaming::improve(&mut best, problem, evidence, &|smaller| {
-            choose(smaller, end)
-        })?;
+        let choose = |smaller: &Problem<'_>| choose(smaller, end);
+        streaming::improve(&mut best, problem, evidence, constraints, &choose)?;
     }
     // Sentences about it.
     let summary = if baseline.is_none() && objective.is_latency() {

@@ -7,6 +7,7 @@
 
 use super::kv_tier::Best;
 use super::problem::Problem;
+use super::problem::constraints::Constraints;
 use super::problem::instance::MAX_ROUNDING_GAP;
 use super::verify;
 use crate::cost::{predict, token_s};
@@ -55,13 +56,20 @@ pub(super) fn improve(
     best: &mut Best,
     problem: &Problem<'_>,
     evidence: &Evidence,
+    constraints: &Constraints,
     choose: Choose<'_>,
 ) -> Result<()> {
     let shape = problem.shape;
     let before = token_s(&best.plan.predicted);
     let saved = |plan: &Placement| 1.0 - token_s(&plan.predicted) / before;
+    // Where experts are kept off a GPU by hand, none is streamed there.
+    let is_kept_off = |tier| {
+        let mut layers = shape.experts.iter().map(|e| constraints.layer(e.layer));
+        layers.any(|layer| layer.forbidden.contains(&tier))
+    };
     let drafts: Vec<Draft> = candidates(&best.plan, problem)
         .into_iter()
+        .filter(|streaming| !is_kept_off(streaming.tier))
         .map(|streaming| Draft::new(best, streaming, shape, evidence))
         .filter(|draft| saved(&draft.plan) > 0.0)
         .collect();

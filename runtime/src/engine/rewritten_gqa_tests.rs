@@ -350,7 +350,7 @@ fn tensors_of_another_shape_are_refused() {
 #[test]
 fn gpus_refuse_by_name_what_they_do_not_compute() {
     for (name, what) in [
-        ("gemma4", "inputs of tokens for every layer"),
+        ("gemma4", "a table of inputs, of which a token reads a row"),
         (
             "qwen4exp",
             "a table of n-grams, of which a token reads a few rows",

@@ -119,6 +119,29 @@ fn recorded_tokens_are_divided_one_by_one() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn experts_that_are_kept_off_a_gpu_are_not_streamed_to_it() -> Result<()> {
+    let shape = shape(4, 16, 8, 2 * MB);
+    let machine = linked(9.0, 16.0);
+    let problem = Problem {
+        shape: &shape,
+        profile: None,
+        machine: &machine,
+        budgets: vec![30 * MB, 1000 * MB, 1 << 40],
+        context: 100,
+        sequences: 1,
+        kv_type: KvType::F16,
+    };
+    let forbid = ["vram:experts".to_string()];
+    let constraints = problem::constraints::Constraints::parse(&[], &forbid, &shape, &machine)?;
+    let options = Options {
+        constraints,
+        ..options()
+    };
+    assert_eq!(solve(&problem, &options)?.plan.streaming, None);
+    Ok(())
+}
+
 /// Whatever room a GPU has, as many buffers are made in it as bring most.
 #[test]
 fn the_number_of_buffers_is_worth_their_room() -> Result<()> {
