@@ -106,8 +106,8 @@ impl ExpertStage {
     ) -> Self {
         let bytes = evidence.shape.expert_bytes;
         let mut stage = Self::new(tiers, bytes, evidence.prefetch);
-        let on_cpu = (Part::Experts, Some(evidence.shape.layer));
-        let runs = !shape.cpu_only.iter().any(|o| (o.part, o.layer) == on_cpu);
+        let layer = Some(evidence.shape.layer);
+        let runs = !shape.cpu_only.iter().any(|o| o.is(Part::Experts, layer));
         let streamed = |s: &Streaming| {
             Box::new(StreamedStage {
                 tier: s.tier,

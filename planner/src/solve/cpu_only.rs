@@ -18,7 +18,7 @@ pub(super) fn notes(problem: &Problem<'_>, plan: &Placement) -> Vec<String> {
     let on_gpu = |only: &CpuOnly| {
         let dense = plan.dense.iter();
         let mut dense = dense.filter(|d| plan.tiers.get(d.tier).is_some_and(|t| t.tier.is_gpu()));
-        dense.any(|d| (Part::Dense(d.kind), d.layer) == (only.part, only.layer))
+        dense.any(|d| only.is(Part::Dense(d.kind), d.layer))
     };
     // Where a GPU has parts that it can run only together, it has all of them.
     for only in problem.shape.cpu_only.iter().filter(|only| !on_gpu(only)) {

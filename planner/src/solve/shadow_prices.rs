@@ -72,7 +72,7 @@ pub fn shadow_prices(
 fn together_on(plan: &Placement, shape: &ModelShape) -> Option<TierIdx> {
     let is_together = |d: &DensePlacement| {
         let mut together = shape.cpu_only.iter().filter(|only| only.is_together());
-        together.any(|only| (only.part, only.layer) == (Part::Dense(d.kind), d.layer))
+        together.any(|only| only.is(Part::Dense(d.kind), d.layer))
     };
     let on_gpu = |d: &&DensePlacement| plan.tiers.get(d.tier).is_some_and(|t| t.tier.is_gpu());
     let mut dense = plan.dense.iter().filter(on_gpu);

@@ -98,7 +98,7 @@ pub(super) fn improve(
     }) = least.filter(|d| saved(&d.plan) > MIN_GAIN)
     else {
         best.notes.push(format!(
-            "no experts are streamed to a GPU: with room for the buffers, that would not save {:.0} % of a token's time",
+            "no experts are streamed to a GPU: with room for the buffers, that would not save {:.0} % of a token's predicted time",
             MIN_GAIN * 100.0
         ));
         return Ok(());
@@ -238,8 +238,8 @@ fn times<'a>(
     shape: &'a ModelShape,
 ) -> impl Iterator<Item = (StreamTimes, u32)> + 'a {
     let runs = |layer: u32| {
-        let part = (Part::Experts, Some(layer));
-        !shape.cpu_only.iter().any(|o| (o.part, o.layer) == part)
+        let mut cpu_only = shape.cpu_only.iter();
+        !cpu_only.any(|o| o.is(Part::Experts, Some(layer)))
     };
     let layers = shape.experts.iter().filter(move |e| runs(e.layer));
     let [tier, from] = [streaming.tier, streaming.from].map(|tier| &plan.tiers[tier].tier);

@@ -11,7 +11,6 @@ use tier_plan_cuda::device::{Arg, Grid, Recording};
 use tier_plan_cuda::{CudaError, Device, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::machine::TierKind;
-use tier_plan_formats::model::gpu::{CpuOnly, Part};
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::{describe, shape::shape_of};
@@ -205,7 +204,7 @@ fn text(engine: &mut Engine) -> Vec<f32> {
     all
 }
 
-fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placement) {
+pub(super) fn compare(name: &str, of: (u32, KvType), make: impl Fn(&ModelShape) -> Placement) {
     let (gguf, shape) = open(name);
     compare_plans(
         name,
@@ -328,7 +327,7 @@ fn parts_of_a_layer_may_be_apart() {
     }
 }
 
-fn refused(gguf: &Arc<Gguf>, plan: &Placement, free: usize) -> LoadError {
+pub(super) fn refused(gguf: &Arc<Gguf>, plan: &Placement, free: usize) -> LoadError {
     let give = |_: usize| Ok(Arc::new(Watched::new(free)) as Arc<dyn Device>);
     let loaded = Engine::load_on(
         Arc::clone(gguf),
@@ -410,52 +409,6 @@ impl Device for Watched {
     fn end_recording(self: Arc<Self>) -> Result<Box<dyn Recording>, CudaError> {
         Arc::clone(&self.shim).end_recording()
     }
-}
-
-#[test]
-fn parts_that_share_something_are_on_one_gpu_or_on_none() {
-    let (name, of) = ("arch2/gemma4.gguf", (64, KvType::F16));
-    // Experts in main memory come between a layer's parts and its inputs of tokens.
-    for experts in [Experts::Memory, Experts::File] {
-        compare(name, of, |shape| plan(shape, of, ALL, true, experts));
-    }
-    let (gguf, shape) = open(name);
-    let together: Vec<_> = shape.cpu_only.iter().filter(|o| o.is_together()).collect();
-    assert!(together.len() > 3, "{together:?}");
-    for away in &together {
-        let Part::Dense(kind) = away.part else {
-            panic!("{away:?}")
-        };
-        let but_one = |of, layer| (of, layer) != (kind, away.layer);
-        let with_cache = kind != DenseKind::Attention;
-        let split = plan(&shape, of, but_one, with_cache, Experts::Gpu);
-        let error = refused(&gguf, &split, usize::MAX).to_string();
-        assert!(error.contains("unless one GPU has all of them"), "{error}");
-    }
-    // Rows of a batch that a part takes in two goes.
-    let of = (600, KvType::F32);
-    let long = |plan: &Placement| {
-        let mut engine = load(&gguf, plan, 560);
-        let n_vocab = engine.spec().n_vocab as u32;
-        let tokens: Vec<u32> = (0..540).map(|i| (i * 37 + 5) % n_vocab).collect();
-        engine.forward(&tokens, LogitsMode::Last).unwrap().to_vec()
-    };
-    let found = long(&plan(&shape, of, ALL, true, Experts::Memory));
-    let off = nmse(&found, &long(&all_in_memory(&shape, of.0, of.1)));
-    assert!(off < 1e-4, "{off:e}");
-    let of = (64, KvType::F16);
-    // All that is apart from these may be there alone, and these without it.
-    let others = |kind, layer| {
-        let is = |only: &&CpuOnly| (only.part, only.layer) == (Part::Dense(kind), layer);
-        !shape.cpu_only.iter().any(|only| is(&only))
-    };
-    compare(name, of, |shape| {
-        plan(shape, of, others, false, Experts::Gpu)
-    });
-    let these = |kind, layer| !others(kind, layer) && kind != DenseKind::TokenTable;
-    compare(name, of, |shape| {
-        plan(shape, of, these, false, Experts::Gpu)
-    });
 }
 
 #[test]

@@ -44,6 +44,8 @@ mod gpu_streamed_tests;
 mod gpu_tests;
 #[cfg(test)]
 mod gpu_texts_tests;
+#[cfg(test)]
+mod gpu_together_tests;
 mod kept_files;
 mod load;
 pub mod measure;

@@ -114,6 +114,11 @@ pub struct CpuOnly {
 }
 
 impl CpuOnly {
+    /// Whether it is this part of this layer.
+    pub fn is(&self, part: Part, layer: Option<u32>) -> bool {
+        (self.part, self.layer) == (part, layer)
+    }
+
     /// Whether one GPU can run the part together with all others of which this is true.
     pub fn is_together(&self) -> bool {
         matches!(self.why, CpuReason::Together(_))
@@ -167,7 +172,7 @@ pub(crate) fn cpu_only(gguf: &Gguf, spec: &ModelSpec) -> Vec<CpuOnly> {
     let mut together = together(spec);
     let is_never = |only: &CpuOnly| {
         let mut never = found.iter();
-        never.any(|other| (other.part, other.layer) == (only.part, only.layer))
+        never.any(|other| other.is(only.part, only.layer))
     };
     // Where one of them can never be there, none can.
     if together.iter().any(is_never) {
