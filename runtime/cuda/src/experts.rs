@@ -6,14 +6,14 @@
 //! the fills before it. A fill that is ordered after what computes may follow as soon as the expert that
 //! the slot held was enqueued.
 
+mod fill;
 mod layer;
 mod slots;
 
 use super::device::{Buffer, Device, View};
 use super::ops::{ChosenSum, Input, Quants, TokenGroup, TokenGroups};
-use super::transfers::{TransferId, TransferOrder};
 use super::{CudaError, Ops};
-use layer::{Activations, ExpertLayout, Fillable, Inner, Layer, Part, SharedBuffers, Spot, Uses};
+use layer::{Activations, ExpertLayout, Fillable, Inner, Layer, Part, SharedBuffers, Uses};
 use slots::SlotTransfers;
 use std::sync::Arc;
 use tier_plan_formats::model::spec::Activation;
@@ -133,17 +133,6 @@ pub struct PinnedExperts {
     bytes: u64,
     /// How slots are filled, where not by the device in its order.
     transfers: Option<SlotTransfers>,
-}
-
-/// Returns a layer, and one of its places that are filled.
-fn spot_of(layers: &[Option<Layer>], layer: usize, place: Place) -> (&Layer, Spot<'_>) {
-    let Some(l) = layers.get(layer).and_then(Option::as_ref) else {
-        panic!("layer {layer} on a device")
-    };
-    let Some(spot) = l.spot(place) else {
-        panic!("{place:?} of layer {layer} can't be filled")
-    };
-    (l, spot)
 }
 
 /// Buffers of requests and their results.
@@ -287,155 +276,6 @@ impl PinnedExperts {
 
     fn layer(&self, layer: usize) -> Option<&Layer> {
         self.layers.get(layer).and_then(Option::as_ref)
-    }
-
-    /// Has slots and shared buffers filled beside what the device computes, where that is supported and
-    /// there are any.
-    ///
-    /// # Errors
-    /// When the device refuses a stream.
-    pub fn open_transfers(&mut self) -> Result<(), CudaError> {
-        let is_filled = |l: &&Layer| l.n_slots > 0 || l.n_shared() > 0;
-        let with_slots = self.layers.iter().flatten().filter(is_filled);
-        let Some(stride) = with_slots.map(|l| l.layout.stride).max() else {
-            return Ok(());
-        };
-        if let Some(stream) = Arc::clone(self.ops.device()).transfers()? {
-            self.transfers = Some(SlotTransfers::new(stream, stride));
-        }
-        Ok(())
-    }
-
-    /// Locks host memory that slots or shared buffers are [filled from](Self::fill_in_place), until this
-    /// value is dropped. Returns whether they can be.
-    ///
-    /// # Safety
-    /// The memory is mapped, and stays so until this value is dropped.
-    pub unsafe fn lock(&mut self, start: *const u8, len: usize) -> bool {
-        let transfers = self.transfers.as_mut();
-        // SAFETY: the caller's promise.
-        transfers.is_some_and(|transfers| unsafe { transfers.stream.lock(start, len) })
-    }
-
-    /// Copies an expert into a slot. The bytes may be overwritten when this returns.
-    ///
-    /// # Errors
-    /// After an error, the content of the slot is undefined.
-    ///
-    /// # Panics
-    /// When there is no such slot, or a size is not that of the layer.
-    pub fn fill(
-        &mut self,
-        layer: usize,
-        slot: usize,
-        expert: &ExpertBytes<'_>,
-        order: TransferOrder,
-    ) -> Result<(), CudaError> {
-        let Self {
-            layers, transfers, ..
-        } = self;
-        let (l, spot) = spot_of(layers, layer, Place::Slot(slot));
-        match transfers {
-            Some(transfers) => {
-                l.put_biases(spot.entry, expert)?;
-                transfers.send_copy(l, spot, expert, order)
-            }
-            // The device works in order, so this comes after what was asked of the previous expert.
-            None => l.put(spot, expert),
-        }
-    }
-
-    /// Copies an expert into a slot from [locked](Self::lock) memory, which is read until the
-    /// transfer is done.
-    ///
-    /// # Errors
-    /// As [`fill`](Self::fill).
-    ///
-    /// # Safety
-    /// The bytes of the matrices are locked, stay, and are not written until the transfer is done.
-    ///
-    /// # Panics
-    /// As [`fill`](Self::fill), and when no memory was locked.
-    pub unsafe fn fill_in_place(
-        &mut self,
-        layer: usize,
-        slot: usize,
-        expert: &ExpertBytes<'_>,
-        order: TransferOrder,
-    ) -> Result<TransferId, CudaError> {
-        let Self {
-            layers, transfers, ..
-        } = self;
-        let (l, spot) = spot_of(layers, layer, Place::Slot(slot));
-        let Some(transfers) = transfers else {
-            panic!("a device that copies in place")
-        };
-        // Nothing may fail once the bytes are on their way.
-        l.put_biases(spot.entry, expert)?;
-        let copies: Vec<(View<'_>, &[u8])> = l.copies(spot, expert).collect();
-        // SAFETY: the caller's promise.
-        unsafe { transfers.stream.send(&copies, order) }
-    }
-
-    /// Copies experts into the first shared buffers from [locked](Self::lock) memory, as one transfer
-    /// that waits for nothing. What was asked of experts in these buffers has been
-    /// [fetched](Self::fetch).
-    ///
-    /// # Errors
-    /// As [`fill`](Self::fill).
-    ///
-    /// # Safety
-    /// As [`fill_in_place`](Self::fill_in_place).
-    ///
-    /// # Panics
-    /// When there are fewer buffers, a size is not that of the layer, or no memory was locked.
-    pub unsafe fn fill_shared(
-        &mut self,
-        layer: usize,
-        experts: &[ExpertBytes<'_>],
-    ) -> Result<TransferId, CudaError> {
-        let Self {
-            layers, transfers, ..
-        } = self;
-        let Some(transfers) = transfers else {
-            panic!("a device that copies in place")
-        };
-        let mut copies: Vec<(View<'_>, &[u8])> = Vec::with_capacity(3 * experts.len());
-        for (i, expert) in experts.iter().enumerate() {
-            let (l, spot) = spot_of(layers, layer, Place::Shared(i));
-            l.put_biases(spot.entry, expert)?;
-            copies.extend(l.copies(spot, expert));
-        }
-        // SAFETY: the caller's promise.
-        unsafe { transfers.stream.send(&copies, TransferOrder::AtOnce) }
-    }
-
-    /// Waits until everything is done that was asked of the device.
-    pub fn wait(&self) -> Result<(), CudaError> {
-        self.ops.device().wait()
-    }
-
-    /// Returns whether a transfer is done.
-    pub fn is_filled(&mut self, transfer: TransferId) -> Result<bool, CudaError> {
-        let transfers = self.transfers.as_mut();
-        transfers.map_or(Ok(true), |transfers| transfers.stream.is_done(transfer))
-    }
-
-    /// Waits until a transfer is done.
-    pub fn wait_filled(&mut self, transfer: TransferId) -> Result<(), CudaError> {
-        let transfers = self.transfers.as_mut();
-        transfers.map_or(Ok(()), |transfers| transfers.stream.wait(transfer))
-    }
-
-    /// Returns the matrices in a slot: gate, up, down.
-    #[cfg(any(test, feature = "emulator"))]
-    pub fn slot_bytes(&self, layer: usize, slot: usize) -> Result<Vec<u8>, CudaError> {
-        let Some(l) = self.layer(layer) else {
-            return Ok(Vec::new());
-        };
-        let bytes = |part| l.slots.view().part(l.layout.range(slot, part)).to_bytes();
-        // That of a gate that is missing is empty.
-        Ok([bytes(Part::Gate)?, bytes(Part::Up)?, bytes(Part::Down)?].concat())
     }
 
     /// Whether an expert is pinned here.

@@ -147,7 +147,8 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         ("arch2", "qwen4exp", 5),
         (TOGETHER.0, TOGETHER.1, 0),
     ] {
-        // Scores that are not scaled show where 8 bits are rounded to the other side.
+        // Scores that are not scaled show where 8 bits are rounded to the other side: read anew, too, the
+        // error was 2e-5 with 8 bits, 6e-10 with 16, and 6e-13 with 32.
         let kv_type = if name == TOGETHER.1 {
             KvType::F16
         } else {
