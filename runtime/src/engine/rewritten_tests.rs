@@ -2,6 +2,7 @@
 //! give the same bits, and files that contradict themselves must be refused by name.
 
 use crate::engine::{Engine, LogitsMode};
+use crate::error::RunError;
 use crate::options::LoadOptions;
 use crate::plans::in_memory::all_in_memory;
 use proptest::prelude::*;
@@ -386,10 +387,27 @@ fn contradictions_are_named() {
     }
 }
 
+#[test]
+fn a_factor_beyond_all_numbers_is_named_when_it_is_used() {
+    let mut writer = fixture("glm4moe");
+    writer.set("glm4moe.attention.scale", Value::F32(1.5e38));
+    let (_file, gguf) = open(&writer);
+    let plan = all_in_memory(&shape_of(&gguf, &describe(&gguf).unwrap()), 4, KvType::F32);
+    let mut engine = Engine::load(gguf, &plan, &LoadOptions::default(), &mut |_, _| {}).unwrap();
+    let failed = engine
+        .forward(&[1, 2, 3], LogitsMode::All)
+        .map(<[f32]>::len);
+    assert!(
+        matches!(failed, Err(RunError::NotANumber { .. })),
+        "{failed:?}"
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Whatever the metadata say, a file is described or refused; and what is described runs.
+    /// Whatever the metadata say, a file is described or refused; and what is described runs, or says
+    /// that its results are no numbers.
     #[test]
     fn no_metadata_panic(
         name in prop::sample::select(vec!["glm4moe", "gpt-oss", "minimax-m2", "olmoe", "qwen2moe"]),
@@ -409,8 +427,14 @@ proptest! {
             let plan = all_in_memory(&shape_of(&gguf, &spec), 4, KvType::F32);
             let options = LoadOptions { threads: Some(1), batch: Some(2), ..LoadOptions::default() };
             let mut engine = Engine::load(gguf, &plan, &options, &mut |_, _| {}).unwrap();
-            engine.forward(&[1, 2, 3], LogitsMode::All).unwrap();
-            engine.forward(&[4], LogitsMode::Last).unwrap();
+            for tokens in [&[1, 2, 3][..], &[4]] {
+                match engine.forward(tokens, LogitsMode::All) {
+                    Ok(_) => {}
+                    // A factor may be beyond all numbers.
+                    Err(RunError::NotANumber { .. }) => break,
+                    Err(other) => panic!("{other}"),
+                }
+            }
         }
     }
 }
