@@ -639,6 +639,31 @@ fn experts_of_main_memory_are_computed_on_a_gpu_beside_the_processor() {
 }
 
 #[test]
+fn the_processor_attends_to_a_cache_that_is_kept_off_a_gpu() {
+    let model = root().join("tests/data/arch/qwen3moe.gguf");
+    let case = Case::with(model, &["1MiB"], "64MiB", "200", &["--fix", "dram:cache"]);
+    let plan = fs::read_to_string(case.place.path().join("plan.toml")).unwrap();
+    assert!(plan.contains("\nhost_kv = \"0-2\"\n"), "{plan}");
+    assert!(
+        case.bytes(0, "kv") == 0 && case.bytes(1, "kv") > 0 && case.bytes(1, "dense") == 0,
+        "{}",
+        case.solved
+    );
+    let model = case.model.to_str().unwrap();
+    let limit = ["--time-limit", "0.5"];
+    let explain = ["explain", "plan.toml", "--model", model, limit[0], limit[1]];
+    let said = stdout(&succeeded(common::run_in(case.place.path(), &explain)));
+    let words = "The KV cache of layers 0-2 is on dram: a GPU multiplies their matrices";
+    assert!(said.contains(words), "{said}");
+    let (first, _) = case.on_gpu(&[], &tokens(70), 20);
+    case.agrees(&tokens(70), &first, SMALL_ERROR);
+    for order in ["late", "copies-first", "computing-first"] {
+        let (answer, _) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(70), 20);
+        assert!(answer == first, "{order}");
+    }
+}
+
+#[test]
 fn two_gpus_share_a_model() {
     let case = Case::small(&["200KiB", "150KiB"], "2MiB", "96");
     assert!(

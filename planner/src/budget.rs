@@ -376,6 +376,7 @@ pub fn solved(
         context: room.context,
         sequences: room.sequences,
         kv_type,
+        position: None,
     };
     let options = Options {
         policy: Policy::Auto,

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::placement::{
     LayerPlacement, Pins, Placement, PlanTier, SlotPolicy, Streaming, TierIdx,
 };
+use tier_plan_runtime::formats::ranges;
 use tier_plan_runtime::model::shape::DenseKind;
 
 /// Place of a pooled expert: none of its own, it passes through slots.
@@ -277,6 +278,15 @@ fn caches(plan: &Placement) -> String {
     }
 }
 
+/// Names the layers whose KV cache is kept off the GPU that has their attention.
+fn host_kv(plan: &Placement) -> String {
+    match plan.host_kv.as_slice() {
+        [] => "of no layer".into(),
+        [layer] => format!("of layer {layer}"),
+        layers => format!("of layers {}", ranges::show(layers)),
+    }
+}
+
 /// Says how many experts a plan has streamed for a token, and where to.
 fn streamed(plan: &Placement) -> String {
     let streamed = |s: &Streaming| {
@@ -305,6 +315,7 @@ fn settings(a: &Placement, b: &Placement) -> Vec<SettingChange> {
                     name(plan, plan.staging_tier)
                 ),
             ),
+            ("KV cache kept off a GPU", host_kv(plan)),
             ("streamed experts", streamed(plan)),
             (
                 "profile",

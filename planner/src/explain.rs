@@ -123,6 +123,7 @@ pub fn explain(
         context: plan.context,
         sequences: plan.sequences,
         kv_type: plan.kv_type,
+        position: (plan.predicted.at > 0).then_some(plan.predicted.at),
     };
     let prices = shadow_prices(&problem, evidence, plan, time_limit_s)?;
     let total = crate::cost::token_s(&plan.predicted).max(f64::MIN_POSITIVE);
@@ -250,6 +251,7 @@ mod tests {
                 context: 1024,
                 sequences: 1,
                 kv_type,
+                position: None,
             };
             let options = Options {
                 strategy: Strategy::Optimal,

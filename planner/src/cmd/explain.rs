@@ -16,6 +16,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use tier_plan_runtime::formats::placement::{self, PerTier, Placement, SlotPolicy, TierIdx};
+use tier_plan_runtime::formats::ranges;
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 use tier_plan_runtime::units::{ByteUnit, show_bytes};
 
@@ -126,6 +127,13 @@ fn print_text(plan: &Placement, shape: &ModelShape, why: &Explanation, by_token:
         "",
         predicted.expert_critical_s * 1e3
     );
+    if !plan.host_kv.is_empty() {
+        println!(
+            "The KV cache of layers {} is on {}: a GPU multiplies their matrices, and the CPU attends.",
+            ranges::show(&plan.host_kv),
+            printable(&plan.tiers[plan.kv_tier].tier.name)
+        );
+    }
     if let Some(s) = &plan.streaming {
         println!(
             "Up to {} of a layer's experts are streamed from {} to {} for a token, where they compute.",
@@ -384,6 +392,7 @@ fn as_json(plan: &Placement, why: &Explanation) -> Value {
         "bound_by": bound.by,
         "bound_by_share": bound.share,
         "overhead_s": plan.predicted.overhead_s,
+        "host_kv": plan.host_kv,
         "streaming": plan.streaming.map(|s| json!({
             "tier": name(s.tier),
             "from": name(s.from),

@@ -81,7 +81,7 @@ pub struct SolveArgs {
     /// Texts at once to plan the KV cache for [default: 1, or --batch]
     #[arg(long, value_name = "N", help_heading = "Memory")]
     pub parallel: Option<u32>,
-    /// Position in the context to predict the speed at [default: half of the context]
+    /// Position in the context to plan and predict for [default: half of the context]
     #[arg(long, value_name = "POSITION", help_heading = "Solver")]
     pub at: Option<u32>,
     #[command(flatten)]
@@ -280,7 +280,6 @@ impl SolveOptions {
             backend: args.backend.into(),
             target_tok_s: args.target_tok_s,
             constraints: Constraints::parse(&args.fix, &args.forbid, &model.sizes, &machine)?,
-            position: args.at,
         };
         ensure!(
             args.strategy == Strategy::Optimal || solver.constraints.is_empty(),
@@ -319,6 +318,7 @@ pub fn run(args: &SolveArgs) -> Result<()> {
         context: options.context,
         sequences: options.sequences,
         kv_type: options.kv_type,
+        position: args.at,
     };
     let mut solved = solve(&problem, &options.solver)?;
     solved.notes.splice(0..0, options.model.notes());

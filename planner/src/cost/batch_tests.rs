@@ -214,6 +214,7 @@ fn throughput(known: &Known, machine: &Machine, texts: u32) -> (Placement, Evide
         context: 1000,
         sequences: texts,
         kv_type: KvType::F16,
+        position: None,
     };
     let options = Options {
         objective: Objective::Throughput,

@@ -36,7 +36,8 @@
 //! LRU. It is used for the other policies too, which can do no better there.
 //!
 //! On a GPU a dense stage has launches, and its router's choices come back: a layer whose attention
-//! is there takes its `layer_us` more. Where a model is fully on one GPU, nothing comes back
+//! is there takes its `layer_us` more, and once more where its KV cache is on the host: the GPU sends
+//! queries, keys, and values, and gets what the CPU made of them. Where a model is fully on one GPU, nothing comes back
 //! between a token's number and its logits. Each layer then takes `resident_layer_us` in place of
 //! the layer overhead, `layer_us` and the latency of launches.
 //!
@@ -75,9 +76,6 @@ use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// Tokens of a prompt that are processed together.
 pub const BATCH: u32 = 512;
-
-/// Relative difference of two times that is rounding.
-const TIME_TOLERANCE: f64 = 1e-9;
 
 /// Whether experts on the last tier can compute in place.
 pub fn home_in_place(tiers: &PerTier<Tier>) -> bool {
@@ -133,7 +131,8 @@ impl FixedTimes {
             };
         }
         for group in plan.dense.iter().filter(|d| d.kind == DenseKind::Attention) {
-            dense_s[group.tier] += attention_fixed_s(&tiers[group.tier]);
+            let host_kv = group.layer.is_some_and(|layer| plan.has_host_kv(layer));
+            dense_s[group.tier] += attention_fixed_s(&tiers[group.tier], host_kv);
         }
         FixedTimes {
             overhead_s: overhead_s(
@@ -149,8 +148,10 @@ impl FixedTimes {
 }
 
 /// Returns the fixed seconds of a layer whose attention is on this tier, beside those of any layer.
-pub fn attention_fixed_s(tier: &Tier) -> f64 {
-    tier.accelerator.layer_us.unwrap_or(0.0) * 1e-6
+/// Where the CPU attends to the KV cache (`host_kv`), the layer goes to the GPU twice.
+pub fn attention_fixed_s(tier: &Tier, host_kv: bool) -> f64 {
+    let trips = if host_kv { 2.0 } else { 1.0 };
+    trips * tier.accelerator.layer_us.unwrap_or(0.0) * 1e-6
 }
 
 /// Returns the bytes that a decoded token reads of the dense groups, by tier.
@@ -182,25 +183,6 @@ fn table_latency_s(plan: &Placement, shape: &ModelShape) -> PerTier<f64> {
 /// Returns the position that predictions for a context are for: halfway.
 pub fn middle(context: u32) -> u32 {
     (context / 2).max(1)
-}
-
-/// Moves a plan's prediction and its solver report to tokens that attend to `at` positions.
-///
-/// Every plan for this model with its KV cache on these tiers takes as much longer or shorter, so
-/// the bound moves along.
-pub fn move_to(plan: &mut Placement, shape: &ModelShape, at: u32) {
-    let before = plan.predicted.token_s();
-    let predicted = plan.predicted_at(shape, at);
-    let solver = &mut plan.solver;
-    // An objective of another kind does not follow the time of a token.
-    if (solver.objective_s - before).abs() <= TIME_TOLERANCE * before {
-        let more = predicted.token_s() - before;
-        let bound = solver.bound_s.map(|bound| (bound + more).max(0.0));
-        (solver.objective_s, solver.bound_s) = (predicted.token_s(), bound);
-        solver.gap =
-            bound.map(|bound| ((solver.objective_s - bound) / solver.objective_s).max(0.0));
-    }
-    plan.predicted = predicted;
 }
 
 /// Predicts a placement's speed, with its parts.

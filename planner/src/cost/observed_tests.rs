@@ -31,6 +31,7 @@ fn planned(gib: u64, emulated: bool) -> (Placement, Known, Evidence) {
         context: 4096,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     let options = Options {
         strategy: Strategy::Optimal,

@@ -148,6 +148,7 @@ fn plan(shape: &ModelShape, evidence: &Evidence, machine: &Machine) -> Placement
         context: room().context,
         sequences: TEXTS,
         kv_type: KvType::F16,
+        position: None,
     };
     let options = Options {
         objective: Objective::Throughput,

@@ -177,6 +177,7 @@ mod whole {
             context,
             sequences: 1,
             kv_type,
+            position: None,
         };
         let options = Options {
             strategy: Strategy::Optimal,
@@ -200,10 +201,10 @@ mod whole {
         let position = (48 * 4 * 2 * 128 * 2) as f64 / 50e9;
         assert!((plan.predicted.kv_s - 4096.0 * position).abs() < 1e-12);
         let before = token_s(&plan.predicted);
-        move_to(&mut plan, &known.sizes, 96);
+        plan.predicted = plan.predicted_at(&known.sizes, 96);
         assert!((before - token_s(&plan.predicted) - 4000.0 * position).abs() < 1e-12);
-        assert!((plan.predicted.decode_tok_s * plan.solver.objective_s - 1.0).abs() < 1e-12);
-        assert_eq!(plan.solver.gap, Some(0.0));
+        plan.solver.objective_s = token_s(&plan.predicted);
+        (plan.solver.bound_s, plan.solver.gap) = (None, None);
         assert_eq!(
             verify::verify(&plan, &known.sizes, &evidence),
             Vec::<String>::new()
@@ -214,7 +215,7 @@ mod whole {
         old.predicted.at = 0;
         old.predicted = predict(&old, &known.sizes, &evidence);
         let seconds = token_s(&old.predicted);
-        move_to(&mut old, &known.sizes, 5000);
+        old.predicted = old.predicted_at(&known.sizes, 5000);
         assert!((token_s(&plan.predicted) - seconds - 96.0 * position).abs() < 1e-12);
         assert_eq!((old.predicted.at, token_s(&old.predicted)), (0, seconds));
     }
@@ -245,6 +246,7 @@ mod whole {
                 context: 1024,
                 sequences: 1,
                 kv_type: KvType::F16,
+                position: None,
             };
             let options = Options {
                 strategy: Strategy::Optimal,

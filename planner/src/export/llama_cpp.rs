@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{
-    LayerPlacement, PerTier, Pins, Placement, Prediction, TierIdx,
+    DensePlacement, LayerPlacement, PerTier, Pins, Placement, Prediction, TierIdx,
 };
 use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ExpertShape, ModelShape};
 
@@ -67,6 +67,13 @@ pub fn command_line(
              decides what stays, which the cost model does not know, so no speed is predicted"
                 .to_string(),
         );
+    }
+    if !plan.host_kv.is_empty() && !offload.keeps_kv_on_host() {
+        offload.notes.push(format!(
+            "the plan keeps the KV cache of {} layers off the GPUs that have their attention; llama.cpp does so for all layers \
+             or none, so it is in VRAM",
+            plan.host_kv.len()
+        ));
     }
     if plan.streaming.is_some() {
         let note = "llama.cpp has nothing like the plan's streamed experts, which a GPU computes beside the CPU";
@@ -155,11 +162,22 @@ impl<'a> Offload<'a> {
             .any(|d| (d.kind, d.layer) == (kind, layer) && self.gpus.contains(&d.tier))
     }
 
+    /// Whether the plan has attention on GPUs, but all of the KV cache in main memory.
+    fn keeps_kv_on_host(&self) -> bool {
+        let is_attention = |d: &&DensePlacement| d.kind == DenseKind::Attention;
+        let mut on_gpus = self.plan.dense.iter().filter(is_attention);
+        let on_host = |d: &DensePlacement| {
+            !self.gpus.contains(&d.tier) || d.layer.is_some_and(|l| self.plan.has_host_kv(l))
+        };
+        !self.plan.host_kv.is_empty() && on_gpus.all(on_host)
+    }
+
     /// Returns the bytes of a layer's dense tensors and its KV cache, which llama.cpp keeps
-    /// together.
+    /// together unless no layer has its cache on a GPU.
     fn layer_bytes(&self, layer: u32) -> u64 {
         let dense = self.shape.dense.iter().filter(|d| d.layer == Some(layer));
         let cache = self.shape.caches.get(layer as usize);
+        let cache = cache.filter(|_| !self.keeps_kv_on_host());
         dense.map(|d| d.bytes).sum::<u64>()
             + cache.map_or(0, |c| c.bytes(self.plan.kv_type, self.plan.room()))
     }
@@ -243,7 +261,7 @@ impl<'a> Offload<'a> {
 
     fn args(&self) -> Vec<String> {
         let mut args = args(
-            self.plan,
+            (self.plan, self.keeps_kv_on_host()),
             self.shape,
             self.gpu_layers(),
             self.first_layer(),
@@ -266,14 +284,19 @@ impl<'a> Offload<'a> {
     fn as_plan(&self, evidence: &Evidence) -> Option<Placement> {
         let tier_of = |layer: u32| self.gpu_of(layer).map(|at| self.gpus[at]);
         let head_tier = self.gpus.last().copied().filter(|_| self.head);
-        same_placement(
+        let mut same = same_placement(
             self.plan,
             self.shape,
             evidence,
             tier_of,
             head_tier,
             &self.expert_layers,
-        )
+        )?;
+        if self.keeps_kv_on_host() {
+            let layers = self.plan.host_kv.iter().copied();
+            same.host_kv = layers.filter(|l| tier_of(*l).is_some()).collect();
+        }
+        Some(same)
     }
 }
 
@@ -329,7 +352,7 @@ fn gpu_shares(plan: &Placement, evidence: &Evidence, gpus: &[TierIdx]) -> Vec<f6
 }
 
 fn args(
-    plan: &Placement,
+    (plan, keeps_kv_on_host): (&Placement, bool),
     shape: &ModelShape,
     gpu_layers: u32,
     first_gpu: u32,
@@ -372,6 +395,9 @@ fn args(
             ]);
         }
     }
+    if keeps_kv_on_host {
+        args.push("--no-kv-offload".into());
+    }
     match plan.kv_type {
         KvType::F16 => {}
         // A quantized V cache requires flash attention.
@@ -397,6 +423,7 @@ fn same_placement(
     let mut left = plan.tiers[dram].budget_bytes;
     let mut same = Placement {
         streaming: None,
+        host_kv: Vec::new(),
         ..plan.clone()
     };
     // The KV cache is with its layer's attention; on emulated tiers it is where the plan has it.

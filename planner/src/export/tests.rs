@@ -26,6 +26,7 @@ fn solved(vram: u64, dram: u64, kv_type: KvType) -> (ModelShape, Evidence, Place
         context: 1024,
         sequences: 1,
         kv_type,
+        position: None,
     };
     let options = Options {
         strategy: Strategy::Optimal,
@@ -124,6 +125,7 @@ fn several_gpus_share_the_layers() {
         context: 1024,
         sequences: 1,
         kv_type,
+        position: None,
     };
     let options = Options {
         strategy: Strategy::Optimal,

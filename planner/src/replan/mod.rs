@@ -42,6 +42,7 @@ pub fn replan(shape: &ModelShape, question: &Question) -> Result<Replanned> {
         context: plan.context,
         sequences: plan.sequences,
         kv_type: plan.kv_type,
+        position: (plan.predicted.at > 0).then_some(plan.predicted.at),
     };
     let goal = plan.solver.goal.as_ref();
     let batch = goal.filter(|goal| goal.objective == Objective::Throughput.name());
@@ -242,6 +243,7 @@ mod tests {
             context: 8,
             sequences: 1,
             kv_type: KvType::F16,
+            position: None,
         };
         solve::solve(&problem, &Options::default()).unwrap().plan
     }
@@ -278,8 +280,8 @@ mod tests {
         assert!(other.then.hit_rate > other.now.hit_rate);
         assert_eq!(other.plan.predicted, other.then);
         assert_eq!(
-            (&other.plan.dense, other.plan.kv_tier),
-            (&plan.dense, plan.kv_tier)
+            (&other.plan.dense, other.plan.kv_tier, &other.plan.host_kv),
+            (&plan.dense, plan.kv_tier, &plan.host_kv)
         );
         for (tier, room) in other.plan.tiers.iter().zip(&room).take(2) {
             assert!(tier.bytes.pinned + tier.bytes.slots <= *room, "{tier:?}");

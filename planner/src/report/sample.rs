@@ -252,6 +252,7 @@ fn placement(
         streaming: None,
         kv_tier: TierIdx::FIRST,
         kv_type: KvType::F16,
+        host_kv: Vec::new(),
         staging_tier: TierIdx::new(fast - 1),
         staging_experts: 2,
         tiers: plan_tiers,

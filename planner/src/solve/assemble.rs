@@ -1,16 +1,17 @@
 //! Makes plans of drafts: adds up bytes, predicts times, and verifies the outcome.
 
 use super::baselines::{self, Baseline};
-use super::problem::draft::Draft;
+use super::problem::draft::{DensePlace, Draft};
 use super::problem::instance::Instance;
 use super::verify;
-use crate::cost::{self, predict, token_s};
+use crate::cost::{predict, token_s};
 use anyhow::{Result, ensure};
+use std::collections::BTreeSet;
 use tier_plan_runtime::formats::machine::Extras;
 use tier_plan_runtime::formats::placement::{
     DensePlacement, HomeReads, PerTier, Placement, PlanTier, Prediction, SolverReport, TierIdx,
 };
-use tier_plan_runtime::model::shape::DenseKind;
+use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
 /// The baselines that fit an instance: `[baselines]` drafts, and the plans made of them.
 pub(super) struct BaselinePlans {
@@ -75,10 +76,10 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         .dense
         .iter()
         .zip(&draft.dense)
-        .map(|(group, &tier)| DensePlacement {
+        .map(|(group, place)| DensePlacement {
             kind: group.kind,
             layer: group.layer,
-            tier,
+            tier: place.tier,
         })
         .collect();
     let mut plan = Placement {
@@ -94,6 +95,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
         window_chunk: problem.room().window_chunk,
         kv_tier: common_kv_tier(instance, draft),
         kv_type: problem.kv_type,
+        host_kv: host_kv(shape, draft),
         staging_tier: capacity.staging_tier,
         staging_experts: capacity.staging_experts,
         reads: reads(instance),
@@ -111,7 +113,7 @@ pub(super) fn assemble(instance: &Instance<'_>, name: &str, draft: &Draft) -> Pl
             goal: None,
         },
         predicted: Prediction {
-            at: cost::middle(problem.context),
+            at: problem.position(),
             prompt_gflops: machine.prompt_gflops(),
             few_gflops: machine.few_gflops(),
             ..Prediction::default()
@@ -132,17 +134,28 @@ fn empty_tiers(capacity: &crate::solve::problem::capacity::Capacity) -> PerTier<
         .collect()
 }
 
-/// Returns the tier that the plan names for the KV cache: a real GPU if it has all attention.
+/// Returns the layers whose KV cache is kept off the GPU that has their attention, ascending.
+fn host_kv(shape: &ModelShape, draft: &Draft) -> Vec<u32> {
+    let groups = shape.dense.iter().zip(&draft.dense);
+    let apart = groups.filter(|(_, place)| place.host_kv);
+    let layers: BTreeSet<u32> = apart.filter_map(|(group, _)| group.layer).collect();
+    layers.into_iter().collect()
+}
+
+/// Returns the tier that the plan names for the KV cache: a real GPU if it has all attention with its
+/// cache.
 fn common_kv_tier(instance: &Instance<'_>, draft: &Draft) -> TierIdx {
     let capacity = instance.capacity;
     let groups = instance.problem.shape.dense.iter().zip(&draft.dense);
-    let mut tiers = groups
+    let mut places = groups
         .filter(|(group, _)| group.kind == DenseKind::Attention)
-        .map(|(_, &tier)| tier);
-    let first = tiers
-        .next()
-        .filter(|&t| capacity.tiers[t].is_gpu() && capacity.kv_bytes == 0);
+        .map(|(_, &place)| place);
+    let has_caches = |place: &DensePlace| {
+        capacity.tiers[place.tier].is_gpu() && !place.host_kv && capacity.kv_bytes == 0
+    };
+    let first = places.next().filter(has_caches);
     first
-        .filter(|&first| tiers.all(|t| t == first))
+        .filter(|&first| places.all(|place| place == first))
+        .map(|first| first.tier)
         .unwrap_or(capacity.kv_tier)
 }

@@ -5,7 +5,7 @@
 
 use super::options::Strategy;
 use super::problem::capacity::Capacity;
-use super::problem::draft::Draft;
+use super::problem::draft::{DensePlace, Draft};
 use crate::profile::{Evidence, LayerEvidence};
 use tier_plan_runtime::formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 use tier_plan_runtime::model::gpu::Part;
@@ -74,7 +74,7 @@ pub fn draft(
     capacity: &Capacity,
 ) -> Option<Draft> {
     let mut left = capacity.left_bytes.clone();
-    let mut dense = vec![TierIdx::FIRST; shape.dense.len()];
+    let mut dense = vec![TierIdx::FIRST.into(); shape.dense.len()];
     // What a GPU has only together comes before what else would fit there.
     let is_first = |group: &DenseShape| {
         let part = (Part::Dense(group.kind), group.layer);
@@ -88,23 +88,24 @@ pub fn draft(
             .enumerate()
             .filter(|(_, g)| g.kind == kind && is_first(g) == first)
         {
-            let fits = |left: &[u64], tier: TierIdx| {
+            let fits = |left: &[u64], place: DensePlace| {
                 capacity
-                    .taken(group, tier)
+                    .taken(group, place)
                     .iter()
                     .zip(left)
                     .all(|(bytes, left)| bytes <= left)
             };
+            // No rule keeps the KV cache off a GPU that has the attention.
             let fitting = capacity
-                .dense_tiers(group)
-                .filter(|&tier| fits(&left, tier));
-            let fitting: Vec<TierIdx> = fitting.collect();
+                .dense_places(group)
+                .filter(|&place| !place.host_kv && fits(&left, place));
+            let fitting: Vec<DensePlace> = fitting.collect();
             // A token reads so few rows of a table that the slowest tier serves them.
-            let tier = match kind {
+            let place = match kind {
                 DenseKind::TokenTable => fitting.last(),
                 _ => fitting.first(),
             };
-            dense[at] = *tier?;
+            dense[at] = *place?;
             let taken = capacity.taken(group, dense[at]);
             left.iter_mut()
                 .zip(taken)

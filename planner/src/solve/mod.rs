@@ -40,7 +40,6 @@ pub use problem::pool::ColumnPool;
 pub use shadow_prices::shadow_prices;
 pub use solution::Solution;
 
-use crate::cost::move_to;
 use crate::profile::Evidence;
 use anyhow::{Context, Result, ensure};
 use baselines::Baseline;
@@ -51,6 +50,10 @@ use problem::instance::Instance;
 use problem::objective::ObjectiveFunction;
 use report::summary::summarize;
 use std::time::{Duration, Instant};
+use tier_plan_runtime::formats::placement::Placement;
+use tier_plan_runtime::formats::ranges;
+use tier_plan_runtime::model::shape::ModelShape;
+use tier_plan_runtime::units::show_bytes;
 
 /// Part of the time limit after which a search for plans with streamed experts begins, where they may pay.
 const PART_OF_FIRST: f64 = 0.6;
@@ -76,8 +79,6 @@ pub struct Options {
     pub target_tok_s: Option<f64>,
     /// What is fixed or forbidden by hand.
     pub constraints: Constraints,
-    /// Position in the text that predictions are for; half of the context without one.
-    pub position: Option<u32>,
 }
 
 impl Default for Options {
@@ -92,7 +93,6 @@ impl Default for Options {
             backend: Backend::default(),
             target_tok_s: None,
             constraints: Constraints::default(),
-            position: None,
         }
     }
 }
@@ -203,6 +203,7 @@ pub fn solve_with_pool(
     let mut notes = evidence.notes.clone();
     notes.extend(efficiency_note(problem));
     notes.extend(cpu_only::notes(problem, &best.plan));
+    notes.extend(host_kv_note(&best.plan, problem.shape));
     notes.extend(best.notes);
     if objective.target_tok_s.is_some() || objective.kind != Objective::Latency {
         notes.push(format!("objective: {}", objective.describe()));
@@ -216,7 +217,6 @@ pub fn solve_with_pool(
         ceiling_hit_rate,
         summary,
     };
-    // The slots' policies, and the position that predictions are for.
     if let Some(policy) = policy::to_apply(options.policy, options.strategy) {
         solution.notes.extend(policy::refill(
             &mut solution.plan,
@@ -224,10 +224,6 @@ pub fn solve_with_pool(
             evidence,
             policy,
         )?);
-    }
-    if let Some(position) = options.position {
-        let plans = std::iter::once(&mut solution.plan).chain(&mut solution.baselines);
-        plans.for_each(|plan| move_to(plan, problem.shape, position));
     }
     Ok(solution)
 }
@@ -249,6 +245,20 @@ fn efficiency_note(problem: &Problem<'_>) -> Option<String> {
         format!(
             "rates of the tiers that the CPU computes on are those of machine '{name}' times its efficiency of \
              {efficiency}"
+        )
+    })
+}
+
+/// Returns a sentence on the KV cache that a plan keeps off the GPUs that have the attention.
+fn host_kv_note(plan: &Placement, shape: &ModelShape) -> Option<String> {
+    let layers = plan.host_kv.iter();
+    let caches = layers.filter_map(|layer| shape.caches.get(*layer as usize));
+    let bytes = caches.map(|c| c.bytes(plan.kv_type, plan.room().whole()));
+    (!plan.host_kv.is_empty()).then(|| {
+        format!(
+            "the CPU attends to the KV cache of layers {}, whose matrices are on a GPU: {} of VRAM are left for weights",
+            ranges::show(&plan.host_kv),
+            show_bytes(bytes.fold(0, u64::saturating_add))
         )
     })
 }

@@ -284,6 +284,7 @@ fn baselines_use_their_bytes_and_never_beat_the_optimum() -> Result<()> {
         context: 1000,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     // Ends as soon as the gap is closed; the limit is for machines that are busy.
     let solved = solve(
@@ -348,6 +349,7 @@ fn a_real_drive_leaves_room_for_page_padding() -> Result<()> {
             context: 10,
             sequences: 1,
             kv_type: KvType::F16,
+            position: None,
         };
         Capacity::new(&problem).map(|capacity| capacity.left_bytes)
     };
@@ -376,6 +378,7 @@ fn planted_mistakes_are_found() -> Result<()> {
         context: 1000,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     let evidence = Evidence::recorded(&shape, &profile)?;
     let solved = solve(
@@ -470,6 +473,7 @@ fn the_prediction_is_a_token_by_token_simulation() -> Result<()> {
             context: 10,
             sequences: 1,
             kv_type: KvType::F16,
+            position: None,
         };
         let plan = plan_of(
             &problem,
@@ -532,6 +536,7 @@ fn infeasible_problems_get_a_hint() {
             context,
             sequences: 1,
             kv_type: KvType::F16,
+            position: None,
         };
         let error = solve(&problem, &options())
             .err()
@@ -611,6 +616,7 @@ fn everything_in_fast_memory_is_optimal() -> Result<()> {
         context: 10,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     let solved = solve(&problem, &options())?;
     assert_eq!(solved.plan.solver.status, "optimal");
@@ -638,6 +644,7 @@ fn recurrent_state_has_its_room_whatever_the_context() -> Result<()> {
             context,
             sequences: 1,
             kv_type,
+            position: None,
         };
         let evidence = Evidence::new(&shape, Some(&profile))?;
         let plan = solve(&problem, &quick())?.plan;
@@ -662,6 +669,8 @@ mod by_token;
 mod enumeration;
 
 mod gpus;
+
+mod host_kv;
 
 mod goals;
 
@@ -690,6 +699,7 @@ fn highs_agrees_with_microlp() -> Result<()> {
             context: 100,
             sequences: 1,
             kv_type,
+            position: None,
         };
         let Ok(capacity) = Capacity::new(&problem) else {
             continue;

@@ -3,7 +3,7 @@
 use super::primal::choice::Choice;
 use super::problem::capacity::MAX_FAST;
 use super::problem::columns::{Config, Item, Meaning};
-use super::problem::draft::Draft;
+use super::problem::draft::{DensePlace, Draft};
 use super::problem::enumerate::ColumnEnumerator;
 use super::problem::instance::Instance;
 use crate::profile::Judged;
@@ -24,9 +24,9 @@ pub(super) fn columns_of_draft(
     for item in items {
         let mut columns = Vec::new();
         match &item.meaning {
-            Meaning::Dense { groups, tiers } => {
+            Meaning::Dense { groups, places } => {
                 for &group in groups {
-                    columns.push(tiers.iter().position(|&t| t == draft.dense[group])?);
+                    columns.push(places.iter().position(|&p| p == draft.dense[group])?);
                 }
             }
             Meaning::Experts { layers, .. } => {
@@ -98,20 +98,20 @@ pub(super) fn draft_of_choice(
     choice: &Choice,
 ) -> Draft {
     let evidence = &instance.evidence.layers;
-    let mut dense = vec![TierIdx::FIRST; instance.problem.shape.dense.len()];
+    let mut dense = vec![TierIdx::FIRST.into(); instance.problem.shape.dense.len()];
     let mut placements = vec![None; evidence.len()];
     for (item, columns) in items.iter().zip(&choice.columns) {
         match &item.meaning {
-            Meaning::Dense { groups, tiers } => {
+            Meaning::Dense { groups, places } => {
                 // Alike groups cost the same wherever each of them is. The last layers go to the
                 // fastest tier, beside the head, and neighbors together, so that a hidden state
                 // seldom moves from one tier to another.
-                let mut placed: Vec<TierIdx> = columns.iter().map(|&c| tiers[c]).collect();
+                let mut placed: Vec<DensePlace> = columns.iter().map(|&c| places[c]).collect();
                 placed.sort_unstable_by(|a, b| b.cmp(a));
                 groups
                     .iter()
                     .zip(placed)
-                    .for_each(|(&group, tier)| dense[group] = tier);
+                    .for_each(|(&group, place)| dense[group] = place);
             }
             Meaning::Experts { layers, configs } => {
                 for (&layer, &column) in layers.iter().zip(columns) {

@@ -47,6 +47,7 @@ pub fn verify(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> Vec<
         }
         tally.add_staging(shape);
         tally.add_caches(shape);
+        tally.check_host_kv(shape);
     }
     let Tally {
         bytes, mut wrong, ..
@@ -274,6 +275,38 @@ impl Tally<'_> {
         self.add_line("streamed experts", streaming.tier, STAGING, bytes);
     }
 
+    /// Checks that each KV cache which is kept off a GPU may be: the CPU attends to it, and the GPU
+    /// has the layer's matrices.
+    fn check_host_kv(&mut self, shape: &ModelShape) {
+        for layer in &self.plan.host_kv {
+            let name = format!("key and value cache of layer {layer}");
+            let rows = shape.caches.get(*layer as usize);
+            let is_plain = rows.is_some_and(|cache| {
+                let mut rows = cache.rows.iter();
+                let values: u64 = cache.rows.iter().map(|r| r.per_token).sum();
+                values >= 2
+                    && cache.state_bytes == 0
+                    && cache.more_readers == 0
+                    && rows.all(|r| r.every == 1 && r.chosen.is_none())
+            });
+            if !is_plain {
+                self.wrong.push(format!(
+                    "the {name} is nothing that can be apart from its attention"
+                ));
+            }
+            let is_gpu = |tier: TierIdx| {
+                let tier = self.plan.tiers.get(tier);
+                tier.is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated)
+            };
+            let mut dense = self.plan.dense.iter();
+            let on_gpu = dense.any(|d| attends(d, *layer as usize) && is_gpu(d.tier));
+            if !on_gpu || is_gpu(self.plan.kv_tier) {
+                self.wrong
+                    .push(format!("the {name} is not apart from its attention"));
+            }
+        }
+    }
+
     /// Counts the KV caches; one on a GPU must be with its layer's attention.
     fn add_caches(&mut self, shape: &ModelShape) {
         let plan = self.plan;
@@ -325,7 +358,8 @@ fn attends(dense: &DensePlacement, layer: usize) -> bool {
     dense.kind == DenseKind::Attention && dense.layer == u32::try_from(layer).ok()
 }
 
-/// Returns the tier of a layer's KV cache: the GPU that has its attention, or that of all others.
+/// Returns the tier of a layer's KV cache: the GPU that has its attention, unless the CPU attends to
+/// it, or else that of all others.
 fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
     let attention = plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
     let of_layer = attention
@@ -336,7 +370,10 @@ fn cache_tier(plan: &Placement, layer: usize) -> TierIdx {
         let tier = plan.tiers.get(*tier);
         tier.is_some_and(|t| t.tier.kind == TierKind::Vram && !t.tier.emulated)
     };
-    of_layer.filter(is_gpu).unwrap_or(plan.kv_tier)
+    let apart = plan.host_kv.iter().any(|l| *l as usize == layer);
+    of_layer
+        .filter(|tier| is_gpu(tier) && !apart)
+        .unwrap_or(plan.kv_tier)
 }
 
 /// Compares the bytes that a plan states with those counted, and with its budgets.

@@ -200,13 +200,12 @@ fn plan_for(question: &Question<'_>, evidence: &Evidence, pool: &ColumnPool) -> 
         context: question.context,
         sequences: question.sequences,
         kv_type: question.kv_type,
+        position: question.at,
     };
-    let (time_limit_s, position) = (question.time_limit_s, question.at);
     let options = Options {
         strategy: Strategy::Optimal,
-        time_limit_s,
+        time_limit_s: question.time_limit_s,
         depth: Depth::Quick,
-        position,
         ..Options::default()
     };
     solve_with_pool(&problem, evidence, pool, &options)

@@ -48,7 +48,7 @@ pub(super) const MACHINE: Kind = Kind {
 pub(super) const PLACEMENT: Kind = Kind {
     format: "tier-plan placement",
     what: "placement plan",
-    newest: 11,
+    newest: 12,
     limit_bytes: 64 << 20,
     hint: "`tier-plan solve` writes one",
 };

@@ -321,8 +321,12 @@ pub struct Placement {
     /// such layers hold all positions, as in plans of versions before 7.
     pub window_chunk: Option<u32>,
     /// Tier of the KV cache and recurrent state. Layers whose attention is on a real GPU have
-    /// theirs there instead, so `kv_tier` is a real GPU only where real GPUs have all attention.
+    /// theirs there instead, unless they are among [`host_kv`](Self::host_kv). So `kv_tier` is a
+    /// real GPU only where real GPUs have all attention and all of its cache.
     pub kv_tier: TierIdx,
+    /// Layers whose attention is on a real GPU while their KV cache is on [`kv_tier`](Self::kv_tier),
+    /// ascending: the GPU multiplies their matrices, and the CPU attends to the cache.
+    pub host_kv: Vec<u32>,
     /// Storage type of the KV cache.
     pub kv_type: KvType,
     /// Tier of staging buffers.
@@ -420,10 +424,20 @@ impl Placement {
         self.tiers.last_idx().unwrap_or(TierIdx::FIRST)
     }
 
-    /// Returns the tier of the KV cache of a layer whose attention is on the tier `attention`.
-    pub fn cache_tier(&self, attention: TierIdx) -> TierIdx {
-        let own = self.tiers.get(attention).is_some_and(|t| t.tier.is_gpu());
-        if own { attention } else { self.kv_tier }
+    /// Returns the tier of the KV cache of the layer that a group of attention is of.
+    pub fn cache_tier(&self, attention: &DensePlacement) -> TierIdx {
+        let tier = attention.tier;
+        let on_gpu = self.tiers.get(tier).is_some_and(|t| t.tier.is_gpu());
+        if on_gpu && !attention.layer.is_some_and(|l| self.has_host_kv(l)) {
+            tier
+        } else {
+            self.kv_tier
+        }
+    }
+
+    /// Returns whether the KV cache of a layer is kept off the GPU that has its attention.
+    pub fn has_host_kv(&self, layer: u32) -> bool {
+        self.host_kv.binary_search(&layer).is_ok()
     }
 
     /// Returns the tier of each layer's KV cache and recurrent state, `[n_layer]`.
@@ -431,7 +445,7 @@ impl Placement {
         let mut tiers = vec![self.kv_tier; n_layer];
         for group in self.dense.iter().filter(|d| d.kind == DenseKind::Attention) {
             if let Some(tier) = group.layer.and_then(|layer| tiers.get_mut(layer as usize)) {
-                *tier = self.cache_tier(group.tier);
+                *tier = self.cache_tier(group);
             }
         }
         tiers

@@ -13,7 +13,8 @@ use crate::layers::cpu_context::CpuContext;
 use crate::layers::index::Layer;
 use crate::layers::places::Place;
 use std::ops::Range;
-use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec};
+use tier_plan_formats::model::spec::{Ffn, GqaSpec, LayerSpec, Mixer, ModelSpec};
+use tier_plan_formats::placement::TierIdx;
 use tier_plan_kernels::threads::ThreadPool;
 use tier_plan_kernels::{Activations, Kernels};
 
@@ -176,6 +177,20 @@ impl Processors {
         }
     }
 
+    /// Adds the attention of a layer that has its matrices on a GPU and its KV cache in main memory.
+    fn attend_on_host(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        (spec, tier): (&GqaSpec, TierIdx),
+    ) -> Result<(), RunError> {
+        let (rows, Self { cpu, gpus }) = (stage.rows.clone(), self);
+        let mut part = gpus.of(tier).projections(layer.index.get())?;
+        part.project(rows.clone(), cpu.mixer.projected(rows.len(), spec))?;
+        let mixed = cpu.attend_projected(stage, layer, spec);
+        Ok(part.finish(rows, mixed)?)
+    }
+
     /// Moves rows of the hidden state to where the next part is.
     fn transfer(&mut self, stage: &Stage<'_>, from: Place, to: Place) -> Result<(), RunError> {
         if from == to {
@@ -271,7 +286,12 @@ impl Backends {
         if layer.spec.has_mixer() {
             processors.bring_choices(&stage, layer)?;
             processors.bring_ngrams(&stage, layer)?;
-            processors.on(places.mixer).mixer(&mut stage, layer)?;
+            match (&layer.spec.mixer, places.mixer) {
+                (Mixer::Gqa(a), Some(tier)) if places.host_kv => {
+                    processors.attend_on_host(&mut stage, layer, (a, tier))?;
+                }
+                _ => processors.on(places.mixer).mixer(&mut stage, layer)?,
+            }
         }
         processors.transfer(&stage, places.mixer, places.ffn)?;
         let moe = match &layer.spec.ffn {

@@ -8,16 +8,18 @@ use super::rows::{BlockInput, LatentRows, StreamRows};
 use crate::error::RunError;
 use crate::layers::cpu_context::{CpuContext, add_bias};
 use crate::layers::index::Layer;
-use crate::layers::mixer::{MixerInput, MixerScratch, Segment, mix};
+use crate::layers::mixer::{MixerInput, MixerScratch, Segment, attend_projected, mix};
 use crate::layers::ngram::Ngrams;
 use crate::layers::router::Router;
 use crate::layers::weights::DenseWeights;
 use crate::moe::ffn::{FfnScratch, dense_ffn, shared_expert};
 use std::ops::Range;
-use tier_plan_formats::model::spec::{Ffn, LayerSpec, ModelSpec, MoeSpec, RouterInput, TensorId};
+use tier_plan_formats::model::spec::{
+    Ffn, GqaSpec, LayerSpec, ModelSpec, MoeSpec, RouterInput, TensorId,
+};
 use tier_plan_kernels::pooled::{MatJob, matmul_all};
 use tier_plan_kernels::quant::dequantize_row;
-use tier_plan_kernels::{ActView, needs_quants};
+use tier_plan_kernels::{ActView, Activations, needs_quants};
 
 /// The parts of a model that the CPU computes, and its buffers for them.
 pub(crate) struct Cpu {
@@ -111,6 +113,40 @@ impl Cpu {
                 row.iter_mut().for_each(|x| *x *= spec.embedding_scale);
             }
         }
+    }
+
+    /// Computes a layer's attention of rows whose queries, keys, and values are in
+    /// `self.mixer`'s [`projected`](MixerScratch::projected). Returns what the last matrix takes,
+    /// `[rows, o.n_in]`.
+    pub(crate) fn attend_projected(
+        &mut self,
+        stage: &mut Stage<'_>,
+        layer: Layer<'_>,
+        spec: &GqaSpec,
+    ) -> &[f32] {
+        let (index, cache) = (layer.index.get(), &mut *stage.cache);
+        let segments = stage.batch.segments(&stage.rows, cache.kinds[index]);
+        let segments: Vec<Segment<'_>> = segments.collect();
+        cache.rotations.prepare(segments.iter().map(Segment::range));
+        let none = Activations::default();
+        let input = MixerInput {
+            x: none.view(),
+            segments: &segments,
+            first_row: stage.rows.start,
+            rope: cache.rotations.of(index),
+            indexer_rope: None,
+            norm_eps: stage.spec.norm_eps,
+        };
+        let (rows, cache) = (stage.rows.len(), &mut cache.layers[index]);
+        let input = (&input, rows);
+        attend_projected(
+            stage.cpu,
+            &self.weights,
+            spec,
+            input,
+            cache,
+            &mut self.mixer,
+        )
     }
 
     /// Writes the experts that the router chooses for rows of these tokens, `[rows, n_used]`, and

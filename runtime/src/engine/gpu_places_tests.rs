@@ -1,7 +1,7 @@
 //! Any parts of a model on an emulated GPU and the others on the processor: what a layer's blocks
 //! leave for each other must reach the one that needs it.
 
-use super::gpu_tests::{Experts, load, open, plan};
+use super::gpu_tests::{Experts, keep_kv_on_host, load, open, plan};
 use super::rewritten_gqa_tests::fixture;
 use super::rewritten_tests;
 use crate::engine::{Engine, LogitsMode};
@@ -102,7 +102,10 @@ fn compare(name: &str, gguf: &Arc<Gguf>, shape: &ModelShape) {
             1 => Experts::File,
             _ => Experts::Gpu,
         };
-        let plan = plan(shape, (CONTEXT, kv), on_gpu, mask == u64::MAX, experts);
+        let mut plan = plan(shape, (CONTEXT, kv), on_gpu, mask == u64::MAX, experts);
+        if mask != u64::MAX {
+            keep_kv_on_host(&mut plan, shape, |layer| mask >> (42 + layer % 16) & 1 == 1);
+        }
         let got = logits(&mut load(gguf, &plan, 5));
         let error = nmse(&got, &expected);
         assert!(error < BOUND, "{name}, parts {mask:x}: {error:e}");

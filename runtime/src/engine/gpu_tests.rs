@@ -14,7 +14,7 @@ use tier_plan_formats::machine::TierKind;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::{DenseKind, ModelShape};
 use tier_plan_formats::model::{describe, shape::shape_of};
-use tier_plan_formats::placement::{Pins, Placement, TierIdx, Violation};
+use tier_plan_formats::placement::{DensePlacement, Pins, Placement, TierIdx, Violation};
 use tier_plan_testing::{models, nmse};
 
 pub(crate) fn data(name: &str) -> PathBuf {
@@ -166,6 +166,25 @@ pub(crate) fn plan(
     }
     plan.fill_sums(shape);
     plan
+}
+
+/// Keeps the KV cache of layers off the GPU that has their attention, where it can be apart and `pick`
+/// says so. Returns how many layers that are.
+pub(crate) fn keep_kv_on_host(
+    plan: &mut Placement,
+    shape: &ModelShape,
+    pick: impl Fn(u32) -> bool,
+) -> usize {
+    let on_gpu = |d: &&DensePlacement| d.kind == DenseKind::Attention && d.tier == TierIdx::FIRST;
+    let layers = plan.dense.iter().filter(on_gpu).filter_map(|d| d.layer);
+    let apart = |layer: &u32| shape.caches[*layer as usize].can_be_apart() && pick(*layer);
+    let mut layers: Vec<u32> = layers.filter(apart).collect();
+    layers.sort_unstable();
+    if !layers.is_empty() {
+        (plan.host_kv, plan.kv_tier) = (layers, TierIdx::new(1));
+    }
+    plan.fill_sums(shape);
+    plan.host_kv.len()
 }
 
 /// An engine on the emulated GPU, whose memory holds what the plan says.

@@ -1,7 +1,7 @@
 //! Several texts in one engine with attention on a GPU, which is emulated on the processor: the
 //! kernels are those of a real one.
 
-use super::gpu_tests::{ALL, Experts, Watched, load, plan};
+use super::gpu_tests::{ALL, Experts, Watched, keep_kv_on_host, load, plan};
 use super::sequences_tests::{CONTEXT, Company, Fixture, TEXTS, action, rows, text, text_of};
 use crate::engine::{Engine, LogitsMode, Rows, SequenceId};
 use crate::options::LoadOptions;
@@ -49,8 +49,8 @@ fn nearly(found: &[u32], expected: &[u32]) -> bool {
     nmse(&floats(found), &floats(expected)) < SMALL_ERROR
 }
 
-/// A plan for some texts: everything on the GPU, experts in the file with slots in main memory or on
-/// the GPU, or no more than every second layer's attention on the GPU.
+/// A plan for some texts: everything on the GPU; experts in the file with slots in main memory, and
+/// half of the KV cache there, or slots on the GPU; or no more than every second layer's attention on the GPU.
 fn plan_for(
     fixture: &Fixture,
     kv_type: KvType,
@@ -73,6 +73,9 @@ fn plan_for(
         });
     }
     (plan.sequences, plan.checkpoints) = (sequences, checkpoints);
+    if part == 1 {
+        keep_kv_on_host(&mut plan, shape, |layer| layer % 2 == 0);
+    }
     plan.fill_sums(shape);
     for tier in &mut plan.tiers {
         tier.budget_bytes = tier.used_bytes();

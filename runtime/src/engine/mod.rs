@@ -26,6 +26,8 @@ mod gpu_delta_tests;
 #[allow(unsafe_code)]
 mod gpu_golden_tests;
 #[cfg(test)]
+mod gpu_host_kv_tests;
+#[cfg(test)]
 mod gpu_index_tests;
 #[cfg(test)]
 mod gpu_latent_tests;

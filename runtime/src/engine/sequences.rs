@@ -169,7 +169,7 @@ impl Sequences {
                     &WHOLE => positions,
                     kind => windows[kind - 1].1,
                 };
-                match place.mixer.and_then(|tier| devices.of(tier)) {
+                match place.cache().and_then(|tier| devices.of(tier)) {
                     Some(device) => on_gpu(device, layer),
                     None => Ok(LayerCache::new(layer, plan.kv_type, positions, n_states)),
                 }
@@ -498,7 +498,7 @@ fn kinds(spec: &ModelSpec, room: CacheRoom, places: &Places) -> (Vec<usize>, Vec
         .zip(&places.layers)
         .map(|(layer, place)| {
             let window = cache_shape(layer).window();
-            match window.filter(|_| place.mixer.is_none()) {
+            match window.filter(|_| place.cache().is_none()) {
                 Some(window) => room
                     .window_positions(window)
                     .map_or(WHOLE, |positions| kind(window, positions)),

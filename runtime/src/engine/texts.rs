@@ -85,7 +85,8 @@ impl Engine {
         let layers = places.layers.iter().zip(&self.spec().layers).enumerate();
         let mixers = layers.filter_map(|(layer, (at, spec))| {
             let on_gpu = at.mixer.is_some() && spec.has_mixer();
-            on_gpu.then(|| layer.to_string())
+            let host_kv = if at.host_kv { " on the host" } else { "" };
+            on_gpu.then(|| format!("{layer}{host_kv}"))
         });
         let mixers: Vec<String> = mixers.collect();
         if mixers.is_empty() {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tier_plan_cuda::ops::{AttentionBuffers, BatchPositions, CacheSize, Choice, Quants};
 use tier_plan_cuda::{Buffer, CudaError, Device};
 use tier_plan_formats::model::spec::{
-    BlockIndex, DeltaInput, Ffn, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate, Projection,
+    BlockIndex, DeltaInput, Ffn, GqaSpec, KvUp, Mixer, MlaSpec, ModelSpec, OutputGate, Projection,
 };
 use tier_plan_formats::placement::TierIdx;
 
@@ -93,6 +93,16 @@ pub(super) fn logit_rows(n_vocab: usize, rows: usize) -> usize {
     (MAX_LOGITS / n_vocab.max(1)).clamp(1, rows.max(1))
 }
 
+/// Returns the values that the matrices before an attention make of a row.
+pub(super) fn projected_width(a: &GqaSpec) -> usize {
+    let gates = match &a.gate {
+        Some(OutputGate::Separate { linear, .. }) => linear.n_out,
+        Some(OutputGate::WithQueries) | None => 0,
+    };
+    let values = if a.keys_are_values() { 0 } else { a.v.n_out };
+    a.q.n_out + a.k.n_out + values + gates
+}
+
 impl BufferSizes {
     /// Computes the sizes for the parts of `spec` on the GPU of a tier.
     pub(super) fn new(spec: &ModelSpec, places: &Places, tier: TierIdx, most: Most) -> Self {
@@ -125,7 +135,10 @@ impl BufferSizes {
                 if layer.residual.ngram.is_some() {
                     s.ngrams = rows * hidden;
                 }
-                s.mixer(&layer.mixer, context);
+                match &layer.mixer {
+                    Mixer::Gqa(a) if at.host_kv => s.projections(a),
+                    mixer => s.mixer(mixer, context),
+                }
                 match &layer.mixer {
                     Mixer::Mla(a) => s.choices(a, batch, context),
                     Mixer::Gqa(a) => {
@@ -222,6 +235,14 @@ impl BufferSizes {
         };
         self.attend = self.attend.max(wanted);
         self.attend_width = self.attend_width.min(width);
+    }
+
+    /// Grows to what the matrices of attention take whose KV cache is in main memory.
+    fn projections(&mut self, a: &GqaSpec) {
+        let rows = self.rows;
+        self.raw = self.raw.max(rows * projected_width(a));
+        self.mixed = self.mixed.max(rows * a.o.n_in);
+        self.inner = self.inner.max(a.o.n_in);
     }
 
     /// Grows to what a mixer without attention takes.

@@ -97,6 +97,8 @@ pub(crate) fn full_gpu_tier(
             });
     // Emulated tiers are paced layer by layer.
     let real = plan.tiers.iter().all(|t| !t.tier.emulated);
+    // Where the CPU attends to a KV cache, tokens come back in between.
+    let real = real && plan.host_kv.is_empty();
     (all_parts && all_experts && real && plan.tiers.get(tier).is_some_and(PlanTier::uses_gpu))
         .then_some(tier)
 }

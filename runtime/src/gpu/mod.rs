@@ -30,6 +30,7 @@ mod mixer;
 mod mla;
 mod ngram;
 pub(crate) mod parts;
+mod projections;
 mod router;
 pub(crate) mod rows;
 mod short_conv;
@@ -57,6 +58,7 @@ use ffn::FfnPart;
 use full::Replay;
 use inputs::InputProjection;
 use matrix::{GpuLoader, Matrix};
+use projections::ProjectionsPart;
 use router::RouterPart;
 use stages::{EmbeddingPart, Head, HeadPart, Layer, MixerPart};
 use std::ops::Range;
@@ -259,6 +261,18 @@ impl Gpu {
             return Err(work.missing(&format!("the mixer of layer {layer}")));
         };
         Ok(MixerPart { mixer, work })
+    }
+
+    /// Returns the matrices of a layer's attention whose KV cache is in main memory.
+    ///
+    /// # Errors
+    /// When they, or the cache, are elsewhere.
+    pub(super) fn projections(&mut self, layer: usize) -> Result<ProjectionsPart<'_>, CudaError> {
+        let Self { layers, work, .. } = self;
+        let Some(projections) = &layers[layer].projections else {
+            return Err(work.missing(&format!("the projections of layer {layer}")));
+        };
+        Ok(ProjectionsPart { projections, work })
     }
 
     /// Returns a layer's router.

@@ -5,6 +5,7 @@ use super::ffn::LayerFfn;
 use super::matrix::{GpuLoader, Matrix, product};
 use super::mixer::{Mixer, MixerBatch};
 use super::ngram::Ngram;
+use super::projections::Projections;
 use super::streams::BlockInput;
 use super::workspace::{BlockEnd, Output, Purpose, Residual, Workspace};
 use crate::layers::device_cache::DeviceCache;
@@ -13,7 +14,7 @@ use crate::layers::places::{LayerPlaces, Place};
 use crate::layers::rope::{LayerRopes, RopeTable};
 use std::ops::Range;
 use tier_plan_cuda::CudaError;
-use tier_plan_formats::model::spec::LayerSpec;
+use tier_plan_formats::model::spec::{LayerSpec, Mixer as MixerSpec};
 use tier_plan_formats::placement::TierIdx;
 
 /// The parts of one layer.
@@ -21,6 +22,8 @@ pub(super) struct Layer {
     /// Whether all of its parts but routed experts are here.
     pub(super) is_whole: bool,
     pub(super) mixer: Option<LayerMixer>,
+    /// The matrices of attention whose KV cache is in main memory.
+    pub(super) projections: Option<Projections>,
     pub(super) ffn: Option<LayerFfn>,
 }
 
@@ -67,11 +70,18 @@ impl Layer {
             })
         });
         let mixer = mixer.transpose()?;
+        let projections = match &layer.mixer {
+            MixerSpec::Gqa(a) if places.host_kv && here(places.mixer) => {
+                Some(Projections::new(loader, layer, a)?)
+            }
+            _ => None,
+        };
         let has_shared = layer.moe().is_some_and(|moe| moe.shared.is_some());
         let has_blocks = here(places.ffn) && (here(places.shared) || !has_shared);
         Ok(Self {
             is_whole: here(places.mixer) && has_blocks,
             mixer,
+            projections,
             ffn: LayerFfn::new(loader, (index, layer), places, tier)?,
         })
     }

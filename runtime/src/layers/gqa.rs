@@ -31,6 +31,20 @@ pub(super) struct GqaScratch {
 }
 
 impl GqaScratch {
+    /// Returns where `n` rows go that are projected elsewhere.
+    pub(super) fn projected(&mut self, n: usize, spec: &GqaSpec) -> ProjectedRows<'_> {
+        let gates = match &spec.gate {
+            Some(OutputGate::Separate { linear, .. }) => linear.n_out,
+            Some(OutputGate::WithQueries) | None => 0,
+        };
+        ProjectedRows {
+            q: &mut self.q[..n * spec.q.n_out],
+            k: &mut self.k[..n * spec.k.n_out],
+            v: &mut self.v[..n * spec.v.n_out],
+            gate: &mut self.gate[..n * gates],
+        }
+    }
+
     /// Grows to batches of `rows` tokens of a layer like `spec`.
     pub(super) fn reserve(&mut self, rows: usize, spec: &GqaSpec) {
         let grow = |buffer: &mut Vec<f32>, len: usize| {
@@ -55,6 +69,18 @@ impl GqaScratch {
     }
 }
 
+/// What the matrices before attention make of a batch's rows, to be written by what has them.
+pub(crate) struct ProjectedRows<'a> {
+    /// `[rows, q.n_out]`: queries, or each head's query with its gate.
+    pub(crate) q: &'a mut [f32],
+    /// `[rows, k.n_out]`
+    pub(crate) k: &'a mut [f32],
+    /// `[rows, v.n_out]`
+    pub(crate) v: &'a mut [f32],
+    /// `[rows, gates]`: gates that have a matrix of their own; else empty.
+    pub(crate) gate: &'a mut [f32],
+}
+
 /// The cache of a layer, and the keys of its index where it has one.
 pub(super) struct GqaCache<'a> {
     pub kv: &'a mut KeyValues,
@@ -73,11 +99,61 @@ pub(super) fn run(
     out: &mut [f32],
 ) {
     let n = input.x.rows();
+    project(c, weights, spec, input.x, s);
+    attend_to_cache(c, weights, spec, (input, n), cache, s);
+    let mixed = &s.mixed[..n * spec.o.n_in];
+    let Some(acts) = &mut s.acts else {
+        unreachable!("reserved at load")
+    };
+    acts.fill_shared(
+        c.pool,
+        c.kernels,
+        n,
+        spec.o.n_in,
+        mixed,
+        needs_quants(weights.ty(spec.o.weight)),
+    );
+    matmul_all(
+        c.pool,
+        c.kernels,
+        &[MatJob::new(weights.linear(&spec.o), acts.view(), out)],
+    );
+    add_bias(out, weights.bias(&spec.o));
+}
+
+/// Computes the attention of `n` rows that were [projected](GqaScratch::projected) elsewhere, and
+/// stores their keys and values. Returns what the last matrix takes, `[rows, o.n_in]`.
+pub(super) fn attend_projected<'s>(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &GqaSpec,
+    (input, n): (&MixerInput<'_>, usize),
+    cache: &mut KeyValues,
+    s: &'s mut GqaScratch,
+) -> &'s [f32] {
+    open_gate_values(c, spec, n, s);
+    let cache = GqaCache {
+        kv: cache,
+        index: None,
+    };
+    attend_to_cache(c, weights, spec, (input, n), cache, s);
+    &s.mixed[..n * spec.o.n_in]
+}
+
+/// Computes the attention of `n` projected rows into `s.mixed`, under their gates, and stores their
+/// keys and values.
+fn attend_to_cache(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &GqaSpec,
+    (input, n): (&MixerInput<'_>, usize),
+    cache: GqaCache<'_>,
+    s: &mut GqaScratch,
+) {
     let GqaCache {
         kv: cache,
         index: index_keys,
     } = cache;
-    project(c, weights, spec, input.x, s);
     place_heads(c, weights, spec, input, cache, s);
     let index = spec.index.as_ref().zip(index_keys).map(|(spec, keys)| {
         let index = Index {
@@ -108,23 +184,6 @@ pub(super) fn run(
         attend_segment(c, spec, segment, q, cache, &mut s.parts);
         gather(c, spec, &s.parts, sinks, gate, mixed);
     }
-    let Some(acts) = &mut s.acts else {
-        unreachable!("reserved at load")
-    };
-    acts.fill_shared(
-        c.pool,
-        c.kernels,
-        n,
-        spec.o.n_in,
-        mixed,
-        needs_quants(weights.ty(spec.o.weight)),
-    );
-    matmul_all(
-        c.pool,
-        c.kernels,
-        &[MatJob::new(weights.linear(&spec.o), acts.view(), out)],
-    );
-    add_bias(out, weights.bias(&spec.o));
 }
 
 /// Computes queries, keys, values and gates. Gates that come with queries become `e^-g`, others
@@ -162,6 +221,17 @@ fn project(
             add_bias(v, weights.bias(&spec.v));
         }
     }
+    if let Some(OutputGate::Separate { linear, .. }) = &spec.gate {
+        add_bias(gate, weights.bias(linear));
+    }
+    open_gate_values(c, spec, n, s);
+}
+
+/// Makes of the gates of `n` projected rows what results are put under: `e^-g` of gates that come
+/// with queries, which are taken from between those; the factors of others.
+fn open_gate_values(c: CpuContext<'_>, spec: &GqaSpec, n: usize, s: &mut GqaScratch) {
+    let q = &mut s.q[..n * spec.q.n_out];
+    let gate = &mut s.gate[..n * gate_width(spec)];
     match &spec.gate {
         None => {}
         Some(OutputGate::WithQueries) => {
@@ -169,15 +239,10 @@ fn project(
             gate.iter_mut().for_each(|g| *g = -*g);
             c.kernels.exp(gate);
         }
-        Some(OutputGate::Separate { linear, function }) => {
-            add_bias(gate, weights.bias(linear));
-            match function {
-                GateFunction::Sigmoid => {
-                    gate.iter_mut().for_each(|g| *g = 1.0 / (1.0 + (-*g).exp()));
-                }
-                GateFunction::Softplus => gate.iter_mut().for_each(|g| *g = softplus(*g)),
-            }
-        }
+        Some(OutputGate::Separate { function, .. }) => match function {
+            GateFunction::Sigmoid => gate.iter_mut().for_each(|g| *g = 1.0 / (1.0 + (-*g).exp())),
+            GateFunction::Softplus => gate.iter_mut().for_each(|g| *g = softplus(*g)),
+        },
     }
 }
 

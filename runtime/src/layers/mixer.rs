@@ -7,7 +7,7 @@ use super::compressed::{CompressedCache, CompressedScratch, CompressedStores};
 use super::cpu_context::CpuContext;
 use super::delta::DeltaScratch;
 use super::device_cache::DeviceCache;
-use super::gqa::{GqaCache, GqaScratch};
+use super::gqa::{GqaCache, GqaScratch, ProjectedRows};
 use super::kda::KdaScratch;
 use super::kv_rows::{KeyValues, LatentRows, RowStore};
 use super::mamba::MambaScratch;
@@ -23,7 +23,7 @@ use std::ops::Range;
 use tier_plan_cuda::CudaError;
 use tier_plan_formats::model::kv::{KvRows, KvType};
 use tier_plan_formats::model::shape::mixer_rows;
-use tier_plan_formats::model::spec::{IndexerSpec, LayerSpec, Mixer, ModelSpec};
+use tier_plan_formats::model::spec::{GqaSpec, IndexerSpec, LayerSpec, Mixer, ModelSpec};
 use tier_plan_kernels::ActView;
 
 /// What one layer keeps of all texts: KV cache, recurrent states, or both.
@@ -309,6 +309,11 @@ impl MixerScratch {
 }
 
 impl MixerScratch {
+    /// Returns where `n` rows of grouped-query attention go that are projected elsewhere.
+    pub(crate) fn projected(&mut self, n: usize, spec: &GqaSpec) -> ProjectedRows<'_> {
+        self.gqa.projected(n, spec)
+    }
+
     /// Returns what the last indexer chose for some rows of the batch, `[rows, kept]` blocks.
     pub(crate) fn choices(&self, rows: ChosenRows<'_>) -> Vec<u32> {
         self.chosen.to_rows(rows)
@@ -464,6 +469,23 @@ pub(crate) fn mix(
         }
         _ => unreachable!("a layer's cache is made for its mixer"),
     }
+}
+
+/// Computes grouped-query attention of `n` rows that were projected elsewhere to the keys and values
+/// of a layer's cache, to which theirs are added. Returns what the last matrix takes, `[rows,
+/// o.n_in]`; `input.x` is not looked at.
+pub(crate) fn attend_projected<'s>(
+    c: CpuContext<'_>,
+    weights: &DenseWeights,
+    spec: &GqaSpec,
+    (input, n): (&MixerInput<'_>, usize),
+    cache: &mut LayerCache,
+    scratch: &'s mut MixerScratch,
+) -> &'s [f32] {
+    let LayerCache::Gqa(kv) = cache else {
+        unreachable!("plans keep only plain keys and values off a GPU, which loading checks")
+    };
+    gqa::attend_projected(c, weights, spec, (input, n), kv, &mut scratch.gqa)
 }
 
 #[cfg(test)]

@@ -15,6 +15,15 @@ pub(crate) struct LayerPlaces {
     /// with a mixer only.
     pub(crate) ffn: Place,
     pub(crate) shared: Place,
+    /// Whether the mixer's KV cache is in main memory though its matrices are on a GPU.
+    pub(crate) host_kv: bool,
+}
+
+impl LayerPlaces {
+    /// Returns where the mixer's KV cache is, and what its state is in a layer without one.
+    pub(crate) fn cache(&self) -> Place {
+        self.mixer.filter(|_| !self.host_kv)
+    }
 }
 
 /// Where the parts of a model run.
@@ -55,10 +64,12 @@ impl Places {
         // In a layer that has only one of both, rows stay where that is.
         let blocks = mixers.into_iter().zip(ffns).zip(shared);
         places.layers = blocks
-            .map(|((mixer, ffn), shared)| LayerPlaces {
+            .zip(0..)
+            .map(|(((mixer, ffn), shared), layer)| LayerPlaces {
                 mixer: mixer.or(ffn).flatten(),
                 ffn: ffn.or(mixer).flatten(),
                 shared: shared.flatten(),
+                host_kv: plan.has_host_kv(layer),
             })
             .collect();
         // The head of a tied model is the embedding.

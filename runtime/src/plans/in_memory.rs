@@ -56,6 +56,7 @@ pub fn in_memory_with(shape: &ModelShape, room: CacheRoom, kv_type: KvType) -> P
         window_chunk: room.for_model(shape).window_chunk,
         kv_tier: TierIdx::FIRST,
         kv_type,
+        host_kv: Vec::new(),
         staging_tier: TierIdx::FIRST,
         staging_experts: 0,
         reads: HomeReads::default(),

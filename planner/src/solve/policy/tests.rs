@@ -103,6 +103,7 @@ fn refilled(
         context: 1,
         sequences: 1,
         kv_type,
+        position: None,
     };
     let evidence = Evidence::new(&shape, Some(&profile)).unwrap();
     let before = plan(&problem);
@@ -186,6 +187,7 @@ fn without_recorded_tokens_there_is_nothing_to_learn() {
         context: 1,
         sequences: 1,
         kv_type,
+        position: None,
     };
     let evidence = Evidence::new(&shape, None).unwrap();
     let before = plan(&problem);

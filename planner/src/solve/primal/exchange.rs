@@ -533,7 +533,7 @@ pub(in crate::solve) mod tests {
         Item {
             meaning: Meaning::Dense {
                 groups: (0..members).collect(),
-                tiers: vec![TierIdx::FIRST; columns.len()],
+                places: vec![TierIdx::FIRST.into(); columns.len()],
             },
             cost_s: columns.iter().map(|c| f64::from(c.0) * 1e-3).collect(),
             bytes: columns.iter().flat_map(|c| [c.1, c.2]).collect(),

@@ -1,15 +1,16 @@
 //! Capacity: the tiers, the bytes that every plan needs, and the bytes left to choose about.
 //!
 //! Every plan needs staging buffers and the KV cache. Layers whose attention may be on a real GPU
-//! have their cache where their attention is, so columns count it; the rest of the cache is set
+//! have their cache there, or else with the rest, so columns count it. The rest of the cache is set
 //! aside here. Each tier that can hold that rest gives a [`Capacity`] of its own, and so does each GPU
 //! that may have parts which run on one only together.
 
 mod check;
 
 use super::constraints::Constraints;
+use super::draft::DensePlace;
 use super::{Problem, hint};
-use crate::cost::{home_in_place, middle};
+use crate::cost::home_in_place;
 use anyhow::{Result, bail};
 use check::check_tiers;
 use std::collections::BTreeSet;
@@ -81,6 +82,8 @@ pub struct LayerCache {
     pub seconds: PerTier<f64>,
     /// Real GPUs that may have the layer's attention, and with it the cache.
     pub gpus: Vec<TierIdx>,
+    /// Real GPUs that may have the layer's attention without the cache.
+    pub apart: Vec<TierIdx>,
 }
 
 impl Capacity {
@@ -110,28 +113,34 @@ impl Capacity {
             .filter(|&t| self.tiers[t].kind != TierKind::Nvme)
     }
 
-    /// Returns the tiers that can hold a dense group.
+    /// Returns the places that can hold a dense group, by tier.
     ///
     /// A dense group computes where it is held. A token reads so little of the embedding that it
-    /// may stay in the file. Attention on a real GPU has its KV cache there; other attention does
-    /// not.
-    pub fn dense_tiers(&self, group: &DenseShape) -> impl Iterator<Item = TierIdx> + '_ {
+    /// may stay in the file. Attention on a real GPU has its KV cache there, or leaves it to the CPU;
+    /// other attention has it in memory of the host.
+    pub fn dense_places(&self, group: &DenseShape) -> impl Iterator<Item = DensePlace> + '_ {
         let may_stay_in_file = group.kind.is_named_by_tokens();
         let cache = (group.kind == DenseKind::Attention).then(|| {
             group
                 .layer
                 .and_then(|layer| self.caches.get(layer as usize))
         });
-        let has_cache = move |t: TierIdx| match cache {
-            None => true,
-            Some(cache) if self.tiers[t].is_gpu() => cache.is_some_and(|c| c.gpus.contains(&t)),
-            Some(_) => !self.tiers[self.kv_tier].is_gpu(),
+        let on_host = !self.tiers[self.kv_tier].is_gpu();
+        let has_cache = move |DensePlace { tier: t, host_kv }: &DensePlace| match cache {
+            None => !host_kv,
+            Some(cache) if *host_kv => on_host && cache.is_some_and(|c| c.apart.contains(t)),
+            Some(cache) if self.tiers[*t].is_gpu() => cache.is_some_and(|c| c.gpus.contains(t)),
+            Some(_) => on_host,
         };
         let computes = move |t: TierIdx| may_stay_in_file || self.tiers[t].kind != TierKind::Nvme;
         let part = (Part::Dense(group.kind), group.layer);
-        self.tiers
-            .indices()
-            .filter(move |&t| computes(t) && has_cache(t) && self.runs(part, t))
+        let tiers = self.tiers.indices();
+        let tiers = tiers.filter(move |&t| computes(t) && self.runs(part, t));
+        let places = tiers.flat_map(|tier| {
+            let place = |host_kv| DensePlace { tier, host_kv };
+            [false, true].map(place)
+        });
+        places.filter(has_cache)
     }
 
     /// Whether a part of a layer, or of the model, runs on a tier: it does unless that is a real GPU
@@ -149,12 +158,12 @@ impl Capacity {
         self.runs((Part::Experts, Some(layer)), tier)
     }
 
-    /// Returns the KV cache that moves with a dense group, and its tier when the group is on
-    /// `tier`.
+    /// Returns the KV cache that moves with a dense group, and its tier when the group is at
+    /// `place`.
     pub fn moving_cache(
         &self,
         group: &DenseShape,
-        tier: TierIdx,
+        place: DensePlace,
     ) -> Option<(&LayerCache, TierIdx)> {
         let layer = group.layer.filter(|_| group.kind == DenseKind::Attention)?;
         let cache = self
@@ -163,20 +172,20 @@ impl Capacity {
             .filter(|c| !c.gpus.is_empty())?;
         Some((
             cache,
-            if self.tiers[tier].is_gpu() {
-                tier
+            if self.tiers[place.tier].is_gpu() && !place.host_kv {
+                place.tier
             } else {
                 self.kv_tier
             },
         ))
     }
 
-    /// Returns `[tiers]` bytes that a dense group on a tier takes, with the cache that moves with
+    /// Returns `[tiers]` bytes that a dense group at a place takes, with the cache that moves with
     /// it.
-    pub fn taken(&self, group: &DenseShape, tier: TierIdx) -> Vec<u64> {
+    pub fn taken(&self, group: &DenseShape, place: DensePlace) -> Vec<u64> {
         let mut bytes = vec![0; self.tiers.len()];
-        bytes[tier.get()] = group.bytes;
-        if let Some((cache, cache_tier)) = self.moving_cache(group, tier) {
+        bytes[place.tier.get()] = group.bytes;
+        if let Some((cache, cache_tier)) = self.moving_cache(group, place) {
             let sum = &mut bytes[cache_tier.get()];
             let held = if self.tiers[cache_tier].is_gpu() {
                 cache.gpu_bytes
@@ -407,11 +416,10 @@ impl Capacity {
         let Problem {
             shape,
             machine,
-            context,
             kv_type,
             ..
         } = *problem;
-        let (rates, position) = (machine.prompt_gflops(), middle(context).into());
+        let (rates, position) = (machine.prompt_gflops(), problem.position().into());
         let mut attention = vec![None; shape.caches.len()];
         for group in shape
             .dense
@@ -432,14 +440,20 @@ impl Capacity {
             };
             let bytes = cache.bytes(kv_type, problem.room());
             let gpu_bytes = cache.bytes(kv_type, problem.room().whole());
-            let may_have = |t: &TierIdx| {
+            // With the bytes of a cache, or without any.
+            let may_have = |t: &TierIdx, cached: u64| {
                 let fits =
-                    |g: &DenseShape| g.bytes.saturating_add(gpu_bytes) <= self.left_bytes[t.get()];
-                let allowed = |g: &DenseShape| constraints.allows_attention(g.layer, *t);
+                    |g: &DenseShape| g.bytes.saturating_add(cached) <= self.left_bytes[t.get()];
                 let runs = |g: &DenseShape| self.runs((Part::Dense(g.kind), g.layer), *t);
-                self.tiers[*t].is_gpu() && group.is_some_and(|g| fits(g) && allowed(g) && runs(g))
+                self.tiers[*t].is_gpu() && group.is_some_and(|g| fits(g) && runs(g))
             };
-            let gpus: Vec<TierIdx> = self.tiers.indices().filter(may_have).collect();
+            let layer = group.and_then(|g| g.layer);
+            let allows = |t: &TierIdx| constraints.allows_attention(layer, *t);
+            let with_cache = |t: &TierIdx| may_have(t, gpu_bytes) && allows(t);
+            let gpus: Vec<TierIdx> = self.tiers.indices().filter(with_cache).collect();
+            let allows = |t: &TierIdx| constraints.allows_host_kv(layer, *t);
+            let without = |t: &TierIdx| cache.can_be_apart() && may_have(t, 0) && allows(t);
+            let apart = self.tiers.indices().filter(without).collect();
             if gpus.is_empty() {
                 self.kv_bytes = self.kv_bytes.saturating_add(bytes);
             }
@@ -449,6 +463,7 @@ impl Capacity {
                 gpu_bytes,
                 seconds,
                 gpus,
+                apart,
             });
         }
         self.check_fixed_cache(problem, constraints)

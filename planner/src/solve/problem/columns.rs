@@ -3,13 +3,14 @@
 //! A layer's columns are configurations. A configuration pins the most used experts to the fastest
 //! tier, the next to the second, and so on (`cuts`), and gives the rest some slots. Slots are none,
 //! or at least as many as a token uses: fewer would be overwritten while their experts compute. A
-//! dense group's columns are its tiers.
+//! dense group's columns are its places: tiers, and for attention on a GPU where its KV cache is.
 //!
 //! Layers about which the same is known share an [`Item`], and so do dense groups of equal bytes.
 //! That keeps the integer program free of symmetry.
 
 use super::capacity::{Capacity, LayerCache, MAX_FAST, MAX_ROWS, TICKS_PER_S};
 use super::constraints::Constraints;
+use super::draft::DensePlace;
 use super::objective::{ColumnWeights, ObjectiveFunction, Tangent};
 use crate::cost::batch::Step;
 use crate::cost::{attention_fixed_s, group_read_s};
@@ -78,12 +79,12 @@ impl Config {
 /// What the columns of an item mean.
 #[derive(Debug, Clone)]
 pub enum Meaning {
-    /// Dense groups: one tier per column.
+    /// Dense groups: one place per column.
     Dense {
         /// Positions in the model's shape.
         groups: Vec<usize>,
         /// `[columns]`
-        tiers: Vec<TierIdx>,
+        places: Vec<DensePlace>,
     },
     /// Layers with experts: one configuration per column.
     Experts {
@@ -243,7 +244,7 @@ impl Item {
                 self.bytes
                     .copy_within(column * n..(column + 1) * n, kept * n);
                 match &mut self.meaning {
-                    Meaning::Dense { tiers, .. } => tiers[kept] = tiers[column],
+                    Meaning::Dense { places, .. } => places[kept] = places[column],
                     Meaning::Experts { configs, .. } => configs[kept] = configs[column],
                 }
                 kept += 1;
@@ -252,7 +253,7 @@ impl Item {
         self.cost_s.truncate(kept);
         self.bytes.truncate(kept * n);
         match &mut self.meaning {
-            Meaning::Dense { tiers, .. } => tiers.truncate(kept),
+            Meaning::Dense { places, .. } => places.truncate(kept),
             Meaning::Experts { configs, .. } => configs.truncate(kept),
         }
     }
@@ -359,7 +360,7 @@ struct DenseKey {
     macs: u64,
     bytes: u64,
     token_bytes: u64,
-    tiers: Vec<TierIdx>,
+    places: Vec<DensePlace>,
     /// Position of the KV cache that moves with it, among the distinct ones.
     cache: Option<usize>,
 }
@@ -374,17 +375,17 @@ pub fn dense_items(
     let mut alike: BTreeMap<DenseKey, Vec<usize>> = BTreeMap::new();
     let mut caches: Vec<&LayerCache> = Vec::new();
     for (at, group) in shape.dense.iter().enumerate() {
-        let fits = |&tier: &TierIdx| {
+        let fits = |&place: &DensePlace| {
             let mut taken = capacity
-                .taken(group, tier)
+                .taken(group, place)
                 .into_iter()
                 .zip(&capacity.left_bytes);
-            constraints.allows(group.kind, group.layer, tier)
+            constraints.allows(group.kind, group.layer, place.tier)
                 && taken.all(|(bytes, &left)| bytes <= left)
         };
-        let tiers: Vec<TierIdx> = capacity.dense_tiers(group).filter(fits).collect();
+        let places: Vec<DensePlace> = capacity.dense_places(group).filter(fits).collect();
         let cache = capacity
-            .moving_cache(group, TierIdx::FIRST)
+            .moving_cache(group, TierIdx::FIRST.into())
             .map(|(cache, _)| {
                 caches.iter().position(|&c| c == cache).unwrap_or_else(|| {
                     caches.push(cache);
@@ -396,7 +397,7 @@ pub fn dense_items(
             macs: group.macs,
             bytes: group.bytes,
             token_bytes: group.token_bytes,
-            tiers,
+            places,
             cache,
         };
         alike.entry(key).or_default().push(at);
@@ -406,16 +407,16 @@ pub fn dense_items(
         .map(|(key, groups)| {
             let group = &shape.dense[groups[0]];
             let (mut cost_s, mut bytes) = (Vec::new(), Vec::new());
-            for &tier in &key.tiers {
-                let seconds = dense_s(group, tier, capacity, charge);
-                let taken = capacity.taken(group, tier);
+            for &place in &key.places {
+                let seconds = dense_s(group, place, capacity, charge);
+                let taken = capacity.taken(group, place);
                 cost_s.push(charge.cost(seconds, &taken));
                 charge.push_rows(seconds, &taken, &mut bytes);
             }
             Item {
                 meaning: Meaning::Dense {
                     groups,
-                    tiers: key.tiers,
+                    places: key.places,
                 },
                 cost_s,
                 bytes,
@@ -424,8 +425,9 @@ pub fn dense_items(
         .collect()
 }
 
-/// Returns the seconds per token of a dense group on a tier.
-fn dense_s(group: &DenseShape, tier: TierIdx, capacity: &Capacity, charge: &Charge) -> f64 {
+/// Returns the seconds per token of a dense group at a place.
+fn dense_s(group: &DenseShape, place: DensePlace, capacity: &Capacity, charge: &Charge) -> f64 {
+    let tier = place.tier;
     let (read, launches) = match &charge.step {
         Some(step) => {
             let texts = f64::from(step.texts);
@@ -438,11 +440,11 @@ fn dense_s(group: &DenseShape, tier: TierIdx, capacity: &Capacity, charge: &Char
         }
     };
     // Sequences share weights, but each has a KV cache of its own.
-    let moving = capacity.moving_cache(group, tier);
+    let moving = capacity.moving_cache(group, place);
     let cache_s = moving.map_or(0.0, |(cache, cache_tier)| cache.seconds[cache_tier]);
     let mut seconds = read + cache_s;
     if group.kind == DenseKind::Attention {
-        seconds += launches * attention_fixed_s(&capacity.tiers[tier]);
+        seconds += launches * attention_fixed_s(&capacity.tiers[tier], place.host_kv);
     }
     seconds
 }

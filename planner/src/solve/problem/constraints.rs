@@ -55,6 +55,8 @@ pub struct Constraints {
     experts: BTreeMap<u32, LayerConstraints>,
     cache_fixed: Option<TierIdx>,
     cache_forbidden: BTreeSet<TierIdx>,
+    /// The layers whose KV cache is off the GPU that has their attention, where that is settled.
+    host_kv: Option<BTreeSet<u32>>,
 }
 
 impl Constraints {
@@ -100,10 +102,17 @@ impl Constraints {
         Self {
             dense_fixed,
             experts: layers.map(|l| (l.layer, layer.clone())).collect(),
-            // Where attention is on a GPU, its keys and values go with it.
+            // Where attention is on a GPU, its keys and values are there, or where the plan has them.
             cache_fixed: (!plan.dense.iter().any(attention)).then_some(plan.kv_tier),
             ..Self::default()
         }
+        .settling_host_kv(plan.host_kv.iter().copied())
+    }
+
+    /// Settles which layers have their KV cache off the GPU that has their attention.
+    pub(crate) fn settling_host_kv(mut self, layers: impl IntoIterator<Item = u32>) -> Self {
+        self.host_kv = Some(layers.into_iter().collect());
+        self
     }
 
     /// Whether nothing is fixed or forbidden.
@@ -234,7 +243,20 @@ impl Constraints {
 
     /// Whether a layer's attention may be on a real GPU, with its KV cache.
     pub fn allows_attention(&self, layer: Option<u32>, gpu: TierIdx) -> bool {
-        self.allows(DenseKind::Attention, layer, gpu) && self.allows_cache(gpu)
+        self.allows(DenseKind::Attention, layer, gpu)
+            && self.allows_cache(gpu)
+            && self.has_host_kv(layer) != Some(true)
+    }
+
+    /// Whether a layer's attention may be on a real GPU, with its KV cache elsewhere.
+    pub fn allows_host_kv(&self, layer: Option<u32>, gpu: TierIdx) -> bool {
+        self.allows(DenseKind::Attention, layer, gpu) && self.has_host_kv(layer) != Some(false)
+    }
+
+    /// Whether a layer's KV cache is kept off the GPU that has its attention, where that is settled.
+    fn has_host_kv(&self, layer: Option<u32>) -> Option<bool> {
+        let settled = self.host_kv.as_ref()?;
+        Some(layer.is_some_and(|layer| settled.contains(&layer)))
     }
 
     /// Returns the tier that the KV cache of all layers is fixed to.
@@ -251,9 +273,11 @@ impl Constraints {
     pub fn holds(&self, plan: &Placement) -> bool {
         let home = plan.home_tier();
         let attention = || plan.dense.iter().filter(|d| d.kind == DenseKind::Attention);
-        let caches = attention().map(|d| plan.cache_tier(d.tier));
+        let caches = attention().map(|d| plan.cache_tier(d));
         let rest = (attention().next().is_none()).then_some(plan.kv_tier);
-        caches.chain(rest).all(|t| self.allows_cache(t))
+        let settled = self.host_kv.as_ref();
+        settled.is_none_or(|layers| layers.iter().eq(&plan.host_kv))
+            && caches.chain(rest).all(|t| self.allows_cache(t))
             && plan
                 .dense
                 .iter()

@@ -18,6 +18,7 @@ pub mod reuse_table;
 
 pub(crate) use hint::hint;
 
+use crate::cost::middle;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::profile::Profile;
@@ -41,9 +42,17 @@ pub struct Problem<'a> {
     pub sequences: u32,
     /// Type that keys and values are stored in.
     pub kv_type: KvType,
+    /// Positions that a token looks back at, of its own text, for which plans are to be fast; half of
+    /// the context where `None`.
+    pub position: Option<u32>,
 }
 
 impl Problem<'_> {
+    /// Returns the positions that a token looks back at, for which plans are to be fast.
+    pub fn position(&self) -> u32 {
+        self.position.unwrap_or_else(|| middle(self.context))
+    }
+
     /// Returns what the KV cache has room for.
     pub fn room(&self) -> CacheRoom {
         let room = CacheRoom {

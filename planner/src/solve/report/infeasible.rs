@@ -33,7 +33,7 @@ pub fn no_division(
                 .indices()
                 .all(|t| (t == tier) == constraints.allows(group.kind, group.layer, t));
             *bytes = bytes.saturating_add(if only {
-                capacity.taken(group, tier)[tier.get()]
+                capacity.taken(group, tier.into())[tier.get()]
             } else {
                 0
             });

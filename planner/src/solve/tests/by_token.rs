@@ -28,6 +28,7 @@ fn problem<'a>(shape: &'a ModelShape, machine: &'a Machine, budgets: &[u64]) -> 
         context: 100,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     }
 }
 

@@ -172,6 +172,7 @@ fn check_against_enumeration(seed: u64) -> std::result::Result<(), TestCaseError
         context: 100,
         sequences: 1,
         kv_type,
+        position: None,
     };
     let Ok(capacities) = Capacity::per_kv_tier(&problem, &Constraints::default()) else {
         return Ok(());

@@ -24,6 +24,7 @@ fn problem_of<'a>(
         context: 100,
         sequences: 1,
         kv_type: Kv::F16,
+        position: None,
     }
 }
 

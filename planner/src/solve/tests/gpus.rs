@@ -25,6 +25,7 @@ fn solved(
         context: CONTEXT,
         sequences: 1,
         kv_type,
+        position: None,
     };
     let text = |of: &[&str]| of.iter().map(|s| s.to_string()).collect::<Vec<_>>();
     let constraints = Constraints::parse(&text(fix), &text(forbid), shape, &machine)?;
@@ -286,6 +287,7 @@ fn windows_save_memory_on_the_host_only() -> Result<()> {
             context: 10_000,
             sequences,
             kv_type: KvType::F16,
+            position: None,
         };
         let options = Options {
             constraints: Constraints::parse(&[], &text, &shape, &machine)?,

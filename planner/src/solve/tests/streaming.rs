@@ -35,6 +35,7 @@ fn solved(
         context: 100,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     let solution = solve(&problem, &options())?;
     let evidence = Evidence::new(shape, profile)?;
@@ -131,6 +132,7 @@ fn experts_that_are_kept_off_a_gpu_are_not_streamed_to_it() -> Result<()> {
         context: 100,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     let forbid = ["vram:experts".to_string()];
     let constraints = problem::constraints::Constraints::parse(&[], &forbid, &shape, &machine)?;

@@ -59,8 +59,7 @@ proptest! {
             budgets: budgets.to_vec(),
             context: 100,
             sequences: 1,
-            kv_type: KvType::F16,
-        };
+            kv_type: KvType::F16, position: None, };
         let small = problem(&budgets);
         let mut budgets = budgets;
         budgets[grown] += more;
@@ -109,6 +108,7 @@ fn many_layers_come_near_a_bound_over_all_columns() -> Result<()> {
         context: 100,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     let solve = |depth| {
         // A full search takes all the time there is for a bound over all columns.
@@ -146,6 +146,7 @@ fn the_same_problem_has_the_same_plan() -> Result<()> {
         context: 1000,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     let options = Options {
         depth: Depth::Quick,

@@ -67,7 +67,9 @@ pub fn token_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         1e-6 * (plan.token_overhead_us + f64::from(shape.n_layer) * plan.layer_overhead_us);
     for dense in &plan.dense {
         if dense.kind == DenseKind::Attention {
-            total += 1e-6
+            // A second trip where the CPU attends to the cache between the GPU's matrices.
+            let apart = dense.layer.is_some_and(|l| plan.host_kv.contains(&l));
+            total += if apart { 2e-6 } else { 1e-6 }
                 * plan.tiers[dense.tier]
                     .tier
                     .accelerator

@@ -104,6 +104,21 @@ pub struct CacheShape {
     pub more_readers: u64,
 }
 
+impl CacheShape {
+    /// Returns whether the CPU can attend to the cache while a GPU multiplies the layer's matrices:
+    /// keys and values are rows of their own, of every position, which no index chooses among and no
+    /// other layer reads, and there is no recurrent state.
+    pub fn can_be_apart(&self) -> bool {
+        let per_token: u64 = self.rows.iter().map(|rows| rows.per_token).sum();
+        let is_plain = |rows: &KvRows| rows.every == 1 && rows.chosen.is_none();
+        // A latent is one row for keys and values.
+        per_token >= 2
+            && self.rows.iter().all(is_plain)
+            && self.state_bytes == 0
+            && self.more_readers == 0
+    }
+}
+
 /// The sizes of a model: bytes and arithmetic, without the tensors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelShape {

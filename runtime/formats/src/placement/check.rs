@@ -38,6 +38,7 @@ pub(super) fn check(plan: &Placement) -> Result<(), Violation> {
     check_streaming(plan)?;
     check_dense(plan)?;
     check_cache(plan)?;
+    check_host_kv(plan)?;
     check_layers(plan)?;
     check_numbers(plan)
 }
@@ -176,7 +177,7 @@ fn check_cache(plan: &Placement) -> Result<(), Violation> {
         });
     }
     let has_cache = |tier: TierIdx| match attention().next() {
-        Some(_) => attention().any(|d| plan.cache_tier(d.tier) == tier),
+        Some(_) => attention().any(|d| plan.cache_tier(d) == tier),
         None => tier == plan.kv_tier,
     };
     match plan
@@ -188,6 +189,39 @@ fn check_cache(plan: &Placement) -> Result<(), Violation> {
             tier: t.tier.name.clone(),
             kv_tier: kv_tier(),
         }),
+        None => Ok(()),
+    }
+}
+
+/// Checks that each layer whose KV cache is kept off a GPU has its attention on one, and that the
+/// cache is elsewhere.
+pub(super) fn check_host_kv(plan: &Placement) -> Result<(), Violation> {
+    let Some(&first) = plan.host_kv.first() else {
+        return Ok(());
+    };
+    if let Some(pair) = plan.host_kv.windows(2).find(|pair| pair[0] >= pair[1]) {
+        return Err(Violation::HostKvOrder {
+            first: pair[0],
+            second: pair[1],
+        });
+    }
+    let kv_tier = plan.tiers.get(plan.kv_tier).map(|t| &t.tier);
+    if let Some(tier) = kv_tier.filter(|tier| tier.is_gpu()) {
+        return Err(Violation::HostKvOnGpu {
+            layer: first,
+            kv_tier: tier.name.clone(),
+        });
+    }
+    let on_gpu = |layer: u32| {
+        let mut attention = plan.dense.iter();
+        attention.any(|d| {
+            let tier = plan.tiers.get(d.tier);
+            (d.kind, d.layer) == (DenseKind::Attention, Some(layer))
+                && tier.is_some_and(|t| t.tier.is_gpu())
+        })
+    };
+    match plan.host_kv.iter().find(|layer| !on_gpu(**layer)) {
+        Some(&layer) => Err(Violation::HostKvWithoutGpu { layer }),
         None => Ok(()),
     }
 }

@@ -18,6 +18,7 @@ const V8: &str = include_str!("../../../../tests/data/formats/placement.v8.toml"
 const V9: &str = include_str!("../../../../tests/data/formats/placement.v9.toml");
 const V10: &str = include_str!("../../../../tests/data/formats/placement.v10.toml");
 const V11: &str = include_str!("../../../../tests/data/formats/placement.v11.toml");
+const V12: &str = include_str!("../../../../tests/data/formats/placement.v12.toml");
 
 fn load(text: &str) -> Result<Placement, String> {
     decode(text.as_bytes(), Path::new("p.toml")).map_err(|e| e.to_string())

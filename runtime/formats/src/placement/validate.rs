@@ -1,9 +1,9 @@
 //! What a plan must satisfy beside the model that it is for, before anything of it is loaded.
 
-use super::check::check_streaming;
+use super::check::{check_host_kv, check_streaming};
 use super::{LayerPlacement, Placement, PlanTier, TierBytes, Violation};
 use crate::machine::Medium;
-use crate::model::shape::{ExpertShape, ModelShape};
+use crate::model::shape::{CacheShape, ExpertShape, ModelShape};
 use std::collections::{HashMap, HashSet};
 
 /// Returns everything in which a plan contradicts its model or itself; an empty list means that it
@@ -33,6 +33,7 @@ pub fn validate(plan: &Placement, shape: &ModelShape) -> Vec<Violation> {
         violations.push(Violation::LayerCount { found, expected });
     }
     violations.extend(check_streaming(plan).err());
+    host_kv(plan, shape, &mut violations);
     sums(plan, shape, &mut violations);
     staging(plan, shape, &mut violations);
     violations
@@ -55,6 +56,18 @@ fn texts(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) 
         violations.push(Violation::Checkpoints {
             checkpoints: plan.checkpoints,
         });
+    }
+}
+
+/// Checks which layers have their KV cache off the GPU that has their attention.
+fn host_kv(plan: &Placement, shape: &ModelShape, violations: &mut Vec<Violation>) {
+    violations.extend(check_host_kv(plan).err());
+    let can_be_apart = |layer: u32| {
+        let cache = shape.caches.get(layer as usize);
+        cache.is_some_and(CacheShape::can_be_apart)
+    };
+    if let Some(&layer) = plan.host_kv.iter().find(|layer| !can_be_apart(**layer)) {
+        violations.push(Violation::HostKvOfOther { layer });
     }
 }
 

@@ -105,6 +105,25 @@ pub enum Violation {
          '{kv_tier}', the kv_tier"
     )]
     CacheElsewhere { tier: String, kv_tier: String },
+    #[error(
+        "host_kv names layer {second} after layer {first}; list each layer once, in ascending order"
+    )]
+    HostKvOrder { first: u32, second: u32 },
+    #[error(
+        "host_kv keeps the KV cache of layer {layer} off its GPU, but kv_tier is '{kv_tier}', a GPU's memory; name a tier \
+         of memory as kv_tier"
+    )]
+    HostKvOnGpu { layer: u32, kv_tier: String },
+    #[error(
+        "host_kv names layer {layer}, whose attention is not on a GPU; leave the layer out, since its KV cache is on \
+         kv_tier anyway"
+    )]
+    HostKvWithoutGpu { layer: u32 },
+    #[error(
+        "host_kv names layer {layer}, but only layers with keys and values of their own, which no index chooses among, can \
+         have them apart from their attention; leave the layer out"
+    )]
+    HostKvOfOther { layer: u32 },
     #[error("layer {second} comes after layer {first}; list each layer once, in ascending order")]
     LayerOrder { first: u32, second: u32 },
     #[error("layer {layer} is past {max}, the highest that can be named")]

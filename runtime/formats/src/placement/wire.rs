@@ -1,4 +1,4 @@
-//! The text of versions 1 to 11 of a plan, read through wire structs for safety; [`super::write`]
+//! The text of versions 1 to 12 of a plan, read through wire structs for safety; [`super::write`]
 //! writes it.
 
 use super::{
@@ -71,12 +71,18 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
             "streaming is a key of version 11; write `version = 11`, or leave it out".into(),
         );
     }
+    if wire.host_kv.is_some() && wire.version < 12 {
+        return Err("host_kv is a key of version 12; write `version = 12`, or leave it out".into());
+    }
     let mut allowance = Allowance::for_a_file();
     let names = Names::new(&wire.tier);
     let predicted = decode_prediction(wire.predicted, wire.version, &names)?;
     let solver = decode_solver(wire.solver, wire.version)?;
     let dense = decode_dense(wire.dense, &names, &mut allowance)?;
     let streaming = wire.streaming.map(|s| s.named(&names)).transpose()?;
+    let host_kv = wire.host_kv.as_deref().unwrap_or_default();
+    let host_kv = ranges::parse(host_kv, "layer", MAX_LAYER, &mut allowance)
+        .map_err(|e| format!("host_kv: {e}"))?;
     let mut layers = Vec::new();
     for layer in wire.layer {
         decode_layer(layer, wire.version, &names, &mut allowance, &mut layers)?;
@@ -94,6 +100,7 @@ pub(super) fn decode(text: &str) -> Result<Placement, String> {
         window_chunk: wire.window_chunk,
         kv_tier: names.find(&wire.kv_tier, "kv_tier")?,
         kv_type,
+        host_kv,
         staging_tier: names.find(&wire.staging.tier, "staging.tier")?,
         staging_experts: wire.staging.experts,
         reads: HomeReads {
@@ -339,6 +346,7 @@ struct Wire {
     window_chunk: Option<u32>,
     kv_tier: String,
     kv_type: Option<String>,
+    host_kv: Option<String>,
     staging: WireStaging,
     io: Option<WireIo>,
     #[serde(default)]

@@ -35,6 +35,9 @@ pub(super) fn encode(plan: &Placement) -> String {
     }
     out.field("kv_tier", quote(name(plan.kv_tier)));
     out.field("kv_type", quote(plan.kv_type.name()));
+    if !plan.host_kv.is_empty() {
+        out.field("host_kv", quote(&ranges::show(&plan.host_kv)));
+    }
     let staging = quote(name(plan.staging_tier));
     out.field(
         "staging",
@@ -274,6 +277,7 @@ fn version(plan: &Placement) -> u64 {
         .chain((plan.reads != HomeReads::default()).then_some(9))
         .chain((!plan.predicted.few_gflops.is_empty()).then_some(10))
         .chain(plan.streaming.map(|_| 11))
+        .chain((!plan.host_kv.is_empty()).then_some(12))
         .fold(2, u64::max)
 }
 

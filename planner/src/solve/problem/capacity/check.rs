@@ -95,7 +95,7 @@ impl Capacity {
         let is_attention = |d: &&DenseShape| d.kind == DenseKind::Attention;
         for group in problem.shape.dense.iter().filter(is_attention) {
             let allowed = |&t: &TierIdx| constraints.allows(group.kind, group.layer, t);
-            if self.dense_tiers(group).any(|t| allowed(&t)) {
+            if self.dense_places(group).any(|place| allowed(&place.tier)) {
                 continue;
             }
             let layer = group.layer.unwrap_or_default();

@@ -5,6 +5,7 @@ use crate::copies::MAX_COPIES;
 use crate::machine::tests::{any_text, any_tiers};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 fn any_amount() -> impl Strategy<Value = f64> {
     prop_oneof![0.0f64..10.0, Just(0.0), Just(1e-12), Just(3e15)]
@@ -266,6 +267,7 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                         window_chunk: (context % 2 == 1).then_some(context),
                         kv_tier: memory[kv.index(memory.len())],
                         kv_type,
+                        host_kv: Vec::new(),
                         staging_tier: memory[staging.index(memory.len())],
                         staging_experts,
                         reads,
@@ -298,10 +300,19 @@ fn any_plan() -> impl Strategy<Value = Placement> {
                             None => plan.dense.retain(|d| d.kind != DenseKind::Attention),
                         }
                     }
-                    let mut has: Vec<TierIdx> = attention(&plan)
-                        .into_iter()
-                        .map(|t| plan.cache_tier(t))
-                        .collect();
+                    // Every second layer on a GPU has its cache elsewhere, where there is a place.
+                    let on_gpu = |d: &&DensePlacement| {
+                        let is_gpu = plan.tiers[d.tier].tier.is_gpu();
+                        d.kind == DenseKind::Attention && is_gpu
+                    };
+                    if !plan.tiers[plan.kv_tier].tier.is_gpu() {
+                        let layers = plan.dense.iter().filter(on_gpu).filter_map(|d| d.layer);
+                        let layers: BTreeSet<u32> = layers.filter(|l| l % 2 == 1).collect();
+                        plan.host_kv = layers.into_iter().collect();
+                    }
+                    let groups = plan.dense.iter();
+                    let groups = groups.filter(|d| d.kind == DenseKind::Attention);
+                    let mut has: Vec<TierIdx> = groups.map(|d| plan.cache_tier(d)).collect();
                     if has.is_empty() {
                         has.push(plan.kv_tier);
                     }

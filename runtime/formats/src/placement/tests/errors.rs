@@ -12,8 +12,8 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "version = 1",
-            "version = 12",
-            "placement plan version 12, but this program reads up to version 11; update tier-plan",
+            "version = 13",
+            "placement plan version 13, but this program reads up to version 12; update tier-plan",
         ),
         (
             "context = 1024",

@@ -55,6 +55,7 @@ fn versions_mean_what_they_meant() {
         window_chunk: None,
         kv_tier: vram,
         kv_type: KvType::F16,
+        host_kv: Vec::new(),
         staging_tier: dram,
         staging_experts: 4,
         reads: HomeReads::default(),
@@ -506,4 +507,62 @@ fn version_11_says_which_experts_are_streamed() {
     let emulated = after.replacen("emulated = false", "emulated = true", 1);
     let error = load(&(before.to_string() + &emulated)).unwrap_err();
     assert!(error.contains("not a GPU's memory"), "{error}");
+}
+
+#[test]
+fn version_12_says_which_caches_are_kept_off_a_gpu() {
+    let plan = load(V12).unwrap();
+    assert_eq!(plan.host_kv, [1, 2, 5]);
+    assert_eq!(
+        plan.encode(),
+        V12,
+        "a plan with a key of version 12 says so"
+    );
+    let (vram, dram) = (TierIdx::new(0), TierIdx::new(1));
+    assert_eq!(plan.cache_tiers(6), [vram, dram, dram, vram, dram, dram]);
+    let without = Placement {
+        host_kv: Vec::new(),
+        ..plan
+    };
+    assert!(without.encode().contains("\nversion = 11\n"));
+    for (from, to, why) in [
+        (
+            "version = 12",
+            "version = 11",
+            "host_kv is a key of version 12; write `version = 12`, or leave it out",
+        ),
+        (
+            "\"1-2,5\"",
+            "\"1-2,4\"",
+            "host_kv names layer 4, whose attention is not on a GPU",
+        ),
+        (
+            "\"1-2,5\"",
+            "\"1-2,6\"",
+            "host_kv names layer 6, whose attention is not on a GPU",
+        ),
+        ("\"1-2,5\"", "\"2,1\"", "host_kv: "),
+        ("\"1-2,5\"", "\"0-99999\"", "host_kv: "),
+        ("\"1-2,5\"", "\"1-2,x\"", "host_kv: "),
+        ("\"1-2,5\"", "[1, 2]", "invalid type"),
+    ] {
+        assert!(V12.contains(from), "{from}");
+        let error = load(&V12.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(why), "{why}: {error}");
+    }
+    let mut on_gpu = without.clone();
+    on_gpu.dense.retain(|d| d.kind != DenseKind::Attention);
+    let attention = |layer| DensePlacement {
+        kind: DenseKind::Attention,
+        layer: Some(layer),
+        tier: vram,
+    };
+    on_gpu.dense.extend((0..6).map(attention));
+    (on_gpu.kv_tier, on_gpu.host_kv) = (vram, vec![3]);
+    on_gpu.tiers[dram].bytes.kv = 0;
+    let error = load(&on_gpu.encode()).unwrap_err();
+    assert!(
+        error.contains("off its GPU, but kv_tier is 'vram'"),
+        "{error}"
+    );
 }
