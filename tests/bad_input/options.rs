@@ -173,7 +173,7 @@ fn comparisons_of_what_cannot_be_compared() {
     compare(&["cut-record.json"], &["cut-record.json", "line "]);
     compare(
         &["newer.json"],
-        &["newer.json", "version 9", "up to version 5", "update"],
+        &["newer.json", "version 9", "up to version 6", "update"],
     );
     compare(&["nosuch.json"], &["nosuch.json", "No such file"]);
     compare(&["r.json", "nosuch.toml"], &["nosuch.toml", "No such file"]);

@@ -432,6 +432,7 @@ fn record(placement: &Placement, rate: f64, emulated: bool, rng: &mut Rng) -> Ru
                 missed_bytes: 30_000_000,
                 reading_s: 0.3 / rate / count,
                 waited_s: 0.2 / rate / count,
+                streamed: 0,
             })
             .collect(),
         predicted: Some(placement.predicted.clone()),

@@ -62,7 +62,7 @@ pub(super) const PROFILE: Kind = Kind {
 pub(super) const RECORD: Kind = Kind {
     format: "tier-plan run record",
     what: "run record",
-    newest: 5,
+    newest: 6,
     limit_bytes: 64 << 20,
     hint: "`tier-plan run` can write one",
 };

@@ -56,6 +56,8 @@ pub struct LayerRecord {
     pub reading_s: f64,
     /// Part of `reading_s` in which nothing could compute for want of a read; the rest was hidden.
     pub waited_s: f64,
+    /// Of all these accesses, those to experts of main memory that a GPU computed.
+    pub streamed: u64,
 }
 
 /// Steps of several texts, each of which adds one token of every text.
@@ -138,6 +140,11 @@ pub struct RunRecord {
 }
 
 impl RunRecord {
+    /// Whether a GPU computed experts of main memory for decoded tokens.
+    pub fn has_streamed(&self) -> bool {
+        self.layers.iter().any(|layer| layer.streamed > 0)
+    }
+
     /// Returns the tokens per second while decoding, 0 when nothing was decoded.
     pub fn decode_tok_s(&self) -> f64 {
         rate(self.decode_tokens, self.decode_s)

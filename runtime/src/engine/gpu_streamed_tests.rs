@@ -47,6 +47,11 @@ fn streamed_plan(shape: &ModelShape, home: TierKind, layer: Layer, s: Streaming)
     plan
 }
 
+/// Returns the streamed experts that count as those of decoded tokens.
+fn counted(engine: &Engine) -> u64 {
+    engine.counters().layers.iter().map(|l| l.streamed).sum()
+}
+
 fn pinned(pinned: [u32; 3]) -> Layer {
     Layer {
         pinned,
@@ -68,6 +73,7 @@ fn compare(name: &str, home: TierKind, layer: Layer, s: Streaming) -> u64 {
     assert!(off < 1e-5, "{name}: {off:e}");
     let streamed = engine.experts_streamed_for_tokens();
     assert_eq!(got != expected, streamed > 0, "{name}: {streamed}");
+    assert_eq!(counted(&engine), streamed, "{name}");
     // Where what was read is counted, experts count once.
     let n_used: u64 = shape.experts.iter().map(|e| u64::from(e.n_used)).sum();
     assert!(streamed < 12 * n_used, "{name}");
@@ -153,6 +159,25 @@ fn slow_links_and_emulated_gpus_take_nothing() {
         .err()
         .unwrap();
     assert!(error.to_string().contains("vram"), "{error}");
+}
+
+#[test]
+fn what_is_streamed_for_a_prompt_of_one_token_is_not_counted() {
+    let (gguf, shape) = open("arch/qwen3moe.gguf");
+    let layer = pinned([0, 0, shape.experts[0].n_expert]);
+    let plan = streamed_plan(&shape, TierKind::Nvme, layer, streaming(DRAM, 2));
+    let mut engine = load(&gguf, &plan, 13).0;
+    engine.forward(&[7], LogitsMode::Last).unwrap();
+    let of_prompt = engine.experts_streamed_for_tokens();
+    assert!(of_prompt > 0);
+    assert_eq!(counted(&engine), 0);
+    engine.forward(&[9], LogitsMode::Last).unwrap();
+    let hits = engine.counters().layers.iter().map(|l| l.pinned_hits);
+    let n_used: u64 = shape.experts.iter().map(|e| u64::from(e.n_used)).sum();
+    assert_eq!(hits.sum::<u64>(), n_used, "streamed experts are hits");
+    assert_eq!(counted(&engine), of_prompt);
+    engine.reset_counters();
+    assert_eq!(counted(&engine), 0);
 }
 
 #[test]

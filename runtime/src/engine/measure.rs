@@ -44,6 +44,7 @@ pub fn record(engine: &Engine, generated: &Generated, circumstances: &Circumstan
             missed_bytes: c.missed_bytes,
             reading_s: per_token(c.reading),
             waited_s: per_token(c.waited),
+            streamed: c.streamed,
         });
     RunRecord {
         plan: plan.name.clone(),

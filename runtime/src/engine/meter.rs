@@ -290,6 +290,7 @@ impl Meter {
         layer.pinned_hits += step.pinned_hits;
         layer.slot_hits += step.slot_hits;
         layer.misses += step.misses;
+        layer.streamed += step.streamed;
         layer.missed_bytes += step.read_bytes;
         // An emulated device's reads are part of the declared time.
         if paths.is_none() {

@@ -33,6 +33,8 @@ pub struct LayerCounters {
     pub slot_hits: u64,
     /// Accesses to experts that had to be read from the slow tier.
     pub misses: u64,
+    /// Of all these accesses, those to experts of main memory that a GPU computed.
+    pub streamed: u64,
     /// Time in attention, norms, and router.
     pub dense: Duration,
     /// Time in routed experts, including waits for reads.

@@ -81,6 +81,8 @@ pub(crate) struct Step {
     pub(crate) pinned_hits: u64,
     pub(crate) slot_hits: u64,
     pub(crate) misses: u64,
+    /// Experts of main memory that a GPU computes for a token.
+    pub(crate) streamed: u64,
     /// Bytes that misses bring in from the slow tier.
     pub(crate) read_bytes: u64,
     /// Time in which nothing could compute for want of a read.
@@ -104,6 +106,7 @@ impl Step {
             pinned_hits: 0,
             slot_hits: 0,
             misses: 0,
+            streamed: 0,
             read_bytes: 0,
             waited: Duration::ZERO,
             read_time: None,

@@ -172,6 +172,7 @@ impl ExpertStore {
             }
         }
         self.token_stream.n_streamed += positions.len() as u64;
+        step.streamed += positions.len() as u64;
         let places: Vec<Place> = (0..positions.len()).map(Place::Shared).collect();
         let weights: Vec<f32> = positions.iter().map(|at| weights[*at]).collect();
         let experts = RequestedExperts {

@@ -8,6 +8,7 @@ const V1: &str = include_str!("../../../../tests/data/formats/record.v1.json");
 const V2: &str = include_str!("../../../../tests/data/formats/record.v2.json");
 const V4: &str = include_str!("../../../../tests/data/formats/record.v4.json");
 const V5: &str = include_str!("../../../../tests/data/formats/record.v5.json");
+const V6: &str = include_str!("../../../../tests/data/formats/record.v6.json");
 const V3: &str = include_str!("../../../../tests/data/formats/record.v3.json");
 
 fn load(text: &str) -> Result<RunRecord, String> {
@@ -170,6 +171,11 @@ fn version_1_means_what_it_meant() {
     });
     assert_eq!(want.encode(), V5);
     assert_eq!(load(V5), Ok(want.clone()));
+    assert!(!want.has_streamed());
+    want.layers[0].streamed = 4;
+    assert!(want.has_streamed());
+    assert_eq!(want.encode(), V6);
+    assert_eq!(load(V6), Ok(want.clone()));
     want.conditions = None;
     assert_eq!(want.observed_tok_s(), Some(6.25));
     want.predicted = None;
@@ -251,6 +257,27 @@ fn the_setup_is_checked() {
 }
 
 #[test]
+fn streamed_experts_are_checked() {
+    for (from, to, why) in [
+        (
+            "\"streamed\": 4",
+            "\"streamed\": -4",
+            "invalid value: integer `-4`",
+        ),
+        (
+            "\"version\": 6",
+            "\"version\": 5",
+            "streamed of a layer is a key of version 6",
+        ),
+    ] {
+        let error = load(&V6.replacen(from, to, 1)).expect_err(to);
+        assert!(error.contains(why), "wanted {why:?}, got {error:?}");
+    }
+    let none = load(&V6.replacen("\"streamed\": 4", "\"streamed\": 0", 1)).unwrap();
+    assert_eq!(none.encode(), V5, "none need no key");
+}
+
+#[test]
 fn an_empty_record_reads_back() {
     let empty = RunRecord::default();
     let text = empty.encode();
@@ -268,15 +295,15 @@ fn errors_say_what_and_how_to_mend() {
         ),
         (
             "\"version\": 1",
-            "\"version\": 6",
-            "run record version 6, but this program reads up to version 5; update tier-plan",
+            "\"version\": 7",
+            "run record version 7, but this program reads up to version 6; update tier-plan",
         ),
         (
             "\"version\": 1",
             "\"version\": 0",
             "version is 0, but versions start at 1",
         ),
-        ("\"version\": 1,", "", "no version; write `version = 5`"),
+        ("\"version\": 1,", "", "no version; write `version = 6`"),
         (
             "\"isa\"",
             "\"simd\"",
@@ -432,13 +459,13 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
     );
     let layer = (
         any::<u32>(),
-        any::<[u64; 4]>(),
+        any::<[u64; 5]>(),
         proptest::array::uniform4(any_amount()),
     )
         .prop_map(
             |(
                 layer,
-                [pinned_hits, slot_hits, misses, missed_bytes],
+                [pinned_hits, slot_hits, misses, missed_bytes, streamed],
                 [dense_s, expert_s, reading_s, waited_s],
             )| {
                 LayerRecord {
@@ -451,6 +478,7 @@ fn any_record() -> impl Strategy<Value = RunRecord> {
                     missed_bytes,
                     reading_s,
                     waited_s,
+                    streamed,
                 }
             },
         );

@@ -1,4 +1,4 @@
-//! The JSON of versions 1 to 5 of a run record.
+//! The JSON of versions 1 to 6 of a run record.
 //!
 //! Rates that follow from counts and times are written for readers of the file, and computed again
 //! when it is read.
@@ -82,6 +82,8 @@ struct WireLayer {
     reading_s: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     waited_s: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    streamed: Option<u64>,
 }
 
 impl From<&SourceId> for WireSource {
@@ -106,7 +108,8 @@ impl From<WireSource> for SourceId {
 pub(super) fn encode(record: &RunRecord) -> String {
     let is_of_2 = |p: &Prediction| p.at > 0 || p.kv_s > 0.0 || !p.prompt_gflops.is_empty();
     let reads = |l: &LayerRecord| l.missed_bytes > 0 || l.reading_s > 0.0 || l.waited_s > 0.0;
-    let of_5 = record.setup.is_some();
+    let of_6 = record.has_streamed();
+    let of_5 = of_6 || record.setup.is_some();
     let of_4 =
         of_5 || record.conditions.is_some() || record.parallel.iter().any(|p| p.observed.is_some());
     let of_3 = of_4 || !record.parallel.is_empty();
@@ -114,7 +117,10 @@ pub(super) fn encode(record: &RunRecord) -> String {
         of_3 || record.predicted.as_ref().is_some_and(is_of_2) || record.layers.iter().any(reads);
     let wire = Wire {
         format: RECORD.format.into(),
-        version: 1 + u64::from(of_2) + u64::from(of_3) + u64::from(of_4) + u64::from(of_5),
+        version: 1 + [of_2, of_3, of_4, of_5, of_6]
+            .map(u64::from)
+            .iter()
+            .sum::<u64>(),
         plan: record.plan.clone(),
         status: record.plan_status.clone(),
         gap: record.plan_gap,
@@ -162,6 +168,7 @@ pub(super) fn encode(record: &RunRecord) -> String {
                 missed_bytes: of_2.then_some(l.missed_bytes),
                 reading_s: of_2.then_some(l.reading_s),
                 waited_s: of_2.then_some(l.waited_s),
+                streamed: (l.streamed > 0).then_some(l.streamed),
             })
             .collect(),
         parallel: record.parallel.iter().map(WireParallel::from).collect(),
@@ -213,6 +220,12 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
     if wire.version < 5 && wire.setup.is_some() {
         return Err("setup is a key of version 5; write `\"version\": 5`, or leave it out".into());
     }
+    if wire.version < 6 && wire.layers.iter().any(|l| l.streamed.is_some()) {
+        return Err(
+            "streamed of a layer is a key of version 6; write `\"version\": 6`, or leave it out"
+                .into(),
+        );
+    }
     Ok(RunRecord {
         plan: wire.plan,
         plan_status: wire.status,
@@ -254,6 +267,7 @@ pub(super) fn decode(text: &str) -> Result<RunRecord, String> {
                 missed_bytes: l.missed_bytes.unwrap_or(0),
                 reading_s: l.reading_s.unwrap_or(0.0),
                 waited_s: l.waited_s.unwrap_or(0.0),
+                streamed: l.streamed.unwrap_or(0),
             })
             .collect(),
         predicted: wire.predicted.map(Prediction::from),
