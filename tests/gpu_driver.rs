@@ -623,6 +623,15 @@ fn experts_of_main_memory_are_computed_on_a_gpu_beside_the_processor() {
             assert!(waits > 30, "{order}: {report:?}");
             assert!(answer == first, "{order}");
         }
+        let model = case.model.to_str().unwrap();
+        let bench = format!("bench {model} --plan plan.toml -p 8 -n 4 -r 1");
+        let mut bench: Vec<&str> = bench.split(' ').collect();
+        let (output, _) = case.place.clean(&[], &bench);
+        let words = "experts of main memory per decoded token were streamed to a GPU";
+        assert!(stdout(&succeeded(output)).contains(words));
+        bench.push("--json");
+        let (output, _) = case.place.clean(&[], &bench);
+        assert!(json(output)["streamed_per_token"].as_f64() > Some(0.9));
         // Where the driver locks no memory of experts, the processor computes them. Staging comes first.
         let fault = format!("cuMemHostRegister_v2:{}:801", 1 + u32::from(has_drive));
         let refused = [("STAND_IN_FAULT", fault.as_str())];

@@ -139,13 +139,19 @@ pub fn layers(record: &RunRecord) {
     } else {
         ""
     };
+    let streams = record.has_streamed();
+    let streamed = if streams { "   streamed" } else { "" };
     eprintln!(
-        "layer   pinned    slots   misses   hit rate   dense ms/token   experts ms/token{more}"
+        "layer   pinned    slots   misses{streamed}   hit rate   dense ms/token   experts ms/token{more}"
     );
     for l in &record.layers {
         let accesses = l.pinned_hits + l.slot_hits + l.misses;
+        let streamed = match streams {
+            true => format!("{:>11}", l.streamed),
+            false => String::new(),
+        };
         eprintln!(
-            "{:>5} {:>8} {:>8} {:>8} {:>9.1}% {:>16.3} {:>18.3}{}",
+            "{:>5} {:>8} {:>8} {:>8}{streamed} {:>9.1}% {:>16.3} {:>18.3}{}",
             l.layer,
             l.pinned_hits,
             l.slot_hits,

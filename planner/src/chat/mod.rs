@@ -388,6 +388,14 @@ impl<'a> Chat<'a> {
                 hits as f64 * 100.0 / (hits + misses) as f64
             )?;
         }
+        let streamed: u64 = counters.layers.iter().map(|l| l.streamed).sum();
+        if streamed > 0 {
+            writeln!(
+                output,
+                "experts: {:.1} % streamed from main memory to a GPU",
+                streamed as f64 * 100.0 / (hits + misses) as f64
+            )?;
+        }
         for (tier, bytes) in self.engine.plan().tiers.iter().zip(&counters.read_bytes) {
             let each = *bytes as f64 / counters.decode_tokens.max(1) as f64 / 1e6;
             let name = printable(&tier.tier.name);

@@ -582,6 +582,7 @@ fn runs_are_averaged_by_their_tokens() {
             expert_s,
             misses: 1,
             slot_hits: 2,
+            streamed: 1,
             ..LayerRecord::default()
         }],
         ..RunRecord::default()
@@ -594,6 +595,15 @@ fn runs_are_averaged_by_their_tokens() {
     assert_eq!((rate.min, rate.max, rate.runs), (10.0, 15.0, 2));
     assert!((plan.layers[0].expert_s - 0.175).abs() < 1e-12);
     assert_eq!((plan.layers[0].misses, plan.layers[0].slot_hits), (2, 4));
+    assert_eq!(plan.layers[0].streamed, 2);
+    let charts = chart::all(&overview);
+    let layers = charts.iter().find(|chart| chart.file == "layers");
+    let csv = layers.expect("a chart of layers").data.to_csv();
+    assert!(
+        csv.lines()
+            .all(|line| line.ends_with(",streamed") || line.ends_with(",2")),
+        "{csv}"
+    );
     assert_eq!(plan.tiers[0].read_bytes, Some(100.0));
     assert_eq!(plan.tiers[0].busy_s, Some(0.05));
     assert!((plan.hit_rate.expect("hits") - 4.0 / 6.0).abs() < 1e-12);

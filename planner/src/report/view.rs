@@ -418,6 +418,7 @@ fn average_layers(entry: &PlanEntry) -> Vec<LayerRecord> {
             sum.pinned_hits = sum.pinned_hits.saturating_add(layer.pinned_hits);
             sum.slot_hits = sum.slot_hits.saturating_add(layer.slot_hits);
             sum.misses = sum.misses.saturating_add(layer.misses);
+            sum.streamed = sum.streamed.saturating_add(layer.streamed);
             sum.missed_bytes = sum.missed_bytes.saturating_add(layer.missed_bytes);
             if layer.dense_s.is_finite() && layer.expert_s.is_finite() {
                 sum.dense_s += layer.dense_s.max(0.0) * weight;

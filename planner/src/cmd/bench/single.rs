@@ -28,6 +28,8 @@ struct Sample {
     missed_bytes: u64,
     /// Prefetched experts: used, used and read in time, not used.
     ahead: [u64; 3],
+    /// Experts of main memory that a GPU computed for decoded tokens.
+    streamed: u64,
     /// Share of expert accesses while decoding that hit a resident expert; `None` without experts.
     hit_rate: Option<f64>,
 }
@@ -111,6 +113,7 @@ fn repeat(session: &mut Session, prompt: &[u32], tokens: u32, watch: &mut Watch)
         } else {
             0
         },
+        streamed: counters.layers.iter().map(|l| l.streamed).sum(),
         hit_rate: (accesses > 0).then(|| 1.0 - misses as f64 / accesses as f64),
     })
 }
@@ -200,6 +203,11 @@ fn report(
             .collect::<Vec<f64>>()
     });
     let missed: Vec<f64> = samples.iter().map(per_token).collect();
+    let streamed: Vec<f64> = samples
+        .iter()
+        .map(|s| s.streamed as f64 / f64::from(args.n_gen.max(1)))
+        .collect();
+    let streamed = Some(median(&streamed)).filter(|n| *n > 0.0);
     let hit_rate: Vec<f64> = samples.iter().filter_map(|s| s.hit_rate).collect();
     let plan = session.engine.plan();
     let emulated = plan.tiers.iter().any(|t| t.tier.emulated);
@@ -227,6 +235,9 @@ fn report(
             "predicted_decode_tok_s": (plan.predicted.decode_tok_s > 0.0).then_some(plan.predicted.decode_tok_s),
             "runs": { "prompt_tok_s": prompt, "decode_tok_s": decode, "decode_gbps": gbps },
         });
+        if let Some(streamed) = streamed {
+            value["streamed_per_token"] = json!(streamed);
+        }
         if let Some(shards) = &session.shards {
             let reads = session.engine.node_reads();
             value["numa"] = json!({
@@ -287,6 +298,9 @@ fn report(
             median(&missed) * median(&decode) / 1e3,
             median(&hit_rate) * 100.0
         );
+    }
+    if let Some(streamed) = streamed {
+        println!("{streamed:.1} experts of main memory per decoded token were streamed to a GPU");
     }
     print_prefetches(samples);
     if let Some(line) = session.numa_line() {

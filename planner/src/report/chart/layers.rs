@@ -158,7 +158,8 @@ fn panel(
     plot_bottom + 46.0
 }
 
-/// Returns the chart's numbers: one row per plan and layer.
+/// Returns the chart's numbers: one row per plan and layer. Streamed experts have a column where a
+/// run had any.
 fn table(plans: &[&PlanView<'_>]) -> Table {
     let mut data = Table::new(&[
         "plan",
@@ -172,11 +173,14 @@ fn table(plans: &[&PlanView<'_>]) -> Table {
         "reading_s",
         "waited_s",
     ]);
+    let layers = || plans.iter().flat_map(|plan| &plan.layers);
+    let streams = layers().any(|layer| layer.streamed > 0);
+    data.head.extend(streams.then_some("streamed"));
     for (plan, layer) in plans
         .iter()
         .flat_map(|plan| plan.layers.iter().map(move |layer| (plan, layer)))
     {
-        data.push([
+        let mut row = vec![
             plan.name().to_string(),
             layer.layer.to_string(),
             number(Some(layer.dense_s)),
@@ -187,7 +191,9 @@ fn table(plans: &[&PlanView<'_>]) -> Table {
             layer.missed_bytes.to_string(),
             number(Some(layer.reading_s)),
             number(Some(layer.waited_s)),
-        ]);
+        ];
+        row.extend(streams.then(|| layer.streamed.to_string()));
+        data.push(row);
     }
     data
 }
