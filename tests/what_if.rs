@@ -512,6 +512,18 @@ fn a_machine_file_is_fitted_to_runs_of_its_plans() {
         MACHINE,
         "the file itself is as it was"
     );
+    let path = dir.path().join("a.json");
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    record["version"] = 6.into();
+    record["layers"][0]["streamed"] = 3.into();
+    fs::write(dir.path().join("s.json"), record.to_string()).unwrap();
+    let streamed = "calibrate s.json b.json c.json -m here.toml -o other.toml";
+    let streamed: Vec<&str> = streamed.split(' ').collect();
+    let words = stdout(&succeeded(run_in(dir.path(), &streamed)));
+    assert!(
+        words.contains("note: 1 of the 3 runs streamed experts to a GPU: "),
+        "{words}"
+    );
     let words = stdout(&succeeded(run_in(dir.path(), &calibrate)));
     assert!(
         words.contains("mean error: ") && words.contains("note: 3 runs say little"),

@@ -167,6 +167,14 @@ fn notes(fit: &Fit, records: &[(String, RunRecord)]) -> Vec<String> {
             records.len()
         )),
     }
+    match records.iter().filter(|(_, r)| r.has_streamed()).count() {
+        0 => {}
+        n => notes.push(format!(
+            "{n} of the {} runs streamed experts to a GPU: the time of their expert stages is taken as measured, and \
+             only the rest is fitted",
+            records.len()
+        )),
+    }
     let models: std::collections::BTreeSet<&str> = records
         .iter()
         .filter_map(|(_, r)| r.model.as_ref().map(|m| m.hash.as_str()))

@@ -9,6 +9,10 @@
 //!   corrected for the bytes that the run really read, so that a text with other experts is no
 //!   error of a rate. `overlap` is the predicted ratio of the longest paths to the sum of all.
 //!
+//! A run that streamed experts gives only the first equation. What its expert stages took follows
+//! from the rate of a link and from what the CPU keeps beside transfers, which are not fitted. So
+//! their time is taken as measured.
+//!
 //! The unknowns are the two fixed times and a factor on the time of each tier. The fit is
 //! regularized towards the machine file (ridge regression), which decides what the runs leave
 //! undetermined. A tier that no run read stays as it was, and with one model the fixed times of
@@ -76,11 +80,14 @@ struct Run {
     of: [Vec<f64>; 2],
     /// `[2]` measured seconds of the two equations.
     took: [f64; 2],
+    /// Seconds of the expert stages where they are taken as measured and have no equation, else 0.
+    given_s: f64,
 }
 
 impl Run {
     fn seconds(&self, parameters: &[f64]) -> f64 {
-        self.of.iter().map(|row| dot(row, parameters)).sum()
+        let of_equations: f64 = self.of.iter().map(|row| dot(row, parameters)).sum();
+        of_equations + self.given_s
     }
 }
 
@@ -262,6 +269,22 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
     // KV caches are kept in main memory wherever they fit it.
     dense[2 + dram] += predicted.kv_s;
 
+    let (experts, given_s) = if record.has_streamed() {
+        (vec![0.0; 2 + n], experts_took)
+    } else {
+        (expert_equation(machine, record, predicted), 0.0)
+    };
+    Ok(Run {
+        measured_s,
+        predicted_s: predicted.token_s(),
+        of: [dense, experts],
+        took: [measured_s - experts_took, experts_took - given_s],
+        given_s,
+    })
+}
+
+/// Returns the coefficients of the equation of the expert stages.
+fn expert_equation(machine: &Machine, record: &RunRecord, predicted: &Prediction) -> Vec<f64> {
     let rates = machine.computing_tiers();
     let sum: f64 = predicted.expert_s.iter().sum();
     let overlap = if sum > 0.0 {
@@ -272,15 +295,10 @@ fn run(machine: &Machine, name: &str, record: &RunRecord) -> Result<Run> {
     let mut experts = vec![0.0, 0.0];
     let said = predicted.expert_s.iter().zip(&predicted.read_bytes);
     for ((tier, rate), (seconds, bytes)) in record.tiers.iter().zip(&rates).zip(said) {
-        let more = tier.read_bytes as f64 / tokens - bytes;
+        let more = tier.read_bytes as f64 / record.decode_tokens as f64 - bytes;
         experts.push(overlap * (seconds + more / (rate.read_gbps * 1e9)).max(0.0));
     }
-    Ok(Run {
-        measured_s,
-        predicted_s: predicted.token_s(),
-        of: [dense, experts],
-        took: [measured_s - experts_took, experts_took],
-    })
+    experts
 }
 
 /// Returns the number of layers: from the predicted overhead, or else those that the record lists.

@@ -288,6 +288,51 @@ fn runs_that_say_nothing_are_refused() {
 }
 
 #[test]
+fn expert_stages_of_runs_that_stream_are_taken_as_measured() {
+    let machine = machine(25.0);
+    let truth = Truth {
+        layer_s: 120e-6,
+        token_s: 50e-6,
+        factors: [1.0; 3],
+    };
+    // A GPU took half of the experts, and the rest took the CPU longer, which no rate here says.
+    let streamed = |factor: f64, streamed: u64| {
+        let mut record = record(&machine, truth, 0.0, 0.5, 0.0, 1.0);
+        let predicted = record.predicted.as_mut().unwrap();
+        predicted.kv_s = 0.0;
+        let tokens = record.decode_tokens as f64;
+        record.decode_s -= tokens * 0.001;
+        for layer in &mut record.layers {
+            record.decode_s += tokens * (factor - 1.0) * layer.expert_s;
+            layer.expert_s *= factor;
+            layer.streamed = streamed;
+        }
+        ("s.json".to_string(), record)
+    };
+    // Nothing of main memory is in the equation that is left, so its factor stays.
+    let runs = [0.6, 0.8, 1.2, 1.7].map(|factor| streamed(factor, 9));
+    let alone = Fit::new(&machine, &runs).unwrap();
+    assert!(
+        alone.factors.iter().all(|f| (f - 1.0).abs() < 1e-9),
+        "{alone:?}"
+    );
+    let fixed_s = |fit: &Fit| fit.layer_s * LAYERS as f64 + fit.token_s;
+    let sought_s = truth.layer_s * LAYERS as f64 + truth.token_s;
+    assert!((fixed_s(&alone) / sought_s - 1.0).abs() < 0.05, "{alone:?}");
+    for row in &alone.rows {
+        assert!((row.after_s / row.measured_s - 1.0).abs() < 0.02, "{row:?}");
+    }
+    // Beside others they change no rate, and would if they counted as plain.
+    let factor = |more: (String, RunRecord)| {
+        let mut records = records(&machine, truth);
+        records.push(more);
+        Fit::new(&machine, &records).unwrap().factors[1]
+    };
+    assert!((factor(streamed(1.7, 9)) - 1.0).abs() < 0.01);
+    assert!((factor(streamed(1.7, 0)) - 1.0).abs() > 0.05);
+}
+
+#[test]
 fn fixed_times_never_fall_below_nothing() {
     let machine = machine(200.0);
     // Faster than even no fixed time at all would be.
