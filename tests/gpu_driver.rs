@@ -673,6 +673,14 @@ fn the_processor_attends_to_a_cache_that_is_kept_off_a_gpu() {
 }
 
 #[test]
+fn a_plan_without_streaming_is_made_where_that_is_asked_for() {
+    let model = root().join("tests/data/arch/qwen3moe.gguf");
+    let case = Case::on(model, &linked("300KiB", true), "96", &["--no-streaming"]);
+    let plan = fs::read_to_string(case.place.path().join("plan.toml")).unwrap();
+    assert!(!plan.contains("streaming"), "{plan}");
+}
+
+#[test]
 fn two_gpus_share_a_model() {
     let case = Case::small(&["200KiB", "150KiB"], "2MiB", "96");
     assert!(

@@ -161,6 +161,7 @@ fn solving(c: &mut Criterion) {
                     context: 4096,
                     sequences: 1,
                     kv_type: KvType::F16,
+                    position: None,
                 };
                 let seconds = std::env::var("TL")
                     .ok()

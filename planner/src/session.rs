@@ -81,7 +81,8 @@ impl Session {
         if engine.lacks_locked_memory() {
             eprintln!(
                 "warning: the GPU's driver locks no memory of experts, so the CPU computes those that the plan has \
-                 streamed; decoding takes longer than predicted"
+                 streamed; decoding takes longer than predicted, and `tier-plan solve --no-streaming` makes a plan \
+                 without them"
             );
         }
         Ok(Self {

@@ -125,6 +125,9 @@ pub struct SolveArgs {
         help_heading = "Solver"
     )]
     pub forbid: Vec<String>,
+    /// Do not stream experts from main memory to a GPU for decoded tokens
+    #[arg(long, help_heading = "Solver")]
+    pub no_streaming: bool,
     /// Also write the plan of each baseline into this folder
     #[arg(long, value_name = "FOLDER", help_heading = "Output")]
     pub baselines: Option<PathBuf>,
@@ -280,6 +283,7 @@ impl SolveOptions {
             backend: args.backend.into(),
             target_tok_s: args.target_tok_s,
             constraints: Constraints::parse(&args.fix, &args.forbid, &model.sizes, &machine)?,
+            streaming: !args.no_streaming,
         };
         ensure!(
             args.strategy == Strategy::Optimal || solver.constraints.is_empty(),

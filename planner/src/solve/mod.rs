@@ -79,6 +79,8 @@ pub struct Options {
     pub target_tok_s: Option<f64>,
     /// What is fixed or forbidden by hand.
     pub constraints: Constraints,
+    /// Whether a GPU may compute some of a token's experts in main memory.
+    pub streaming: bool,
 }
 
 impl Default for Options {
@@ -93,6 +95,7 @@ impl Default for Options {
             backend: Backend::default(),
             target_tok_s: None,
             constraints: Constraints::default(),
+            streaming: true,
         }
     }
 }
@@ -185,7 +188,8 @@ pub fn solve_with_pool(
         }
     };
     let is_plain = objective.kind == Objective::Latency && objective.target_tok_s.is_none();
-    let may_stream = baseline.is_none() && is_plain && streaming::may_pay(problem);
+    let is_allowed = options.streaming && baseline.is_none();
+    let may_stream = is_allowed && is_plain && streaming::may_pay(problem);
     let part = if may_stream { PART_OF_FIRST } else { 1.0 };
     let mut best = choose(problem, deadline(start, options.time_limit_s * part)?)?;
     if may_stream {

@@ -91,6 +91,31 @@ fn a_link_that_brings_more_than_it_takes_is_used() -> Result<()> {
 }
 
 #[test]
+fn nothing_is_streamed_where_that_is_turned_off() -> Result<()> {
+    let shape = shape(4, 16, 8, 2 * MB);
+    let machine = linked(9.0, 16.0);
+    let problem = Problem {
+        shape: &shape,
+        profile: None,
+        machine: &machine,
+        budgets: vec![30 * MB, 1000 * MB, 1 << 40],
+        context: 100,
+        sequences: 1,
+        kv_type: KvType::F16,
+    };
+    assert!(solve(&problem, &options())?.plan.streaming.is_some());
+    let options = Options {
+        streaming: false,
+        ..options()
+    };
+    let found = solve(&problem, &options)?;
+    assert_eq!(found.plan.streaming, None);
+    let said = found.notes.iter().any(|n| n.contains("streamed"));
+    assert!(!said, "{:?}", found.notes);
+    Ok(())
+}
+
+#[test]
 fn a_link_that_takes_what_it_brings_is_not_used() -> Result<()> {
     let shape = shape(4, 16, 8, 2 * MB);
     let budgets = [30 * MB, 1000 * MB, 1 << 40];
