@@ -215,6 +215,7 @@ fn solving(c: &mut Criterion) {
             context: 4096,
             sequences: 1,
             kv_type: KvType::F16,
+            position: None,
         };
         let options = Options {
             strategy: Strategy::Optimal,

@@ -102,6 +102,7 @@ fn nothing_is_streamed_where_that_is_turned_off() -> Result<()> {
         context: 100,
         sequences: 1,
         kv_type: KvType::F16,
+        position: None,
     };
     assert!(solve(&problem, &options())?.plan.streaming.is_some());
     let options = Options {
