@@ -141,7 +141,7 @@ fn what_a_gpu_takes_of_each_model_gives_its_golden_values() {
         if left.reasons.is_empty() {
             engine.clear();
             // All tokens at night.
-            let n = golden.tokens.len() / if is_nightly() { 1 } else { 2 };
+            let n = golden.tokens.len() / if is_nightly() { 1 } else { 4 };
             let (mut logits, n_vocab) = (Vec::new(), engine.spec().n_vocab);
             for token in &golden.tokens[..n] {
                 logits.extend_from_slice(engine.forward(&[*token], LogitsMode::Last).unwrap());
