@@ -129,10 +129,10 @@ pub fn mix(quant: Option<&str>) -> Result<Mix> {
     })
 }
 
-/// Returns a machine as [`machine`] does, for plans of a model: without copies that are not of it.
+/// Returns a machine as [`machine()`] does, for plans of a model: without copies that are not of it.
 ///
 /// # Errors
-/// As those of [`machine`]; or when the model cannot be read.
+/// As those of [`machine()`]; or when the model cannot be read.
 pub fn machine_for(path: &Path, model: &Path) -> Result<Machine> {
     let mut machine = self::machine(path)?;
     if !machine.extras.copies.is_empty() && named(model)? == Named::File {

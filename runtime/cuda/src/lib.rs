@@ -2,7 +2,7 @@
 //! launched, and typed operations over them.
 //!
 //! - [`Device`] is memory and kernel launches, nothing more. [`Gpu`] is a real one. The GPU emulator
-//!   ([`shim`], feature `emulator`) compiles the same kernels as C++ and runs them on the CPU. So
+//!   (`shim`, feature `emulator`) compiles the same kernels as C++ and runs them on the CPU. So
 //!   every kernel and every caller is tested without a GPU.
 //! - [`Ops`] checks sizes and launches kernels. [`source::MODULES`] lists the kernels.
 //! - [`experts`] computes routed experts that are held in a device's memory.

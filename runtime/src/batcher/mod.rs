@@ -1,7 +1,7 @@
 //! Generates many texts of an engine together: continuous batching for programs that serve.
 //!
 //! A [`Batcher`] owns what texts at work need beside the engine: a sampler, a decoder, and stop
-//! strings each. [`schedule`](crate::schedule) decides which rows a step computes. A text begins with
+//! strings each. [`crate::schedule`] decides which rows a step computes. A text begins with
 //! what the engine has kept of it, or with what a text at work shares with it. It is kept when it
 //! ends. A text has the same logits to the bit in any company, and a sampler of its own, so that its
 //! tokens depend on its options alone.

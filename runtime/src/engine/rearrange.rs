@@ -215,7 +215,10 @@ fn other_than_experts(a: &Placement, b: &Placement) -> Option<&'static str> {
         dense.sort_by_key(|group| (group.kind, group.layer));
         dense
     };
-    let cache = |plan: &Placement| (plan.kv_tier, plan.kv_type, plan.room());
+    let cache = |plan: &Placement| {
+        let host_kv = plan.host_kv.clone();
+        (plan.kv_tier, host_kv, plan.kv_type, plan.room())
+    };
     let staging = |plan: &Placement| (plan.staging_tier, plan.staging_experts);
     [
         ("model", a.model == b.model),

@@ -5,7 +5,7 @@
 //! are copied to the CPU, whose expert store knows where experts are. All buffers are allocated at
 //! loading.
 //!
-//! A [`Gpu`] hands out parts: [`MixerPart`](stages::MixerPart), [`RouterPart`](router::RouterPart)
+//! A [`Gpu`] hands out parts: [`MixerPart`], [`RouterPart`]
 //! and so on. Holding one proves that the part is on the GPU, so that running it needs no check.
 
 mod block_index;

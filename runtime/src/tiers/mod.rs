@@ -2,7 +2,7 @@
 //! NUMA nodes, and the pacing of emulated tiers.
 //!
 //! All `unsafe` code of this crate that talks to the operating system is in here: anonymous
-//! mappings ([`arena`]), reader threads that fill one buffer together ([`file`]), buffers that GPUs
+//! mappings ([`arena`]), reader threads that fill one buffer together ([`mod@file`]), buffers that GPUs
 //! read (`transit`), and system calls without a safe wrapper ([`numa`], [`limits`], [`source`]). It
 //! knows nothing of models or layers.
 

@@ -279,7 +279,7 @@ impl<'a> TokenGroups<'a> {
     }
 }
 
-/// Matrices of a [matmul](Ops::matmul).
+/// Matrices of a [matmul](super::Ops::matmul).
 #[derive(Clone, Copy)]
 pub enum BatchMatrices<'a> {
     /// One matrix and a number of tokens.
