@@ -2,15 +2,20 @@
 //!
 //! The search prices columns without it. Its plan is then compared with plans that have room for the
 //! buffers and divide a token's experts between CPU and GPU. Divided paths have the rates that both had
-//! when they were measured together. Dividing shortens no time by more than a known part
-//! ([`StreamTimes::least_part`]), so the search's bound times that part holds for all plans.
+//! when they were measured together. Dividing shortens no expert stage by more than a known part
+//! ([`StreamTimes::least_part`]), and nothing else. So the search's bound, with its expert stages
+//! shortened by that part, holds for all plans.
 
 use super::kv_tier::Best;
+use super::options::Objective;
 use super::problem::Problem;
+use super::problem::capacity::Capacity;
+use super::problem::columns::{Charge, dense_items};
 use super::problem::constraints::Constraints;
 use super::problem::instance::MAX_ROUNDING_GAP;
+use super::problem::objective::ObjectiveFunction;
 use super::verify;
-use crate::cost::{predict, token_s};
+use crate::cost::{overhead_s, predict, token_s};
 use crate::profile::Evidence;
 use anyhow::{Result, ensure};
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
@@ -103,7 +108,8 @@ pub(super) fn improve(
         ));
         return Ok(());
     };
-    report(&mut plan, &best.plan, shape);
+    let beside_s = beside_experts_s(problem, constraints)?;
+    report(&mut plan, &best.plan, (shape, beside_s));
     let wrong = verify::verify(&plan, shape, evidence);
     ensure!(
         wrong.is_empty(),
@@ -177,7 +183,7 @@ fn sentence(plan: &Placement, saved: f64) -> Option<String> {
     Some(format!(
         "{experts} of a layer are streamed from '{}' to '{}' for a token, which saves {:.1} % of its predicted time; \
          measured together, the link has {:.1} GB/s, and the CPU keeps {:.0} % of its rate. \
-         The proven gap is wide, since its bound allows streaming more than whole experts can bring",
+         The proven gap is wide, since its bound allows each layer the most that streaming can save of one",
         name(streaming.from),
         name(streaming.tier),
         saved * 100.0,
@@ -263,15 +269,47 @@ fn streamed(
     plan
 }
 
+/// Returns the least seconds of a token that any plan takes beside its expert stages: with each dense
+/// group where it is fastest.
+fn beside_experts_s(problem: &Problem<'_>, constraints: &Constraints) -> Result<f64> {
+    let objective = ObjectiveFunction::new(Objective::Latency, None, None, problem)?;
+    let (shape, machine) = (problem.shape, problem.machine);
+    let fixed_s = overhead_s(
+        shape.n_layer,
+        machine.layer_overhead_us,
+        machine.token_overhead_us,
+    );
+    let capacities = Capacity::per_kv_tier(problem, constraints)?;
+    let dense_s = |capacity: &Capacity| {
+        let charge = Charge::linear(&objective);
+        let items = dense_items(shape, capacity, &charge, constraints);
+        let least = items.iter().map(|item| {
+            let least = item.cost_s.iter().copied().fold(f64::INFINITY, f64::min);
+            item.count() as f64 * least
+        });
+        least.sum::<f64>() + capacity.kv_s()
+    };
+    let least = capacities.iter().map(dense_s).fold(f64::INFINITY, f64::min);
+    Ok(fixed_s + least)
+}
+
 /// Reports what is proven of a plan that streams experts. `searched` is the best plan without that, under
-/// the same budgets.
-fn report(plan: &mut Placement, searched: &Placement, shape: &ModelShape) {
-    let parts = plan.streaming.iter();
-    let parts = parts.flat_map(|s| times(plan, s, shape).map(|(times, _)| times.least_part()));
-    let part = parts.fold(1.0, f64::min);
+/// the same budgets, and `beside_s` the least time that any plan takes beside its expert stages.
+fn report(plan: &mut Placement, searched: &Placement, (shape, beside_s): (&ModelShape, f64)) {
+    // However many buffers there are.
+    let streaming = plan.streaming.map(|streaming| Streaming {
+        experts: u32::MAX,
+        ..streaming
+    });
+    let parts = streaming.iter();
+    let parts = parts.flat_map(|s| times(plan, s, shape));
+    let part = parts
+        .map(|(times, n_used)| times.least_part(n_used))
+        .fold(1.0, f64::min);
     let solver = &mut plan.solver;
     solver.objective_s = token_s(&plan.predicted);
-    solver.bound_s = searched.solver.bound_s.map(|bound| bound * part);
+    let shortened = |bound: f64| part * bound + (1.0 - part) * beside_s.min(bound);
+    solver.bound_s = searched.solver.bound_s.map(shortened);
     let gap = |bound: f64| ((solver.objective_s - bound) / solver.objective_s).max(0.0);
     solver.gap = solver.bound_s.map(gap);
     if solver.status == "optimal" && solver.gap.is_none_or(|gap| gap > MAX_ROUNDING_GAP) {

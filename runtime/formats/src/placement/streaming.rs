@@ -97,11 +97,17 @@ impl StreamTimes {
         best
     }
 
-    /// Returns a lower bound of the part of a token's time in main memory that is left when experts
-    /// are streamed: both sides read all the time.
-    pub fn least_part(&self) -> f64 {
-        let together = self.beside_s * self.link_s / (self.beside_s + self.link_s);
-        (together / self.alone_s).min(1.0)
+    /// Returns the least part of a token's expert stage that is left when experts are streamed,
+    /// however many are in main memory and on the GPU of the `n_used` that a token chooses.
+    pub fn least_part(&self, n_used: u32) -> f64 {
+        let plain = StreamTimes { most: 0, ..*self };
+        let part = |in_memory: u32, on_gpu: u32| {
+            let divided = self.divide(in_memory, in_memory, on_gpu).seconds();
+            divided / plain.divide(in_memory, 0, on_gpu).seconds()
+        };
+        let in_memory = 1..=n_used;
+        let parts = in_memory.flat_map(|n| (0..=n_used - n).map(move |on_gpu| part(n, on_gpu)));
+        parts.fold(1.0, f64::min)
     }
 }
 
@@ -139,7 +145,10 @@ mod tests {
         let division = t.divide(8, 8, 0);
         assert_eq!(division.streamed, 2);
         assert!((division.cpu_s - 7.2).abs() < 1e-9 && (division.gpu_s - 6.25).abs() < 1e-9);
-        assert!(division.seconds() >= 8.0 * t.least_part());
+        let least = (1..=8).map(|n| t.divide(n, n, 0).seconds() / f64::from(n));
+        let least = least.fold(f64::INFINITY, f64::min);
+        assert_eq!(t.least_part(8), least);
+        assert!(least < 1.0 && division.seconds() >= 8.0 * least);
         // No way of dividing is shorter.
         for (in_memory, on_gpu) in [(0, 3), (1, 0), (3, 0), (8, 0), (6, 40), (20, 4)] {
             let best = t.divide(in_memory, in_memory, on_gpu);
@@ -158,7 +167,7 @@ mod tests {
         // The link takes from the CPU as much as it brings.
         let t = times(1.0, 2.0, 2.0, 4);
         assert_eq!(t.divide(8, 8, 0).streamed, 0);
-        assert_eq!(t.least_part(), 1.0);
+        assert_eq!(t.least_part(8), 1.0);
         // Two experts: one on each side would end later than both on the CPU.
         assert_eq!(times(1.0, 1.2, 3.0, 4).divide(2, 2, 0).streamed, 0);
         // The GPU is busy with its own.
