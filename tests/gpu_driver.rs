@@ -3,8 +3,13 @@
 //! refuses what that refuses, and tells at the end what was done wrong and what was not given back.
 //! Kernels run on the processor.
 
+mod case;
+
+pub(crate) use case::{Case, tokens};
+
 use crate::common::{self, check_refusal, demo_model, json, root, stdout, succeeded};
 use crate::driver::{Place, Report};
+use case::{linked, machine};
 use serde_json::{Value, json as value};
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +17,7 @@ use std::sync::Arc;
 use tier_plan_planner::session::tokenizer;
 use tier_plan_runtime::cuda::source::MODULES;
 use tier_plan_runtime::gguf::Gguf;
-use tier_plan_testing::{floats, is_nightly, nmse};
+use tier_plan_testing::is_nightly;
 
 /// Text for the bundled model.
 const PROMPT: &str = "And it came to pass in those days, that there went out a decree from Caesar";
@@ -25,188 +30,6 @@ const SMALL_ERROR_QUANTIZED: f64 = 1e-3;
 /// In the bundled model two experts may be nearly tied, so that a token gets the other one. It was
 /// 6e-3.
 const SMALL_ERROR_OF_TIES: f64 = 2e-2;
-
-/// How much less likely than the processor's choice a chosen token may be, as a part of the logits'
-/// spread.
-const NEARLY_EQUAL: f32 = 0.01;
-
-/// A machine with GPUs of so much memory. Its main memory is slow, lest a plan leaves something
-/// there that a GPU has room for, and so is its processor at prompts, so that experts pass through
-/// a GPU.
-fn machine(vram: &[&str], dram: &str) -> String {
-    let mut text = String::from(
-        "format = \"tier-plan machine\"\nversion = 3\nname = \"stand-in\"\ndescription = \"\"\nlayer_overhead_us = 20\n\
-         token_overhead_us = 60\n",
-    );
-    for (n, capacity) in vram.iter().enumerate() {
-        text += &format!(
-            "[[tier]]\nname = \"gpu{n}\"\nkind = \"vram\"\ncapacity = \"{capacity}\"\nread_gbps = 500\nlatency_us = 5\n\
-             prompt_gflops = 900\ndevice = {n}\nsource = \"stood in for\"\n"
-        );
-    }
-    text + &format!(
-        "[[tier]]\nname = \"dram\"\nkind = \"dram\"\ncapacity = \"{dram}\"\nread_gbps = 0.5\nlatency_us = 900\n\
-         prompt_gflops = 0.01\nsource = \"assumed\"\n[[tier]]\nname = \"nvme\"\nkind = \"nvme\"\ncapacity = \"1GiB\"\n\
-         read_gbps = 0.1\nlatency_us = 2000\nsource = \"assumed\"\n"
-    )
-}
-
-/// A model with a plan for GPUs and one without.
-pub(crate) struct Case {
-    pub(crate) place: Place,
-    model: PathBuf,
-    /// What `solve` says of the plan for GPUs.
-    solved: Value,
-}
-
-/// What a model computes from tokens: their logits, `[tokens, vocab]`, and the tokens that it adds.
-#[derive(PartialEq)]
-struct Answer {
-    logits: Vec<f32>,
-    greedy: Vec<u32>,
-}
-
-impl Case {
-    /// Three layers of eight experts with 16-bit weights, 395 KiB in all.
-    pub(crate) fn small(vram: &[&str], dram: &str, context: &str) -> Self {
-        Self::new(
-            root().join("tests/data/arch/qwen3moe.gguf"),
-            vram,
-            dram,
-            context,
-        )
-    }
-
-    pub(crate) fn new(model: PathBuf, vram: &[&str], dram: &str, context: &str) -> Self {
-        Self::with(model, vram, dram, context, &[])
-    }
-
-    /// The same with more options of `solve`.
-    fn with(model: PathBuf, vram: &[&str], dram: &str, context: &str, more: &[&str]) -> Self {
-        Self::on(model, &machine(vram, dram), context, more)
-    }
-
-    /// The same on any machine.
-    fn on(model: PathBuf, machine_file: &str, context: &str, more: &[&str]) -> Self {
-        let place = Place::new();
-        let solve = |text: &str, plan: &str| {
-            fs::write(place.path().join("machine.toml"), text).unwrap();
-            let list = [
-                "solve",
-                model.to_str().unwrap(),
-                "-m",
-                "machine.toml",
-                "-o",
-                plan,
-                "--context",
-                context,
-            ];
-            json(common::run_in(
-                place.path(),
-                &[&list[..], &["--json"], more].concat(),
-            ))
-        };
-        solve(&machine(&[], "64MiB"), "processor.toml");
-        let solved = solve(machine_file, "plan.toml");
-        Self {
-            place,
-            model,
-            solved,
-        }
-    }
-
-    /// The arguments that have the plan for GPUs computed.
-    pub(crate) fn arguments(&self, tokens: &[u32], greedy: u32) -> Vec<String> {
-        let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
-        let (model, ids, greedy) = (
-            self.model.to_str().unwrap(),
-            ids.join(","),
-            greedy.to_string(),
-        );
-        let list = [
-            "logits",
-            model,
-            "--tokens",
-            &ids,
-            "--greedy",
-            &greedy,
-            "-o",
-            "logits.bin",
-            "--plan",
-            "plan.toml",
-        ];
-        list.map(String::from).into()
-    }
-
-    fn answer(&self, output: std::process::Output) -> Answer {
-        let said = stdout(&succeeded(output));
-        let greedy = if said.is_empty() {
-            Vec::new()
-        } else {
-            serde_json::from_str(&said).unwrap()
-        };
-        let bytes = fs::read(self.place.path().join("logits.bin")).unwrap();
-        Answer {
-            logits: floats(&bytes),
-            greedy,
-        }
-    }
-
-    /// Computes on the stand-in, with these settings of it.
-    fn on_gpu(&self, settings: &[(&str, &str)], tokens: &[u32], greedy: u32) -> (Answer, Report) {
-        let list = self.arguments(tokens, greedy);
-        let (output, report) = self.place.clean(
-            settings,
-            &list.iter().map(String::as_str).collect::<Vec<_>>(),
-        );
-        (self.answer(output), report)
-    }
-
-    /// The processor must compute nearly the same logits, and find nothing more likely than the
-    /// tokens that were added.
-    fn agrees(&self, tokens: &[u32], answer: &Answer, most: f64) {
-        let mut list = self.arguments(&[tokens, &answer.greedy].concat(), 0);
-        *list.last_mut().unwrap() = "processor.toml".into();
-        let plain = self.answer(common::run_in(self.place.path(), &list)).logits;
-        let n_vocab = answer.logits.len() / tokens.len();
-        let mut rows = plain.chunks_exact(n_vocab);
-        assert_eq!(rows.len(), tokens.len() + answer.greedy.len());
-        for (i, (row, found)) in rows
-            .by_ref()
-            .zip(answer.logits.chunks_exact(n_vocab))
-            .enumerate()
-        {
-            let error = nmse(found, row);
-            assert!(
-                error < most,
-                "the logits after token {i} are off by {error:.1e}"
-            );
-        }
-        let after = plain[(tokens.len() - 1) * n_vocab..].chunks_exact(n_vocab);
-        for (i, (row, token)) in after.zip(&answer.greedy).enumerate() {
-            let best = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let spread = (row.iter().map(|v| v * v).sum::<f32>() / n_vocab as f32).sqrt();
-            let short = (best - row[*token as usize]) / spread;
-            assert!(
-                short <= NEARLY_EQUAL,
-                "token {i} of {:?} is {short} below the best",
-                answer.greedy
-            );
-        }
-    }
-
-    /// Bytes of a kind on a tier of the plan for GPUs.
-    fn bytes(&self, tier: usize, kind: &str) -> u64 {
-        self.solved["tiers"][tier][format!("{kind}_bytes")]
-            .as_u64()
-            .unwrap()
-    }
-}
-
-/// Ids of the small models, whose vocabulary has 96.
-pub(crate) fn tokens(n: u32) -> Vec<u32> {
-    (0..n).map(|i| i * 37 % 90 + 1).collect()
-}
 
 /// Copies golden values of a few models to a folder, and returns its path. At night it is that of
 /// all of them; the emulated device of the library's tests computes all every time.
@@ -584,17 +407,6 @@ fn slots_on_a_gpu_are_filled_while_it_computes() {
         let (output, _) = case.place.clean(&[("STAND_IN_FAULT", fault)], &list);
         check_refusal(&output, &[what]);
     }
-}
-
-/// A machine whose GPU and processor read main memory faster together than the processor alone, with
-/// a drive or without.
-fn linked(vram: &str, has_drive: bool) -> String {
-    let text = machine(&[vram], "64MiB");
-    let drive = text.find("[[tier]]\nname = \"nvme\"").unwrap();
-    let text = if has_drive { &text } else { &text[..drive] };
-    let link = "link = { to_gbps = 0.5, to_pageable_gbps = 0.3, from_gbps = 0.5, from_pageable_gbps = 0.3, \
-                contended_gbps = 0.45, dram_contended_gbps = 0.45 }\n";
-    text.replacen("device = 0\n", &("device = 0\n".to_string() + link), 1)
 }
 
 #[test]
