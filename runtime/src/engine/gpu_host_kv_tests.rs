@@ -2,7 +2,7 @@
 //! memory, to which the CPU attends.
 
 use super::gpu_tests::{ALL, Experts, keep_kv_on_host, load, open, plan, refused};
-use crate::engine::LogitsMode;
+use crate::engine::{LogitsMode, RearrangeError};
 use crate::error::LoadError;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
@@ -118,4 +118,19 @@ fn a_model_with_its_cache_in_main_memory_is_not_fully_on_the_gpu() {
         bytes[0] < on_gpu && bytes.iter().sum::<u64>() == on_gpu,
         "{bytes:?}"
     );
+}
+
+#[test]
+fn a_loaded_model_keeps_its_caches_where_they_are() {
+    let (gguf, shape) = open("arch/qwen3moe.gguf");
+    let mut plan = plan(&shape, (64, KvType::F16), ALL, true, Experts::File);
+    assert_eq!(keep_kv_on_host(&mut plan, &shape, |layer| layer != 1), 2);
+    let mut engine = load(&gguf, &plan, 13);
+    let mut other = plan.clone();
+    assert_eq!(keep_kv_on_host(&mut other, &shape, |layer| layer != 2), 2);
+    match engine.rearrange(other) {
+        Err(RearrangeError::Other { what, .. }) => assert_eq!(what, "KV cache"),
+        found => panic!("{found:?}"),
+    }
+    engine.rearrange(plan).unwrap();
 }

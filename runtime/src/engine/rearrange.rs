@@ -216,8 +216,8 @@ fn other_than_experts(a: &Placement, b: &Placement) -> Option<&'static str> {
         dense
     };
     let cache = |plan: &Placement| {
-        let host_kv = plan.host_kv.clone();
-        (plan.kv_tier, host_kv, plan.kv_type, plan.room())
+        let (tier, layers) = (plan.kv_tier, plan.host_kv.clone());
+        (tier, layers, plan.kv_type, plan.room())
     };
     let staging = |plan: &Placement| (plan.staging_tier, plan.staging_experts);
     [
