@@ -275,12 +275,16 @@ fn a_gpu_has_the_attention_of_some_layers() {
 
 #[test]
 fn attention_goes_from_place_to_place() {
-    // GPU, processor, other GPU, and routers one further; layers with recurrent state stay.
-    for name in [
-        "arch/qwen2moe",
-        "arch/kimi-k2",
-        "arch/qwen3next",
-        "arch2/nemotron_h_moe",
+    // GPU, processor, other GPU, and routers one further; layers with recurrent state stay. The
+    // caches of both GPUs are with them, or with the processor's where they can be.
+    for (name, host_kv) in [
+        ("arch/qwen2moe", false),
+        ("arch/kimi-k2", false),
+        ("arch/qwen3next", false),
+        ("arch2/nemotron_h_moe", false),
+        ("arch/qwen2moe", true),
+        ("arch/gpt-oss", true),
+        ("arch/qwen3next", true),
     ] {
         let of = (64, KvType::F16);
         compare(&format!("{name}.gguf"), of, |shape| {
@@ -294,7 +298,16 @@ fn attention_goes_from_place_to_place() {
                 }
                 _ => place(layer, 1),
             };
-            plan(shape, of, dense, |layer| place(Some(layer), 2))
+            let mut plan = plan(shape, of, dense, |layer| place(Some(layer), 2));
+            let on_gpu = plan.dense.iter();
+            let on_gpu = on_gpu.filter(|d| d.kind == DenseKind::Attention && d.tier != DRAM);
+            let mut layers: Vec<u32> = on_gpu.filter_map(|d| d.layer).collect();
+            layers.retain(|layer| host_kv && shape.caches[*layer as usize].can_be_apart());
+            layers.sort_unstable();
+            assert_eq!(!layers.is_empty(), host_kv, "{name}");
+            plan.host_kv = layers;
+            plan.fill_sums(shape);
+            plan
         });
     }
 }

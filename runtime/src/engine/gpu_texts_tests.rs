@@ -177,6 +177,16 @@ fn what_a_gpu_has_of_a_text_is_kept_in_memory_and_in_files() {
         if name != TOGETHER.1 {
             assert_eq!(read(&mut open(3), &other).0, 0, "{name}");
         }
+        // So does one that has a cache in main memory, which finds its own again.
+        if !plan_for(&fixture, kv_type, (2, checkpoints), 1)
+            .host_kv
+            .is_empty()
+        {
+            let (n, found) = read(&mut open(1), &other);
+            assert_eq!(n, 0, "{name}");
+            assert!(nearly(&found, &alone[30]), "{name}");
+            assert_eq!(read(&mut open(1), &other), (24, found), "{name}");
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Parts that a GPU can run only together: all on an emulated one, none, and some.
 
-use super::gpu_tests::{ALL, Experts, compare, load, open, plan, refused};
+use super::gpu_tests::{ALL, Experts, compare, keep_kv_on_host, load, open, plan, refused};
 use crate::engine::LogitsMode;
 use crate::plans::in_memory::all_in_memory;
 use tier_plan_formats::model::gpu::{CpuOnly, Part};
@@ -48,6 +48,12 @@ fn parts_that_share_something_are_on_one_gpu_or_on_none() {
     };
     compare(name, of, |shape| {
         plan(shape, of, others, false, Experts::Gpu)
+    });
+    // Layers that share nothing may have their caches in main memory, beside those that do.
+    compare(name, of, |shape| {
+        let mut plan = plan(shape, of, ALL, false, Experts::Memory);
+        assert!(keep_kv_on_host(&mut plan, shape, |_| true) > 0);
+        plan
     });
     let these = |kind, layer| !others(kind, layer) && kind != DenseKind::TokenTable;
     compare(name, of, |shape| {

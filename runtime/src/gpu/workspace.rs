@@ -32,7 +32,7 @@ pub(super) struct Workspace {
     temperature: Option<Temperature>,
     /// Whether what depends on positions is on the device.
     is_prepared: bool,
-    /// What was last copied from `buffers.answer`.
+    /// What was last copied from `buffers.answer`, or from `buffers.raw`.
     pub(super) answer: Vec<f32>,
 }
 
