@@ -2,8 +2,8 @@
 //! nvme:embedding`.
 //!
 //! Each is `TIER:WHAT[:LAYERS[:EXPERTS]]`. WHAT is `attention`, `router`, `shared_expert`,
-//! `dense_ffn`, `embedding`, `token_table`, `head`, `cache` (the KV cache; on a real GPU with all attention), or
-//! `experts`. `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it holds for all layers,
+//! `dense_ffn`, `embedding`, `token_table`, `head`, `cache` (the KV cache; fixed to a real GPU, with all
+//! attention), or `experts`. `TIER:LAYERS[:EXPERTS]` means experts. Without LAYERS it holds for all layers,
 //! without EXPERTS for all experts of the layers.
 //!
 //! An expert fixed to the last tier is never pinned. Forbidding experts forbids pins and slots of
@@ -99,11 +99,15 @@ impl Constraints {
             ..LayerConstraints::default()
         };
         let layers = plan.layers.iter().filter(|_| !gpus.is_empty());
+        // Where attention is on a GPU, its keys and values are there, or where the plan has them.
+        let on_gpus = plan.dense.iter().any(attention);
+        let others = plan.tiers.indices();
+        let others = others.filter(|t| *t != plan.kv_tier && !is_gpu(t));
         Self {
             dense_fixed,
             experts: layers.map(|l| (l.layer, layer.clone())).collect(),
-            // Where attention is on a GPU, its keys and values are there, or where the plan has them.
-            cache_fixed: (!plan.dense.iter().any(attention)).then_some(plan.kv_tier),
+            cache_fixed: (!on_gpus).then_some(plan.kv_tier),
+            cache_forbidden: others.filter(|_| !is_gpu(&plan.kv_tier)).collect(),
             ..Self::default()
         }
         .settling_host_kv(plan.host_kv.iter().copied())
@@ -338,8 +342,8 @@ impl Constraints {
             "cache" => {
                 ensure!(
                     rest.is_empty(),
-                    "a layer's cache goes with its attention on a GPU, and else is where all others are: name no \
-                     layers; {EXAMPLE}"
+                    "a layer's cache is on the GPU that has its attention, or where all others are: name no layers; \
+                     {EXAMPLE}"
                 );
                 self.add_cache(tier, fix, machine)
             }

@@ -177,3 +177,43 @@ fn planted_mistakes_about_what_is_apart_are_found() -> Result<()> {
     });
     Ok(())
 }
+
+/// A slower memory beside main memory, which has room for the cache too.
+#[test]
+fn a_loaded_model_keeps_the_tier_of_its_caches() -> Result<()> {
+    let shape = model();
+    let mut machine = gpu_machine();
+    let mut far = tier("cxl", TierKind::Cxl, 20.0, 0.0);
+    far.emulated = false;
+    machine.tiers.insert(2, far);
+    let solved = |fix: &[&str], keep: Option<&Placement>| {
+        let fix: Vec<String> = fix.iter().map(ToString::to_string).collect();
+        let problem = Problem {
+            shape: &shape,
+            profile: None,
+            machine: &machine,
+            budgets: vec![7_000_000, 60_000_000, 200_000_000, 1 << 40],
+            context: CONTEXT,
+            sequences: 1,
+            kv_type: KvType::F16,
+            position: Some(5),
+        };
+        let constraints = match keep {
+            Some(plan) => Constraints::keeping(plan),
+            None => Constraints::parse(&fix, &[], &shape, &machine)?,
+        };
+        let options = Options {
+            constraints,
+            ..options()
+        };
+        Ok::<_, anyhow::Error>(solve(&problem, &options)?.plan)
+    };
+    let free = solved(&["vram:attention"], None)?;
+    let other = ["dram:cache", "cxl:cache"];
+    let other = other[usize::from(free.kv_tier == TierIdx::new(1))];
+    let plan = solved(&["vram:attention", other], None)?;
+    assert!(plan.host_kv.len() == 3 && plan.kv_tier != free.kv_tier);
+    let kept = solved(&[], Some(&plan))?;
+    assert_eq!((kept.kv_tier, kept.host_kv), (plan.kv_tier, plan.host_kv));
+    Ok(())
+}
