@@ -20,7 +20,7 @@ use weights::Weight;
 
 use super::kind::SHAPE;
 use crate::FormatError;
-use crate::model::gpu::cpu_only_of;
+use crate::model::gpu::{chooses_keys, cpu_only_of};
 use crate::model::kv::KvRows;
 use crate::model::shape::{CacheShape, DenseKind, DenseShape, ExpertShape, ModelShape};
 use crate::source_id::SourceId;
@@ -369,11 +369,17 @@ impl Architecture {
                 (vec![rows], 0)
             }
         };
-        CacheShape {
+        let mut cache = CacheShape {
             rows,
             state_bytes,
             more_readers: 0,
+        };
+        if chooses_keys(&self.arch) {
+            // The shape need not say how many: then it is all of them.
+            let rows = cache.rows.iter_mut();
+            rows.for_each(|rows| rows.chosen = rows.chosen.or(Some(u64::MAX)));
         }
+        cache
     }
 
     /// Returns what the mixes depend on in a layer.

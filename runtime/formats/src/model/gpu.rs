@@ -8,7 +8,7 @@
 
 mod archs;
 
-pub(crate) use archs::cpu_only_of;
+pub(crate) use archs::{chooses_keys, cpu_only_of};
 
 use super::shape::DenseKind;
 use super::spec::{

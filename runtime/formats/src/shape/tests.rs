@@ -277,6 +277,22 @@ fn shapes_are_those_of_the_files_they_describe() {
     }
 }
 
+/// An architecture whose attention chooses among its keys and values has them with it, whether or not
+/// a shape says how many it chooses. What a token reads stays what the shape says.
+#[test]
+fn keys_that_an_index_chooses_among_stay_with_their_attention() {
+    let apart = |name: &str| {
+        let sizes = model(name).model_shape(Mix::Q4_K_M);
+        let caches = sizes.caches.iter();
+        caches.filter(|c| c.can_be_apart()).count()
+    };
+    assert_eq!(["minimax-m3", "qwen3.8-flash-next"].map(apart), [0, 0]);
+    assert_eq!(["minimax-m2", "gpt-oss-20b"].map(apart), [62, 24]);
+    let sizes = model("minimax-m3").model_shape(Mix::Q4_K_M);
+    let rows = &sizes.caches[0].rows[0];
+    assert_eq!(rows.read(1 << 20, 1), rows.per_token << 20);
+}
+
 #[test]
 fn known_sizes_of_published_files() {
     // Bytes of files as published, tokenizer and header included; a mix may differ a little by its

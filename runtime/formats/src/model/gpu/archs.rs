@@ -37,6 +37,11 @@ fn reasons(shape: &ModelShape) -> &'static [Reason] {
     }
 }
 
+/// Whether an index chooses among the keys and values of an architecture's attention.
+pub(crate) fn chooses_keys(arch: &str) -> bool {
+    matches!(arch, "minimax-m3" | "qwen4exp")
+}
+
 /// Returns the parts of a model that no GPU can run, as far as its architecture tells.
 pub(crate) fn cpu_only_of(shape: &ModelShape) -> Vec<CpuOnly> {
     let reasons = reasons(shape);
@@ -66,6 +71,7 @@ mod tests {
     use crate::gguf::Gguf;
     use crate::model::describe;
     use crate::model::shape::shape_of;
+    use crate::model::spec::Mixer;
     use std::collections::{BTreeMap, BTreeSet};
     use std::path::Path;
 
@@ -89,7 +95,11 @@ mod tests {
                     continue;
                 }
                 let gguf = Gguf::open(&path).unwrap();
-                let shape = shape_of(&gguf, &describe(&gguf).unwrap());
+                let spec = describe(&gguf).unwrap();
+                let shape = shape_of(&gguf, &spec);
+                let mut mixers = spec.layers.iter().map(|layer| &layer.mixer);
+                let has_index = mixers.any(|m| matches!(m, Mixer::Gqa(a) if a.index.is_some()));
+                assert_eq!(chooses_keys(&shape.arch), has_index, "{}", path.display());
                 let said = cpu_only_of(&shape);
                 for only in &shape.cpu_only {
                     let place = (only.part, only.layer);
