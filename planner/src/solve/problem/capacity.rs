@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 use tier_plan_runtime::formats::machine::{Tier, TierKind};
 use tier_plan_runtime::formats::placement::{PerTier, TierIdx, attention_s};
 use tier_plan_runtime::model::gpu::Part;
-use tier_plan_runtime::model::shape::{DenseKind, DenseShape, ModelShape};
+use tier_plan_runtime::model::shape::{CacheShape, DenseKind, DenseShape, ModelShape};
 use tier_plan_runtime::units::show_bytes;
 
 /// Tiers above the last one, at most.
@@ -49,7 +49,7 @@ pub struct Capacity {
     /// `[rows]` bytes left for dense groups, pins, slots and backing copies. With a target, the
     /// time left for them follows, in units of [`TICKS_PER_S`].
     pub left_bytes: Vec<u64>,
-    /// Tier of the KV cache, except for layers whose attention is on a real GPU.
+    /// Tier of the KV cache of layers that have theirs on no real GPU.
     pub kv_tier: TierIdx,
     /// Bytes of the KV cache that are there in every plan: of layers that no real GPU may have.
     pub kv_bytes: u64,
@@ -156,6 +156,13 @@ impl Capacity {
     /// Whether a layer's routed experts run on a tier.
     pub fn runs_experts(&self, layer: u32, tier: TierIdx) -> bool {
         self.runs((Part::Experts, Some(layer)), tier)
+    }
+
+    /// Whether a layer's KV cache may be on the host though its attention is on a GPU. Keys and values
+    /// that several layers read stay together, even if a shape does not say which layers those are.
+    fn can_be_apart(&self, cache: &CacheShape, layer: Option<u32>) -> bool {
+        let attention = (Part::Dense(DenseKind::Attention), layer);
+        cache.can_be_apart() && !self.together.contains(&attention)
     }
 
     /// Returns the KV cache that moves with a dense group, and its tier when the group is at
@@ -451,8 +458,9 @@ impl Capacity {
             let allows = |t: &TierIdx| constraints.allows_attention(layer, *t);
             let with_cache = |t: &TierIdx| may_have(t, gpu_bytes) && allows(t);
             let gpus: Vec<TierIdx> = self.tiers.indices().filter(with_cache).collect();
+            let can_be_apart = self.can_be_apart(cache, layer);
             let allows = |t: &TierIdx| constraints.allows_host_kv(layer, *t);
-            let without = |t: &TierIdx| cache.can_be_apart() && may_have(t, 0) && allows(t);
+            let without = |t: &TierIdx| can_be_apart && may_have(t, 0) && allows(t);
             let apart = self.tiers.indices().filter(without).collect();
             if gpus.is_empty() {
                 self.kv_bytes = self.kv_bytes.saturating_add(bytes);

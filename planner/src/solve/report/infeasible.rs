@@ -32,11 +32,11 @@ pub fn no_division(
                 .tiers
                 .indices()
                 .all(|t| (t == tier) == constraints.allows(group.kind, group.layer, t));
-            *bytes = bytes.saturating_add(if only {
-                capacity.taken(group, tier.into())[tier.get()]
-            } else {
-                0
-            });
+            // Attention may leave its KV cache elsewhere.
+            let places = capacity.dense_places(group).filter(|p| p.tier == tier);
+            let least = places.map(|place| capacity.taken(group, place)[tier.get()]);
+            let least = least.min().unwrap_or(group.bytes);
+            *bytes = bytes.saturating_add(if only { least } else { 0 });
         }
         for layer in &problem.shape.experts {
             let here = constraints

@@ -178,6 +178,46 @@ fn planted_mistakes_about_what_is_apart_are_found() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn attention_that_does_not_fit_is_told_without_a_cache_that_may_be_elsewhere() {
+    let mut shape = model();
+    let refused = |shape: &ModelShape, vram: u64, fix: &[&str], words: &[&str], not: &str| {
+        let fix: Vec<String> = fix.iter().map(ToString::to_string).collect();
+        let constraints = flags(&fix, &[], shape).unwrap();
+        let found = solved(shape, (vram, None), constraints);
+        let error = found.err().map(|e| format!("{e:#}")).unwrap_or_default();
+        assert!(
+            words.iter().all(|w| error.contains(w)) && !error.contains(not),
+            "{words:?}: {error}"
+        );
+    };
+    // Each layer's attention takes 2 MB, and its cache 1 MB.
+    refused(
+        &shape,
+        5_000_000,
+        &["vram:attention"],
+        &["--fix puts 5.72 MiB on 'vram'"],
+        "8.58",
+    );
+    for cache in ["vram:attention:1", "dram:cache"] {
+        refused(
+            &shape,
+            1_500_000,
+            &["vram:attention:1", cache],
+            &["attention of layer 1", "it takes 1.91 MiB of the 1.43 MiB"],
+            "keys and values",
+        );
+    }
+    shape.caches[1].rows[0].chosen = Some(100);
+    refused(
+        &shape,
+        1_500_000,
+        &["vram:attention:1"],
+        &["with the layer's keys and values it takes 2.86 MiB"],
+        "nothing",
+    );
+}
+
 /// A slower memory beside main memory, which has room for the cache too.
 #[test]
 fn a_loaded_model_keeps_the_tier_of_its_caches() -> Result<()> {

@@ -110,17 +110,25 @@ impl Capacity {
                 );
             };
             let name = &self.tiers[gpu].name;
+            let may_be_apart = !self.tiers[self.kv_tier].is_gpu()
+                && cache.is_some_and(|c| self.can_be_apart(c, group.layer))
+                && constraints.allows_host_kv(group.layer, gpu);
             ensure!(
-                constraints.allows_cache(gpu),
+                may_be_apart || constraints.allows_cache(gpu),
                 "the attention of layer {layer} can only be on '{name}' by --fix and --forbid, and with it the \
                  layer's keys and values, which they want elsewhere; take one of them back"
             );
+            let (with, cache) = if may_be_apart {
+                ("", None)
+            } else {
+                ("with the layer's keys and values ", cache)
+            };
             let bytes = cache.map_or(0, |c| c.bytes(problem.kv_type, problem.room().whole()));
             let needed = bytes.saturating_add(group.bytes);
             let left = self.left_bytes[gpu.get()];
             bail!(
-                "the attention of layer {layer} can only be on '{name}', but with the layer's keys and values it \
-                 takes {} of the {} left there; fix or forbid less, or {}",
+                "the attention of layer {layer} can only be on '{name}', but {with}it takes {} of the {} left \
+                 there; fix or forbid less, or {}",
                 show_bytes(needed),
                 show_bytes(left),
                 hint(problem, gpu, needed.saturating_sub(left))
