@@ -221,9 +221,14 @@ impl<'a> Offload<'a> {
             *last += head_bytes;
         }
         if self.dense_layers() < wanted {
+            let cache = if self.keeps_kv_on_host() {
+                ""
+            } else {
+                " and the cache"
+            };
             self.notes.push(format!(
-                "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors and the cache of \
-                 a layer together, and {} fit",
+                "the plan has the attention of {wanted} layers in VRAM; llama.cpp puts all dense tensors{cache} of a layer \
+                 together, and {} fit",
                 self.dense_layers()
             ));
         }
@@ -293,8 +298,9 @@ impl<'a> Offload<'a> {
             &self.expert_layers,
         )?;
         if self.keeps_kv_on_host() {
-            let layers = self.plan.host_kv.iter().copied();
-            same.host_kv = layers.filter(|l| tier_of(*l).is_some()).collect();
+            // These need not be the layers that the plan has on GPUs.
+            let on_gpus = (0..self.shape.n_layer).filter(|l| tier_of(*l).is_some());
+            same.host_kv = on_gpus.collect();
         }
         Some(same)
     }

@@ -5,6 +5,7 @@ use crate::profile::Evidence;
 use crate::profile::pattern::Pattern;
 use crate::profile::synthetic::{self, Routing};
 use crate::solve::options::Strategy;
+use crate::solve::problem::constraints::Constraints;
 use crate::solve::{Options, Problem, solve_with_evidence};
 use std::path::Path;
 use tier_plan_runtime::KvType;
@@ -102,6 +103,57 @@ fn a_command_line_says_what_it_was_made_to_say() {
             kv_type == KvType::Q8_0
         );
     }
+}
+
+#[test]
+fn a_cache_that_is_kept_in_main_memory_is_kept_there_by_llama_cpp() {
+    let shape = catalogue::model(Path::new("qwen3-30b-a3b"), Some("q4_k_m"))
+        .unwrap()
+        .sizes;
+    let machine = catalogue::machine(Path::new("desktop-4090-ddr5-nvme")).unwrap();
+    let evidence = Evidence::supposed(&shape, Pattern::Zipf).unwrap();
+    let kv_type = KvType::F16;
+    let problem = Problem {
+        shape: &shape,
+        profile: None,
+        machine: &machine,
+        budgets: vec![8 << 30, 64 << 30, 2_000_000_000_000],
+        context: 32_768,
+        sequences: 1,
+        kv_type,
+        position: None,
+    };
+    // llama.cpp takes layers from the end, where the plan has eight on the processor.
+    let fix = ["dram:cache", "vram:attention:0-39", "dram:attention:40-47"];
+    let fix = fix.map(String::from);
+    let options = Options {
+        strategy: Strategy::Optimal,
+        time_limit_s: 2.0,
+        constraints: Constraints::parse(&fix, &[], &shape, &machine).unwrap(),
+        ..Options::default()
+    };
+    let plan = solve_with_evidence(&problem, &evidence, &options)
+        .unwrap()
+        .plan;
+    assert_eq!(plan.host_kv, (0..40).collect::<Vec<_>>());
+    let found = llama_cpp::command_line(&plan, &shape, &evidence).unwrap();
+    assert!(found.args.contains(&"--no-kv-offload".to_string()));
+    assert_eq!(found.gpu_layers, 40);
+    assert_eq!(vram_bytes(&found.args, &shape, 0), found.vram_bytes);
+    // So a token reads keys and values from where the plan has them.
+    let (found, planned) = (found.predicted.unwrap().kv_s, plan.predicted.kv_s);
+    assert!((found / planned - 1.0).abs() < 1e-9, "{found} {planned}");
+    // Where a GPU has some of it, llama.cpp puts all of it there.
+    let mut some = plan.clone();
+    some.host_kv.pop();
+    some.fill_sums(&shape);
+    some.tiers[TierIdx::FIRST].budget_bytes += 64 << 20;
+    some.predicted = predict(&some, &shape, &evidence);
+    (some.solver.objective_s, some.solver.bound_s) = (some.predicted.token_s(), None);
+    let found = llama_cpp::command_line(&some, &shape, &evidence).unwrap();
+    assert!(!found.args.contains(&"--no-kv-offload".to_string()));
+    let says = |note: &String| note.contains("the KV cache of 39 layers");
+    assert!(found.notes.iter().any(says), "{:?}", found.notes);
 }
 
 #[test]
