@@ -43,8 +43,8 @@
 //!
 //! A dense stage also reads the keys and values of every position that the token attends to, or of
 //! those within a layer's window. It reads and writes back recurrent state. All are charged at the
-//! rate of the KV cache's tier: the real GPU that has the layer's attention, or the tier of all
-//! other layers. Where the arithmetic of attention takes longer than that, and its rate is known,
+//! rate of the KV cache's tier: the real GPU that has the layer's attention, unless the CPU attends, or
+//! the tier of all other layers. Where the arithmetic of attention takes longer than that, and its rate is known,
 //! that counts instead.
 //!
 //! The time of a token so depends on its position in the text. A prediction is for the position

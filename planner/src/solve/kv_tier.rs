@@ -1,7 +1,8 @@
 //! Search over the tier of the KV cache, and over the GPU of parts that are on one only together.
 //!
-//! Attention on a real GPU has its layer's KV cache there, which attention's columns say. All other
-//! caches lie on one tier. Each tier that has room for them gives an instance of its own.
+//! A layer's KV cache is on the real GPU that has its attention, or on one tier with all others that
+//! are on no GPU; attention's columns say which. Each tier that has room for these gives an instance of
+//! its own.
 //!
 //! 1. Each instance gets a part of the time that is left, and begins with the columns and prices of
 //!    those before it.
