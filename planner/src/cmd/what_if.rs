@@ -74,7 +74,7 @@ pub struct WhatIfArgs {
         help_heading = "Prediction"
     )]
     pub parallel: u32,
-    /// Position in the context to predict the speed at [default: half of the context]
+    /// Position in the context to plan and predict for [default: half of the context]
     #[arg(long, value_name = "POSITION", help_heading = "Prediction")]
     pub at: Option<u32>,
     #[command(flatten)]

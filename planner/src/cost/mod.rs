@@ -37,9 +37,9 @@
 //!
 //! On a GPU a dense stage has launches, and its router's choices come back: a layer whose attention
 //! is there takes its `layer_us` more, and once more where its KV cache is on the host: the GPU sends
-//! queries, keys, and values, and gets what the CPU made of them. Where a model is fully on one GPU, nothing comes back
-//! between a token's number and its logits. Each layer then takes `resident_layer_us` in place of
-//! the layer overhead, `layer_us` and the latency of launches.
+//! queries, keys, and values, and gets what the CPU made of them. Where a model is fully on one GPU,
+//! nothing comes back between a token's number and its logits. Each layer then takes
+//! `resident_layer_us` in place of the layer overhead, `layer_us` and the latency of launches.
 //!
 //! A dense stage also reads the keys and values of every position that the token attends to, or of
 //! those within a layer's window. It reads and writes back recurrent state. All are charged at the
