@@ -1,7 +1,7 @@
 //! Layers with their matrices on a GPU, which is emulated on the processor, and their KV cache in main
 //! memory, to which the CPU attends.
 
-use super::gpu_tests::{ALL, Experts, keep_kv_on_host, load, open, plan, refused};
+use super::gpu_tests::{ALL, Experts, compare, keep_kv_on_host, load, open, plan, refused};
 use crate::engine::{LogitsMode, RearrangeError};
 use crate::error::LoadError;
 use tier_plan_formats::model::describe;
@@ -66,6 +66,26 @@ fn models_give_their_golden_values_with_the_cache_in_main_memory() {
         assert!(error > 0.0 && error <= BOUND, "{name}: {error:e}");
     }
     assert!(n_models >= 25, "{n_models}");
+}
+
+/// Matrices take rows in 8 bits, and rows of keys are rounded. A prompt comes in several batches, is
+/// taken back, and goes on.
+#[test]
+fn quantized_models_give_the_same_text_with_the_cache_in_main_memory() {
+    for (name, kv_type) in [
+        ("Q4_K_M", KvType::F16),
+        ("Q5_0", KvType::Q8_0),
+        ("BF16", KvType::F16),
+    ] {
+        let of = (64, kv_type);
+        for part in 1..=2 {
+            compare(&format!("quant/{name}.gguf"), of, |shape| {
+                let mut plan = plan(shape, of, ALL, true, Experts::Gpu);
+                assert!(keep_kv_on_host(&mut plan, shape, |layer| layer % part == 0) > 0);
+                plan
+            });
+        }
+    }
 }
 
 #[test]
