@@ -64,8 +64,7 @@ def nvrtc(doctor):
     """Prints the path of a kernel compiler that came with a Python package, where the program finds none by itself."""
     if facts(doctor, "gpu", "compiler").get("version"):
         return
-    folders = [*sys.path, *glob.glob("/opt/*/.venv/lib/python3*/site-packages")]
-    found = [p for f in folders if f for p in sorted(glob.glob(f"{f}/nvidia/*/lib/libnvrtc.so.1[0-9]"))]
+    found = [p for f in sys.path if f for p in sorted(glob.glob(f"{f}/nvidia/*/lib/libnvrtc.so.1[0-9]"))]
     if found:
         print(found[-1])
 

@@ -409,6 +409,32 @@ fn slots_on_a_gpu_are_filled_while_it_computes() {
     }
 }
 
+/// Where a GPU has nothing but slots, no other work comes before they are filled for the first time.
+#[test]
+fn slots_are_allocated_before_they_are_filled() {
+    let text = machine(&["300KiB"], "250KiB");
+    // The GPU is the slower one, so that all else is in main memory.
+    let (first, drive) = (
+        text.find("[[tier]]"),
+        text.find("[[tier]]\nname = \"nvme\""),
+    );
+    let dram = text.find("[[tier]]\nname = \"dram\"");
+    let (first, dram, drive) = (first.unwrap(), dram.unwrap(), drive.unwrap());
+    let gpu = text[first..dram].replacen("read_gbps = 500", "read_gbps = 0.3", 1);
+    let text = [&text[..first], &text[dram..drive], &gpu, &text[drive..]].concat();
+    let model = root().join("tests/data/arch/qwen3moe.gguf");
+    let case = Case::on(model, &text, "96", &["--strategy", "lru-only"]);
+    assert!(
+        case.bytes(1, "slot") > 0 && case.bytes(1, "dense") == 0,
+        "{}",
+        case.solved
+    );
+    for order in ["late", "copies-first", "computing-first"] {
+        let (answer, _) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(20), 12);
+        case.agrees(&tokens(20), &answer, SMALL_ERROR);
+    }
+}
+
 #[test]
 fn experts_of_main_memory_are_computed_on_a_gpu_beside_the_processor() {
     // In memory of the program, and in the mapped file.

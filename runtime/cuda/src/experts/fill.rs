@@ -34,6 +34,8 @@ impl PinnedExperts {
             return Ok(());
         };
         if let Some(stream) = Arc::clone(self.ops.device()).transfers()? {
+            // Allocations are ordered in the compute stream, which transfers do not wait for.
+            self.ops.device().wait()?;
             self.transfers = Some(SlotTransfers::new(stream, stride));
         }
         Ok(())
