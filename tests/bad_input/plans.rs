@@ -21,8 +21,8 @@ fn plans_that_do_not_fit() {
     };
     run(
         "newer.toml",
-        &swap(&plan, "version = 3", "version = 12"),
-        &["newer.toml", "version 12", "up to version 11", "update"],
+        &swap(&plan, "version = 3", "version = 13"),
+        &["newer.toml", "version 13", "up to version 12", "update"],
     );
     run("cut.toml", &plan[..900], &["cut.toml", "line "]);
     run(
