@@ -10,7 +10,7 @@ use super::kv_tier::Best;
 use super::options::Objective;
 use super::problem::Problem;
 use super::problem::capacity::Capacity;
-use super::problem::columns::{Charge, dense_items};
+use super::problem::columns::{Charge, dense_s};
 use super::problem::constraints::Constraints;
 use super::problem::instance::MAX_ROUNDING_GAP;
 use super::problem::objective::ObjectiveFunction;
@@ -279,18 +279,15 @@ fn beside_experts_s(problem: &Problem<'_>, constraints: &Constraints) -> Result<
         machine.layer_overhead_us,
         machine.token_overhead_us,
     );
+    let charge = Charge::linear(&objective);
+    let free = vec![0.0; problem.budgets.len()];
     let capacities = Capacity::per_kv_tier(problem, constraints)?;
-    let dense_s = |capacity: &Capacity| {
-        let charge = Charge::linear(&objective);
-        let items = dense_items(shape, capacity, &charge, constraints);
-        let least = items.iter().map(|item| {
-            let least = item.cost_s.iter().copied().fold(f64::INFINITY, f64::min);
-            item.count() as f64 * least
-        });
-        least.sum::<f64>() + capacity.kv_s()
+    let of = |capacity: &Capacity| {
+        let groups_s = dense_s(shape, capacity, &charge, constraints, &free)?;
+        Some(groups_s + capacity.kv_s())
     };
-    let least = capacities.iter().map(dense_s).fold(f64::INFINITY, f64::min);
-    Ok(fixed_s + least)
+    let least = capacities.iter().filter_map(of);
+    Ok(fixed_s + least.fold(f64::INFINITY, f64::min))
 }
 
 /// Reports what is proven of a plan that streams experts. `searched` is the best plan without that, under

@@ -408,7 +408,7 @@ pub fn dense_items(
             let group = &shape.dense[groups[0]];
             let (mut cost_s, mut bytes) = (Vec::new(), Vec::new());
             for &place in &key.places {
-                let seconds = dense_s(group, place, capacity, charge);
+                let seconds = group_s(group, place, capacity, charge);
                 let taken = capacity.taken(group, place);
                 cost_s.push(charge.cost(seconds, &taken));
                 charge.push_rows(seconds, &taken, &mut bytes);
@@ -425,8 +425,23 @@ pub fn dense_items(
         .collect()
 }
 
+/// Returns the cost and priced bytes of the dense groups, each at its cheapest place.
+///
+/// Returns `None` where a group fits no place.
+pub fn dense_s(
+    shape: &ModelShape,
+    capacity: &Capacity,
+    charge: &Charge,
+    constraints: &Constraints,
+    price: &[f64],
+) -> Option<f64> {
+    let items = dense_items(shape, capacity, charge, constraints);
+    let least = |item: &Item| Some(item.count() as f64 * item.cheapest(price)?.1);
+    items.iter().map(least).sum()
+}
+
 /// Returns the seconds per token of a dense group at a place.
-fn dense_s(group: &DenseShape, place: DensePlace, capacity: &Capacity, charge: &Charge) -> f64 {
+fn group_s(group: &DenseShape, place: DensePlace, capacity: &Capacity, charge: &Charge) -> f64 {
     let tier = place.tier;
     let (read, launches) = match &charge.step {
         Some(step) => {

@@ -127,11 +127,12 @@ impl Instance<'_> {
     /// Returns `None` where a group fits no tier.
     pub(crate) fn dense_s(&self, price: &[f64]) -> Option<f64> {
         let charge = Charge::linear(self.objective);
-        let items =
-            columns::dense_items(self.problem.shape, self.capacity, &charge, self.constraints);
-        items
-            .iter()
-            .map(|item| Some(item.count() as f64 * item.cheapest(price)?.1))
-            .sum()
+        columns::dense_s(
+            self.problem.shape,
+            self.capacity,
+            &charge,
+            self.constraints,
+            price,
+        )
     }
 }

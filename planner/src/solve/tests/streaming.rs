@@ -46,6 +46,20 @@ fn solved(
 
 const MB: u64 = 1_000_000;
 
+/// A problem whose experts are all in memory, a few of them in VRAM.
+fn in_memory<'a>(shape: &'a ModelShape, machine: &'a Machine) -> Problem<'a> {
+    Problem {
+        shape,
+        profile: None,
+        machine,
+        budgets: vec![30 * MB, 1000 * MB, 1 << 40],
+        context: 100,
+        sequences: 1,
+        kv_type: KvType::F16,
+        position: None,
+    }
+}
+
 #[test]
 fn a_link_that_brings_more_than_it_takes_is_used() -> Result<()> {
     let shape = shape(4, 16, 8, 2 * MB);
@@ -94,16 +108,7 @@ fn a_link_that_brings_more_than_it_takes_is_used() -> Result<()> {
 fn nothing_is_streamed_where_that_is_turned_off() -> Result<()> {
     let shape = shape(4, 16, 8, 2 * MB);
     let machine = linked(9.0, 16.0);
-    let problem = Problem {
-        shape: &shape,
-        profile: None,
-        machine: &machine,
-        budgets: vec![30 * MB, 1000 * MB, 1 << 40],
-        context: 100,
-        sequences: 1,
-        kv_type: KvType::F16,
-        position: None,
-    };
+    let problem = in_memory(&shape, &machine);
     assert!(solve(&problem, &options())?.plan.streaming.is_some());
     let options = Options {
         streaming: false,
@@ -150,16 +155,7 @@ fn recorded_tokens_are_divided_one_by_one() -> Result<()> {
 fn experts_that_are_kept_off_a_gpu_are_not_streamed_to_it() -> Result<()> {
     let shape = shape(4, 16, 8, 2 * MB);
     let machine = linked(9.0, 16.0);
-    let problem = Problem {
-        shape: &shape,
-        profile: None,
-        machine: &machine,
-        budgets: vec![30 * MB, 1000 * MB, 1 << 40],
-        context: 100,
-        sequences: 1,
-        kv_type: KvType::F16,
-        position: None,
-    };
+    let problem = in_memory(&shape, &machine);
     let forbid = ["vram:experts".to_string()];
     let constraints = problem::constraints::Constraints::parse(&[], &forbid, &shape, &machine)?;
     let options = Options {
