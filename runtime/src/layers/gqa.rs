@@ -33,15 +33,11 @@ pub(super) struct GqaScratch {
 impl GqaScratch {
     /// Returns where `n` rows go that are projected elsewhere.
     pub(super) fn projected(&mut self, n: usize, spec: &GqaSpec) -> ProjectedRows<'_> {
-        let gates = match &spec.gate {
-            Some(OutputGate::Separate { linear, .. }) => linear.n_out,
-            Some(OutputGate::WithQueries) | None => 0,
-        };
         ProjectedRows {
             q: &mut self.q[..n * spec.q.n_out],
             k: &mut self.k[..n * spec.k.n_out],
             v: &mut self.v[..n * spec.v.n_out],
-            gate: &mut self.gate[..n * gates],
+            gate: &mut self.gate[..n * spec.separate_gates()],
         }
     }
 
@@ -300,10 +296,10 @@ fn place_heads(
 
 /// Returns the gates per token.
 fn gate_width(spec: &GqaSpec) -> usize {
-    match &spec.gate {
-        None => 0,
-        Some(OutputGate::WithQueries) => spec.o.n_in,
-        Some(OutputGate::Separate { linear, .. }) => linear.n_out,
+    if spec.gated() {
+        spec.o.n_in
+    } else {
+        spec.separate_gates()
     }
 }
 

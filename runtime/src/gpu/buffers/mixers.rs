@@ -13,12 +13,8 @@ pub(in crate::gpu) fn part_tokens(spec: &MlaSpec) -> usize {
 
 /// Returns the values that the matrices before an attention make of a row.
 pub(super) fn projected_width(a: &GqaSpec) -> usize {
-    let gates = match &a.gate {
-        Some(OutputGate::Separate { linear, .. }) => linear.n_out,
-        Some(OutputGate::WithQueries) | None => 0,
-    };
     let values = if a.keys_are_values() { 0 } else { a.v.n_out };
-    a.q.n_out + a.k.n_out + values + gates
+    a.q.n_out + a.k.n_out + values + a.separate_gates()
 }
 
 impl BufferSizes {

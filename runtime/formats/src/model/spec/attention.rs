@@ -111,6 +111,14 @@ impl GqaSpec {
         matches!(self.gate, Some(OutputGate::WithQueries))
     }
 
+    /// Returns the gates per token that a matrix of their own makes.
+    pub fn separate_gates(&self) -> usize {
+        match &self.gate {
+            Some(OutputGate::Separate { linear, .. }) => linear.n_out,
+            Some(OutputGate::WithQueries) | None => 0,
+        }
+    }
+
     /// Returns whether values are the projected keys.
     pub fn keys_are_values(&self) -> bool {
         (self.k.weight, self.k.first_row) == (self.v.weight, self.v.first_row)
