@@ -1,19 +1,19 @@
 //! A real GPU: the driver's primary context and one stream. Kernels are compiled when they are
-//! first launched, and cached on disk.
+//! first wanted, and cached on disk.
 
 use super::copy_stream::{self, CopyStream};
 use super::device::{Arg, Device, Grid, Recording};
-use super::nvrtc::{Compiler, NVRTC_VARIABLE};
+use super::kernel_images::KernelImages;
+use super::nvrtc::NVRTC_VARIABLE;
 use super::source::{MODULES, Module, module_of};
 use super::transfers::{self, Transfers};
 use super::upload_ring::{HALF_BYTES, UploadRing};
-use super::{CudaError, Version, graph, kernel_cache};
+use super::{CudaError, Version, graph};
 use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
 use cudarc::driver::{CudaContext, DriverError, result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
-use tier_plan_formats::safely;
 
 pub use super::pinned::Pinned;
 
@@ -60,9 +60,8 @@ pub struct Gpu {
     upload_ring: Mutex<Option<UploadRing>>,
 }
 
-#[derive(Default)]
 struct LoadedKernels {
-    compiler: Option<Compiler>,
+    images: KernelImages,
     modules: HashMap<&'static str, sys::CUmodule>,
     kernels: HashMap<&'static str, sys::CUfunction>,
 }
@@ -149,14 +148,18 @@ impl Gpu {
         let pool = pool.map_err(failed("setting up its memory pool"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("a stream"))?;
-        let (loaded, upload_ring) = (Mutex::default(), Mutex::default());
+        let loaded = LoadedKernels {
+            images: KernelImages::new(capability, driver),
+            modules: HashMap::new(),
+            kernels: HashMap::new(),
+        };
         Ok(Arc::new(Self {
             context,
             stream,
             pool,
             properties,
-            loaded,
-            upload_ring,
+            loaded: Mutex::new(loaded),
+            upload_ring: Mutex::default(),
         }))
     }
 
@@ -256,7 +259,7 @@ impl Gpu {
         let handle = match loaded.modules.get(module.name) {
             Some(handle) => *handle,
             None => {
-                let handle = self.load(module, &mut loaded.compiler)?;
+                let handle = self.load(module, &mut loaded.images)?;
                 loaded.modules.insert(module.name, handle);
                 handle
             }
@@ -280,39 +283,25 @@ impl Gpu {
     fn load(
         &self,
         module: &'static Module,
-        compiler: &mut Option<Compiler>,
+        images: &mut KernelImages,
     ) -> Result<sys::CUmodule, CudaError> {
-        let cached = kernel_cache::path(module, self.properties.capability, self.properties.driver);
-        let bytes = cached.as_ref().and_then(|path| std::fs::read(path).ok());
-        if let Some(image) = bytes.and_then(|bytes| kernel_cache::unseal(&bytes))
+        if let Some(image) = images.find(module)
             && let Ok(handle) = load_image(&image)
         {
             return Ok(handle);
         }
-        let compiler = match compiler {
-            Some(compiler) => compiler,
-            None => compiler.insert(Compiler::find_for(self.properties.driver / 1000)?),
-        };
-        let compiled = compiler.compile(module, self.properties.capability)?;
-        let handle =
-            load_image(&compiled.image).map_err(|e| self.not_loaded(module, compiler, e))?;
-        if let Some(path) = cached {
-            // A cache that can't be written only costs time at the next start.
-            let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            let _ =
-                made.is_ok() && safely::write(&path, &kernel_cache::seal(&compiled.image)).is_ok();
-        }
-        Ok(handle)
+        let image = images.compile(module)?;
+        load_image(&image).map_err(|e| self.not_loaded(module, images, e))
     }
 
     /// Explains why the driver rejected kernels that were just compiled.
-    fn not_loaded(&self, module: &Module, compiler: &Compiler, error: DriverError) -> CudaError {
-        let (nvrtc, driver) = (
-            compiler.version(),
-            Version::of_driver(self.properties.driver),
-        );
+    fn not_loaded(&self, module: &Module, images: &KernelImages, error: DriverError) -> CudaError {
+        let driver = Version::of_driver(self.properties.driver);
         let mut why = driver_message(error);
-        if nvrtc.major > driver.major {
+        if let Some(nvrtc) = images
+            .compiler_version()
+            .filter(|nvrtc| nvrtc.major > driver.major)
+        {
             why += &format!(
                 "; NVRTC {nvrtc} made them, which is newer than the driver, of CUDA {driver}: update the driver, or set \
                  {NVRTC_VARIABLE} to the path of a libnvrtc.so of CUDA {}",

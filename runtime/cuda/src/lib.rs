@@ -39,6 +39,7 @@ pub mod experts;
 pub mod gpu;
 mod graph;
 pub mod kernel_cache;
+mod kernel_images;
 pub mod nvml;
 mod nvrtc;
 pub mod ops;
