@@ -2,8 +2,8 @@
 //! token chose of them in a layer is computed in one sequence of launches, which the CPU does not wait for.
 //!
 //! The matrices of a layer form one table: the experts by index if any is pinned, then the slots, then the
-//! shared buffers. Filling a slot or a buffer changes memory, never the table. What computes comes after
-//! the fills before it. A fill that is ordered after what computes may follow as soon as the expert that
+//! shared buffers. Filling a slot or a buffer changes memory, never the table; a pin that becomes another
+//! expert's changes both. What computes comes after the fills before it. A fill that is ordered after what computes may follow as soon as the expert that
 //! the slot held was enqueued.
 
 mod fill;
@@ -280,8 +280,7 @@ impl PinnedExperts {
 
     /// Whether an expert is pinned here.
     pub fn has(&self, layer: usize, expert: usize) -> bool {
-        self.layer(layer)
-            .is_some_and(|l| l.pinned.get(expert) == Some(&true))
+        self.layer(layer).is_some_and(|l| l.has(expert))
     }
 
     /// Enqueues experts for rows of activations; [`fetch`](Self::fetch) returns the results, after
@@ -310,7 +309,7 @@ impl PinnedExperts {
             ..
         } = l.kind;
         let entry = |place: &Place| match (*place, l.spot(*place)) {
-            (Place::Pinned(expert), _) if l.pinned.get(expert) == Some(&true) => expert,
+            (Place::Pinned(expert), _) if l.has(expert) => expert,
             (_, Some(spot)) => spot.entry,
             _ => panic!("{place:?} of layer {layer} is not on the device"),
         };
@@ -416,7 +415,7 @@ impl PinnedExperts {
             panic!("layer {layer} on a device")
         };
         assert!(
-            l.pinned.iter().all(|pinned| *pinned) && jobs <= self.rows,
+            l.has_all() && jobs <= self.rows,
             "{jobs} experts of layer {layer}"
         );
         let ExpertKind {

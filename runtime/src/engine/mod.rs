@@ -34,6 +34,8 @@ mod gpu_latent_tests;
 #[cfg(test)]
 mod gpu_places_tests;
 #[cfg(test)]
+mod gpu_rearrange_tests;
+#[cfg(test)]
 #[allow(unsafe_code)]
 mod gpu_slot_tests;
 #[cfg(test)]
@@ -87,7 +89,7 @@ mod window_tests;
 pub use crate::experts::rearrange::Rearranged;
 pub use apart::RowsOutcome;
 pub use batch::{LogitsMode, Routing, Rows};
-pub use rearrange::RearrangeError;
+pub use rearrange::{OnGpu, RearrangeError};
 pub use sequences::{Pages, SequenceId};
 
 use crate::cancel::Cancel;

@@ -2,8 +2,11 @@
 
 use super::Engine;
 use crate::experts::rearrange::Rearranged;
+use std::fmt;
 use thiserror::Error;
-use tier_plan_formats::placement::{PerTier, Pins, Placement, Violation, validate};
+use tier_plan_formats::placement::{
+    LayerPlacement, PerTier, Placement, TierIdx, Violation, validate,
+};
 
 /// Why a loaded model can't be rearranged.
 #[derive(Debug, Error)]
@@ -28,9 +31,23 @@ pub enum RearrangeError {
         /// What differs.
         what: &'static str,
     },
-    /// One of the plans has experts on a GPU.
-    #[error("experts on a GPU stay where they are until the model is loaded anew")]
-    Gpu,
+    /// The plan has more or fewer pins or slots of a layer on a GPU.
+    #[error(
+        "plan '{plan}' has {wanted} of layer {layer} on tier '{tier}', where the loaded model has {held}; on a GPU, experts \
+         only take the places of others of their layer"
+    )]
+    Gpu {
+        /// Name of the plan.
+        plan: String,
+        /// The layer.
+        layer: u32,
+        /// Name of the tier.
+        tier: String,
+        /// The plan's pins and slots.
+        wanted: OnGpu,
+        /// Those that are there.
+        held: OnGpu,
+    },
     /// All experts compute where the file is mapped, and no tier has memory for them.
     #[error("all of the model is on one tier, so there is nowhere to move experts to")]
     OneTier,
@@ -60,6 +77,34 @@ pub enum RearrangeError {
     },
 }
 
+/// What a layer has on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OnGpu {
+    /// Pinned experts.
+    pub pins: usize,
+    /// Slots.
+    pub slots: u32,
+}
+
+impl OnGpu {
+    fn of(placed: &LayerPlacement, tier: TierIdx) -> Self {
+        let pins = placed.pinned.iter().filter(|pins| pins.tier == tier);
+        Self {
+            pins: pins.map(|pins| pins.experts.len()).sum(),
+            slots: match placed.slot_tier == tier {
+                true => placed.slots,
+                false => 0,
+            },
+        }
+    }
+}
+
+impl fmt::Display for OnGpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pins and {} slots", self.pins, self.slots)
+    }
+}
+
 /// Where pins and slots are moving to, and what became of it.
 #[derive(Default)]
 pub(super) struct Rearrangement {
@@ -76,14 +121,15 @@ impl Engine {
     /// goes on with it for a few milliseconds, and so does
     /// [`continue_rearranging`](Self::continue_rearranging).
     ///
-    /// No token depends on it. Until an expert's bytes are at its new place, it counts as one of the
-    /// slow tier. [`plan`](Self::plan) has what is in place at the moment, and the plan's name and
+    /// No token depends on it, but as rounding on GPUs does on any plan. Until an expert's bytes are at its
+    /// new place, it counts as one of the slow tier. On a GPU, one that comes takes the place of one of its
+    /// layer that leaves. [`plan`](Self::plan) has what is in place at the moment, and the plan's name and
     /// prediction once all of it is. Where holes in memory are too small even after buffers have been
     /// slid together, some pins or slots are left out.
     ///
     /// # Errors
-    /// When the plan differs in more than pins and slots, wants more memory than those have now, or
-    /// one of the plans has experts on a GPU; when a rearrangement is under way.
+    /// When the plan differs in more than pins and slots, wants more memory than those have now, or has
+    /// more or fewer of a layer on a GPU; when a rearrangement is under way.
     pub fn rearrange(&mut self, plan: Placement) -> Result<(), RearrangeError> {
         self.check_rearrangement(&plan)?;
         self.rearrangement.loaded_bytes = Some(self.bytes_for_experts());
@@ -176,11 +222,8 @@ impl Engine {
                 what,
             });
         }
-        let streams = self.plan.streaming.or(plan.streaming).is_some();
-        if streams || has_experts_on_gpu(&self.plan) || has_experts_on_gpu(plan) {
-            return Err(RearrangeError::Gpu);
-        }
-        if !self.experts.store.has_files() {
+        self.check_gpus(plan)?;
+        if !self.experts.store.has_files() && !self.experts.store.has_experts_on_gpus() {
             return Err(RearrangeError::OneTier);
         }
         for (held, planned) in self.bytes_for_experts().into_iter().zip(&plan.tiers) {
@@ -201,6 +244,25 @@ impl Engine {
             }),
             None => Ok(()),
         }
+    }
+
+    fn check_gpus(&self, plan: &Placement) -> Result<(), RearrangeError> {
+        let is_gpu = |tier: &TierIdx| plan.tiers[*tier].tier.is_gpu();
+        for tier in plan.tiers.indices().filter(is_gpu) {
+            for (placed, other) in self.plan.layers.iter().zip(&plan.layers) {
+                let [held, wanted] = [placed, other].map(|placed| OnGpu::of(placed, tier));
+                if wanted != held {
+                    return Err(RearrangeError::Gpu {
+                        plan: plan.name.clone(),
+                        layer: other.layer,
+                        tier: plan.tiers[tier].tier.name.clone(),
+                        wanted,
+                        held,
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -226,19 +288,8 @@ fn other_than_experts(a: &Placement, b: &Placement) -> Option<&'static str> {
         ("place of dense tensors", dense(a) == dense(b)),
         ("KV cache", cache(a) == cache(b)),
         ("staging", staging(a) == staging(b)),
+        ("streaming", a.streaming == b.streaming),
     ]
     .into_iter()
     .find_map(|(what, is_equal)| (!is_equal).then_some(what))
-}
-
-fn has_experts_on_gpu(plan: &Placement) -> bool {
-    plan.layers.iter().any(|placed| {
-        let pins = placed
-            .pinned
-            .iter()
-            .filter(|pins: &&Pins| !pins.experts.is_empty());
-        let slots = (placed.slots > 0).then_some(placed.slot_tier);
-        let mut tiers = pins.map(|pins| pins.tier).chain(slots);
-        tiers.any(|tier| plan.tiers.get(tier).is_some_and(|t| t.tier.is_gpu()))
-    })
 }

@@ -327,11 +327,16 @@ impl ExpertStore {
     /// Returns the matrices in a slot on a GPU, one after the other.
     #[cfg(test)]
     pub(super) fn bytes_on_gpu(&self, layer: usize, slot: SlotId) -> Vec<u8> {
-        let gpu = self
-            .gpus
-            .iter()
-            .find(|g| g.tier == self.layers[layer].slot_tier)
-            .unwrap();
-        gpu.filler.slot_bytes(layer, slot.index()).unwrap()
+        let gpu = self.gpu_of(self.layers[layer].slot_tier).unwrap();
+        let place = Place::Slot(slot.index());
+        self.gpus[gpu].filler.bytes_in(layer, place).unwrap()
+    }
+
+    /// Returns the matrices of an expert that is pinned on a GPU, one after the other.
+    #[cfg(test)]
+    pub(super) fn bytes_of_pin(&self, layer: usize, expert: ExpertId, tier: TierIdx) -> Vec<u8> {
+        let place = Place::Pinned(expert.index());
+        let gpu = self.gpu_of(tier).unwrap();
+        self.gpus[gpu].filler.bytes_in(layer, place).unwrap()
     }
 }

@@ -28,7 +28,7 @@ mod pins;
 pub(crate) mod prefetch;
 pub(crate) mod rearrange;
 #[cfg(test)]
-mod rearrange_tests;
+pub(crate) mod rearrange_tests;
 mod resident;
 mod step;
 pub(crate) mod store;

@@ -8,6 +8,12 @@ use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::placement::{Pins, TierIdx};
 
 impl LayerExperts {
+    /// Returns the buffer of the slot in main memory that has an expert, if one does.
+    pub(super) fn slot_with(&self, expert: ExpertId) -> Option<&ArenaSlice> {
+        let slot = SlotId::new(self.cache.slot(expert.get())?);
+        self.slots.get(slot.index())?.as_ref()
+    }
+
     /// Makes the buffer of an expert's slot its backing. The slot is empty then, and has no buffer.
     pub(super) fn pin_in_slot(&mut self, expert: ExpertId) {
         let slot = self.cache.slot(expert.get()).map(SlotId::new);
@@ -75,13 +81,38 @@ impl LayerExperts {
         }
     }
 
+    /// Makes the GPU of a tier the backing of an expert. Returns the memory of the pin that it was, with
+    /// the memory's tier, if it was one.
+    pub(super) fn move_to_gpu(
+        &mut self,
+        expert: ExpertId,
+        tier: TierIdx,
+    ) -> Option<(TierIdx, ArenaSlice)> {
+        self.cache.forget(expert.get());
+        let backing = self.backings.get_mut(expert.index())?;
+        match std::mem::replace(backing, ExpertBacking::Gpu(tier)) {
+            ExpertBacking::Pinned { tier, bytes, .. } => Some((tier, bytes)),
+            _ => None,
+        }
+    }
+
+    /// Makes an expert on the GPU of a tier one of those on the slow tier. Has no effect on others.
+    pub(super) fn leave_gpu(&mut self, expert: ExpertId, tier: TierIdx) {
+        if let Some(backing) = self.backings.get_mut(expert.index())
+            && matches!(backing, ExpertBacking::Gpu(at) if *at == tier)
+        {
+            *backing = ExpertBacking::Pooled;
+        }
+    }
+
     /// Returns those of these experts that are not pinned on their tier and can be.
     pub(super) fn not_on_tier(&self, pins: &Pins) -> impl Iterator<Item = ExpertId> {
         let experts = pins.experts.iter().copied().map(ExpertId::new);
         experts.filter(move |expert| match self.backings.get(expert.index()) {
             Some(ExpertBacking::Pinned { tier, .. }) => *tier != pins.tier,
             Some(ExpertBacking::Mapped | ExpertBacking::Pooled) => true,
-            Some(ExpertBacking::Gpu(_)) | None => false,
+            Some(ExpertBacking::Gpu(tier)) => *tier != pins.tier,
+            None => false,
         })
     }
 

@@ -5,7 +5,7 @@ use super::ids::{ExpertId, LayerExpert};
 use super::layer::{ExpertBacking, Layout};
 use super::rearrange::Rearranged;
 use super::store::ExpertStore;
-use super::tests::{Choice, Reads, TestStep, setup, steps, store, take};
+use super::tests::{Choice, Reads, TestStep, matrices, setup, steps, store, take};
 use crate::tiers::arena::{Arena, ArenaSlice};
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -102,6 +102,19 @@ fn check_pins(store: &ExpertStore) {
                 let place = layer.slice_location(&store.gguf, part, expert.index(), *layout);
                 let found = &bytes[place.buffer_offset..][..part.slice_bytes];
                 assert!(found == expected, "{expert:?}");
+            }
+        }
+    }
+}
+
+/// Fails if an expert that is pinned on a GPU has other bytes there than in the file.
+pub(crate) fn check_pins_on_gpus(store: &ExpertStore) {
+    for (at, layer) in store.layers.iter().enumerate() {
+        for expert in (0..layer.n_expert() as u32).map(ExpertId::new) {
+            if let ExpertBacking::Gpu(tier) = layer.backing(expert) {
+                let found = store.bytes_of_pin(at, expert, *tier);
+                let expected = matrices(store, layer, expert.get());
+                assert!(found == expected, "{expert:?} of layer {at}");
             }
         }
     }

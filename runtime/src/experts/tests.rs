@@ -228,7 +228,9 @@ pub(super) fn store(setup: &Setup, reads: &Arc<Mutex<Reads>>) -> ExpertStore {
         setup.staging > 0,
     );
     store.verify(Arc::new(checks));
-    store.set_gpus(vec![(TierIdx::FIRST, gpu)]);
+    if setup.on_gpu {
+        store.set_gpus(vec![(TierIdx::FIRST, gpu)]);
+    }
     store
 }
 
@@ -256,11 +258,11 @@ pub(super) fn shown(store: &ExpertStore, step: &Step, at: usize) -> (Vec<u8>, Ve
 }
 
 /// Returns the file's bytes of an expert's matrices, one after the other.
-fn matrices(store: &ExpertStore, layer: &LayerExperts, expert: u32) -> Vec<u8> {
+pub(super) fn matrices(store: &ExpertStore, layer: &LayerExperts, expert: u32) -> Vec<u8> {
     let view = store.mapped_view(layer, ExpertId::new(expert));
-    [view.gate, view.up, view.down]
-        .map(|l| l.weights.bytes())
-        .concat()
+    let gate = view.is_gated.then_some(view.gate);
+    let linears = gate.into_iter().chain([view.up, view.down]);
+    linears.flat_map(|l| l.weights.bytes()).copied().collect()
 }
 
 /// Takes one step as the engine does: a token's experts as they become ready, or a batch's in

@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
+#[cfg(test)]
+use tier_plan_cuda::experts::Place;
 use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
 use tier_plan_cuda::transfers::{TransferId, TransferOrder};
 
@@ -118,6 +120,13 @@ impl SlotFiller {
         before.is_some_and(|(_, piece)| range.end <= piece.range.end)
     }
 
+    /// Whether some of this memory is locked already.
+    fn has_locked_some(&self, range: &Range<usize>) -> bool {
+        let others = self.staging.iter().chain(self.streamed.values());
+        let mut others = others.chain(self.exchanged.values());
+        others.any(|other| other.range.start < range.end && range.start < other.range.end)
+    }
+
     /// Returns whether any expert can be streamed.
     pub(crate) fn streams(&self) -> bool {
         !self.streamed.is_empty()
@@ -133,10 +142,10 @@ impl SlotFiller {
         self.experts.free_rows()
     }
 
-    /// Returns the matrices in a slot, one after the other.
+    /// Returns the matrices of the expert in a place, one after the other.
     #[cfg(test)]
-    pub(crate) fn slot_bytes(&self, layer: usize, slot: usize) -> Result<Vec<u8>, CudaError> {
-        self.experts.slot_bytes(layer, slot)
+    pub(crate) fn bytes_in(&self, layer: usize, place: Place) -> Result<Vec<u8>, CudaError> {
+        self.experts.bytes_in(layer, place)
     }
 
     /// Returns whether the GPU can read a buffer where it lies. One that is new to it is locked now,
@@ -153,10 +162,11 @@ impl SlotFiller {
         if let Some(locked) = self.exchanged.get(&range.start) {
             return range.end <= locked.range.end;
         }
-        // The driver locks whole pages, and none of them twice. Buffers are apart, and keep their
-        // places: nothing moves in an arena where a GPU has experts.
+        // The driver locks whole pages, and none of them twice. Buffers are apart, but may have moved since
+        // others were locked.
         let has_own_pages = range.start.is_multiple_of(ALIGN) && range.len().is_multiple_of(ALIGN);
-        if self.is_full || !has_own_pages || self.exchanged.len() == MAX_LOCKED_BUFFERS {
+        let is_free = has_own_pages && !self.has_locked_some(&range);
+        if self.is_full || !is_free || self.exchanged.len() == MAX_LOCKED_BUFFERS {
             return false;
         }
         let start = range.start;

@@ -1,7 +1,5 @@
 //! Filling slots and shared buffers, from memory that is copied first or read where it lies.
 
-#[cfg(any(test, feature = "emulator"))]
-use super::layer::Part;
 use super::layer::{Layer, Spot};
 use super::slots::SlotTransfers;
 use super::{ExpertBytes, PinnedExperts, Place};
@@ -145,6 +143,28 @@ impl PinnedExperts {
         unsafe { transfers.stream.send(&copies, TransferOrder::AtOnce) }
     }
 
+    /// Pins an expert in the memory of another of its layer, which is no longer on the device. What was
+    /// asked of the other has been computed when it goes, and the bytes may be overwritten when this
+    /// returns.
+    ///
+    /// # Errors
+    /// After an error, neither is pinned.
+    ///
+    /// # Panics
+    /// When the one that leaves is not pinned, the other is, or a size is not that of the layer.
+    pub fn exchange_pins(
+        &mut self,
+        layer: usize,
+        leaves: usize,
+        comes: usize,
+        expert: &ExpertBytes<'_>,
+    ) -> Result<(), CudaError> {
+        let Some(l) = self.layers.get_mut(layer).and_then(Option::as_mut) else {
+            panic!("layer {layer} on a device")
+        };
+        l.exchange_pins(leaves, comes, expert)
+    }
+
     /// Waits until everything is done that was asked of the device.
     pub fn wait(&self) -> Result<(), CudaError> {
         self.ops.device().wait()
@@ -162,14 +182,15 @@ impl PinnedExperts {
         transfers.map_or(Ok(()), |transfers| transfers.stream.wait(transfer))
     }
 
-    /// Returns the matrices in a slot: gate, up, down.
+    /// Returns the matrices of the expert in a place: gate, up, down.
+    ///
+    /// # Panics
+    /// When there is no such place.
     #[cfg(any(test, feature = "emulator"))]
-    pub fn slot_bytes(&self, layer: usize, slot: usize) -> Result<Vec<u8>, CudaError> {
+    pub fn bytes_in(&self, layer: usize, place: Place) -> Result<Vec<u8>, CudaError> {
         let Some(l) = self.layer(layer) else {
-            return Ok(Vec::new());
+            panic!("layer {layer} on a device")
         };
-        let bytes = |part| l.slots.view().part(l.layout.range(slot, part)).to_bytes();
-        // That of a gate that is missing is empty.
-        Ok([bytes(Part::Gate)?, bytes(Part::Up)?, bytes(Part::Down)?].concat())
+        l.bytes_in(place)
     }
 }

@@ -77,8 +77,10 @@ pub(super) struct Layer {
     pub(super) down: MatrixTable<'static>,
     /// `[entries, width]` of gate, up and down; zeros for experts that are elsewhere.
     biases: Option<[Buffer; 3]>,
-    /// Whether each expert is pinned here, `[n_expert]`.
-    pub(super) pinned: Vec<bool>,
+    /// Memory of the pinned experts.
+    pins: Arc<Buffer>,
+    /// Place of each expert among the pinned ones, `[n_expert]`; `None` for those that are elsewhere.
+    pin_of: Vec<Option<usize>>,
     pub(super) slots: Arc<Buffer>,
     pub(super) n_slots: usize,
     /// Entry of the first slot in the tables: experts by index come before, if any is pinned.
@@ -141,7 +143,7 @@ impl Layer {
         let n_shared = shared.map_or(0, |shared| shared.n);
         let first_slot = if pinned.is_empty() { 0 } else { kind.n_expert };
         let (n, has_gate) = (first_slot + n_slots + n_shared, kind.gate.is_some());
-        let mut is_pinned = vec![false; kind.n_expert];
+        let mut pin_of = vec![None; kind.n_expert];
         let mut tables: [Vec<Option<SharedView>>; 3] = std::array::from_fn(|_| vec![None; n]);
         for (part, table) in Part::ALL.into_iter().zip(&mut tables) {
             let view = |buffer: &Arc<Buffer>, i| SharedView {
@@ -150,7 +152,7 @@ impl Layer {
             };
             for (i, (expert, _)) in pinned.iter().enumerate() {
                 table[*expert] = Some(view(&pins, i));
-                is_pinned[*expert] = true;
+                pin_of[*expert] = Some(i);
             }
             for slot in 0..n_slots {
                 table[first_slot + slot] = Some(view(&slots, slot));
@@ -180,20 +182,72 @@ impl Layer {
             up: MatrixTable::owning(device, up)?,
             down: MatrixTable::owning(device, down)?,
             biases,
-            pinned: is_pinned,
+            pins,
+            pin_of,
             slots,
             n_slots,
             first_slot,
             shared: shared.cloned(),
         };
-        for (i, (expert, bytes)) in pinned.iter().enumerate() {
-            let spot = Spot {
-                memory: layer.part_of(&pins, i * layout.stride),
-                entry: *expert,
-            };
-            layer.put(spot, bytes)?;
+        for (expert, bytes) in pinned {
+            layer.put(layer.spot_of_pin(*expert), bytes)?;
         }
         Ok(layer)
+    }
+
+    /// Whether an expert is pinned here.
+    pub(super) fn has(&self, expert: usize) -> bool {
+        self.pin_of.get(expert).is_some_and(Option::is_some)
+    }
+
+    /// Whether all experts are pinned here.
+    pub(super) fn has_all(&self) -> bool {
+        self.pin_of.iter().all(Option::is_some)
+    }
+
+    /// Returns the place of a pinned expert.
+    fn spot_of_pin(&self, expert: usize) -> Spot<'_> {
+        let Some(pin) = self.pin_of.get(expert).copied().flatten() else {
+            panic!("expert {expert} is not pinned")
+        };
+        Spot {
+            memory: self.part_of(&self.pins, pin * self.layout.stride),
+            entry: expert,
+        }
+    }
+
+    /// Pins an expert in the memory of another. After an error neither is pinned.
+    pub(super) fn exchange_pins(
+        &mut self,
+        leaves: usize,
+        comes: usize,
+        expert: &ExpertBytes<'_>,
+    ) -> Result<(), CudaError> {
+        assert!(
+            self.has(leaves) && !self.has(comes),
+            "expert {leaves} is pinned, and {comes} is not"
+        );
+        self.pin_of.swap(leaves, comes);
+        let exchanged = self.refill_pin(leaves, comes, expert);
+        if exchanged.is_err() {
+            self.pin_of[comes] = None;
+        }
+        exchanged
+    }
+
+    /// Fills the memory of a pin anew. In the tables, it is that of an expert that has left until then.
+    fn refill_pin(
+        &self,
+        left: usize,
+        comes: usize,
+        expert: &ExpertBytes<'_>,
+    ) -> Result<(), CudaError> {
+        self.put(self.spot_of_pin(comes), expert)?;
+        let tables = [self.gate.as_ref(), Some(&self.up), Some(&self.down)];
+        tables
+            .into_iter()
+            .flatten()
+            .try_for_each(|table| table.rename(left, comes))
     }
 
     /// Returns the number of shared buffers.
@@ -227,6 +281,25 @@ impl Layer {
         self.biases
             .as_ref()
             .map(|biases| biases[part as usize].view())
+    }
+
+    /// Returns the matrices of the expert in a place: gate, up, down.
+    #[cfg(any(test, feature = "emulator"))]
+    pub(super) fn bytes_in(&self, place: Place) -> Result<Vec<u8>, CudaError> {
+        let spot = match place {
+            Place::Pinned(expert) => Some(self.spot_of_pin(expert)),
+            _ => self.spot(place),
+        };
+        let Some(Spot { memory, .. }) = spot else {
+            panic!("{place:?} is not on the device")
+        };
+        let bytes = |part| memory.part(self.layout.range(0, part)).to_bytes();
+        // Those of a gate that is missing are none.
+        Ok(Part::ALL
+            .map(bytes)
+            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?
+            .concat())
     }
 
     /// Copies an expert to a place, and its biases to the place's entry in the tables.

@@ -243,6 +243,68 @@ fn weights_on_what_experts_read_match_the_cpu() {
     }
 }
 
+/// Whatever was exchanged before, pinned experts are computed with their own matrices and biases.
+#[test]
+fn pins_become_those_of_other_experts() {
+    let device: Arc<dyn Device> = shim::shared();
+    let gated = kind(
+        [TensorType::Q4_0, TensorType::Q8_0, TensorType::F16],
+        CLAMPED,
+    );
+    let plain_kind = ExpertKind {
+        gate: None,
+        ..kind([TensorType::Q4_0; 3], Activation::SquaredRelu)
+    };
+    for (kind, biased) in [(gated, true), (plain_kind, false)] {
+        let mut random = Random::new("exchanged");
+        let experts = random_experts(&mut random, &kind);
+        let mut here = PinnedExperts::new(Arc::clone(&device), 1).unwrap();
+        let bytes = |expert: usize| experts[expert].on_device(&kind, biased);
+        let mut pinned = vec![3, 0];
+        let pins: Vec<_> = pinned.iter().map(|e| (*e, bytes(*e))).collect();
+        here.add_layer(0, kind, &pins, 1, biased).unwrap();
+        here.reserve(2).unwrap();
+        let held = here.bytes();
+        for _ in 0..12 {
+            let (at, comes) = (random.below(2) as usize, random.below(4) as usize);
+            if pinned.contains(&comes) {
+                continue;
+            }
+            let leaves = std::mem::replace(&mut pinned[at], comes);
+            here.exchange_pins(0, leaves, comes, &bytes(comes)).unwrap();
+            assert!(here.has(0, comes) && !here.has(0, leaves));
+            for expert in &pinned {
+                let [gate, up, down] = &experts[*expert].bytes;
+                let gate = kind.gate.map_or(&[][..], |_| gate);
+                let found = here.bytes_in(0, Place::Pinned(*expert)).unwrap();
+                assert!(found == [gate, up, down].concat());
+            }
+            let x = random.activations(HIDDEN);
+            let request = RequestedExperts {
+                places: &[pinned[0], pinned[1]].map(Place::Pinned),
+                weights: &[1.0; 2],
+            };
+            here.ask(0, Some(&x), request).unwrap();
+            let mut got = vec![0.0; 2 * HIDDEN];
+            here.fetch(&mut got).unwrap();
+            let result = |e: &usize| plain(&kind, &experts[*e], (&x, 1.0), biased);
+            near(&got, &pinned.iter().flat_map(result).collect::<Vec<_>>());
+        }
+        assert_eq!(here.bytes(), held);
+    }
+}
+
+#[test]
+#[should_panic(expected = "expert 2 is pinned, and 3 is not")]
+fn only_pins_are_exchanged() {
+    let kind = kind([TensorType::F32; 3], Activation::Silu);
+    let experts = random_experts(&mut Random::new("no pin"), &kind);
+    let bytes = |expert: usize| experts[expert].on_device(&kind, false);
+    let mut here = PinnedExperts::new(shim::shared(), 1).unwrap();
+    here.add_layer(0, kind, &[(0, bytes(0))], 0, false).unwrap();
+    let _ = here.exchange_pins(0, 2, 3, &bytes(3));
+}
+
 #[test]
 #[should_panic(expected = "the gate of an expert")]
 fn an_expert_without_its_gate_is_refused() {

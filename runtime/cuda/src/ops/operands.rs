@@ -230,6 +230,21 @@ impl<'a> MatrixTable<'a> {
             _borrowed: std::marker::PhantomData,
         })
     }
+
+    /// Gives a matrix the index of a missing one. The one that it had is missing then.
+    ///
+    /// # Panics
+    /// When there are not as many indices.
+    pub fn rename(&self, from: usize, to: usize) -> Result<(), CudaError> {
+        const ADDRESS: usize = size_of::<u64>();
+        let pointer = |i: usize| {
+            let pointers = self.pointers.view();
+            pointers.part(i * ADDRESS..(i + 1) * ADDRESS)
+        };
+        assert!(from.max(to) < self.n, "matrices {from} and {to}");
+        pointer(to).copy_from(pointer(from))?;
+        pointer(from).write(&[0; ADDRESS])
+    }
 }
 
 /// Consecutive tokens that are multiplied with one matrix of a table.

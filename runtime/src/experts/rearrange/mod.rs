@@ -9,15 +9,19 @@
 //!
 //! Where no hole is large enough, buffers slide together, a bounded number of bytes between two
 //! steps.
+//!
+//! What a layer pins on GPUs changes first: pins in main memory that come to one make room there.
 
+mod on_gpus;
 mod room;
 
-use super::ids::{ExpertId, LayerExpert, SlotId};
-use super::layer::{LayerExperts, Layout};
+use super::ids::{ExpertId, LayerExpert};
+use super::layer::{ExpertBacking, LayerExperts, Layout};
 use super::store::ExpertStore;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Completion, FileTier, Priority};
 use crate::tiers::holes::Holes;
+use on_gpus::{Exchange, GpuRead};
 use std::collections::{BTreeMap, VecDeque};
 use tier_plan_formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 
@@ -82,6 +86,13 @@ pub(super) struct Rearranger {
     is_active: bool,
     /// Layers that have not changed yet, by position.
     to: VecDeque<(usize, LayerPlacement)>,
+    /// The layer whose experts are changing places on GPUs.
+    current: Option<(usize, LayerPlacement)>,
+    /// Of the current layer.
+    exchanges: VecDeque<Exchange>,
+    gpu_read: GpuRead,
+    /// For the next such read, once there was one.
+    host_buffer: Option<ArenaSlice>,
     /// Without memory.
     pins: Vec<NewPin>,
     /// Without memory.
@@ -109,6 +120,9 @@ impl Rearranger {
             result,
             ..
         } = completion;
+        if matches!(self.gpu_read, GpuRead::InFlight(of_gpu) if of_gpu == key) {
+            return self.land_for_gpu(buffer, result.is_ok());
+        }
         let Some(at) = self.reading.iter().position(|read| read.key == key) else {
             return;
         };
@@ -153,7 +167,13 @@ impl Rearranger {
 
     /// Whether no new pin is being read or waits for that.
     fn is_idle(&self) -> bool {
-        self.ready.is_empty() && self.reading.is_empty() && self.landed.is_empty()
+        let none_is_new = self.ready.is_empty() && self.reading.is_empty();
+        none_is_new && self.landed.is_empty() && self.current.is_none()
+    }
+
+    /// Whether every layer has given up what it is to.
+    fn all_begun(&self) -> bool {
+        self.to.is_empty() && self.current.is_none()
     }
 
     /// Whether nothing waits for memory.
@@ -193,16 +213,27 @@ impl ExpertStore {
         if layer >= self.layers.len() {
             return;
         }
-        self.give_up_pins(layer, &wanted);
-        self.give_up_slots(layer, &wanted);
+        self.rearranger.exchanges = self.exchanges(layer, &wanted).into();
+        self.rearranger.current = Some((layer, wanted));
+    }
+
+    /// Gives up what a layer has in main memory and has no use for, and what it wants there a place.
+    fn change_layer(&mut self, layer: usize, wanted: &LayerPlacement) {
+        self.give_up_pins(layer, wanted);
+        self.give_up_slots(layer, wanted);
         let in_layer = &self.layers[layer];
         let n = wanted.slots.saturating_sub(in_layer.cache.n_slots());
         if n > 0 {
             self.rearranger.slots.push(NewSlots { layer, n });
         }
         let bytes = in_layer.expert_bytes();
-        for pins in &wanted.pinned {
-            let new = in_layer.not_on_tier(pins).map(|expert| NewPin {
+        let gpus = &self.gpus;
+        let is_on_gpu = |tier| gpus.iter().any(|gpu| gpu.tier == tier);
+        for pins in wanted.pinned.iter().filter(|pins| !is_on_gpu(pins.tier)) {
+            let new = in_layer.not_on_tier(pins);
+            // One that was to leave a GPU and could not stays there.
+            let new = new.filter(|e| !matches!(in_layer.backing(*e), ExpertBacking::Gpu(_)));
+            let new = new.map(|expert| NewPin {
                 target: LayerExpert { layer, expert },
                 tier: pins.tier,
                 bytes,
@@ -319,6 +350,11 @@ impl ExpertStore {
         if !self.rearranger.is_active {
             return None;
         }
+        // Nothing may read what moves.
+        self.end_streams();
+        while !self.in_transit.is_empty() {
+            self.wait_for_transfer();
+        }
         self.poll_completions();
         for (pin, buffer) in std::mem::take(&mut self.rearranger.landed) {
             self.pin(pin, buffer);
@@ -327,9 +363,15 @@ impl ExpertStore {
             self.begin_layer();
         }
         let mut left = COPIED_BETWEEN_STEPS;
+        self.exchange_on_gpus(&mut left);
+        if self.rearranger.exchanges.is_empty()
+            && let Some((layer, wanted)) = self.rearranger.current.take()
+        {
+            self.change_layer(layer, &wanted);
+        }
         self.fill_ready(&mut left);
         // Layers that are still to change may give up what is missing.
-        if self.rearranger.to.is_empty() && !self.rearranger.all_placed() && left > 0 {
+        if self.rearranger.all_begun() && !self.rearranger.all_placed() && left > 0 {
             let mut has_moved = self.pack_pins(&mut left);
             has_moved |= self.slide(&mut left);
             self.place();
@@ -338,8 +380,11 @@ impl ExpertStore {
             }
         }
         let rearranger = &mut self.rearranger;
-        let is_done = rearranger.is_idle() && rearranger.all_placed() && rearranger.to.is_empty();
+        let is_done = rearranger.is_idle() && rearranger.all_placed() && rearranger.all_begun();
         rearranger.is_active = !is_done;
+        if is_done {
+            rearranger.host_buffer = None;
+        }
         is_done.then_some(rearranger.report)
     }
 
@@ -370,28 +415,37 @@ impl ExpertStore {
                 self.pin(pin, buffer);
                 continue;
             }
-            let Some(files) = &self.files else {
-                self.rearranger.report.failed_pins += 1;
-                self.rearranger.free(pin.tier, buffer);
-                continue;
-            };
-            let LayerExpert { layer, expert } = pin.target;
-            let (layer, sums) = (&self.layers[layer], self.checksums.as_deref());
-            let spans = layer.spans(&self.gguf, expert.index(), Layout::Packed);
-            let finish = layer.finish(&self.gguf, sums, expert.index(), Layout::Packed);
-            let key = PIN_KEY_BIT | self.rearranger.next_key;
-            self.rearranger.next_key = (self.rearranger.next_key + 1) % PIN_KEY_BIT;
-            FileTier::submit_finished(files, key, &spans, finish, buffer, Priority::Background);
-            self.rearranger.reading.push(PinRead { key, pin });
+            match self.read_packed(pin.target, buffer) {
+                Ok(key) => self.rearranger.reading.push(PinRead { key, pin }),
+                Err(buffer) => {
+                    self.rearranger.report.failed_pins += 1;
+                    self.rearranger.free(pin.tier, buffer);
+                }
+            }
         }
+    }
+
+    /// Begins to read an expert, packed, into a buffer, and returns the key of the read. Returns the
+    /// buffer where there are no files.
+    fn read_packed(&mut self, target: LayerExpert, buffer: ArenaSlice) -> Result<u64, ArenaSlice> {
+        let Some(files) = &self.files else {
+            return Err(buffer);
+        };
+        let LayerExpert { layer, expert } = target;
+        let (layer, sums) = (&self.layers[layer], self.checksums.as_deref());
+        let spans = layer.spans(&self.gguf, expert.index(), Layout::Packed);
+        let finish = layer.finish(&self.gguf, sums, expert.index(), Layout::Packed);
+        let key = PIN_KEY_BIT | self.rearranger.next_key;
+        self.rearranger.next_key = (self.rearranger.next_key + 1) % PIN_KEY_BIT;
+        FileTier::submit_finished(files, key, &spans, finish, buffer, Priority::Background);
+        Ok(key)
     }
 
     /// Copies an expert's bytes, packed, from the slot that has them. Returns whether one does.
     fn copy_from_slot(&self, target: LayerExpert, into: &mut ArenaSlice) -> bool {
         let LayerExpert { layer, expert } = target;
         let layer = &self.layers[layer];
-        let slot = layer.cache.slot(expert.get()).map(SlotId::new);
-        let Some(Some(bytes)) = slot.map(|slot| &layer.slots[slot.index()]) else {
+        let Some(bytes) = layer.slot_with(expert) else {
             return false;
         };
         for part in &layer.parts {
