@@ -1,7 +1,7 @@
 //! Pins on emulated GPUs that become those of other experts of their layers: before a text, the model is
 //! one that was loaded so; within a text, it stays right.
 
-use super::gpu_slot_tests::{DRAM, Layer, VRAM0, VRAM1, load, open, plan, text};
+use super::gpu_slot_tests::{self, DRAM, Layer, VRAM0, VRAM1, load, open, text};
 use crate::engine::{Engine, LogitsMode, RearrangeError, Rearranged};
 use crate::experts::rearrange_tests::check_pins_on_gpus;
 use crate::plans::in_memory::all_in_memory;
@@ -21,6 +21,14 @@ fn layer(pinned: [u32; 3], slots: u32, slot_tier: TierIdx) -> Layer {
         slot_tier,
         policy: SlotPolicy::Lru,
     }
+}
+
+/// Returns a plan whose last tier has room for all experts, as it has in plans of the solver.
+fn plan(shape: &ModelShape, home: TierKind, layer_of: impl Fn(usize) -> Layer) -> Placement {
+    let mut plan = gpu_slot_tests::plan(shape, home, layer_of);
+    let home = plan.home_tier();
+    plan.tiers[home].budget_bytes = 1 << 30;
+    plan
 }
 
 /// Returns a plan with as many pins of other experts on every tier.
@@ -199,10 +207,7 @@ fn a_layer_keeps_its_number_of_experts_on_a_gpu() {
 fn what_a_failing_gpu_loses_is_computed_elsewhere() {
     for home in [TierKind::Nvme, TierKind::Pmem] {
         let (gguf, shape) = open("arch/qwen3moe.gguf");
-        let mut plan = plan(&shape, home, |_| layer([2, 0, 1], 0, DRAM));
-        // What a GPU loses has room there.
-        let home = plan.home_tier();
-        plan.tiers[home].budget_bytes = 1 << 30;
+        let plan = plan(&shape, home, |_| layer([2, 0, 1], 0, DRAM));
         let in_memory = all_in_memory(&shape, 96, KvType::F32);
         let expected = text(&mut load(&gguf, &in_memory, 13).0);
         let (mut engine, [device, _]) = load(&gguf, &plan, 13);
