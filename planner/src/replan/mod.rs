@@ -54,14 +54,11 @@ pub fn replan(shape: &ModelShape, question: &Question) -> Result<Replanned> {
             None => Objective::Latency,
         },
         batch: batch.and_then(|goal| goal.batch),
-        constraints: Constraints::keeping(plan),
+        constraints: Constraints::keeping(plan, &evidence),
+        // What is streamed stays so: the buffers for it are there.
+        streaming: false,
         ..Options::default()
     };
-    ensure!(
-        plan.streaming.is_none(),
-        "the plan streams experts to a GPU, and where these are is settled until the model is loaded anew; run \
-         `tier-plan solve` with what texts chose"
-    );
     let solved = solve::solve_with_evidence(&problem, &evidence, &options)
         .context("making a plan of what texts chose")?;
 
@@ -161,7 +158,7 @@ mod tests {
     use tier_plan_runtime::KvType;
     use tier_plan_runtime::formats::machine::{Accelerator, TierKind};
     use tier_plan_runtime::formats::machine::{Extras, Tier};
-    use tier_plan_runtime::formats::placement::Prediction;
+    use tier_plan_runtime::formats::placement::{LayerPlacement, Prediction, Streaming};
     use tier_plan_runtime::formats::profile::{Profile, Split};
     use tier_plan_runtime::model::shape::{DenseKind, DenseShape};
 
@@ -234,12 +231,20 @@ mod tests {
     }
 
     fn solved(uses: &Profile) -> Placement {
-        let (shape, machine) = (model(), machine());
+        solved_on(&machine(), &model(), vec![75, 60, 1000], uses)
+    }
+
+    fn solved_on(
+        machine: &Machine,
+        shape: &ModelShape,
+        budgets: Vec<u64>,
+        uses: &Profile,
+    ) -> Placement {
         let problem = Problem {
-            shape: &shape,
+            shape,
             profile: Some(uses),
-            machine: &machine,
-            budgets: vec![75, 60, 1000],
+            machine,
+            budgets,
             context: 8,
             sequences: 1,
             kv_type: KvType::F16,
@@ -288,6 +293,61 @@ mod tests {
         }
         let violations = tier_plan_runtime::formats::placement::validate(&other.plan, &shape);
         assert!(violations.is_empty(), "{violations:?}");
+    }
+
+    /// Returns how many pins and slots each layer has on the first tier, and the pins themselves.
+    fn on_gpu(plan: &Placement) -> (Vec<(usize, u32)>, Vec<u32>) {
+        let pins = |l: &LayerPlacement| {
+            let pins = l.pinned.iter().filter(|pins| pins.tier == TierIdx::FIRST);
+            pins.flat_map(|pins| pins.experts.clone())
+                .collect::<Vec<u32>>()
+        };
+        let slots = |l: &LayerPlacement| match l.slot_tier == TierIdx::FIRST {
+            true => l.slots,
+            false => 0,
+        };
+        let layers = plan.layers.iter();
+        let counts = layers.clone().map(|l| (pins(l).len(), slots(l)));
+        (counts.collect(), layers.flat_map(pins).collect())
+    }
+
+    #[test]
+    fn pins_on_a_gpu_follow_what_texts_choose_and_keep_their_number() {
+        let (shape, mut machine) = (model(), machine());
+        (machine.tiers[0].kind, machine.tiers[0].emulated) = (TierKind::Vram, false);
+        let plan = solved_on(&machine, &shape, vec![55, 70, 1000], &uses(0));
+        let (counts, pins) = on_gpu(&plan);
+        assert!(pins.len() > 1 && pins.iter().all(|e| *e < 4), "{plan:?}");
+        for slots in [0, 2] {
+            let mut plan = plan.clone();
+            if slots > 0 {
+                // Slots beside the pins, and none in main memory.
+                let layer = &mut plan.layers[0];
+                layer.pinned.retain(|pins| pins.tier == TierIdx::FIRST);
+                layer.pinned[0].experts.truncate(pins.len() - 1);
+                (layer.slots, layer.slot_tier) = (slots, TierIdx::FIRST);
+                plan.tiers[TierIdx::FIRST].budget_bytes = 1000;
+                plan.fill_sums(&shape);
+            }
+            let counts = match slots {
+                0 => counts.clone(),
+                _ => on_gpu(&plan).0,
+            };
+            plan.streaming = Some(Streaming {
+                tier: TierIdx::FIRST,
+                from: TierIdx::new(1),
+                experts: 1,
+                link_gbps: 1e-6,
+                cpu_share: 1.0,
+            });
+            let other = replan(&shape, &question(&plan, &held(&plan), uses(8))).unwrap();
+            let (now, pins) = on_gpu(&other.plan);
+            assert_eq!(now, counts);
+            assert!(pins.iter().all(|e| (8..12).contains(e)), "{pins:?}");
+            let gain = other.now.token_s() / other.then.token_s();
+            assert!(gain > 1.2, "{gain}");
+            assert_eq!(other.plan.streaming, plan.streaming);
+        }
     }
 
     #[test]

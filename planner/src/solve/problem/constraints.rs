@@ -11,10 +11,13 @@
 
 mod parse;
 
+use crate::profile::Evidence;
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::machine::Machine;
-use tier_plan_runtime::formats::placement::{DensePlacement, Placement, TierIdx};
+use tier_plan_runtime::formats::placement::{
+    DensePlacement, LayerPlacement, Pins, Placement, TierIdx,
+};
 use tier_plan_runtime::model::gpu::{CpuOnly, Part};
 use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 
@@ -23,14 +26,65 @@ use tier_plan_runtime::model::shape::{DenseKind, ModelShape};
 pub struct LayerConstraints {
     /// The tier that each of some experts is fixed to, by expert.
     pub fixed: BTreeMap<u32, TierIdx>,
-    /// Tiers that hold neither pins nor slots.
+    /// Tiers that hold no pins but of experts fixed there, and no slots but those that are settled.
     pub forbidden: BTreeSet<TierIdx>,
+    /// The tier and the number of the layer's slots, where they are settled.
+    pub slots: Option<(TierIdx, u32)>,
 }
 
 impl LayerConstraints {
+    /// Returns constraints under which a layer has as many pins and slots on GPUs as it is. The experts
+    /// that are used most are pinned there. `order` has all experts by falling use.
+    fn keeping(placed: &LayerPlacement, gpus: &BTreeSet<TierIdx>, order: &[u32]) -> Self {
+        let mut most_used = order.iter().copied();
+        let pinned = |gpu: &TierIdx| {
+            let pins = placed.pinned.iter().filter(|pins| pins.tier == *gpu);
+            let n = pins.map(|pins| pins.experts.len()).sum();
+            let experts = most_used.by_ref().take(n);
+            experts.map(|e| (e, *gpu)).collect::<Vec<_>>()
+        };
+        let on_gpu = placed.slots > 0 && gpus.contains(&placed.slot_tier);
+        Self {
+            fixed: gpus.iter().flat_map(pinned).collect(),
+            forbidden: gpus.clone(),
+            slots: on_gpu.then_some((placed.slot_tier, placed.slots)),
+        }
+    }
+
     /// Whether nothing is fixed or forbidden.
     pub fn is_empty(&self) -> bool {
-        self.fixed.is_empty() && self.forbidden.is_empty()
+        self.leaves_experts_free() && self.forbidden.is_empty()
+    }
+
+    /// Whether no expert is fixed, and no slots are settled.
+    pub fn leaves_experts_free(&self) -> bool {
+        self.fixed.is_empty() && self.slots.is_none()
+    }
+
+    /// Whether a layer may have these slots.
+    pub fn allows_slots(&self, tier: TierIdx, n: u32) -> bool {
+        match self.slots {
+            Some(settled) => settled == (tier, n),
+            None => n == 0 || !self.forbidden.contains(&tier),
+        }
+    }
+
+    /// Whether the placement of a layer keeps the constraints. `home` is the last tier.
+    fn holds(&self, placed: &LayerPlacement, home: TierIdx) -> bool {
+        let on = |pins: &Pins| {
+            pins.experts
+                .iter()
+                .map(|e| (*e, pins.tier))
+                .collect::<Vec<_>>()
+        };
+        let pinned: BTreeMap<u32, TierIdx> = placed.pinned.iter().flat_map(on).collect();
+        let is_where_fixed = |(e, tier): (&u32, &TierIdx)| pinned.get(e).unwrap_or(&home) == tier;
+        let may_be = |(e, tier): (&u32, &TierIdx)| {
+            !self.forbidden.contains(tier) || self.fixed.get(e) == Some(tier)
+        };
+        self.fixed.iter().all(is_where_fixed)
+            && pinned.iter().all(may_be)
+            && self.allows_slots(placed.slot_tier, placed.slots)
     }
 }
 
@@ -48,25 +102,29 @@ pub struct Constraints {
 
 impl Constraints {
     /// Returns constraints under which a plan for a loaded model differs from its present one in pins
-    /// and slots alone. Experts stay off GPUs.
-    pub fn keeping(plan: &Placement) -> Self {
+    /// and slots alone. On GPUs a layer has as many as it has now, and pins those experts there that are
+    /// used most.
+    pub fn keeping(plan: &Placement, evidence: &Evidence) -> Self {
         let dense = plan.dense.iter();
         let dense_fixed = dense.map(|d| ((d.kind, d.layer), d.tier)).collect();
         let is_gpu = |tier: &TierIdx| plan.tiers.get(*tier).is_some_and(|t| t.tier.is_gpu());
         let gpus: BTreeSet<TierIdx> = plan.tiers.indices().filter(is_gpu).collect();
         let attention = |d: &DensePlacement| d.kind == DenseKind::Attention && is_gpu(&d.tier);
-        let layer = LayerConstraints {
-            forbidden: gpus.clone(),
-            ..LayerConstraints::default()
+        let on_gpus = |placed: &LayerPlacement| {
+            let mut layers = evidence.layers.iter();
+            let layer = layers.find(|layer| layer.shape.layer == placed.layer)?;
+            let constraints = LayerConstraints::keeping(placed, &gpus, &layer.order);
+            Some((placed.layer, constraints))
         };
         let layers = plan.layers.iter().filter(|_| !gpus.is_empty());
+        let experts = layers.filter_map(on_gpus).collect();
         // Where attention is on a GPU, its keys and values are there, or where the plan has them.
         let on_gpus = plan.dense.iter().any(attention);
         let others = plan.tiers.indices();
         let others = others.filter(|t| *t != plan.kv_tier && !is_gpu(t));
         Self {
             dense_fixed,
-            experts: layers.map(|l| (l.layer, layer.clone())).collect(),
+            experts,
             cache_fixed: (!on_gpus).then_some(plan.kv_tier),
             cache_forbidden: others.filter(|_| !is_gpu(&plan.kv_tier)).collect(),
             ..Self::default()
@@ -247,22 +305,9 @@ impl Constraints {
                 .dense
                 .iter()
                 .all(|d| self.allows(d.kind, d.layer, d.tier))
-            && plan.layers.iter().enumerate().all(|(at, layer)| {
-                let constraints = self.layer(layer.layer);
-                let fixed = constraints
-                    .fixed
-                    .iter()
-                    .all(|(&e, &t)| plan.pinned_tier(at, e).unwrap_or(home) == t);
-                let used = layer
-                    .pinned
-                    .iter()
-                    .filter(|pins| !pins.experts.is_empty())
-                    .map(|pins| pins.tier);
-                let used = used.chain((layer.slots > 0).then_some(layer.slot_tier));
-                fixed
-                    && used
-                        .into_iter()
-                        .all(|t| !constraints.forbidden.contains(&t))
-            })
+            && plan
+                .layers
+                .iter()
+                .all(|placed| self.layer(placed.layer).holds(placed, home))
     }
 }

@@ -132,7 +132,7 @@ impl<'a> ColumnEnumerator<'a> {
             of_layer
         };
         let mut layers = evidence.layers.iter();
-        let is_free = layers.all(|l| of_layer(l.shape.layer).fixed.is_empty());
+        let is_free = layers.all(|l| of_layer(l.shape.layer).leaves_experts_free());
         let is_plain = charge.is_plain() && is_free;
         let can_step = |layer: &LayerEvidence| {
             matches!(layer.judged, Judged::Uniform) || ReuseTable::is_possible(layer)
@@ -213,8 +213,9 @@ impl<'a> ColumnEnumerator<'a> {
     /// Returns what the priced columns of the layer at position `at` are known by.
     pub(crate) fn pool_key(&self, at: usize) -> PoolKey {
         let layer = &self.evidence.layers[at];
-        let LayerConstraints { fixed, forbidden } = &self.fixed[at].constraints;
-        let Some(class) = layer.class.filter(|_| fixed.is_empty()) else {
+        let constraints = &self.fixed[at].constraints;
+        let is_free = constraints.leaves_experts_free();
+        let Some(class) = layer.class.filter(|_| is_free) else {
             return PoolKey::Layer(at);
         };
         // What the token chooses is read while the dense stage before runs.
@@ -226,7 +227,7 @@ impl<'a> ColumnEnumerator<'a> {
             n_used: layer.shape.n_used,
             expert_bytes: layer.shape.expert_bytes,
             ahead_bytes: ahead,
-            forbidden: forbidden.clone(),
+            forbidden: constraints.forbidden.clone(),
         }
     }
 
@@ -381,19 +382,19 @@ impl<'a> ColumnEnumerator<'a> {
         let expert_bytes = layer.shape.expert_bytes;
         let mut bytes = [0u64; MAX_FAST + 1];
         let mut pooled = u64::from(layer.shape.n_expert);
-        let forbidden = &fixed.constraints.forbidden;
+        let constraints = &fixed.constraints;
         for (tier, pins) in TierIdx::first(fast).zip(config.pins(fast)) {
-            if pins > 0 && forbidden.contains(&tier) {
+            if pins > 0 && constraints.forbidden.contains(&tier) {
                 return false;
             }
             let pins = u64::from(pins) + u64::from(fixed.per_tier[tier]);
             bytes[tier.get()] = pins * expert_bytes;
             pooled -= pins;
         }
+        if !constraints.allows_slots(config.slot_tier, config.slots.into()) {
+            return false;
+        }
         if config.slots > 0 {
-            if forbidden.contains(&config.slot_tier) {
-                return false;
-            }
             bytes[config.slot_tier.get()] += u64::from(config.slots) * expert_bytes;
         }
         bytes[fast] += pooled * expert_bytes;

@@ -128,9 +128,11 @@ fn a_cache_may_be_kept_in_memory_by_hand() -> Result<()> {
     }
     // What is loaded keeps its caches where they are.
     let plan = by(&["dram:cache"], &[])?;
-    let kept = solved(&shape, (much.0, Some(500)), Constraints::keeping(&plan))?;
+    let evidence = Evidence::uniform(&shape)?;
+    let keeping = |plan| Constraints::keeping(plan, &evidence);
+    let kept = solved(&shape, (much.0, Some(500)), keeping(&plan))?;
     assert_eq!(kept.host_kv, plan.host_kv);
-    let kept = solved(&shape, (much.0, Some(5)), Constraints::keeping(&free))?;
+    let kept = solved(&shape, (much.0, Some(5)), keeping(&free))?;
     assert!(kept.host_kv.is_empty());
     Ok(())
 }
@@ -239,7 +241,7 @@ fn a_loaded_model_keeps_the_tier_of_its_caches() -> Result<()> {
             position: Some(5),
         };
         let constraints = match keep {
-            Some(plan) => Constraints::keeping(plan),
+            Some(plan) => Constraints::keeping(plan, &Evidence::uniform(&shape)?),
             None => Constraints::parse(&fix, &[], &shape, &machine)?,
         };
         let options = Options {

@@ -87,6 +87,10 @@ impl LayerColumns<'_, '_> {
             return Vec::new();
         }
         let least = self.n_used().min(pooled);
+        if let Some((_, settled)) = self.fixed.constraints.slots {
+            let settled = settled as u16;
+            return (settled <= pooled).then_some(settled).into_iter().collect();
+        }
         match &self.axes.slots {
             None => self.enumerator.grid.axis(least, pooled),
             Some(slots) => slots
