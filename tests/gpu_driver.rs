@@ -4,6 +4,7 @@
 //! Kernels run on the processor.
 
 mod case;
+mod served;
 
 pub(crate) use case::{Case, tokens};
 

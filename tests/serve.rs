@@ -8,7 +8,7 @@ mod llama;
 mod metrics;
 mod openapi;
 mod page;
-mod plan;
+pub mod plan;
 mod profile;
 mod responses;
 mod streams;

@@ -170,28 +170,37 @@ impl Place {
         settings: &[(&str, &str)],
         args: &[&str],
     ) -> (Output, Report) {
-        let report = self.path().join("report");
-        let _ = fs::remove_file(&report);
-        let libraries = folder();
+        let mut command = Command::new("timeout");
         // What waits for a GPU that never answers would wait for good.
-        let output = Command::new("timeout")
-            .arg(LONGEST)
-            .arg(program)
-            .stdin(Stdio::null())
+        command.arg(LONGEST).arg(program).stdin(Stdio::null());
+        self.set_up(&mut command);
+        let output = command
+            .envs(settings.iter().copied())
+            .args(args)
+            .output()
+            .unwrap();
+        let report = self.report();
+        let report = report.unwrap_or_else(|e| panic!("no report ({e}): {output:?}"));
+        (output, report)
+    }
+
+    /// Has a command run here, on the stand-in.
+    pub fn set_up(&self, command: &mut Command) {
+        let _ = fs::remove_file(self.path().join("report"));
+        let libraries = folder();
+        command
             .current_dir(self.path())
             .env_remove("TIER_PLAN_ISA")
             .env_remove("TIER_PLAN_IO")
             .env("LD_LIBRARY_PATH", libraries)
             .env("TIER_PLAN_NVRTC", libraries.join("libnvrtc.so.12"))
             .env("XDG_CACHE_HOME", self.path().join("cache"))
-            .env("STAND_IN_REPORT", &report)
-            .envs(settings.iter().copied())
-            .args(args)
-            .output()
-            .unwrap();
-        let text =
-            fs::read_to_string(&report).unwrap_or_else(|e| panic!("no report ({e}): {output:?}"));
-        (output, Report::read(&text))
+            .env("STAND_IN_REPORT", self.path().join("report"));
+    }
+
+    /// Returns what the stand-in said at the end of the last program.
+    pub fn report(&self) -> std::io::Result<Report> {
+        fs::read_to_string(self.path().join("report")).map(|text| Report::read(&text))
     }
 
     /// The same of a program that must do nothing wrong, whatever comes of it.

@@ -4,7 +4,7 @@ use super::*;
 use crate::common::stderr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, ChildStderr};
+use std::process::{Child, ChildStderr, Command};
 
 /// Longest wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -36,7 +36,11 @@ impl Served {
     }
 
     pub fn with(args: &[&str]) -> Self {
-        let mut command = tier_plan();
+        Self::by(tier_plan(), args)
+    }
+
+    /// Starts a server by a command without arguments.
+    pub fn by(mut command: Command, args: &[&str]) -> Self {
         command.arg("serve").args(args).args(["--port", "0"]);
         let mut child = piped(&mut command);
         let mut log = BufReader::new(child.stderr.take().unwrap());

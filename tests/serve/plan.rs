@@ -12,7 +12,7 @@ const PROMPTS: [&str; 5] = [
 ];
 
 /// Returns the texts that follow the prompts, one after the other.
-fn texts(server: &Served) -> Vec<Value> {
+pub fn texts(server: &Served) -> Vec<Value> {
     let ask = |prompt: &&str| {
         let answer = server.post("/v1/completions", &completion(prompt, 80)).ok();
         answer["choices"][0]["text"].clone()
@@ -39,7 +39,7 @@ fn planned(path: &str) -> String {
 }
 
 /// Waits until a plan is made, and pins and slots have moved.
-fn settled(server: &Served) -> Value {
+pub fn settled(server: &Served) -> Value {
     let until = Instant::now() + Duration::from_secs(120);
     loop {
         let found = server.get("/plan").ok();
