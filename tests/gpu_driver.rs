@@ -470,6 +470,14 @@ fn experts_of_main_memory_are_computed_on_a_gpu_beside_the_processor() {
             assert!(waits > 30, "{order}: {report:?}");
             assert!(answer == first, "{order}");
         }
+        // A prompt's pass through the GPU, too, from where they lie.
+        let (first, _) = case.on_gpu(&[], &tokens(60), 4);
+        case.agrees(&tokens(60), &first, SMALL_ERROR);
+        for order in ["late", "copies-first", "computing-first"] {
+            let (answer, report) = case.on_gpu(&[("STAND_IN_ORDER", order)], &tokens(60), 4);
+            assert!(report.kernels.contains_key("add_rows"), "{report:?}");
+            assert!(answer == first, "{order}");
+        }
         let model = case.model.to_str().unwrap();
         let bench = format!("bench {model} --plan plan.toml -p 8 -n 4 -r 1");
         let mut bench: Vec<&str> = bench.split(' ').collect();

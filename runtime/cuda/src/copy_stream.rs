@@ -28,6 +28,20 @@ pub trait CopyStream: Send {
     /// When `to` is longer than the buffer.
     fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError>;
 
+    /// Enqueues copies as [`send`](Self::send) does, of locked host memory in place of a staging buffer.
+    ///
+    /// # Safety
+    /// The bytes are locked for the device, and stay mapped until the copies are done. What is written
+    /// there meanwhile may reach the device or not.
+    ///
+    /// # Panics
+    /// When a view and its bytes have different lengths.
+    unsafe fn send_locked(
+        &mut self,
+        which: usize,
+        copies: &[(View<'_>, &[u8])],
+    ) -> Result<(), CudaError>;
+
     /// Marks that all compute is enqueued that reads what was last sent from this buffer.
     fn used(&mut self, which: usize) -> Result<(), CudaError>;
 }
@@ -76,6 +90,30 @@ impl GpuCopyStream {
     fn done(&self, result: Result<(), DriverError>) -> Result<(), CudaError> {
         result.map_err(|e| self.gpu.failed("copying beside what it computes", e))
     }
+
+    /// Enqueues copies in the turn of a staging buffer.
+    ///
+    /// # Safety
+    /// The views are memory of this device, and the bytes stay mapped until the copies are done.
+    unsafe fn enqueue(&self, which: usize, copies: &[(View<'_>, &[u8])]) -> Result<(), CudaError> {
+        self.gpu.bind()?;
+        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        let (stream, compute) = (self.stream.raw(), self.gpu.stream());
+        let StagingBuffer { copied, used, .. } = &self.buffers[which];
+        // SAFETY: the caller's promise. Streams and events live as long as this value.
+        let sent = unsafe {
+            result::stream::wait_event(stream, used.raw(), flags)
+                .and_then(|()| {
+                    copies.iter().try_for_each(|(to, bytes)| {
+                        assert_eq!(to.len(), bytes.len(), "bytes of a copy");
+                        result::memcpy_htod_async(to.address(), bytes, stream)
+                    })
+                })
+                .and_then(|()| result::event::record(copied.raw(), stream))
+                .and_then(|()| result::stream::wait_event(compute, copied.raw(), flags))
+        };
+        self.done(sent)
+    }
 }
 
 impl CopyStream for GpuCopyStream {
@@ -97,20 +135,19 @@ impl CopyStream for GpuCopyStream {
     }
 
     fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError> {
-        self.gpu.bind()?;
-        let flags = CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        let (copies, compute) = (self.stream.raw(), self.gpu.stream());
-        let buffer = &mut self.buffers[which];
-        let bytes = &buffer.memory.bytes()[..to.len()];
-        // SAFETY: the view is memory of this device, which the owner of both ensures. The buffer is
-        // pinned, and not written before `copied`. Streams and events live as long as this value.
-        let sent = unsafe {
-            result::stream::wait_event(copies, buffer.used.raw(), flags)
-                .and_then(|()| result::memcpy_htod_async(to.address(), bytes, copies))
-                .and_then(|()| result::event::record(buffer.copied.raw(), copies))
-                .and_then(|()| result::stream::wait_event(compute, buffer.copied.raw(), flags))
-        };
-        self.done(sent)
+        let bytes = self.buffers[which].memory.bytes()[..to.len()].as_ptr();
+        // SAFETY: the buffer is pinned, as long as that, and neither written nor freed before `copied`. The
+        // view is memory of this device, which the owner of both ensures.
+        unsafe { self.enqueue(which, &[(to, std::slice::from_raw_parts(bytes, to.len()))]) }
+    }
+
+    unsafe fn send_locked(
+        &mut self,
+        which: usize,
+        copies: &[(View<'_>, &[u8])],
+    ) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise, and that of the owner of the views.
+        unsafe { self.enqueue(which, copies) }
     }
 
     fn used(&mut self, which: usize) -> Result<(), CudaError> {

@@ -399,6 +399,18 @@ impl CopyStream for ShimLane {
         to.write(&self.staging[which][..to.len()])
     }
 
+    unsafe fn send_locked(
+        &mut self,
+        which: usize,
+        copies: &[(View<'_>, &[u8])],
+    ) -> Result<(), CudaError> {
+        assert!(
+            std::mem::replace(&mut self.used[which], false),
+            "what was sent last is still to be used"
+        );
+        copies.iter().try_for_each(|(to, bytes)| to.write(bytes))
+    }
+
     fn used(&mut self, which: usize) -> Result<(), CudaError> {
         self.used[which] = true;
         Ok(())

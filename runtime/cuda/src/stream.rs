@@ -103,6 +103,8 @@ struct SentExpert {
     up: Range<usize>,
     down: Range<usize>,
     biases: Option<[Range<usize>; 3]>,
+    /// Bytes up to the end of the last, padding included.
+    end: usize,
 }
 
 /// One of an expert's matrices on the device, and what it is multiplied with.
@@ -203,6 +205,53 @@ impl ExpertStream {
         n: usize,
         copy: &dyn Fn(&mut [u8], &[u8]),
     ) -> Result<(), CudaError> {
+        let sent = self.lay_out(kind, expert, n);
+        let staging = self.copies.staging(self.next)?;
+        for (range, bytes) in sent.matrices(expert) {
+            copy(&mut staging[range], bytes);
+        }
+        for (range, bias) in sent.biases(expert) {
+            let bytes: Vec<u8> = bias.iter().flat_map(|v| v.to_ne_bytes()).collect();
+            copy(&mut staging[range], &bytes);
+        }
+        let memory = self.memory[self.next].view();
+        let whole = memory.part(0..sent.end.min(self.sizes.expert()));
+        self.copies.send(self.next, whole)?;
+        self.compute_sent(kind, &sent, n)
+    }
+
+    /// Does what [`send`](Self::send) does with an expert in locked memory, which the device reads where
+    /// it lies.
+    ///
+    /// # Safety
+    /// The matrices are in memory that is locked for the device, and stays mapped until the copies are
+    /// done. What is written there meanwhile may reach the device or not.
+    ///
+    /// # Panics
+    /// As `send`.
+    pub unsafe fn send_locked(
+        &mut self,
+        kind: &ExpertKind,
+        expert: &ExpertBytes<'_>,
+        n: usize,
+    ) -> Result<(), CudaError> {
+        let sent = self.lay_out(kind, expert, n);
+        let memory = self.memory[self.next].view();
+        // In the order of what computes, so after what read the buffer last.
+        for (range, bias) in sent.biases(expert) {
+            memory.part(range).write_f32(bias)?;
+        }
+        let matrices = sent.matrices(expert);
+        let copies: Vec<_> = matrices
+            .map(|(range, bytes)| (memory.part(range), bytes))
+            .collect();
+        // SAFETY: the caller's promise.
+        unsafe { self.copies.send_locked(self.next, &copies) }?;
+        self.compute_sent(kind, &sent, n)
+    }
+
+    /// Returns where an expert's matrices and biases go in a buffer.
+    fn lay_out(&self, kind: &ExpertKind, expert: &ExpertBytes<'_>, n: usize) -> SentExpert {
         assert!(
             self.n_sent + n <= self.n_uses,
             "{n} uses after {} of {}",
@@ -214,46 +263,42 @@ impl ExpertStream {
             "an expert {} wide",
             kind.ffn
         );
-        let which = self.next;
-        let staging = self.copies.staging(which)?;
+        assert_eq!(expert.gate.is_some(), kind.gate.is_some(), "its gate");
         let mut end = 0;
-        let mut put = |bytes: &[u8]| {
-            let range = end..end + bytes.len();
-            copy(&mut staging[range.clone()], bytes);
+        let mut put = |len: usize| {
+            let range = end..end + len;
             end = range.end.next_multiple_of(ALIGNMENT);
             range
         };
-        assert_eq!(expert.gate.is_some(), kind.gate.is_some(), "its gate");
-        let gate = expert.gate.map(&mut put);
-        let [up, down] = [expert.up, expert.down].map(&mut put);
-        let biases = expert.biases.map(|biases| {
-            biases.map(|bias| {
-                let bytes: Vec<u8> = bias.iter().flat_map(|v| v.to_ne_bytes()).collect();
-                put(&bytes)
-            })
-        });
-        let sent = SentExpert {
-            gate,
-            up,
-            down,
-            biases,
-        };
-        self.copies.send(
-            which,
-            self.memory[which]
-                .view()
-                .part(0..end.min(self.sizes.expert())),
-        )?;
+        SentExpert {
+            gate: expert.gate.map(|gate| put(gate.len())),
+            up: put(expert.up.len()),
+            down: put(expert.down.len()),
+            biases: expert
+                .biases
+                .map(|biases| biases.map(|bias| put(size_of_val(bias)))),
+            end,
+        }
+    }
+
+    /// Enqueues the expert in the current buffer for the next `n` uses, as many rows at once as there is
+    /// room for, and goes on to the next buffer.
+    fn compute_sent(
+        &mut self,
+        kind: &ExpertKind,
+        sent: &SentExpert,
+        n: usize,
+    ) -> Result<(), CudaError> {
         let last = self.n_sent + n;
         let mut enqueued = Ok(());
         while enqueued.is_ok() && self.n_sent < last {
             let rows = (last - self.n_sent).min(self.sizes.rows);
-            enqueued = self.compute(kind, &sent, rows);
+            enqueued = self.compute(kind, sent, rows);
             self.n_sent += rows;
         }
         // Also after an error: what was enqueued before it still reads the buffer.
-        self.copies.used(which)?;
-        self.next = (which + 1) % BUFFERS;
+        self.copies.used(self.next)?;
+        self.next = (self.next + 1) % BUFFERS;
         enqueued
     }
 
@@ -352,7 +397,8 @@ impl ExpertStream {
         self.out.view().read_f32(out)
     }
 
-    /// Measures the rate at which experts are streamed, in bytes per second, `copy` included.
+    /// Measures the rate at which experts are streamed, in bytes per second, `copy` included: that of the
+    /// link where it does nothing.
     pub fn measure(&mut self, copy: &dyn Fn(&mut [u8], &[u8])) -> Result<f64, CudaError> {
         const PASSES: usize = 8;
         let bytes = vec![1u8; self.sizes.expert()];
@@ -373,6 +419,28 @@ impl ExpertStream {
 }
 
 impl SentExpert {
+    /// Returns the matrices, and where each goes.
+    fn matrices<'a>(
+        &self,
+        expert: &ExpertBytes<'a>,
+    ) -> impl Iterator<Item = (Range<usize>, &'a [u8])> + use<'a> {
+        let gate = self.gate.clone().zip(expert.gate);
+        let others = [
+            (self.up.clone(), expert.up),
+            (self.down.clone(), expert.down),
+        ];
+        gate.into_iter().chain(others)
+    }
+
+    /// Returns the biases, and where each goes.
+    fn biases<'a>(
+        &self,
+        expert: &ExpertBytes<'a>,
+    ) -> impl Iterator<Item = (Range<usize>, &'a [f32])> + use<'a> {
+        let ranges = self.biases.clone().into_iter().flatten();
+        ranges.zip(expert.biases.into_iter().flatten())
+    }
+
     /// Returns the bias of a matrix: gate, up, or down.
     fn bias<'a>(&self, i: usize, memory: View<'a>) -> Option<View<'a>> {
         let biases = self.biases.as_ref();

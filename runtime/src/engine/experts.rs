@@ -19,9 +19,10 @@ use tier_plan_formats::model::spec::ModelSpec;
 
 /// The routed experts of all layers.
 pub(crate) struct Experts {
-    pub(crate) store: ExpertStore,
-    /// GPUs that experts of main memory are streamed to for prompts.
+    /// GPUs that experts of main memory are streamed to for prompts. They are dropped before the store,
+    /// whose memory they may be reading.
     pub(crate) streams: Streams,
+    pub(crate) store: ExpertStore,
     /// Rows on their way to GPUs that have experts, and back.
     pub(crate) gpu_rows: GpuRows,
     pub(crate) predictor: RouterPredictor,

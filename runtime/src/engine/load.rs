@@ -98,6 +98,7 @@ impl Engine {
             batch,
             rows: micro_batch,
             pool: &pool,
+            store: &store,
         })?;
         let floats = |layer: &LayerSpec| match &layer.ffn {
             // A GPU quantizes them itself.

@@ -5,16 +5,16 @@ use crate::engine::{Engine, LogitsMode};
 use crate::options::{LoadOptions, StreamRates};
 use crate::plans::in_memory::all_in_memory;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tier_plan_cuda::copy_stream::CopyStream;
 use tier_plan_cuda::device::{Arg, Grid};
 use tier_plan_cuda::transfers::Transfers;
-use tier_plan_cuda::{CudaError, Device, shim};
+use tier_plan_cuda::{CudaError, Device, View, shim};
 use tier_plan_formats::gguf::Gguf;
 use tier_plan_formats::model::describe;
 use tier_plan_formats::model::kv::KvType;
 use tier_plan_formats::model::shape::DenseKind;
-use tier_plan_formats::placement::Placement;
+use tier_plan_formats::placement::{Pins, Placement, Streaming, TierIdx};
 use tier_plan_testing::nmse;
 
 fn load(gguf: &Arc<Gguf>, plan: &Placement, options: &LoadOptions) -> Engine {
@@ -195,30 +195,80 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
     }
 }
 
-/// The emulated device, where adding up what experts made fails when it is told to.
-struct Failing(Arc<shim::Shim>, AtomicBool);
+/// The emulated device, where adding up what experts made fails when it is told to, and what streams send
+/// is counted.
+struct Watched {
+    of: Arc<shim::Shim>,
+    fails: AtomicBool,
+    sends: Arc<Sends>,
+}
 
-impl Device for Failing {
+/// Copies of staging buffers, and of memory that is locked.
+#[derive(Default)]
+struct Sends {
+    staged: AtomicUsize,
+    locked: AtomicUsize,
+}
+
+/// A copy stream that counts.
+struct Counting(Box<dyn CopyStream>, Arc<Sends>);
+
+impl CopyStream for Counting {
+    fn staging(&mut self, which: usize) -> Result<&mut [u8], CudaError> {
+        self.0.staging(which)
+    }
+    fn is_free(&mut self, which: usize) -> Result<bool, CudaError> {
+        self.0.is_free(which)
+    }
+    fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError> {
+        self.1.staged.fetch_add(1, Ordering::Relaxed);
+        self.0.send(which, to)
+    }
+    unsafe fn send_locked(
+        &mut self,
+        which: usize,
+        copies: &[(View<'_>, &[u8])],
+    ) -> Result<(), CudaError> {
+        self.1.locked.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { self.0.send_locked(which, copies) }
+    }
+    fn used(&mut self, which: usize) -> Result<(), CudaError> {
+        self.0.used(which)
+    }
+}
+
+impl Watched {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            of: shim::shared(),
+            fails: AtomicBool::new(false),
+            sends: Arc::default(),
+        })
+    }
+}
+
+impl Device for Watched {
     fn name(&self) -> &str {
         "a failing GPU"
     }
     fn free_bytes(&self) -> Result<usize, CudaError> {
-        self.0.free_bytes()
+        self.of.free_bytes()
     }
     fn allocate(&self, len: usize) -> Result<u64, CudaError> {
-        self.0.allocate(len)
+        self.of.allocate(len)
     }
     unsafe fn free(&self, at: u64) {
         // SAFETY: the caller's promise.
-        unsafe { self.0.free(at) };
+        unsafe { self.of.free(at) };
     }
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        unsafe { self.0.write(to, bytes) }
+        unsafe { self.of.write(to, bytes) }
     }
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        unsafe { self.0.read(from, bytes) }
+        unsafe { self.of.read(from, bytes) }
     }
     unsafe fn launch(
         &self,
@@ -226,7 +276,7 @@ impl Device for Failing {
         grid: Grid,
         args: &[Arg],
     ) -> Result<(), CudaError> {
-        if kernel == "add_rows" && self.1.load(Ordering::Relaxed) {
+        if kernel == "add_rows" && self.fails.load(Ordering::Relaxed) {
             return Err(CudaError::Call {
                 device: "a failing GPU".into(),
                 what: kernel.into(),
@@ -234,17 +284,19 @@ impl Device for Failing {
             });
         }
         // SAFETY: the caller's promise.
-        unsafe { self.0.launch(kernel, grid, args) }
+        unsafe { self.of.launch(kernel, grid, args) }
     }
     fn wait(&self) -> Result<(), CudaError> {
-        self.0.wait()
+        self.of.wait()
     }
     fn transfers(self: Arc<Self>) -> Result<Option<Box<dyn Transfers>>, CudaError> {
-        Arc::clone(&self.0).transfers()
+        Arc::clone(&self.of).transfers()
     }
 
     fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
-        Arc::clone(&self.0).copy_stream(len)
+        let stream = Arc::clone(&self.of).copy_stream(len)?;
+        let counting = |stream| Box::new(Counting(stream, Arc::clone(&self.sends))) as Box<_>;
+        Ok(stream.map(counting))
     }
 }
 
@@ -256,7 +308,7 @@ fn a_gpu_that_fails_while_experts_pass_fails_the_request_alone() {
         link_gbps: 1e9,
         processor_gflops: 1e-9,
     });
-    let device = Arc::new(Failing(shim::shared(), AtomicBool::new(false)));
+    let device = Watched::new();
     let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
     let plan = plan(&shape, of, ALL, true, Experts::Memory);
     let options = LoadOptions {
@@ -273,7 +325,7 @@ fn a_gpu_that_fails_while_experts_pass_fails_the_request_alone() {
     .unwrap();
     let first = text(&mut engine);
     engine.clear();
-    device.1.store(true, Ordering::Relaxed);
+    device.fails.store(true, Ordering::Relaxed);
     let tokens: Vec<u32> = (0..40).collect();
     let error = engine
         .forward(&tokens, LogitsMode::Last)
@@ -283,7 +335,70 @@ fn a_gpu_that_fails_while_experts_pass_fails_the_request_alone() {
         error.contains("a failing GPU: add_rows failed: it was told to"),
         "{error}"
     );
-    device.1.store(false, Ordering::Relaxed);
+    device.fails.store(false, Ordering::Relaxed);
     engine.clear();
     assert_eq!(text(&mut engine), first);
+}
+
+#[test]
+fn experts_that_a_gpu_can_read_pass_without_a_copy() {
+    // Biases, experts without a gate, and quantized ones; mapped experts and pins.
+    for (name, pins) in [
+        ("arch/gpt-oss", false),
+        ("arch2/nemotron_h_moe", false),
+        ("quant/Q4_K_M", true),
+    ] {
+        let (gguf, shape) = open(&format!("{name}.gguf"));
+        let dense = |kind, _| kind != DenseKind::Attention;
+        let experts = match pins {
+            true => Experts::File,
+            false => Experts::Memory,
+        };
+        let mut copied = plan(&shape, (128, KvType::F16), dense, false, experts);
+        for (layer, of) in copied.layers.iter_mut().zip(&shape.experts) {
+            if pins {
+                layer.slots = 0;
+                let (tier, experts) = (TierIdx::new(1), (0..of.n_expert).collect());
+                layer.pinned = vec![Pins { tier, experts }];
+            }
+        }
+        copied.fill_sums(&shape);
+        let tiers = copied.tiers.iter_mut();
+        tiers.for_each(|tier| tier.budget_bytes = 1 << 30);
+        let mut locked = copied.clone();
+        locked.streaming = Some(Streaming {
+            tier: TierIdx::FIRST,
+            from: TierIdx::new(1),
+            experts: 2,
+            link_gbps: 1.0,
+            cpu_share: 1.0,
+        });
+        locked.fill_sums(&shape);
+        let run = |plan: &Placement| {
+            let device = Watched::new();
+            let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+            let stream = Some(StreamRates {
+                link_gbps: 1e9,
+                processor_gflops: 1e-9,
+            });
+            let options = LoadOptions {
+                stream,
+                ..options(64)
+            };
+            let gguf = Arc::clone(&gguf);
+            let loaded = Engine::load_on(gguf, plan, &options, Some(&give), &mut |_, _| {});
+            let mut engine = loaded.unwrap();
+            let n_vocab = engine.spec().n_vocab as u32;
+            let tokens: Vec<u32> = (0..64).map(|i| (i * 37 + 5) % n_vocab).collect();
+            let logits = engine.forward(&tokens, LogitsMode::All).unwrap().to_vec();
+            let sent = |n: &AtomicUsize| n.load(Ordering::Relaxed) as u64;
+            let Sends { staged, locked } = &*device.sends;
+            let streamed = engine.experts_streamed();
+            (logits, streamed, [sent(staged), sent(locked)])
+        };
+        let ((expected, n, of_copied), (got, also, of_locked)) = (run(&copied), run(&locked));
+        assert!(n > 0 && n == also, "{name}: {n} and {also}");
+        assert_eq!((of_copied, of_locked), ([n, 0], [0, n]), "{name}");
+        assert_eq!(got, expected, "{name}");
+    }
 }

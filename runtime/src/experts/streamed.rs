@@ -13,7 +13,8 @@ use super::view::ExpertView;
 use crate::tiers::transit::{HostMemory, Keep};
 use std::sync::Arc;
 use tier_plan_cuda::CudaError;
-use tier_plan_cuda::experts::{Place, RequestedExperts};
+use tier_plan_cuda::experts::{ExpertKind, Place, RequestedExperts};
+use tier_plan_cuda::stream::ExpertStream;
 use tier_plan_cuda::transfers::TransferId;
 use tier_plan_formats::placement::{StreamTimes, TierIdx};
 use tier_plan_kernels::RowOrder;
@@ -125,13 +126,37 @@ impl ExpertStore {
 
     /// Whether a GPU can read the expert at this position of the step where it lies.
     fn can_stream(&self, step: &Step, at: usize, gpu: &GpuExperts) -> bool {
+        is_locked(&self.view(step, at).0, gpu)
+    }
+
+    /// Returns whether memory of experts is locked for the GPU of a tier.
+    pub(crate) fn has_locked_for(&self, tier: TierIdx) -> bool {
+        let gpu = self.gpu_of(tier);
+        gpu.is_some_and(|gpu| self.gpus[gpu].filler.streams())
+    }
+
+    /// Has a prompt's stream to the GPU of a tier take the expert at this position of the step from where
+    /// it lies, for `n` uses. Returns whether the GPU can read it there.
+    ///
+    /// # Errors
+    /// When the GPU fails.
+    pub(crate) fn send_locked(
+        &self,
+        step: &Step,
+        at: usize,
+        tier: TierIdx,
+        stream: &mut ExpertStream,
+        (kind, n): (&ExpertKind, usize),
+    ) -> Result<bool, CudaError> {
         let (view, _) = self.view(step, at);
-        let gate = view.is_gated.then_some(view.gate);
-        gate.into_iter().chain([view.up, view.down]).all(|linear| {
-            let bytes = linear.weights.bytes().as_ptr_range();
-            let range = bytes.start as usize..bytes.end as usize;
-            linear.weights.order() == RowOrder::Sequential && gpu.filler.has_locked(&range)
-        })
+        let gpu = self.gpu_of(tier).map(|gpu| &self.gpus[gpu]);
+        let Some(gpu) = gpu.filter(|gpu| is_locked(&view, gpu)) else {
+            return Ok(false);
+        };
+        let biases = view.biases();
+        let bytes = view.bytes(biases.as_ref());
+        gpu.filler.send_locked(stream, kind, &bytes, n)?;
+        Ok(true)
     }
 
     /// Streams the [chosen](Self::choose_streamed) experts of a token's step, and requests them
@@ -209,7 +234,17 @@ impl ExpertStore {
 
     /// Returns whether any expert can be streamed, where the plan says so.
     pub(crate) fn can_stream_any(&self) -> bool {
-        let gpu = self.streams_to().and_then(|tier| self.gpu_of(tier));
-        gpu.is_some_and(|gpu| self.gpus[gpu].filler.streams())
+        let tier = self.streams_to();
+        tier.is_some_and(|tier| self.has_locked_for(tier))
     }
+}
+
+/// Whether a GPU can read an expert where it lies.
+fn is_locked(view: &ExpertView<'_>, gpu: &GpuExperts) -> bool {
+    let gate = view.is_gated.then_some(view.gate);
+    gate.into_iter().chain([view.up, view.down]).all(|linear| {
+        let bytes = linear.weights.bytes().as_ptr_range();
+        let range = bytes.start as usize..bytes.end as usize;
+        linear.weights.order() == RowOrder::Sequential && gpu.filler.has_locked(&range)
+    })
 }

@@ -41,6 +41,7 @@ pub(crate) struct Streams {
 
 /// The stream to one GPU.
 struct GpuStream {
+    tier: TierIdx,
     experts: ExpertStream,
     rates: StreamRates,
 }
@@ -58,6 +59,7 @@ pub(crate) struct StreamSetup<'a> {
     /// Most rows that an expert takes at once.
     pub(crate) rows: usize,
     pub(crate) pool: &'a ThreadPool,
+    pub(crate) store: &'a ExpertStore,
 }
 
 /// An expert of a step that is streamed.
@@ -94,6 +96,7 @@ impl Streams {
             devices,
             batch,
             pool,
+            store,
             ..
         } = setup;
         let mut streams = Self {
@@ -128,9 +131,12 @@ impl Streams {
             let rates = match options.stream {
                 Some(rates) => rates,
                 None => {
-                    let rate = experts
-                        .measure(&|to, from| pool.copy(to, from))
-                        .map_err(failed)?;
+                    // What is locked needs no copy.
+                    let copy = |to: &mut [u8], from: &[u8]| match store.has_locked_for(tier) {
+                        true => {}
+                        false => pool.copy(to, from),
+                    };
+                    let rate = experts.measure(&copy).map_err(failed)?;
                     StreamRates {
                         link_gbps: round_to_quarter_octave(rate / 1e9),
                         processor_gflops,
@@ -140,7 +146,11 @@ impl Streams {
             for layer in layers {
                 streams.by_layer[layer] = Some(streams.streams.len());
             }
-            streams.streams.push(GpuStream { experts, rates });
+            streams.streams.push(GpuStream {
+                tier,
+                experts,
+                rates,
+            });
         }
         if streams.any() {
             streams.sums = vec![0.0; batch * gpu_row_values(spec)];
@@ -341,9 +351,9 @@ impl StreamedExperts {
         computed: &mut StageBytes,
     ) -> Result<(), RunError> {
         while let Some(&expert) = self.experts.get(self.n_sent) {
-            let stream = &mut streams.streams[self.stream].experts;
+            let stream = &mut streams.streams[self.stream];
             let sent = match flush {
-                Flush::Some => stream.is_free(),
+                Flush::Some => stream.experts.is_free(),
                 Flush::All => Ok(true),
             };
             let sent = sent.and_then(|now| {
@@ -389,9 +399,10 @@ impl StreamedExperts {
     }
 }
 
-/// Copies one expert to the GPU and enqueues its compute.
+/// Sends one expert to the GPU, from where it lies if the GPU can read it there, and enqueues its
+/// compute.
 fn send_one(
-    stream: &mut ExpertStream,
+    stream: &mut GpuStream,
     on: &StoreStep<'_>,
     expert: StreamedExpert,
     pool: &ThreadPool,
@@ -400,11 +411,17 @@ fn send_one(
 ) -> Result<(), CudaError> {
     let (view, tier) = on.store.view(on.step, expert.position);
     computed.add(tier, on.store.expert_bytes(on.step.layer()));
+    let (kind, n) = (view.kind(moe), expert.n_tokens);
+    let (experts, gpu) = (&mut stream.experts, stream.tier);
+    if on
+        .store
+        .send_locked(on.step, expert.position, gpu, experts, (&kind, n))?
+    {
+        return Ok(());
+    }
     let biases = view.biases();
     let bytes = view.bytes(biases.as_ref());
-    stream.send(&view.kind(moe), &bytes, expert.n_tokens, &|to, from| {
-        pool.copy(to, from)
-    })
+    experts.send(&kind, &bytes, n, &|to, from| pool.copy(to, from))
 }
 
 #[cfg(test)]

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use tier_plan_cuda::CudaError;
 #[cfg(test)]
 use tier_plan_cuda::experts::Place;
-use tier_plan_cuda::experts::{ExpertBytes, PinnedExperts};
+use tier_plan_cuda::experts::{ExpertBytes, ExpertKind, PinnedExperts};
+use tier_plan_cuda::stream::ExpertStream;
 use tier_plan_cuda::transfers::{TransferId, TransferOrder};
 
 /// Most buffers that are locked one by one.
@@ -222,16 +223,39 @@ impl SlotFiller {
         layer: usize,
         experts: &[ExpertBytes<'_>],
     ) -> Result<TransferId, CudaError> {
-        let parts =
-            |e: &ExpertBytes<'_>| [e.gate, Some(e.up), Some(e.down)].map(|p| p.map(range_of));
-        let mut ranges = experts.iter().flat_map(parts).flatten();
+        experts.iter().for_each(|expert| self.assert_locked(expert));
+        // SAFETY: the bytes are locked, as was checked, so they stay. The GPU alone looks at what it
+        // reads of them, whatever that is.
+        unsafe { self.experts.fill_shared(layer, experts) }
+    }
+
+    /// Has a prompt's stream to the GPU take an expert from memory that [was locked](Self::has_locked). What
+    /// is written there before the stream is finished may reach the GPU or not.
+    ///
+    /// # Errors
+    /// When the GPU fails.
+    ///
+    /// # Panics
+    /// When the expert is not in locked memory.
+    pub(crate) fn send_locked(
+        &self,
+        stream: &mut ExpertStream,
+        kind: &ExpertKind,
+        expert: &ExpertBytes<'_>,
+        n: usize,
+    ) -> Result<(), CudaError> {
+        self.assert_locked(expert);
+        // SAFETY: the bytes are locked, as was checked, so they stay: streams are dropped before this is.
+        unsafe { stream.send_locked(kind, expert, n) }
+    }
+
+    fn assert_locked(&self, expert: &ExpertBytes<'_>) {
+        let parts = [expert.gate, Some(expert.up), Some(expert.down)];
+        let mut ranges = parts.into_iter().flatten().map(range_of);
         assert!(
             ranges.all(|range| self.has_locked(&range)),
             "a streamed expert's memory is locked"
         );
-        // SAFETY: the bytes are locked, as was checked, so they stay. The GPU alone looks at what it
-        // reads of them, whatever that is.
-        unsafe { self.experts.fill_shared(layer, experts) }
     }
 
     /// Returns whether the GPU has read a buffer. One that has failed reads no more.
