@@ -58,6 +58,7 @@ pub mod fit;
 pub mod observed;
 mod outcomes;
 pub mod prompt;
+mod prompt_stream;
 mod stage;
 pub mod steps;
 

@@ -10,7 +10,9 @@
 //! - **Routed experts**, layer by layer: each *distinct* chosen expert is read once, expert `e`
 //!   with probability `1 − (1 − share)^BATCH`. A full set of slots spares its part of the pooled
 //!   ones, and the paths overlap as for one token. The stage takes at least as long as the CPU
-//!   computes on all its tiers together, and as the GPU computes on its own.
+//!   computes on all its tiers together, and as the GPU computes on its own. Some of what is in main
+//!   memory may pass through a GPU ([`prompt_stream`](super::prompt_stream)): the GPU computes it then,
+//!   and the link is one more time.
 //! - **The KV cache** of the batch is read once, layer by layer, and attention runs at
 //!   [`ATTENTION`] of the rate; the longer of the two counts.
 //!
@@ -23,6 +25,7 @@
 //! [`Prediction::prompt_gflops`]: tier_plan_runtime::formats::placement::Prediction::prompt_gflops
 
 use super::batch::MatmulRates;
+use super::prompt_stream::{PromptStream, Streamed};
 use super::{BATCH, ExpertStage, FixedTimes, group_read_s, home_in_place, read_s};
 use crate::profile::prefetch::Prefetch;
 use crate::profile::{Evidence, LayerEvidence};
@@ -79,7 +82,8 @@ pub fn batch_s(plan: &Placement, shape: &ModelShape, evidence: &Evidence) -> f64
         total += moved.max(compute_s(plan, tier, macs / ATTENTION));
     }
     for (layer, evidence) in plan.layers.iter().zip(&evidence.layers) {
-        total += experts_s(plan, layer, evidence, &tiers);
+        let stream = PromptStream::of(plan, shape, &evidence.shape, &tiers);
+        total += experts_s(plan, layer, evidence, &tiers, stream);
     }
     total
 }
@@ -94,9 +98,9 @@ fn compute_s(plan: &Placement, tier: TierIdx, macs: f64) -> f64 {
 
 /// Expected experts that a batch uses, and how often it uses them.
 #[derive(Debug, Clone, Copy, Default)]
-struct Touched {
-    experts: f64,
-    uses: f64,
+pub(super) struct Touched {
+    pub(super) experts: f64,
+    pub(super) uses: f64,
 }
 
 impl Touched {
@@ -112,6 +116,11 @@ impl Touched {
         self.uses += more.uses;
     }
 
+    fn take(&mut self, less: Touched) {
+        self.experts -= less.experts;
+        self.uses -= less.uses;
+    }
+
     fn part(self, part: f64) -> Self {
         Touched {
             experts: self.experts * part,
@@ -125,6 +134,7 @@ fn experts_s(
     layer: &LayerPlacement,
     evidence: &LayerEvidence,
     tiers: &PerTier<Tier>,
+    stream: Option<PromptStream>,
 ) -> f64 {
     let home = plan.home_tier();
     let in_place = home_in_place(tiers);
@@ -141,21 +151,29 @@ fn experts_s(
             }
         }
     }
+    let stays = in_place && layer.slots == 0;
     let (mut on, mut pooled) = (
         PerTier::from_fn(tiers.len(), |_| Touched::default()),
         Touched::default(),
     );
+    // Those that a GPU may read where they are.
+    let mut in_memory: Vec<(Touched, TierIdx)> = Vec::new();
     for (share, pin) in evidence.prompt_share.iter().zip(&pinned_on) {
+        let touched = Touched::of(*share);
         match pin {
-            Some(tier) => on[*tier].add(Touched::of(*share)),
-            None => pooled.add(Touched::of(*share)),
+            Some(tier) => on[*tier].add(touched),
+            None => pooled.add(touched),
         }
+        let tier = pin.or(stays.then_some(home));
+        in_memory.extend(
+            tier.filter(|tier| tiers[*tier].kind != TierKind::Vram)
+                .map(|tier| (touched, tier)),
+        );
     }
     let n_pooled = pinned_on.iter().filter(|pin| pin.is_none()).count();
     let resident = (f64::from(layer.slots) / n_pooled.max(1) as f64).min(1.0);
     let (hit, missed) = (pooled.part(resident), pooled.part(1.0 - resident));
     on[layer.slot_tier].add(hit);
-    let stays = in_place && layer.slots == 0;
     let brought_to = match (stays, in_place) {
         (true, _) => home,
         (false, true) => layer.slot_tier,
@@ -164,12 +182,30 @@ fn experts_s(
     on[brought_to].add(missed);
     let transfers = if stays { 0.0 } else { missed.experts };
 
+    let (mut passed, mut streamed) = (Touched::default(), Streamed::default());
+    if let Some(stream) = stream {
+        in_memory.sort_by(|(a, _), (b, _)| b.uses.total_cmp(&a.uses));
+        let busiest: Vec<Touched> = in_memory.iter().map(|(touched, _)| *touched).collect();
+        let of_cpu = tiers
+            .iter()
+            .zip(&on)
+            .filter(|(t, _)| t.kind != TierKind::Vram);
+        streamed = stream.choose(&busiest, of_cpu.map(|(_, touched)| touched.uses).sum());
+        for (touched, tier) in &in_memory[..streamed.n] {
+            on[*tier].take(*touched);
+            passed.add(*touched);
+        }
+    }
+
     let reads: Vec<f64> = on.iter().map(|t| t.experts).chain([transfers]).collect();
     let read = ExpertStage::new(tiers, evidence.shape.expert_bytes, Prefetch::default())
         .seconds(&reads, brought_to);
-    let (mut of_cpu, mut of_gpu) = (0.0, 0.0f64);
+    let (mut of_cpu, mut of_gpu) = (streamed.copy_s, 0.0f64);
     for (at, tier) in tiers.enumerate() {
-        let touched = on[at];
+        let mut touched = on[at];
+        if stream.is_some_and(|stream| stream.gpu == at) {
+            touched.add(passed);
+        }
         // Each expert that is used costs as much as some rows more.
         let more = MatmulRates::of_plan(plan).half_rows(at);
         let rows = touched.uses + more * touched.experts;
@@ -179,5 +215,5 @@ fn experts_s(
             _ => of_cpu += seconds,
         }
     }
-    read.max(of_cpu).max(of_gpu)
+    read.max(of_cpu).max(of_gpu).max(streamed.link_s)
 }
