@@ -161,7 +161,7 @@ fn faults_end_the_program(case: &Case) {
 fn the_stand_in_finds_what_is_wrong() {
     let place = Place::new();
     // What the case finds, and what the report says: nothing, or this.
-    let cases: [(&str, &str, i32, &str); 19] = [
+    let cases: [(&str, &str, i32, &str); 20] = [
         ("late", "well", 7, ""),
         ("late", "not waited", 1, ""),
         ("late", "taken late", 9, ""),
@@ -214,6 +214,12 @@ fn the_stand_in_finds_what_is_wrong() {
             "pinned recorded",
             901,
             "misuse cuMemHostAlloc while launches are recorded",
+        ),
+        (
+            "late",
+            "locked in part",
+            1,
+            "misuse cuMemcpyHtoDAsync: host memory that is locked in part",
         ),
         (
             "late",

@@ -359,7 +359,7 @@ int cuMemHostRegister_v2(void* at, size_t len, unsigned flags) {
     const unsigned read_only = 8;
     if (!len) return INVALID_VALUE;
     if (!(flags & read_only) && !is_writable((u64)at)) return INVALID_VALUE;
-    if (pinned_of(at) || pinned_of((char*)at + len - 1)) return ALREADY_REGISTERED;
+    if (pinned_bytes(at, len)) return ALREADY_REGISTERED;
     state.pinned[(u64)at] = new Pinned{current->device, (char*)at, len};
     return SUCCESS;
 }
@@ -384,6 +384,11 @@ int cuMemcpyHtoDAsync_v2(u64 to, const void* from, size_t len, Stream* stream) {
     NOT_CAPTURED(stream);
     Allocation* a = named(current->device, to, len, __func__);
     if (!a) return INVALID_VALUE;
+    const size_t pinned = pinned_bytes(from, len);
+    if (pinned && pinned < len) {
+        wrong("cuMemcpyHtoDAsync: host memory that is locked in part");
+        return INVALID_VALUE;
+    }
     Pinned* p = pinned_of(from);
     if (p) p->pending++;
     // Also from pageable memory: its copies "might be" done with the bytes when they return, and then they might not.

@@ -21,6 +21,8 @@ int cuMemAllocAsync(u64*, size_t, void*);
 int cuMemFreeAsync(u64, void*);
 int cuMemHostAlloc(void**, size_t, unsigned);
 int cuMemFreeHost(void*);
+int cuMemHostRegister_v2(void*, size_t, unsigned);
+int cuMemHostUnregister(void*);
 int cuMemcpyHtoDAsync_v2(u64, const void*, size_t, void*);
 int cuMemcpyDtoHAsync_v2(void*, u64, size_t, void*);
 int cuEventCreate(void**, unsigned);
@@ -112,6 +114,12 @@ int main(int, char** args) {
         cuMemcpyHtoDAsync_v2(at, pinned, 64, stream);
         cuMemFreeHost(pinned);
         cuMemHostAlloc(&pinned, 64, 0);
+    } else if (what == "locked in part") {
+        static char pages[3 * 4096];
+        char* page = pages + 4096 - (u64)pages % 4096;
+        cuMemHostRegister_v2(page, 4096, 0);
+        found = cuMemcpyHtoDAsync_v2(at, page + 4096 - 32, 64, stream);
+        cuMemHostUnregister(page);
     } else if (what == "legacy") {
         found = cuMemcpyHtoDAsync_v2(at, bytes, 64, nullptr);
     }

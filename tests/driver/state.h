@@ -13,6 +13,7 @@
 //   STAND_IN_FAULT=NAME:N:E,... the N-th call of a function fails with that status; `kernel` is a kernel that runs
 //   STAND_IN_REPORT=PATH        where misuse, leaks and counts are written when the process ends
 #pragma once
+#include <algorithm>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>

@@ -35,6 +35,17 @@ inline Pinned* pinned_of(const void* at) {
     return (u64)at < (u64)p->start + p->len ? p : nullptr;
 }
 
+/// How many of these bytes are locked.
+inline size_t pinned_bytes(const void* at, size_t len) {
+    size_t bytes = 0;
+    const u64 end = (u64)at + len;
+    for (auto& [start, p] : state.pinned) {
+        const u64 from = std::max(start, (u64)at), to = std::min(start + p->len, end);
+        bytes += from < to ? to - from : 0;
+    }
+    return bytes;
+}
+
 /// The memory that a call names, if it is all one allocation of the device that nobody has given back.
 inline Allocation* named(Device* device, u64 at, size_t len, const char* who) {
     Allocation* a = allocation_of(at);

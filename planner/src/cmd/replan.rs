@@ -23,7 +23,7 @@ const POLL: Duration = Duration::from_millis(200);
     about = "Have a running server plan for what its texts choose, and move to the plan",
     after_long_help = "Example:\n  tier-plan serve MODEL.gguf --plan placement.toml --profile-out use.profile\n  \
                        tier-plan replan                 # what a plan for this use would bring\n  \
-                       tier-plan replan --apply         # move to it; no token changes"
+                       tier-plan replan --apply         # move to it while it answers"
 )]
 pub struct ReplanArgs {
     #[command(flatten)]

@@ -256,6 +256,11 @@ impl<'a> View<'a> {
         self.part(values.start.saturating_mul(4)..values.end.saturating_mul(4))
     }
 
+    /// Whether this is memory of a buffer.
+    pub(super) fn is_of(self, buffer: &Buffer) -> bool {
+        std::ptr::eq(self.buffer, buffer)
+    }
+
     /// Returns the view itself.
     ///
     /// # Panics

@@ -56,7 +56,7 @@ pub struct Gpu {
     pool: Option<sys::CUmemoryPool>,
     properties: Properties,
     loaded: Mutex<LoadedKernels>,
-    /// Made at the first small write.
+    /// Made at the first write.
     upload_ring: Mutex<Option<UploadRing>>,
 }
 
@@ -446,11 +446,6 @@ impl Device for Gpu {
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<(), CudaError> {
         self.bind()?;
         let failed = |e| self.failed(format!("copying {} bytes to it", bytes.len()), e);
-        if bytes.len() > HALF_BYTES {
-            // SAFETY: the caller's promise; the bytes stay until the copy is done.
-            unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(failed)?;
-            return self.wait_for_stream();
-        }
         let mut upload_ring = self
             .upload_ring
             .lock()
@@ -461,8 +456,14 @@ impl Device for Gpu {
                 none.insert(UploadRing::new().map_err(|e| self.failed("pinning host memory", e))?)
             }
         };
-        // SAFETY: the caller's promise; the context is current, and the stream always this one.
-        unsafe { ring.send(to, bytes, self.stream) }.map_err(failed)
+        // Never from where they are: the driver copies from no memory of which it has locked a part.
+        let mut to = to;
+        bytes.chunks(HALF_BYTES).try_for_each(|piece| {
+            // SAFETY: the caller's promise; the context is current, and the stream always this one.
+            unsafe { ring.send(to, piece, self.stream) }.map_err(failed)?;
+            to += piece.len() as u64;
+            Ok(())
+        })
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<(), CudaError> {

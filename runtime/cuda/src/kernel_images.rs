@@ -11,6 +11,7 @@ use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use tier_plan_formats::safely;
+use tier_plan_kernels::scoped::spawn_or_run;
 
 /// Machine code of modules for one GPU.
 pub(super) struct KernelImages {
@@ -106,7 +107,7 @@ fn on_all_processors<T: Copy + Sync, R: Send>(items: &[T], call: impl Fn(T) -> R
     };
     let mut results: Vec<(usize, R)> = thread::scope(|scope| {
         let threads: Vec<_> = (1..n_threads.min(items.len()))
-            .map(|_| scope.spawn(take))
+            .map(|_| spawn_or_run(scope, take))
             .collect();
         let mut results = take();
         for thread in threads {

@@ -1,12 +1,13 @@
-//! Small asynchronous writes to a GPU, by way of a ring of pinned memory.
+//! Asynchronous writes to a GPU, by way of a ring of pinned memory.
 //!
-//! The driver's asynchronous copies from pageable memory may return before they have read it. So
-//! the bytes are first copied to pinned memory that this module owns.
+//! The driver's asynchronous copies from pageable memory may return before they have read it, and it
+//! refuses memory of which a part is locked. So the bytes are first copied to pinned memory that this
+//! module owns.
 
 use cudarc::driver::sys::{self, CUevent_flags};
 use cudarc::driver::{DriverError, result};
 
-/// Bytes of one half of the ring, and the largest write that takes this path. One half is filled
+/// Bytes of one half of the ring, and of the longest piece of a write. One half is filled
 /// while copies from the other are in flight.
 pub(super) const HALF_BYTES: usize = 1 << 20;
 

@@ -177,7 +177,7 @@ fn a_text_goes_on_while_experts_change_places_on_gpus() {
 }
 
 #[test]
-fn a_layer_keeps_its_number_of_experts_on_a_gpu() {
+fn a_layer_has_no_more_experts_on_a_gpu_than_it_began_with() {
     let (gguf, shape) = open("arch/qwen3moe.gguf");
     let pins = |n: [u32; 2]| {
         let mut plan = plan(&shape, TierKind::Pmem, |i| layer([n[i % 2], 0, 0], 0, DRAM));
@@ -189,7 +189,7 @@ fn a_layer_keeps_its_number_of_experts_on_a_gpu() {
     let message = |refused: Result<(), RearrangeError>| refused.unwrap_err().to_string();
     let refused = message(engine.rearrange(pins([1, 2])));
     let named =
-        "has 1 pins and 0 slots of layer 0 on tier 'vram0', where the loaded model has 2 pins";
+        "has 2 pins and 0 slots of layer 1 on tier 'vram0', where the loaded model has 1 pins";
     assert!(refused.contains(named), "{refused}");
     let mut with_slots = pins([2, 1]);
     (with_slots.layers[1].slots, with_slots.layers[1].slot_tier) = (2, VRAM0);
@@ -199,8 +199,20 @@ fn a_layer_keeps_its_number_of_experts_on_a_gpu() {
         refused.contains("1 pins and 2 slots of layer 1"),
         "{refused}"
     );
+    let mut emulated = pins([2, 1]);
+    emulated.tiers[VRAM0].tier.emulated = true;
+    let refused = message(engine.rearrange(emulated));
+    assert!(refused.contains("another set of tiers"), "{refused}");
     engine.rearrange(pins([2, 1])).unwrap();
     assert_eq!(finish(&mut engine), Rearranged::default());
+    // Fewer, and as many as before again.
+    for n in [1, 0, 2] {
+        let wanted = pins([n, n.min(1)]);
+        engine.rearrange(wanted.clone()).unwrap();
+        assert_eq!(finish(&mut engine).failed_pins, 0);
+        assert_eq!(engine.plan().layers, wanted.layers);
+        check_pins_on_gpus(&engine.experts.store);
+    }
 }
 
 #[test]
@@ -220,20 +232,19 @@ fn what_a_failing_gpu_loses_is_computed_elsewhere() {
         device.fails.store(false, Ordering::Relaxed);
         let off = nmse(&text(&mut engine), &expected);
         assert!(off < 1e-5, "{off:e}");
-        // The plan says what is there, from where it can go on.
+        // The plan says what is there, and its places can be used again.
         let on_gpu = |plan: &Placement| plan.tiers[VRAM0].bytes.pinned;
         assert!(on_gpu(engine.plan()) < on_gpu(&plan));
-        let again = other(&engine.plan().clone(), &shape, &mut Random(10));
-        engine.rearrange(again).unwrap();
+        let again = other(&plan, &shape, &mut Random(10));
+        engine.rearrange(again.clone()).unwrap();
         assert_eq!(finish(&mut engine).failed_pins, 0);
+        assert_eq!(engine.plan().layers, again.layers);
         check_pins_on_gpus(&engine.experts.store);
     }
 }
 
-#[test]
-fn an_expert_that_cannot_be_read_leaves_the_one_on_the_gpu_where_it_is() {
-    let (_, shape) = open("arch/qwen3moe.gguf");
-    let folder = tempfile::tempdir().unwrap();
+/// Loads a copy of a model, and returns the file's path, too.
+fn load_copy(folder: &tempfile::TempDir, plan: &Placement) -> (Engine, std::path::PathBuf) {
     let path = folder.path().join("model.gguf");
     let data = concat!(
         env!("CARGO_MANIFEST_DIR"),
@@ -241,23 +252,60 @@ fn an_expert_that_cannot_be_read_leaves_the_one_on_the_gpu_where_it_is() {
     );
     std::fs::copy(data, &path).unwrap();
     let gguf = Arc::new(Gguf::open(&path).unwrap());
-    let plan = plan(&shape, TierKind::Nvme, |_| layer([2, 0, 1], 0, DRAM));
-    let (mut engine, _) = load(&gguf, &plan, 13);
-    std::fs::File::create(&path).unwrap();
-    let mut wanted = plan.clone();
-    for placed in &mut wanted.layers {
-        // One that is on the drive, and one that is in main memory.
-        let [on_gpu, in_memory] = &mut placed.pinned[..] else {
-            panic!("pins on two tiers")
-        };
-        on_gpu.experts = vec![0, in_memory.experts[0]];
-        in_memory.experts.clear();
+    (load(&gguf, plan, 13).0, path)
+}
+
+#[test]
+fn a_file_that_was_cut_short_is_not_looked_at() {
+    let (_, shape) = open("arch/qwen3moe.gguf");
+    for home in [TierKind::Nvme, TierKind::Pmem] {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = plan(&shape, home, |_| layer([2, 0, 1], 0, DRAM));
+        let (mut engine, path) = load_copy(&folder, &plan);
+        std::fs::File::create(&path).unwrap();
+        let mut wanted = plan.clone();
+        for placed in &mut wanted.layers {
+            // One that is on the last tier, and one that is in main memory.
+            let [on_gpu, in_memory] = &mut placed.pinned[..] else {
+                panic!("pins on two tiers")
+            };
+            on_gpu.experts = vec![0, in_memory.experts[0]];
+            in_memory.experts.clear();
+        }
+        wanted.fill_sums(&shape);
+        engine.rearrange(wanted.clone()).unwrap();
+        let error = engine.forward(&[1], LogitsMode::Last).unwrap_err();
+        assert!(error.to_string().contains("changed"), "{error}");
+        // Between texts, too.
+        let ended = finish(&mut engine);
+        assert_eq!(
+            ended.failed_pins,
+            2 * shape.experts.len() as u64,
+            "{ended:?}"
+        );
+        assert_eq!(ended.done_bytes, 0);
     }
-    wanted.fill_sums(&shape);
-    engine.rearrange(wanted.clone()).unwrap();
-    let ended = finish(&mut engine);
-    assert_eq!(ended.failed_pins, shape.experts.len() as u64, "{ended:?}");
-    assert_eq!(ended.done_bytes * 2, ended.total_bytes);
-    let bytes = |plan: &Placement| plan.tiers[VRAM0].bytes;
-    assert_eq!(bytes(engine.plan()), bytes(&wanted));
+}
+
+#[test]
+fn what_two_gpus_exchange_is_read_anew() {
+    let (gguf, shape) = open("arch/qwen3moe.gguf");
+    for home in [TierKind::Nvme, TierKind::Pmem] {
+        let plan = plan(&shape, home, |_| layer([1, 2, 0], 0, DRAM));
+        let (mut engine, _) = load(&gguf, &plan, 13);
+        let mut wanted = plan.clone();
+        for placed in &mut wanted.layers {
+            let [first, second] = &mut placed.pinned[..] else {
+                panic!("pins on two tiers")
+            };
+            std::mem::swap(&mut first.experts[0], &mut second.experts[0]);
+            second.experts.sort_unstable();
+        }
+        engine.rearrange(wanted.clone()).unwrap();
+        assert_eq!(finish(&mut engine).failed_pins, 0);
+        assert_eq!(engine.plan().layers, wanted.layers);
+        check_pins_on_gpus(&engine.experts.store);
+        let expected = text(&mut load(&gguf, &wanted, 13).0);
+        assert_eq!(text(&mut engine), expected);
+    }
 }

@@ -300,9 +300,10 @@ impl Engine {
     fn check_before_step(&mut self) -> Result<(), RunError> {
         // What was left early before concerns no one now.
         self.backends.pool.take_gave_up();
-        self.continue_rearranging();
         // A file that was cut short must not be looked at where it is mapped.
-        Ok(self.experts.store.check_files()?)
+        self.experts.store.check_files()?;
+        self.continue_rearranging();
+        Ok(())
     }
 
     /// Takes a step's tokens through all layers, a batch at a time.

@@ -31,10 +31,10 @@ pub enum RearrangeError {
         /// What differs.
         what: &'static str,
     },
-    /// The plan has more or fewer pins or slots of a layer on a GPU.
+    /// The plan has more pins, or another number of slots, of a layer on a GPU.
     #[error(
-        "plan '{plan}' has {wanted} of layer {layer} on tier '{tier}', where the loaded model has {held}; on a GPU, experts \
-         only take the places of others of their layer"
+        "plan '{plan}' has {wanted} of layer {layer} on tier '{tier}', where the loaded model has {held}; a GPU has no room \
+         for more pins of a layer, and keeps its slots"
     )]
     Gpu {
         /// Name of the plan.
@@ -45,7 +45,7 @@ pub enum RearrangeError {
         tier: String,
         /// The plan's pins and slots.
         wanted: OnGpu,
-        /// Those that are there.
+        /// Those that there is room for.
         held: OnGpu,
     },
     /// All experts compute where the file is mapped, and no tier has memory for them.
@@ -121,15 +121,15 @@ impl Engine {
     /// goes on with it for a few milliseconds, and so does
     /// [`continue_rearranging`](Self::continue_rearranging).
     ///
-    /// No token depends on it, but as rounding on GPUs does on any plan. Until an expert's bytes are at its
-    /// new place, it counts as one of the slow tier. On a GPU, one that comes takes the place of one of its
-    /// layer that leaves. [`plan`](Self::plan) has what is in place at the moment, and the plan's name and
+    /// No token depends on it where no expert is on a GPU, which rounds otherwise than the CPU. Until an
+    /// expert's bytes are at its new place, it counts as one of the slow tier. On a GPU, it takes the place
+    /// of one of its layer that leaves. [`plan`](Self::plan) has what is in place at the moment, and the plan's name and
     /// prediction once all of it is. Where holes in memory are too small even after buffers have been
     /// slid together, some pins or slots are left out.
     ///
     /// # Errors
-    /// When the plan differs in more than pins and slots, wants more memory than those have now, or has
-    /// more or fewer of a layer on a GPU; when a rearrangement is under way.
+    /// When the plan differs in more than pins and slots, or wants more memory than those have now, of a
+    /// GPU's for each layer; when a rearrangement is under way.
     pub fn rearrange(&mut self, plan: Placement) -> Result<(), RearrangeError> {
         self.check_rearrangement(&plan)?;
         self.rearrangement.loaded_bytes = Some(self.bytes_for_experts());
@@ -247,11 +247,13 @@ impl Engine {
     }
 
     fn check_gpus(&self, plan: &Placement) -> Result<(), RearrangeError> {
-        let is_gpu = |tier: &TierIdx| plan.tiers[*tier].tier.is_gpu();
-        for tier in plan.tiers.indices().filter(is_gpu) {
-            for (placed, other) in self.plan.layers.iter().zip(&plan.layers) {
-                let [held, wanted] = [placed, other].map(|placed| OnGpu::of(placed, tier));
-                if wanted != held {
+        let is_gpu = |tier: &TierIdx| self.plan.tiers[*tier].tier.is_gpu();
+        for tier in self.plan.tiers.indices().filter(is_gpu) {
+            let layers = self.plan.layers.iter().zip(&plan.layers);
+            for (at, (placed, other)) in layers.enumerate() {
+                let [mut held, wanted] = [placed, other].map(|placed| OnGpu::of(placed, tier));
+                held.pins = self.experts.store.places_on_gpu(at, tier);
+                if wanted.slots != held.slots || wanted.pins > held.pins {
                     return Err(RearrangeError::Gpu {
                         plan: plan.name.clone(),
                         layer: other.layer,
@@ -269,8 +271,10 @@ impl Engine {
 /// Returns what two plans differ in beside pins, slots, and what they say of themselves.
 fn other_than_experts(a: &Placement, b: &Placement) -> Option<&'static str> {
     let tiers = |plan: &Placement| -> Vec<_> {
-        let tiers = plan.tiers.iter();
-        tiers.map(|t| (t.tier.name.clone(), t.tier.kind)).collect()
+        let tiers = plan.tiers.iter().map(|t| &t.tier);
+        tiers
+            .map(|t| (t.name.clone(), t.kind, t.emulated))
+            .collect()
     };
     let dense = |plan: &Placement| {
         let mut dense = plan.dense.clone();

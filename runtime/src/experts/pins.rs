@@ -96,12 +96,15 @@ impl LayerExperts {
         }
     }
 
-    /// Makes an expert on the GPU of a tier one of those on the slow tier. Has no effect on others.
-    pub(super) fn leave_gpu(&mut self, expert: ExpertId, tier: TierIdx) {
-        if let Some(backing) = self.backings.get_mut(expert.index())
-            && matches!(backing, ExpertBacking::Gpu(at) if *at == tier)
-        {
-            *backing = ExpertBacking::Pooled;
+    /// Makes an expert on the GPU of a tier one of those on the slow tier. Returns whether it was there.
+    pub(super) fn leave_gpu(&mut self, expert: ExpertId, tier: TierIdx) -> bool {
+        let backing = self.backings.get_mut(expert.index());
+        match backing.filter(|b| matches!(b, ExpertBacking::Gpu(at) if *at == tier)) {
+            Some(backing) => {
+                *backing = ExpertBacking::Pooled;
+                true
+            }
+            None => false,
         }
     }
 

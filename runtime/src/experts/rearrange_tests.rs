@@ -5,16 +5,22 @@ use super::ids::{ExpertId, LayerExpert};
 use super::layer::{ExpertBacking, Layout};
 use super::rearrange::Rearranged;
 use super::store::ExpertStore;
-use super::tests::{Choice, Reads, TestStep, matrices, setup, steps, store, take};
+use super::tests::{Choice, Reads, TestStep, fixture, matrices, setup, steps, store, take};
 use crate::tiers::arena::{Arena, ArenaSlice};
 use proptest::prelude::*;
 use std::sync::Arc;
+use tier_plan_cuda::experts::PinnedExperts;
+use tier_plan_cuda::shim;
 use tier_plan_formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 
 /// Tiers with memory for experts; the one between them is the slow one.
 const TIERS: [TierIdx; 2] = [TierIdx::FIRST, TierIdx::new(2)];
 
-/// Where a layer's experts are to be: the tier of each that is pinned, and slots.
+/// Tiers of GPUs.
+const GPUS: [TierIdx; 2] = [TierIdx::new(3), TierIdx::new(4)];
+
+/// Where a layer's experts are to be: the tier of each that is pinned, those of memory before those of
+/// GPUs, and slots.
 #[derive(Clone, Debug)]
 struct Wanted {
     pins: Vec<Option<usize>>,
@@ -28,7 +34,7 @@ fn wanted(n_expert: usize) -> impl Strategy<Value = Wanted> {
         Just(SlotPolicy::Lru),
         (1u32..20).prop_map(|half_life| SlotPolicy::Lfu { half_life }),
     ];
-    let pins = proptest::collection::vec(proptest::option::weighted(0.4, 0usize..2), n_expert);
+    let pins = proptest::collection::vec(proptest::option::weighted(0.6, 0usize..4), n_expert);
     (pins, 0u32..5, 0usize..2, policy).prop_map(|(pins, slots, slot_tier, policy)| Wanted {
         pins,
         slots,
@@ -37,20 +43,35 @@ fn wanted(n_expert: usize) -> impl Strategy<Value = Wanted> {
     })
 }
 
-/// Returns plans of layers that fit the bytes of the tiers, with as much of what is wanted as does.
-fn placements(store: &ExpertStore, wanted: &[Wanted], mut left: [usize; 2]) -> Vec<LayerPlacement> {
+/// Returns plans of layers that fit the bytes of the tiers and the places on GPUs, with as much of what is
+/// wanted as does.
+fn placements(
+    store: &ExpertStore,
+    wanted: &[Wanted],
+    mut left: [usize; 2],
+    places: [usize; 2],
+) -> Vec<LayerPlacement> {
     let mut layers = Vec::new();
     for (layer, wanted) in wanted.iter().enumerate().take(store.layers.len()) {
         let bytes = store.layers[layer].expert_bytes();
+        let mut places = places;
         let mut fits = |tier: usize| {
-            let fits = left[tier] >= bytes;
-            left[tier] -= bytes * usize::from(fits);
+            let (left, needed) = match tier.checked_sub(TIERS.len()) {
+                Some(gpu) => (&mut places[gpu], 1),
+                None => (&mut left[tier], bytes),
+            };
+            let fits = *left >= needed;
+            *left -= needed * usize::from(fits);
             fits
         };
-        let mut pinned = TIERS.map(|tier| Pins {
-            tier,
-            experts: Vec::new(),
-        });
+        let tiers = [TIERS, GPUS].concat();
+        let mut pinned: Vec<Pins> = tiers
+            .iter()
+            .map(|tier| Pins {
+                tier: *tier,
+                experts: Vec::new(),
+            })
+            .collect();
         let n_expert = store.layers[layer].n_expert();
         for (expert, tier) in wanted.pins.iter().enumerate().take(n_expert) {
             if let Some(tier) = tier.filter(|tier| fits(*tier)) {
@@ -69,6 +90,36 @@ fn placements(store: &ExpertStore, wanted: &[Wanted], mut left: [usize; 2]) -> V
         });
     }
     layers
+}
+
+/// Gives a store two GPUs with so many pins in each layer.
+fn add_gpus(store: &mut ExpertStore, places: [usize; 2]) {
+    let (_, spec, _) = fixture();
+    let mut first = 0;
+    let mut gpus = Vec::new();
+    for (tier, places) in GPUS.into_iter().zip(places) {
+        let mut gpu = PinnedExperts::new(shim::shared(), store.layers.len()).unwrap();
+        for (at, (_, moe)) in spec.moe_layers().enumerate() {
+            let experts = (first..first + places).map(|e| ExpertId::new(e as u32));
+            let view = |expert| store.mapped_view(&store.layers[at], expert);
+            let views: Vec<_> = experts.map(|e| (e, view(e), view(e).biases())).collect();
+            let bytes = views
+                .iter()
+                .map(|(e, v, b)| (e.index(), v.bytes(b.as_ref())));
+            let bytes: Vec<_> = bytes.collect();
+            let (any, biased) = (view(ExpertId::new(0)), view(ExpertId::new(0)).biases());
+            let kind = any.kind(moe);
+            gpu.add_layer(at, kind, &bytes, 0, biased.is_some())
+                .unwrap();
+            let experts: Vec<ExpertId> = views.into_iter().map(|(e, ..)| e).collect();
+            for expert in experts {
+                store.layers[at].pin_on_gpu(expert.index(), tier);
+            }
+        }
+        first += places;
+        gpus.push((tier, gpu));
+    }
+    store.set_gpus(gpus);
 }
 
 /// Returns all bytes of memory for experts.
@@ -154,9 +205,9 @@ fn check_arrangement(store: &ExpertStore, plan: &[LayerPlacement], ended: Rearra
         "{ended:?}"
     );
     assert_eq!(missing_slots, ended.left_slots, "{ended:?}");
-    if missing_pins == 0 {
-        assert_eq!(ended.done_bytes, ended.total_bytes);
-    }
+    // All layers have experts of one size.
+    let bytes = store.layers[0].expert_bytes() as u64;
+    assert_eq!(ended.done_bytes + missing_pins * bytes, ended.total_bytes);
 }
 
 /// Gives a store a second tier with room for `n` experts of its first layer. Returns the bytes for
@@ -196,15 +247,17 @@ proptest! {
         staging in prop_oneof![Just(0usize), 1usize..16],
         whole_pages in any::<bool>(),
         second in 0usize..6,
+        places in [0usize..4, 0usize..4],
         failing in proptest::collection::vec(1u64..200, 0..8),
     ) {
         let layout = if whole_pages { Layout::WholePages } else { Layout::Packed };
         let setup = setup(slots, staging, layout);
         let mut store = store(&setup, &Reads::failing(failing));
         let room = add_tier(&mut store, second);
+        add_gpus(&mut store, places);
         let all = held_bytes(&store);
         for (wanted, steps) in &plans {
-            let plan = placements(&store, wanted, room);
+            let plan = placements(&store, wanted, room, places);
             prop_assert_eq!(store.too_large(&plan), None);
             store.rearrange(&plan);
             let mut ended = None;
@@ -214,9 +267,16 @@ proptest! {
                 let _ = take(&mut store, *layer, experts, batch);
                 ended = store.continue_rearranging().or(ended);
                 check_pins(&store);
+                check_pins_on_gpus(&store);
             }
             let ended = ended.unwrap_or_else(|| finish(&mut store));
             check_pins(&store);
+            check_pins_on_gpus(&store);
+            for (tier, places) in GPUS.into_iter().zip(places) {
+                for layer in 0..store.layers.len() {
+                    prop_assert_eq!(store.places_on_gpu(layer, tier), places);
+                }
+            }
             check_arrangement(&store, &plan, ended);
             prop_assert_eq!(store.rearranging(), None);
             prop_assert_eq!(held_bytes(&store), all);
@@ -271,7 +331,7 @@ fn a_new_pin_is_copied_from_its_slot() {
     take(&mut store, 0, &[6, 7], false).unwrap();
     let n_reads = reads.lock().unwrap().count;
     reads.lock().unwrap().failing = (n_reads + 1..n_reads + 1000).collect();
-    let mut plan = placements(&store, &[], [0, 0]);
+    let mut plan = placements(&store, &[], [0, 0], [0, 0]);
     for layer in 0..store.layers.len() {
         let experts = if layer == 0 { vec![7] } else { Vec::new() };
         plan.push(LayerPlacement {

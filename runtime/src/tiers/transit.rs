@@ -138,6 +138,11 @@ impl SlotFiller {
         &mut self.experts
     }
 
+    /// Returns how many experts of a layer can be pinned where others were.
+    pub(crate) fn n_free_pins(&self, layer: usize) -> usize {
+        self.experts.n_free_pins(layer)
+    }
+
     /// Returns how many results can be asked for until they are fetched.
     pub(crate) fn free_rows(&self) -> usize {
         self.experts.free_rows()

@@ -11,7 +11,7 @@
 
 mod parse;
 
-use crate::profile::Evidence;
+use crate::profile::{Evidence, LayerEvidence};
 use anyhow::{Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use tier_plan_runtime::formats::machine::Machine;
@@ -33,21 +33,42 @@ pub struct LayerConstraints {
 }
 
 impl LayerConstraints {
-    /// Returns constraints under which a layer has as many pins and slots on GPUs as it is. The experts
-    /// that are used most are pinned there. `order` has all experts by falling use.
-    fn keeping(placed: &LayerPlacement, gpus: &BTreeSet<TierIdx>, order: &[u32]) -> Self {
-        let mut most_used = order.iter().copied();
-        let pinned = |gpu: &TierIdx| {
-            let pins = placed.pinned.iter().filter(|pins| pins.tier == *gpu);
-            let n = pins.map(|pins| pins.experts.len()).sum();
-            let experts = most_used.by_ref().take(n);
-            experts.map(|e| (e, *gpu)).collect::<Vec<_>>()
-        };
-        let on_gpu = placed.slots > 0 && gpus.contains(&placed.slot_tier);
+    /// Returns constraints under which a layer has as many pins and slots on GPUs as it has in a plan. The
+    /// experts that are used most are pinned there, and of those that are used alike, the ones that are
+    /// there. On the fastest GPU are those that are used most; GPUs of one rate keep what they have.
+    fn keeping(placed: &LayerPlacement, gpus: &[(TierIdx, f64)], used: &LayerEvidence) -> Self {
+        let now: BTreeMap<u32, TierIdx> = placed
+            .pinned
+            .iter()
+            .filter(|pins| gpus.iter().any(|(gpu, _)| *gpu == pins.tier))
+            .flat_map(|pins| pins.experts.iter().map(|e| (*e, pins.tier)))
+            .collect();
+        let mut experts = used.order.clone();
+        experts.sort_by(|a, b| {
+            let share = |e: &u32| used.share.get(*e as usize).copied().unwrap_or(0.0);
+            let by_use = share(b).total_cmp(&share(a));
+            by_use.then(now.contains_key(b).cmp(&now.contains_key(a)))
+        });
+        experts.truncate(now.len());
+        let mut fixed = BTreeMap::new();
+        let are_alike = gpus.windows(2).all(|pair| pair[0].1 == pair[1].1);
+        if are_alike {
+            let stay = experts.iter().filter_map(|e| Some((*e, *now.get(e)?)));
+            fixed.extend(stay);
+            experts.retain(|e| !fixed.contains_key(e));
+        }
+        let mut experts = experts.into_iter();
+        for (gpu, _) in gpus {
+            let on_gpu =
+                |fixed: &BTreeMap<u32, TierIdx>| fixed.values().filter(|t| *t == gpu).count();
+            let n = on_gpu(&now).saturating_sub(on_gpu(&fixed));
+            fixed.extend(experts.by_ref().take(n).map(|e| (e, *gpu)));
+        }
+        let slots_on_gpu = gpus.iter().any(|(gpu, _)| *gpu == placed.slot_tier);
         Self {
-            fixed: gpus.iter().flat_map(pinned).collect(),
-            forbidden: gpus.clone(),
-            slots: on_gpu.then_some((placed.slot_tier, placed.slots)),
+            fixed,
+            forbidden: gpus.iter().map(|(gpu, _)| *gpu).collect(),
+            slots: (placed.slots > 0 && slots_on_gpu).then_some((placed.slot_tier, placed.slots)),
         }
     }
 
@@ -102,18 +123,19 @@ pub struct Constraints {
 
 impl Constraints {
     /// Returns constraints under which a plan for a loaded model differs from its present one in pins
-    /// and slots alone. On GPUs a layer has as many as it has now, and pins those experts there that are
-    /// used most.
+    /// and slots alone. On GPUs a layer has as many as it has now: the experts that are used most are pinned
+    /// there.
     pub fn keeping(plan: &Placement, evidence: &Evidence) -> Self {
         let dense = plan.dense.iter();
         let dense_fixed = dense.map(|d| ((d.kind, d.layer), d.tier)).collect();
         let is_gpu = |tier: &TierIdx| plan.tiers.get(*tier).is_some_and(|t| t.tier.is_gpu());
-        let gpus: BTreeSet<TierIdx> = plan.tiers.indices().filter(is_gpu).collect();
+        let rate = |tier| (tier, plan.tiers[tier].tier.read_gbps);
+        let gpus: Vec<(TierIdx, f64)> = plan.tiers.indices().filter(is_gpu).map(rate).collect();
         let attention = |d: &DensePlacement| d.kind == DenseKind::Attention && is_gpu(&d.tier);
         let on_gpus = |placed: &LayerPlacement| {
             let mut layers = evidence.layers.iter();
             let layer = layers.find(|layer| layer.shape.layer == placed.layer)?;
-            let constraints = LayerConstraints::keeping(placed, &gpus, &layer.order);
+            let constraints = LayerConstraints::keeping(placed, &gpus, layer);
             Some((placed.layer, constraints))
         };
         let layers = plan.layers.iter().filter(|_| !gpus.is_empty());

@@ -143,26 +143,39 @@ impl PinnedExperts {
         unsafe { transfers.stream.send(&copies, TransferOrder::AtOnce) }
     }
 
-    /// Pins an expert in the memory of another of its layer, which is no longer on the device. What was
-    /// asked of the other has been computed when it goes, and the bytes may be overwritten when this
+    /// Returns how many experts of a layer can be [pinned](Self::pin) where others were.
+    pub fn n_free_pins(&self, layer: usize) -> usize {
+        self.layer(layer).map_or(0, Layer::n_free_pins)
+    }
+
+    /// Gives up the pin of an expert, if it has one. What was asked of it before is computed.
+    ///
+    /// # Errors
+    /// The expert is not pinned after an error either.
+    pub fn unpin(&mut self, layer: usize, expert: usize) -> Result<(), CudaError> {
+        let l = self.layers.get_mut(layer).and_then(Option::as_mut);
+        l.map_or(Ok(()), |l| l.unpin(expert))
+    }
+
+    /// Pins an expert where another of its layer [was](Self::unpin). The bytes may be overwritten when this
     /// returns.
     ///
     /// # Errors
-    /// After an error, neither is pinned.
+    /// After an error it is not pinned.
     ///
     /// # Panics
-    /// When the one that leaves is not pinned, the other is, or a size is not that of the layer.
-    pub fn exchange_pins(
+    /// When it is pinned already, there is [no memory](Self::n_free_pins) for it, or a size is not that of
+    /// the layer.
+    pub fn pin(
         &mut self,
         layer: usize,
-        leaves: usize,
-        comes: usize,
-        expert: &ExpertBytes<'_>,
+        expert: usize,
+        bytes: &ExpertBytes<'_>,
     ) -> Result<(), CudaError> {
         let Some(l) = self.layers.get_mut(layer).and_then(Option::as_mut) else {
             panic!("layer {layer} on a device")
         };
-        l.exchange_pins(leaves, comes, expert)
+        l.pin(expert, bytes)
     }
 
     /// Waits until everything is done that was asked of the device.

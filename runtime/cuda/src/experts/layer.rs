@@ -75,12 +75,14 @@ pub(super) struct Layer {
     gate: Option<MatrixTable<'static>>,
     up: MatrixTable<'static>,
     pub(super) down: MatrixTable<'static>,
-    /// `[entries, width]` of gate, up and down; zeros for experts that are elsewhere.
+    /// `[entries, width]` of gate, up and down; without meaning for experts that are elsewhere.
     biases: Option<[Buffer; 3]>,
     /// Memory of the pinned experts.
     pins: Arc<Buffer>,
     /// Place of each expert among the pinned ones, `[n_expert]`; `None` for those that are elsewhere.
     pin_of: Vec<Option<usize>>,
+    /// Places of pins that were given up.
+    free_pins: Vec<usize>,
     pub(super) slots: Arc<Buffer>,
     pub(super) n_slots: usize,
     /// Entry of the first slot in the tables: experts by index come before, if any is pinned.
@@ -184,6 +186,7 @@ impl Layer {
             biases,
             pins,
             pin_of,
+            free_pins: Vec::new(),
             slots,
             n_slots,
             first_slot,
@@ -216,38 +219,48 @@ impl Layer {
         }
     }
 
-    /// Pins an expert in the memory of another. After an error neither is pinned.
-    pub(super) fn exchange_pins(
-        &mut self,
-        leaves: usize,
-        comes: usize,
-        expert: &ExpertBytes<'_>,
-    ) -> Result<(), CudaError> {
-        assert!(
-            self.has(leaves) && !self.has(comes),
-            "expert {leaves} is pinned, and {comes} is not"
-        );
-        self.pin_of.swap(leaves, comes);
-        let exchanged = self.refill_pin(leaves, comes, expert);
-        if exchanged.is_err() {
-            self.pin_of[comes] = None;
-        }
-        exchanged
+    /// Returns how many more experts can be pinned.
+    pub(super) fn n_free_pins(&self) -> usize {
+        self.free_pins.len()
     }
 
-    /// Fills the memory of a pin anew. In the tables, it is that of an expert that has left until then.
-    fn refill_pin(
-        &self,
-        left: usize,
-        comes: usize,
-        expert: &ExpertBytes<'_>,
-    ) -> Result<(), CudaError> {
-        self.put(self.spot_of_pin(comes), expert)?;
+    /// Gives up the pin of an expert, if it has one.
+    pub(super) fn unpin(&mut self, expert: usize) -> Result<(), CudaError> {
+        let pin = self.pin_of.get_mut(expert).and_then(Option::take);
+        self.free_pins.extend(pin);
+        match pin {
+            Some(_) => self.name_pin(expert),
+            None => Ok(()),
+        }
+    }
+
+    /// Pins an expert where there was another. After an error it is not pinned.
+    pub(super) fn pin(&mut self, expert: usize, bytes: &ExpertBytes<'_>) -> Result<(), CudaError> {
+        assert!(!self.has(expert), "expert {expert} is pinned already");
+        let Some(pin) = self.free_pins.pop() else {
+            panic!("no memory for one more pin")
+        };
+        self.pin_of[expert] = Some(pin);
+        let spot = self.spot_of_pin(expert);
+        let copied = self.put(spot, bytes).and_then(|()| self.name_pin(expert));
+        if copied.is_err() {
+            self.pin_of[expert] = None;
+            self.free_pins.push(pin);
+        }
+        copied
+    }
+
+    /// Makes an expert's entry in the tables its pin, or none.
+    fn name_pin(&self, expert: usize) -> Result<(), CudaError> {
+        let spot = self.has(expert).then(|| self.spot_of_pin(expert));
         let tables = [self.gate.as_ref(), Some(&self.up), Some(&self.down)];
-        tables
-            .into_iter()
-            .flatten()
-            .try_for_each(|table| table.rename(left, comes))
+        for (part, table) in Part::ALL.into_iter().zip(tables) {
+            if let Some(table) = table {
+                let matrix = spot.map(|spot| spot.memory.part(self.layout.range(0, part)));
+                table.replace(expert, matrix)?;
+            }
+        }
+        Ok(())
     }
 
     /// Returns the number of shared buffers.

@@ -271,7 +271,10 @@ fn pins_become_those_of_other_experts() {
                 continue;
             }
             let leaves = std::mem::replace(&mut pinned[at], comes);
-            here.exchange_pins(0, leaves, comes, &bytes(comes)).unwrap();
+            here.unpin(0, leaves).unwrap();
+            assert_eq!(here.n_free_pins(0), 1);
+            here.pin(0, comes, &bytes(comes)).unwrap();
+            assert_eq!(here.n_free_pins(0), 0);
             assert!(here.has(0, comes) && !here.has(0, leaves));
             for expert in &pinned {
                 let [gate, up, down] = &experts[*expert].bytes;
@@ -295,14 +298,15 @@ fn pins_become_those_of_other_experts() {
 }
 
 #[test]
-#[should_panic(expected = "expert 2 is pinned, and 3 is not")]
-fn only_pins_are_exchanged() {
+#[should_panic(expected = "no memory for one more pin")]
+fn a_layer_has_no_more_pins_than_it_began_with() {
     let kind = kind([TensorType::F32; 3], Activation::Silu);
     let experts = random_experts(&mut Random::new("no pin"), &kind);
     let bytes = |expert: usize| experts[expert].on_device(&kind, false);
     let mut here = PinnedExperts::new(shim::shared(), 1).unwrap();
     here.add_layer(0, kind, &[(0, bytes(0))], 0, false).unwrap();
-    let _ = here.exchange_pins(0, 2, 3, &bytes(3));
+    here.unpin(0, 2).unwrap();
+    let _ = here.pin(0, 3, &bytes(3));
 }
 
 #[test]

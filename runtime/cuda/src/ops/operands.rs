@@ -161,7 +161,7 @@ pub struct MatrixTable<'a> {
     /// Bytes of the smallest matrix; `None` if all are missing.
     pub(super) smallest: Option<usize>,
     /// Owners of the matrices, for a table that keeps them.
-    _held: Vec<Arc<Buffer>>,
+    held: Vec<Arc<Buffer>>,
     _borrowed: std::marker::PhantomData<View<'a>>,
 }
 
@@ -207,7 +207,7 @@ impl MatrixTable<'static> {
             pointers,
             n,
             smallest,
-            _held: held,
+            held: held,
             _borrowed: std::marker::PhantomData,
         })
     }
@@ -226,24 +226,27 @@ impl<'a> MatrixTable<'a> {
             pointers: Buffer::of_bytes(device, &bytes)?,
             n: matrices.len(),
             smallest: matrices.iter().flatten().map(|m| m.len()).min(),
-            _held: Vec::new(),
+            held: Vec::new(),
             _borrowed: std::marker::PhantomData,
         })
     }
 
-    /// Gives a matrix the index of a missing one. The one that it had is missing then.
+    /// Puts another matrix into a table that keeps its memory, or none.
     ///
     /// # Panics
-    /// When there are not as many indices.
-    pub fn rename(&self, from: usize, to: usize) -> Result<(), CudaError> {
-        const ADDRESS: usize = size_of::<u64>();
-        let pointer = |i: usize| {
-            let pointers = self.pointers.view();
-            pointers.part(i * ADDRESS..(i + 1) * ADDRESS)
-        };
-        assert!(from.max(to) < self.n, "matrices {from} and {to}");
-        pointer(to).copy_from(pointer(from))?;
-        pointer(from).write(&[0; ADDRESS])
+    /// When there is no such index, or the matrix is not in memory that the table keeps.
+    pub fn replace(&self, index: usize, matrix: Option<View<'_>>) -> Result<(), CudaError> {
+        let is_kept = |matrix: View<'_>| self.held.iter().any(|held| matrix.is_of(held));
+        assert!(
+            index < self.n && matrix.is_none_or(is_kept),
+            "matrix {index} of {}",
+            self.n
+        );
+        let address = matrix.map_or(0, |view| view.aligned().address());
+        let pointers = self.pointers.view();
+        let first = index * size_of::<u64>();
+        let pointer = pointers.part(first..first + size_of::<u64>());
+        pointer.write(&address.to_ne_bytes())
     }
 }
 

@@ -4,24 +4,25 @@
 //! two steps, and its memory becomes [holes](Holes). A slot that is given up while it holds an expert
 //! that is to be pinned becomes its pin as it is. New slots take memory from the holes at once. Other
 //! new pins are copied from slots or read behind all other reads. Until its bytes are there, an expert
-//! is on the slow tier like any other, so a step never waits for any of this, and what it computes does
-//! not depend on it.
+//! is on the slow tier like any other, so a step never waits for any of these reads, and what it computes
+//! does not depend on them.
 //!
 //! Where no hole is large enough, buffers slide together, a bounded number of bytes between two
 //! steps.
 //!
-//! What a layer pins on GPUs changes first: pins in main memory that come to one make room there.
+//! What a layer pins on GPUs changes first: pins in main memory that come to one make room there. That is
+//! copied between two steps, too. With it, other experts are rounded as GPUs do.
 
 mod on_gpus;
 mod room;
 
 use super::ids::{ExpertId, LayerExpert};
-use super::layer::{ExpertBacking, LayerExperts, Layout};
+use super::layer::{LayerExperts, Layout};
 use super::store::ExpertStore;
 use crate::tiers::arena::ArenaSlice;
 use crate::tiers::file::{Completion, FileTier, Priority};
 use crate::tiers::holes::Holes;
-use on_gpus::{Exchange, GpuRead};
+use on_gpus::CurrentLayer;
 use std::collections::{BTreeMap, VecDeque};
 use tier_plan_formats::placement::{LayerPlacement, Pins, SlotPolicy, TierIdx};
 
@@ -40,6 +41,8 @@ struct NewPin {
     target: LayerExpert,
     tier: TierIdx,
     bytes: usize,
+    /// Whether the tier is that of a GPU.
+    on_gpu: bool,
 }
 
 /// Slots that a layer is to get.
@@ -70,7 +73,7 @@ pub struct Rearranged {
     pub total_bytes: u64,
     /// Bytes of those that are in place.
     pub done_bytes: u64,
-    /// Experts that stay on the slow tier because a read failed.
+    /// Experts that stay on the slow tier because a read or a GPU failed.
     pub failed_pins: u64,
     /// Experts that stay on the slow tier because their memory was in too many pieces.
     pub left_pins: u64,
@@ -86,13 +89,10 @@ pub(super) struct Rearranger {
     is_active: bool,
     /// Layers that have not changed yet, by position.
     to: VecDeque<(usize, LayerPlacement)>,
-    /// The layer whose experts are changing places on GPUs.
-    current: Option<(usize, LayerPlacement)>,
-    /// Of the current layer.
-    exchanges: VecDeque<Exchange>,
-    gpu_read: GpuRead,
-    /// For the next such read, once there was one.
-    host_buffer: Option<ArenaSlice>,
+    /// The layer whose pins on GPUs are changing.
+    current: Option<CurrentLayer>,
+    /// For reads of experts that come to GPUs.
+    host_buffers: Vec<ArenaSlice>,
     /// Without memory.
     pins: Vec<NewPin>,
     /// Without memory.
@@ -120,9 +120,6 @@ impl Rearranger {
             result,
             ..
         } = completion;
-        if matches!(self.gpu_read, GpuRead::InFlight(of_gpu) if of_gpu == key) {
-            return self.land_for_gpu(buffer, result.is_ok());
-        }
         let Some(at) = self.reading.iter().position(|read| read.key == key) else {
             return;
         };
@@ -132,6 +129,15 @@ impl Rearranger {
         } else {
             // A step that needs the expert reads it again, and its caller gets the error.
             self.report.failed_pins += 1;
+            self.free_pin(pin, buffer);
+        }
+    }
+
+    /// Takes the buffer back that was to become a pin, or the source of one.
+    fn free_pin(&mut self, pin: NewPin, buffer: ArenaSlice) {
+        if pin.on_gpu {
+            self.host_buffers.push(buffer.restored());
+        } else {
             self.free(pin.tier, buffer);
         }
     }
@@ -213,8 +219,7 @@ impl ExpertStore {
         if layer >= self.layers.len() {
             return;
         }
-        self.rearranger.exchanges = self.exchanges(layer, &wanted).into();
-        self.rearranger.current = Some((layer, wanted));
+        self.begin_on_gpus(layer, wanted);
     }
 
     /// Gives up what a layer has in main memory and has no use for, and what it wants there a place.
@@ -230,13 +235,11 @@ impl ExpertStore {
         let gpus = &self.gpus;
         let is_on_gpu = |tier| gpus.iter().any(|gpu| gpu.tier == tier);
         for pins in wanted.pinned.iter().filter(|pins| !is_on_gpu(pins.tier)) {
-            let new = in_layer.not_on_tier(pins);
-            // One that was to leave a GPU and could not stays there.
-            let new = new.filter(|e| !matches!(in_layer.backing(*e), ExpertBacking::Gpu(_)));
-            let new = new.map(|expert| NewPin {
+            let new = in_layer.not_on_tier(pins).map(|expert| NewPin {
                 target: LayerExpert { layer, expert },
                 tier: pins.tier,
                 bytes,
+                on_gpu: false,
             });
             self.rearranger.pins.extend(new);
         }
@@ -357,16 +360,17 @@ impl ExpertStore {
         }
         self.poll_completions();
         for (pin, buffer) in std::mem::take(&mut self.rearranger.landed) {
-            self.pin(pin, buffer);
+            if pin.on_gpu {
+                self.copy_read_to_gpu(pin, buffer);
+            } else {
+                self.pin(pin, buffer);
+            }
         }
         if self.rearranger.is_idle() {
             self.begin_layer();
         }
         let mut left = COPIED_BETWEEN_STEPS;
-        self.exchange_on_gpus(&mut left);
-        if self.rearranger.exchanges.is_empty()
-            && let Some((layer, wanted)) = self.rearranger.current.take()
-        {
+        if let Some((layer, wanted)) = self.continue_on_gpus(&mut left) {
             self.change_layer(layer, &wanted);
         }
         self.fill_ready(&mut left);
@@ -383,7 +387,7 @@ impl ExpertStore {
         let is_done = rearranger.is_idle() && rearranger.all_placed() && rearranger.all_begun();
         rearranger.is_active = !is_done;
         if is_done {
-            rearranger.host_buffer = None;
+            rearranger.host_buffers.clear();
         }
         is_done.then_some(rearranger.report)
     }
@@ -419,7 +423,7 @@ impl ExpertStore {
                 Ok(key) => self.rearranger.reading.push(PinRead { key, pin }),
                 Err(buffer) => {
                     self.rearranger.report.failed_pins += 1;
-                    self.rearranger.free(pin.tier, buffer);
+                    self.rearranger.free_pin(pin, buffer);
                 }
             }
         }

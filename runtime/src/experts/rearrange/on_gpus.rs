@@ -1,180 +1,227 @@
-//! Experts that take the places of others on GPUs.
+//! Experts that a plan pins on GPUs anew.
 //!
-//! A GPU's memory is allocated when a model is loaded, so in every layer it keeps as many pins as it has.
-//! One that comes is copied over one that leaves, between two steps: from its pin or slot in main memory,
-//! or where it is mapped. Otherwise it is read into a buffer of its own first, one at a time.
+//! A GPU's memory is allocated when a model is loaded, so a layer has room for as many pins there as it
+//! began with. An expert that comes is copied where one that leaves was, between two steps: from its pin or
+//! slot in main memory, or from the mapped file. Otherwise it is read into a buffer of its own first.
 
-use super::{ExpertStore, Rearranger};
+use super::{ExpertStore, NewPin, PinRead};
 use crate::experts::ids::{ExpertId, LayerExpert};
 use crate::experts::layer::{ExpertBacking, Layout};
 use crate::experts::view::ExpertView;
 use crate::tiers::arena::{Arena, ArenaSlice};
+use std::collections::VecDeque;
 use tier_plan_formats::placement::{LayerPlacement, Pins, TierIdx};
 
-/// An expert that takes the place of another of its layer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Exchange {
-    comes: LayerExpert,
-    leaves: ExpertId,
-    /// Tier of the GPU.
-    tier: TierIdx,
+/// Reads of experts for GPUs at once, each with a buffer that no plan counts.
+const MAX_READS: usize = 2;
+
+/// The layer whose pins on GPUs are changing.
+pub(super) struct CurrentLayer {
+    layer: usize,
+    pub(super) wanted: LayerPlacement,
+    /// Experts that are to be pinned, without those that are being read.
+    come: VecDeque<NewPin>,
+    /// Pinned experts that are not wanted where they are, with the tiers of their GPUs.
+    leave: Vec<(TierIdx, ExpertId)>,
 }
 
-/// The read of the first exchange's expert.
-#[derive(Default)]
-pub(super) enum GpuRead {
-    #[default]
-    None,
-    /// By its key.
-    InFlight(u64),
-    /// The expert, packed.
-    Done(ArenaSlice),
-}
-
-impl Rearranger {
-    /// Takes the finished read of an expert that comes to a GPU.
-    pub(super) fn land_for_gpu(&mut self, buffer: ArenaSlice, has_succeeded: bool) {
-        self.gpu_read = GpuRead::None;
-        if has_succeeded {
-            self.gpu_read = GpuRead::Done(buffer);
-        } else {
-            self.host_buffer = Some(buffer.restored());
-            self.fail_exchange();
-        }
-    }
-
-    /// Leaves out the first exchange: its experts stay where they are.
-    fn fail_exchange(&mut self) {
-        self.report.failed_pins += 1;
-        self.exchanges.pop_front();
-    }
+/// Why an expert was not copied to a GPU.
+enum NotCopied {
+    /// It is not in main memory.
+    Elsewhere,
+    /// The GPU, or what is read of the file, has failed.
+    Failed,
 }
 
 impl ExpertStore {
-    /// Returns what changes places on GPUs where a layer is to be as `wanted`.
-    pub(super) fn exchanges(&self, layer: usize, wanted: &LayerPlacement) -> Vec<Exchange> {
-        let of_gpu = |Pins { tier, experts }: Pins| {
-            let on_tier = wanted.pinned.iter().filter(|pins| pins.tier == tier);
-            let stay: Vec<u32> = on_tier.flat_map(|pins| &pins.experts).copied().collect();
-            let come = stay.iter().copied().filter(|e| !experts.contains(e));
-            let leave = experts.iter().copied().filter(|e| !stay.contains(e));
-            let exchange = |(comes, leaves)| Exchange {
-                comes: LayerExpert {
-                    layer,
-                    expert: ExpertId::new(comes),
-                },
-                leaves: ExpertId::new(leaves),
-                tier,
-            };
-            come.zip(leave).map(exchange).collect::<Vec<_>>()
-        };
+    /// Returns how many experts of a layer the GPU of a tier can have pinned.
+    pub(crate) fn places_on_gpu(&self, layer: usize, tier: TierIdx) -> usize {
         let pins = self.layers[layer].pins().into_iter();
-        let on_gpus = pins.filter(|pins| self.gpu_of(pins.tier).is_some());
-        on_gpus.flat_map(of_gpu).collect()
+        let pinned: usize = pins
+            .filter(|pins| pins.tier == tier)
+            .map(|pins| pins.experts.len())
+            .sum();
+        let gpu = self.gpu_of(tier).map(|gpu| &self.gpus[gpu].filler);
+        pinned + gpu.map_or(0, |filler| filler.n_free_pins(layer))
     }
 
-    /// Goes on with what changes places on GPUs, for as many bytes as are `left`.
-    pub(super) fn exchange_on_gpus(&mut self, left: &mut usize) {
-        while *left > 0
-            && let Some(exchange) = self.rearranger.exchanges.front().copied()
-        {
-            let read = match std::mem::take(&mut self.rearranger.gpu_read) {
-                GpuRead::None => None,
-                GpuRead::Done(buffer) => Some(buffer),
-                in_flight @ GpuRead::InFlight(_) => {
-                    self.rearranger.gpu_read = in_flight;
-                    return;
-                }
+    /// Makes a layer the one whose pins on GPUs change.
+    pub(super) fn begin_on_gpus(&mut self, layer: usize, wanted: LayerPlacement) {
+        let in_layer = &self.layers[layer];
+        let bytes = in_layer.expert_bytes();
+        let on_gpu = |pins: &&Pins| self.gpu_of(pins.tier).is_some();
+        let new = |pins: &Pins| {
+            let tier = pins.tier;
+            let pin = move |expert| NewPin {
+                target: LayerExpert { layer, expert },
+                tier,
+                bytes,
+                on_gpu: true,
             };
-            if !self.exchange(exchange, read.as_ref()) {
-                return self.read_for_gpu(exchange);
-            }
-            if let Some(buffer) = read {
-                self.rearranger.host_buffer = Some(buffer.restored());
-            }
-            self.rearranger.exchanges.pop_front();
-            *left = left.saturating_sub(self.layers[exchange.comes.layer].expert_bytes());
-        }
+            in_layer.not_on_tier(pins).map(pin).collect::<Vec<_>>()
+        };
+        let come = wanted.pinned.iter().filter(on_gpu).flat_map(new).collect();
+        let is_wanted = |tier, expert: &u32| {
+            let mut pins = wanted.pinned.iter().filter(|pins| pins.tier == tier);
+            pins.any(|pins| pins.experts.contains(expert))
+        };
+        let pins = in_layer.pins();
+        let leave = pins.iter().filter(on_gpu).flat_map(|pins| {
+            let leave = pins.experts.iter().filter(|e| !is_wanted(pins.tier, e));
+            leave.map(|e| (pins.tier, ExpertId::new(*e)))
+        });
+        self.rearranger.current = Some(CurrentLayer {
+            layer,
+            leave: leave.collect(),
+            come,
+            wanted,
+        });
     }
 
-    /// Has an expert take another's place on a GPU. Returns whether its bytes are in main memory: where
-    /// they were `read` to, or elsewhere.
-    fn exchange(&mut self, exchange: Exchange, read: Option<&ArenaSlice>) -> bool {
-        let Exchange {
-            comes: LayerExpert { layer, expert },
-            leaves,
-            tier,
-        } = exchange;
-        let Some(gpu) = self.gpu_of(tier) else {
-            unreachable!("only pins on GPUs that the store has are exchanged")
-        };
-        // Taken out of the store, whose other parts the view borrows.
-        let mut gpus = std::mem::take(&mut self.gpus);
-        let view = self.in_main_memory(layer, expert, read);
-        let exchanged = view.map(|view| {
-            let biases = view.biases();
-            let bytes = view.bytes(biases.as_ref());
-            let experts = gpus[gpu].filler.experts();
-            experts.exchange_pins(layer, leaves.index(), expert.index(), &bytes)
-        });
-        self.gpus = gpus;
-        let Some(exchanged) = exchanged else {
-            return false;
-        };
-        let in_layer = &mut self.layers[layer];
-        in_layer.leave_gpu(leaves, tier);
-        if exchanged.is_ok() {
-            let bytes = in_layer.expert_bytes() as u64;
-            if let Some((tier, memory)) = in_layer.move_to_gpu(expert, tier) {
-                self.rearranger.free(tier, memory);
+    /// Goes on with the pins on GPUs of the current layer, for as many bytes as are `left`. Returns what is
+    /// wanted of the layer once they are in place.
+    pub(super) fn continue_on_gpus(&mut self, left: &mut usize) -> Option<(usize, LayerPlacement)> {
+        while *left > 0
+            && let Some(pin) = self.rearranger.current.as_mut()?.come.pop_front()
+        {
+            match self.copy_to_gpu(pin, None) {
+                Err(NotCopied::Elsewhere) if self.n_reads_for_gpus() < MAX_READS => {
+                    self.read_for_gpu(pin);
+                }
+                Err(NotCopied::Elsewhere) => {
+                    self.rearranger.current.as_mut()?.come.push_front(pin);
+                    return None;
+                }
+                Err(NotCopied::Failed) => self.rearranger.report.failed_pins += 1,
+                Ok(()) => *left = left.saturating_sub(pin.bytes),
             }
-            self.rearranger.report.done_bytes += bytes;
-        } else {
-            // A step that needs the GPU fails, too, and its caller gets the error.
+        }
+        let is_done = self.rearranger.current.as_ref()?.come.is_empty();
+        if !is_done || self.n_reads_for_gpus() > 0 {
+            return None;
+        }
+        let CurrentLayer {
+            layer,
+            wanted,
+            leave,
+            ..
+        } = self.rearranger.current.take()?;
+        for (tier, expert) in leave {
+            self.leave_gpu(layer, expert, tier);
+        }
+        Some((layer, wanted))
+    }
+
+    fn n_reads_for_gpus(&self) -> usize {
+        let reads = self.rearranger.reading.iter();
+        reads.filter(|read| read.pin.on_gpu).count()
+    }
+
+    /// Copies an expert that was read to its GPU, and keeps the buffer for the next one.
+    pub(super) fn copy_read_to_gpu(&mut self, pin: NewPin, buffer: ArenaSlice) {
+        if self.copy_to_gpu(pin, Some(&buffer)).is_err() {
             self.rearranger.report.failed_pins += 1;
         }
-        self.layers[layer].set_homes(self.n_staging == 0);
-        true
+        self.rearranger.free_pin(pin, buffer);
     }
 
-    /// Returns the matrices of an expert, if they are in main memory.
-    fn in_main_memory<'a>(
-        &'a self,
-        layer: usize,
-        expert: ExpertId,
-        read: Option<&'a ArenaSlice>,
-    ) -> Option<ExpertView<'a>> {
-        if let Some(bytes) = read {
-            return Some(self.view_in(layer, expert, bytes, Layout::Packed));
+    /// Pins an expert on a GPU, where one that leaves was: from where it was `read` to, or from elsewhere
+    /// in main memory.
+    fn copy_to_gpu(&mut self, pin: NewPin, read: Option<&ArenaSlice>) -> Result<(), NotCopied> {
+        let NewPin {
+            target: LayerExpert { layer, expert },
+            tier,
+            ..
+        } = pin;
+        if !self.is_in_main_memory(layer, expert) && read.is_none() {
+            return Err(NotCopied::Elsewhere);
         }
+        // A file that was cut short must not be looked at where it is mapped.
+        self.check_files().map_err(|_| NotCopied::Failed)?;
+        let gpu = self.gpu_of(tier).ok_or(NotCopied::Failed)?;
+        while self.gpus[gpu].filler.n_free_pins(layer) == 0 {
+            let current = self.rearranger.current.as_mut();
+            let leave = current.map(|current| &mut current.leave);
+            let leaves = leave.and_then(|leave| {
+                let at = leave.iter().position(|(of, _)| *of == tier)?;
+                Some(leave.swap_remove(at).1)
+            });
+            self.leave_gpu(layer, leaves.ok_or(NotCopied::Failed)?, tier);
+        }
+        // Taken out of the store, whose other parts the view borrows.
+        let mut gpus = std::mem::take(&mut self.gpus);
+        let view = match read {
+            Some(bytes) => self.view_in(layer, expert, bytes, Layout::Packed),
+            None => self.view_in_main_memory(layer, expert),
+        };
+        let biases = view.biases();
+        let bytes = view.bytes(biases.as_ref());
+        let pinned = gpus[gpu]
+            .filler
+            .experts()
+            .pin(layer, expert.index(), &bytes);
+        self.gpus = gpus;
+        // A step that needs the GPU fails, too, and its caller gets the error.
+        pinned.map_err(|_| NotCopied::Failed)?;
+        if let ExpertBacking::Gpu(other) = *self.layers[layer].backing(expert) {
+            self.leave_gpu(layer, expert, other);
+        }
+        if let Some((tier, memory)) = self.layers[layer].move_to_gpu(expert, tier) {
+            self.rearranger.free(tier, memory);
+        }
+        self.rearranger.report.done_bytes += pin.bytes as u64;
+        Ok(())
+    }
+
+    /// Gives up the pin of an expert on a GPU, if it still has it.
+    fn leave_gpu(&mut self, layer: usize, expert: ExpertId, tier: TierIdx) {
+        let Some(gpu) = self.gpu_of(tier) else {
+            return;
+        };
+        if self.layers[layer].leave_gpu(expert, tier) {
+            // What its entry in the tables says then matters to no one.
+            let _ = self.gpus[gpu].filler.experts().unpin(layer, expert.index());
+            self.layers[layer].set_homes(self.n_staging == 0);
+        }
+    }
+
+    /// Whether the bytes of an expert are in main memory, or mapped.
+    fn is_in_main_memory(&self, layer: usize, expert: ExpertId) -> bool {
+        let in_layer = &self.layers[layer];
+        let is_pinned = matches!(in_layer.backing(expert), ExpertBacking::Pinned { .. });
+        is_pinned || in_layer.slot_with(expert).is_some() || self.n_staging == 0
+    }
+
+    /// Returns the matrices of an expert that [is in main memory](Self::is_in_main_memory).
+    fn view_in_main_memory(&self, layer: usize, expert: ExpertId) -> ExpertView<'_> {
         let in_layer = &self.layers[layer];
         if let ExpertBacking::Pinned { bytes, layout, .. } = in_layer.backing(expert) {
-            return Some(self.view_in(layer, expert, bytes, *layout));
+            return self.view_in(layer, expert, bytes, *layout);
         }
         match in_layer.slot_with(expert) {
-            Some(bytes) => Some(self.view_in(layer, expert, bytes, in_layer.layout)),
-            None => (self.n_staging == 0).then(|| self.mapped_view(in_layer, expert)),
+            Some(bytes) => self.view_in(layer, expert, bytes, in_layer.layout),
+            None => self.mapped_view(in_layer, expert),
         }
     }
 
-    /// Begins to read the expert of the first exchange.
-    fn read_for_gpu(&mut self, exchange: Exchange) {
-        let bytes = self.layers[exchange.comes.layer].expert_bytes();
-        let Some(buffer) = self.host_buffer(bytes) else {
-            return self.rearranger.fail_exchange();
+    /// Begins to read an expert for a GPU.
+    fn read_for_gpu(&mut self, pin: NewPin) {
+        let Some(buffer) = self.host_buffer(pin.bytes) else {
+            self.rearranger.report.failed_pins += 1;
+            return;
         };
-        match self.read_packed(exchange.comes, buffer) {
-            Ok(key) => self.rearranger.gpu_read = GpuRead::InFlight(key),
+        match self.read_packed(pin.target, buffer) {
+            Ok(key) => self.rearranger.reading.push(PinRead { key, pin }),
             Err(buffer) => {
-                self.rearranger.host_buffer = Some(buffer.restored());
-                self.rearranger.fail_exchange();
+                self.rearranger.report.failed_pins += 1;
+                self.rearranger.free_pin(pin, buffer);
             }
         }
     }
 
-    /// Returns a buffer for one expert, which no plan counts: there is one while a rearrangement needs it.
+    /// Returns a buffer for one expert, of which there are [`MAX_READS`] while a rearrangement needs them.
     fn host_buffer(&mut self, bytes: usize) -> Option<ArenaSlice> {
-        let buffer = self.rearranger.host_buffer.take();
+        let buffer = self.rearranger.host_buffers.pop();
         let mut buffer = buffer.or_else(|| {
             let largest = self.layers.iter().map(|l| l.expert_bytes()).max()?;
             Arena::new("", largest as u64).ok()?.take(largest).ok()
