@@ -672,6 +672,8 @@ mod gpus;
 
 mod host_kv;
 
+mod replanned;
+
 mod goals;
 
 mod streaming;
