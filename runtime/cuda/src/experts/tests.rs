@@ -266,7 +266,7 @@ fn pins_become_those_of_other_experts() {
         here.reserve(2).unwrap();
         let held = here.bytes();
         for _ in 0..12 {
-            let (at, comes) = (random.below(2) as usize, random.below(4) as usize);
+            let (at, comes) = (random.below(2), random.below(4));
             if pinned.contains(&comes) {
                 continue;
             }

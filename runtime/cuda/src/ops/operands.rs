@@ -207,7 +207,7 @@ impl MatrixTable<'static> {
             pointers,
             n,
             smallest,
-            held: held,
+            held,
             _borrowed: std::marker::PhantomData,
         })
     }
