@@ -6,7 +6,7 @@
 use super::nvrtc::Compiler;
 use super::source::{MODULES, Module};
 use super::{CudaError, Version, kernel_cache};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -19,6 +19,8 @@ pub(super) struct KernelImages {
     /// Version of the driver's interface, as the driver numbers it.
     driver: i32,
     compiler: Option<Compiler>,
+    /// Names of the modules that were found or compiled.
+    known: HashSet<&'static str>,
     /// What was compiled and is not in the cache on disk.
     kept: HashMap<&'static str, Vec<u8>>,
 }
@@ -30,6 +32,7 @@ impl KernelImages {
             capability,
             driver,
             compiler: None,
+            known: HashSet::new(),
             kept: HashMap::new(),
         }
     }
@@ -40,11 +43,13 @@ impl KernelImages {
     }
 
     /// Returns a module's machine code from the cache on disk, or as it was compiled before.
-    pub(super) fn find(&mut self, module: &Module) -> Option<Vec<u8>> {
-        self.kept.remove(module.name).or_else(|| {
+    pub(super) fn find(&mut self, module: &'static Module) -> Option<Vec<u8>> {
+        let image = self.kept.remove(module.name).or_else(|| {
             let path = kernel_cache::path(module, self.capability, self.driver)?;
             kernel_cache::unseal(&std::fs::read(path).ok()?)
-        })
+        });
+        self.known.extend(image.is_some().then_some(module.name));
+        image
     }
 
     /// Compiles a module, and beside it all others that were not [found](Self::find) yet.
@@ -56,7 +61,7 @@ impl KernelImages {
         let is_missing = |module: &&Module| {
             let path = kernel_cache::path(module, self.capability, self.driver);
             let is_there = path.is_some_and(|path| path.is_file());
-            module.name != wanted.name && !is_there && !self.kept.contains_key(module.name)
+            module.name != wanted.name && !is_there && !self.known.contains(module.name)
         };
         let others = MODULES.iter().filter(is_missing);
         let modules: Vec<&Module> = std::iter::once(wanted).chain(others).collect();
@@ -70,8 +75,13 @@ impl KernelImages {
         };
         let mut compiled = on_all_processors(&modules, compile).into_iter();
         let first = compiled.next();
+        self.known.insert(wanted.name);
         for (module, compiled) in modules[1..].iter().zip(compiled) {
-            if let Ok((false, image)) = compiled {
+            let Ok((is_cached, image)) = compiled else {
+                continue;
+            };
+            self.known.insert(module.name);
+            if !is_cached {
                 self.kept.insert(module.name, image);
             }
         }

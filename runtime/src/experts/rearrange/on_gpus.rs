@@ -18,7 +18,7 @@ const MAX_READS: usize = 2;
 /// The layer whose pins on GPUs are changing.
 pub(super) struct CurrentLayer {
     layer: usize,
-    pub(super) wanted: LayerPlacement,
+    wanted: LayerPlacement,
     /// Experts that are to be pinned, without those that are being read.
     come: VecDeque<NewPin>,
     /// Pinned experts that are not wanted where they are, with the tiers of their GPUs.
