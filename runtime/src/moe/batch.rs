@@ -1,5 +1,9 @@
 //! The routed experts of a batch where a GPU takes part: each computes once, for all tokens that chose
 //! it, in ascending order. Without a GPU, see `cpu`.
+//!
+//! The CPU computes several of its experts together where they have few tokens and nothing waits for the
+//! GPU in between, so that its threads meet a few times per group. Results are added up in the same order
+//! either way.
 
 use super::MoeRun;
 use super::experts::{self, ExpertTokens};
@@ -46,7 +50,8 @@ impl BatchRun<'_, '_> {
         // GPUs work while the CPU computes the rest.
         let rest = self.start_gpu()?;
         let rest = self.start_streamed(rest)?;
-        for at in rest {
+        let mut rest = &rest[..];
+        while let Some(&at) = rest.first() {
             if self.run.store.cancel.is_requested() {
                 self.run.store.give_up(&mut self.step);
                 return Err(RunError::Canceled);
@@ -55,13 +60,18 @@ impl BatchRun<'_, '_> {
             while !self.step.is_ready(at) {
                 self.run.store.wait(&mut self.step)?;
             }
+            let mut n = 1;
             match self.run.store.gpu_slot(&self.step, at) {
                 Some(spot) => {
                     self.add_to_gpu(at, spot.gpu, spot.tier);
                     self.ask_gpu()?;
                 }
-                None => self.cpu(at)?,
+                None => {
+                    n = self.n_together(rest);
+                    self.cpu(&rest[..n])?;
+                }
             }
+            rest = &rest[n..];
         }
         self.send_streamed(Flush::All)?;
         while self.gpu.is_busy() {
@@ -191,8 +201,55 @@ impl BatchRun<'_, '_> {
         )
     }
 
-    /// Computes the expert at position `at` on the CPU, and adds its weighted results to the sums.
-    fn cpu(&mut self, at: usize) -> Result<(), RunError> {
+    /// Returns how many of these experts the CPU computes together: the first, and those after it that are
+    /// ready, as far as the scratch has rows.
+    fn n_together(&self, rest: &[usize]) -> usize {
+        // What is added up in between must not depend on what is ready.
+        if self.gpu.has_more() || !self.streamed.is_empty() {
+            return 1;
+        }
+        let mut left = self.run.scratch.rows;
+        let fits = |at: &usize| {
+            let needed = self.tokens.of(self.step.experts()[*at] as usize).len();
+            let fits = needed <= left;
+            left = left.saturating_sub(needed);
+            let on_cpu = self.run.store.gpu_slot(&self.step, *at).is_none();
+            fits && on_cpu && self.step.is_ready(*at)
+        };
+        rest.iter().copied().take_while(fits).count().max(1)
+    }
+
+    /// Computes the experts at these positions on the CPU, and adds their weighted results to the sums.
+    fn cpu(&mut self, positions: &[usize]) -> Result<(), RunError> {
+        let layer = self.run.layer.index.get();
+        for at in positions {
+            let (_, tier) = self.run.store.view(&self.step, *at);
+            let bytes = self.run.store.expert_bytes(layer);
+            self.run.computed.add(tier, bytes);
+        }
+        let by_expert = self.tokens;
+        let part = |at: &usize| (*at, by_expert.of(self.step.experts()[*at] as usize));
+        let parts: Vec<_> = positions.iter().map(part).collect();
+        match parts[..] {
+            // Its tokens in turn, if they are more than there are rows for.
+            [(at, tokens)] => tokens
+                .chunks(self.run.scratch.rows)
+                .for_each(|tokens| self.add_parts(&[(at, tokens)])),
+            _ => self.add_parts(&parts),
+        }
+        for at in positions {
+            self.run.store.release(&mut self.step, *at);
+        }
+        if self.gpu.has_more() {
+            self.fetch_gpu(Flush::Some)?;
+            self.ask_gpu()?;
+        }
+        Ok(())
+    }
+
+    /// Computes experts by position for some of their tokens, all together, and adds up their weighted
+    /// results in this order.
+    fn add_parts(&mut self, parts: &[(usize, &[(usize, f32)])]) {
         let MoeRun {
             cpu,
             store,
@@ -200,37 +257,28 @@ impl BatchRun<'_, '_> {
             x,
             scratch,
             out,
-            computed,
             ..
         } = &mut *self.run;
-        let (view, tier) = store.view(&self.step, at);
-        computed.add(tier, store.expert_bytes(layer.index.get()));
         let hidden = layer.spec.expert_width();
-        for tokens in self
-            .tokens
-            .of(self.step.experts()[at] as usize)
-            .chunks(scratch.rows)
-        {
-            let expert = ExpertTokens {
-                view,
-                tokens,
-                first_row: 0,
-            };
-            experts::compute(*cpu, layer.spec, *x, &[expert], scratch);
-            let results = &scratch.results[..tokens.len() * hidden];
-            for (result, (token, weight)) in results.chunks_exact(hidden).zip(tokens) {
-                cpu.kernels.axpy(
-                    result_weight(layer.spec, *weight),
-                    result,
-                    &mut out[token * hidden..(token + 1) * hidden],
-                );
-            }
+        let mut first_row = 0;
+        let experts: Vec<ExpertTokens<'_>> = parts
+            .iter()
+            .map(|(at, tokens)| {
+                let expert = ExpertTokens {
+                    view: store.view(&self.step, *at).0,
+                    tokens,
+                    first_row,
+                };
+                first_row += tokens.len();
+                expert
+            })
+            .collect();
+        experts::compute(*cpu, layer.spec, *x, &experts, scratch);
+        let uses = parts.iter().flat_map(|(_, tokens)| *tokens);
+        for (result, (token, weight)) in scratch.results.chunks_exact(hidden).zip(uses) {
+            let weight = result_weight(layer.spec, *weight);
+            let out = &mut out[token * hidden..(token + 1) * hidden];
+            cpu.kernels.axpy(weight, result, out);
         }
-        self.run.store.release(&mut self.step, at);
-        if self.gpu.has_more() {
-            self.fetch_gpu(Flush::Some)?;
-            self.ask_gpu()?;
-        }
-        Ok(())
     }
 }

@@ -300,6 +300,11 @@ impl Cost {
 }
 
 impl StreamedExperts {
+    /// Whether no expert is streamed.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.experts.is_empty()
+    }
+
     /// Whether the expert at a position of the step is streamed.
     pub(crate) fn has(&self, position: usize) -> bool {
         self.experts

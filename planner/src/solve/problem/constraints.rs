@@ -46,8 +46,10 @@ impl LayerConstraints {
         let mut experts = used.order.clone();
         experts.sort_by(|a, b| {
             let share = |e: &u32| used.share.get(*e as usize).copied().unwrap_or(0.0);
+            // Those on no GPU come last.
+            let place = |e: &u32| now.get(e).map_or(usize::MAX, |gpu| gpu.get());
             let by_use = share(b).total_cmp(&share(a));
-            by_use.then(now.contains_key(b).cmp(&now.contains_key(a)))
+            by_use.then(place(a).cmp(&place(b)))
         });
         experts.truncate(now.len());
         let mut fixed = BTreeMap::new();
