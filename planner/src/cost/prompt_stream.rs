@@ -33,7 +33,7 @@ pub(super) struct PromptStream {
 pub(super) struct Streamed {
     /// How many of the busiest.
     pub(super) n: usize,
-    /// Time of the link.
+    /// Time of the link, or of the copies if they take longer, and of the rows.
     pub(super) link_s: f64,
     /// Time of the CPU for copies.
     pub(super) copy_s: f64,

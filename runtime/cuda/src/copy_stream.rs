@@ -136,8 +136,8 @@ impl CopyStream for GpuCopyStream {
 
     fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError> {
         let bytes = self.buffers[which].memory.bytes()[..to.len()].as_ptr();
-        // SAFETY: the buffer is pinned, as long as that, and neither written nor freed before `copied`. The
-        // view is memory of this device, which the owner of both ensures.
+        // SAFETY: the buffer is pinned, has at least as many bytes, and is neither written nor freed before
+        // `copied`. The view is memory of this device, which the owner of both ensures.
         unsafe { self.enqueue(which, &[(to, std::slice::from_raw_parts(bytes, to.len()))]) }
     }
 

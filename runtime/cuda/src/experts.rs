@@ -2,9 +2,9 @@
 //! token chose of them in a layer is computed in one sequence of launches, which the CPU does not wait for.
 //!
 //! The matrices of a layer form one table: the experts by index if any is pinned, then the slots, then the
-//! shared buffers. Filling a slot or a buffer changes memory, never the table. A pin that is given up, and
-//! one that takes its memory, change the table, too. What computes comes after the fills before it. A fill that is ordered after what computes may follow as soon as the expert that
-//! the slot held was enqueued.
+//! shared buffers. Filling a slot or a buffer changes memory, and not the table. A pin that is given up, or
+//! filled anew, changes both. What computes comes after the fills before it. A fill that is ordered after
+//! what computes may follow as soon as the expert that the slot held was enqueued.
 
 mod fill;
 mod layer;

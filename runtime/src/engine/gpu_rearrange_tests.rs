@@ -2,6 +2,7 @@
 //! one that was loaded so; within a text, it stays right.
 
 use super::gpu_slot_tests::{self, DRAM, Layer, VRAM0, VRAM1, load, open, text};
+use super::gpu_tests;
 use crate::engine::{Engine, LogitsMode, RearrangeError, Rearranged};
 use crate::experts::rearrange_tests::check_pins_on_gpus;
 use crate::plans::in_memory::all_in_memory;
@@ -308,4 +309,23 @@ fn what_two_gpus_exchange_is_read_anew() {
         let expected = text(&mut load(&gguf, &wanted, 13).0);
         assert_eq!(text(&mut engine), expected);
     }
+}
+
+#[test]
+fn a_model_that_is_fully_on_a_gpu_stays_there() {
+    let (gguf, shape) = open("arch/qwen3moe.gguf");
+    let of = (96, KvType::F32);
+    let mut plan = gpu_tests::plan(&shape, of, gpu_tests::ALL, true, gpu_tests::Experts::Gpu);
+    let home = plan.home_tier();
+    plan.tiers[home].budget_bytes = 1 << 30;
+    let mut engine = gpu_tests::load(&gguf, &plan, 13);
+    let mut wanted = plan.clone();
+    wanted.layers[1].pinned[0].experts.pop();
+    wanted.fill_sums(&shape);
+    let refused = engine.rearrange(wanted).unwrap_err().to_string();
+    let named = "all pins of a model that is fully on it";
+    assert!(refused.contains(named), "{refused}");
+    engine.rearrange(plan).unwrap();
+    assert_eq!(finish(&mut engine), Rearranged::default());
+    text(&mut engine);
 }

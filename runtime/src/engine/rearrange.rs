@@ -31,10 +31,11 @@ pub enum RearrangeError {
         /// What differs.
         what: &'static str,
     },
-    /// The plan has more pins, or another number of slots, of a layer on a GPU.
+    /// The plan has more pins, or another number of slots, of a layer on a GPU, or fewer pins where the
+    /// GPU has the whole model.
     #[error(
         "plan '{plan}' has {wanted} of layer {layer} on tier '{tier}', where the loaded model has {held}; a GPU has no room \
-         for more pins of a layer, and keeps its slots"
+         for more pins of a layer, and keeps its slots, and all pins of a model that is fully on it"
     )]
     Gpu {
         /// Name of the plan.
@@ -121,15 +122,15 @@ impl Engine {
     /// goes on with it for a few milliseconds, and so does
     /// [`continue_rearranging`](Self::continue_rearranging).
     ///
-    /// No token depends on it where no expert is on a GPU, which rounds otherwise than the CPU. Until an
-    /// expert's bytes are at its new place, it counts as one of the slow tier. On a GPU, it takes the place
-    /// of one of its layer that leaves. [`plan`](Self::plan) has what is in place at the moment, and the plan's name and
+    /// Where no expert is on a GPU, no token depends on it; a GPU rounds otherwise than the CPU. Until an
+    /// expert's bytes are at its new place, it counts as one of the slow tier. On a GPU, it is copied over
+    /// an expert of its layer that leaves. [`plan`](Self::plan) has what is in place at the moment, and the plan's name and
     /// prediction once all of it is. Where holes in memory are too small even after buffers have been
     /// slid together, some pins or slots are left out.
     ///
     /// # Errors
-    /// When the plan differs in more than pins and slots, or wants more memory than those have now, of a
-    /// GPU's for each layer; when a rearrangement is under way.
+    /// When the plan differs in more than pins and slots, or wants more memory for experts than the
+    /// present one has, on a GPU for the experts of any layer; when a rearrangement is under way.
     pub fn rearrange(&mut self, plan: Placement) -> Result<(), RearrangeError> {
         self.check_rearrangement(&plan)?;
         self.rearrangement.loaded_bytes = Some(self.bytes_for_experts());
@@ -253,7 +254,8 @@ impl Engine {
             for (at, (placed, other)) in layers.enumerate() {
                 let [mut held, wanted] = [placed, other].map(|placed| OnGpu::of(placed, tier));
                 held.pins = self.experts.store.places_on_gpu(at, tier);
-                if wanted.slots != held.slots || wanted.pins > held.pins {
+                let lacks_some = wanted.pins < held.pins && self.fully_on_gpu == Some(tier);
+                if wanted.slots != held.slots || wanted.pins > held.pins || lacks_some {
                     return Err(RearrangeError::Gpu {
                         plan: plan.name.clone(),
                         layer: other.layer,

@@ -172,6 +172,11 @@ impl Step {
         matches!(self.states[at], ExpertState::InPlace)
     }
 
+    /// Whether the expert at this position of the step is in a staging buffer.
+    pub(crate) fn is_staged(&self, at: usize) -> bool {
+        matches!(self.states[at], ExpertState::Staged(_))
+    }
+
     /// Whether the expert at this position of the step can compute.
     pub(crate) fn is_ready(&self, at: usize) -> bool {
         matches!(

@@ -6,6 +6,7 @@
 //! fetched.
 
 use super::gpu::GpuExperts;
+use super::ids::ExpertId;
 use super::layer::{ExpertBacking, LayerExperts};
 use super::step::Step;
 use super::store::ExpertStore;
@@ -129,10 +130,30 @@ impl ExpertStore {
         is_locked(&self.view(step, at).0, gpu)
     }
 
-    /// Returns whether memory of experts is locked for the GPU of a tier.
-    pub(crate) fn has_locked_for(&self, tier: TierIdx) -> bool {
-        let gpu = self.gpu_of(tier);
-        gpu.is_some_and(|gpu| self.gpus[gpu].filler.streams())
+    /// Returns whether the GPU of a tier can read all experts of these layers that are in main memory where
+    /// they lie.
+    pub(crate) fn has_locked_all(&self, layers: &[usize], tier: TierIdx) -> bool {
+        let Some(gpu) = self.gpu_of(tier).map(|gpu| &self.gpus[gpu]) else {
+            return false;
+        };
+        layers.iter().all(|&layer| {
+            let n_expert = self.layers[layer].n_expert() as u32;
+            let mut views =
+                (0..n_expert).filter_map(|e| self.view_in_place(layer, ExpertId::new(e)));
+            views.all(|view| is_locked(&view, gpu))
+        })
+    }
+
+    /// Returns the matrices of an expert that computes in main memory from its backing copy.
+    fn view_in_place(&self, layer: usize, expert: ExpertId) -> Option<ExpertView<'_>> {
+        let in_layer = &self.layers[layer];
+        match in_layer.backing(expert) {
+            ExpertBacking::Pinned { bytes, layout, .. } => {
+                Some(self.view_in(layer, expert, bytes, *layout))
+            }
+            ExpertBacking::Mapped => Some(self.mapped_view(in_layer, expert)),
+            ExpertBacking::Gpu(_) | ExpertBacking::Pooled => None,
+        }
     }
 
     /// Has a prompt's stream to the GPU of a tier take the expert at this position of the step from where
@@ -234,8 +255,8 @@ impl ExpertStore {
 
     /// Returns whether any expert can be streamed, where the plan says so.
     pub(crate) fn can_stream_any(&self) -> bool {
-        let tier = self.streams_to();
-        tier.is_some_and(|tier| self.has_locked_for(tier))
+        let gpu = self.streams_to().and_then(|tier| self.gpu_of(tier));
+        gpu.is_some_and(|gpu| self.gpus[gpu].filler.streams())
     }
 }
 

@@ -201,8 +201,8 @@ impl BatchRun<'_, '_> {
         )
     }
 
-    /// Returns how many of these experts the CPU computes together: the first, and those after it that are
-    /// ready, as far as the scratch has rows.
+    /// Returns how many of these experts the CPU computes together: the first, and those after it that need
+    /// no read, as far as the scratch has rows.
     fn n_together(&self, rest: &[usize]) -> usize {
         // What is added up in between must not depend on what is ready.
         if self.gpu.has_more() || !self.streamed.is_empty() {
@@ -214,7 +214,8 @@ impl BatchRun<'_, '_> {
             let fits = needed <= left;
             left = left.saturating_sub(needed);
             let on_cpu = self.run.store.gpu_slot(&self.step, *at).is_none();
-            fits && on_cpu && self.step.is_ready(*at)
+            // A staging buffer is wanted for the next read as soon as its expert has computed.
+            fits && on_cpu && self.step.is_ready(*at) && !self.step.is_staged(*at)
         };
         rest.iter().copied().take_while(fits).count().max(1)
     }

@@ -132,7 +132,8 @@ impl Streams {
                 Some(rates) => rates,
                 None => {
                     // What is locked needs no copy.
-                    let copy = |to: &mut [u8], from: &[u8]| match store.has_locked_for(tier) {
+                    let is_locked = store.has_locked_all(&layers, tier);
+                    let copy = |to: &mut [u8], from: &[u8]| match is_locked {
                         true => {}
                         false => pool.copy(to, from),
                     };

@@ -53,18 +53,20 @@ impl LayerConstraints {
         });
         experts.truncate(now.len());
         let mut fixed = BTreeMap::new();
-        let are_alike = gpus.windows(2).all(|pair| pair[0].1 == pair[1].1);
-        if are_alike {
-            let stay = experts.iter().filter_map(|e| Some((*e, *now.get(e)?)));
-            fixed.extend(stay);
-            experts.retain(|e| !fixed.contains_key(e));
-        }
         let mut experts = experts.into_iter();
-        for (gpu, _) in gpus {
-            let on_gpu =
-                |fixed: &BTreeMap<u32, TierIdx>| fixed.values().filter(|t| *t == gpu).count();
-            let n = on_gpu(&now).saturating_sub(on_gpu(&fixed));
-            fixed.extend(experts.by_ref().take(n).map(|e| (e, *gpu)));
+        for alike in gpus.chunk_by(|a, b| a.1 == b.1) {
+            let is_here = |tier: &TierIdx| alike.iter().any(|(gpu, _)| gpu == tier);
+            let n = now.values().filter(|tier| is_here(tier)).count();
+            let come: Vec<u32> = experts.by_ref().take(n).collect();
+            let stays = |e: &u32| now.get(e).filter(|tier| is_here(tier));
+            fixed.extend(come.iter().filter_map(|e| Some((*e, *stays(e)?))));
+            let mut moving = come.iter().filter(|e| stays(e).is_none());
+            for (gpu, _) in alike {
+                let on_gpu =
+                    |of: &BTreeMap<u32, TierIdx>| of.values().filter(|t| *t == gpu).count();
+                let n = on_gpu(&now).saturating_sub(on_gpu(&fixed));
+                fixed.extend(moving.by_ref().take(n).map(|e| (*e, *gpu)));
+            }
         }
         let slots_on_gpu = gpus.iter().any(|(gpu, _)| *gpu == placed.slot_tier);
         Self {

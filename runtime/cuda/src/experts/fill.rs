@@ -151,7 +151,7 @@ impl PinnedExperts {
     /// Gives up the pin of an expert, if it has one. What was asked of it before is computed.
     ///
     /// # Errors
-    /// The expert is not pinned after an error either.
+    /// When the device fails. The expert is not pinned then either.
     pub fn unpin(&mut self, layer: usize, expert: usize) -> Result<(), CudaError> {
         let l = self.layers.get_mut(layer).and_then(Option::as_mut);
         l.map_or(Ok(()), |l| l.unpin(expert))

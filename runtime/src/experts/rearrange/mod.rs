@@ -10,8 +10,8 @@
 //! Where no hole is large enough, buffers slide together, a bounded number of bytes between two
 //! steps.
 //!
-//! What a layer pins on GPUs changes first: pins in main memory that come to one make room there. That is
-//! copied between two steps, too. With it, other experts are rounded as GPUs do.
+//! A layer's pins on GPUs change first, since pins that leave main memory make room there. These copies
+//! are made between two steps, too. Which experts a GPU rounds changes with them.
 
 mod on_gpus;
 mod room;
@@ -353,23 +353,27 @@ impl ExpertStore {
         if !self.rearranger.is_active {
             return None;
         }
-        // Nothing may read what moves.
+        // No token's transfer may read what moves. One of a prompt that was given up may: what it brings is
+        // dropped.
         self.end_streams();
         while !self.in_transit.is_empty() {
             self.wait_for_transfer();
         }
         self.poll_completions();
+        let mut left = COPIED_BETWEEN_STEPS;
         for (pin, buffer) in std::mem::take(&mut self.rearranger.landed) {
-            if pin.on_gpu {
-                self.copy_read_to_gpu(pin, buffer);
-            } else {
+            if !pin.on_gpu {
                 self.pin(pin, buffer);
+            } else if left > 0 {
+                self.copy_read_to_gpu(pin, buffer);
+                left = left.saturating_sub(pin.bytes);
+            } else {
+                self.rearranger.landed.push((pin, buffer));
             }
         }
         if self.rearranger.is_idle() {
             self.begin_layer();
         }
-        let mut left = COPIED_BETWEEN_STEPS;
         if let Some((layer, wanted)) = self.continue_on_gpus(&mut left) {
             self.change_layer(layer, &wanted);
         }

@@ -112,9 +112,11 @@ impl ExpertStore {
         Some((layer, wanted))
     }
 
+    /// Returns how many experts are read for GPUs, or have been and are not copied there yet.
     fn n_reads_for_gpus(&self) -> usize {
-        let reads = self.rearranger.reading.iter();
-        reads.filter(|read| read.pin.on_gpu).count()
+        let reads = self.rearranger.reading.iter().map(|read| read.pin);
+        let landed = self.rearranger.landed.iter().map(|(pin, _)| *pin);
+        reads.chain(landed).filter(|pin| pin.on_gpu).count()
     }
 
     /// Copies an expert that was read to its GPU, and keeps the buffer for the next one.
@@ -136,7 +138,8 @@ impl ExpertStore {
         if !self.is_in_main_memory(layer, expert) && read.is_none() {
             return Err(NotCopied::Elsewhere);
         }
-        // A file that was cut short must not be looked at where it is mapped.
+        // A file that was cut short must not be looked at where it is mapped. One that has changed is of no
+        // use either way.
         self.check_files().map_err(|_| NotCopied::Failed)?;
         let gpu = self.gpu_of(tier).ok_or(NotCopied::Failed)?;
         while self.gpus[gpu].filler.n_free_pins(layer) == 0 {
