@@ -58,7 +58,12 @@ fn read_value(reader: &mut Reader<'_>, quote: &str, left: usize) -> Read<Value> 
     if reader.skip("[") {
         let mut items = Vec::new();
         while !ends(reader, "]")? {
+            let before = reader.left();
             items.push(read_value(reader, quote, left)?);
+            // What ends an object ends no list.
+            if reader.left() == before {
+                return Err(Fault::Other);
+            }
         }
         return Ok(items.into());
     }

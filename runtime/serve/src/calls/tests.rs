@@ -308,6 +308,9 @@ fn gemma() {
         "<|tool_call>call:now{a:1<tool_call|>",
         "<|tool_call>now{}<tool_call|>",
         "<|tool_call>call:now{a:",
+        // What ends an object is in a list.
+        "<|tool_call>call:now{a:[}<tool_call|>",
+        "<|tool_call>call:now{a:[1,}]}<tool_call|>",
     ] {
         check("Gemma 4", text, &[content(text)]);
     }
