@@ -281,7 +281,7 @@ impl Chooser<'_> {
     }
 
     /// Returns the characters that may come after a place. A part that comes any number of times may
-    /// go on, rather than begin again.
+    /// go on, rather than begin again where nothing counts how often.
     fn after(&self, grammar: &Follow, place: usize, is_alone: bool) -> Chars {
         let lexeme = &self.lexemes[self.places[place]];
         let is_free = matches!(
@@ -293,7 +293,8 @@ impl Chooser<'_> {
             }
         );
         let follow = grammar.follow[place].iter();
-        let others = follow.filter(|next| !(is_alone && is_free && **next == place));
+        let goes_on = is_alone && is_free && grammar.repeats[place];
+        let others = follow.filter(|next| !(goes_on && **next == place));
         let begin = others.map(|next| self.lexemes[self.places[*next]].automaton.begin());
         Chars::of(begin.flat_map(|chars| chars.ranges().to_vec()).collect())
     }
@@ -304,6 +305,8 @@ impl Chooser<'_> {
 struct Follow {
     first: Places,
     follow: Vec<Places>,
+    /// Whether a place comes after itself in parts alone that come any number of times.
+    repeats: Vec<bool>,
 }
 
 /// What a part begins with, and whether it can be empty.
@@ -318,7 +321,10 @@ struct Walk<'a> {
     rules: Vec<Begin>,
     /// By rule: what may come after it.
     after: Vec<Places>,
+    /// By place: what may come after it, but what only comes so when a part comes again.
     follow: Vec<Places>,
+    /// By place: what comes after it when a part comes again that may come any number of times.
+    again: Vec<Places>,
 }
 
 impl Follow {
@@ -328,6 +334,7 @@ impl Follow {
             rules: vec![Begin::default(); nodes.len()],
             after: vec![Places::new(); nodes.len()],
             follow: vec![Places::new(); chooser.places.len()],
+            again: vec![Places::new(); chooser.places.len()],
         };
         let with_body = || {
             let all = nodes.iter().enumerate();
@@ -348,23 +355,33 @@ impl Follow {
         }
         loop {
             let count = |walk: &Walk<'_>| {
-                let sets = walk.after.iter().chain(&walk.follow);
+                let sets = walk.after.iter().chain(&walk.follow).chain(&walk.again);
                 sets.map(Places::len).sum::<usize>()
             };
             let before = count(&walk);
             work.spend(1 + before)?;
-            walk.walk(root, &Places::new());
+            walk.walk(root, &Places::new(), &Places::new());
             for (number, node) in with_body() {
                 let after = walk.after[number].clone();
-                walk.walk(node, &after);
+                walk.walk(node, &after, &Places::new());
             }
             if count(&walk) == before {
                 break;
             }
         }
+        let first = walk.begin(root).places;
+        let Walk {
+            mut follow, again, ..
+        } = walk;
+        let mut repeats = Vec::with_capacity(follow.len());
+        for (place, (follow, again)) in follow.iter_mut().zip(&again).enumerate() {
+            repeats.push(!follow.contains(&place));
+            follow.extend(again);
+        }
         Ok(Self {
-            first: walk.begin(root).places,
-            follow: walk.follow,
+            first,
+            follow,
+            repeats,
         })
     }
 }
@@ -406,26 +423,35 @@ impl Walk<'_> {
         }
     }
 
-    /// Notes what comes after the places in a part, after which `after` comes.
-    fn walk(&mut self, node: &Node, after: &Places) {
+    /// Notes what comes after the places in a part, after which `after` comes, or `again` if a part around
+    /// it comes again that may come any number of times.
+    fn walk(&mut self, node: &Node, after: &Places, again: &Places) {
         match node {
-            Node::Lexeme { place, .. } => self.follow[*place].extend(after),
-            Node::Rule(number) => self.after[*number].extend(after),
-            Node::Alt(parts) => parts.iter().for_each(|part| self.walk(part, after)),
-            Node::Repeat { of, max, .. } => {
-                let mut after = after.clone();
-                if *max != Some(1) {
-                    after.extend(self.begin(of).places);
+            Node::Lexeme { place, .. } => {
+                self.follow[*place].extend(after);
+                self.again[*place].extend(again);
+            }
+            // How often a rule comes may be counted where it is used.
+            Node::Rule(number) => self.after[*number].extend(after.union(again)),
+            Node::Alt(parts) => parts.iter().for_each(|part| self.walk(part, after, again)),
+            Node::Repeat { of, min, max } => {
+                let (mut after, mut again) = (after.clone(), again.clone());
+                let begin = self.begin(of).places;
+                match (min, max) {
+                    (_, Some(1)) => {}
+                    (0 | 1, None) => again.extend(begin),
+                    _ => after.extend(begin),
                 }
-                self.walk(of, &after);
+                self.walk(of, &after, &again);
             }
             Node::Seq(parts) => {
-                let mut after = after.clone();
+                let (mut after, mut again) = (after.clone(), again.clone());
                 for part in parts.iter().rev() {
-                    self.walk(part, &after);
+                    self.walk(part, &after, &again);
                     let begin = self.begin(part);
                     if !begin.is_nullable {
                         after.clear();
+                        again.clear();
                     }
                     after.extend(begin.places);
                 }

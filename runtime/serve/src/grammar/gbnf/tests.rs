@@ -82,6 +82,26 @@ fn sums_and_lists_have_their_structure() {
 }
 
 #[test]
+fn what_is_counted_begins_again() {
+    // The second time needs a character that the first could have taken.
+    check(
+        "root ::= (\"a\" root | [^ab]+){2}",
+        &["((", "(((", "a((("],
+        &["(", "a((", ""],
+    );
+    check(
+        "root ::= [xy]+ root \"c\" | \"b\"",
+        &["b", "xbc", "xxbc", "xyxbcc"],
+        &["xbcc", "xb", "c"],
+    );
+    check(
+        "root ::= \"(\" root? \")\" ([xy]+ | \"(\" root \")\")*",
+        &["()xyx", "()x(())y"],
+        &["()x(", "x"],
+    );
+}
+
+#[test]
 fn a_language_may_mix_words_and_names() {
     // Words that are also beginnings of names, operators that begin alike, and comments.
     let grammar = r#"root ::= statement*
