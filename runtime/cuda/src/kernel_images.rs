@@ -1,7 +1,7 @@
 //! Machine code of the kernels' modules for one GPU: from the cache on disk, or compiled.
 //!
-//! A model's first pass wants a dozen modules within a second, and a compiler takes up to four seconds for
-//! one. So the first that is missing has all compiled that are, on every processor.
+//! A model's first pass wants several modules, one after the other, and a compiler takes up to four seconds
+//! for one. So the first that is missing has all compiled that are, on every processor.
 
 use super::nvrtc::Compiler;
 use super::source::{MODULES, Module};

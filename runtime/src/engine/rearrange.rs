@@ -123,10 +123,10 @@ impl Engine {
     /// [`continue_rearranging`](Self::continue_rearranging).
     ///
     /// Where no expert is on a GPU, no token depends on it; a GPU rounds otherwise than the CPU. Until an
-    /// expert's bytes are at its new place, it counts as one of the slow tier. On a GPU, it is copied over
-    /// an expert of its layer that leaves. [`plan`](Self::plan) has what is in place at the moment, and the plan's name and
-    /// prediction once all of it is. Where holes in memory are too small even after buffers have been
-    /// slid together, some pins or slots are left out.
+    /// expert's bytes are at its new place, it counts as one of the slow tier. On a GPU, it is copied
+    /// over an expert of its layer that leaves. [`plan`](Self::plan) has what is in place at the moment,
+    /// and the plan's name and prediction once all of it is. Where holes in memory are too small even
+    /// after buffers have been slid together, some pins or slots are left out.
     ///
     /// # Errors
     /// When the plan differs in more than pins and slots, or wants more memory for experts than the

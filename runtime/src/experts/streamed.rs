@@ -145,7 +145,7 @@ impl ExpertStore {
     }
 
     /// Returns the matrices of an expert that computes in main memory from its backing copy.
-    fn view_in_place(&self, layer: usize, expert: ExpertId) -> Option<ExpertView<'_>> {
+    pub(super) fn view_in_place(&self, layer: usize, expert: ExpertId) -> Option<ExpertView<'_>> {
         let in_layer = &self.layers[layer];
         match in_layer.backing(expert) {
             ExpertBacking::Pinned { bytes, layout, .. } => {

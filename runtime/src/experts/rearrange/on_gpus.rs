@@ -135,7 +135,7 @@ impl ExpertStore {
             tier,
             ..
         } = pin;
-        if !self.is_in_main_memory(layer, expert) && read.is_none() {
+        if read.is_none() && self.view_in_main_memory(layer, expert).is_none() {
             return Err(NotCopied::Elsewhere);
         }
         // A file that was cut short must not be looked at where it is mapped. One that has changed is of no
@@ -154,18 +154,20 @@ impl ExpertStore {
         // Taken out of the store, whose other parts the view borrows.
         let mut gpus = std::mem::take(&mut self.gpus);
         let view = match read {
-            Some(bytes) => self.view_in(layer, expert, bytes, Layout::Packed),
+            Some(bytes) => Some(self.view_in(layer, expert, bytes, Layout::Packed)),
             None => self.view_in_main_memory(layer, expert),
         };
-        let biases = view.biases();
-        let bytes = view.bytes(biases.as_ref());
-        let pinned = gpus[gpu]
-            .filler
-            .experts()
-            .pin(layer, expert.index(), &bytes);
+        let pinned = view.map(|view| {
+            let biases = view.biases();
+            let bytes = view.bytes(biases.as_ref());
+            let experts = gpus[gpu].filler.experts();
+            experts.pin(layer, expert.index(), &bytes)
+        });
         self.gpus = gpus;
         // A step that needs the GPU fails, too, and its caller gets the error.
-        pinned.map_err(|_| NotCopied::Failed)?;
+        pinned
+            .ok_or(NotCopied::Elsewhere)?
+            .map_err(|_| NotCopied::Failed)?;
         if let ExpertBacking::Gpu(other) = *self.layers[layer].backing(expert) {
             self.leave_gpu(layer, expert, other);
         }
@@ -188,23 +190,16 @@ impl ExpertStore {
         }
     }
 
-    /// Whether the bytes of an expert are in main memory, or mapped.
-    fn is_in_main_memory(&self, layer: usize, expert: ExpertId) -> bool {
+    /// Returns the matrices of an expert, if they are in main memory or mapped.
+    fn view_in_main_memory(&self, layer: usize, expert: ExpertId) -> Option<ExpertView<'_>> {
         let in_layer = &self.layers[layer];
-        let is_pinned = matches!(in_layer.backing(expert), ExpertBacking::Pinned { .. });
-        is_pinned || in_layer.slot_with(expert).is_some() || self.n_staging == 0
-    }
-
-    /// Returns the matrices of an expert that [is in main memory](Self::is_in_main_memory).
-    fn view_in_main_memory(&self, layer: usize, expert: ExpertId) -> ExpertView<'_> {
-        let in_layer = &self.layers[layer];
-        if let ExpertBacking::Pinned { bytes, layout, .. } = in_layer.backing(expert) {
-            return self.view_in(layer, expert, bytes, *layout);
-        }
-        match in_layer.slot_with(expert) {
-            Some(bytes) => self.view_in(layer, expert, bytes, in_layer.layout),
-            None => self.mapped_view(in_layer, expert),
-        }
+        let in_slot = || {
+            let bytes = in_layer.slot_with(expert)?;
+            Some(self.view_in(layer, expert, bytes, in_layer.layout))
+        };
+        let mapped = || (self.n_staging == 0).then(|| self.mapped_view(in_layer, expert));
+        let in_place = self.view_in_place(layer, expert);
+        in_place.or_else(in_slot).or_else(mapped)
     }
 
     /// Begins to read an expert for a GPU.
