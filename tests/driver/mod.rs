@@ -35,7 +35,7 @@ fn compile() -> PathBuf {
         .iter()
         .map(|m| (m.name, m.text, m.kernels))
         .collect();
-    let kernels = sources::kernels(headers(), &modules).join(sources::KERNELS_OBJECT);
+    let kernels = sources::kernels(headers(), &modules, &[]).join(sources::KERNELS_OBJECT);
     let kernels = kernels.to_str().unwrap();
     let mut texts: sources::Texts = TEXTS.map(|(name, text)| (name.into(), text.into())).into();
     texts.push(("table.h".into(), table()));

@@ -1,28 +1,31 @@
 //! A device for tests: the kernels compiled as plain C++ by the system's compiler, in main memory,
 //! a block's threads one after the other. Kernels that different threads launch run at once. Writes
-//! beyond a buffer and reads of what nobody wrote are found.
+//! beyond a buffer and reads of what nobody wrote are found. With `TIER_PLAN_SANITIZER=1` in the
+//! environment every access to memory is checked, as CUDA's Compute Sanitizer does.
 
-use super::copy_stream::{BUFFERS, CopyStream};
-#[cfg(test)]
-use super::device::Buffer;
+use super::CudaError;
+use super::copy_stream::CopyStream;
 use super::device::{Arg, Device, Grid, Recording};
 use super::source::{MODULES, headers};
-use super::transfers::{TransferId, TransferOrder, Transfers};
-use super::{CudaError, View};
+use super::transfers::Transfers;
 use libloading::Library;
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::thread::ThreadId;
+use transfers::{ShimLane, ShimTransfers};
 
 /// Bytes around every buffer that must stay as they are.
 const GUARD: usize = 256;
 const GUARD_BYTE: u8 = 0xa5;
 
+mod sanitizer;
 mod sources;
+#[cfg(test)]
+mod tests;
+mod transfers;
 
 type Run = unsafe extern "C" fn(*mut *mut c_void, *const c_uint) -> c_int;
 type Kinds = unsafe extern "C" fn() -> *const c_char;
@@ -31,6 +34,8 @@ type Kinds = unsafe extern "C" fn() -> *const c_char;
 pub struct Shim {
     /// The compiled kernels.
     path: PathBuf,
+    /// Whether they check every access to memory.
+    is_sanitized: bool,
     /// Copies of them that no kernel runs in. A copy's variables are its own, and it runs one
     /// kernel at a time.
     idle: Mutex<Vec<Library>>,
@@ -60,19 +65,26 @@ impl Recording for Recorded {
 
 /// The one device of all tests.
 pub fn shared() -> Arc<Shim> {
-    static SHIM: LazyLock<Arc<Shim>> = LazyLock::new(|| Arc::new(Shim::compile()));
-    Arc::clone(&SHIM)
-}
-
-impl Shim {
-    fn compile() -> Self {
+    static SHIM: LazyLock<Arc<Shim>> = LazyLock::new(|| {
         let modules: Vec<sources::ModuleText> = MODULES
             .iter()
             .map(|m| (m.name, m.text, m.kernels))
             .collect();
-        let path = sources::kernels(headers(), &modules).join(sources::KERNELS_LIBRARY);
+        Arc::new(Shim::compile(&modules, sanitizer::is_wanted()))
+    });
+    Arc::clone(&SHIM)
+}
+
+impl Shim {
+    fn compile(modules: &[sources::ModuleText], is_sanitized: bool) -> Self {
+        let options: &[&str] = if is_sanitized {
+            &sanitizer::OPTIONS
+        } else {
+            &[]
+        };
         Self {
-            path,
+            path: sources::kernels(headers(), modules, options).join(sources::KERNELS_LIBRARY),
+            is_sanitized,
             idle: Mutex::default(),
             state: Mutex::default(),
             recordings: Mutex::default(),
@@ -125,12 +137,22 @@ impl Shim {
         let mut addresses: Vec<*mut c_void> = args.iter().map(|a| a.address().cast_mut()).collect();
         let [x, y, z] = grid.blocks;
         let dims = [x, y, z, grid.threads, 1, 1];
+        let allocations = self.is_sanitized.then(|| {
+            let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = state.0.iter().map(|(&at, &len)| (at, len));
+            // SAFETY: the list lives until the launch is over.
+            unsafe { sanitizer::set_allocations(&library, known) }
+        });
         // SAFETY: the caller's promise about the arguments; no other kernel runs in this copy.
         let status = unsafe { run(addresses.as_mut_ptr(), dims.as_ptr()) };
+        let finding = allocations.and_then(|_| sanitizer::finding(&library, &self.path));
         self.idle
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(library);
+        if let Some(finding) = finding {
+            return Err(self.failed(kernel, finding));
+        }
         let why = match status {
             0 => return Ok(()),
             1 => "too many threads in a block",
@@ -323,137 +345,6 @@ impl Device for Shim {
     }
 
     fn copy_stream(self: Arc<Self>, len: usize) -> Result<Option<Box<dyn CopyStream>>, CudaError> {
-        Ok(Some(Box::new(ShimLane {
-            staging: vec![vec![0xff; len]; BUFFERS],
-            used: [true; BUFFERS],
-        })))
+        Ok(Some(Box::new(ShimLane::new(len))))
     }
-}
-
-/// Copies at once, and is done when it is asked a second time or waited for.
-#[derive(Default)]
-struct ShimTransfers {
-    locked: Vec<Range<usize>>,
-    n_sent: u64,
-    n_asked: u64,
-}
-
-impl Transfers for ShimTransfers {
-    unsafe fn lock(&mut self, start: *const u8, len: usize) -> bool {
-        self.locked.push(start as usize..start as usize + len);
-        true
-    }
-
-    unsafe fn send(
-        &mut self,
-        copies: &[(View<'_>, &[u8])],
-        _: TransferOrder,
-    ) -> Result<TransferId, CudaError> {
-        for (to, bytes) in copies {
-            let from = bytes.as_ptr_range();
-            let is_locked =
-                |r: &Range<usize>| r.start <= from.start as usize && from.end as usize <= r.end;
-            assert!(
-                self.locked.iter().any(is_locked),
-                "a transfer of memory that is not locked"
-            );
-            to.write(bytes)?;
-        }
-        self.n_sent += 1;
-        Ok(TransferId(self.n_sent - 1))
-    }
-
-    fn is_done(&mut self, transfer: TransferId) -> Result<bool, CudaError> {
-        let asked_again = transfer.0 < self.n_asked;
-        self.n_asked = self.n_asked.max(transfer.0 + 1);
-        Ok(asked_again)
-    }
-
-    fn wait(&mut self, transfer: TransferId) -> Result<(), CudaError> {
-        assert!(transfer.0 < self.n_sent, "what was sent");
-        Ok(())
-    }
-}
-
-/// Sends at once; what was sent must be used before more is.
-struct ShimLane {
-    staging: Vec<Vec<u8>>,
-    used: [bool; BUFFERS],
-}
-
-impl CopyStream for ShimLane {
-    fn staging(&mut self, which: usize) -> Result<&mut [u8], CudaError> {
-        Ok(&mut self.staging[which])
-    }
-
-    fn is_free(&mut self, which: usize) -> Result<bool, CudaError> {
-        // Every other time, so that whoever asks has something else to do.
-        Ok(which == 0)
-    }
-
-    fn send(&mut self, which: usize, to: View<'_>) -> Result<(), CudaError> {
-        assert!(
-            std::mem::replace(&mut self.used[which], false),
-            "what was sent last is still to be used"
-        );
-        to.write(&self.staging[which][..to.len()])
-    }
-
-    unsafe fn send_locked(
-        &mut self,
-        which: usize,
-        copies: &[(View<'_>, &[u8])],
-    ) -> Result<(), CudaError> {
-        assert!(
-            std::mem::replace(&mut self.used[which], false),
-            "what was sent last is still to be used"
-        );
-        copies.iter().try_for_each(|(to, bytes)| to.write(bytes))
-    }
-
-    fn used(&mut self, which: usize) -> Result<(), CudaError> {
-        self.used[which] = true;
-        Ok(())
-    }
-}
-
-#[test]
-fn a_write_beyond_a_buffer_is_found() {
-    let device: Arc<dyn Device> = shared();
-    let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let buffer = Buffer::new(&device, 8).unwrap();
-        // SAFETY: one byte too many, which is still inside the guard.
-        unsafe { device.write(buffer.view().address(), &[1; 9]) }.unwrap();
-    }));
-    assert!(found.is_err());
-}
-
-#[test]
-fn arguments_of_other_kinds_are_refused() {
-    let shim = shared();
-    let x: Arc<dyn Device> = shared();
-    let buffer = Buffer::of_f32(&x, &[1.0; 4]).unwrap();
-    let one = Grid {
-        blocks: [1, 1, 1],
-        threads: 32,
-    };
-    let launch = |args: &[Arg]| {
-        // SAFETY: with the right kinds four values of a buffer of four are cleared, with others
-        // nothing is done.
-        unsafe { shim.launch("clear", one, args) }
-    };
-    for args in [
-        &[buffer.view().arg(), Arg::Int(4)][..],
-        &[buffer.view().arg()],
-        &[Arg::Long(0), Arg::Long(4)],
-    ] {
-        let error = launch(args).unwrap_err().to_string();
-        assert!(
-            error.contains("clear") && error.contains("of the kinds pl"),
-            "{error}"
-        );
-        assert_eq!(buffer.view().to_f32().unwrap(), [1.0; 4]);
-    }
-    launch(&[buffer.view().arg(), Arg::Long(4)]).unwrap();
-    assert_eq!(buffer.view().to_f32().unwrap(), [0.0; 4]);
 }

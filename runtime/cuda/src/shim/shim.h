@@ -1,6 +1,6 @@
 // What makes a kernel plain C++: a block's threads are fibers that change places where they wait for one another. Only
 // tests compile this. Blocks run one after the other, so shared memory is static, and so is all else: what is loaded runs
-// one kernel at a time, and who wants more loads copies.
+// one kernel at a time, and who wants more loads copies. With TIER_PLAN_SANITIZER, sanitizer.h sees every access to memory.
 #pragma once
 #include <cmath>
 #if defined(__clang__) && !defined(__x86_64__)
@@ -22,7 +22,16 @@
 #define TABLE static const
 #define __shared__ static
 
-struct uint2 { u32 x, y; };
+#ifdef TIER_PLAN_SANITIZER
+/// Static variables that are not the shared memory of a kernel.
+#define SHIM_STATE __attribute__((section("shim_state")))
+#define UNCHECKED __attribute__((no_sanitize("thread"), no_sanitize("alignment"), noinline))
+#else
+#define SHIM_STATE
+#define UNCHECKED
+#endif
+
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -31,7 +40,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 struct Dim { u32 x = 0, y = 0, z = 0; };
 
-static Dim threadIdx, blockIdx, blockDim, gridDim;
+SHIM_STATE static Dim threadIdx, blockIdx, blockDim, gridDim;
 
 namespace shim {
 
@@ -59,6 +68,8 @@ struct Fiber {
     bool begun;
     /// Which of two rooms its next exchange with its warp uses: who reads one late has done so before it is used again.
     u8 turn;
+    /// Where it waits for its warp, and for which lanes.
+    struct { const char* file; u32 line, lanes; bool orders_memory; } rendezvous;
 };
 
 /// Threads that wait for their warp, or for their block, and those that can go on, a bit each. The others are done.
@@ -66,19 +77,54 @@ struct Warp {
     u32 ready, at_warp, at_block;
 };
 
-static u32 running, threads, warps;
-static void (*entry)(void**);
-static void** arguments;
-static char* stacks;
-static Place scheduler;
-static Warp states[MAX_THREADS / LANES];
-static Fiber fibers[MAX_THREADS];
-static u64 slots[2][MAX_THREADS];
+SHIM_STATE static u32 running, threads, warps;
+SHIM_STATE static void (*entry)(void**);
+SHIM_STATE static void** arguments;
+SHIM_STATE static char* stacks;
+SHIM_STATE static Place scheduler;
+SHIM_STATE static Warp states[MAX_THREADS / LANES];
+SHIM_STATE static Fiber fibers[MAX_THREADS];
+SHIM_STATE static u64 slots[2][MAX_THREADS];
+SHIM_STATE static u32 fragments[2][MAX_THREADS][6];
 
-[[noreturn]] inline void begin();
+}  // namespace shim
+
+#ifdef TIER_PLAN_SANITIZER
+#include "sanitizer.h"
+#endif
+
+namespace shim {
+
+// What the sanitizer must know.
+
+UNCHECKED static void launch_begins() {
+#ifdef TIER_PLAN_SANITIZER
+    sanitizer::begin_launch((u64)stacks, MAX_THREADS * STACK);
+#endif
+}
+
+UNCHECKED static void block_begins() {
+#ifdef TIER_PLAN_SANITIZER
+    sanitizer::begin_block();
+#endif
+}
+
+UNCHECKED static void block_meets() {
+#ifdef TIER_PLAN_SANITIZER
+    sanitizer::block_barrier();
+#endif
+}
+
+UNCHECKED static void warp_meets([[maybe_unused]] u32 w) {
+#ifdef TIER_PLAN_SANITIZER
+    sanitizer::check_rendezvous(w, states[w].at_warp);
+#endif
+}
+
+[[noreturn]] UNCHECKED static void begin();
 
 /// Lets a fiber go on, or begin.
-[[noreturn]] inline void enter(u32 i) {
+[[noreturn]] UNCHECKED static void enter(u32 i) {
     Fiber& fiber = fibers[i];
     running = i;
     threadIdx = fiber.index;
@@ -95,7 +141,7 @@ static u64 slots[2][MAX_THREADS];
 }
 
 /// Frees the block if all its threads wait for one another, those that are done aside.
-inline bool release_block() {
+UNCHECKED static bool release_block() {
     bool any = false;
     for (u32 w = 0; w < warps; w++) {
         if (states[w].at_warp) return false;
@@ -105,16 +151,18 @@ inline bool release_block() {
         states[w].ready = states[w].at_block;
         states[w].at_block = 0;
     }
+    if (any) block_meets();
     return any;
 }
 
 /// Lets the next fiber go on: of this warp while there is one, then of those after it. When all are done, or wait for
 /// ones that never come, the block is at its end.
-[[noreturn]] __attribute__((noinline)) inline void next(u32 w) {
+[[noreturn]] UNCHECKED __attribute__((noinline)) static void next(u32 w) {
     do {
         for (; w < warps; w++) {
             Warp& warp = states[w];
-            if (!warp.ready && !warp.at_block) {
+            if (!warp.ready && !warp.at_block && warp.at_warp) {
+                warp_meets(w);
                 warp.ready = warp.at_warp;
                 warp.at_warp = 0;
             }
@@ -128,7 +176,7 @@ inline bool release_block() {
 enum For { WARP_MATES, BLOCK_MATES, NOTHING };
 
 /// Waits for the other threads, or with nothing to wait for is done.
-__attribute__((noinline)) inline void wait(For whom) {
+UNCHECKED __attribute__((noinline)) static void wait(For whom) {
     const u32 self = running, bit = 1u << self % LANES;
     Warp& warp = states[self / LANES];
     warp.ready &= ~bit;
@@ -137,7 +185,7 @@ __attribute__((noinline)) inline void wait(For whom) {
     if (SHIM_PLACE(fibers[self].place) == 0) next(self / LANES);
 }
 
-[[noreturn]] inline void begin() {
+[[noreturn]] UNCHECKED static void begin() {
     for (;;) {
         entry(arguments);
         wait(NOTHING);
@@ -145,7 +193,8 @@ __attribute__((noinline)) inline void wait(For whom) {
 }
 
 /// Runs one block; false when its threads wait for ones that never come.
-__attribute__((noinline)) inline bool block() {
+UNCHECKED __attribute__((noinline)) static bool block() {
+    block_begins();
     for (u32 w = 0; w < warps; w++) {
         const u32 lanes = threads - w * LANES;
         states[w] = {lanes < LANES ? (1u << lanes) - 1 : ~0u, 0, 0};
@@ -163,7 +212,7 @@ __attribute__((noinline)) inline bool block() {
 }
 
 /// 0, or 1: too many threads, 2: no memory, 3: threads wait for ones that never come.
-inline int launch(void (*kernel)(void**), void** args, const u32* dims) {
+UNCHECKED static int launch(void (*kernel)(void**), void** args, const u32* dims) {
     gridDim = {dims[0], dims[1], dims[2]};
     blockDim = {dims[3], dims[4], dims[5]};
     const u64 n = (u64)blockDim.x * blockDim.y * blockDim.z;
@@ -179,6 +228,7 @@ inline int launch(void (*kernel)(void**), void** args, const u32* dims) {
         fibers[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
         fibers[i].turn = 0;
     }
+    launch_begins();
     entry = kernel;
     arguments = args;
     for (u32 z = 0; z < gridDim.z; z++) {
@@ -195,9 +245,21 @@ inline int launch(void (*kernel)(void**), void** args, const u32* dims) {
 /// Which of its two rooms a warp exchanges values in next.
 inline u32 turn() { return fibers[running].turn ^= 1; }
 
+/// Waits for these lanes of the warp, at a place in the code that they all come to.
+inline void wait_for_warp([[maybe_unused]] u32 lanes, [[maybe_unused]] const char* file, [[maybe_unused]] u32 line,
+                          [[maybe_unused]] bool orders_memory) {
+#ifdef TIER_PLAN_SANITIZER
+    fibers[running].rendezvous = {file, line, lanes, orders_memory};
+#endif
+    wait(WARP_MATES);
+}
+
+template <class A>
+UNCHECKED A argument(void** args, size_t i) { return *(A*)args[i]; }
+
 template <class... A, size_t... I>
 inline void spread(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
-    kernel(*(A*)args[I]...);
+    kernel(argument<A>(args, I)...);
 }
 
 template <class... A>
@@ -223,38 +285,44 @@ inline const char* kinds(void (*)(A...)) {
 
 }  // namespace shim
 
+/// The place of a call, as default arguments.
+#define PLACE const char *file = __builtin_FILE(), u32 line = __builtin_LINE()
+
 inline void __syncthreads() { shim::wait(shim::BLOCK_MATES); }
-inline void __syncwarp(u32 = 0xffffffffu) { shim::wait(shim::WARP_MATES); }
+inline void __syncwarp(u32 lanes = 0xffffffffu, PLACE) { shim::wait_for_warp(lanes, file, line, true); }
 
 template <class T>
-inline T __shfl_sync(u32, T v, int lane) {
+inline T __shfl_sync(u32 lanes, T v, int lane, PLACE) {
     const u32 self = shim::running;
     u64* slots = shim::slots[shim::turn()];
     memcpy(&slots[self], &v, sizeof v);
-    shim::wait(shim::WARP_MATES);
+    shim::wait_for_warp(lanes, file, line, false);
     T other;
     memcpy(&other, &slots[self / 32 * 32 + (u32)lane % 32], sizeof other);
     return other;
 }
 
 template <class T>
-inline T __shfl_xor_sync(u32 mask, T v, int step) {
-    return __shfl_sync(mask, v, (int)(shim::running % 32) ^ step);
+inline T __shfl_xor_sync(u32 lanes, T v, int step, PLACE) {
+    return __shfl_sync(lanes, v, (int)(shim::running % 32) ^ step, file, line);
 }
 
 /// Returns the lanes of the warp whose value is not 0; all lanes take part.
-inline u32 __ballot_sync(u32, int v) {
+inline u32 __ballot_sync(u32 lanes, int v, PLACE) {
     const u32 self = shim::running;
     u64* slots = shim::slots[shim::turn()];
     slots[self] = v != 0;
-    shim::wait(shim::WARP_MATES);
-    u32 lanes = 0;
-    for (u32 i = 0; i < 32; i++) lanes |= (u32)slots[self / 32 * 32 + i] << i;
-    return lanes;
+    shim::wait_for_warp(lanes, file, line, false);
+    u32 set = 0;
+    for (u32 i = 0; i < 32; i++) set |= (u32)slots[self / 32 * 32 + i] << i;
+    return set;
 }
 
 /// Threads change places only where they wait.
-inline int atomicAdd(int* to, int v) {
+UNCHECKED static int atomicAdd(int* to, int v) {
+#ifdef TIER_PLAN_SANITIZER
+    sanitizer::check(to, sizeof *to, sanitizer::ATOMIC, __builtin_return_address(0));
+#endif
     const int before = *to;
     *to += v;
     return before;
@@ -305,14 +373,12 @@ inline u16 narrow(float v) {
 }
 
 /// `c += a * b` of 16 x 16 and 16 x 8 bytes, spread over a warp as a tensor core has them.
-inline void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
-    static u32 rooms[2][shim::MAX_THREADS][3];
-    auto& fragments = rooms[shim::turn()];
+inline void multiply_tiles(int* c, u32 low, u32 high, u32 b, PLACE) {
+    auto& fragments = shim::fragments[shim::turn()];
     const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
-    fragments[self][0] = low;
-    fragments[self][1] = high;
-    fragments[self][2] = b;
-    shim::wait(shim::WARP_MATES);
+    const u32 own[] = {low, high, b};
+    memcpy(fragments[self], own, sizeof own);
+    shim::wait_for_warp(0xffffffffu, file, line, false);
     for (u32 i = 0; i < 4; i++) {
         const u32 row = lane / 4, column = lane % 4 * 2 + i % 2;
         for (u32 k = 0; k < 16; k++) {
@@ -325,20 +391,18 @@ inline void multiply_tiles(int* c, u32 low, u32 high, u32 b) {
 inline u32 pack_halves(float first, float second) { return (u32)narrow(first) | (u32)narrow(second) << 16; }
 
 /// `c += a * b` of 16 x 16 and 16 x 8 16-bit floats, spread over a warp as a tensor core has them.
-inline void multiply_halves(float* c, uint2 low, uint2 high, uint2 b) {
-    static uint2 rooms[2][shim::MAX_THREADS][3];
-    auto& fragments = rooms[shim::turn()];
+inline void multiply_halves(float* c, uint2 low, uint2 high, uint2 b, PLACE) {
+    auto& fragments = shim::fragments[shim::turn()];
     const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
-    fragments[self][0] = low;
-    fragments[self][1] = high;
-    fragments[self][2] = b;
-    shim::wait(shim::WARP_MATES);
+    const u32 own[] = {low.x, low.y, high.x, high.y, b.x, b.y};
+    memcpy(fragments[self], own, sizeof own);
+    shim::wait_for_warp(0xffffffffu, file, line, false);
     for (u32 i = 0; i < 4; i++) {
         const u32 row = lane / 4, column = lane % 4 * 2 + i % 2;
         for (u32 k = 0; k < 16; k++) {
-            const uint2 a = fragments[first + row * 4 + k % 8 / 2][i / 2], with = fragments[first + column * 4 + k % 8 / 2][2];
-            const u32 words[2] = {k < 8 ? a.x : a.y, k < 8 ? with.x : with.y};
-            c[i] += widen((u16)(words[0] >> (k % 2 * 16))) * widen((u16)(words[1] >> (k % 2 * 16)));
+            const u32 a = fragments[first + row * 4 + k % 8 / 2][i / 2 * 2 + k / 8];
+            const u32 with = fragments[first + column * 4 + k % 8 / 2][4 + k / 8];
+            c[i] += widen((u16)(a >> (k % 2 * 16))) * widen((u16)(with >> (k % 2 * 16)));
         }
     }
 }

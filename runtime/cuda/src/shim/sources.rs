@@ -12,6 +12,8 @@ use std::process::Command;
 
 /// What makes a kernel plain C++.
 const SHIM: &str = include_str!("shim.h");
+/// What checks the memory that kernels access.
+const SANITIZER: &str = include_str!("sanitizer.h");
 
 /// A module: its file, its text, and the kernels in it.
 pub type ModuleText = (&'static str, &'static str, &'static [&'static str]);
@@ -36,6 +38,7 @@ fn texts(headers: &[(&str, String)], modules: &[ModuleText]) -> Texts {
         .map(|(name, text)| (name.to_string(), text.clone()))
         .collect();
     texts.push(("shim.h".into(), SHIM.into()));
+    texts.push(("sanitizer.h".into(), SANITIZER.into()));
     let mut all = String::from(
         "#include \"base.cuh\"\n#define EXPORTED extern \"C\" __attribute__((visibility(\"default\")))\n",
     );
@@ -56,9 +59,13 @@ fn texts(headers: &[(&str, String)], modules: &[ModuleText]) -> Texts {
     texts
 }
 
-/// Returns the folder with the compiled kernels.
-pub fn kernels(headers: &[(&str, String)], modules: &[ModuleText]) -> PathBuf {
-    let compile = [&OPTIONS[..], &["-c", ALL, "-o", KERNELS_OBJECT]].concat();
+/// Returns the folder with the kernels, compiled with these options beside those of all.
+pub fn kernels(
+    headers: &[(&str, String)],
+    modules: &[ModuleText],
+    options: &[&'static str],
+) -> PathBuf {
+    let compile = [&OPTIONS[..], options, &["-c", ALL, "-o", KERNELS_OBJECT]].concat();
     build(
         "kernels",
         &texts(headers, modules),
