@@ -84,7 +84,8 @@ impl SlotFiller {
         staging: &[ArenaSlice],
         streamed: &[HostMemory],
     ) -> Self {
-        let staging = memory_of(staging);
+        // What shares a page with staging is locked with it.
+        let staging = memory_of(staging).and_then(|memory| in_whole_pages(&[memory]).pop());
         let mut pieces = in_whole_pages(streamed);
         if let Some(staging) = &staging {
             // It may be of the same arena, and another GPU may have it. The driver locks no page twice.
@@ -115,10 +116,36 @@ impl SlotFiller {
         }
     }
 
-    /// Returns whether experts in all of this memory can be [streamed](Self::stream).
+    /// Returns whether experts in all of this memory can be [streamed](Self::stream). It may be
+    /// staging's: slots in main memory and staging exchange buffers, as fast as reads are, and which
+    /// experts are streamed must not depend on that.
     pub(crate) fn has_locked(&self, range: &Range<usize>) -> bool {
-        let before = self.streamed.range(..=range.start).next_back();
-        before.is_some_and(|(_, piece)| range.end <= piece.range.end)
+        let mut at = range.start;
+        while at < range.end {
+            // Pieces that follow each other are locked one by one.
+            match self.locked_until(at) {
+                Some(end) => at = end,
+                None => return false,
+            }
+        }
+        true
+    }
+
+    /// Returns the end of the locked piece that an address is in.
+    fn locked_until(&self, at: usize) -> Option<usize> {
+        let before = |pieces: &BTreeMap<usize, LockedMemory>| {
+            let (_, piece) = pieces.range(..=at).next_back()?;
+            Some(piece.range.end)
+        };
+        let staging = self.staging.as_ref().map(|staging| &staging.range);
+        let ends = [
+            staging
+                .filter(|range| range.start <= at)
+                .map(|range| range.end),
+            before(&self.streamed),
+            before(&self.exchanged),
+        ];
+        ends.into_iter().flatten().find(|end| *end > at)
     }
 
     /// Whether some of this memory is locked already.
@@ -157,16 +184,12 @@ impl SlotFiller {
     /// Returns whether the GPU can read a buffer where it lies. One that is new to it is locked now,
     /// once for all times that it is read.
     pub(crate) fn can_read(&mut self, buffer: &ArenaSlice) -> bool {
-        let Some(staging) = &self.staging else {
+        if self.staging.is_none() {
             return false;
-        };
-        let range = buffer.address()..buffer.address() + buffer.capacity();
-        let in_staging = staging.range.start <= range.start && range.end <= staging.range.end;
-        if in_staging || self.has_locked(&range) {
-            return true;
         }
-        if let Some(locked) = self.exchanged.get(&range.start) {
-            return range.end <= locked.range.end;
+        let range = buffer.address()..buffer.address() + buffer.capacity();
+        if self.has_locked(&range) {
+            return true;
         }
         // The driver locks whole pages, and none of them twice. Buffers are apart, but may have moved since
         // others were locked.
@@ -340,6 +363,44 @@ fn in_whole_pages(memory: &[HostMemory]) -> Vec<HostMemory> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tiers::arena::Arena;
+    use tier_plan_cuda::shim;
+    use tier_plan_formats::model::spec::Activation;
+    use tier_plan_kernels::quant::TensorType;
+
+    #[test]
+    fn buffers_that_slots_and_staging_exchange_stay_locked() {
+        let mut experts = PinnedExperts::new(shim::shared(), 1).unwrap();
+        let kind = ExpertKind {
+            n_expert: 2,
+            hidden: 32,
+            ffn: 32,
+            gate: None,
+            up: TensorType::F32,
+            down: TensorType::F32,
+            activation: Activation::SquaredRelu,
+            weigh_input: false,
+        };
+        experts.add_layer(0, kind, &[], 1, false).unwrap();
+        experts.open_transfers().unwrap();
+        // Staging ends within a page, in which the first slot begins.
+        let mut arena = Arena::new("slots", 5 * ALIGN as u64).unwrap();
+        let mut take = |len: usize| arena.take(len).unwrap();
+        let (staging, slots) = (take(ALIGN + 256), [take(ALIGN), take(2 * ALIGN - 256)]);
+        let rest = take(ALIGN);
+        let range = |buffer: &ArenaSlice| buffer.address()..buffer.address() + buffer.capacity();
+        let buffers = [range(&staging), range(&slots[0]), range(&slots[1])];
+        let memory = slots.each_ref().map(ArenaSlice::memory);
+        let mut filler = SlotFiller::new(experts, &[staging], &memory);
+        for buffer in &buffers {
+            assert!(filler.has_locked(buffer), "{buffer:x?} of {buffers:x?}");
+        }
+        assert!(!filler.has_locked(&range(&rest)), "{buffers:x?}");
+        assert!(!filler.has_locked(&(buffers[0].start..range(&rest).end)));
+        // One that staging gets from elsewhere is locked when it is sent, and may then be a slot's.
+        assert!(filler.can_read(&rest));
+        assert!(filler.has_locked(&range(&rest)));
+    }
 
     #[test]
     fn pieces_that_share_pages_are_one() {
