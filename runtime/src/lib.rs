@@ -71,6 +71,7 @@ pub use engine::{Engine, LogitsMode};
 pub use error::{LoadError, RunError};
 pub use gpu::devices::GiveDevice;
 pub use load::bands::copy_to_memory;
+pub use moe::offload::FullGpu;
 pub use options::{LoadOptions, StreamRates};
 pub use tier_plan_cuda as cuda;
 pub use tier_plan_formats as formats;

@@ -447,6 +447,12 @@ impl Engine {
         self.plan.streaming.is_some() && !self.experts.store.can_stream_any()
     }
 
+    /// Returns the GPUs that experts of main memory would be streamed to for prompts, had they room
+    /// for that. The CPU computes these experts, which predictions of prompts do not suppose.
+    pub fn gpus_without_room_to_stream(&self) -> &[crate::FullGpu] {
+        self.experts.streams.full()
+    }
+
     /// Returns how many experts of main memory were streamed to a GPU for decoded tokens.
     pub fn experts_streamed_for_tokens(&self) -> u64 {
         self.experts.store.n_streamed_for_tokens()

@@ -200,6 +200,9 @@ fn experts_of_main_memory_pass_through_a_gpu_for_prompts() {
 struct Watched {
     of: Arc<shim::Shim>,
     fails: AtomicBool,
+    /// Bytes that it says are free once something was allocated.
+    free: AtomicUsize,
+    has_some: AtomicBool,
     sends: Arc<Sends>,
 }
 
@@ -243,6 +246,8 @@ impl Watched {
         Arc::new(Self {
             of: shim::shared(),
             fails: AtomicBool::new(false),
+            free: AtomicUsize::new(1 << 40),
+            has_some: AtomicBool::new(false),
             sends: Arc::default(),
         })
     }
@@ -253,9 +258,13 @@ impl Device for Watched {
         "a failing GPU"
     }
     fn free_bytes(&self) -> Result<usize, CudaError> {
-        self.of.free_bytes()
+        match self.has_some.load(Ordering::Relaxed) {
+            true => Ok(self.free.load(Ordering::Relaxed)),
+            false => self.of.free_bytes(),
+        }
     }
     fn allocate(&self, len: usize) -> Result<u64, CudaError> {
+        self.has_some.store(true, Ordering::Relaxed);
         self.of.allocate(len)
     }
     unsafe fn free(&self, at: u64) {
@@ -338,6 +347,40 @@ fn a_gpu_that_fails_while_experts_pass_fails_the_request_alone() {
     device.fails.store(false, Ordering::Relaxed);
     engine.clear();
     assert_eq!(text(&mut engine), first);
+}
+
+#[test]
+fn a_gpu_that_is_full_is_named_and_the_processor_computes() {
+    let (gguf, shape) = open("arch/qwen3moe.gguf");
+    let plan = plan(&shape, (128, KvType::F16), ALL, true, Experts::Memory);
+    let load = |free: usize| {
+        let device = Watched::new();
+        device.free.store(free, Ordering::Relaxed);
+        let give = |_: usize| Ok(Arc::clone(&device) as Arc<dyn Device>);
+        let options = LoadOptions {
+            stream: Some(StreamRates {
+                link_gbps: 1e9,
+                processor_gflops: 1e-9,
+            }),
+            ..options(64)
+        };
+        let gguf = Arc::clone(&gguf);
+        let mut engine =
+            Engine::load_on(gguf, &plan, &options, Some(&give), &mut |_, _| {}).unwrap();
+        let tokens: Vec<u32> = (0..40).collect();
+        engine.forward(&tokens, LogitsMode::Last).unwrap();
+        engine
+    };
+    let full = load(5);
+    let [gpu] = full.gpus_without_room_to_stream() else {
+        panic!("{:?}", full.gpus_without_room_to_stream())
+    };
+    assert_eq!((gpu.tier, gpu.free), (TierIdx::FIRST, 5));
+    assert_eq!(full.experts_streamed(), 0);
+    // As many bytes as it says are enough.
+    let enough = load(gpu.needed as usize);
+    assert_eq!(enough.gpus_without_room_to_stream(), []);
+    assert!(enough.experts_streamed() > 0);
 }
 
 #[test]

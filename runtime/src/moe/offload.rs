@@ -37,6 +37,19 @@ pub(crate) struct Streams {
     sums: Vec<f32>,
     /// Experts that were streamed so far.
     n_streamed: u64,
+    /// The GPUs with too little free memory for a stream.
+    full: Vec<FullGpu>,
+}
+
+/// A GPU that has no room for streaming experts of prompts, so that the CPU computes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FullGpu {
+    /// Tier of the GPU.
+    pub tier: TierIdx,
+    /// Bytes that streaming takes.
+    pub needed: u64,
+    /// Bytes of the GPU that are free once the plan has been loaded.
+    pub free: u64,
 }
 
 /// The stream to one GPU.
@@ -121,8 +134,13 @@ impl Streams {
         };
         for (tier, device) in devices.all() {
             let (layers, sizes) = setup.streamed_layers(tier);
-            let needed = sizes.bytes().saturating_add(GPU_RESERVE_BYTES as usize);
-            if layers.is_empty() || device.free_bytes().map_err(failed)? < needed {
+            if layers.is_empty() {
+                continue;
+            }
+            let needed = (sizes.bytes() as u64).saturating_add(GPU_RESERVE_BYTES);
+            let free = device.free_bytes().map_err(failed)? as u64;
+            if free < needed {
+                streams.full.push(FullGpu { tier, needed, free });
                 continue;
             }
             let Some(mut experts) = ExpertStream::new(device, sizes).map_err(failed)? else {
@@ -157,6 +175,11 @@ impl Streams {
             streams.sums = vec![0.0; batch * gpu_row_values(spec)];
         }
         Ok(streams)
+    }
+
+    /// Returns the GPUs that have no room for a stream.
+    pub(crate) fn full(&self) -> &[FullGpu] {
+        &self.full
     }
 
     /// Whether there is any stream.

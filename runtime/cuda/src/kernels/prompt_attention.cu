@@ -55,12 +55,12 @@ DEVICE void load_keys(u16* to, const u8* keys, const Pages& pages, i64 stride, i
 }
 
 /// Loads columns `column0` to `column0 + n` of the values of a tile, zeros outside: weights of 0
-/// must not meet NaN. Positions 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of 16 are side by side per
+/// must not meet NaN, and columns are multiplied by eights. Positions 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of 16 are side by side per
 /// column, as a lane multiplies them.
 template <class Rows, int WARPS>
 DEVICE void load_values(u32* to, const u8* values, const Pages& pages, i64 stride, int p0, int end, int column0, int n) {
     const int warp = (int)threadIdx.x / WARP, column = (int)threadIdx.x % WARP * 4;
-    if (column >= n) return;
+    if (column >= (n + 7) / 8 * 8) return;
 #pragma unroll 2
     for (int group = warp; group < KEYS / 4; group += WARPS) {
         const int first = p0 + group / 4 * 16 + group % 4 * 2;
@@ -68,7 +68,7 @@ DEVICE void load_values(u32* to, const u8* values, const Pages& pages, i64 strid
         for (int i = 0; i < 4; i++) {
             const int p = first + i / 2 * 8 + i % 2;
             row[i].x = row[i].y = 0;
-            if (p < end) row[i] = Halves<Rows>::four(values + pages.at(p) * stride, column0 + column);
+            if (p < end && column < n) row[i] = Halves<Rows>::four(values + pages.at(p) * stride, column0 + column);
         }
         uint4* out = (uint4*)(to + group * VALUE_STRIDE + 2 * column);
         out[0] = make_uint4(__byte_perm(row[0].x, row[1].x, 0x5410), __byte_perm(row[2].x, row[3].x, 0x5410),

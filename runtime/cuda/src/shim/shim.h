@@ -17,7 +17,6 @@
 #include <utility>
 #include <vector>
 
-#define DEVICE inline
 #define KERNEL static void
 #define TABLE static const
 #define __shared__ static
@@ -26,9 +25,12 @@
 /// Static variables that are not the shared memory of a kernel.
 #define SHIM_STATE __attribute__((section("shim_state")))
 #define UNCHECKED __attribute__((no_sanitize("thread"), no_sanitize("alignment"), noinline))
+/// Inlined always: the compiler does not have calls checked that take a structure by value from memory.
+#define DEVICE inline __attribute__((always_inline))
 #else
 #define SHIM_STATE
 #define UNCHECKED
+#define DEVICE inline
 #endif
 
 struct alignas(8) uint2 { u32 x, y; };
@@ -373,7 +375,7 @@ inline u16 narrow(float v) {
 }
 
 /// `c += a * b` of 16 x 16 and 16 x 8 bytes, spread over a warp as a tensor core has them.
-inline void multiply_tiles(int* c, u32 low, u32 high, u32 b, PLACE) {
+DEVICE void multiply_tiles(int* c, u32 low, u32 high, u32 b, PLACE) {
     auto& fragments = shim::fragments[shim::turn()];
     const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
     const u32 own[] = {low, high, b};
@@ -391,7 +393,7 @@ inline void multiply_tiles(int* c, u32 low, u32 high, u32 b, PLACE) {
 inline u32 pack_halves(float first, float second) { return (u32)narrow(first) | (u32)narrow(second) << 16; }
 
 /// `c += a * b` of 16 x 16 and 16 x 8 16-bit floats, spread over a warp as a tensor core has them.
-inline void multiply_halves(float* c, uint2 low, uint2 high, uint2 b, PLACE) {
+DEVICE void multiply_halves(float* c, uint2 low, uint2 high, uint2 b, PLACE) {
     auto& fragments = shim::fragments[shim::turn()];
     const u32 self = shim::running, first = self / 32 * 32, lane = self % 32;
     const u32 own[] = {low.x, low.y, high.x, high.y, b.x, b.y};

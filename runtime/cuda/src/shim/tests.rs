@@ -5,7 +5,7 @@ use crate::device::{Arg, Buffer, Device, Grid};
 use std::sync::Arc;
 
 /// Kernels of `[blocks, threads]`, and what the sanitizer says of each: nothing where it is right.
-const KERNELS: [(&str, [u32; 2], &str); 17] = [
+const KERNELS: [(&str, [u32; 2], &str); 18] = [
     ("warps_in_order", [2, 64], ""),
     ("lanes_in_order", [2, 32], ""),
     ("counted", [2, 64], ""),
@@ -21,6 +21,7 @@ const KERNELS: [(&str, [u32; 2], &str); 17] = [
         [1, 32],
         "read races with a write: 4 bytes of shared memory, thread 1 of block (0, 0, 0), with thread 0",
     ),
+    ("by_value", [1, 32], "read races with a write"),
     ("after_shuffle", [1, 32], "read races with a write"),
     (
         "written_late",
@@ -57,7 +58,7 @@ const KERNELS: [(&str, [u32; 2], &str); 17] = [
     ("half_a_warp", [1, 32], "lanes 0000ffff meet"),
 ];
 
-/// One mistake each, in the last twelve. `values` is `[66]` and `out` `[64]`.
+/// One mistake each, in the last thirteen. `values` is `[66]` and `out` `[64]`.
 const TEXT: &str = r#"
 #include "base.cuh"
 
@@ -110,6 +111,18 @@ KERNEL lanes(const float*, float* out) {
     __shared__ float room[32];
     room[threadIdx.x] = 1.0f;
     out[threadIdx.x] = room[threadIdx.x & ~1u];
+}
+
+DEVICE float total(uint2 pair) {
+    float sum = 0.0f;
+    for (u32 i = 0; i < pair.x; i++) sum += (float)pair.y;
+    return sum;
+}
+
+KERNEL by_value(const float*, float* out) {
+    __shared__ uint2 room[32];
+    room[threadIdx.x].x = room[threadIdx.x].y = threadIdx.x;
+    out[threadIdx.x] = total(*(const uint2*)(room + (threadIdx.x & ~1u)));
 }
 
 KERNEL after_shuffle(const float*, float* out) {
