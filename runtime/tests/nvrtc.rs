@@ -2,7 +2,8 @@
 //! have. Ignored unless asked for, since NVRTC is a large download: `.ci/nvrtc` fetches it and runs
 //! this.
 
-use tier_plan_runtime::cuda::{Compiler, Version, source::MODULES};
+use tier_plan_runtime::cuda::source::{MODULES, most_threads};
+use tier_plan_runtime::cuda::{Compiler, Version};
 
 /// Turing, Ampere (A100; GeForce), Ada, Hopper, Blackwell.
 const CAPABILITIES: [(i32, i32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)];
@@ -11,8 +12,8 @@ const CAPABILITIES: [(i32, i32); 6] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (
 /// multiprocessor.
 const MOST_REGISTERS: u32 = 168;
 
-/// The same of a kernel whose blocks have 512 threads, of which one must fit.
-const MOST_OF_LARGE_BLOCKS: u32 = 128;
+/// Registers of a multiprocessor, for the threads of at least one block.
+const REGISTERS: u32 = 1 << 16;
 
 /// The architectures to compile for. What a compiler makes differs little from one to the next, so
 /// that it is asked for the oldest and the newest; `.ci/nightly` has it make all.
@@ -58,13 +59,7 @@ fn every_kernel_compiles_for_every_architecture() {
                 let entry = entries.iter().find(|(name, ..)| name == kernel);
                 let (_, registers, spilled) =
                     entry.unwrap_or_else(|| panic!("nothing about {kernel}: {}", compiled.log));
-                let large = ["gated_", "pool_blocks_", "choose_blocks"];
-                let is_large = large.iter().any(|name| kernel.starts_with(name));
-                let most = if is_large {
-                    MOST_OF_LARGE_BLOCKS
-                } else {
-                    MOST_REGISTERS
-                };
+                let most = MOST_REGISTERS.min(REGISTERS / most_threads(kernel));
                 assert!(
                     *registers <= most,
                     "{kernel} takes {registers} registers on sm_{arch}"

@@ -1,5 +1,7 @@
 //! `tier-plan what-if`: predicts a model on a machine from its shape and the machine's rates alone.
 
+mod sweep;
+
 use crate::catalogue::{self, Known};
 use crate::cmd::args::{BudgetArgs, JsonArgs, KvArgs, ModelOrShape, check_position, context_of};
 use crate::context::warn_beyond;
@@ -7,20 +9,17 @@ use crate::hub;
 use crate::parallel::{self, check_texts};
 use crate::print::digits;
 use crate::printable::printable;
-use crate::progress;
-use crate::report;
 use crate::solve::time_limit;
 use crate::whatif::purchase::{Purchase, purchases};
-use crate::whatif::sweep::{Range, Sweep, at_size, sweep};
+use crate::whatif::sweep::Range;
 use crate::whatif::{Answer, Question, Supposed, answer_supposing, as_json, bound, purchases_json};
 use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use tier_plan_runtime::KvType;
 use tier_plan_runtime::formats::machine::Machine;
 use tier_plan_runtime::formats::profile::Profile;
-use tier_plan_runtime::formats::safely::NewFolders;
 use tier_plan_runtime::formats::{profile, safely};
 use tier_plan_runtime::units::show_bytes;
 
@@ -137,7 +136,7 @@ impl WhatIfOptions {
         if let Some(folder) = &args.output {
             safely::check_folder(folder)?;
             if folder.exists() {
-                SWEEP_FILES
+                sweep::FILES
                     .iter()
                     .try_for_each(|name| safely::check(&folder.join(name)))?;
             }
@@ -214,7 +213,7 @@ pub fn run(args: &WhatIfArgs) -> Result<()> {
     let options = WhatIfOptions::from_args(args)?;
     let (known, questions) = (&options.model, options.questions());
     if let (Some(range), Some(question)) = (&options.range, questions.first()) {
-        return run_sweep(args, question, range);
+        return sweep::run(args, question, range);
     }
     let (mut answers, mut bought) = (Vec::new(), Vec::new());
     for question in &questions {
@@ -442,187 +441,4 @@ fn table(questions: &[Question<'_>], answers: &[Result<Answer>]) {
         );
     }
     println!();
-}
-
-fn run_sweep(args: &WhatIfArgs, question: &Question<'_>, range: &Range) -> Result<()> {
-    let bar = progress::count("sweeping", range.sizes.len() as u64);
-    let supposed = Supposed::new(question)?;
-    let swept = sweep(question, &supposed, range, |done| {
-        bar.set_position(done as u64)
-    })?;
-    bar.finish_and_clear();
-    let rows = rows(&swept);
-    // Past the knee more of this tier gains little, so other tiers are priced there.
-    let after = swept.knee.and_then(|knee| swept.points.get(knee));
-    let bought = match after.and_then(|point| Some((point, point.answer.as_ref().ok()?))) {
-        Some((point, answer)) => {
-            after_knee(question, &swept.tier, point.bytes, (answer, &supposed))
-        }
-        None => Vec::new(),
-    };
-    let value = json!({
-        "model": question.known.sizes.id.name,
-        "machine": question.machine.name,
-        "context": question.context,
-        "predicted": true,
-        "emulated": question.machine.tiers.iter().any(|t| t.emulated),
-        "tier": swept.tier,
-        "knee_bytes": swept.knee.map(|k| swept.points[k].bytes),
-        "points": rows,
-        "purchases_at_knee": purchases_json(&bought),
-        "notes": question.known.notes(),
-    });
-    let written = args
-        .output
-        .as_deref()
-        .map(|folder| write_sweep(folder, question, &swept, &value))
-        .transpose()?;
-    if args.format.json {
-        println!("{}", serde_json::to_string_pretty(&value)?);
-        return Ok(());
-    }
-    println!(
-        "{} on {}, context {}: predicted decode tok/s by size of {}",
-        printable(&question.known.sizes.id.name),
-        printable(&question.machine.name),
-        question.context,
-        swept.tier
-    );
-    println!(
-        "{:>10} {:>8} {:>16} {:>9} {:>12} {:>10} {:>11}",
-        swept.tier, "tok/s", "range", "gap", "bound by", "price", "tok/s/$1000"
-    );
-    for (at, point) in swept.points.iter().enumerate() {
-        let size = show_bytes(point.bytes);
-        let found = match &point.answer {
-            Ok(answer) => answer.middle().map(|middle| (answer, middle)),
-            Err(_) => None,
-        };
-        let Some((answer, middle)) = found else {
-            println!("{size:>10} {:>8}", "no plan");
-            continue;
-        };
-        let [speed, low, high] = answer.decode_tok_s();
-        println!(
-            "{size:>10} {:>8} {:>16} {:>9} {:>12} {:>10} {:>11}{}",
-            digits(speed),
-            format!("{} to {}", digits(low), digits(high)),
-            middle
-                .plan
-                .solver
-                .gap
-                .map_or("-".to_string(), |g| format!("{:.3} %", g * 100.0)),
-            bound(&middle.plan).by,
-            answer
-                .price_usd
-                .map_or("-".to_string(), |p| format!("${p:.0}")),
-            answer.tok_s_per_1000_usd().map_or("-".to_string(), digits),
-            if swept.knee == Some(at) {
-                "  <- knee"
-            } else {
-                ""
-            }
-        );
-    }
-    if let Some(line) = next_purchase(&bought) {
-        println!("at the knee: {line}");
-    }
-    if let Some(Err(error)) = swept.points.first().map(|p| &p.answer) {
-        println!(
-            "no plan at {}: {error:#}",
-            show_bytes(swept.points[0].bytes)
-        );
-    }
-    for note in question.known.notes() {
-        println!("note: {note}");
-    }
-    for path in written.iter().flatten() {
-        println!("wrote {path}");
-    }
-    Ok(())
-}
-
-/// Returns the purchases at the size where more of the swept tier stops to pay.
-fn after_knee(
-    question: &Question<'_>,
-    tier: &str,
-    bytes: u64,
-    (answer, supposed): (&Answer, &Supposed),
-) -> Vec<Purchase> {
-    let Some((machine, budgets)) = at_size(question, tier, bytes) else {
-        return Vec::new();
-    };
-    purchases(
-        &Question {
-            machine: &machine,
-            budgets,
-            ..question.clone()
-        },
-        answer,
-        supposed,
-    )
-}
-
-/// Returns the points as `--json` prints them.
-fn rows(swept: &Sweep) -> Vec<Value> {
-    let row = |(at, point): (usize, &crate::whatif::sweep::Point)| match &point.answer {
-        Ok(answer) => {
-            let [speed, low, high] = answer.decode_tok_s();
-            let middle = answer.middle();
-            json!({
-                "bytes": point.bytes,
-                "fits": true,
-                "decode_tok_s": speed,
-                "decode_tok_s_low": low,
-                "decode_tok_s_high": high,
-                "prompt_tok_s_limit": middle.map(|m| m.plan.predicted.prompt_tok_s),
-                "gap": middle.and_then(|m| m.plan.solver.gap),
-                "status": middle.map(|m| m.plan.solver.status.clone()),
-                "bound_by": middle.map(|m| bound(&m.plan).by),
-                "hit_rate": middle.map(|m| m.plan.predicted.hit_rate),
-                "price_usd": answer.price_usd,
-                "tok_s_per_1000_usd": answer.tok_s_per_1000_usd(),
-                "knee": swept.knee == Some(at),
-            })
-        }
-        Err(error) => {
-            json!({ "bytes": point.bytes, "fits": false, "reason": format!("{error:#}") })
-        }
-    };
-    swept.points.iter().enumerate().map(row).collect()
-}
-
-/// Files of a sweep: chart, table, and all numbers.
-const SWEEP_FILES: [&str; 3] = ["sweep.svg", "sweep.csv", "sweep.json"];
-
-fn write_sweep(
-    folder: &Path,
-    question: &Question<'_>,
-    swept: &Sweep,
-    value: &Value,
-) -> Result<Vec<String>> {
-    let curve = report::Curve {
-        model: question.known.sizes.id.name.clone(),
-        machine: question.machine.name.clone(),
-        tier: swept.tier.clone(),
-        emulated: question.machine.tiers.iter().any(|t| t.emulated),
-        points: swept
-            .points
-            .iter()
-            .map(|p| (p.bytes, p.answer.as_ref().ok().map(Answer::decode_tok_s)))
-            .collect(),
-        knee: swept.knee,
-    };
-    let drawn = report::draw_curve(&curve)?;
-    let json = serde_json::to_string_pretty(value)? + "\n";
-    let files = [drawn.svg, drawn.csv, json];
-    let files: Vec<(PathBuf, Vec<u8>)> = SWEEP_FILES
-        .iter()
-        .zip(files)
-        .map(|(name, content)| (folder.join(name), content.into_bytes()))
-        .collect();
-    let _made = NewFolders::make(folder)?;
-    safely::write_together(&files)?;
-    let written = files.iter().map(|(path, _)| path.display().to_string());
-    Ok(written.collect())
 }

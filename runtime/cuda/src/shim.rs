@@ -6,7 +6,7 @@
 use super::CudaError;
 use super::copy_stream::CopyStream;
 use super::device::{Arg, Device, Grid, Recording};
-use super::source::{MODULES, headers};
+use super::source::{MODULES, headers, most_threads};
 use super::transfers::Transfers;
 use libloading::Library;
 use std::alloc::{Layout, alloc, dealloc};
@@ -129,6 +129,9 @@ impl Shim {
             .unwrap_or_else(PoisonError::into_inner)
             .1
             .insert(kernel);
+        if grid.threads > most_threads(kernel) {
+            return Err(self.failed(kernel, format!("a block has {} threads", grid.threads)));
+        }
         let library = self.take_library();
         self.check_kinds(&library, kernel, args)?;
         // SAFETY: the generated functions have this type.

@@ -232,6 +232,16 @@ pub static MODULES: [Module; 21] = [
     },
 ];
 
+/// Returns the most threads that a block of a kernel has. A multiprocessor has 65,536 registers for
+/// them, so this bounds the registers of each.
+pub fn most_threads(kernel: &str) -> u32 {
+    let has_large_blocks = ["gated_", "pool_blocks_", "choose_blocks"];
+    match has_large_blocks.iter().any(|name| kernel.starts_with(name)) {
+        true => 512,
+        false => 256,
+    }
+}
+
 /// Returns the headers that modules include, as pairs of name and text.
 pub fn headers() -> &'static [(&'static str, String)] {
     static HEADERS: LazyLock<Vec<(&'static str, String)>> = LazyLock::new(|| {
