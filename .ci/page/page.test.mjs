@@ -95,6 +95,8 @@ test("a chat is answered, with what it took, and the map of experts moves", asyn
   await page.keyboard.press("ArrowRight");
   assert.match(await page.innerText(".tip"), /^layer 1 · expert \d+ · /);
   await page.click(".heat-table summary");
+  // The browser tells the page of an opened table later than it opens it.
+  await page.waitForSelector(".heat-table tbody tr");
   assert.equal(await page.locator(".heat-table tbody tr").count(), 6);
   const told = await page.innerText(".chart-words");
   assert.match(told, /[\d.]+ tokens\/s measured on emulated tiers, [\d.]+ predicted/);

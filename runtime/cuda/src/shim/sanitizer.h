@@ -10,7 +10,7 @@
 #pragma once
 #include <dlfcn.h>
 
-// Memory of variables that are 0 at first, which is where the shared memory of kernels is, and the whole library. The linker says where.
+// Where the library is, and in it the variables that are 0 at first, which the shared memory of kernels is among.
 extern "C" __attribute__((visibility("hidden"))) char __ehdr_start[], __bss_start[], _end[];
 
 namespace sanitizer {
@@ -34,6 +34,8 @@ struct Page { Byte bytes[PAGE]; };
 struct Range { u64 start, end; };
 
 SHIM_STATE static u32 times, launch_began, block_began, block_now, warp_now[32];
+/// When accesses of this launch were last forgotten, for want of room.
+SHIM_STATE static u32 forgot;
 SHIM_STATE static const Range* allocations;
 SHIM_STATE static u64 n_allocations, stacks_start, stacks_end;
 SHIM_STATE static Range allocation;
@@ -61,7 +63,10 @@ UNCHECKED static void forget_pages() {
 UNCHECKED static Page* page_of(u64 number) {
     if (!places) places = (Place*)calloc(PLACES, sizeof(Place));
     // A launch that accesses 64 MiB and more is checked in parts.
-    if (n_pages > PLACES / 2) forget_pages();
+    if (n_pages > PLACES / 2) {
+        forget_pages();
+        forgot = block_now;
+    }
     u64 i = number % PLACES;
     while (places[i].page && places[i].number != number) i = (i + 1) % PLACES;
     if (!places[i].page) {
@@ -109,6 +114,7 @@ UNCHECKED static void begin_launch(u64 stacks, u64 bytes) {
     const bool runs_out = times > 1u << 31;
     if (n_pages > KEPT_PAGES || runs_out) forget_pages();
     if (runs_out) times = 0;
+    forgot = 0;
     launch_began = times + 1;
     allocation = {0, 0};
 }
@@ -199,7 +205,7 @@ UNCHECKED static void check(const void* address, size_t n, Access access, const 
             found(access == READ ? "read races with a write" : "write races with a write", i, n, b.writer, caller);
         }
         if (access == READ) {
-            if (shared && b.written_block < block_began) {
+            if (shared && b.written_block < block_began && forgot < block_began) {
                 found("read of what the block has not written", i, n, ~0u, caller);
             }
             note_read(b, since);
