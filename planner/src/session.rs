@@ -88,7 +88,7 @@ impl Session {
         for full in engine.gpus_without_room_to_stream() {
             let tier = &plan.tiers[full.tier].tier.name;
             eprintln!(
-                "warning: GPU '{tier}' has {} free, and streaming experts to it for prompts takes {}; the CPU computes \
+                "warning: GPU '{tier}' has {} free, and streaming experts to it for prompts needs {}; the CPU computes \
                  them, so prompts may take much longer than predicted, and a plan from `tier-plan solve` with a smaller \
                  --budget {tier}=SIZE leaves room",
                 show_bytes(full.free),

@@ -46,7 +46,7 @@ pub(crate) struct Streams {
 pub struct FullGpu {
     /// Tier of the GPU.
     pub tier: TierIdx,
-    /// Bytes that streaming takes.
+    /// Bytes that must be free for streaming, those for the driver included.
     pub needed: u64,
     /// Bytes of the GPU that are free once the plan has been loaded.
     pub free: u64,

@@ -117,8 +117,8 @@ impl SlotFiller {
     }
 
     /// Returns whether experts in all of this memory can be [streamed](Self::stream). It may be
-    /// staging's: slots in main memory and staging exchange buffers, as fast as reads are, and which
-    /// experts are streamed must not depend on that.
+    /// staging's: slots in main memory and staging exchange buffers when the drive happens to have read
+    /// an expert, and which experts are streamed must not depend on that.
     pub(crate) fn has_locked(&self, range: &Range<usize>) -> bool {
         let mut at = range.start;
         while at < range.end {

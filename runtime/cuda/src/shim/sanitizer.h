@@ -44,37 +44,37 @@ SHIM_STATE static Page* page;
 SHIM_STATE static char finding[512];
 
 /// A hash table of the pages that were accessed, with linear probing; at most half of it is used.
-constexpr u64 PLACES = 1 << 15;
-struct Place { u64 number; Page* page; };
-SHIM_STATE static Place* places;
+constexpr u64 ENTRIES = 1 << 15;
+struct Entry { u64 number; Page* page; };
+SHIM_STATE static Entry* entries;
 SHIM_STATE static u64 n_pages;
 /// Most pages that are kept from launch to launch.
 constexpr u64 KEPT_PAGES = 256;
 
 UNCHECKED static void forget_pages() {
-    for (u64 i = 0; places && i < PLACES; i++) {
-        free(places[i].page);
-        places[i] = {};
+    for (u64 i = 0; entries && i < ENTRIES; i++) {
+        free(entries[i].page);
+        entries[i] = {};
     }
     n_pages = 0;
     page = nullptr;
 }
 
 UNCHECKED static Page* page_of(u64 number) {
-    if (!places) places = (Place*)calloc(PLACES, sizeof(Place));
+    if (!entries) entries = (Entry*)calloc(ENTRIES, sizeof(Entry));
     // A launch that accesses 64 MiB and more is checked in parts.
-    if (n_pages > PLACES / 2) {
+    if (n_pages > ENTRIES / 2) {
         forget_pages();
         forgot = block_now;
     }
-    u64 i = number % PLACES;
-    while (places[i].page && places[i].number != number) i = (i + 1) % PLACES;
-    if (!places[i].page) {
-        places[i] = {number, (Page*)calloc(1, sizeof(Page))};
+    u64 i = number % ENTRIES;
+    while (entries[i].page && entries[i].number != number) i = (i + 1) % ENTRIES;
+    if (!entries[i].page) {
+        entries[i] = {number, (Page*)calloc(1, sizeof(Page))};
         n_pages++;
     }
-    if (!places[i].page) abort();
-    return places[i].page;
+    if (!entries[i].page) abort();
+    return entries[i].page;
 }
 
 /// Keeps the first finding of a launch: what is wrong, by which thread, and where in the library.
